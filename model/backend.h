@@ -1,0 +1,104 @@
+// The seam between the layer step and a device: memory, and the ops of kernels/ over it.
+#ifndef PREFILLD_MODEL_BACKEND_H_
+#define PREFILLD_MODEL_BACKEND_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/attention.h"
+#include "kernels/dtype.h"
+#include "kernels/kv_pack.h"
+#include "kernels/layer_ops.h"
+#include "kernels/pattern.h"
+
+namespace prefilld::model {
+
+class Backend;
+
+enum class MemoryKind : uint8_t { kDevice, kStaging };
+
+// Memory of a backend, freed on destruction. Move-only. Must not outlive the backend.
+class DeviceBuffer {
+ public:
+  DeviceBuffer() = default;
+  DeviceBuffer(Backend* backend, MemoryKind kind, void* data, size_t bytes)
+      : backend_(backend), data_(data), bytes_(bytes), kind_(kind) {}
+  DeviceBuffer(DeviceBuffer&& other) noexcept { *this = std::move(other); }
+  DeviceBuffer& operator=(DeviceBuffer&& other) noexcept;
+  ~DeviceBuffer();
+
+  void* data() const { return data_; }
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  Backend* backend_ = nullptr;
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+  MemoryKind kind_ = MemoryKind::kDevice;
+};
+
+// One device. Ops are ordered among themselves, may be asynchronous, and report an error at the
+// latest from the next Synchronize or Download. Only one thread may call ops; the methods marked
+// thread-safe may be called from any thread beside it.
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual const std::string& device_name() const = 0;    // "cpu", or the GPU's name
+  virtual kernels::DType compute_dtype() const = 0;      // fp32 on the CPU, bf16 on CUDA
+  virtual size_t allocated_bytes() const = 0;            // thread-safe
+
+  // Memory is not initialised. RESOURCE_EXHAUSTED names the size that was refused. Thread-safe.
+  virtual absl::StatusOr<DeviceBuffer> Allocate(size_t bytes) = 0;
+  // Host memory that the device can write to fast (pinned for CUDA). Thread-safe.
+  virtual absl::StatusOr<DeviceBuffer> AllocateStaging(size_t bytes) = 0;
+
+  // Host to device, ordered after earlier ops; `src` may be reused on return. Thread-safe for
+  // destinations no op touches.
+  virtual absl::Status Upload(void* dst, const void* src, size_t bytes) = 0;
+  // Device to host after all earlier ops; blocks.
+  virtual absl::Status Download(void* dst, const void* src, size_t bytes) = 0;
+  // Waits for all earlier ops.
+  virtual absl::Status Synchronize() = 0;
+
+  virtual absl::Status Embedding(const kernels::EmbeddingParams& params) = 0;
+  virtual absl::Status RmsNorm(const kernels::RmsNormParams& params) = 0;
+  virtual absl::Status Linear(const kernels::LinearParams& params) = 0;
+  virtual absl::Status QkvRope(const kernels::QkvRopeParams& params) = 0;
+  virtual absl::Status SwiGlu(const kernels::SwiGluParams& params) = 0;
+  virtual absl::Status Attention(const kernels::AttentionParams& params) = 0;
+  virtual absl::Status PagedAttention(const kernels::PagedAttentionParams& params) = 0;
+
+  virtual absl::Status Estimate(const kernels::EstimateParams& params) = 0;
+  virtual absl::Status VerticalSlash(const kernels::VerticalSlashParams& params) = 0;
+  virtual absl::Status ExpandVerticalSlash(const kernels::ExpandVerticalSlashParams& params) = 0;
+  virtual absl::Status SelectRows(const kernels::SelectRowsParams& params) = 0;
+  virtual absl::Status MeasurePattern(const kernels::MeasurePatternParams& params) = 0;
+
+  // Packs KV that earlier ops have completed (Synchronize has returned since) into host memory
+  // from AllocateStaging; returns when the bytes are there. Thread-safe: runs beside ops, on a
+  // stream of its own.
+  virtual absl::Status PackKv(const kernels::PackKvParams& params) = 0;
+
+ protected:
+  friend class DeviceBuffer;
+  virtual void Free(MemoryKind kind, void* data, size_t bytes) = 0;  // thread-safe
+};
+
+enum class DeviceChoice { kAuto, kCpu, kCuda };
+
+// kAuto takes the first CUDA device there is, else the CPU, and logs which and why. kCuda fails
+// with FAILED_PRECONDITION when the build or the machine has none. cpu_threads 0 means all cores.
+absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(DeviceChoice choice, int cpu_threads);
+
+}  // namespace prefilld::model
+
+#endif  // PREFILLD_MODEL_BACKEND_H_

@@ -1,0 +1,1 @@
+#include "model/head_clusters.h"

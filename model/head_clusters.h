@@ -1,0 +1,37 @@
+// Which heads of a model attend alike: the offline half of pattern sharing.
+//
+// File format (JSON), that of the SharePrefill release with optional additions:
+//   {"clusters": {"<id>": [[layer, head], ...], ...},   groups of query heads
+//    "shared_clusters": ["<id>", ...],                  those that may share patterns
+//    "thresholds": {"gamma": g, "tau": t, "delta": d, "coverage": c}, ...}   optional, tuned
+#ifndef PREFILLD_MODEL_HEAD_CLUSTERS_H_
+#define PREFILLD_MODEL_HEAD_CLUSTERS_H_
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "model/config.h"
+
+namespace prefilld::model {
+
+struct HeadClusters {
+  static constexpr int kNoCluster = -1;
+
+  // [num_layers][num_heads]: dense cluster number 0 .. num_clusters - 1, or kNoCluster for heads
+  // in no cluster and for heads of clusters that do not share.
+  std::vector<std::vector<int>> cluster_of;
+  int num_clusters = 0;  // shared ones
+  std::optional<float> gamma, tau, delta, coverage;
+
+  bool empty() const { return num_clusters == 0; }
+};
+
+// INVALID_ARGUMENT: malformed JSON, a head outside the model, a head in two clusters, a shared
+// cluster that does not exist.
+absl::StatusOr<HeadClusters> LoadHeadClusters(const std::string& path, const ModelConfig& config);
+
+}  // namespace prefilld::model
+
+#endif  // PREFILLD_MODEL_HEAD_CLUSTERS_H_

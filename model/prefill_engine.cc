@@ -1,0 +1,1 @@
+#include "model/prefill_engine.h"

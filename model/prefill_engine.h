@@ -1,0 +1,113 @@
+// Layer-major prefill: one prompt, one layer at a time, the layer's KV handed out as it is done.
+//
+// An interface so that the server's behaviour can be tested against a fake; the real engine comes
+// from CreatePrefillEngine.
+#ifndef PREFILLD_MODEL_PREFILL_ENGINE_H_
+#define PREFILLD_MODEL_PREFILL_ENGINE_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "kernels/dtype.h"
+#include "kernels/kv_pack.h"
+#include "model/attention_policy.h"
+#include "model/backend.h"
+#include "model/config.h"
+
+namespace prefilld::model {
+
+// What was done for one layer. Head counts add up to num_heads.
+struct LayerReport {
+  int layer = 0;
+  int dense_heads = 0;
+  int pivot_heads = 0;
+  int shared_heads = 0;
+  int vertical_slash_heads = 0;
+  double density = 0.0;  // computed blocks / causal blocks over all heads; exact heads count as 1
+  int64_t compute_us = 0;
+  int64_t attention_us = 0;
+  int64_t pattern_us = 0;  // estimate, decide, build
+};
+
+// Which part of a layer's KV, in which form.
+struct KvSelection {
+  int64_t first_block = 0;
+  int64_t num_blocks = 0;
+  int block_tokens = 16;
+  int first_head = 0;
+  int num_heads = 0;
+  kernels::KvOrder order = kernels::KvOrder::kNhd;
+  kernels::DType dtype = kernels::DType::kBf16;
+};
+
+struct EngineInfo {
+  ModelConfig config;
+  std::string model_name;
+  std::string fingerprint;
+  std::string device_name;
+  kernels::DType native_dtype = kernels::DType::kFp32;
+  int64_t max_tokens = 0;
+  AttentionOptions default_attention;
+};
+
+// One prompt on its way through the layers. Its KV slots and its workspace belong to the engine;
+// destroying the sequence gives them back. RunLayer and FinalLogits are for the compute thread;
+// PackKv and ReleaseKv may be called by another thread beside them.
+class PrefillSequence {
+ public:
+  virtual ~PrefillSequence() = default;
+
+  // Computes the next layer. On return its KV can be packed, and stays until ReleaseKv. The caller
+  // sees to it that at most PrefillEngine::kv_slots() layers are unreleased, the one being
+  // computed included.
+  virtual absl::StatusOr<LayerReport> RunLayer() = 0;
+
+  // Writes PackedBytes() of a finished layer to `dst`, memory from AllocateStaging.
+  virtual absl::Status PackKv(int layer, const KvSelection& selection, void* dst) = 0;
+  virtual void ReleaseKv(int layer) = 0;
+
+  // After the last layer: logits of the last position, [vocab_size].
+  virtual absl::StatusOr<std::vector<float>> FinalLogits() = 0;
+
+  // The policy that runs: kAuto is resolved.
+  virtual AttentionPolicy policy() const = 0;
+};
+
+class PrefillEngine {
+ public:
+  virtual ~PrefillEngine() = default;
+
+  virtual const EngineInfo& info() const = 0;
+  virtual int kv_slots() const = 0;  // at least 2
+  virtual size_t allocated_bytes() const = 0;
+
+  // Takes 1 .. max_tokens ids, each < vocab_size (checked: INVALID_ARGUMENT), and valid options.
+  // One sequence at a time: FAILED_PRECONDITION while another one exists.
+  virtual absl::StatusOr<std::unique_ptr<PrefillSequence>> Start(
+      absl::Span<const uint32_t> tokens, const AttentionOptions& options) = 0;
+
+  virtual absl::StatusOr<DeviceBuffer> AllocateStaging(size_t bytes) = 0;
+};
+
+struct EngineOptions {
+  std::string checkpoint_dir;
+  std::string clusters_path;  // empty: <checkpoint_dir>/head_clusters.json if it is there
+  DeviceChoice device = DeviceChoice::kAuto;
+  int cpu_threads = 0;      // 0: all cores
+  int64_t max_tokens = 0;   // longest prompt; fixes the workspace. 0: min(max_positions, 131072)
+  int64_t tile_tokens = 0;  // tokens per tile of the wide projections. 0: chosen per device
+  int kv_slots = 3;
+  int block_tokens = 128;   // of attention patterns: 64 or 128
+  AttentionOptions attention;
+};
+
+absl::StatusOr<std::unique_ptr<PrefillEngine>> CreatePrefillEngine(const EngineOptions& options);
+
+}  // namespace prefilld::model
+
+#endif  // PREFILLD_MODEL_PREFILL_ENGINE_H_
