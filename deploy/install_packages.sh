@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Installs what building prefilld needs on Debian 12. Where all of it is present, apt is not called.
+#   deploy/install_packages.sh           libraries and tools of the build
+#   deploy/install_packages.sh --tests   what the tests need as well
+set -euo pipefail
+
+packages=(
+  # tools
+  cmake g++ ninja-build pkg-config protobuf-compiler protobuf-compiler-grpc
+  # wire
+  libgrpc++-dev libprotobuf-dev libabsl-dev
+  # process: logs, metrics
+  libspdlog-dev prometheus-cpp-dev
+  # model and CPU kernels
+  libdnnl-dev libhwy-dev libxxhash-dev nlohmann-json3-dev
+)
+if [[ "${1:-}" == --tests ]]; then
+  packages+=(libgtest-dev libgmock-dev python3-venv)
+elif [[ $# -gt 0 ]]; then
+  echo "usage: $0 [--tests]" >&2
+  exit 2
+fi
+
+missing=()
+if command -v dpkg-query >/dev/null; then
+  for package in "${packages[@]}"; do
+    status=$(dpkg-query --show --showformat '${db:Status-Status}' "$package" 2>/dev/null || true)
+    [[ "$status" == installed ]] || missing+=("$package")
+  done
+else
+  missing=("${packages[@]}")
+fi
+if [[ ${#missing[@]} -eq 0 ]]; then
+  echo "packages: all ${#packages[@]} present"
+  exit 0
+fi
+
+release=unknown
+# shellcheck source=/dev/null
+[[ -r /etc/os-release ]] && release=$(. /etc/os-release && echo "${ID:-unknown} ${VERSION_ID:-}")
+if [[ "$release" != "debian 12" ]]; then
+  cat >&2 <<MESSAGE
+prefilld is built and tested on Debian 12; this is "$release".
+Install the equivalents of these packages (gRPC 1.51, Protobuf 3.21 and Abseil 20220623 are the
+versions tested) and build with CMake, or use the container (deploy/Dockerfile):
+  ${missing[*]}
+MESSAGE
+  exit 1
+fi
+
+as_root=()
+if [[ $EUID -ne 0 ]]; then
+  if ! command -v sudo >/dev/null; then
+    echo "These packages are missing and neither root nor sudo is available:" >&2
+    echo "  ${missing[*]}" >&2
+    exit 1
+  fi
+  as_root=(sudo)
+fi
+
+echo "packages: installing ${missing[*]}"
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+apt() {
+  if ! "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 \
+      "$@" >"$log" 2>&1; then
+    tail -n 20 "$log" >&2
+    echo "apt-get $1 failed" >&2
+    exit 1
+  fi
+}
+apt update
+apt install --yes --no-install-recommends "${missing[@]}"
+echo "packages: ${#missing[@]} installed"
