@@ -3,6 +3,7 @@
 #define PREFILLD_MODEL_ATTENTION_POLICY_H_
 
 #include <cstdint>
+#include <optional>
 
 #include "absl/status/status.h"
 
@@ -16,9 +17,9 @@ const char* Name(AttentionPolicy policy);
 // defaults are ours, tuned on the embedded model.
 struct AttentionOptions {
   AttentionPolicy policy = AttentionPolicy::kAuto;
-  float gamma = 0.9f;     // (0, 1]: mass a pattern must cover
-  float tau = 0.4f;       // [0, 1]: a head shares when its distance to the pivot is below tau
-  float delta = 1.0f;     // [0, 1]: a head farther than this from uniform does not share; 1: off
+  float gamma = 0.9f;      // (0, 1]: mass a pattern must cover
+  float tau = 0.4f;        // [0, 1]: a head shares when its distance to the pivot is below tau
+  float delta = 1.0f;      // [0, 1]: a head farther than this from uniform does not share; 1: off
   float coverage = 0.85f;  // [0, 1]: a cluster shares when vertical-slash covers less than this
   int64_t min_budget_tokens = 1024;  // floor of vertical-slash columns, and of diagonals
   bool same_layer_sharing = true;
@@ -27,6 +28,22 @@ struct AttentionOptions {
 
 // INVALID_ARGUMENT names field, value and range. NaN is outside every range.
 absl::Status Validate(const AttentionOptions& options);
+
+// What somebody asked for (an operator's flag, a request's field); absent: as it was.
+struct AttentionOverrides {
+  std::optional<AttentionPolicy> policy;
+  std::optional<float> gamma, tau, delta, coverage;
+  std::optional<int64_t> min_budget_tokens;
+  std::optional<bool> same_layer_sharing;
+  std::optional<int64_t> crossover_tokens;
+};
+AttentionOptions Apply(const AttentionOverrides& overrides, AttentionOptions options);
+
+// What runs for a prompt of `num_tokens`: never kAuto. A prompt of one or two pattern blocks is
+// dense whatever was asked, since its pattern would be all of it; kAuto is dense for a model
+// without head clusters as well, for vertical-slash alone loses answers.
+AttentionPolicy ResolvePolicy(const AttentionOptions& options, int64_t num_tokens, int block_tokens,
+                              bool has_clusters);
 
 }  // namespace prefilld::model
 

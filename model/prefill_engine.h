@@ -102,8 +102,11 @@ struct EngineOptions {
   int64_t max_tokens = 0;   // longest prompt; fixes the workspace. 0: min(max_positions, 131072)
   int64_t tile_tokens = 0;  // tokens per tile of the wide projections. 0: chosen per device
   int kv_slots = 3;
-  int block_tokens = 128;   // of attention patterns: 64 or 128
+  int block_tokens = 128;  // of attention patterns: 64 or 128
+  // EngineInfo.default_attention is `attention`, with the thresholds that the cluster file brings,
+  // with what the operator asked for by name. A request may override it in its turn.
   AttentionOptions attention;
+  AttentionOverrides attention_overrides;
 };
 
 absl::StatusOr<std::unique_ptr<PrefillEngine>> CreatePrefillEngine(const EngineOptions& options);
