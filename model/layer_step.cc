@@ -1,0 +1,193 @@
+#include "model/layer_step.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+
+namespace prefilld::model {
+namespace {
+
+float Bf16ToFloat(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof(value));
+  return value;
+}
+
+absl::Status Assign(DeviceBuffer& buffer, absl::StatusOr<DeviceBuffer> allocated) {
+  if (!allocated.ok()) return allocated.status();
+  buffer = *std::move(allocated);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<LayerStep>> LayerStep::Create(Backend* backend,
+                                                             const ModelConfig* config,
+                                                             const Weights* weights,
+                                                             int64_t max_tokens,
+                                                             int64_t tile_tokens) {
+  tile_tokens = std::min(tile_tokens, max_tokens);
+  std::unique_ptr<LayerStep> step(new LayerStep(backend, config, weights, tile_tokens));
+  if (absl::Status status = step->Allocate(max_tokens); !status.ok()) return status;
+  return step;
+}
+
+absl::Status LayerStep::Allocate(int64_t max_tokens) {
+  const int64_t q_width = static_cast<int64_t>(config_.num_heads) * config_.head_dim;
+  const int64_t qkv_width = q_width + 2 * int64_t{config_.num_kv_heads} * config_.head_dim;
+  const size_t element = kernels::SizeOf(backend_.compute_dtype());
+  const auto allocate = [&](DeviceBuffer& buffer, int64_t rows, int64_t width, size_t size) {
+    return Assign(buffer, backend_.Allocate(static_cast<size_t>(rows * width) * size));
+  };
+  absl::Status status = allocate(hidden_, max_tokens, config_.hidden, element);
+  if (status.ok()) status = allocate(queries_, max_tokens, q_width, element);
+  if (status.ok()) status = allocate(normed_, tile_tokens_, config_.hidden, element);
+  if (status.ok()) {
+    status = allocate(wide_, tile_tokens_, std::max(qkv_width, 2 * config_.intermediate), element);
+  }
+  if (status.ok()) status = allocate(gated_, tile_tokens_, config_.intermediate, element);
+  if (status.ok()) status = allocate(token_ids_, tile_tokens_, 1, sizeof(uint32_t));
+  if (status.ok()) status = allocate(inv_freq_, 1, config_.head_dim / 2, sizeof(float));
+  if (status.ok()) status = allocate(logits_, 1, config_.vocab_size, element);
+  return status;
+}
+
+absl::Status LayerStep::SetRotation(int64_t rope_tokens) {
+  if (rope_tokens == rope_tokens_) return absl::OkStatus();
+  RopeTable table = MakeRopeTable(config_, rope_tokens);
+  rope_tokens_ = rope_tokens;
+  rotation_.attention_factor = table.attention_factor;
+  if (table.inv_freq == rotation_.inv_freq) return absl::OkStatus();
+  rotation_.inv_freq = std::move(table.inv_freq);
+  return backend_.Upload(inv_freq_.data(), rotation_.inv_freq.data(),
+                         rotation_.inv_freq.size() * sizeof(float));
+}
+
+absl::Status LayerStep::Embed(absl::Span<const uint32_t> tokens, int64_t first_position,
+                              int64_t rope_tokens) {
+  num_tokens_ = static_cast<int64_t>(tokens.size());
+  first_position_ = first_position;
+  absl::Status status = SetRotation(rope_tokens);
+  for (int64_t first = 0; first < num_tokens_ && status.ok(); first += tile_tokens_) {
+    const int64_t count = std::min(tile_tokens_, num_tokens_ - first);
+    status = backend_.Upload(token_ids_.data(), &tokens[first], count * sizeof(uint32_t));
+    if (!status.ok()) break;
+    status = backend_.Embedding({.ids = token_ids_.as<uint32_t>(),
+                                 .table = weights_.embedding.data(),
+                                 .y = At(hidden_, first * config_.hidden),
+                                 .num_tokens = count,
+                                 .hidden = config_.hidden});
+  }
+  return status;
+}
+
+absl::Status LayerStep::RmsNorm(const void* x, const DeviceBuffer& weight, int64_t num_tokens) {
+  return backend_.RmsNorm({.x = x,
+                           .weight = weight.data(),
+                           .y = normed_.data(),
+                           .num_tokens = num_tokens,
+                           .hidden = config_.hidden,
+                           .epsilon = static_cast<float>(config_.rms_norm_epsilon)});
+}
+
+absl::Status LayerStep::Linear(const void* x, const void* w, const DeviceBuffer* bias, void* y,
+                               int64_t num_tokens, int64_t in_features, int64_t out_features,
+                               bool accumulate) {
+  return backend_.Linear({.x = x,
+                          .w = w,
+                          .bias = bias ? bias->data() : nullptr,
+                          .y = y,
+                          .num_tokens = num_tokens,
+                          .in_features = in_features,
+                          .out_features = out_features,
+                          .accumulate = accumulate});
+}
+
+absl::Status LayerStep::BeforeAttention(int layer, const KvDestination& kv) {
+  const LayerWeights& weights = weights_.layers[layer];
+  const int64_t q_width = static_cast<int64_t>(config_.num_heads) * config_.head_dim;
+  const int64_t qkv_width = q_width + 2 * int64_t{config_.num_kv_heads} * config_.head_dim;
+  for (int64_t first = 0; first < num_tokens_; first += tile_tokens_) {
+    const int64_t count = std::min(tile_tokens_, num_tokens_ - first);
+    absl::Status status = RmsNorm(At(hidden_, first * config_.hidden), weights.input_norm, count);
+    if (status.ok()) {
+      status = Linear(normed_.data(), weights.qkv.data(), &weights.qkv_bias, wide_.data(), count,
+                      config_.hidden, qkv_width, /*accumulate=*/false);
+    }
+    if (status.ok()) {
+      status = backend_.QkvRope({.qkv = wide_.data(),
+                                 .q_norm = weights.q_norm.data(),
+                                 .k_norm = weights.k_norm.data(),
+                                 .inv_freq = inv_freq_.as<float>(),
+                                 .q = At(queries_, first * q_width),
+                                 .k = At(kv.k, first * kv.token_stride),
+                                 .v = At(kv.v, first * kv.token_stride),
+                                 .num_tokens = count,
+                                 .first_position = first_position_ + first,
+                                 .kv_head_stride = kv.head_stride,
+                                 .kv_token_stride = kv.token_stride,
+                                 .num_heads = config_.num_heads,
+                                 .num_kv_heads = config_.num_kv_heads,
+                                 .head_dim = config_.head_dim,
+                                 .attention_factor = rotation_.attention_factor,
+                                 .norm_epsilon = static_cast<float>(config_.rms_norm_epsilon)});
+    }
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status LayerStep::AfterAttention(int layer) {
+  const LayerWeights& weights = weights_.layers[layer];
+  const int64_t q_width = static_cast<int64_t>(config_.num_heads) * config_.head_dim;
+  for (int64_t first = 0; first < num_tokens_; first += tile_tokens_) {
+    const int64_t count = std::min(tile_tokens_, num_tokens_ - first);
+    void* hidden = At(hidden_, first * config_.hidden);
+    absl::Status status =
+        Linear(At(queries_, first * q_width), weights.output.data(), &weights.output_bias, hidden,
+               count, q_width, config_.hidden, /*accumulate=*/true);
+    if (status.ok()) status = RmsNorm(hidden, weights.post_norm, count);
+    if (status.ok()) {
+      status = Linear(normed_.data(), weights.gate_up.data(), nullptr, wide_.data(), count,
+                      config_.hidden, 2 * config_.intermediate, /*accumulate=*/false);
+    }
+    if (status.ok()) {
+      status = backend_.SwiGlu({.gate_up = wide_.data(),
+                                .y = gated_.data(),
+                                .num_tokens = count,
+                                .intermediate = config_.intermediate});
+    }
+    if (status.ok()) {
+      status = Linear(gated_.data(), weights.down.data(), nullptr, hidden, count,
+                      config_.intermediate, config_.hidden, /*accumulate=*/true);
+    }
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<float>> LayerStep::Logits() {
+  absl::Status status = RmsNorm(At(hidden_, (num_tokens_ - 1) * config_.hidden),
+                                weights_.final_norm, /*num_tokens=*/1);
+  if (status.ok()) {
+    status = Linear(normed_.data(), weights_.head_data(), nullptr, logits_.data(), 1,
+                    config_.hidden, config_.vocab_size, /*accumulate=*/false);
+  }
+  if (!status.ok()) return status;
+
+  std::vector<float> logits(config_.vocab_size);
+  if (backend_.compute_dtype() == kernels::DType::kFp32) {
+    status = backend_.Download(logits.data(), logits_.data(), logits.size() * sizeof(float));
+    if (!status.ok()) return status;
+    return logits;
+  }
+  std::vector<uint16_t> bf16(config_.vocab_size);
+  status = backend_.Download(bf16.data(), logits_.data(), bf16.size() * sizeof(uint16_t));
+  if (!status.ok()) return status;
+  std::transform(bf16.begin(), bf16.end(), logits.begin(), Bf16ToFloat);
+  return logits;
+}
+
+}  // namespace prefilld::model

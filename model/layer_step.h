@@ -1,0 +1,97 @@
+// A decoder layer around its attention: what is computed token by token.
+#ifndef PREFILLD_MODEL_LAYER_STEP_H_
+#define PREFILLD_MODEL_LAYER_STEP_H_
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "model/backend.h"
+#include "model/config.h"
+#include "model/weights.h"
+
+namespace prefilld::model {
+
+// Where a layer's keys and values go: KV head h of token t at h * head_stride + t * token_stride
+// elements. Covers the engine's head-major slots and the decoder's paged blocks.
+struct KvDestination {
+  void* k = nullptr;
+  void* v = nullptr;
+  int64_t head_stride = 0;
+  int64_t token_stride = 0;
+};
+
+// The layer step, written once for all devices and for prefill and decode alike. One run is
+//   Embed, then per layer: BeforeAttention, the caller's attention from queries() to queries()
+//   (in place), AfterAttention, and at the end Logits.
+// Holds the activations of one sequence: hidden states and queries for all tokens, everything
+// wider for one tile of tokens at a time. All memory is allocated by Create. Not thread-safe.
+class LayerStep {
+ public:
+  // `backend`, `config` and `weights` are borrowed and outlive the step.
+  static absl::StatusOr<std::unique_ptr<LayerStep>> Create(Backend* backend,
+                                                           const ModelConfig* config,
+                                                           const Weights* weights,
+                                                           int64_t max_tokens, int64_t tile_tokens);
+
+  // Starts over with these tokens, at most max_tokens of them, the first at `first_position`.
+  // `rope_tokens` is the length of the prompt that the rotation is made for.
+  absl::Status Embed(absl::Span<const uint32_t> tokens, int64_t first_position,
+                     int64_t rope_tokens);
+
+  // Norm, projection, rotation: fills queries() and the keys and values of all tokens.
+  absl::Status BeforeAttention(int layer, const KvDestination& kv);
+
+  // Output projection and MLP, each added to the hidden states.
+  absl::Status AfterAttention(int layer);
+
+  // Logits of the last token, [vocab_size].
+  absl::StatusOr<std::vector<float>> Logits();
+
+  // [num_tokens, num_heads, head_dim] in device memory.
+  void* queries() const { return queries_.data(); }
+
+ private:
+  LayerStep(Backend* backend, const ModelConfig* config, const Weights* weights,
+            int64_t tile_tokens)
+      : backend_(*backend), config_(*config), weights_(*weights), tile_tokens_(tile_tokens) {}
+
+  absl::Status Allocate(int64_t max_tokens);
+  absl::Status SetRotation(int64_t rope_tokens);
+  absl::Status RmsNorm(const void* x, const DeviceBuffer& weight, int64_t num_tokens);
+  absl::Status Linear(const void* x, const void* w, const DeviceBuffer* bias, void* y,
+                      int64_t num_tokens, int64_t in_features, int64_t out_features,
+                      bool accumulate);
+
+  // Pointer to element `index` of a tensor in the compute dtype.
+  void* At(const DeviceBuffer& buffer, int64_t index) const { return At(buffer.data(), index); }
+  void* At(void* data, int64_t index) const {
+    return static_cast<char*>(data) + index * kernels::SizeOf(backend_.compute_dtype());
+  }
+
+  Backend& backend_;
+  const ModelConfig& config_;
+  const Weights& weights_;
+  const int64_t tile_tokens_;
+
+  DeviceBuffer hidden_;     // [max_tokens, hidden]
+  DeviceBuffer queries_;    // [max_tokens, num_heads * head_dim]
+  DeviceBuffer normed_;     // [tile_tokens, hidden]
+  DeviceBuffer wide_;       // [tile_tokens, qkv width or 2 * intermediate]
+  DeviceBuffer gated_;      // [tile_tokens, intermediate]
+  DeviceBuffer token_ids_;  // [tile_tokens]
+  DeviceBuffer inv_freq_;   // [head_dim / 2]
+  DeviceBuffer logits_;     // [vocab_size]
+
+  int64_t num_tokens_ = 0;
+  int64_t first_position_ = 0;
+  RopeTable rotation_;
+  int64_t rope_tokens_ = 0;  // what rotation_ was made for; 0: nothing yet
+};
+
+}  // namespace prefilld::model
+
+#endif  // PREFILLD_MODEL_LAYER_STEP_H_
