@@ -1,0 +1,304 @@
+#include "server/options.h"
+
+#include <algorithm>
+#include <fstream>
+#include <utility>
+
+#include "absl/flags/flag.h"
+#include "absl/flags/parse.h"
+#include "absl/flags/usage.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/string_view.h"
+#include "server/host_port.h"
+
+ABSL_FLAG(std::string, model, "", "Checkpoint folder (config.json, *.safetensors). Required.");
+ABSL_FLAG(std::string, clusters, "",
+          "Head-cluster file. Empty: head_clusters.json of the checkpoint folder, if there.");
+ABSL_FLAG(std::string, device, "auto", "auto, cpu or cuda.");
+ABSL_FLAG(int32_t, cpu_threads, 0, "Compute threads of the CPU backend. 0: all cores.");
+ABSL_FLAG(int64_t, max_prompt_tokens, 0,
+          "Longest prompt accepted; fixes the memory reserved at start. 0: the model's limit, at "
+          "most 131072.");
+
+ABSL_FLAG(std::string, listen, "0.0.0.0:50051", "host:port of the gRPC services. Port 0: any.");
+ABSL_FLAG(std::string, metrics_listen, "0.0.0.0:9464",
+          "host:port of the Prometheus endpoint (/metrics). Empty: none.");
+ABSL_FLAG(std::string, port_file, "",
+          "File to write 'grpc=<port>' and 'metrics=<port>' to once the server is ready.");
+ABSL_FLAG(std::string, tls_cert, "", "PEM certificate chain of the server. Empty: plain text.");
+ABSL_FLAG(std::string, tls_key, "", "PEM private key of --tls_cert.");
+ABSL_FLAG(std::string, tls_client_ca, "",
+          "PEM certificates that sign clients. Set: clients must present a certificate.");
+ABSL_FLAG(std::string, log_format, "text", "text (key=value) or json, one event per line.");
+
+ABSL_FLAG(std::optional<std::string>, policy, std::nullopt,
+          "Default attention: dense, vertical_slash, share or auto. Not set, like the thresholds "
+          "below: the head-cluster file's value, else the built-in one.");
+ABSL_FLAG(std::vector<std::string>, allowed_policies, {},
+          "Policies that requests may ask for, comma-separated. Empty: all.");
+ABSL_FLAG(std::optional<float>, gamma, std::nullopt, "Mass that a pattern must cover, (0, 1].");
+ABSL_FLAG(std::optional<float>, tau, std::nullopt, "Distance below which heads share, [0, 1].");
+ABSL_FLAG(std::optional<float>, delta, std::nullopt,
+          "Distance from uniform above which a head does not share, [0, 1]. 1: no such rule.");
+ABSL_FLAG(std::optional<float>, coverage, std::nullopt,
+          "A cluster shares when vertical-slash covers less of its pivot than this, [0, 1].");
+ABSL_FLAG(std::optional<int64_t>, min_budget_tokens, std::nullopt,
+          "Least number of columns, and of diagonals, that vertical-slash keeps.");
+ABSL_FLAG(std::optional<int64_t>, crossover_tokens, std::nullopt,
+          "Policy auto is dense for prompts shorter than this.");
+
+ABSL_FLAG(int64_t, queue_capacity, 64, "Requests that may wait behind the running one.");
+ABSL_FLAG(int64_t, max_queued_tokens, 0,
+          "Prompt tokens that may wait. 0: eight prompts of the greatest length.");
+ABSL_FLAG(int32_t, max_lanes, 16, "Parallel KV streams one request may use, 1 to 16.");
+ABSL_FLAG(int64_t, staging_bytes, int64_t{256} << 20,
+          "Host memory for KV on its way to consumers; one request takes at most half.");
+ABSL_FLAG(int64_t, frame_bytes, int64_t{2} << 20, "KV payload of one message, 1 to 4 MiB.");
+ABSL_FLAG(std::vector<std::string>, deliver_to_allow, {},
+          "host:port patterns ('*' matches any run of characters) that requests may have their KV "
+          "pushed to, comma-separated. Empty: push is off.");
+ABSL_FLAG(double, stall_timeout_s, 30, "A consumer that takes nothing for so long is cut off.");
+ABSL_FLAG(double, wedge_timeout_s, 300,
+          "Liveness fails when no layer and no frame gets done for so long though work waits. "
+          "More than the longest layer takes, and more than --stall_timeout_s.");
+ABSL_FLAG(double, drain_timeout_s, 25,
+          "After SIGTERM accepted requests get so long to finish. Less than the orchestrator's "
+          "grace period.");
+
+namespace prefilld::server {
+namespace {
+
+constexpr int64_t kMiB = int64_t{1} << 20;
+
+bool IsReadable(const std::string& path) { return std::ifstream(path).good(); }
+
+bool IsDeviceName(absl::string_view name) {
+  return name == "auto" || name == "cpu" || name == "cuda";
+}
+
+model::DeviceChoice DeviceFromName(absl::string_view name) {
+  if (name == "cpu") return model::DeviceChoice::kCpu;
+  if (name == "cuda") return model::DeviceChoice::kCuda;
+  return model::DeviceChoice::kAuto;
+}
+
+const char* DeviceName(model::DeviceChoice choice) {
+  switch (choice) {
+    case model::DeviceChoice::kAuto:
+      return "auto";
+    case model::DeviceChoice::kCpu:
+      return "cpu";
+    case model::DeviceChoice::kCuda:
+      return "cuda";
+  }
+  return "?";
+}
+
+// Values that are words; a word outside its set is a problem, the rest is for Validate.
+void ReadNamedValues(ServerOptions& options, std::vector<std::string>& problems) {
+  const std::string device = absl::GetFlag(FLAGS_device);
+  if (!IsDeviceName(device)) {
+    problems.push_back(absl::StrCat("--device=", device, " is not one of auto, cpu, cuda"));
+  }
+  options.engine.device = DeviceFromName(device);
+
+  const std::string format = absl::GetFlag(FLAGS_log_format);
+  if (format != "text" && format != "json") {
+    problems.push_back(absl::StrCat("--log_format=", format, " is not one of text, json"));
+  }
+  options.log_format = format == "json" ? LogFormat::kJson : LogFormat::kText;
+
+  constexpr absl::string_view kPolicies = "dense, vertical_slash, share, auto";
+  if (const auto name = absl::GetFlag(FLAGS_policy); name.has_value()) {
+    options.attention.policy = ParsePolicy(*name);
+    if (!options.attention.policy.has_value()) {
+      problems.push_back(absl::StrCat("--policy=", *name, " is not one of ", kPolicies));
+    }
+  }
+  const std::vector<std::string> allowed = absl::GetFlag(FLAGS_allowed_policies);
+  if (!allowed.empty()) options.attention.allowed.clear();
+  for (const std::string& name : allowed) {
+    if (const auto policy = ParsePolicy(name); policy.has_value()) {
+      options.attention.allowed.push_back(*policy);
+    } else {
+      problems.push_back(
+          absl::StrCat("--allowed_policies: '", name, "' is not one of ", kPolicies));
+    }
+  }
+}
+
+ServerOptions ReadPlainValues() {
+  ServerOptions options;
+  options.engine.checkpoint_dir = absl::GetFlag(FLAGS_model);
+  options.engine.clusters_path = absl::GetFlag(FLAGS_clusters);
+  options.engine.cpu_threads = absl::GetFlag(FLAGS_cpu_threads);
+  options.engine.max_tokens = absl::GetFlag(FLAGS_max_prompt_tokens);
+  options.attention.gamma = absl::GetFlag(FLAGS_gamma);
+  options.attention.tau = absl::GetFlag(FLAGS_tau);
+  options.attention.delta = absl::GetFlag(FLAGS_delta);
+  options.attention.coverage = absl::GetFlag(FLAGS_coverage);
+  options.attention.min_budget_tokens = absl::GetFlag(FLAGS_min_budget_tokens);
+  options.attention.crossover_tokens = absl::GetFlag(FLAGS_crossover_tokens);
+  options.listen = absl::GetFlag(FLAGS_listen);
+  options.metrics_listen = absl::GetFlag(FLAGS_metrics_listen);
+  options.port_file = absl::GetFlag(FLAGS_port_file);
+  options.tls.certificate = absl::GetFlag(FLAGS_tls_cert);
+  options.tls.private_key = absl::GetFlag(FLAGS_tls_key);
+  options.tls.client_ca = absl::GetFlag(FLAGS_tls_client_ca);
+  options.queue_capacity = absl::GetFlag(FLAGS_queue_capacity);
+  options.max_queued_tokens = absl::GetFlag(FLAGS_max_queued_tokens);
+  options.max_lanes = absl::GetFlag(FLAGS_max_lanes);
+  options.staging_bytes = absl::GetFlag(FLAGS_staging_bytes);
+  options.frame_bytes = absl::GetFlag(FLAGS_frame_bytes);
+  options.deliver_to_allow = absl::GetFlag(FLAGS_deliver_to_allow);
+  options.stall_timeout = absl::Seconds(absl::GetFlag(FLAGS_stall_timeout_s));
+  options.wedge_timeout = absl::Seconds(absl::GetFlag(FLAGS_wedge_timeout_s));
+  options.drain_timeout = absl::Seconds(absl::GetFlag(FLAGS_drain_timeout_s));
+  return options;
+}
+
+void CheckAddresses(const ServerOptions& o, std::vector<std::string>& problems) {
+  if (!ParseHostPort(o.listen).has_value()) {
+    problems.push_back(absl::StrCat("--listen=", o.listen, " is not host:port"));
+  }
+  if (!o.metrics_listen.empty() && !ParseHostPort(o.metrics_listen).has_value()) {
+    problems.push_back(absl::StrCat("--metrics_listen=", o.metrics_listen, " is not host:port"));
+  }
+  for (const std::string& pattern : o.deliver_to_allow) {
+    if (!absl::StrContains(pattern, ':')) {
+      problems.push_back(
+          absl::StrCat("--deliver_to_allow: '", pattern, "' is not a host:port pattern"));
+    }
+  }
+}
+
+void CheckTls(const TlsFiles& tls, std::vector<std::string>& problems) {
+  if (tls.certificate.empty() != tls.private_key.empty()) {
+    problems.push_back("--tls_cert and --tls_key belong together: one is set, the other is not");
+  }
+  if (!tls.client_ca.empty() && tls.certificate.empty()) {
+    problems.push_back("--tls_client_ca needs --tls_cert and --tls_key");
+  }
+  const std::pair<const char*, const std::string*> files[] = {{"--tls_cert", &tls.certificate},
+                                                              {"--tls_key", &tls.private_key},
+                                                              {"--tls_client_ca", &tls.client_ca}};
+  for (const auto& [flag, path] : files) {
+    if (!path->empty() && !IsReadable(*path)) {
+      problems.push_back(absl::StrCat(flag, "=", *path, " cannot be read"));
+    }
+  }
+}
+
+void CheckRange(const char* flag, int64_t value, int64_t low, int64_t high,
+                std::vector<std::string>& problems) {
+  if (value < low || value > high) {
+    problems.push_back(absl::StrCat(flag, "=", value, " is outside ", low, " to ", high));
+  }
+}
+
+void CheckSeconds(const char* flag, absl::Duration value, double high,
+                  std::vector<std::string>& problems) {
+  const double seconds = absl::ToDoubleSeconds(value);
+  if (!(seconds > 0 && seconds <= high)) {
+    problems.push_back(absl::StrCat(flag, "=", seconds, " is outside (0, ", high, "]"));
+  }
+}
+
+void CheckAttention(const AttentionDefaults& attention, std::vector<std::string>& problems) {
+  const absl::Status status = model::Validate(Apply(attention, model::AttentionOptions()));
+  if (!status.ok()) problems.push_back(absl::StrCat("attention flags: ", status.message()));
+  const auto& allowed = attention.allowed;
+  if (attention.policy.has_value() &&
+      std::find(allowed.begin(), allowed.end(), *attention.policy) == allowed.end()) {
+    problems.push_back(absl::StrCat("--policy=", model::Name(*attention.policy),
+                                    " is not among --allowed_policies"));
+  }
+}
+
+}  // namespace
+
+std::optional<model::AttentionPolicy> ParsePolicy(const std::string& name) {
+  for (const auto policy : {model::AttentionPolicy::kDense, model::AttentionPolicy::kVerticalSlash,
+                            model::AttentionPolicy::kShare, model::AttentionPolicy::kAuto}) {
+    if (name == model::Name(policy)) return policy;
+  }
+  return std::nullopt;
+}
+
+model::AttentionOptions Apply(const AttentionDefaults& defaults, model::AttentionOptions base) {
+  base.policy = defaults.policy.value_or(base.policy);
+  base.gamma = defaults.gamma.value_or(base.gamma);
+  base.tau = defaults.tau.value_or(base.tau);
+  base.delta = defaults.delta.value_or(base.delta);
+  base.coverage = defaults.coverage.value_or(base.coverage);
+  base.min_budget_tokens = defaults.min_budget_tokens.value_or(base.min_budget_tokens);
+  base.crossover_tokens = defaults.crossover_tokens.value_or(base.crossover_tokens);
+  return base;
+}
+
+absl::Status Validate(const ServerOptions& o) {
+  std::vector<std::string> problems;
+  if (o.engine.checkpoint_dir.empty()) problems.push_back("--model is required");
+  CheckRange("--cpu_threads", o.engine.cpu_threads, 0, 4096, problems);
+  CheckRange("--max_prompt_tokens", o.engine.max_tokens, 0, int64_t{1} << 24, problems);
+  CheckAddresses(o, problems);
+  CheckTls(o.tls, problems);
+  CheckAttention(o.attention, problems);
+  CheckRange("--queue_capacity", o.queue_capacity, 0, 1 << 20, problems);
+  CheckRange("--max_queued_tokens", o.max_queued_tokens, 0, int64_t{1} << 36, problems);
+  CheckRange("--max_lanes", o.max_lanes, 1, 16, problems);
+  CheckRange("--frame_bytes", o.frame_bytes, kMiB, 4 * kMiB, problems);
+  CheckRange("--staging_bytes", o.staging_bytes, 4 * o.frame_bytes, int64_t{1} << 40, problems);
+  CheckSeconds("--stall_timeout_s", o.stall_timeout, 3600, problems);
+  CheckSeconds("--wedge_timeout_s", o.wedge_timeout, 86400, problems);
+  CheckSeconds("--drain_timeout_s", o.drain_timeout, 86400, problems);
+  if (o.wedge_timeout <= o.stall_timeout) {
+    problems.push_back("--wedge_timeout_s must be more than --stall_timeout_s");
+  }
+  if (problems.empty()) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrJoin(problems, "; "));
+}
+
+absl::StatusOr<ServerOptions> OptionsFromCommandLine(int argc, char** argv) {
+  absl::SetProgramUsageMessage("Disaggregated prefill server. prefilld --model=DIR [flags]");
+  const std::vector<char*> positional = absl::ParseCommandLine(argc, argv);
+  std::vector<std::string> problems;
+  for (size_t i = 1; i < positional.size(); ++i) {
+    problems.push_back(absl::StrCat("argument '", positional[i], "' is not a flag"));
+  }
+  ServerOptions options = ReadPlainValues();
+  ReadNamedValues(options, problems);
+  if (const absl::Status status = Validate(options); !status.ok()) {
+    problems.emplace_back(status.message());
+  }
+  if (!problems.empty()) return absl::InvalidArgumentError(absl::StrJoin(problems, "; "));
+  return options;
+}
+
+std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o) {
+  std::vector<std::string> allowed;
+  for (const auto policy : o.attention.allowed) allowed.push_back(model::Name(policy));
+  return {{"model", o.engine.checkpoint_dir},
+          {"device", DeviceName(o.engine.device)},
+          {"cpu_threads", absl::StrCat(o.engine.cpu_threads)},
+          {"max_prompt_tokens", absl::StrCat(o.engine.max_tokens)},
+          {"listen", o.listen},
+          {"metrics_listen", o.metrics_listen},
+          {"tls", o.tls.certificate.empty() ? "off"
+                  : o.tls.client_ca.empty() ? "on"
+                                            : "mutual"},
+          {"allowed_policies", absl::StrJoin(allowed, ",")},
+          {"queue_capacity", absl::StrCat(o.queue_capacity)},
+          {"max_queued_tokens", absl::StrCat(o.max_queued_tokens)},
+          {"max_lanes", absl::StrCat(o.max_lanes)},
+          {"staging_bytes", absl::StrCat(o.staging_bytes)},
+          {"frame_bytes", absl::StrCat(o.frame_bytes)},
+          {"deliver_to_allow", absl::StrJoin(o.deliver_to_allow, ",")},
+          {"stall_timeout", absl::FormatDuration(o.stall_timeout)},
+          {"wedge_timeout", absl::FormatDuration(o.wedge_timeout)},
+          {"drain_timeout", absl::FormatDuration(o.drain_timeout)}};
+}
+
+}  // namespace prefilld::server
