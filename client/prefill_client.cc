@@ -1,0 +1,207 @@
+#include "client/prefill_client.h"
+
+#include <optional>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "client/grpc_status.h"
+#include "client/raw_stream.h"
+#include "client/transfer_check.h"
+#include "grpcpp/channel.h"
+#include "grpcpp/client_context.h"
+#include "prefill/v1/prefill.grpc.pb.h"
+
+namespace prefilld::client {
+namespace {
+
+using ::prefill::v1::Accepted;
+using ::prefill::v1::AttachLaneRequest;
+using ::prefill::v1::PrefillEvent;
+using ::prefill::v1::PrefillRequest;
+using ::prefill::v1::PrefillResult;
+using ::prefill::v1::PrefillService;
+using ::prefill::v1::ServerInfo;
+
+constexpr uint32_t kMaxLanes = 16;
+constexpr char kPrefillMethod[] = "/prefill.v1.PrefillService/Prefill";
+constexpr char kAttachLaneMethod[] = "/prefill.v1.PrefillService/AttachLane";
+
+// One Prefill call. The calling thread reads lane 0, which carries everything that is no frame;
+// further lanes are read by threads that live from Accepted to the end of their streams.
+class PrefillCall {
+ public:
+  PrefillCall(const PrefillRequest& request, KvSink& sink, absl::Time deadline,
+              const std::vector<std::shared_ptr<grpc::Channel>>& channels)
+      : request_(request), sink_(sink), deadline_(deadline) {
+    for (const auto& channel : channels) streams_.push_back(std::make_unique<RawStream>(channel));
+  }
+
+  absl::StatusOr<PrefillResult> Run() {
+    streams_[0]->Start(kPrefillMethod, request_, deadline_);
+    ReadStream(0);
+    if (status().ok() && !result_) Fail(absl::DataLossError("the stream ended without a result"));
+    for (std::thread& thread : lane_threads_) thread.join();
+    if (absl::Status failed = status(); !failed.ok()) return failed;
+    if (!request_.has_deliver_to()) {
+      if (absl::Status complete = check_->Finish(*result_); !complete.ok()) return complete;
+    }
+    return *std::move(result_);
+  }
+
+  // Thread-safe. The first reason stays; it ends every lane.
+  void Fail(absl::Status reason) {
+    {
+      absl::MutexLock lock(&mu_);
+      if (!status_.ok()) return;
+      status_ = std::move(reason);
+    }
+    for (const auto& stream : streams_) stream->Cancel();
+  }
+
+ private:
+  absl::Status status() {
+    absl::MutexLock lock(&mu_);
+    return status_;
+  }
+
+  void ReadStream(uint32_t lane) {
+    RawStream& stream = *streams_[lane];
+    grpc::ByteBuffer message;
+    while (stream.Read(message)) {
+      if (absl::Status taken = Take(lane, message); !taken.ok()) return Fail(std::move(taken));
+    }
+    if (absl::Status ended = stream.Finish(); !ended.ok()) Fail(std::move(ended));
+  }
+
+  absl::Status Take(uint32_t lane, grpc::ByteBuffer& message) {
+    absl::StatusOr<std::optional<ReceivedFrame>> frame = ParseFrame(message);
+    if (!frame.ok()) return frame.status();
+    if (frame->has_value()) return TakeFrame(lane, **frame);
+    PrefillEvent event;
+    if (absl::Status parsed = ParseMessage(message, event); !parsed.ok()) return parsed;
+    if (event.has_kv_frame()) return TakeFrame(lane, MakeReceivedFrame(event.kv_frame()));
+    if (lane != 0) {
+      return absl::DataLossError(absl::StrCat("lane ", lane, " carries more than frames"));
+    }
+    return TakeEvent(std::move(event));
+  }
+
+  absl::Status TakeFrame(uint32_t lane, const ReceivedFrame& frame) {
+    if (check_ == nullptr) return absl::DataLossError("a frame came before Accepted");
+    if (request_.has_deliver_to()) {
+      return absl::DataLossError("a frame came here though the cache is delivered elsewhere");
+    }
+    if (absl::Status checked = check_->Check(lane, frame); !checked.ok()) return checked;
+    return sink_.OnFrame(frame);
+  }
+
+  absl::Status TakeEvent(PrefillEvent event) {
+    if (event.has_accepted() == (check_ != nullptr)) {
+      return absl::DataLossError(check_ == nullptr ? "the stream does not begin with Accepted"
+                                                   : "Accepted came twice");
+    }
+    if (result_) return absl::DataLossError("an event came after the result");
+    switch (event.event_case()) {
+      case PrefillEvent::kAccepted:
+        return TakeAccepted(event.accepted());
+      case PrefillEvent::kProgress:
+        return sink_.OnProgress(event.progress());
+      case PrefillEvent::kResult:
+        result_ = std::move(*event.mutable_result());
+        return absl::OkStatus();
+      default:
+        return absl::OkStatus();  // an event of a later version
+    }
+  }
+
+  absl::Status TakeAccepted(const Accepted& accepted) {
+    const ExpectedTransfer expected = {request_.layout(),
+                                       static_cast<uint32_t>(request_.token_ids_size()),
+                                       request_.model_fingerprint()};
+    if (absl::Status fits = CheckLayout(accepted.layout(), expected); !fits.ok()) return fits;
+    const uint32_t num_lanes = accepted.num_lanes();
+    if (num_lanes < 1 || num_lanes > streams_.size()) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("num_lanes is ", num_lanes, ", asked for were ", streams_.size()));
+    }
+    check_ = std::make_unique<TransferCheck>(accepted.layout(), num_lanes);
+    if (absl::Status taken = sink_.OnAccepted(accepted); !taken.ok()) return taken;
+    for (uint32_t lane = 1; lane < num_lanes; ++lane) {
+      lane_threads_.emplace_back([this, lane, id = accepted.request_id()] {
+        AttachLaneRequest attach;
+        attach.set_request_id(id);
+        attach.set_lane(lane);
+        streams_[lane]->Start(kAttachLaneMethod, attach, deadline_);
+        ReadStream(lane);
+      });
+    }
+    return absl::OkStatus();
+  }
+
+  const PrefillRequest& request_;
+  KvSink& sink_;
+  const absl::Time deadline_;
+  std::vector<std::unique_ptr<RawStream>> streams_;  // by lane
+
+  // Set on Accepted, before the lanes' threads start.
+  std::unique_ptr<TransferCheck> check_;
+  std::vector<std::thread> lane_threads_;
+  std::optional<PrefillResult> result_;
+
+  absl::Mutex mu_;
+  absl::Status status_ ABSL_GUARDED_BY(mu_);
+};
+
+}  // namespace
+
+PrefillClient::PrefillClient(const ChannelOptions& options, std::shared_ptr<grpc::Channel> channel)
+    : options_(options), channels_{std::move(channel)} {}
+
+absl::StatusOr<std::unique_ptr<PrefillClient>> PrefillClient::Create(
+    const ChannelOptions& options) {
+  absl::StatusOr<std::shared_ptr<grpc::Channel>> channel = OpenChannel(options);
+  if (!channel.ok()) return channel.status();
+  return std::unique_ptr<PrefillClient>(new PrefillClient(options, *std::move(channel)));
+}
+
+absl::StatusOr<ServerInfo> PrefillClient::GetServerInfo(absl::Duration timeout) {
+  const auto channels = LaneChannels(1);
+  if (!channels.ok()) return channels.status();
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
+  ServerInfo info;
+  const auto stub = PrefillService::NewStub(channels->front());
+  const grpc::Status status = stub->GetServerInfo(&context, {}, &info);
+  if (!status.ok()) return FromGrpc(status);
+  return info;
+}
+
+absl::StatusOr<PrefillResult> PrefillClient::Prefill(const PrefillRequest& request, KvSink& sink,
+                                                     const PrefillCallOptions& options) {
+  if (request.num_lanes() > kMaxLanes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("num_lanes ", request.num_lanes(), ", allowed: 1 to ", kMaxLanes));
+  }
+  const auto channels = LaneChannels(request.num_lanes() == 0 ? 1 : request.num_lanes());
+  if (!channels.ok()) return channels.status();
+  PrefillCall call(request, sink, options.deadline, *channels);
+  CancelHook hook(options.cancellation,
+                  [&call] { call.Fail(absl::CancelledError("cancelled by the caller")); });
+  return call.Run();
+}
+
+absl::StatusOr<std::vector<std::shared_ptr<grpc::Channel>>> PrefillClient::LaneChannels(
+    uint32_t num_lanes) {
+  absl::MutexLock lock(&mu_);
+  while (channels_.size() < num_lanes) {
+    absl::StatusOr<std::shared_ptr<grpc::Channel>> channel = OpenChannel(options_);
+    if (!channel.ok()) return channel.status();
+    channels_.push_back(*std::move(channel));
+  }
+  return std::vector<std::shared_ptr<grpc::Channel>>(channels_.begin(),
+                                                     channels_.begin() + num_lanes);
+}
+
+}  // namespace prefilld::client

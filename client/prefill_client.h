@@ -1,0 +1,71 @@
+// Client of prefilld: has a prompt prefilled and receives its KV cache, verified.
+#ifndef PREFILLD_CLIENT_PREFILL_CLIENT_H_
+#define PREFILLD_CLIENT_PREFILL_CLIENT_H_
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "client/cancellation.h"
+#include "client/channel.h"
+#include "client/received_frame.h"
+#include "prefill/v1/prefill.pb.h"
+
+namespace prefilld::client {
+
+// Takes what a Prefill call brings. An error that a method returns cancels the call and becomes
+// its status. OnAccepted comes first; OnFrame may then run in several threads at once, one per
+// lane, beside OnProgress.
+class KvSink {
+ public:
+  virtual ~KvSink() = default;
+  // The layout has been compared with the request.
+  virtual absl::Status OnAccepted(const ::prefill::v1::Accepted& accepted) = 0;
+  virtual absl::Status OnProgress(const ::prefill::v1::Progress& progress) = 0;
+  // A frame that passed every check, its checksum included. Slowness here slows the sender down.
+  virtual absl::Status OnFrame(const ReceivedFrame& frame) = 0;
+};
+
+struct PrefillCallOptions {
+  absl::Time deadline = absl::InfiniteFuture();
+  Cancellation* cancellation = nullptr;  // borrowed for the duration of the call; may be null
+};
+
+// Thread-safe; any number of calls at once.
+class PrefillClient {
+ public:
+  // Connects lazily: a server that is not there fails the first call. INVALID_ARGUMENT: as
+  // OpenChannel.
+  static absl::StatusOr<std::unique_ptr<PrefillClient>> Create(const ChannelOptions& options);
+
+  absl::StatusOr<::prefill::v1::ServerInfo> GetServerInfo(absl::Duration timeout);
+
+  // Runs one prompt and returns when the whole cache has gone to `sink`, or with the reason why
+  // not: the server's status (see PrefillService), CANCELLED, the sink's error, and
+  //   FAILED_PRECONDITION  the server answered with another layout than asked for
+  //   DATA_LOSS            a frame is damaged, missing, or not what the layout promises, or the
+  //                        stream ended without a result
+  // With num_lanes > 1 each lane has a connection and a thread of its own. With deliver_to the
+  // frames go elsewhere and the sink sees progress alone.
+  absl::StatusOr<::prefill::v1::PrefillResult> Prefill(const ::prefill::v1::PrefillRequest& request,
+                                                       KvSink& sink,
+                                                       const PrefillCallOptions& options = {});
+
+ private:
+  PrefillClient(const ChannelOptions& options, std::shared_ptr<grpc::Channel> channel);
+  // The channel of lane 0 is the one for everything else, too.
+  absl::StatusOr<std::vector<std::shared_ptr<grpc::Channel>>> LaneChannels(uint32_t num_lanes);
+
+  const ChannelOptions options_;
+  absl::Mutex mu_;
+  std::vector<std::shared_ptr<grpc::Channel>> channels_ ABSL_GUARDED_BY(mu_);  // by lane
+};
+
+}  // namespace prefilld::client
+
+#endif  // PREFILLD_CLIENT_PREFILL_CLIENT_H_

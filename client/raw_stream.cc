@@ -1,0 +1,62 @@
+#include "client/raw_stream.h"
+
+#include <utility>
+
+#include "absl/time/clock.h"
+#include "client/grpc_status.h"
+#include "grpcpp/channel.h"
+#include "grpcpp/support/slice.h"
+
+namespace prefilld::client {
+
+RawStream::RawStream(std::shared_ptr<grpc::Channel> channel) : stub_(std::move(channel)) {}
+
+void RawStream::Start(const std::string& method, const google::protobuf::MessageLite& request,
+                      absl::Time deadline) {
+  if (deadline != absl::InfiniteFuture()) context_.set_deadline(absl::ToChronoTime(deadline));
+  call_ = stub_.PrepareCall(&context_, method, &queue_);
+  call_->StartCall(this);
+  open_ = WaitForOperation();
+  if (!open_) return;
+  const grpc::Slice bytes(request.SerializeAsString());
+  call_->Write(grpc::ByteBuffer(&bytes, 1), grpc::WriteOptions().set_last_message(), this);
+  open_ = WaitForOperation();
+}
+
+RawStream::~RawStream() {
+  if (call_ != nullptr && !finished_) {
+    // The library wants the end of every call to be seen.
+    context_.TryCancel();
+    (void)Finish();
+  }
+  queue_.Shutdown();
+  void* tag;
+  bool ok;
+  while (queue_.Next(&tag, &ok)) {
+  }
+}
+
+// There is never more than one operation under way.
+bool RawStream::WaitForOperation() {
+  void* tag;
+  bool ok = false;
+  return queue_.Next(&tag, &ok) && ok;
+}
+
+bool RawStream::Read(grpc::ByteBuffer& message) {
+  if (!open_) return false;
+  call_->Read(&message, this);
+  open_ = WaitForOperation();
+  return open_;
+}
+
+absl::Status RawStream::Finish() {
+  grpc::Status status;
+  call_->Finish(&status, this);
+  WaitForOperation();
+  finished_ = true;
+  open_ = false;
+  return FromGrpc(status);
+}
+
+}  // namespace prefilld::client

@@ -1,0 +1,213 @@
+#include "client/transfer_check.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+
+namespace prefilld::client {
+namespace {
+
+using ::prefill::v1::DType;
+using ::prefill::v1::KvLayout;
+using ::prefill::v1::KvLayoutRequest;
+using ::prefill::v1::KvOrder;
+using ::prefill::v1::PrefillResult;
+
+// Far above any model; keeps what is allocated for a transfer in proportion to its prompt.
+constexpr uint32_t kMaxLayers = 1024;
+
+template <typename T, typename E>
+absl::Status Expect(const char* field, const T& value, const E& expected) {
+  if (value == expected) return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      absl::StrCat("KV layout: ", field, " is ", value, ", expected ", expected));
+}
+
+uint32_t Or(uint32_t wish, uint32_t otherwise) { return wish == 0 ? otherwise : wish; }
+
+absl::Status CheckConsistent(const KvLayout& layout) {
+  const auto refuse = [](const char* field, uint64_t value, absl::string_view allowed) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("KV layout: ", field, " is ", value, ", allowed: ", allowed));
+  };
+  if (BytesPerElement(layout.dtype()) == 0) {
+    return refuse("dtype", layout.dtype(), "BF16, FP16, FP32");
+  }
+  if (layout.order() != KvOrder::KV_ORDER_NHD && layout.order() != KvOrder::KV_ORDER_HND) {
+    return refuse("order", layout.order(), "NHD, HND");
+  }
+  const uint32_t block = layout.block_tokens();
+  if (block != 16 && block != 32 && block != 64 && block != 128) {
+    return refuse("block_tokens", block, "16, 32, 64, 128");
+  }
+  if (layout.num_layers() < 1 || layout.num_layers() > kMaxLayers) {
+    return refuse("num_layers", layout.num_layers(), absl::StrCat("1 to ", kMaxLayers));
+  }
+  if (layout.head_dim() < 1 || layout.head_dim() > 1024) {
+    return refuse("head_dim", layout.head_dim(), "1 to 1024");
+  }
+  if (layout.num_kv_heads() < 1 || layout.num_kv_heads() > 1024) {
+    return refuse("num_kv_heads", layout.num_kv_heads(), "1 to 1024");
+  }
+  if (layout.num_heads() < 1 || layout.first_head() >= layout.num_kv_heads() ||
+      layout.num_heads() > layout.num_kv_heads() - layout.first_head()) {
+    return refuse("num_heads", layout.num_heads(),
+                  absl::StrCat("1 to num_kv_heads ", layout.num_kv_heads(), " - first_head ",
+                               layout.first_head()));
+  }
+  const uint64_t num_blocks = (uint64_t{layout.num_tokens()} + block - 1) / block;
+  if (layout.num_blocks() != num_blocks) {
+    return refuse("num_blocks", layout.num_blocks(),
+                  absl::StrCat(num_blocks, " for ", layout.num_tokens(), " tokens"));
+  }
+  if (layout.first_block() > num_blocks) {
+    return refuse("first_block", layout.first_block(), absl::StrCat("0 to ", num_blocks));
+  }
+  if (!layout.keys_rotated()) return refuse("keys_rotated", 0, "1");
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+size_t BytesPerElement(DType dtype) {
+  switch (dtype) {
+    case DType::DTYPE_BF16:
+    case DType::DTYPE_FP16:
+      return 2;
+    case DType::DTYPE_FP32:
+      return 4;
+    default:
+      return 0;
+  }
+}
+
+size_t BlockBytes(const KvLayout& layout) {
+  return size_t{layout.block_tokens()} * layout.num_heads() * layout.head_dim() *
+         BytesPerElement(layout.dtype());
+}
+
+absl::Status CheckLayout(const KvLayout& layout, const ExpectedTransfer& expected) {
+  const KvLayoutRequest& wish = expected.layout;
+  // Before CheckConsistent: num_tokens bounds what the rest may ask us to allocate.
+  absl::Status status = Expect("num_tokens", layout.num_tokens(), expected.num_tokens);
+  if (status.ok()) status = CheckConsistent(layout);
+  if (status.ok() && !expected.model_fingerprint.empty()) {
+    status = Expect("model_fingerprint", layout.model_fingerprint(), expected.model_fingerprint);
+  }
+  if (status.ok()) {
+    status = Expect("block_tokens", layout.block_tokens(), Or(wish.block_tokens(), 16));
+  }
+  if (status.ok()) {
+    status =
+        Expect("order", KvOrder_Name(layout.order()),
+               KvOrder_Name(wish.order() == KvOrder::KV_ORDER_UNSPECIFIED ? KvOrder::KV_ORDER_NHD
+                                                                          : wish.order()));
+  }
+  if (status.ok() && wish.dtype() != DType::DTYPE_UNSPECIFIED) {
+    status = Expect("dtype", DType_Name(layout.dtype()), DType_Name(wish.dtype()));
+  }
+  if (status.ok()) status = Expect("first_head", layout.first_head(), wish.first_head());
+  if (status.ok()) {
+    status = Expect("num_heads", layout.num_heads(),
+                    Or(wish.num_heads(), layout.num_kv_heads() - layout.first_head()));
+  }
+  if (status.ok()) status = Expect("first_block", layout.first_block(), wish.first_block());
+  return status;
+}
+
+TransferCheck::TransferCheck(const KvLayout& layout, uint32_t num_lanes)
+    : layout_(layout),
+      block_bytes_(BlockBytes(layout)),
+      frames_per_lane_(num_lanes),
+      arrived_(size_t{layout.num_layers()} * layout.num_blocks()),
+      blocks_missing_(uint64_t{layout.num_layers()} *
+                      (layout.num_blocks() - layout.first_block())) {}
+
+absl::Status TransferCheck::Check(uint32_t lane, const ReceivedFrame& frame) {
+  absl::Status status = CheckPlace(lane, frame);
+  if (!status.ok()) return status;
+  const uint64_t checksum = frame.payload.Xxh3();
+  if (checksum != frame.checksum) {
+    return absl::DataLossError(absl::StrFormat(
+        "lane %u, frame %u (layer %u, blocks from %u): checksum of the payload is %016x, sent "
+        "was %016x",
+        lane, frame.sequence, frame.layer, frame.first_block, checksum, frame.checksum));
+  }
+  return MarkArrived(lane, frame);
+}
+
+absl::Status TransferCheck::CheckPlace(uint32_t lane, const ReceivedFrame& frame) const {
+  if (frame.lane != lane) {
+    return absl::DataLossError(
+        absl::StrCat("a frame of lane ", frame.lane, " arrived on lane ", lane));
+  }
+  const uint64_t end = uint64_t{frame.first_block} + frame.num_blocks;
+  if (frame.layer >= layout_.num_layers() || frame.num_blocks == 0 ||
+      frame.first_block < layout_.first_block() || end > layout_.num_blocks()) {
+    return absl::DataLossError(absl::StrCat(
+        "lane ", lane, ", frame ", frame.sequence, ": layer ", frame.layer, ", blocks ",
+        frame.first_block, " to ", end, " are outside the layout (", layout_.num_layers(),
+        " layers, blocks ", layout_.first_block(), " to ", layout_.num_blocks(), ")"));
+  }
+  const uint64_t size = uint64_t{2} * frame.num_blocks * block_bytes_;
+  if (frame.payload.size() != size) {
+    return absl::DataLossError(absl::StrCat("lane ", lane, ", frame ", frame.sequence,
+                                            ": payload of ", frame.payload.size(), " bytes, ",
+                                            frame.num_blocks, " blocks have ", size));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status TransferCheck::MarkArrived(uint32_t lane, const ReceivedFrame& frame) {
+  absl::MutexLock lock(&mu_);
+  if (frame.sequence != frames_per_lane_[lane]) {
+    return absl::DataLossError(absl::StrCat("lane ", lane, ": frame ", frame.sequence,
+                                            " arrived where ", frames_per_lane_[lane], " was due"));
+  }
+  const size_t row = size_t{frame.layer} * layout_.num_blocks();
+  for (uint32_t block = frame.first_block; block < frame.first_block + frame.num_blocks; ++block) {
+    if (arrived_[row + block]) {
+      return absl::DataLossError(absl::StrCat("lane ", lane, ", frame ", frame.sequence, ": layer ",
+                                              frame.layer, ", block ", block, " arrived before"));
+    }
+    arrived_[row + block] = true;
+  }
+  ++frames_per_lane_[lane];
+  blocks_missing_ -= frame.num_blocks;
+  bytes_ += frame.payload.size();
+  return absl::OkStatus();
+}
+
+absl::Status TransferCheck::Finish(const PrefillResult& result) const {
+  absl::MutexLock lock(&mu_);
+  const size_t lanes = std::max<size_t>(frames_per_lane_.size(), result.frames_per_lane_size());
+  for (size_t lane = 0; lane < lanes; ++lane) {
+    const uint64_t arrived = lane < frames_per_lane_.size() ? frames_per_lane_[lane] : 0;
+    const uint64_t sent = lane < static_cast<size_t>(result.frames_per_lane_size())
+                              ? result.frames_per_lane(static_cast<int>(lane))
+                              : 0;
+    if (arrived != sent) {
+      return absl::DataLossError(
+          absl::StrCat("lane ", lane, ": ", arrived, " frames arrived of ", sent, " sent"));
+    }
+  }
+  if (blocks_missing_ > 0) {
+    return absl::DataLossError(absl::StrCat(
+        blocks_missing_, " blocks were never sent, though the server says it is done"));
+  }
+  return absl::OkStatus();
+}
+
+uint64_t TransferCheck::frames() const {
+  absl::MutexLock lock(&mu_);
+  return std::accumulate(frames_per_lane_.begin(), frames_per_lane_.end(), uint64_t{0});
+}
+
+uint64_t TransferCheck::bytes() const {
+  absl::MutexLock lock(&mu_);
+  return bytes_;
+}
+
+}  // namespace prefilld::client

@@ -1,0 +1,68 @@
+#ifndef PREFILLD_CLIENT_TRANSFER_CHECK_H_
+#define PREFILLD_CLIENT_TRANSFER_CHECK_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "client/received_frame.h"
+#include "prefill/v1/kv.pb.h"
+#include "prefill/v1/prefill.pb.h"
+
+namespace prefilld::client {
+
+size_t BytesPerElement(::prefill::v1::DType dtype);  // 0 for an unknown one
+
+// Bytes of one block of one layer, K or V, with the layout's range of heads.
+size_t BlockBytes(const ::prefill::v1::KvLayout& layout);
+
+// What the consumer knows before the first frame.
+struct ExpectedTransfer {
+  ::prefill::v1::KvLayoutRequest layout;
+  uint32_t num_tokens = 0;
+  std::string model_fingerprint;  // empty: any
+};
+
+// FAILED_PRECONDITION, with field, value and expectation, when `layout` contradicts itself or is
+// not what was asked for.
+absl::Status CheckLayout(const ::prefill::v1::KvLayout& layout, const ExpectedTransfer& expected);
+
+// Compares one transfer's frames with what its layout promises: numbered without gaps per lane,
+// inside the layout, of the right size, with the right checksum, each block of each layer once,
+// none missing. Thread-safe; the checksums of several lanes are computed in parallel.
+class TransferCheck {
+ public:
+  // `layout` has passed CheckLayout.
+  TransferCheck(const ::prefill::v1::KvLayout& layout, uint32_t num_lanes);
+
+  // Takes a frame that arrived on `lane`. DATA_LOSS says what is wrong with it; its payload must
+  // not be used then.
+  absl::Status Check(uint32_t lane, const ReceivedFrame& frame);
+  // After the last frame of every lane. DATA_LOSS when something is missing.
+  absl::Status Finish(const ::prefill::v1::PrefillResult& result) const;
+
+  uint64_t frames() const;
+  uint64_t bytes() const;
+
+ private:
+  absl::Status CheckPlace(uint32_t lane, const ReceivedFrame& frame) const;
+  absl::Status MarkArrived(uint32_t lane, const ReceivedFrame& frame);
+
+  const ::prefill::v1::KvLayout layout_;
+  const size_t block_bytes_;
+
+  mutable absl::Mutex mu_;
+  std::vector<uint64_t> frames_per_lane_ ABSL_GUARDED_BY(mu_);
+  std::vector<bool> arrived_ ABSL_GUARDED_BY(mu_);  // [num_layers, num_blocks]
+  uint64_t blocks_missing_ ABSL_GUARDED_BY(mu_);    // over all layers
+  uint64_t bytes_ ABSL_GUARDED_BY(mu_) = 0;
+};
+
+}  // namespace prefilld::client
+
+#endif  // PREFILLD_CLIENT_TRANSFER_CHECK_H_
