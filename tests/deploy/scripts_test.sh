@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The shell scripts parse, pass shellcheck where it is installed, refuse nonsense, and the prompt
+# script keeps its promises.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+scripts=(deploy/*.sh tests/*.sh tests/*/*.sh .ci/run)
+
+failures=0
+fail() {
+  echo "FAILED: $*"
+  failures=$((failures + 1))
+}
+
+for script in "${scripts[@]}"; do
+  bash -n "$script" || fail "$script does not parse"
+  [[ -x "$script" ]] || fail "$script is not executable"
+  grep -q '^set -euo pipefail$' "$script" || fail "$script does not stop at errors"
+done
+if command -v shellcheck >/dev/null; then
+  shellcheck "${scripts[@]}" || fail shellcheck
+fi
+
+for script in deploy/install_packages.sh deploy/quickstart.sh; do
+  if "$script" --no-such-option >/dev/null 2>&1; then
+    fail "$script accepts an unknown option"
+  fi
+done
+
+for bytes in 200 8191 16383; do
+  prompt=$(deploy/pass_key_prompt.sh "$bytes" 58210 0.3 7 && echo .)
+  prompt=${prompt%.}
+  [[ ${#prompt} -eq $bytes ]] || fail "asked for $bytes bytes, got ${#prompt}"
+  [[ "$prompt" == *" The pass key is 58210. Remember it. "* ]] || fail "no key in $bytes bytes"
+  [[ "$prompt" == *$'\nWhat is the pass key? The pass key is ' ]] || fail "no question in $bytes bytes"
+done
+if deploy/pass_key_prompt.sh 50 58210 >/dev/null 2>&1; then
+  fail "a prompt too short for its key"
+fi
+
+[[ $failures -eq 0 ]] || exit 1
+echo "${#scripts[@]} scripts pass"

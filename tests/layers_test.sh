@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# The rules of the house that grep can check: who may include whom, what stands at the top, how long
+# a file may be, and that the README names only what exists. Prints every breach; exits 1 on any.
+#   tests/layers_test.sh [ROOT]
+set -euo pipefail
+cd "${1:-$(dirname "${BASH_SOURCE[0]}")/..}"
+
+breaches=0
+breach() {
+  echo "$1:"
+  while IFS= read -r line; do echo "  $line"; done <<<"$2"
+  breaches=$((breaches + 1))
+}
+# check TEXT LINES: LINES is what should be empty.
+check() { [[ -z "$2" ]] || breach "$1" "$2"; }
+
+sources() {
+  local folder
+  for folder in "$@"; do
+    find "$folder" -type f \( -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' \)
+  done
+}
+# includes PATTERN FOLDER...: the include lines that match, in the sources of the folders.
+includes() {
+  local pattern=$1
+  shift
+  sources "$@" | xargs --no-run-if-empty grep -nE "^[[:space:]]*#[[:space:]]*include[[:space:]]*$pattern" || true
+}
+client_library() { find client -maxdepth 1 -type f \( -name '*.h' -o -name '*.cc' \); }
+
+# Direction of knowledge: proto <- server -> model -> kernels.
+check 'kernels/ includes something of ours from outside' \
+  "$(includes '"(proto|prefill|server|model|client|tests)/' kernels)"
+check 'model/ includes from above it' "$(includes '"(server|client|tests)/' model)"
+check 'model/ includes gRPC or protobuf' "$(includes '(<grpc|<google/protobuf|"prefill/v1/|[<"].*\.pb\.h)' model)"
+check 'model/ or above includes device code' "$(includes '".*\.cuh"' model server client)"
+check 'server/ includes a CUDA header' "$(includes '(<cuda|<cublas|"kernels/cuda/)' server)"
+check 'server/ includes the client' "$(includes '"client/' server)"
+check 'the client library includes more than proto' \
+  "$(client_library | xargs --no-run-if-empty grep -nE '^#include "(server|model|kernels)/' || true)"
+check 'client/ includes the server' "$(includes '"server/' client)"
+check 'host code includes device code' \
+  "$(sources kernels | grep -E '\.(h|cc)$' | xargs grep -nE '^#include ".*\.cuh"' || true)"
+check 'getenv outside the options' \
+  "$(sources server client model kernels | grep -v '/options\.cc$' | xargs grep -nE '\bgetenv\(' || true)"
+check 'a file named after nothing' \
+  "$(sources server client model kernels tests | grep -E '/(common|utils?|helpers?|misc)[^/]*$' || true)"
+
+# Every header says once-only, and no source is longer than a reader's patience.
+check 'no include guard or #pragma once' \
+  "$(sources proto kernels model server client tests | grep -E '\.(h|cuh)$' | grep -v -e '-inl\.h$' |
+    xargs --no-run-if-empty grep -LE '^#(pragma once|ifndef PREFILLD_)' || true)"
+check 'over 600 lines' \
+  "$({ sources kernels model server client tests; find model client tests deploy -name '*.py' -o -name '*.sh'; } |
+    xargs wc -l | awk '$2 != "total" && $1 > 600')"
+
+# The top level is fixed.
+top='CMakeLists\.txt|CMakePresets\.json|LICENSE|README\.md|proto|server|kernels|model|client|deploy|tests'
+listed() { git ls-files 2>/dev/null | cut -d/ -f1 | sort -u || find . -maxdepth 1 -printf '%P\n'; }
+check 'not in the fixed top level' "$(listed | grep -vxE "$top|build|\..*|" || true)"
+
+# What the README names exists: paths, links, programs, flags.
+readme_missing() {
+  local path flag program
+  grep -oE '(\./)?\b(deploy|tests|proto|server|kernels|model|client)/[A-Za-z0-9_./-]*[A-Za-z0-9_/]' README.md |
+    sort -u | while IFS= read -r path; do
+      [[ -e "$path" ]] || echo "$path"
+    done
+  grep -oE '\]\([^)#]+' README.md | cut -c3- | grep -v '^https\?:' | sort -u | while IFS= read -r path; do
+    [[ -e "$path" ]] || echo "$path (link)"
+  done
+  local options=(server/options.cc client/*/options.cc deploy/quickstart.sh tests/run.sh)
+  grep -oE -- '(^|[^-A-Za-z0-9])--[a-z][a-z0-9_-]+' README.md | grep -oE -- '--.*' | sort -u |
+    grep -vxE -- "--(target|build-arg|tag|gpus|rm|file|from-file)" | while IFS= read -r flag; do
+      grep -qE -- "ABSL_FLAG\(.*[ >]${flag#--},|[ (|]$flag\b" "${options[@]}" || echo "$flag (flag)"
+    done
+  grep -oE '\b(prefilld-[a-z-]+|prefill-[a-z]+)\b' README.md | sort -u | while IFS= read -r program; do
+    grep -rqE "\b$program\b" --include=CMakeLists.txt --include='*.yaml' server client deploy || echo "$program (program)"
+  done
+}
+if [[ -e README.md ]]; then
+  check 'named in README.md but not there' "$(readme_missing)"
+fi
+
+if [[ $breaches -gt 0 ]]; then
+  echo "$breaches rules broken"
+  exit 1
+fi
+echo "all rules hold"
