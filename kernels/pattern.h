@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "kernels/attention.h"
+
 namespace prefilld::kernels {
 
 // The estimate of all heads from the last query block: S = softmax(Q K^T * scale), causal, fp32,
@@ -29,8 +31,12 @@ struct EstimateParams {
   float* slash = nullptr;       // [num_heads, num_keys]: per offset (query - key); sums to 1
   void* scratch = nullptr;      // EstimateScratchBytes() bytes
 };
-// Large enough for either backend; grows with num_keys.
-int64_t EstimateScratchBytes(int num_heads, int64_t num_keys, int block_tokens);
+// Large enough for either backend: the maximum and sum of every row over each run of 256 keys, and
+// one float per key.
+constexpr int64_t EstimateScratchBytes(int num_heads, int64_t num_keys, int block_tokens) {
+  const int64_t row_runs = static_cast<int64_t>(block_tokens) * (CeilDiv(num_keys, 256) + 1);
+  return static_cast<int64_t>(sizeof(float)) * num_heads * (2 * row_runs + num_keys);
+}
 
 // The vertical-slash sets of all heads: the smallest set of columns whose vertical mass reaches
 // gamma and the smallest set of diagonals whose slash mass does, at least min_budget_tokens of
@@ -49,7 +55,10 @@ struct VerticalSlashParams {
   uint32_t* diagonals = nullptr;  // [num_heads, W]: bit j, key block r - j in every row r
   void* scratch = nullptr;        // VerticalSlashScratchBytes() bytes
 };
-int64_t VerticalSlashScratchBytes(int num_heads, int64_t num_keys);
+// Large enough for either backend: two words per key and a few histograms for each head.
+constexpr int64_t VerticalSlashScratchBytes(int num_heads, int64_t num_keys) {
+  return static_cast<int64_t>(sizeof(uint32_t)) * num_heads * (2 * num_keys + 8192);
+}
 
 // pattern[r] = columns | diagonals shifted to row r, cut at the diagonal, for one head.
 struct ExpandVerticalSlashParams {

@@ -1,1 +1,119 @@
-#include "kernels/kv_pack.h"
+#include "kernels/cpu/simd_targets.h"
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/kv_pack.cc"
+#include "hwy/foreach_target.h"
+// foreach_target.h comes first.
+#include <algorithm>
+#include <cstring>
+
+#include "hwy/highway.h"
+#include "kernels/cpu/kv_pack.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace prefilld::kernels::cpu {
+namespace HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+using F32 = hn::ScalableTag<float>;
+using U32 = hn::Rebind<uint32_t, F32>;
+using U16 = hn::Rebind<uint16_t, F32>;
+
+// Both conversions work on the bits, so that every instruction set rounds alike.
+HWY_INLINE hn::Vec<U32> Bf16Bits(hn::Vec<F32> x) {
+  const U32 du;
+  const auto bits = hn::BitCast(du, x);
+  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1));
+  const auto rounded = hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7fff)));
+  // Rounding could carry a NaN into infinity: set its quiet bit instead.
+  const auto nan = hn::Or(bits, hn::Set(du, 0x00400000));
+  return hn::ShiftRight<16>(hn::IfThenElse(hn::RebindMask(du, hn::Ne(x, x)), nan, rounded));
+}
+
+HWY_INLINE hn::Vec<U32> Fp16Bits(hn::Vec<F32> x) {
+  const F32 d;
+  const U32 du;
+  const auto bits = hn::BitCast(du, x);
+  const auto sign = hn::And(bits, hn::Set(du, 0x80000000u));
+  const auto magnitude = hn::Xor(bits, sign);
+  const auto abs = hn::BitCast(d, magnitude);
+  // Normal results: move the exponent's bias and round the 13 dropped bits; too large a value
+  // ends with an exponent of infinity or beyond.
+  const auto odd = hn::And(hn::ShiftRight<13>(magnitude), hn::Set(du, 1));
+  const auto rebiased = hn::Sub(magnitude, hn::Set(du, 112u << 23));
+  auto half = hn::ShiftRight<13>(hn::Add(rebiased, hn::Add(odd, hn::Set(du, 0xfff))));
+  // Subnormal results: adding 0.5 leaves multiples of 2^-24 in the low mantissa bits, rounded.
+  const auto half_float = hn::Set(d, 0.5f);
+  const auto subnormal =
+      hn::Sub(hn::BitCast(du, hn::Add(abs, half_float)), hn::BitCast(du, half_float));
+  half = hn::IfThenElse(hn::RebindMask(du, hn::Lt(abs, hn::Set(d, 0x1p-14f))), subnormal, half);
+  half = hn::IfThenElse(hn::RebindMask(du, hn::Ge(abs, hn::Set(d, 65520.0f))), hn::Set(du, 0x7c00),
+                        half);
+  half = hn::IfThenElse(hn::RebindMask(du, hn::Ne(x, x)), hn::Set(du, 0x7e00), half);
+  return hn::Or(half, hn::ShiftRight<16>(sign));
+}
+
+// n is a multiple of 16, as every head_dim is.
+template <bool kBf16>
+HWY_INLINE void ConvertRow(const float* HWY_RESTRICT from, size_t n, uint16_t* HWY_RESTRICT to) {
+  const F32 d;
+  const U16 d16;
+  for (size_t i = 0; i < n; i += hn::Lanes(d)) {
+    const auto x = hn::LoadU(d, from + i);
+    hn::StoreU(hn::TruncateTo(d16, kBf16 ? Bf16Bits(x) : Fp16Bits(x)), d16, to + i);
+  }
+}
+
+void PackHead(const PackKvParams& p, const float* from, int64_t token_stride, uint8_t* to,
+              int64_t num_tokens) {
+  const size_t n = static_cast<size_t>(p.head_dim);
+  const int64_t stride_bytes = token_stride * static_cast<int64_t>(SizeOf(p.dst_dtype));
+  for (int64_t t = 0; t < num_tokens; ++t, from += p.head_dim, to += stride_bytes) {
+    switch (p.dst_dtype) {
+      case DType::kBf16:
+        ConvertRow<true>(from, n, reinterpret_cast<uint16_t*>(to));
+        break;
+      case DType::kFp16:
+        ConvertRow<false>(from, n, reinterpret_cast<uint16_t*>(to));
+        break;
+      case DType::kFp32:
+        std::memcpy(to, from, n * sizeof(float));
+        break;
+    }
+  }
+}
+
+void PackBlocks(const PackKvParams& p) {
+  const int64_t bytes = static_cast<int64_t>(SizeOf(p.dst_dtype));
+  const int64_t block_bytes = int64_t{p.block_tokens} * p.num_heads * p.head_dim * bytes;
+  const bool nhd = p.order == KvOrder::kNhd;
+  const int64_t token_stride = nhd ? int64_t{p.num_heads} * p.head_dim : p.head_dim;
+  const int64_t head_stride = nhd ? p.head_dim : int64_t{p.block_tokens} * p.head_dim;
+  uint8_t* dst = static_cast<uint8_t*>(p.dst);
+  for (const void* src : {p.k, p.v}) {
+    for (int64_t b = 0; b < p.num_blocks; ++b, dst += block_bytes) {
+      const int64_t first_token = (p.first_block + b) * p.block_tokens;
+      const int64_t tokens = std::clamp<int64_t>(p.num_tokens - first_token, 0, p.block_tokens);
+      if (tokens < p.block_tokens) std::memset(dst, 0, static_cast<size_t>(block_bytes));
+      for (int64_t h = 0; h < p.num_heads; ++h) {
+        const float* from = static_cast<const float*>(src) + (p.first_head + h) * p.kv_head_stride +
+                            first_token * p.head_dim;
+        PackHead(p, from, token_stride, dst + h * head_stride * bytes, tokens);
+      }
+    }
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace prefilld::kernels::cpu
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace prefilld::kernels::cpu {
+
+HWY_EXPORT(PackBlocks);
+
+void PackKv(const PackKvParams& params) { HWY_DYNAMIC_DISPATCH(PackBlocks)(params); }
+
+}  // namespace prefilld::kernels::cpu
+#endif

@@ -1,1 +1,131 @@
-#include "kernels/pattern.h"
+#include "kernels/cpu/pattern.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <bit>
+#include <numeric>
+#include <vector>
+
+namespace prefilld::kernels::cpu {
+namespace {
+
+void SetBit(uint32_t* bits, int64_t i) { bits[i / 32] |= 1u << (i % 32); }
+bool TestBit(const uint32_t* bits, int64_t i) { return (bits[i / 32] >> (i % 32)) & 1; }
+
+// Reorders indices 0 .. n-1 of `mass` into `order` and returns how many of the first are the
+// smallest set whose mass reaches gamma of the total, but at least `floor` (or n).
+//
+// Sorting everything would cost most of the time for a set that is usually small, so a prefix is
+// sorted that doubles until it is long enough.
+int64_t SelectSmallestSet(const float* mass, int64_t n, double gamma, int64_t floor,
+                          uint32_t* order) {
+  std::iota(order, order + n, 0u);
+  // A NaN counts as no mass, and so keeps the order well defined.
+  const auto mass_of = [mass](int64_t i) { return mass[i] > 0.0f ? mass[i] : 0.0f; };
+  const auto before = [mass_of](uint32_t a, uint32_t b) {
+    return mass_of(a) != mass_of(b) ? mass_of(a) > mass_of(b) : a < b;
+  };
+  double total = 0.0;
+  for (int64_t i = 0; i < n; ++i) total += mass_of(i);
+  const double target = gamma * total;
+  double sum = 0.0;
+  int64_t taken = 0;
+  for (int64_t sorted = 0, prefix = 256; sorted < n; prefix *= 2) {
+    const int64_t end = std::min(std::max(prefix, floor), n);
+    if (end < n) std::nth_element(order + sorted, order + end, order + n, before);
+    std::sort(order + sorted, order + end, before);
+    sorted = end;
+    for (; taken < end; ++taken) {
+      const bool reached = sum >= target || mass_of(order[taken]) == 0.0f;
+      if (reached && taken >= floor) return taken;
+      sum += mass_of(order[taken]);
+    }
+  }
+  return taken;
+}
+
+}  // namespace
+
+void VerticalSlash(const VerticalSlashParams& params) {
+  const int64_t n = params.num_keys;
+  const int64_t block = params.block_tokens;
+  const int64_t num_blocks = CeilDiv(n, block);
+  const int64_t words = PatternWords(num_blocks);
+  const int64_t floor = std::min(params.min_budget_tokens, n);
+#pragma omp parallel for schedule(dynamic, 1)
+  for (int h = 0; h < params.num_heads; ++h) {
+    uint32_t* order = static_cast<uint32_t*>(params.scratch) + h * n;
+    uint32_t* columns = params.columns + h * words;
+    std::fill_n(columns, words, 0u);
+    SetBit(columns, 0);
+    int64_t taken = SelectSmallestSet(params.vertical + h * n, n, params.gamma, floor, order);
+    for (int64_t i = 0; i < taken; ++i) SetBit(columns, order[i] / block);
+
+    uint32_t* diagonals = params.diagonals + h * words;
+    std::fill_n(diagonals, words, 0u);
+    SetBit(diagonals, 0);
+    taken = SelectSmallestSet(params.slash + h * n, n, params.gamma, floor, order);
+    for (int64_t i = 0; i < taken; ++i) {
+      const int64_t diagonal = order[i] / block;
+      SetBit(diagonals, diagonal);
+      if (order[i] % block != 0 && diagonal + 1 < num_blocks) SetBit(diagonals, diagonal + 1);
+    }
+  }
+}
+
+void ExpandVerticalSlash(const ExpandVerticalSlashParams& params) {
+  const int64_t words = PatternWords(params.num_key_blocks);
+  const int64_t first_block = params.num_key_blocks - params.num_query_blocks;
+#pragma omp parallel for schedule(dynamic, 16)
+  for (int64_t row = 0; row < params.num_query_blocks; ++row) {
+    uint32_t* pattern = params.pattern + row * words;
+    std::fill_n(pattern, words, 0u);
+    const int64_t block = first_block + row;
+    for (int64_t c = 0; c <= block; ++c) {
+      if (TestBit(params.columns, c) || TestBit(params.diagonals, block - c)) SetBit(pattern, c);
+    }
+  }
+}
+
+void SelectRows(const SelectRowsParams& params) {
+  const int64_t num_key_blocks = params.num_key_blocks;
+  const int64_t words = PatternWords(num_key_blocks);
+  const int64_t first_block = num_key_blocks - params.num_query_blocks;
+  // The only allocation: four bytes per key block for each thread.
+  std::vector<uint32_t> orders(static_cast<size_t>(num_key_blocks * omp_get_max_threads()));
+#pragma omp parallel for schedule(dynamic, 16)
+  for (int64_t row = 0; row < params.num_query_blocks; ++row) {
+    uint32_t* order = &orders[omp_get_thread_num() * num_key_blocks];
+    uint32_t* pattern = params.pattern + row * words;
+    std::fill_n(pattern, words, 0u);
+    const int64_t block = first_block + row;
+    const int64_t taken = SelectSmallestSet(params.block_mass + row * num_key_blocks, block + 1,
+                                            params.gamma, 0, order);
+    for (int64_t i = 0; i < taken; ++i) SetBit(pattern, order[i]);
+    SetBit(pattern, 0);
+    SetBit(pattern, block);
+  }
+}
+
+void MeasurePattern(const MeasurePatternParams& params) {
+  const int64_t words = PatternWords(params.num_key_blocks);
+  int64_t blocks = 0;
+  double mass = 0.0;
+  // In one thread, so that the sum does not depend on their number.
+  for (int64_t row = 0; row < params.num_query_blocks; ++row) {
+    const uint32_t* last_row = row + 1 == params.num_query_blocks ? params.last_row : nullptr;
+    for (int64_t word = 0; word < words; ++word) {
+      uint32_t bits = params.pattern[row * words + word] | (last_row ? last_row[word] : 0);
+      blocks += std::popcount(bits);
+      if (params.block_mass == nullptr) continue;
+      const float* row_mass = params.block_mass + row * params.num_key_blocks + word * 32;
+      for (; bits != 0; bits &= bits - 1) mass += row_mass[std::countr_zero(bits)];
+    }
+  }
+  *params.blocks = blocks;
+  if (params.block_mass != nullptr)
+    *params.mass = mass / static_cast<double>(params.num_query_blocks);
+}
+
+}  // namespace prefilld::kernels::cpu

@@ -1,0 +1,21 @@
+// The ops of kernels/layer_ops.h over fp32.
+//
+// Ops run on the threads of kernels/cpu/threads.h and return when they are done.
+// Linear runs on oneDNN (a dot-product kernel of our own for few tokens), the rest on our own
+// vector code.
+#ifndef PREFILLD_KERNELS_CPU_LAYER_OPS_H_
+#define PREFILLD_KERNELS_CPU_LAYER_OPS_H_
+
+#include "kernels/layer_ops.h"
+
+namespace prefilld::kernels::cpu {
+
+void Embedding(const EmbeddingParams& params);
+void RmsNorm(const RmsNormParams& params);
+void Linear(const LinearParams& params);
+void QkvRope(const QkvRopeParams& params);
+void SwiGlu(const SwiGluParams& params);
+
+}  // namespace prefilld::kernels::cpu
+
+#endif  // PREFILLD_KERNELS_CPU_LAYER_OPS_H_

@@ -1,0 +1,12 @@
+// The instruction sets that vector code is compiled for; the best one is chosen at run time.
+//
+// Include before any header of Highway. Left out are sets that gain nothing over their
+// predecessor here, and those of scalable vectors, which cannot be held in arrays: the register
+// tiles of the attention kernel are such arrays.
+#ifndef PREFILLD_KERNELS_CPU_SIMD_TARGETS_H_
+#define PREFILLD_KERNELS_CPU_SIMD_TARGETS_H_
+
+#define HWY_DISABLED_TARGETS \
+  (HWY_SSSE3 | HWY_AVX3_DL | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
+
+#endif  // PREFILLD_KERNELS_CPU_SIMD_TARGETS_H_
