@@ -23,8 +23,8 @@ struct TlsOptions {
 };
 
 struct ChannelOptions {
-  std::string address;            // host:port, or any gRPC target
-  std::optional<TlsOptions> tls;  // absent: plain text
+  std::string address;                           // host:port, or any gRPC target
+  std::optional<TlsOptions> tls = std::nullopt;  // absent: plain text
 };
 
 // A channel with a connection of its own, shared with no other channel of the process: lanes of
