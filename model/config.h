@@ -21,7 +21,7 @@ struct RopeConfig {
   RopeKind kind = RopeKind::kDefault;
   double theta = 10000.0;
   double factor = 1.0;
-  int64_t original_max_positions = 0;
+  int64_t original_max_positions = 0;  // dynamic NTK, llama3, YaRN
   double low_freq_factor = 1.0;   // llama3
   double high_freq_factor = 4.0;  // llama3
   double beta_fast = 32.0;        // YaRN

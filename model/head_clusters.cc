@@ -1,1 +1,120 @@
 #include "model/head_clusters.h"
+
+#include <cstddef>
+#include <map>
+#include <nlohmann/json.hpp>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "model/config_fields.h"
+#include "model/strict_json.h"
+
+namespace prefilld::model {
+namespace {
+
+using nlohmann::json;
+
+constexpr size_t kMaxFileBytes = size_t{16} << 20;
+
+// Dense numbers for the clusters that share, in the order the file lists them.
+absl::StatusOr<std::map<std::string, int>> NumberSharedClusters(const json& file) {
+  const auto clusters = file.find("clusters");
+  if (clusters == file.end() || !clusters->is_object()) {
+    return absl::InvalidArgumentError("clusters is missing or not an object");
+  }
+  const auto shared = file.find("shared_clusters");
+  if (shared == file.end() || !shared->is_array()) {
+    return absl::InvalidArgumentError("shared_clusters is missing or not an array");
+  }
+  std::map<std::string, int> number_of;
+  for (const json& id : *shared) {
+    if (!id.is_string() || !clusters->contains(id.get_ref<const std::string&>())) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("shared_clusters names ", Shown(id), ", which is not among the clusters"));
+    }
+    const int number = static_cast<int>(number_of.size());
+    if (!number_of.emplace(id.get<std::string>(), number).second) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("shared_clusters names ", Shown(id), " twice"));
+    }
+  }
+  return number_of;
+}
+
+// Reads [layer, head] of a cluster; `taken` marks the heads that have one.
+absl::Status AssignHead(const json& head, const std::string& cluster, int number,
+                        std::vector<std::vector<bool>>& taken, HeadClusters& result) {
+  const bool is_pair = head.is_array() && head.size() == 2 && head[0].is_number_unsigned() &&
+                       head[1].is_number_unsigned();
+  const size_t num_layers = taken.size();
+  const size_t num_heads = taken.front().size();
+  if (!is_pair || head[0].get<uint64_t>() >= num_layers || head[1].get<uint64_t>() >= num_heads) {
+    return absl::InvalidArgumentError(absl::StrCat("cluster ", Shown(cluster), ": ", Shown(head),
+                                                   " is not a [layer, head] of a model with ",
+                                                   num_layers, " layers of ", num_heads, " heads"));
+  }
+  const auto layer = head[0].get<size_t>();
+  const auto index = head[1].get<size_t>();
+  if (taken[layer][index]) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("cluster ", Shown(cluster), ": ", Shown(head), " is already in a cluster"));
+  }
+  taken[layer][index] = true;
+  result.cluster_of[layer][index] = number;
+  return absl::OkStatus();
+}
+
+absl::Status ReadThresholds(const json& file, HeadClusters& result) {
+  const auto found = file.find("thresholds");
+  if (found == file.end() || found->is_null()) return absl::OkStatus();
+  if (!found->is_object()) return absl::InvalidArgumentError("thresholds is not an object");
+  ConfigFields fields(*found, "thresholds.");
+  const auto read = [&](const char* name, std::optional<float>& threshold) {
+    const double value = fields.Number(name, 0.0, 1.0, 0.0);
+    if (fields.Has(name)) threshold = static_cast<float>(value);
+  };
+  read("gamma", result.gamma);
+  read("tau", result.tau);
+  read("delta", result.delta);
+  read("coverage", result.coverage);
+  if (result.gamma == 0.0f) fields.Refuse("gamma", "is not in (0, 1]");
+  return fields.Finish();
+}
+
+absl::StatusOr<HeadClusters> ReadClusters(const json& file, const ModelConfig& config) {
+  absl::StatusOr<std::map<std::string, int>> number_of = NumberSharedClusters(file);
+  if (!number_of.ok()) return number_of.status();
+
+  const auto num_layers = static_cast<size_t>(config.num_layers);
+  const auto num_heads = static_cast<size_t>(config.num_heads);
+  HeadClusters result;
+  result.num_clusters = static_cast<int>(number_of->size());
+  result.cluster_of.assign(num_layers, std::vector<int>(num_heads, HeadClusters::kNoCluster));
+  std::vector<std::vector<bool>> taken(num_layers, std::vector<bool>(num_heads, false));
+  for (const auto& [id, heads] : file["clusters"].items()) {
+    if (!heads.is_array()) {
+      return absl::InvalidArgumentError(absl::StrCat("cluster ", Shown(id), " is not an array"));
+    }
+    const auto found = number_of->find(id);
+    const int number = found == number_of->end() ? HeadClusters::kNoCluster : found->second;
+    for (const json& head : heads) {
+      if (absl::Status s = AssignHead(head, id, number, taken, result); !s.ok()) return s;
+    }
+  }
+  if (absl::Status s = ReadThresholds(file, result); !s.ok()) return s;
+  return result;
+}
+
+}  // namespace
+
+absl::StatusOr<HeadClusters> LoadHeadClusters(const std::string& path, const ModelConfig& config) {
+  absl::StatusOr<json> file = ReadJsonObject(path, kMaxFileBytes);
+  if (!file.ok()) return file.status();
+  absl::StatusOr<HeadClusters> clusters = ReadClusters(*file, config);
+  if (!clusters.ok()) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": ", clusters.status().message()));
+  }
+  return clusters;
+}
+
+}  // namespace prefilld::model

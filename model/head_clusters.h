@@ -3,7 +3,9 @@
 // File format (JSON), that of the SharePrefill release with optional additions:
 //   {"clusters": {"<id>": [[layer, head], ...], ...},   groups of query heads
 //    "shared_clusters": ["<id>", ...],                  those that may share patterns
-//    "thresholds": {"gamma": g, "tau": t, "delta": d, "coverage": c}, ...}   optional, tuned
+//    "thresholds": {"gamma": g, "tau": t, "delta": d, "coverage": c}}   optional, tuned; any of
+//    them
+// Other keys may say where the file comes from and are not read.
 #ifndef PREFILLD_MODEL_HEAD_CLUSTERS_H_
 #define PREFILLD_MODEL_HEAD_CLUSTERS_H_
 

@@ -1,5 +1,6 @@
 #include "model/rope_config.h"
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
@@ -107,8 +108,10 @@ RopeConfig ReadRopeObject(ConfigFields& outer, ConfigFields& fields, int64_t max
   rope.original_max_positions = ReadOriginalPositions(outer, fields, max_positions);
   switch (rope.kind) {
     case RopeKind::kDefault:
+      rope.original_max_positions = 0;
       break;
     case RopeKind::kLinear:
+      rope.original_max_positions = 0;
       rope.factor = fields.Number("factor", 1.0, kMaxFactor);
       break;
     case RopeKind::kDynamicNtk:
