@@ -21,7 +21,7 @@ model=model/tiny
 pids=()
 
 usage() {
-  sed -n '6,11s/^# \\?//p' "$0" >&2
+  sed -n '6,11s/^# *//p' "$0" >&2
   exit 2
 }
 
