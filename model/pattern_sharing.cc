@@ -1,0 +1,329 @@
+#include "model/pattern_sharing.h"
+
+#include <algorithm>
+
+#include "model/stopwatch.h"
+
+namespace prefilld::model {
+namespace {
+
+// Block masses of pivots held at a time where they fit into this: launches with several pivots
+// fill the device at lengths where one does not.
+constexpr int64_t kPivotMassBytes = int64_t{64} << 20;
+
+int64_t CausalBlocks(int64_t num_blocks) { return num_blocks * (num_blocks + 1) / 2; }
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<PatternSharing>> PatternSharing::Create(Backend* backend,
+                                                                       const ModelConfig* config,
+                                                                       const HeadClusters* clusters,
+                                                                       int64_t max_tokens,
+                                                                       int block_tokens) {
+  std::unique_ptr<PatternSharing> sharing(
+      new PatternSharing(backend, config, clusters, block_tokens));
+  if (absl::Status status = sharing->Allocate(max_tokens); !status.ok()) return status;
+  return sharing;
+}
+
+absl::Status PatternSharing::Allocate(int64_t max_tokens) {
+  const int64_t heads = config_.num_heads;
+  const int64_t blocks = kernels::CeilDiv(max_tokens, block_tokens_);
+  const int64_t words = kernels::PatternWords(blocks);
+  const int64_t mass_bytes = blocks * blocks * int64_t{sizeof(float)};
+  const int64_t scratch_bytes =
+      std::max(kernels::EstimateScratchBytes(config_.num_heads, max_tokens, block_tokens_),
+               kernels::VerticalSlashScratchBytes(config_.num_heads, max_tokens));
+  const struct {
+    DeviceBuffer& buffer;
+    int64_t bytes;
+  } wanted[] = {
+      {block_estimate_, heads * blocks * int64_t{sizeof(float)}},
+      {vertical_, heads * max_tokens * int64_t{sizeof(float)}},
+      {slash_, heads * max_tokens * int64_t{sizeof(float)}},
+      {scratch_, scratch_bytes},
+      {columns_, heads * words * int64_t{sizeof(uint32_t)}},
+      {diagonals_, heads * words * int64_t{sizeof(uint32_t)}},
+      {trial_columns_, words * int64_t{sizeof(uint32_t)}},
+      {trial_diagonals_, words * int64_t{sizeof(uint32_t)}},
+      {last_rows_, heads * words * int64_t{sizeof(uint32_t)}},
+      {vertical_slash_patterns_, heads * blocks * words * int64_t{sizeof(uint32_t)}},
+      {pivot_patterns_, clusters_.num_clusters * blocks * words * int64_t{sizeof(uint32_t)}},
+      {pivot_mass_,
+       clusters_.empty()
+           ? 0
+           : std::max(mass_bytes, std::min(mass_bytes * clusters_.num_clusters, kPivotMassBytes))},
+      {figures_mass_, 2 * heads * int64_t{sizeof(double)}},
+      {figures_blocks_, 2 * heads * int64_t{sizeof(int64_t)}},
+  };
+  for (const auto& [buffer, bytes] : wanted) {
+    if (bytes == 0) continue;
+    absl::StatusOr<DeviceBuffer> allocated = backend_.Allocate(static_cast<size_t>(bytes));
+    if (!allocated.ok()) return allocated.status();
+    buffer = *std::move(allocated);
+  }
+  pivots_.resize(clusters_.num_clusters);
+  for (ClusterPivot& pivot : pivots_) pivot.estimate.reserve(blocks);
+  no_clusters_.assign(heads, HeadClusters::kNoCluster);
+  estimate_.resize(heads * blocks);
+  last_rows_host_.resize(heads * words);
+  mass_host_.resize(2 * heads);
+  blocks_host_.resize(2 * heads);
+  work_.reserve(heads);
+  return absl::OkStatus();
+}
+
+void PatternSharing::StartPrompt(int64_t num_tokens, const AttentionOptions& options) {
+  options_ = options;
+  num_tokens_ = num_tokens;
+  num_blocks_ = kernels::CeilDiv(num_tokens, block_tokens_);
+  for (ClusterPivot& pivot : pivots_) pivot.layer = pivot.head = ClusterPivot::kNone;
+}
+
+absl::Status PatternSharing::Attend(int layer, const kernels::AttentionParams& attention,
+                                    LayerReport* report) {
+  Stopwatch stopwatch;
+  if (absl::Status status = Estimate(attention); !status.ok()) return status;
+
+  const absl::Span<const int> cluster_of = options_.policy == AttentionPolicy::kShare
+                                               ? absl::MakeConstSpan(clusters_.cluster_of[layer])
+                                               : absl::MakeConstSpan(no_clusters_);
+  const absl::Span<const float> estimate(estimate_.data(), config_.num_heads * num_blocks_);
+  const std::vector<int> pivots = ChoosePivots(cluster_of, estimate, pivots_, options_);
+  report->pattern_us += stopwatch.LapUs();
+
+  const int64_t mass_floats = static_cast<int64_t>(pivot_mass_.bytes() / sizeof(float));
+  const size_t at_a_time =
+      static_cast<size_t>(std::max<int64_t>(1, mass_floats / (num_blocks_ * num_blocks_)));
+  for (size_t first = 0; first < pivots.size(); first += at_a_time) {
+    const auto batch = absl::MakeConstSpan(pivots).subspan(first, at_a_time);
+    if (absl::Status status = AttendPivots(attention, batch); !status.ok()) return status;
+    report->attention_us += stopwatch.LapUs();
+    if (absl::Status status = MeasurePivots(layer, cluster_of, batch); !status.ok()) return status;
+    report->pattern_us += stopwatch.LapUs();
+  }
+
+  std::vector<HeadRole> roles(config_.num_heads, HeadRole::kPivot);
+  for (int head = 0; head < config_.num_heads; ++head) {
+    if (std::binary_search(pivots.begin(), pivots.end(), head)) continue;
+    const int cluster = cluster_of[head];
+    roles[head] =
+        DecideHead(layer, EstimateOf(head),
+                   cluster == HeadClusters::kNoCluster ? nullptr : &pivots_[cluster], options_);
+  }
+  if (absl::Status status = BuildPatterns(cluster_of, roles); !status.ok()) return status;
+  Summarize(roles, report);
+  report->pattern_us += stopwatch.LapUs();
+
+  if (work_.empty()) return absl::OkStatus();
+  kernels::AttentionParams params = attention;
+  params.work = work_.data();
+  params.num_work = static_cast<int>(work_.size());
+  absl::Status status = backend_.Attention(params);
+  if (status.ok()) status = backend_.Synchronize();
+  report->attention_us += stopwatch.LapUs();
+  return status;
+}
+
+absl::Status PatternSharing::Estimate(const kernels::AttentionParams& attention) {
+  const int64_t num_queries = std::min<int64_t>(block_tokens_, num_tokens_);
+  const int64_t query_offset = (attention.num_queries - num_queries) * config_.num_heads *
+                               config_.head_dim *
+                               static_cast<int64_t>(kernels::SizeOf(backend_.compute_dtype()));
+  absl::Status status =
+      backend_.Estimate({.q = static_cast<const char*>(attention.q) + query_offset,
+                         .k = attention.k,
+                         .num_queries = num_queries,
+                         .num_keys = num_tokens_,
+                         .kv_head_stride = attention.kv_head_stride,
+                         .num_heads = config_.num_heads,
+                         .num_kv_heads = config_.num_kv_heads,
+                         .head_dim = config_.head_dim,
+                         .block_tokens = block_tokens_,
+                         .scale = attention.scale,
+                         .block_mass = block_estimate_.as<float>(),
+                         .vertical = vertical_.as<float>(),
+                         .slash = slash_.as<float>(),
+                         .scratch = scratch_.data()});
+  if (status.ok()) {
+    status = SelectVerticalSlash(0, config_.num_heads, options_.gamma, options_.min_budget_tokens,
+                                 columns_.as<uint32_t>(), diagonals_.as<uint32_t>());
+  }
+  if (!status.ok()) return status;
+  return backend_.Download(estimate_.data(), block_estimate_.data(),
+                           config_.num_heads * num_blocks_ * sizeof(float));
+}
+
+absl::Status PatternSharing::SelectVerticalSlash(int first_head, int num_heads, float gamma,
+                                                 int64_t min_budget_tokens, uint32_t* columns,
+                                                 uint32_t* diagonals) {
+  return backend_.VerticalSlash({.vertical = vertical_.as<float>() + first_head * num_tokens_,
+                                 .slash = slash_.as<float>() + first_head * num_tokens_,
+                                 .num_keys = num_tokens_,
+                                 .num_heads = num_heads,
+                                 .block_tokens = block_tokens_,
+                                 .gamma = gamma,
+                                 .min_budget_tokens = min_budget_tokens,
+                                 .columns = columns,
+                                 .diagonals = diagonals,
+                                 .scratch = scratch_.data()});
+}
+
+absl::Status PatternSharing::AttendPivots(const kernels::AttentionParams& attention,
+                                          absl::Span<const int> pivots) {
+  work_.clear();
+  for (size_t i = 0; i < pivots.size(); ++i) {
+    work_.push_back({.head = pivots[i], .block_mass = PivotMass(i)});
+  }
+  kernels::AttentionParams params = attention;
+  params.work = work_.data();
+  params.num_work = static_cast<int>(work_.size());
+  if (absl::Status status = backend_.Attention(params); !status.ok()) return status;
+  return backend_.Synchronize();
+}
+
+absl::Status PatternSharing::MeasurePivots(int layer, absl::Span<const int> cluster_of,
+                                           absl::Span<const int> pivots) {
+  // Slot 2 i: the pattern of pivot i; slot 2 i + 1: its own vertical-slash set.
+  for (size_t i = 0; i < pivots.size(); ++i) {
+    const int head = pivots[i];
+    const int slot = static_cast<int>(2 * i);
+    uint32_t* pattern = PivotPattern(cluster_of[head]);
+    absl::Status status = backend_.SelectRows({.block_mass = PivotMass(i),
+                                               .num_query_blocks = num_blocks_,
+                                               .num_key_blocks = num_blocks_,
+                                               .gamma = options_.gamma,
+                                               .pattern = pattern});
+    if (status.ok()) status = Measure(PivotMass(i), pattern, nullptr, slot);
+    if (status.ok()) {
+      status = Expand(columns_.as<uint32_t>() + head * row_words(),
+                      diagonals_.as<uint32_t>() + head * row_words(), VerticalSlashPattern(head));
+    }
+    if (status.ok()) status = Measure(PivotMass(i), VerticalSlashPattern(head), nullptr, slot + 1);
+    if (!status.ok()) return status;
+  }
+  if (absl::Status status = DownloadFigures(); !status.ok()) return status;
+
+  std::vector<std::pair<PatternFigures, PatternFigures>> measured;
+  for (size_t i = 0; i < pivots.size(); ++i)
+    measured.push_back({Figures(2 * i), Figures(2 * i + 1)});
+  for (size_t i = 0; i < pivots.size(); ++i) {
+    auto [own, vertical_slash] = measured[i];
+    if (vertical_slash.blocks > own.blocks) {
+      absl::StatusOr<PatternFigures> cut = CutToCost(pivots[i], PivotMass(i), own.blocks);
+      if (!cut.ok()) return cut.status();
+      vertical_slash = *cut;
+    }
+    const absl::Span<const float> estimate = EstimateOf(pivots[i]);
+    ClusterPivot& pivot = pivots_[cluster_of[pivots[i]]];
+    pivot.layer = layer;
+    pivot.head = pivots[i];
+    pivot.estimate.assign(estimate.begin(), estimate.end());
+    pivot.worth_sharing = WorthSharing(vertical_slash, options_.coverage);
+  }
+  return absl::OkStatus();
+}
+
+// The floor of min_budget_tokens is left out here: it would keep the set above the limit.
+absl::StatusOr<PatternFigures> PatternSharing::CutToCost(int head, const float* block_mass,
+                                                         int64_t limit_blocks) {
+  EqualCostGamma search(options_.gamma, limit_blocks);
+  for (int step = 0; step < EqualCostGamma::kSteps; ++step) {
+    absl::Status status =
+        SelectVerticalSlash(head, 1, search.next(), /*min_budget_tokens=*/0,
+                            trial_columns_.as<uint32_t>(), trial_diagonals_.as<uint32_t>());
+    // The pivot itself needs no vertical-slash pattern: its place is free.
+    if (status.ok()) {
+      status = Expand(trial_columns_.as<uint32_t>(), trial_diagonals_.as<uint32_t>(),
+                      VerticalSlashPattern(head));
+    }
+    if (status.ok()) status = Measure(block_mass, VerticalSlashPattern(head), nullptr, 0);
+    if (status.ok()) status = DownloadFigures();
+    if (!status.ok()) return status;
+    search.Record(Figures(0));
+  }
+  return search.best();
+}
+
+absl::Status PatternSharing::BuildPatterns(absl::Span<const int> cluster_of,
+                                           absl::Span<const HeadRole> roles) {
+  const int64_t words = row_words();
+  std::fill_n(last_rows_host_.begin(), config_.num_heads * words, 0u);
+  for (int head = 0; head < config_.num_heads; ++head) {
+    if (roles[head] != HeadRole::kShared) continue;
+    SelectBlocks(EstimateOf(head), options_.gamma,
+                 absl::MakeSpan(last_rows_host_).subspan(head * words, words));
+  }
+  absl::Status status = backend_.Upload(last_rows_.data(), last_rows_host_.data(),
+                                        config_.num_heads * words * sizeof(uint32_t));
+  work_.clear();
+  for (int head = 0; head < config_.num_heads && status.ok(); ++head) {
+    if (roles[head] == HeadRole::kPivot) continue;
+    kernels::HeadWork work = {.head = head};
+    if (roles[head] == HeadRole::kShared) {
+      work.pattern = PivotPattern(cluster_of[head]);
+      work.last_row = last_rows_.as<uint32_t>() + head * words;
+    } else {
+      work.pattern = VerticalSlashPattern(head);
+      status = Expand(columns_.as<uint32_t>() + head * words,
+                      diagonals_.as<uint32_t>() + head * words, VerticalSlashPattern(head));
+    }
+    if (status.ok()) status = Measure(nullptr, work.pattern, work.last_row, head);
+    work_.push_back(work);
+  }
+  if (!status.ok()) return status;
+  return DownloadFigures();
+}
+
+absl::Status PatternSharing::Expand(const uint32_t* columns, const uint32_t* diagonals,
+                                    uint32_t* pattern) {
+  return backend_.ExpandVerticalSlash({.columns = columns,
+                                       .diagonals = diagonals,
+                                       .num_query_blocks = num_blocks_,
+                                       .num_key_blocks = num_blocks_,
+                                       .pattern = pattern});
+}
+
+absl::Status PatternSharing::Measure(const float* block_mass, const uint32_t* pattern,
+                                     const uint32_t* last_row, int slot) {
+  return backend_.MeasurePattern(
+      {.block_mass = block_mass,
+       .pattern = pattern,
+       .last_row = last_row,
+       .num_query_blocks = num_blocks_,
+       .num_key_blocks = num_blocks_,
+       .mass = block_mass != nullptr ? figures_mass_.as<double>() + slot : nullptr,
+       .blocks = figures_blocks_.as<int64_t>() + slot});
+}
+
+absl::Status PatternSharing::DownloadFigures() {
+  absl::Status status = backend_.Download(mass_host_.data(), figures_mass_.data(),
+                                          mass_host_.size() * sizeof(double));
+  if (!status.ok()) return status;
+  return backend_.Download(blocks_host_.data(), figures_blocks_.data(),
+                           blocks_host_.size() * sizeof(int64_t));
+}
+
+void PatternSharing::Summarize(absl::Span<const HeadRole> roles, LayerReport* report) const {
+  const int64_t causal_blocks = CausalBlocks(num_blocks_);
+  int64_t blocks = 0;
+  for (size_t head = 0; head < roles.size(); ++head) {
+    switch (roles[head]) {
+      case HeadRole::kPivot:
+        ++report->pivot_heads;
+        blocks += causal_blocks;
+        continue;
+      case HeadRole::kShared:
+        ++report->shared_heads;
+        break;
+      case HeadRole::kVerticalSlash:
+        ++report->vertical_slash_heads;
+        break;
+    }
+    blocks += blocks_host_[head];
+  }
+  report->density = static_cast<double>(blocks) /
+                    (static_cast<double>(causal_blocks) * static_cast<double>(roles.size()));
+}
+
+}  // namespace prefilld::model

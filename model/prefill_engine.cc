@@ -1,1 +1,371 @@
 #include "model/prefill_engine.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <filesystem>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "model/head_clusters.h"
+#include "model/kv_slots.h"
+#include "model/layer_step.h"
+#include "model/pattern_sharing.h"
+#include "model/stopwatch.h"
+#include "model/weights.h"
+
+namespace prefilld::model {
+namespace {
+
+constexpr int64_t kDefaultMaxTokens = 131072;
+// Wide enough to saturate the GEMMs of the device, narrow enough that the wide activations stay
+// small beside the hidden states (CUDA) or in the cache (CPU).
+constexpr int64_t kCpuTileTokens = 512;
+constexpr int64_t kCudaTileTokens = 8192;
+// KV heads start at multiples of this many tokens, so that a kernel may load whole tiles.
+constexpr int64_t kKvStrideTokens = 128;
+
+int64_t RoundUp(int64_t n, int64_t multiple) { return kernels::CeilDiv(n, multiple) * multiple; }
+
+// The longest prompt that the model's rotation is made for; beyond it answers are noise.
+int64_t PositionLimit(const ModelConfig& config) {
+  switch (config.rope.kind) {
+    case RopeKind::kDefault:
+    case RopeKind::kLlama3:
+      return config.max_positions;
+    case RopeKind::kLinear:
+      return static_cast<int64_t>(static_cast<double>(config.max_positions) * config.rope.factor);
+    case RopeKind::kYarn:
+      return std::max(config.max_positions,
+                      static_cast<int64_t>(static_cast<double>(config.rope.original_max_positions) *
+                                           config.rope.factor));
+    case RopeKind::kDynamicNtk:
+      return INT64_MAX;  // stretches with the prompt
+  }
+  return config.max_positions;
+}
+
+absl::Status ValidateOptions(const EngineOptions& options) {
+  if (options.max_tokens < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_tokens ", options.max_tokens, " is negative"));
+  }
+  if (options.tile_tokens < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("tile_tokens ", options.tile_tokens, " is negative"));
+  }
+  if (options.kv_slots < 2) {
+    return absl::InvalidArgumentError(absl::StrCat("kv_slots ", options.kv_slots,
+                                                   " is below 2: one layer leaves while the next "
+                                                   "is computed"));
+  }
+  if (options.block_tokens != 64 && options.block_tokens != 128) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("block_tokens ", options.block_tokens, " unsupported; built for 64, 128"));
+  }
+  return absl::OkStatus();
+}
+
+// What a running prompt uses. Everything is allocated when the engine is created.
+struct EngineParts {
+  int block_tokens = 0;
+  EngineInfo info;
+  std::unique_ptr<Backend> backend;  // before all that lives in its memory
+  Weights weights;
+  HeadClusters clusters;
+  std::unique_ptr<LayerStep> step;
+  std::unique_ptr<PatternSharing> sharing;
+  std::unique_ptr<KvSlots> slots;
+  std::vector<kernels::HeadWork> dense_work;  // all heads
+  std::atomic<bool> busy = false;             // a sequence exists
+};
+
+class Sequence final : public PrefillSequence {
+ public:
+  // `options` with the policy resolved. Clears parts->busy on destruction.
+  Sequence(EngineParts* parts, absl::Span<const uint32_t> tokens, const AttentionOptions& options)
+      : parts_(*parts), tokens_(tokens.begin(), tokens.end()), policy_(options.policy) {
+    if (policy_ != AttentionPolicy::kDense) parts_.sharing->StartPrompt(num_tokens(), options);
+  }
+
+  ~Sequence() override {
+    parts_.slots->ReleaseAll();
+    parts_.busy = false;
+  }
+
+  AttentionPolicy policy() const override { return policy_; }
+
+  absl::StatusOr<LayerReport> RunLayer() override {
+    if (!failure_.ok()) return failure_;
+    if (next_layer_ == config().num_layers) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("all ", next_layer_, " layers are computed"));
+    }
+    absl::StatusOr<KvSlot> slot = parts_.slots->Acquire(next_layer_);
+    if (!slot.ok()) return slot.status();
+    Stopwatch stopwatch;
+    LayerReport report;
+    report.layer = next_layer_;
+    failure_ = ComputeLayer(*slot, &report);
+    if (!failure_.ok()) return failure_;
+    report.compute_us = stopwatch.LapUs();
+    parts_.slots->MarkComputed(next_layer_++);
+    return report;
+  }
+
+  absl::Status PackKv(int layer, const KvSelection& selection, void* dst) override {
+    absl::StatusOr<KvSlot> slot = parts_.slots->Computed(layer);
+    if (!slot.ok()) return slot.status();
+    if (absl::Status status = CheckSelection(selection); !status.ok()) return status;
+    return parts_.backend->PackKv({.k = slot->k,
+                                   .v = slot->v,
+                                   .kv_head_stride = kv_head_stride(),
+                                   .num_tokens = num_tokens(),
+                                   .first_block = selection.first_block,
+                                   .num_blocks = selection.num_blocks,
+                                   .block_tokens = selection.block_tokens,
+                                   .first_head = selection.first_head,
+                                   .num_heads = selection.num_heads,
+                                   .head_dim = config().head_dim,
+                                   .order = selection.order,
+                                   .dst_dtype = selection.dtype,
+                                   .dst = dst});
+  }
+
+  void ReleaseKv(int layer) override { parts_.slots->Release(layer); }
+
+  absl::StatusOr<std::vector<float>> FinalLogits() override {
+    if (next_layer_ < config().num_layers) {
+      return absl::FailedPreconditionError(absl::StrCat("logits asked for after ", next_layer_,
+                                                        " of ", config().num_layers, " layers"));
+    }
+    return parts_.step->Logits();
+  }
+
+ private:
+  const ModelConfig& config() const { return parts_.info.config; }
+  int64_t num_tokens() const { return static_cast<int64_t>(tokens_.size()); }
+  int64_t kv_head_stride() const {
+    return RoundUp(num_tokens(), kKvStrideTokens) * config().head_dim;
+  }
+
+  // Waits for the device three times a layer, to tell the stages' times apart and because PackKv
+  // asks for it at the end; some tens of microseconds of a layer of milliseconds.
+  absl::Status ComputeLayer(const KvSlot& slot, LayerReport* report) {
+    absl::Status status;
+    if (next_layer_ == 0) status = parts_.step->Embed(tokens_, /*first_position=*/0, num_tokens());
+    if (status.ok()) {
+      status = parts_.step->BeforeAttention(next_layer_, {.k = slot.k,
+                                                          .v = slot.v,
+                                                          .head_stride = kv_head_stride(),
+                                                          .token_stride = config().head_dim});
+    }
+    if (status.ok()) status = parts_.backend->Synchronize();
+    if (status.ok()) status = Attend(slot, report);
+    if (status.ok()) status = parts_.step->AfterAttention(next_layer_);
+    if (status.ok()) status = parts_.backend->Synchronize();
+    return status;
+  }
+
+  absl::Status Attend(const KvSlot& slot, LayerReport* report) {
+    kernels::AttentionParams attention = {
+        .q = parts_.step->queries(),
+        .k = slot.k,
+        .v = slot.v,
+        .out = parts_.step->queries(),
+        .num_queries = num_tokens(),
+        .num_keys = num_tokens(),
+        .kv_head_stride = kv_head_stride(),
+        .num_heads = config().num_heads,
+        .num_kv_heads = config().num_kv_heads,
+        .head_dim = config().head_dim,
+        .block_tokens = parts_.block_tokens,
+        .scale = 1.0f / std::sqrt(static_cast<float>(config().head_dim)),
+    };
+    if (policy_ != AttentionPolicy::kDense) {
+      return parts_.sharing->Attend(next_layer_, attention, report);
+    }
+    attention.work = parts_.dense_work.data();
+    attention.num_work = static_cast<int>(parts_.dense_work.size());
+    Stopwatch stopwatch;
+    absl::Status status = parts_.backend->Attention(attention);
+    if (status.ok()) status = parts_.backend->Synchronize();
+    report->attention_us = stopwatch.LapUs();
+    report->dense_heads = config().num_heads;
+    report->density = 1.0;
+    return status;
+  }
+
+  absl::Status CheckSelection(const KvSelection& selection) const {
+    const int block_tokens = selection.block_tokens;
+    if (block_tokens != 16 && block_tokens != 32 && block_tokens != 64 && block_tokens != 128) {
+      return absl::InvalidArgumentError(absl::StrCat("kv.block_tokens ", block_tokens,
+                                                     " unsupported; built for 16, 32, 64, 128"));
+    }
+    const int64_t blocks = kernels::CeilDiv(num_tokens(), block_tokens);
+    if (selection.first_block < 0 || selection.num_blocks < 1 ||
+        selection.num_blocks > blocks - selection.first_block) {
+      return absl::InvalidArgumentError(absl::StrCat("kv.first_block ", selection.first_block,
+                                                     " and kv.num_blocks ", selection.num_blocks,
+                                                     " do not lie within the prompt's ", blocks));
+    }
+    if (selection.first_head < 0 || selection.num_heads < 1 ||
+        selection.num_heads > config().num_kv_heads - selection.first_head) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "kv.first_head ", selection.first_head, " and kv.num_heads ", selection.num_heads,
+          " do not lie within the model's ", config().num_kv_heads));
+    }
+    return absl::OkStatus();
+  }
+
+  EngineParts& parts_;
+  const std::vector<uint32_t> tokens_;
+  const AttentionPolicy policy_;
+  int next_layer_ = 0;
+  absl::Status failure_;  // of a layer: the hidden states are lost with it
+};
+
+class Engine final : public PrefillEngine {
+ public:
+  explicit Engine(std::unique_ptr<EngineParts> parts) : parts_(std::move(parts)) {}
+
+  const EngineInfo& info() const override { return parts_->info; }
+  int kv_slots() const override { return parts_->slots->count(); }
+  size_t allocated_bytes() const override { return parts_->backend->allocated_bytes(); }
+  absl::StatusOr<DeviceBuffer> AllocateStaging(size_t bytes) override {
+    return parts_->backend->AllocateStaging(bytes);
+  }
+
+  absl::StatusOr<std::unique_ptr<PrefillSequence>> Start(absl::Span<const uint32_t> tokens,
+                                                         const AttentionOptions& options) override {
+    if (absl::Status status = CheckTokens(tokens); !status.ok()) return status;
+    if (absl::Status status = Validate(options); !status.ok()) return status;
+    if (parts_->busy.exchange(true)) {
+      return absl::FailedPreconditionError("another sequence is running");
+    }
+    AttentionOptions resolved = options;
+    resolved.policy = ResolvePolicy(options, static_cast<int64_t>(tokens.size()),
+                                    parts_->block_tokens, !parts_->clusters.empty());
+    return std::make_unique<Sequence>(parts_.get(), tokens, resolved);
+  }
+
+ private:
+  absl::Status CheckTokens(absl::Span<const uint32_t> tokens) const {
+    const int64_t vocab_size = parts_->info.config.vocab_size;
+    if (tokens.empty() || static_cast<int64_t>(tokens.size()) > parts_->info.max_tokens) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "a prompt of ", tokens.size(), " tokens is outside [1, ", parts_->info.max_tokens, "]"));
+    }
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      if (tokens[i] < vocab_size) continue;
+      return absl::InvalidArgumentError(absl::StrCat("token_ids[", i, "] ", tokens[i],
+                                                     " is outside the vocabulary of ", vocab_size));
+    }
+    return absl::OkStatus();
+  }
+
+  const std::unique_ptr<EngineParts> parts_;
+};
+
+// The model's last path component, for people.
+std::string ModelName(const std::string& checkpoint_dir) {
+  const std::filesystem::path path = std::filesystem::path(checkpoint_dir).lexically_normal();
+  return (path.has_filename() ? path.filename() : path.parent_path().filename()).string();
+}
+
+absl::StatusOr<HeadClusters> LoadClusters(const EngineOptions& options, const ModelConfig& config) {
+  if (!options.clusters_path.empty()) return LoadHeadClusters(options.clusters_path, config);
+  const std::string beside = options.checkpoint_dir + "/head_clusters.json";
+  std::error_code ignored;
+  if (std::filesystem::exists(beside, ignored)) return LoadHeadClusters(beside, config);
+  HeadClusters none;
+  none.cluster_of.assign(config.num_layers,
+                         std::vector<int>(config.num_heads, HeadClusters::kNoCluster));
+  return none;
+}
+
+AttentionOptions DefaultAttention(const EngineOptions& options, const HeadClusters& clusters) {
+  AttentionOverrides of_file;
+  of_file.gamma = clusters.gamma;
+  of_file.tau = clusters.tau;
+  of_file.delta = clusters.delta;
+  of_file.coverage = clusters.coverage;
+  return Apply(options.attention_overrides, Apply(of_file, options.attention));
+}
+
+absl::StatusOr<int64_t> MaxTokens(const EngineOptions& options, const ModelConfig& config) {
+  if (options.max_tokens == 0) return std::min(config.max_positions, kDefaultMaxTokens);
+  const int64_t limit = PositionLimit(config);
+  if (options.max_tokens <= limit) return options.max_tokens;
+  return absl::InvalidArgumentError(absl::StrCat("max_tokens ", options.max_tokens,
+                                                 " is above the model's ", limit, " positions"));
+}
+
+// The device memory of a running prompt.
+absl::Status AllocateWorkspace(const EngineOptions& options, EngineParts* parts) {
+  const ModelConfig& config = parts->info.config;
+  Backend* backend = parts->backend.get();
+  const int64_t max_tokens = parts->info.max_tokens;
+  int64_t tile_tokens = options.tile_tokens;
+  if (tile_tokens == 0) {
+    tile_tokens = parts->info.device_name == "cpu" ? kCpuTileTokens : kCudaTileTokens;
+  }
+  auto step = LayerStep::Create(backend, &config, &parts->weights, max_tokens, tile_tokens);
+  if (!step.ok()) return step.status();
+  auto sharing =
+      PatternSharing::Create(backend, &config, &parts->clusters, max_tokens, options.block_tokens);
+  if (!sharing.ok()) return sharing.status();
+  const int64_t slot_elements =
+      RoundUp(max_tokens, kKvStrideTokens) * config.num_kv_heads * config.head_dim;
+  auto slots = KvSlots::Create(backend, options.kv_slots,
+                               slot_elements * kernels::SizeOf(backend->compute_dtype()));
+  if (!slots.ok()) return slots.status();
+  parts->step = *std::move(step);
+  parts->sharing = *std::move(sharing);
+  parts->slots = *std::move(slots);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<PrefillEngine>> CreatePrefillEngine(const EngineOptions& options) {
+  if (absl::Status status = ValidateOptions(options); !status.ok()) return status;
+  auto parts = std::make_unique<EngineParts>();
+  EngineInfo& info = parts->info;
+  parts->block_tokens = options.block_tokens;
+
+  absl::StatusOr<ModelConfig> config = LoadModelConfig(options.checkpoint_dir);
+  if (!config.ok()) return config.status();
+  info.config = *std::move(config);
+  absl::StatusOr<int64_t> max_tokens = MaxTokens(options, info.config);
+  if (!max_tokens.ok()) return max_tokens.status();
+  info.max_tokens = *max_tokens;
+  info.model_name = ModelName(options.checkpoint_dir);
+
+  absl::StatusOr<HeadClusters> clusters = LoadClusters(options, info.config);
+  if (!clusters.ok()) return clusters.status();
+  parts->clusters = *std::move(clusters);
+  info.default_attention = DefaultAttention(options, parts->clusters);
+  if (absl::Status status = Validate(info.default_attention); !status.ok()) return status;
+
+  absl::StatusOr<std::unique_ptr<Backend>> backend =
+      CreateBackend(options.device, options.cpu_threads);
+  if (!backend.ok()) return backend.status();
+  parts->backend = *std::move(backend);
+  info.device_name = parts->backend->device_name();
+  info.native_dtype = parts->backend->compute_dtype();
+
+  absl::StatusOr<Weights> weights =
+      LoadWeights(options.checkpoint_dir, info.config, *parts->backend);
+  if (!weights.ok()) return weights.status();
+  parts->weights = *std::move(weights);
+  info.fingerprint = parts->weights.fingerprint;
+
+  if (absl::Status status = AllocateWorkspace(options, parts.get()); !status.ok()) return status;
+  for (int head = 0; head < info.config.num_heads; ++head) {
+    parts->dense_work.push_back({.head = head});
+  }
+  return std::make_unique<Engine>(std::move(parts));
+}
+
+}  // namespace prefilld::model

@@ -1,0 +1,137 @@
+// Sparse attention of one layer by SharePrefill (Peng et al., "Accelerating Prefilling for
+// Long-Context LLMs via Sparse Pattern Sharing", arXiv 2505.19578), online part.
+//
+// Two observations carry it: the attention patterns of many heads are alike, and which heads are
+// alike is a property of the model (model/head_clusters.h) though the patterns change with the
+// prompt. So, prompt by prompt and layer by layer:
+//   1 Estimate  From the last block of queries: mass per key block, per column, per diagonal.
+//   2 Decide    The first head of a cluster becomes its pivot; heads near enough to their
+//               pivot share; all others take their own vertical-slash set
+//               (model/sharing_decision.h).
+//   3 Pivot     Dense attention that also yields the exact mass of every block. Per row of blocks
+//               the smallest set that holds gamma of it, with block 0 and the diagonal, is the
+//               cluster's pattern for the rest of the prompt.
+//   4 Coverage  The mass of the pivot that its own vertical-slash set holds says whether the
+//               cluster gains by sharing. Computed on a set: no block counts twice.
+//   5 Attend    Shared heads over the pivot's pattern plus the blocks of the last row that
+//               their own estimate found; the others over their vertical-slash set.
+#ifndef PREFILLD_MODEL_PATTERN_SHARING_H_
+#define PREFILLD_MODEL_PATTERN_SHARING_H_
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "model/attention_policy.h"
+#include "model/backend.h"
+#include "model/config.h"
+#include "model/head_clusters.h"
+#include "model/prefill_engine.h"
+#include "model/sharing_decision.h"
+
+namespace prefilld::model {
+
+// The state of one prompt at a time and the device memory for the longest one, allocated by
+// Create. With W = words of a pattern row and n = blocks of the longest prompt that is, in bytes,
+// (num_heads + num_clusters) * n * W * 4 for patterns (8.4 MB each at 1M tokens and 128-token
+// blocks), and n * n * 4 for each pivot whose block mass is held at a time. Every shared cluster
+// keeps at most one pivot. Not thread-safe.
+class PatternSharing {
+ public:
+  // All borrowed; they outlive this.
+  static absl::StatusOr<std::unique_ptr<PatternSharing>> Create(Backend* backend,
+                                                                const ModelConfig* config,
+                                                                const HeadClusters* clusters,
+                                                                int64_t max_tokens,
+                                                                int block_tokens);
+
+  // Forgets the pivots of the prompt before. options.policy is kVerticalSlash or kShare.
+  void StartPrompt(int64_t num_tokens, const AttentionOptions& options);
+
+  // Attention of one layer, layers ascending. `attention` describes the whole prompt's q, k, v and
+  // out, without work. Fills the report's head counts, density, and the times of attention and of
+  // patterns; waits for the device after each of these stages to tell them apart.
+  absl::Status Attend(int layer, const kernels::AttentionParams& attention, LayerReport* report);
+
+ private:
+  PatternSharing(Backend* backend, const ModelConfig* config, const HeadClusters* clusters,
+                 int block_tokens)
+      : backend_(*backend), config_(*config), clusters_(*clusters), block_tokens_(block_tokens) {}
+
+  absl::Status Allocate(int64_t max_tokens);
+
+  // The stages of Attend, in order.
+  absl::Status Estimate(const kernels::AttentionParams& attention);
+  absl::Status AttendPivots(const kernels::AttentionParams& attention,
+                            absl::Span<const int> pivots);
+  absl::Status MeasurePivots(int layer, absl::Span<const int> cluster_of,
+                             absl::Span<const int> pivots);
+  absl::Status BuildPatterns(absl::Span<const int> cluster_of, absl::Span<const HeadRole> roles);
+  void Summarize(absl::Span<const HeadRole> roles, LayerReport* report) const;
+
+  // The largest vertical-slash set of a pivot within the limit.
+  absl::StatusOr<PatternFigures> CutToCost(int head, const float* block_mass, int64_t limit_blocks);
+  absl::Status SelectVerticalSlash(int first_head, int num_heads, float gamma,
+                                   int64_t min_budget_tokens, uint32_t* columns,
+                                   uint32_t* diagonals);
+  absl::Status Expand(const uint32_t* columns, const uint32_t* diagonals, uint32_t* pattern);
+
+  // Figures are measured into numbered slots and read back together.
+  absl::Status Measure(const float* block_mass, const uint32_t* pattern, const uint32_t* last_row,
+                       int slot);
+  absl::Status DownloadFigures();
+  PatternFigures Figures(size_t slot) const { return {mass_host_[slot], blocks_host_[slot]}; }
+
+  int64_t row_words() const { return kernels::PatternWords(num_blocks_); }
+  int64_t pattern_words() const { return num_blocks_ * row_words(); }
+  uint32_t* VerticalSlashPattern(int head) const {
+    return vertical_slash_patterns_.as<uint32_t>() + head * pattern_words();
+  }
+  uint32_t* PivotPattern(int cluster) const {
+    return pivot_patterns_.as<uint32_t>() + cluster * pattern_words();
+  }
+  float* PivotMass(int64_t place) const {
+    return pivot_mass_.as<float>() + place * num_blocks_ * num_blocks_;
+  }
+  absl::Span<const float> EstimateOf(int head) const {
+    return absl::MakeConstSpan(estimate_).subspan(head * num_blocks_, num_blocks_);
+  }
+
+  Backend& backend_;
+  const ModelConfig& config_;
+  const HeadClusters& clusters_;
+  const int block_tokens_;
+
+  // Device memory; H heads, n blocks, W words of a row.
+  DeviceBuffer block_estimate_;    // [H, n] fp32
+  DeviceBuffer vertical_, slash_;  // [H, num_tokens] fp32
+  DeviceBuffer scratch_;
+  DeviceBuffer columns_, diagonals_;              // [H, W]
+  DeviceBuffer trial_columns_, trial_diagonals_;  // [W]
+  DeviceBuffer last_rows_;                        // [H, W]
+  DeviceBuffer vertical_slash_patterns_;          // [H, n, W]
+  DeviceBuffer pivot_patterns_;                   // [num_clusters, n, W]
+  DeviceBuffer pivot_mass_;                       // [as many as fit, n, n] fp32
+  DeviceBuffer figures_mass_;                     // [2 H] double
+  DeviceBuffer figures_blocks_;                   // [2 H] int64
+
+  // The prompt.
+  AttentionOptions options_;
+  int64_t num_tokens_ = 0;
+  int64_t num_blocks_ = 0;
+  std::vector<ClusterPivot> pivots_;  // [num_clusters]
+  std::vector<int> no_clusters_;      // [H], for policy vertical_slash
+
+  // Host copies, sized once.
+  std::vector<float> estimate_;  // [H, n]
+  std::vector<uint32_t> last_rows_host_;
+  std::vector<double> mass_host_;
+  std::vector<int64_t> blocks_host_;
+  std::vector<kernels::HeadWork> work_;  // of the launch being prepared
+};
+
+}  // namespace prefilld::model
+
+#endif  // PREFILLD_MODEL_PATTERN_SHARING_H_
