@@ -8,7 +8,7 @@ python=$venv/bin/python
 
 if ! cmp -s "$here/requirements.txt" "$venv/installed.txt"; then
   rm -rf "$venv"
-  if ! { python3 -m venv "$venv" && "$python" -m pip install --quiet --disable-pip-version-check \
+  if ! { python3 -m venv "$venv" && "$python" -m pip install --quiet --retries 1 --disable-pip-version-check \
       --requirement "$here/requirements.txt"; }; then
     echo "skipped: the Kubernetes API schemas (tests/deploy/requirements.txt) could not be installed"
     exit 77
