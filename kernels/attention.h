@@ -69,7 +69,7 @@ struct PagedAttentionParams {
   const void* k_pool = nullptr;           // [pool_blocks, block_stride elements]
   const void* v_pool = nullptr;           // as k_pool
   const int32_t* block_table = nullptr;   // [CeilDiv(num_keys, block_tokens)], device memory
-  void* out = nullptr;                    // [num_heads, head_dim]
+  void* out = nullptr;                    // [num_heads, head_dim]; may be q
   int64_t num_keys = 0;                   // the new token's own key included
   int64_t block_stride = 0;
   int64_t head_stride = 0;
