@@ -27,7 +27,7 @@ HWY_INLINE hn::Vec<U32> Bf16Bits(hn::Vec<F32> x) {
   const auto rounded = hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7fff)));
   // Rounding could carry a NaN into infinity: set its quiet bit instead.
   const auto nan = hn::Or(bits, hn::Set(du, 0x00400000));
-  return hn::ShiftRight<16>(hn::IfThenElse(hn::RebindMask(du, hn::Ne(x, x)), nan, rounded));
+  return hn::ShiftRight<16>(hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(x)), nan, rounded));
 }
 
 HWY_INLINE hn::Vec<U32> Fp16Bits(hn::Vec<F32> x) {
@@ -49,7 +49,7 @@ HWY_INLINE hn::Vec<U32> Fp16Bits(hn::Vec<F32> x) {
   half = hn::IfThenElse(hn::RebindMask(du, hn::Lt(abs, hn::Set(d, 0x1p-14f))), subnormal, half);
   half = hn::IfThenElse(hn::RebindMask(du, hn::Ge(abs, hn::Set(d, 65520.0f))), hn::Set(du, 0x7c00),
                         half);
-  half = hn::IfThenElse(hn::RebindMask(du, hn::Ne(x, x)), hn::Set(du, 0x7e00), half);
+  half = hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(x)), hn::Set(du, 0x7e00), half);
   return hn::Or(half, hn::ShiftRight<16>(sign));
 }
 

@@ -1,0 +1,158 @@
+// The shapes that every backend's kernels are tested with.
+#ifndef PREFILLD_TESTS_KERNELS_CASES_H_
+#define PREFILLD_TESTS_KERNELS_CASES_H_
+
+#include <cstdint>
+#include <ostream>
+#include <string>
+#include <vector>
+
+namespace prefilld::kernels::testing {
+
+// How a case's heads attend.
+enum class Blocks {
+  kDense,
+  kDenseWithMass,
+  kRandom,        // random bits, block 0 and the diagonal
+  kDiagonalOnly,  // as sparse as a row may be
+  kFull,          // every causal bit: equals dense
+  kLastRow,       // random bits, the last row joined by another random set
+  kMixed,         // dense, dense with mass and sparse heads in one call
+};
+
+// The queries are the last num_queries of num_keys positions.
+struct AttentionCase {
+  const char* name;
+  int64_t num_queries;
+  int64_t num_keys;
+  int num_heads;
+  int num_kv_heads;
+  int head_dim;
+  int block_tokens;
+  Blocks blocks;
+};
+
+inline void PrintTo(const AttentionCase& c, std::ostream* out) { *out << c.name; }
+
+// head_dim 64 and 128 with blocks of 64 and 128: what every backend supports.
+inline const std::vector<AttentionCase>& AttentionCases() {
+  static const std::vector<AttentionCase> cases = {
+      {"OneToken", 1, 1, 2, 1, 64, 128, Blocks::kDense},
+      {"OneTokenMass", 1, 1, 2, 1, 64, 64, Blocks::kDenseWithMass},
+      {"TwoTokens", 2, 2, 1, 1, 128, 128, Blocks::kDense},
+      {"BelowABlock", 127, 127, 2, 2, 64, 128, Blocks::kDense},
+      {"ExactlyABlock", 128, 128, 2, 2, 64, 128, Blocks::kDenseWithMass},
+      {"AboveABlock", 129, 129, 2, 2, 64, 128, Blocks::kDenseWithMass},
+      {"AboveASmallBlock", 65, 65, 2, 2, 128, 64, Blocks::kFull},
+      {"Ratio4", 300, 300, 4, 1, 128, 128, Blocks::kDense},
+      {"Ratio7", 200, 200, 14, 2, 64, 64, Blocks::kMixed},
+      {"Ratio8", 260, 260, 8, 1, 128, 128, Blocks::kMixed},
+      {"MassOfPartialBlocks", 391, 391, 4, 2, 64, 128, Blocks::kDenseWithMass},
+      {"MassOfWideHeads", 515, 515, 2, 1, 128, 64, Blocks::kDenseWithMass},
+      {"OffsetWithinABlock", 100, 333, 4, 2, 64, 128, Blocks::kMixed},
+      {"OffsetAtABlock", 128, 384, 2, 1, 128, 128, Blocks::kDenseWithMass},
+      {"OneQueryManyKeys", 1, 700, 4, 4, 64, 64, Blocks::kMixed},
+      {"OffsetCrossingABlock", 130, 450, 2, 1, 128, 64, Blocks::kRandom},
+      {"SparseRandom", 1000, 1000, 4, 2, 64, 64, Blocks::kRandom},
+      {"SparseRandomWideHeads", 900, 900, 2, 1, 128, 128, Blocks::kRandom},
+      {"SparseDiagonal", 640, 640, 2, 1, 64, 128, Blocks::kDiagonalOnly},
+      {"SparseFullEqualsDense", 577, 577, 2, 2, 64, 128, Blocks::kFull},
+      {"LastRowJoined", 700, 700, 4, 2, 128, 128, Blocks::kLastRow},
+      {"OneFullPatternWord", 2048, 2048, 1, 1, 64, 64, Blocks::kRandom},
+      {"TwoPatternWords", 2100, 2100, 2, 1, 64, 64, Blocks::kMixed},
+      {"TwoPatternWordsOffset", 70, 4200, 2, 1, 128, 128, Blocks::kLastRow},
+  };
+  return cases;
+}
+
+// Head dimensions that only the CPU kernels take.
+inline const std::vector<AttentionCase>& OtherHeadDimCases() {
+  static const std::vector<AttentionCase> cases = {
+      {"HeadDim16", 150, 150, 4, 2, 16, 64, Blocks::kMixed},
+      {"HeadDim32", 150, 150, 4, 2, 32, 128, Blocks::kMixed},
+      {"HeadDim80", 150, 150, 2, 1, 80, 128, Blocks::kDenseWithMass},
+      {"HeadDim256", 150, 150, 2, 1, 256, 64, Blocks::kMixed},
+  };
+  return cases;
+}
+
+struct EstimateCase {
+  const char* name;
+  int64_t num_keys;
+  int num_heads;
+  int num_kv_heads;
+  int head_dim;
+  int block_tokens;
+};
+
+inline void PrintTo(const EstimateCase& c, std::ostream* out) { *out << c.name; }
+
+inline const std::vector<EstimateCase>& EstimateCases() {
+  static const std::vector<EstimateCase> cases = {
+      {"OneToken", 1, 2, 1, 64, 128},         {"FewerThanABlock", 50, 2, 2, 64, 128},
+      {"ExactlyABlock", 128, 2, 1, 128, 128}, {"AboveABlock", 129, 2, 1, 64, 128},
+      {"SmallBlocks", 1000, 4, 2, 64, 64},    {"Ratio7", 777, 7, 1, 128, 128},
+      {"ManyBlocks", 4500, 4, 1, 64, 128},    {"ManySmallBlocks", 2200, 2, 2, 128, 64},
+  };
+  return cases;
+}
+
+struct PackCase {
+  const char* name;
+  int64_t num_tokens;
+  int64_t first_block;
+  int64_t num_blocks;
+  int block_tokens;
+  int num_kv_heads;
+  int first_head;
+  int num_heads;
+  int head_dim;
+};
+
+inline void PrintTo(const PackCase& c, std::ostream* out) { *out << c.name; }
+
+// Each is run for both orders and all wire dtypes.
+inline const std::vector<PackCase>& PackCases() {
+  static const std::vector<PackCase> cases = {
+      {"OneToken", 1, 0, 1, 16, 2, 0, 2, 64},
+      {"WholeBlocks", 64, 0, 4, 16, 2, 0, 2, 64},
+      {"PartialLastBlock", 100, 0, 4, 32, 3, 0, 3, 128},
+      {"SkipsAPrefix", 300, 3, 2, 64, 2, 0, 2, 64},
+      {"OneHeadOfFour", 200, 1, 1, 128, 4, 2, 1, 128},
+      {"TwoHeadsOfFour", 250, 0, 8, 32, 4, 1, 2, 64},
+      {"BlocksPastTheEnd", 20, 0, 3, 16, 1, 0, 1, 64},
+  };
+  return cases;
+}
+
+struct PagedCase {
+  const char* name;
+  int64_t num_keys;
+  int num_heads;
+  int num_kv_heads;
+  int head_dim;
+  int block_tokens;
+};
+
+inline void PrintTo(const PagedCase& c, std::ostream* out) { *out << c.name; }
+
+// Each is run for both orders of a cache block.
+inline const std::vector<PagedCase>& PagedCases() {
+  static const std::vector<PagedCase> cases = {
+      {"OneKey", 1, 4, 2, 64, 16},         {"FifteenKeys", 15, 2, 2, 128, 16},
+      {"SixteenKeys", 16, 4, 1, 64, 16},   {"SeventeenKeys", 17, 7, 1, 64, 16},
+      {"Blocks32", 1000, 8, 1, 128, 32},   {"Blocks64", 2049, 8, 2, 64, 64},
+      {"Blocks128", 5000, 14, 2, 64, 128}, {"ManyKeys", 20001, 2, 1, 64, 16},
+  };
+  return cases;
+}
+
+// Name of a parameterised test.
+template <typename Info>
+std::string CaseName(const Info& info) {
+  return info.param.name;
+}
+
+}  // namespace prefilld::kernels::testing
+
+#endif  // PREFILLD_TESTS_KERNELS_CASES_H_

@@ -1,0 +1,146 @@
+#include "kernels/cpu/layer_ops.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "tests/kernels/closeness.h"
+#include "tests/kernels/reference_layer_ops.h"
+
+namespace prefilld::kernels::testing {
+namespace {
+
+std::vector<float> Random(int64_t n, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> x(static_cast<size_t>(n));
+  for (float& value : x) value = normal(random);
+  return x;
+}
+
+void ExpectClose(const std::vector<float>& actual, const std::vector<float>& expected) {
+  const Closeness c = Compare(actual.data(), expected.data(), actual.size());
+  EXPECT_EQ(c.wrong_non_finite, 0u);
+  EXPECT_LT(c.relative, 1e-6) << c;
+}
+
+TEST(CpuEmbedding, CopiesRows) {
+  const std::vector<float> table = Random(50 * 24, 1);
+  for (const int64_t n : {1, 100}) {
+    std::vector<uint32_t> ids(static_cast<size_t>(n));
+    for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<uint32_t>(i * 37 % 50);
+    std::vector<float> actual(static_cast<size_t>(n * 24)), expected(actual.size());
+    cpu::Embedding({ids.data(), table.data(), actual.data(), n, 24});
+    reference::Embedding({ids.data(), table.data(), expected.data(), n, 24});
+    EXPECT_EQ(actual, expected);
+  }
+}
+
+TEST(CpuRmsNorm, EqualsReferenceAlsoInPlace) {
+  for (const int64_t hidden : {1, 7, 64, 100, 3584}) {
+    const std::vector<float> x = Random(5 * hidden, 1);
+    const std::vector<float> weight = Random(hidden, 2);
+    std::vector<float> actual = x, expected(x.size());
+    cpu::RmsNorm({actual.data(), weight.data(), actual.data(), 5, hidden, 1e-5f});
+    reference::RmsNorm({x.data(), weight.data(), expected.data(), 5, hidden, 1e-5f});
+    ExpectClose(actual, expected);
+  }
+}
+
+TEST(CpuLinear, EqualsReferenceWithBiasAndAccumulation) {
+  for (const int64_t num_tokens : {1, 2, 4, 5, 17, 130}) {
+    for (const auto& [in, out] : {std::pair<int64_t, int64_t>{1, 1}, {37, 19}, {256, 100}}) {
+      for (const bool with_bias : {false, true}) {
+        for (const bool accumulate : {false, true}) {
+          const std::vector<float> x = Random(num_tokens * in, 1);
+          const std::vector<float> w = Random(out * in, 2);
+          const std::vector<float> bias = Random(out, 3);
+          std::vector<float> actual = Random(num_tokens * out, 4);
+          std::vector<float> expected = actual;
+          LinearParams p{x.data(),      w.data(),   with_bias ? bias.data() : nullptr,
+                         actual.data(), num_tokens, in,
+                         out,           accumulate};
+          cpu::Linear(p);
+          p.y = expected.data();
+          reference::Linear(p);
+          ExpectClose(actual, expected);
+        }
+      }
+    }
+  }
+}
+
+struct RopeCase {
+  int64_t num_tokens;
+  int64_t first_position;
+  int num_heads;
+  int num_kv_heads;
+  int head_dim;
+  bool norms;
+  bool token_major_kv;  // a paged cache's block; otherwise head-major
+};
+
+TEST(CpuQkvRope, EqualsReference) {
+  const RopeCase cases[] = {
+      {1, 0, 2, 1, 64, false, false},          {1, 4095, 7, 1, 64, true, true},
+      {31, 0, 4, 2, 128, true, false},         {33, 1000, 4, 4, 16, false, false},
+      {100, 1'000'000, 2, 2, 64, true, false}, {70, 16'000'000, 2, 1, 128, false, true},
+  };
+  for (const RopeCase& c : cases) {
+    const std::vector<float> qkv =
+        Random(c.num_tokens * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, 1);
+    const std::vector<float> q_norm = Random(c.head_dim, 2);
+    const std::vector<float> k_norm = Random(c.head_dim, 3);
+    std::vector<float> inv_freq(static_cast<size_t>(c.head_dim / 2));
+    for (size_t i = 0; i < inv_freq.size(); ++i) {
+      inv_freq[i] =
+          std::pow(500000.0f, -2.0f * static_cast<float>(i) / static_cast<float>(c.head_dim));
+    }
+    const auto run = [&](void (*op)(const QkvRopeParams&)) {
+      // Room for five more tokens, which must stay as they are.
+      const int64_t capacity = c.num_tokens + 5;
+      std::vector<float> q(static_cast<size_t>(c.num_tokens * c.num_heads * c.head_dim));
+      std::vector<float> k(static_cast<size_t>(c.num_kv_heads * capacity * c.head_dim), 9.0f);
+      std::vector<float> v = k;
+      QkvRopeParams p;
+      p.qkv = qkv.data();
+      p.q_norm = c.norms ? q_norm.data() : nullptr;
+      p.k_norm = c.norms ? k_norm.data() : nullptr;
+      p.inv_freq = inv_freq.data();
+      p.q = q.data();
+      p.k = k.data();
+      p.v = v.data();
+      p.num_tokens = c.num_tokens;
+      p.first_position = c.first_position;
+      p.kv_head_stride = c.token_major_kv ? c.head_dim : capacity * c.head_dim;
+      p.kv_token_stride = c.token_major_kv ? c.num_kv_heads * c.head_dim : c.head_dim;
+      p.num_heads = c.num_heads;
+      p.num_kv_heads = c.num_kv_heads;
+      p.head_dim = c.head_dim;
+      p.attention_factor = 1.2f;
+      op(p);
+      q.insert(q.end(), k.begin(), k.end());
+      q.insert(q.end(), v.begin(), v.end());
+      return q;
+    };
+    ExpectClose(run(cpu::QkvRope), run(reference::QkvRope));
+  }
+}
+
+TEST(CpuSwiGlu, EqualsReferenceAlsoForLargeGates) {
+  for (const int64_t intermediate : {1, 15, 64, 333}) {
+    std::vector<float> gate_up = Random(3 * 2 * intermediate, 1);
+    gate_up[0] = -1000.0f;
+    gate_up[static_cast<size_t>(2 * intermediate)] = 1000.0f;
+    gate_up[static_cast<size_t>(4 * intermediate)] = -87.0f;
+    std::vector<float> actual(static_cast<size_t>(3 * intermediate)), expected(actual.size());
+    cpu::SwiGlu({gate_up.data(), actual.data(), 3, intermediate});
+    reference::SwiGlu({gate_up.data(), expected.data(), 3, intermediate});
+    ExpectClose(actual, expected);
+  }
+}
+
+}  // namespace
+}  // namespace prefilld::kernels::testing

@@ -1,0 +1,143 @@
+#include "tests/kernels/reference_layer_ops.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+namespace prefilld::kernels::reference {
+namespace {
+
+const float* In(const void* tensor) { return static_cast<const float*>(tensor); }
+float* Out(void* tensor) { return static_cast<float*>(tensor); }
+
+void Normalize(const float* x, const float* weight, int64_t n, double epsilon, double* y) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(x[i]) * x[i];
+  const double factor = 1.0 / std::sqrt(sum / static_cast<double>(n) + epsilon);
+  for (int64_t i = 0; i < n; ++i) y[i] = x[i] * factor * weight[i];
+}
+
+}  // namespace
+
+void Embedding(const EmbeddingParams& p) {
+  for (int64_t t = 0; t < p.num_tokens; ++t) {
+    for (int64_t i = 0; i < p.hidden; ++i) {
+      Out(p.y)[t * p.hidden + i] = In(p.table)[p.ids[t] * p.hidden + i];
+    }
+  }
+}
+
+void RmsNorm(const RmsNormParams& p) {
+  std::vector<double> y(static_cast<size_t>(p.hidden));
+  for (int64_t t = 0; t < p.num_tokens; ++t) {
+    Normalize(In(p.x) + t * p.hidden, In(p.weight), p.hidden, p.epsilon, y.data());
+    std::copy(y.begin(), y.end(), Out(p.y) + t * p.hidden);
+  }
+}
+
+void Linear(const LinearParams& p) {
+  for (int64_t t = 0; t < p.num_tokens; ++t) {
+    for (int64_t o = 0; o < p.out_features; ++o) {
+      float* y = Out(p.y) + t * p.out_features + o;
+      double sum = p.accumulate ? *y : 0.0;
+      if (p.bias != nullptr) sum += In(p.bias)[o];
+      for (int64_t i = 0; i < p.in_features; ++i) {
+        sum += static_cast<double>(In(p.x)[t * p.in_features + i]) * In(p.w)[o * p.in_features + i];
+      }
+      *y = static_cast<float>(sum);
+    }
+  }
+}
+
+void QkvRope(const QkvRopeParams& p) {
+  const int64_t head_dim = p.head_dim;
+  const int64_t half = head_dim / 2;
+  std::vector<double> head(static_cast<size_t>(head_dim));
+  for (int64_t t = 0; t < p.num_tokens; ++t) {
+    const auto position = static_cast<double>(p.first_position + t);
+    for (int64_t h = 0; h < p.num_heads + 2 * p.num_kv_heads; ++h) {
+      const float* from = In(p.qkv) + (t * (p.num_heads + 2 * p.num_kv_heads) + h) * head_dim;
+      const int64_t kv = (h - p.num_heads) % p.num_kv_heads;
+      const int64_t kv_offset = kv * p.kv_head_stride + t * p.kv_token_stride;
+      if (h >= p.num_heads + p.num_kv_heads) {
+        std::copy_n(from, head_dim, Out(p.v) + kv_offset);
+        continue;
+      }
+      const bool is_query = h < p.num_heads;
+      const void* norm = is_query ? p.q_norm : p.k_norm;
+      if (norm != nullptr) {
+        Normalize(from, In(norm), head_dim, p.norm_epsilon, head.data());
+      } else {
+        std::copy_n(from, head_dim, head.begin());
+      }
+      float* to = is_query ? Out(p.q) + (t * p.num_heads + h) * head_dim : Out(p.k) + kv_offset;
+      for (int64_t i = 0; i < half; ++i) {
+        const double angle = position * static_cast<double>(p.inv_freq[i]);
+        const double cos = p.attention_factor * std::cos(angle);
+        const double sin = p.attention_factor * std::sin(angle);
+        const double a = head[static_cast<size_t>(i)], b = head[static_cast<size_t>(half + i)];
+        to[i] = static_cast<float>(a * cos - b * sin);
+        to[half + i] = static_cast<float>(b * cos + a * sin);
+      }
+    }
+  }
+}
+
+void SwiGlu(const SwiGluParams& p) {
+  for (int64_t t = 0; t < p.num_tokens; ++t) {
+    for (int64_t i = 0; i < p.intermediate; ++i) {
+      const double gate = In(p.gate_up)[t * 2 * p.intermediate + i];
+      const double up = In(p.gate_up)[t * 2 * p.intermediate + p.intermediate + i];
+      Out(p.y)[t * p.intermediate + i] = static_cast<float>(gate / (1.0 + std::exp(-gate)) * up);
+    }
+  }
+}
+
+uint16_t ToBf16(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  if (std::isnan(x)) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+uint16_t ToFp16(float x) {
+  const auto sign = static_cast<uint16_t>(std::signbit(x) ? 0x8000 : 0);
+  if (std::isnan(x)) return sign | 0x7e00;
+  const double abs = std::fabs(static_cast<double>(x));
+  if (abs >= 65520.0) return sign | 0x7c00;
+  // In units of the last place of its binade, 2^-24 at the least; nearbyint rounds to even.
+  const int exponent = std::max(abs > 0.0 ? std::ilogb(abs) : -14, -14);
+  const auto units = static_cast<int>(std::nearbyint(std::ldexp(abs, 10 - exponent)));
+  // A normal number has units in [1024, 2048]; the carry to 2048 moves on to the next exponent.
+  return static_cast<uint16_t>(sign | (((exponent + 14) << 10) + units));
+}
+
+void PackKv(const PackKvParams& p) {
+  int64_t at = 0;
+  for (const void* source : {p.k, p.v}) {
+    for (int64_t block = p.first_block; block < p.first_block + p.num_blocks; ++block) {
+      const int64_t outer = p.order == KvOrder::kNhd ? p.block_tokens : p.num_heads;
+      const int64_t inner = p.order == KvOrder::kNhd ? p.num_heads : p.block_tokens;
+      for (int64_t a = 0; a < outer; ++a) {
+        for (int64_t b = 0; b < inner; ++b) {
+          const int64_t token = block * p.block_tokens + (p.order == KvOrder::kNhd ? a : b);
+          const int64_t head = p.first_head + (p.order == KvOrder::kNhd ? b : a);
+          for (int64_t i = 0; i < p.head_dim; ++i, ++at) {
+            const float x = token < p.num_tokens
+                                ? In(source)[head * p.kv_head_stride + token * p.head_dim + i]
+                                : 0.0f;
+            if (p.dst_dtype == DType::kFp32) {
+              static_cast<float*>(p.dst)[at] = x;
+            } else {
+              static_cast<uint16_t*>(p.dst)[at] =
+                  p.dst_dtype == DType::kBf16 ? ToBf16(x) : ToFp16(x);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace prefilld::kernels::reference

@@ -1,0 +1,17 @@
+// The pattern ops once more, in the plainest form: fp32 host memory, double precision inside.
+#ifndef PREFILLD_TESTS_KERNELS_REFERENCE_PATTERN_H_
+#define PREFILLD_TESTS_KERNELS_REFERENCE_PATTERN_H_
+
+#include "kernels/pattern.h"
+
+namespace prefilld::kernels::reference {
+
+void Estimate(const EstimateParams& params);
+void VerticalSlash(const VerticalSlashParams& params);
+void ExpandVerticalSlash(const ExpandVerticalSlashParams& params);
+void SelectRows(const SelectRowsParams& params);
+void MeasurePattern(const MeasurePatternParams& params);
+
+}  // namespace prefilld::kernels::reference
+
+#endif  // PREFILLD_TESTS_KERNELS_REFERENCE_PATTERN_H_
