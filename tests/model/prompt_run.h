@@ -1,0 +1,37 @@
+// Runs whole prompts through an engine and keeps everything that comes out.
+#ifndef PREFILLD_TESTS_MODEL_PROMPT_RUN_H_
+#define PREFILLD_TESTS_MODEL_PROMPT_RUN_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "model/prefill_engine.h"
+
+namespace prefilld::model {
+
+// Keys and values of one layer as one block of HND fp32: [num_kv_heads, num_tokens rounded up to
+// a block, head_dim], values after keys.
+struct PromptRun {
+  std::vector<LayerReport> reports;
+  std::vector<std::vector<float>> kv;  // [num_layers]
+  std::vector<float> logits;
+};
+
+// Uniform ids below vocab_size, a function of the seed.
+std::vector<uint32_t> RandomTokens(int64_t count, int64_t vocab_size, uint64_t seed = 1);
+
+// Packs a layer's whole KV in the given form.
+std::vector<uint8_t> PackLayer(PrefillEngine& engine, PrefillSequence& sequence, int layer,
+                               const KvSelection& selection);
+
+// Every block of every head.
+KvSelection WholeLayer(const ModelConfig& config, int64_t num_tokens, int block_tokens,
+                       kernels::KvOrder order, kernels::DType dtype);
+
+// Aborts on an error.
+PromptRun RunPrompt(PrefillEngine& engine, const std::vector<uint32_t>& tokens,
+                    const AttentionOptions& options);
+
+}  // namespace prefilld::model
+
+#endif  // PREFILLD_TESTS_MODEL_PROMPT_RUN_H_
