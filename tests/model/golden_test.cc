@@ -1,0 +1,221 @@
+// Prefill with dense attention equals Hugging Face transformers: every layer's K and V, and the
+// logits.
+//
+//   golden_test [--device=cpu|cuda] [--goldens=DIR]
+//
+// DIR is a folder as tests/python/make_goldens.py writes it, by default the committed one.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "absl/types/span.h"
+#include "model/prefill_engine.h"
+#include "tests/model/golden_checkpoint.h"
+#include "tests/model/golden_file.h"
+
+namespace prefilld::model {
+namespace {
+
+namespace fs = std::filesystem;
+
+DeviceChoice device = DeviceChoice::kCpu;
+std::string goldens_dir = "tests/model/goldens";
+
+// fp32 differs by the order of sums alone; bf16 rounds every activation to 8 bits.
+struct Tolerance {
+  double relative;
+  double cosine;
+};
+Tolerance DeviceTolerance() {
+  return device == DeviceChoice::kCpu ? Tolerance{1e-4, 0.999999} : Tolerance{2e-2, 0.999};
+}
+
+void ExpectClose(absl::Span<const float> actual, absl::Span<const float> expected,
+                 const std::string& what) {
+  ASSERT_EQ(actual.size(), expected.size()) << what;
+  double error = 0, dot = 0, actual_norm = 0, expected_norm = 0;
+  for (size_t i = 0; i < actual.size(); ++i) {
+    const double a = actual[i], e = expected[i];
+    error += (a - e) * (a - e);
+    dot += a * e;
+    actual_norm += a * a;
+    expected_norm += e * e;
+  }
+  const double relative = std::sqrt(error / expected_norm);
+  const double cosine = dot / std::sqrt(actual_norm * expected_norm);
+  const Tolerance tolerance = DeviceTolerance();
+  EXPECT_LE(relative, tolerance.relative) << what;  // false for NaN
+  EXPECT_GE(cosine, tolerance.cosine) << what;
+}
+
+// K or V of one layer as transformers saw it: [num_tokens, num_kv_heads, head_dim].
+class LayerTensor {
+ public:
+  LayerTensor(const float* data, int64_t row) : data_(data), row_(static_cast<size_t>(row)) {}
+
+  std::vector<float> Rows(absl::Span<const float> positions) const {
+    std::vector<float> rows;
+    for (const float position : positions) {
+      const float* row = data_ + static_cast<size_t>(position) * row_;
+      rows.insert(rows.end(), row, row + row_);
+    }
+    return rows;
+  }
+
+  std::vector<float> SignedSum(absl::Span<const float> signs) const {
+    std::vector<double> sum(row_);
+    for (size_t t = 0; t < signs.size(); ++t) {
+      for (size_t i = 0; i < row_; ++i) sum[i] += signs[t] * double{data_[t * row_ + i]};
+    }
+    return {sum.begin(), sum.end()};
+  }
+
+ private:
+  const float* data_;
+  size_t row_;
+};
+
+struct Prompt {
+  std::string case_name;
+  int64_t num_tokens;
+};
+
+void PrintTo(const Prompt& prompt, std::ostream* out) {
+  *out << prompt.case_name << ", " << prompt.num_tokens << " tokens";
+}
+
+// Every length of every case of the folder.
+std::vector<Prompt> ListPrompts() {
+  std::vector<Prompt> prompts;
+  for (const auto& entry : fs::directory_iterator(goldens_dir)) {
+    if (!entry.is_directory()) continue;
+    const GoldenFile golden(entry.path() / "golden.safetensors");
+    for (const int64_t length : golden.lengths()) {
+      prompts.push_back({entry.path().filename(), length});
+    }
+  }
+  std::sort(prompts.begin(), prompts.end(), [](const Prompt& a, const Prompt& b) {
+    return std::pair(a.case_name, a.num_tokens) < std::pair(b.case_name, b.num_tokens);
+  });
+  return prompts;
+}
+
+class GoldenTest : public testing::TestWithParam<Prompt> {
+ protected:
+  static void TearDownTestSuite() { checkpoints_.clear(); }
+
+  // Made once per case.
+  static const std::string& CheckpointDir(const std::string& case_dir) {
+    std::unique_ptr<GoldenCheckpoint>& checkpoint = checkpoints_[case_dir];
+    if (!checkpoint) checkpoint = std::make_unique<GoldenCheckpoint>(case_dir);
+    return checkpoint->dir();
+  }
+
+  static std::unique_ptr<PrefillEngine> MakeEngine(const std::string& checkpoint_dir,
+                                                   int64_t max_tokens) {
+    EngineOptions options;
+    options.checkpoint_dir = checkpoint_dir;
+    options.device = device;
+    options.max_tokens = max_tokens;
+    absl::StatusOr<std::unique_ptr<PrefillEngine>> engine = CreatePrefillEngine(options);
+    EXPECT_TRUE(engine.ok()) << engine.status();
+    return engine.ok() ? *std::move(engine) : nullptr;
+  }
+
+ private:
+  static inline std::map<std::string, std::unique_ptr<GoldenCheckpoint>> checkpoints_;
+};
+
+// Fetches the layer's KV as a consumer would and compares it.
+void CheckLayer(PrefillEngine& engine, PrefillSequence& sequence, int layer, int64_t num_tokens,
+                const GoldenFile& golden) {
+  const ModelConfig& config = engine.info().config;
+  KvSelection selection;
+  selection.num_blocks = kernels::CeilDiv(num_tokens, selection.block_tokens);
+  selection.num_heads = config.num_kv_heads;
+  selection.dtype = kernels::DType::kFp32;
+  // Blocks of NHD order follow each other like rows.
+  const int64_t row = int64_t{config.num_kv_heads} * config.head_dim;
+  const int64_t elements = selection.num_blocks * selection.block_tokens * row;
+  absl::StatusOr<DeviceBuffer> staging =
+      engine.AllocateStaging(2 * static_cast<size_t>(elements) * sizeof(float));
+  ASSERT_TRUE(staging.ok()) << staging.status();
+  ASSERT_TRUE(sequence.PackKv(layer, selection, staging->data()).ok());
+
+  const LayerTensor k(staging->as<float>(), row);
+  const LayerTensor v(staging->as<float>() + elements, row);
+  for (const auto& [name, tensor] : {std::pair("k", k), std::pair("v", v)}) {
+    const std::string key = absl::StrCat(num_tokens, ".layer", layer, ".", name);
+    const auto positions = golden.Get(absl::StrCat(num_tokens, ".positions"));
+    const auto signs = golden.Get(absl::StrCat(num_tokens, ".signs"));
+    ExpectClose(tensor.Rows(positions), golden.Get(key), key);
+    ExpectClose(tensor.SignedSum(signs), golden.Get(key + "_sum"), key + "_sum");
+  }
+}
+
+TEST_P(GoldenTest, EqualsTransformers) {
+  const int64_t num_tokens = GetParam().num_tokens;
+  const std::string case_dir = absl::StrCat(goldens_dir, "/", GetParam().case_name);
+  const GoldenFile golden(case_dir + "/golden.safetensors");
+  const auto engine = MakeEngine(CheckpointDir(case_dir), num_tokens);
+  ASSERT_NE(engine, nullptr);
+
+  const auto prompt = golden.Get(absl::StrCat(num_tokens, ".prompt"));
+  const std::vector<uint32_t> tokens(prompt.begin(), prompt.end());
+  AttentionOptions dense;
+  dense.policy = AttentionPolicy::kDense;
+  auto sequence = engine->Start(tokens, dense);
+  ASSERT_TRUE(sequence.ok()) << sequence.status();
+  for (int layer = 0; layer < engine->info().config.num_layers; ++layer) {
+    const auto report = (*sequence)->RunLayer();
+    ASSERT_TRUE(report.ok()) << report.status();
+    CheckLayer(*engine, **sequence, layer, num_tokens, golden);
+    (*sequence)->ReleaseKv(layer);
+  }
+  const auto logits = (*sequence)->FinalLogits();
+  ASSERT_TRUE(logits.ok()) << logits.status();
+  ExpectClose(*logits, golden.Get(absl::StrCat(num_tokens, ".logits")), "logits");
+}
+
+// Evaluated after the flags are read.
+INSTANTIATE_TEST_SUITE_P(, GoldenTest, testing::ValuesIn(ListPrompts()),
+                         [](const testing::TestParamInfo<Prompt>& info) {
+                           return absl::StrCat(info.param.case_name, "_", info.param.num_tokens);
+                         });
+
+bool ParseFlag(absl::string_view flag) {
+  if (flag == "--device=cpu") {
+    device = DeviceChoice::kCpu;
+  } else if (flag == "--device=cuda") {
+    device = DeviceChoice::kCuda;
+  } else if (absl::ConsumePrefix(&flag, "--goldens=")) {
+    goldens_dir = std::string(flag);
+  } else {
+    return absl::StartsWith(flag, "--gtest_");
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace prefilld::model
+
+int main(int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) {
+    if (!prefilld::model::ParseFlag(argv[i])) {
+      std::fprintf(stderr, "unknown flag %s; see the top of golden_test.cc\n", argv[i]);
+      return 2;
+    }
+  }
+  testing::InitGoogleTest(&argc, argv);
+  return RUN_ALL_TESTS();
+}
