@@ -161,8 +161,8 @@ show_metrics() {
   printf 'GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n' >&3
   tr -d '\r' <&3 >"$work/metrics.txt"
   exec 3>&-
-  grep -E '^prefilld_(time_to_first_token_seconds_(sum|count)|prompt_tokens_total|requests_total|kv_bytes_total|attention_density)' \
-    "$work/metrics.txt" | head -n 8 | sed 's/^/  /'
+  grep -E '^prefilld_(requests_total\{outcome="ok"\}|time_to_first_token_seconds_sum|attention_density_sum|heads_total|kv_bytes_total\{lane="0"\}|stall_seconds_total)' \
+    "$work/metrics.txt" | sed 's/^/  /'
 }
 
 stop_both() {

@@ -71,14 +71,21 @@ readme_missing() {
   done
   local options=(server/options.cc client/*/options.cc deploy/quickstart.sh tests/run.sh)
   grep -oE -- '(^|[^-A-Za-z0-9])--[a-z][a-z0-9_-]+' README.md | grep -oE -- '--.*' | sort -u |
-    grep -vxE -- "--(target|build-arg|tag|gpus|rm|file|from-file)" | while IFS= read -r flag; do
+    grep -vxE -- "--(help|target|gpus)" | while IFS= read -r flag; do
       grep -qE -- "ABSL_FLAG\(.*[ >]${flag#--},|[ (|]$flag\b" "${options[@]}" || echo "$flag (flag)"
     done
-  grep -oE '\b(prefilld-[a-z-]+|prefill-[a-z]+)\b' README.md | sort -u | while IFS= read -r program; do
+  grep -oE '\b(prefilld-[a-z-]+|prefill-cli)\b' README.md | sort -u | while IFS= read -r program; do
     grep -rqE "\b$program\b" --include=CMakeLists.txt --include='*.yaml' server client deploy || echo "$program (program)"
   done
 }
+# and metrics.
+readme_metrics_missing() {
+  grep -oE '\bprefilld_[a-z_]+' README.md | sort -u | while IFS= read -r metric; do
+    grep -rqE "\"$metric\"" --include='*.cc' server client || echo "$metric"
+  done
+}
 if [[ -e README.md ]]; then
+  check 'metrics named in README.md but not there' "$(readme_metrics_missing)"
   check 'named in README.md but not there' "$(readme_missing)"
 fi
 
