@@ -1,0 +1,77 @@
+#include "client/decode_worker/cache_writer.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "model/config.h"
+
+namespace prefilld::client {
+
+using ::prefill::v1::KvLayoutRequest;
+
+CacheWriter::CacheWriter(model::Decoder* decoder, absl::Span<const int32_t> block_table)
+    : decoder_(decoder), block_table_(block_table) {}
+
+absl::Status CacheWriter::Write(const ReceivedFrame& frame) {
+  const absl::Time now = absl::Now();
+  if (uint64_t{frame.first_block} + frame.num_blocks > block_table_.size()) {
+    return absl::InternalError(absl::StrCat("blocks up to ", frame.first_block + frame.num_blocks,
+                                            " of a sequence with ", block_table_.size()));
+  }
+  // One copy at most: gRPC hands a message of this size over in several slices.
+  thread_local std::vector<uint8_t> scratch;
+  const uint8_t* k = frame.payload.Contiguous(scratch);
+  const uint8_t* v = k + frame.payload.size() / 2;
+  const auto blocks = block_table_.subspan(frame.first_block, frame.num_blocks);
+  const int layer = static_cast<int>(frame.layer);
+  const int num_heads = decoder_->config().num_kv_heads;
+  absl::Status status = decoder_->StoreBlocks(layer, false, blocks, 0, num_heads, k);
+  if (status.ok()) status = decoder_->StoreBlocks(layer, true, blocks, 0, num_heads, v);
+  if (status.ok()) Count(frame, now);
+  return status;
+}
+
+void CacheWriter::Count(const ReceivedFrame& frame, absl::Time now) {
+  absl::MutexLock lock(&mu_);
+  const uint64_t bytes = frame.payload.size();
+  report_.kv_bytes += bytes;
+  if (frame.layers_computed < static_cast<uint32_t>(decoder_->config().num_layers)) {
+    report_.overlapped_bytes += bytes;
+  }
+  report_.layers_computed = std::max(report_.layers_computed, frame.layers_computed);
+  report_.first_frame = std::min(report_.first_frame, now);
+  report_.last_frame = std::max(report_.last_frame, now);
+  if (frame.layer == 0 && now < report_.first_frame_of_layer_0) {
+    report_.first_frame_of_layer_0 = now;
+    report_.layers_computed_at_first_frame = frame.layers_computed;
+  }
+}
+
+TransferReport CacheWriter::report() const {
+  absl::MutexLock lock(&mu_);
+  return report_;
+}
+
+KvLayoutRequest CacheWriter::LayoutFor(const model::Decoder& decoder, int block_tokens,
+                                       kernels::KvOrder order) {
+  KvLayoutRequest layout;
+  layout.set_block_tokens(block_tokens);
+  layout.set_order(order == kernels::KvOrder::kNhd ? ::prefill::v1::KV_ORDER_NHD
+                                                   : ::prefill::v1::KV_ORDER_HND);
+  switch (decoder.kv_dtype()) {
+    case kernels::DType::kBf16:
+      layout.set_dtype(::prefill::v1::DTYPE_BF16);
+      break;
+    case kernels::DType::kFp16:
+      layout.set_dtype(::prefill::v1::DTYPE_FP16);
+      break;
+    case kernels::DType::kFp32:
+      layout.set_dtype(::prefill::v1::DTYPE_FP32);
+      break;
+  }
+  return layout;
+}
+
+}  // namespace prefilld::client

@@ -1,0 +1,55 @@
+#ifndef PREFILLD_CLIENT_DECODE_WORKER_CACHE_WRITER_H_
+#define PREFILLD_CLIENT_DECODE_WORKER_CACHE_WRITER_H_
+
+#include <cstdint>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+#include "client/received_frame.h"
+#include "model/decoder.h"
+#include "prefill/v1/kv.pb.h"
+
+namespace prefilld::client {
+
+// How one prompt's cache arrived.
+struct TransferReport {
+  uint64_t kv_bytes = 0;
+  // Bytes whose frames were sent before prefilld had finished its last layer.
+  uint64_t overlapped_bytes = 0;
+  uint32_t layers_computed = 0;  // the most that a frame has told of
+  absl::Time first_frame = absl::InfiniteFuture();
+  absl::Time last_frame = absl::InfinitePast();
+  absl::Time first_frame_of_layer_0 = absl::InfiniteFuture();
+  uint32_t layers_computed_at_first_frame = 0;
+};
+
+// Puts verified frames into the decoder's pool, at the blocks reserved for the sequence.
+// Thread-safe; Write runs in parallel.
+class CacheWriter {
+ public:
+  // `block_table` is borrowed. The layout that will be written is LayoutFor(decoder).
+  CacheWriter(model::Decoder* decoder, absl::Span<const int32_t> block_table);
+
+  absl::Status Write(const ReceivedFrame& frame);
+  TransferReport report() const;
+
+  // What this decoder's pool holds.
+  static ::prefill::v1::KvLayoutRequest LayoutFor(const model::Decoder& decoder, int block_tokens,
+                                                  kernels::KvOrder order);
+
+ private:
+  void Count(const ReceivedFrame& frame, absl::Time now);
+
+  model::Decoder* const decoder_;
+  const absl::Span<const int32_t> block_table_;
+
+  mutable absl::Mutex mu_;
+  TransferReport report_ ABSL_GUARDED_BY(mu_);
+};
+
+}  // namespace prefilld::client
+
+#endif  // PREFILLD_CLIENT_DECODE_WORKER_CACHE_WRITER_H_

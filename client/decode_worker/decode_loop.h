@@ -1,0 +1,95 @@
+#ifndef PREFILLD_CLIENT_DECODE_WORKER_DECODE_LOOP_H_
+#define PREFILLD_CLIENT_DECODE_WORKER_DECODE_LOOP_H_
+
+#include <cstdint>
+#include <deque>
+#include <list>
+#include <memory>
+#include <optional>
+#include <thread>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_set.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/types/span.h"
+#include "client/cancellation.h"
+#include "model/decoder.h"
+#include "model/sampling.h"
+
+namespace prefilld::client {
+
+enum class Finish : uint8_t { kNo, kStop, kLength };
+
+// When a generation is over.
+struct StopRule {
+  uint32_t max_new_tokens = 1;
+  absl::flat_hash_set<uint32_t> stop_token_ids;
+
+  // After `num_tokens` generated tokens, of which token_id is the last.
+  Finish After(uint32_t token_id, uint32_t num_tokens) const;
+};
+
+// A sequence whose prompt is in the cache and whose first token is known.
+struct DecodeRequest {
+  uint32_t first_token = 0;
+  int64_t num_prompt_tokens = 0;
+  model::SamplingOptions sampling;
+  StopRule stop;                          // says kNo to the first token
+  absl::Span<const int32_t> block_table;  // borrowed while the stream lives
+};
+
+// Decodes any number of sequences on one thread, one step of each in turn, so that a long
+// generation does not hold up the others. Thread-safe.
+class DecodeLoop {
+ private:
+  struct Sequence;
+
+ public:
+  // One sequence's tokens, for one thread. When it is gone the loop no longer touches the block
+  // table. Must not outlive the loop.
+  class Stream {
+   public:
+    ~Stream();
+    Stream(const Stream&) = delete;
+    Stream& operator=(const Stream&) = delete;
+
+    // The next token, as soon as there is one; nullopt after the last. CANCELLED, or the
+    // decoder's error.
+    absl::StatusOr<std::optional<model::SampledToken>> Next();
+    // After the last token.
+    Finish finish() const;
+
+   private:
+    friend class DecodeLoop;
+    Stream(DecodeLoop* loop, const DecodeRequest& request, Cancellation* cancellation);
+
+    DecodeLoop* const loop_;
+    const std::unique_ptr<Sequence> sequence_;
+    CancelHook cancel_hook_;
+  };
+
+  explicit DecodeLoop(model::Decoder* decoder);
+  ~DecodeLoop();
+
+  std::unique_ptr<Stream> Start(const DecodeRequest& request, Cancellation* cancellation);
+
+ private:
+  void Run();
+  void StepOnce(Sequence& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  bool HasWork() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  model::Decoder* const decoder_;
+
+  mutable absl::Mutex mu_;
+  std::list<Sequence*> active_ ABSL_GUARDED_BY(mu_);  // the next one to step in front
+  const Sequence* stepping_ ABSL_GUARDED_BY(mu_) = nullptr;
+  bool stopping_ ABSL_GUARDED_BY(mu_) = false;
+
+  std::thread thread_;
+};
+
+}  // namespace prefilld::client
+
+#endif  // PREFILLD_CLIENT_DECODE_WORKER_DECODE_LOOP_H_

@@ -1,0 +1,123 @@
+#include "client/decode_worker/generate_service.h"
+
+#include <chrono>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "client/cancellation.h"
+#include "client/grpc_status.h"
+#include "spdlog/spdlog.h"
+
+namespace prefilld::client {
+namespace {
+
+using ::prefill::v1::GenerateEvent;
+using ::prefill::v1::GenerateRequest;
+
+absl::Time DeadlineOf(const grpc::CallbackServerContext& context) {
+  const auto deadline = context.deadline();
+  return deadline == std::chrono::system_clock::time_point::max() ? absl::InfiniteFuture()
+                                                                  : absl::FromChrono(deadline);
+}
+
+void Log(const GenerateRequest& request, const absl::Status& status, absl::Duration took) {
+  spdlog::info(
+      "generate request_id={} prompt_tokens={} max_new_tokens={} status={} seconds={:.3f}{}{}",
+      request.request_id(), request.token_ids_size(), request.max_new_tokens(),
+      absl::StatusCodeToString(status.code()), absl::ToDoubleSeconds(took),
+      status.ok() ? "" : " reason=", std::string(status.message()));
+}
+
+}  // namespace
+
+// One call: gRPC's callbacks on one side, the thread that generates on the other. Deletes itself
+// when gRPC is done with it, which is after Finish and thus after the thread's last use of it.
+class GenerateService::Call : public grpc::ServerWriteReactor<GenerateEvent>, public EventWriter {
+ public:
+  // For a request that is refused.
+  explicit Call(const absl::Status& refusal) { Finish(ToGrpc(refusal)); }
+
+  Call(GenerateService* service, const grpc::CallbackServerContext& context,
+       const GenerateRequest* request)
+      : deadline_(DeadlineOf(context)) {
+    std::thread([this, service, request] { Run(service, *request); }).detach();
+  }
+
+  absl::Status Write(const GenerateEvent& event) override {
+    if (cancellation_.cancelled()) return absl::CancelledError("cancelled");
+    {
+      absl::MutexLock lock(&mu_);
+      writing_ = true;
+    }
+    StartWrite(&event);
+    absl::MutexLock lock(&mu_);
+    mu_.Await(absl::Condition(this, &Call::WriteEnded));
+    return broken_ ? absl::CancelledError("the caller is gone") : absl::OkStatus();
+  }
+
+  void OnWriteDone(bool ok) override {
+    absl::MutexLock lock(&mu_);
+    writing_ = false;
+    broken_ = broken_ || !ok;
+  }
+  void OnCancel() override { cancellation_.Cancel(); }
+  void OnDone() override { delete this; }
+
+ private:
+  bool WriteEnded() const ABSL_SHARED_LOCKS_REQUIRED(mu_) { return !writing_; }
+
+  // The service waits for Leave before it goes; this call may be gone after Finish.
+  void Run(GenerateService* service, const GenerateRequest& request) {
+    const WorkerContext& worker = service->worker_;
+    worker.metrics->RequestStarted();
+    const absl::Status status =
+        client::Generate(worker, request, arrival_, deadline_, cancellation_, *this);
+    worker.metrics->RequestEnded(status);
+    Log(request, status, absl::Now() - arrival_);
+    Finish(ToGrpc(status));
+    service->Leave();
+  }
+
+  const absl::Time arrival_ = absl::Now();
+  const absl::Time deadline_ = absl::InfiniteFuture();
+  Cancellation cancellation_;
+
+  absl::Mutex mu_;
+  bool writing_ ABSL_GUARDED_BY(mu_) = false;
+  bool broken_ ABSL_GUARDED_BY(mu_) = false;
+};
+
+GenerateService::~GenerateService() { Drain(absl::InfiniteDuration()); }
+
+grpc::ServerWriteReactor<GenerateEvent>* GenerateService::Generate(
+    grpc::CallbackServerContext* context, const GenerateRequest* request) {
+  if (absl::Status admitted = Admit(); !admitted.ok()) return new Call(admitted);
+  return new Call(this, *context, request);
+}
+
+absl::Status GenerateService::Admit() {
+  absl::MutexLock lock(&mu_);
+  if (draining_) return absl::UnavailableError("the decode worker is draining");
+  if (running_ >= worker_.options->max_requests) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat(running_, " requests are running, the worker's limit"));
+  }
+  ++running_;
+  return absl::OkStatus();
+}
+
+void GenerateService::Leave() {
+  absl::MutexLock lock(&mu_);
+  --running_;
+}
+
+bool GenerateService::Drain(absl::Duration timeout) {
+  absl::MutexLock lock(&mu_);
+  draining_ = true;
+  const auto empty = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) { return running_ == 0; };
+  return mu_.AwaitWithTimeout(absl::Condition(&empty), timeout);
+}
+
+}  // namespace prefilld::client

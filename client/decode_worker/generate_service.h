@@ -1,0 +1,41 @@
+#ifndef PREFILLD_CLIENT_DECODE_WORKER_GENERATE_SERVICE_H_
+#define PREFILLD_CLIENT_DECODE_WORKER_GENERATE_SERVICE_H_
+
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "client/decode_worker/generation.h"
+#include "grpcpp/support/server_callback.h"
+#include "prefill/v1/decode.grpc.pb.h"
+
+namespace prefilld::client {
+
+// prefill.v1.DecodeService. Each request has a thread of its own, at most max_requests of them.
+class GenerateService : public ::prefill::v1::DecodeService::CallbackService {
+ public:
+  explicit GenerateService(const WorkerContext& worker) : worker_(worker) {}
+  // Requests must have ended (server shut down).
+  ~GenerateService() override;
+
+  grpc::ServerWriteReactor<::prefill::v1::GenerateEvent>* Generate(
+      grpc::CallbackServerContext* context, const ::prefill::v1::GenerateRequest* request) override;
+
+  // From now on requests are answered UNAVAILABLE. Waits for those that run; true when all ended
+  // in time.
+  bool Drain(absl::Duration timeout);
+
+ private:
+  class Call;
+
+  absl::Status Admit();
+  void Leave();
+
+  const WorkerContext worker_;
+  absl::Mutex mu_;
+  int running_ ABSL_GUARDED_BY(mu_) = 0;
+  bool draining_ ABSL_GUARDED_BY(mu_) = false;
+};
+
+}  // namespace prefilld::client
+
+#endif  // PREFILLD_CLIENT_DECODE_WORKER_GENERATE_SERVICE_H_

@@ -1,0 +1,251 @@
+#include "client/decode_worker/generation.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/time/clock.h"
+#include "client/decode_worker/cache_writer.h"
+#include "model/config.h"
+#include "model/sampling.h"
+
+namespace prefilld::client {
+namespace {
+
+using ::prefill::v1::GenerateEvent;
+using ::prefill::v1::GenerateRequest;
+using ::prefill::v1::GenerateResult;
+using ::prefill::v1::PrefillRequest;
+using ::prefill::v1::PrefillResult;
+using ::prefill::v1::Progress;
+
+uint64_t MicrosecondsSince(absl::Time start, absl::Time end) {
+  return std::max<int64_t>(0, absl::ToInt64Microseconds(end - start));
+}
+
+model::SamplingOptions SamplingFrom(const ::prefill::v1::Sampling& sampling) {
+  return {.temperature = sampling.temperature(),
+          .top_k = sampling.top_k(),
+          .top_p = sampling.top_p(),
+          .seed = sampling.seed(),
+          .top_logprobs = sampling.top_logprobs()};
+}
+
+void Fill(const model::SampledToken& token, ::prefill::v1::SampledToken& message) {
+  message.set_token_id(token.token_id);
+  message.set_logprob(token.logprob);
+  for (const auto& [id, logprob] : token.top_logprobs) {
+    auto* entry = message.add_top_logprobs();
+    entry->set_token_id(id);
+    entry->set_logprob(logprob);
+  }
+}
+
+std::string NewRequestId() {
+  static const int64_t start = absl::ToUnixMicros(absl::Now());
+  static std::atomic<uint64_t> count = 0;
+  return absl::StrFormat("generate-%x-%d", start, ++count);
+}
+
+absl::Status ValidateRequest(const WorkerContext& worker, const GenerateRequest& request) {
+  if (request.token_ids().empty()) {
+    return absl::InvalidArgumentError("token_ids is empty; at least 1 is needed");
+  }
+  const int64_t vocab_size = worker.decoder->config().vocab_size;
+  for (int i = 0; i < request.token_ids_size(); ++i) {
+    if (request.token_ids(i) >= vocab_size) {
+      return absl::InvalidArgumentError(absl::StrCat("token_ids[", i, "] is ", request.token_ids(i),
+                                                     ", the vocabulary has ", vocab_size));
+    }
+  }
+  const int64_t limit = worker.options->max_new_tokens_limit;
+  if (request.max_new_tokens() < 1 || request.max_new_tokens() > limit) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_new_tokens is ", request.max_new_tokens(), ", allowed: 1 to ", limit));
+  }
+  if (request.pushed_transfer_id().empty() && worker.prefill == nullptr) {
+    return absl::FailedPreconditionError(
+        "this worker calls no prefill server; pushed_transfer_id is needed");
+  }
+  return model::Validate(SamplingFrom(request.sampling()));
+}
+
+class Generation : public KvSink {
+ public:
+  Generation(const WorkerContext& worker, const GenerateRequest& request, absl::Time arrival,
+             absl::Time deadline, Cancellation& cancellation, EventWriter& writer,
+             KvReservation reservation)
+      : worker_(worker),
+        request_(request),
+        request_id_(request.request_id().empty() ? NewRequestId() : request.request_id()),
+        layout_(CacheWriter::LayoutFor(*worker.decoder, worker.options->decoder.block_tokens,
+                                       worker.options->decoder.order)),
+        arrival_(arrival),
+        deadline_(deadline),
+        cancellation_(cancellation),
+        writer_(writer),
+        reservation_(std::move(reservation)),
+        cache_(worker.decoder, reservation_.blocks()) {}
+
+  absl::Status Run() {
+    absl::StatusOr<PrefillResult> prefill =
+        request_.pushed_transfer_id().empty() ? Pull() : AwaitPush();
+    worker_.metrics->CountTransfer(cache_.report().kv_bytes, prefill.status());
+    if (!prefill.ok()) return prefill.status();
+    GenerateEvent event;
+    *event.mutable_result()->mutable_prefill() = *std::move(prefill);
+    if (absl::Status decoded = Decode(*event.mutable_result()); !decoded.ok()) return decoded;
+    return writer_.Write(event);
+  }
+
+  // KvSink; the layout has been compared with the request's by the client.
+  absl::Status OnAccepted(const ::prefill::v1::Accepted&) override { return absl::OkStatus(); }
+  absl::Status OnFrame(const ReceivedFrame& frame) override { return cache_.Write(frame); }
+  absl::Status OnProgress(const Progress& progress) override {
+    GenerateEvent event;
+    *event.mutable_progress()->mutable_progress() = progress;
+    event.mutable_progress()->set_kv_bytes(cache_.report().kv_bytes);
+    return writer_.Write(event);
+  }
+
+ private:
+  absl::Status WriteStarted() {
+    GenerateEvent event;
+    auto& started = *event.mutable_started();
+    started.set_request_id(request_id_);
+    started.set_kv_blocks(static_cast<uint32_t>(reservation_.blocks().size()));
+    *started.mutable_kv_layout() = layout_;
+    return writer_.Write(event);
+  }
+
+  absl::StatusOr<PrefillResult> Pull() {
+    if (absl::Status started = WriteStarted(); !started.ok()) return started;
+    PrefillRequest prefill;
+    prefill.set_request_id(request_id_);
+    prefill.set_model_fingerprint(worker_.decoder->fingerprint());
+    *prefill.mutable_token_ids() = request_.token_ids();
+    *prefill.mutable_layout() = layout_;
+    *prefill.mutable_sampling() = request_.sampling();
+    *prefill.mutable_attention() = request_.attention();
+    prefill.set_num_lanes(worker_.options->lanes);
+    return worker_.prefill->Prefill(prefill, *this,
+                                    {.deadline = deadline_, .cancellation = &cancellation_});
+  }
+
+  absl::StatusOr<PrefillResult> AwaitPush() {
+    const std::string& id = request_.pushed_transfer_id();
+    const auto transfer = std::make_shared<PendingTransfer>(
+        ExpectedTransfer{layout_, static_cast<uint32_t>(request_.token_ids_size()),
+                         worker_.decoder->fingerprint()},
+        &cache_);
+    absl::Status status = worker_.transfers->Register(id, transfer);
+    if (!status.ok()) return status;
+    CancelHook hook(&cancellation_,
+                    [&transfer] { transfer->Abandon(absl::CancelledError("cancelled")); });
+    // Only now may the router have the cache sent.
+    status = WriteStarted();
+    absl::StatusOr<PrefillResult> result =
+        status.ok() ? transfer->Await(worker_.options->transfer_timeout) : status;
+    transfer->Abandon(absl::CancelledError("the request that waited for this cache has ended"));
+    worker_.transfers->Unregister(id);
+    return result;
+  }
+
+  StopRule MakeStopRule() const {
+    StopRule rule;
+    rule.max_new_tokens = request_.max_new_tokens();
+    rule.stop_token_ids.insert(request_.stop_token_ids().begin(), request_.stop_token_ids().end());
+    if (!request_.ignore_eos()) {
+      const auto& eos = worker_.decoder->config().eos_token_ids;
+      rule.stop_token_ids.insert(eos.begin(), eos.end());
+    }
+    return rule;
+  }
+
+  absl::Status WriteToken(const ::prefill::v1::SampledToken& token, uint32_t index) {
+    GenerateEvent event;
+    *event.mutable_token()->mutable_token() = token;
+    event.mutable_token()->set_index(index);
+    worker_.metrics->CountToken();
+    return writer_.Write(event);
+  }
+
+  absl::Status Decode(GenerateResult& result) {
+    const absl::Time first_token_at = absl::Now();
+    worker_.metrics->ObserveTimeToFirstToken(first_token_at - arrival_);
+    const auto& first_token = result.prefill().first_token();
+    if (absl::Status written = WriteToken(first_token, 0); !written.ok()) return written;
+
+    DecodeRequest decode;
+    decode.first_token = first_token.token_id();
+    decode.num_prompt_tokens = request_.token_ids_size();
+    decode.sampling = SamplingFrom(request_.sampling());
+    decode.stop = MakeStopRule();
+    decode.block_table = reservation_.blocks();
+    uint32_t num_tokens = 1;
+    Finish finish = decode.stop.After(decode.first_token, num_tokens);
+    if (finish == Finish::kNo) {
+      const auto stream = worker_.loop->Start(decode, &cancellation_);
+      while (true) {
+        absl::StatusOr<std::optional<model::SampledToken>> token = stream->Next();
+        if (!token.ok()) return token.status();
+        if (!token->has_value()) break;
+        ::prefill::v1::SampledToken message;
+        Fill(**token, message);
+        if (absl::Status sent = WriteToken(message, num_tokens++); !sent.ok()) return sent;
+      }
+      finish = stream->finish();
+    }
+    result.set_finish_reason(finish == Finish::kStop ? ::prefill::v1::FINISH_REASON_STOP
+                                                     : ::prefill::v1::FINISH_REASON_LENGTH);
+    result.set_num_tokens(num_tokens);
+    result.set_ttft_us(MicrosecondsSince(arrival_, first_token_at));
+    result.set_decode_us(MicrosecondsSince(first_token_at, absl::Now()));
+    FillTransfer(result);
+    return absl::OkStatus();
+  }
+
+  void FillTransfer(GenerateResult& result) const {
+    const TransferReport report = cache_.report();
+    result.set_kv_bytes(report.kv_bytes);
+    if (report.kv_bytes == 0) return;
+    result.set_kv_transfer_us(MicrosecondsSince(report.first_frame, report.last_frame));
+    result.set_kv_overlap(static_cast<double>(report.overlapped_bytes) /
+                          static_cast<double>(report.kv_bytes));
+    result.set_first_frame_us(MicrosecondsSince(arrival_, report.first_frame_of_layer_0));
+    result.set_layers_computed_at_first_frame(report.layers_computed_at_first_frame);
+  }
+
+  const WorkerContext& worker_;
+  const GenerateRequest& request_;
+  const std::string request_id_;
+  const ::prefill::v1::KvLayoutRequest layout_;
+  const absl::Time arrival_;
+  const absl::Time deadline_;
+  Cancellation& cancellation_;
+  EventWriter& writer_;
+
+  KvReservation reservation_;
+  CacheWriter cache_;
+};
+
+}  // namespace
+
+absl::Status Generate(const WorkerContext& worker, const GenerateRequest& request,
+                      absl::Time arrival, absl::Time deadline, Cancellation& cancellation,
+                      EventWriter& writer) {
+  if (absl::Status valid = ValidateRequest(worker, request); !valid.ok()) return valid;
+  const int64_t block_tokens = worker.options->decoder.block_tokens;
+  const int64_t tokens = int64_t{request.token_ids_size()} + request.max_new_tokens();
+  absl::StatusOr<KvReservation> reservation =
+      worker.pool->Reserve((tokens + block_tokens - 1) / block_tokens);
+  if (!reservation.ok()) return reservation.status();
+  Generation generation(worker, request, arrival, deadline, cancellation, writer,
+                        *std::move(reservation));
+  return generation.Run();
+}
+
+}  // namespace prefilld::client

@@ -1,0 +1,49 @@
+// One Generate request, from its validation to its last token.
+#ifndef PREFILLD_CLIENT_DECODE_WORKER_GENERATION_H_
+#define PREFILLD_CLIENT_DECODE_WORKER_GENERATION_H_
+
+#include <cstdint>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "client/cancellation.h"
+#include "client/decode_worker/decode_loop.h"
+#include "client/decode_worker/kv_block_pool.h"
+#include "client/decode_worker/metrics.h"
+#include "client/decode_worker/options.h"
+#include "client/decode_worker/pending_transfers.h"
+#include "client/prefill_client.h"
+#include "model/decoder.h"
+#include "prefill/v1/decode.pb.h"
+
+namespace prefilld::client {
+
+// What all requests of a worker share; all borrowed.
+struct WorkerContext {
+  const WorkerOptions* options = nullptr;
+  model::Decoder* decoder = nullptr;
+  KvBlockPool* pool = nullptr;
+  DecodeLoop* loop = nullptr;
+  PrefillClient* prefill = nullptr;  // null: only pushed caches
+  PendingTransfers* transfers = nullptr;
+  WorkerMetrics* metrics = nullptr;
+};
+
+// Where the events of a generation go.
+class EventWriter {
+ public:
+  virtual ~EventWriter() = default;
+  // Blocks until the transport has taken the event. CANCELLED when nobody reads any more.
+  virtual absl::Status Write(const ::prefill::v1::GenerateEvent& event) = 0;
+};
+
+// Runs the request in the calling thread; every resource it took is back on return. `arrival` is
+// the zero of the times reported, `deadline` that of the call.
+absl::Status Generate(const WorkerContext& worker, const ::prefill::v1::GenerateRequest& request,
+                      absl::Time arrival, absl::Time deadline, Cancellation& cancellation,
+                      EventWriter& writer);
+
+}  // namespace prefilld::client
+
+#endif  // PREFILLD_CLIENT_DECODE_WORKER_GENERATION_H_

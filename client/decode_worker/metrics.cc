@@ -1,0 +1,125 @@
+#include "client/decode_worker/metrics.h"
+
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "prometheus/counter.h"
+#include "prometheus/exposer.h"
+#include "prometheus/gauge.h"
+#include "prometheus/histogram.h"
+#include "prometheus/registry.h"
+
+namespace prefilld::client {
+namespace {
+
+prometheus::Histogram::BucketBoundaries TtftBuckets() {
+  return {0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000};
+}
+
+// Asks for the number of free blocks when it is scraped.
+class PoolGauge : public prometheus::Collectable {
+ public:
+  PoolGauge(int64_t num_blocks, std::function<int64_t()> free_blocks)
+      : num_blocks_(num_blocks), free_blocks_(std::move(free_blocks)) {}
+
+  std::vector<prometheus::MetricFamily> Collect() const override {
+    return {Gauge("prefilld_decode_kv_blocks", "KV blocks of the pool.", num_blocks_),
+            Gauge("prefilld_decode_kv_free_blocks", "KV blocks that no request holds.",
+                  free_blocks_())};
+  }
+
+ private:
+  static prometheus::MetricFamily Gauge(const char* name, const char* help, int64_t value) {
+    prometheus::MetricFamily family;
+    family.name = name;
+    family.help = help;
+    family.type = prometheus::MetricType::Gauge;
+    family.metric.emplace_back();
+    family.metric.back().gauge.value = static_cast<double>(value);
+    return family;
+  }
+
+  const int64_t num_blocks_;
+  const std::function<int64_t()> free_blocks_;
+};
+
+}  // namespace
+
+struct WorkerMetrics::Families {
+  std::shared_ptr<prometheus::Registry> registry = std::make_shared<prometheus::Registry>();
+  std::shared_ptr<PoolGauge> pool;
+  std::unique_ptr<prometheus::Exposer> exposer;
+
+  prometheus::Gauge& running = prometheus::BuildGauge()
+                                   .Name("prefilld_decode_running_requests")
+                                   .Help("Generate requests being served.")
+                                   .Register(*registry)
+                                   .Add({});
+  prometheus::Family<prometheus::Counter>& requests =
+      prometheus::BuildCounter()
+          .Name("prefilld_decode_requests_total")
+          .Help("Generate requests that ended, by gRPC status.")
+          .Register(*registry);
+  prometheus::Family<prometheus::Counter>& transfers =
+      prometheus::BuildCounter()
+          .Name("prefilld_decode_kv_transfers_total")
+          .Help("KV transfers that ended, by gRPC status.")
+          .Register(*registry);
+  prometheus::Counter& kv_bytes = prometheus::BuildCounter()
+                                      .Name("prefilld_decode_kv_received_bytes_total")
+                                      .Help("KV bytes verified and stored.")
+                                      .Register(*registry)
+                                      .Add({});
+  prometheus::Counter& tokens = prometheus::BuildCounter()
+                                    .Name("prefilld_decode_tokens_total")
+                                    .Help("Tokens generated, first tokens included.")
+                                    .Register(*registry)
+                                    .Add({});
+  prometheus::Histogram& ttft = prometheus::BuildHistogram()
+                                    .Name("prefilld_decode_time_to_first_token_seconds")
+                                    .Help("From the arrival of a request to its first token.")
+                                    .Register(*registry)
+                                    .Add({}, TtftBuckets());
+};
+
+WorkerMetrics::WorkerMetrics() : families_(std::make_unique<Families>()) {}
+WorkerMetrics::~WorkerMetrics() = default;
+
+void WorkerMetrics::RequestStarted() { families_->running.Increment(); }
+
+void WorkerMetrics::RequestEnded(const absl::Status& status) {
+  families_->running.Decrement();
+  families_->requests.Add({{"status", absl::StatusCodeToString(status.code())}}).Increment();
+}
+
+void WorkerMetrics::CountTransfer(uint64_t kv_bytes, const absl::Status& status) {
+  families_->kv_bytes.Increment(static_cast<double>(kv_bytes));
+  families_->transfers.Add({{"status", absl::StatusCodeToString(status.code())}}).Increment();
+}
+
+void WorkerMetrics::CountToken() { families_->tokens.Increment(); }
+
+void WorkerMetrics::ObserveTimeToFirstToken(absl::Duration ttft) {
+  families_->ttft.Observe(absl::ToDoubleSeconds(ttft));
+}
+
+void WorkerMetrics::WatchPool(int64_t num_blocks, std::function<int64_t()> free_blocks) {
+  families_->pool = std::make_shared<PoolGauge>(num_blocks, std::move(free_blocks));
+}
+
+absl::StatusOr<int> WorkerMetrics::Serve(const std::string& address) {
+  try {
+    families_->exposer = std::make_unique<prometheus::Exposer>(address, /*num_threads=*/1);
+  } catch (const std::exception& error) {
+    return absl::UnavailableError(
+        absl::StrCat("--metrics_listen=", address, " cannot be bound: ", error.what()));
+  }
+  families_->exposer->RegisterCollectable(families_->registry);
+  if (families_->pool) families_->exposer->RegisterCollectable(families_->pool);
+  const std::vector<int> ports = families_->exposer->GetListeningPorts();
+  return ports.empty() ? 0 : ports.front();
+}
+
+}  // namespace prefilld::client

@@ -1,0 +1,39 @@
+#ifndef PREFILLD_CLIENT_DECODE_WORKER_METRICS_H_
+#define PREFILLD_CLIENT_DECODE_WORKER_METRICS_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+
+namespace prefilld::client {
+
+// What a worker counts, for Prometheus. Thread-safe.
+class WorkerMetrics {
+ public:
+  WorkerMetrics();
+  ~WorkerMetrics();
+
+  void RequestStarted();
+  void RequestEnded(const absl::Status& status);
+  void CountTransfer(uint64_t kv_bytes, const absl::Status& status);
+  void CountToken();
+  void ObserveTimeToFirstToken(absl::Duration ttft);
+  // `free_blocks` is asked at every scrape while this lives.
+  void WatchPool(int64_t num_blocks, std::function<int64_t()> free_blocks);
+
+  // Serves /metrics on host:port; returns the port. UNAVAILABLE: the address cannot be bound.
+  absl::StatusOr<int> Serve(const std::string& address);
+
+ private:
+  struct Families;
+  const std::unique_ptr<Families> families_;
+};
+
+}  // namespace prefilld::client
+
+#endif  // PREFILLD_CLIENT_DECODE_WORKER_METRICS_H_

@@ -1,0 +1,156 @@
+#include "client/decode_worker/options.h"
+
+#include <limits>
+
+#include "absl/flags/flag.h"
+#include "absl/flags/parse.h"
+#include "absl/flags/usage.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+
+ABSL_FLAG(std::string, model, "", "Checkpoint folder, the same as prefilld's. Required.");
+ABSL_FLAG(std::string, device, "auto", "auto, cpu or cuda.");
+ABSL_FLAG(int32_t, cpu_threads, 0, "Compute threads of the CPU backend. 0: all cores.");
+ABSL_FLAG(int32_t, kv_block_tokens, 16, "Tokens per KV block: 16, 32, 64 or 128.");
+ABSL_FLAG(std::string, kv_order, "nhd", "Order of the axes in a KV block: nhd or hnd.");
+ABSL_FLAG(int64_t, kv_pool_tokens, 32768,
+          "Tokens whose KV fits in memory, over all requests; reserved at start.");
+
+ABSL_FLAG(std::string, listen, "0.0.0.0:50052", "host:port of the gRPC services. Port 0: any.");
+ABSL_FLAG(std::string, metrics_listen, "",
+          "host:port of the Prometheus endpoint (/metrics). Empty: none.");
+ABSL_FLAG(std::string, port_file, "",
+          "File to write 'grpc=<port>' and 'metrics=<port>' to once the worker is ready.");
+
+ABSL_FLAG(std::string, prefill_address, "localhost:50051",
+          "host:port of prefilld. Empty: only caches that are pushed here.");
+ABSL_FLAG(bool, prefill_tls, false, "Connect to prefilld with TLS.");
+ABSL_FLAG(std::string, prefill_tls_ca, "",
+          "PEM certificates that sign prefilld's. Empty: the system's.");
+ABSL_FLAG(std::string, prefill_tls_cert, "", "PEM certificate to show to prefilld (mutual TLS).");
+ABSL_FLAG(std::string, prefill_tls_key, "", "PEM private key of --prefill_tls_cert.");
+ABSL_FLAG(std::string, prefill_tls_name, "",
+          "Name to verify in prefilld's certificate. Empty: the host of --prefill_address.");
+ABSL_FLAG(int32_t, lanes, 1, "Connections per KV transfer, 1 to 16.");
+
+ABSL_FLAG(int64_t, max_new_tokens_limit, 4096, "Greatest max_new_tokens a request may ask for.");
+ABSL_FLAG(int32_t, max_requests, 64, "Requests at once, those waiting for prefill included.");
+ABSL_FLAG(double, transfer_timeout_s, 120,
+          "A request that waits for a pushed cache ends when nothing came for so long.");
+ABSL_FLAG(double, drain_timeout_s, 25,
+          "After SIGTERM accepted requests get so long to finish. Less than the orchestrator's "
+          "grace period.");
+
+namespace prefilld::client {
+namespace {
+
+using Problems = std::vector<std::string>;
+
+void CheckRange(const char* flag, int64_t value, int64_t low, int64_t high, Problems& problems) {
+  if (value < low || value > high) {
+    problems.push_back(absl::StrCat(flag, "=", value, " is outside ", low, " to ", high));
+  }
+}
+
+absl::Duration ReadSeconds(const char* flag, double seconds, Problems& problems) {
+  if (!(seconds > 0 && seconds <= 86400)) {
+    problems.push_back(absl::StrCat(flag, "=", seconds, " is outside (0, 86400]"));
+  }
+  return absl::Seconds(seconds);
+}
+
+model::DecoderOptions ReadDecoder(Problems& problems) {
+  model::DecoderOptions decoder;
+  decoder.checkpoint_dir = absl::GetFlag(FLAGS_model);
+  if (decoder.checkpoint_dir.empty()) problems.push_back("--model is required");
+
+  const std::string device = absl::GetFlag(FLAGS_device);
+  if (device == "cpu") {
+    decoder.device = model::DeviceChoice::kCpu;
+  } else if (device == "cuda") {
+    decoder.device = model::DeviceChoice::kCuda;
+  } else if (device != "auto") {
+    problems.push_back(absl::StrCat("--device=", device, " is not one of auto, cpu, cuda"));
+  }
+  decoder.cpu_threads = absl::GetFlag(FLAGS_cpu_threads);
+  CheckRange("--cpu_threads", decoder.cpu_threads, 0, 4096, problems);
+
+  decoder.block_tokens = absl::GetFlag(FLAGS_kv_block_tokens);
+  const int block = decoder.block_tokens;
+  if (block != 16 && block != 32 && block != 64 && block != 128) {
+    problems.push_back(absl::StrCat("--kv_block_tokens=", block, " is not one of 16, 32, 64, 128"));
+  }
+  const std::string order = absl::GetFlag(FLAGS_kv_order);
+  if (order == "hnd") {
+    decoder.order = kernels::KvOrder::kHnd;
+  } else if (order != "nhd") {
+    problems.push_back(absl::StrCat("--kv_order=", order, " is not one of nhd, hnd"));
+  }
+  decoder.pool_tokens = absl::GetFlag(FLAGS_kv_pool_tokens);
+  CheckRange("--kv_pool_tokens", decoder.pool_tokens, 128, int64_t{1} << 28, problems);
+  return decoder;
+}
+
+ChannelOptions ReadPrefill(Problems& problems) {
+  ChannelOptions prefill;
+  prefill.address = absl::GetFlag(FLAGS_prefill_address);
+  const TlsOptions tls = {
+      absl::GetFlag(FLAGS_prefill_tls_ca), absl::GetFlag(FLAGS_prefill_tls_cert),
+      absl::GetFlag(FLAGS_prefill_tls_key), absl::GetFlag(FLAGS_prefill_tls_name)};
+  if (absl::GetFlag(FLAGS_prefill_tls)) {
+    prefill.tls = tls;
+  } else if (!tls.ca_file.empty() || !tls.cert_file.empty() || !tls.key_file.empty() ||
+             !tls.server_name.empty()) {
+    problems.push_back("--prefill_tls_ca, _cert, _key and _name need --prefill_tls");
+  }
+  return prefill;
+}
+
+}  // namespace
+
+absl::StatusOr<WorkerOptions> OptionsFromCommandLine(int argc, char** argv) {
+  absl::SetProgramUsageMessage(
+      "Reference decode worker of prefilld. prefilld-decode-worker --model=DIR [flags]");
+  const std::vector<char*> positional = absl::ParseCommandLine(argc, argv);
+  Problems problems;
+  for (size_t i = 1; i < positional.size(); ++i) {
+    problems.push_back(absl::StrCat("argument '", positional[i], "' is not a flag"));
+  }
+  WorkerOptions options;
+  options.decoder = ReadDecoder(problems);
+  options.listen = absl::GetFlag(FLAGS_listen);
+  options.metrics_listen = absl::GetFlag(FLAGS_metrics_listen);
+  options.port_file = absl::GetFlag(FLAGS_port_file);
+  options.prefill = ReadPrefill(problems);
+  options.lanes = absl::GetFlag(FLAGS_lanes);
+  CheckRange("--lanes", options.lanes, 1, 16, problems);
+  options.max_new_tokens_limit = absl::GetFlag(FLAGS_max_new_tokens_limit);
+  CheckRange("--max_new_tokens_limit", options.max_new_tokens_limit, 1,
+             std::numeric_limits<int32_t>::max(), problems);
+  options.max_requests = absl::GetFlag(FLAGS_max_requests);
+  CheckRange("--max_requests", options.max_requests, 1, 4096, problems);
+  options.transfer_timeout =
+      ReadSeconds("--transfer_timeout_s", absl::GetFlag(FLAGS_transfer_timeout_s), problems);
+  options.drain_timeout =
+      ReadSeconds("--drain_timeout_s", absl::GetFlag(FLAGS_drain_timeout_s), problems);
+  if (!problems.empty()) return absl::InvalidArgumentError(absl::StrJoin(problems, "; "));
+  return options;
+}
+
+std::vector<std::pair<std::string, std::string>> Describe(const WorkerOptions& o) {
+  return {{"model", o.decoder.checkpoint_dir},
+          {"listen", o.listen},
+          {"metrics_listen", o.metrics_listen},
+          {"prefill_address", o.prefill.address},
+          {"prefill_tls", o.prefill.tls ? "on" : "off"},
+          {"lanes", absl::StrCat(o.lanes)},
+          {"kv_block_tokens", absl::StrCat(o.decoder.block_tokens)},
+          {"kv_order", o.decoder.order == kernels::KvOrder::kNhd ? "nhd" : "hnd"},
+          {"kv_pool_tokens", absl::StrCat(o.decoder.pool_tokens)},
+          {"max_new_tokens_limit", absl::StrCat(o.max_new_tokens_limit)},
+          {"max_requests", absl::StrCat(o.max_requests)},
+          {"transfer_timeout", absl::FormatDuration(o.transfer_timeout)},
+          {"drain_timeout", absl::FormatDuration(o.drain_timeout)}};
+}
+
+}  // namespace prefilld::client

@@ -1,0 +1,43 @@
+// What an operator of a decode worker can set. Flags are read here and nowhere else.
+#ifndef PREFILLD_CLIENT_DECODE_WORKER_OPTIONS_H_
+#define PREFILLD_CLIENT_DECODE_WORKER_OPTIONS_H_
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "client/channel.h"
+#include "model/decoder.h"
+
+namespace prefilld::client {
+
+struct WorkerOptions {
+  model::DecoderOptions decoder;
+
+  std::string listen = "0.0.0.0:50052";  // port 0: any free one
+  std::string metrics_listen;            // empty: no metrics endpoint
+  std::string port_file;  // when set, the chosen ports are written here once all is ready
+
+  ChannelOptions prefill;  // address empty: only pushed caches
+  int lanes = 1;
+
+  int64_t max_new_tokens_limit = 4096;
+  int max_requests = 64;  // at once, those waiting for their prefill included
+  absl::Duration transfer_timeout = absl::Seconds(120);
+  absl::Duration drain_timeout = absl::Seconds(25);
+};
+
+// Reads the command line; an unknown flag ends the process with a message. INVALID_ARGUMENT lists
+// every invalid value, not only the first.
+absl::StatusOr<WorkerOptions> OptionsFromCommandLine(int argc, char** argv);
+
+// The effective configuration as (flag, value) pairs, for the log.
+std::vector<std::pair<std::string, std::string>> Describe(const WorkerOptions& options);
+
+}  // namespace prefilld::client
+
+#endif  // PREFILLD_CLIENT_DECODE_WORKER_OPTIONS_H_

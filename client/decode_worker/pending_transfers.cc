@@ -1,0 +1,112 @@
+#include "client/decode_worker/pending_transfers.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+
+namespace prefilld::client {
+
+using ::prefill::v1::KvLayout;
+using ::prefill::v1::PrefillResult;
+
+PendingTransfer::PendingTransfer(ExpectedTransfer expected, CacheWriter* writer)
+    : expected_(std::move(expected)), writer_(writer) {}
+
+absl::Status PendingTransfer::Open(const KvLayout& layout) {
+  absl::MutexLock lock(&mu_);
+  if (!status_.ok()) return status_;
+  ++signs_of_life_;
+  if (absl::Status fits = CheckLayout(layout, expected_); !fits.ok()) return status_ = fits;
+  check_ = std::make_unique<TransferCheck>(layout, /*num_lanes=*/1);
+  return absl::OkStatus();
+}
+
+// Holds the lock while it writes: that is how Abandon knows that the writer is at rest.
+absl::Status PendingTransfer::Write(const ReceivedFrame& frame) {
+  absl::MutexLock lock(&mu_);
+  if (!status_.ok()) return status_;
+  ++signs_of_life_;
+  status_ = check_->Check(/*lane=*/0, frame);
+  if (status_.ok()) status_ = writer_->Write(frame);
+  return status_;
+}
+
+absl::Status PendingTransfer::Complete(PrefillResult result) {
+  absl::MutexLock lock(&mu_);
+  if (!status_.ok()) return status_;
+  status_ = check_->Finish(result);
+  if (status_.ok()) result_ = std::move(result);
+  return status_;
+}
+
+bool PendingTransfer::EndWith(absl::Status reason) {
+  absl::MutexLock lock(&mu_);
+  if (!status_.ok() || result_) return false;
+  status_ = std::move(reason);
+  return true;
+}
+
+void PendingTransfer::Fail(absl::Status reason) { EndWith(std::move(reason)); }
+
+void PendingTransfer::Abandon(absl::Status reason) {
+  // Outside the lock: what hangs on it calls back here.
+  if (EndWith(std::move(reason))) abandoned_.Cancel();
+}
+
+uint64_t PendingTransfer::frames() const {
+  absl::MutexLock lock(&mu_);
+  return check_ == nullptr ? 0 : check_->frames();
+}
+
+uint64_t PendingTransfer::bytes() const {
+  absl::MutexLock lock(&mu_);
+  return check_ == nullptr ? 0 : check_->bytes();
+}
+
+absl::StatusOr<PrefillResult> PendingTransfer::Await(absl::Duration timeout) {
+  absl::ReleasableMutexLock lock(&mu_);
+  while (true) {
+    const uint64_t seen = signs_of_life_;
+    const auto changed = [this, seen]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+      return !status_.ok() || result_ || signs_of_life_ != seen;
+    };
+    const bool alive = mu_.AwaitWithTimeout(absl::Condition(&changed), timeout);
+    if (!status_.ok()) return status_;
+    if (result_) return *std::move(result_);
+    if (!alive) break;
+  }
+  lock.Release();
+  Abandon(absl::DeadlineExceededError(
+      absl::StrCat("nothing of the pushed cache came for ", absl::FormatDuration(timeout))));
+  absl::MutexLock again(&mu_);
+  // It may have come at the last moment.
+  if (result_) return *std::move(result_);
+  return status_;
+}
+
+absl::Status PendingTransfers::Register(const std::string& id,
+                                        std::shared_ptr<PendingTransfer> transfer) {
+  absl::MutexLock lock(&mu_);
+  if (!entries_.try_emplace(id, Entry{std::move(transfer)}).second) {
+    return absl::AlreadyExistsError(
+        absl::StrCat("pushed_transfer_id '", id, "' is waited for by another request"));
+  }
+  return absl::OkStatus();
+}
+
+void PendingTransfers::Unregister(const std::string& id) {
+  absl::MutexLock lock(&mu_);
+  entries_.erase(id);
+}
+
+absl::StatusOr<std::shared_ptr<PendingTransfer>> PendingTransfers::Claim(const std::string& id) {
+  absl::MutexLock lock(&mu_);
+  const auto entry = entries_.find(id);
+  if (entry == entries_.end() || entry->second.claimed) {
+    return absl::NotFoundError(absl::StrCat("nobody waits for transfer_id '", id, "'"));
+  }
+  entry->second.claimed = true;
+  return entry->second.transfer;
+}
+
+}  // namespace prefilld::client

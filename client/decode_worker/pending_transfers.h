@@ -1,0 +1,84 @@
+#ifndef PREFILLD_CLIENT_DECODE_WORKER_PENDING_TRANSFERS_H_
+#define PREFILLD_CLIENT_DECODE_WORKER_PENDING_TRANSFERS_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "client/cancellation.h"
+#include "client/decode_worker/cache_writer.h"
+#include "client/transfer_check.h"
+#include "prefill/v1/prefill.pb.h"
+
+namespace prefilld::client {
+
+// A cache that is expected to be pushed here: where a waiting Generate and an arriving Receive
+// meet. Thread-safe. Co-owned by both; either may go first.
+class PendingTransfer {
+ public:
+  // `writer` is borrowed until Abandon or Await has returned.
+  PendingTransfer(ExpectedTransfer expected, CacheWriter* writer);
+
+  // The receiving side. After an error no other call is allowed, and the transfer has failed with
+  // that error. FAILED_PRECONDITION: the layout is not the expected one.
+  absl::Status Open(const ::prefill::v1::KvLayout& layout);
+  absl::Status Write(const ReceivedFrame& frame);
+  // With the sender's result, when it has closed the stream. DATA_LOSS when a frame is missing.
+  absl::Status Complete(::prefill::v1::PrefillResult result);
+  // The sender went away or broke the protocol.
+  void Fail(absl::Status reason);
+  uint64_t frames() const;
+  uint64_t bytes() const;
+
+  // The waiting side. Blocks until the transfer is complete or has failed, or until `timeout` has
+  // passed without a sign of life (DEADLINE_EXCEEDED).
+  absl::StatusOr<::prefill::v1::PrefillResult> Await(absl::Duration timeout);
+  // Nobody wants the cache any more. On return the writer is no longer used.
+  void Abandon(absl::Status reason);
+
+  // Fires when the waiting side gives up, to end a stream that is silent at the moment.
+  Cancellation& abandoned() { return abandoned_; }
+
+ private:
+  // True when it had not ended before.
+  bool EndWith(absl::Status reason);
+
+  const ExpectedTransfer expected_;
+  CacheWriter* const writer_;
+  Cancellation abandoned_;
+
+  mutable absl::Mutex mu_;
+  std::unique_ptr<TransferCheck> check_ ABSL_GUARDED_BY(mu_);  // once opened
+  std::optional<::prefill::v1::PrefillResult> result_ ABSL_GUARDED_BY(mu_);
+  absl::Status status_ ABSL_GUARDED_BY(mu_);
+  uint64_t signs_of_life_ ABSL_GUARDED_BY(mu_) = 0;
+};
+
+// The transfers that are waited for, by id. Thread-safe.
+class PendingTransfers {
+ public:
+  // Expected until Unregister. ALREADY_EXISTS: the id is in use.
+  absl::Status Register(const std::string& id, std::shared_ptr<PendingTransfer> transfer);
+  void Unregister(const std::string& id);
+  // For the one who delivers it; each can be claimed once. NOT_FOUND: nobody waits for it.
+  absl::StatusOr<std::shared_ptr<PendingTransfer>> Claim(const std::string& id);
+
+ private:
+  struct Entry {
+    std::shared_ptr<PendingTransfer> transfer;
+    bool claimed = false;
+  };
+  absl::Mutex mu_;
+  absl::flat_hash_map<std::string, Entry> entries_ ABSL_GUARDED_BY(mu_);
+};
+
+}  // namespace prefilld::client
+
+#endif  // PREFILLD_CLIENT_DECODE_WORKER_PENDING_TRANSFERS_H_

@@ -1,0 +1,125 @@
+#include "client/decode_worker/receiver_service.h"
+
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <utility>
+
+#include "client/cancellation.h"
+#include "client/grpc_status.h"
+#include "client/received_frame.h"
+#include "spdlog/spdlog.h"
+
+namespace prefilld::client {
+namespace {
+
+using ::prefill::v1::PrefillResult;
+using ::prefill::v1::ReceiveOpen;
+using ::prefill::v1::ReceiveRequest;
+using ::prefill::v1::ReceiveResponse;
+
+// One pushed stream. Deletes itself when gRPC is done with it.
+class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
+ public:
+  ReceiveCall(PendingTransfers* transfers, grpc::ByteBuffer* response)
+      : transfers_(transfers), response_(response) {
+    StartRead(&message_);
+  }
+
+  void OnReadDone(bool ok) override {
+    if (!ok) return End(Close());
+    if (absl::Status taken = Take(); !taken.ok()) return End(std::move(taken));
+    message_.Clear();
+    StartRead(&message_);
+  }
+
+  void OnDone() override {
+    // Without effect on a transfer that is complete.
+    if (transfer_) transfer_->Fail(absl::UnavailableError("the pushing server went away"));
+    delete this;
+  }
+
+ private:
+  absl::Status Take() {
+    absl::StatusOr<std::optional<ReceivedFrame>> frame = ParseFrame(message_);
+    if (!frame.ok()) return frame.status();
+    if (frame->has_value()) return TakeFrame(**frame);
+    ReceiveRequest request;
+    if (absl::Status parsed = ParseMessage(message_, request); !parsed.ok()) return parsed;
+    switch (request.message_case()) {
+      case ReceiveRequest::kOpen:
+        return TakeOpen(request.open());
+      case ReceiveRequest::kKvFrame:
+        return TakeFrame(MakeReceivedFrame(request.kv_frame()));
+      case ReceiveRequest::kResult:
+        if (result_) return absl::DataLossError("the result came twice");
+        result_ = std::move(*request.mutable_result());
+        return absl::OkStatus();
+      default:
+        return absl::OkStatus();  // a message of a later version
+    }
+  }
+
+  absl::Status TakeOpen(const ReceiveOpen& open) {
+    if (transfer_) return absl::DataLossError("ReceiveOpen came twice");
+    absl::StatusOr<std::shared_ptr<PendingTransfer>> transfer =
+        transfers_->Claim(open.transfer_id());
+    if (!transfer.ok()) return transfer.status();
+    transfer_ = *std::move(transfer);
+    // The waiting request may end while the sender is silent between two layers.
+    abandoned_hook_.emplace(&transfer_->abandoned(), [this] {
+      Answer(absl::CancelledError("the request that waited for this cache has ended"));
+    });
+    return transfer_->Open(open.layout());
+  }
+
+  absl::Status TakeFrame(const ReceivedFrame& frame) {
+    if (!transfer_) return absl::DataLossError("a frame came before ReceiveOpen");
+    if (result_) return absl::DataLossError("a frame came after the result");
+    return transfer_->Write(frame);
+  }
+
+  // The sender has closed its side, or is gone.
+  absl::Status Close() {
+    if (!transfer_) return absl::DataLossError("the stream ended before ReceiveOpen");
+    if (!result_) return absl::DataLossError("the stream ended without a result");
+    return transfer_->Complete(*std::move(result_));
+  }
+
+  // The transfer learns of the failure first, so that it keeps this reason.
+  void End(absl::Status status) {
+    if (!status.ok() && transfer_) transfer_->Fail(status);
+    Answer(std::move(status));
+  }
+
+  void Answer(const absl::Status& status) {
+    if (answered_.exchange(true)) return;
+    if (status.ok()) {
+      ReceiveResponse response;
+      response.set_kv_bytes(transfer_->bytes());
+      response.set_kv_frames(transfer_->frames());
+      const grpc::Slice bytes(response.SerializeAsString());
+      *response_ = grpc::ByteBuffer(&bytes, 1);
+    } else {
+      spdlog::warn("receive refused: {}", status.ToString());
+    }
+    Finish(ToGrpc(status));
+  }
+
+  PendingTransfers* const transfers_;
+  grpc::ByteBuffer* const response_;
+  grpc::ByteBuffer message_;
+  std::shared_ptr<PendingTransfer> transfer_;
+  std::optional<PrefillResult> result_;
+  std::atomic<bool> answered_ = false;
+  std::optional<CancelHook> abandoned_hook_;
+};
+
+}  // namespace
+
+grpc::ServerReadReactor<grpc::ByteBuffer>* ReceiverService::Receive(
+    grpc::CallbackServerContext* context, grpc::ByteBuffer* response) {
+  return new ReceiveCall(transfers_, response);
+}
+
+}  // namespace prefilld::client

@@ -1,0 +1,27 @@
+#ifndef PREFILLD_CLIENT_DECODE_WORKER_RECEIVER_SERVICE_H_
+#define PREFILLD_CLIENT_DECODE_WORKER_RECEIVER_SERVICE_H_
+
+#include "client/decode_worker/pending_transfers.h"
+#include "grpcpp/support/byte_buffer.h"
+#include "grpcpp/support/server_callback.h"
+#include "prefill/v1/receiver.grpc.pb.h"
+
+namespace prefilld::client {
+
+// prefill.v1.KvReceiver: takes pushed caches for the requests that wait for them. Messages are
+// read undecoded, so that payloads are not copied on their way to the pool.
+class ReceiverService : public ::prefill::v1::KvReceiver::WithRawCallbackMethod_Receive<
+                            ::prefill::v1::KvReceiver::Service> {
+ public:
+  explicit ReceiverService(PendingTransfers* transfers) : transfers_(transfers) {}
+
+  grpc::ServerReadReactor<grpc::ByteBuffer>* Receive(grpc::CallbackServerContext* context,
+                                                     grpc::ByteBuffer* response) override;
+
+ private:
+  PendingTransfers* const transfers_;
+};
+
+}  // namespace prefilld::client
+
+#endif  // PREFILLD_CLIENT_DECODE_WORKER_RECEIVER_SERVICE_H_
