@@ -28,8 +28,7 @@ struct DecodeLoop::Sequence {
 DecodeLoop::Stream::Stream(DecodeLoop* loop, const DecodeRequest& request,
                            Cancellation* cancellation)
     : loop_(loop),
-      sequence_(std::make_unique<Sequence>(
-          Sequence{.request = request, .last_token = request.first_token})),
+      sequence_(std::make_unique<Sequence>(request)),
       cancel_hook_(cancellation, [this] {
         absl::MutexLock lock(&loop_->mu_);
         if (!sequence_->ended()) sequence_->status = absl::CancelledError("cancelled");
