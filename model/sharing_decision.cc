@@ -9,8 +9,8 @@
 namespace prefilld::model {
 namespace {
 
-// p ln(p / m) with its limit at p = 0.
-double RelativeEntropyTerm(double p, double m) { return p > 0.0 ? p * std::log(p / m) : 0.0; }
+// p ln(p / m) with its limit at p = 0; a NaN stays one.
+double RelativeEntropyTerm(double p, double m) { return p == 0.0 ? 0.0 : p * std::log(p / m); }
 
 // One element's share of twice the Jensen-Shannon divergence.
 double DivergenceTerm(double p, double q) {
@@ -20,7 +20,7 @@ double DivergenceTerm(double p, double q) {
 
 // Rounding may leave a sum just below zero.
 double ToDistance(double twice_divergence) {
-  return std::sqrt(std::max(0.0, 0.5 * twice_divergence));
+  return twice_divergence < 0.0 ? 0.0 : std::sqrt(0.5 * twice_divergence);
 }
 
 // The paper's exclusion of highly sparse heads. No distance exceeds 0.8326, so delta 1 is off.

@@ -1,0 +1,71 @@
+#include "model/attention_policy.h"
+
+#include <limits>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace prefilld::model {
+namespace {
+
+using ::testing::HasSubstr;
+
+TEST(ValidateAttention, DefaultsAreValid) { EXPECT_TRUE(Validate(AttentionOptions()).ok()); }
+
+TEST(ValidateAttention, EveryThresholdHasItsRange) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (float AttentionOptions::*field : {&AttentionOptions::gamma, &AttentionOptions::tau,
+                                         &AttentionOptions::delta, &AttentionOptions::coverage}) {
+    for (float value : {-0.01f, 1.01f, nan, std::numeric_limits<float>::infinity()}) {
+      AttentionOptions options;
+      options.*field = value;
+      EXPECT_EQ(Validate(options).code(), absl::StatusCode::kInvalidArgument) << value;
+    }
+    AttentionOptions options;
+    options.*field = 1.0f;
+    EXPECT_TRUE(Validate(options).ok());
+    options.*field = 0.0f;
+    EXPECT_EQ(Validate(options).ok(), field != &AttentionOptions::gamma)
+        << "a pattern without mass is no pattern";
+  }
+}
+
+TEST(ValidateAttention, MessagesNameFieldValueAndRange) {
+  AttentionOptions options;
+  options.tau = 2.0f;
+  EXPECT_THAT(Validate(options).message(), HasSubstr("attention.tau 2 is outside [0, 1]"));
+  options = {};
+  options.min_budget_tokens = -1;
+  EXPECT_THAT(Validate(options).message(), HasSubstr("attention.min_budget_tokens -1"));
+  options = {};
+  options.policy = static_cast<AttentionPolicy>(9);
+  EXPECT_THAT(Validate(options).message(), HasSubstr("attention.policy 9"));
+}
+
+TEST(ApplyOverrides, ReplacesWhatWasSaidAndNothingElse) {
+  AttentionOverrides overrides;
+  overrides.tau = 0.1f;
+  overrides.same_layer_sharing = false;
+  const AttentionOptions options = Apply(overrides, AttentionOptions());
+  EXPECT_EQ(options.tau, 0.1f);
+  EXPECT_FALSE(options.same_layer_sharing);
+  EXPECT_EQ(options.gamma, AttentionOptions().gamma);
+}
+
+TEST(ResolvePolicy, AutoSharesFromTheCrossoverOnWhereThereAreClusters) {
+  AttentionOptions options;
+  options.crossover_tokens = 1000;
+  EXPECT_EQ(ResolvePolicy(options, 999, 64, true), AttentionPolicy::kDense);
+  EXPECT_EQ(ResolvePolicy(options, 1000, 64, true), AttentionPolicy::kShare);
+  EXPECT_EQ(ResolvePolicy(options, 1000, 64, false), AttentionPolicy::kDense);
+}
+
+TEST(ResolvePolicy, TwoBlocksAreDenseUnderEveryPolicy) {
+  AttentionOptions options;
+  options.policy = AttentionPolicy::kVerticalSlash;
+  EXPECT_EQ(ResolvePolicy(options, 128, 64, true), AttentionPolicy::kDense);
+  EXPECT_EQ(ResolvePolicy(options, 129, 64, true), AttentionPolicy::kVerticalSlash);
+}
+
+}  // namespace
+}  // namespace prefilld::model

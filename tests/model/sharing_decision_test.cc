@@ -1,0 +1,172 @@
+#include "model/sharing_decision.h"
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "model/head_clusters.h"
+
+namespace prefilld::model {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::IsEmpty;
+
+constexpr int kNone = HeadClusters::kNoCluster;
+const double kLargestDistance = std::sqrt(std::log(2.0));
+
+AttentionOptions Share() {
+  AttentionOptions options;
+  options.policy = AttentionPolicy::kShare;
+  return options;
+}
+
+ClusterPivot Pivot(int layer, std::vector<float> estimate, bool worth_sharing = true) {
+  ClusterPivot pivot;
+  pivot.layer = layer;
+  pivot.head = 0;
+  pivot.estimate = std::move(estimate);
+  pivot.worth_sharing = worth_sharing;
+  return pivot;
+}
+
+TEST(JensenShannonDistance, EqualIsZeroAndDisjointIsTheLargest) {
+  EXPECT_EQ(JensenShannonDistance({0.25f, 0.75f}, {0.25f, 0.75f}), 0.0);
+  EXPECT_NEAR(JensenShannonDistance({1.0f, 0.0f}, {0.0f, 1.0f}), kLargestDistance, 1e-7);
+}
+
+TEST(JensenShannonDistance, ZerosAreNoNaN) {
+  // 0.5 (1 ln(1 / 0.75)) + 0.5 (0.5 ln(0.5 / 0.75) + 0.5 ln(0.5 / 0.25)) = 0.21576...
+  const double distance = JensenShannonDistance({1.0f, 0.0f, 0.0f}, {0.5f, 0.5f, 0.0f});
+  EXPECT_NEAR(distance, std::sqrt(0.2157615543388357), 1e-7);
+  EXPECT_EQ(distance, JensenShannonDistance({0.5f, 0.5f, 0.0f}, {1.0f, 0.0f, 0.0f}));
+}
+
+TEST(DistanceFromUniform, GrowsWithSparsity) {
+  EXPECT_NEAR(DistanceFromUniform({0.25f, 0.25f, 0.25f, 0.25f}), 0.0, 1e-7);
+  const double half = DistanceFromUniform({0.5f, 0.5f, 0.0f, 0.0f});
+  const double single = DistanceFromUniform({1.0f, 0.0f, 0.0f, 0.0f});
+  EXPECT_GT(half, 0.4);
+  EXPECT_GT(single, half);
+  EXPECT_LT(single, kLargestDistance);
+}
+
+TEST(ChoosePivots, FirstHeadOfEveryClusterWithoutAPivot) {
+  const std::vector<float> estimate(6 * 2, 0.5f);
+  std::vector<ClusterPivot> pivots(3);
+  pivots[1] = Pivot(0, {0.5f, 0.5f});
+  const std::vector<int> cluster_of = {kNone, 2, 1, 2, 0, 0};
+  EXPECT_THAT(ChoosePivots(cluster_of, estimate, pivots, Share()), ElementsAre(1, 4));
+}
+
+TEST(ChoosePivots, DeltaRulePassesASparseHeadOver) {
+  const std::vector<float> estimate = {1.0f, 0.0f, 0.5f, 0.5f};
+  const std::vector<int> cluster_of = {0, 0};
+  AttentionOptions options = Share();
+  EXPECT_THAT(ChoosePivots(cluster_of, estimate, std::vector<ClusterPivot>(1), options),
+              ElementsAre(0))
+      << "delta 1 is off";
+  options.delta = 0.3f;
+  EXPECT_THAT(ChoosePivots(cluster_of, estimate, std::vector<ClusterPivot>(1), options),
+              ElementsAre(1));
+}
+
+TEST(ChoosePivots, NoneWhereCoverageZeroForbidsSharing) {
+  AttentionOptions options = Share();
+  options.coverage = 0.0f;
+  EXPECT_THAT(ChoosePivots({0}, {1.0f}, std::vector<ClusterPivot>(1), options), IsEmpty());
+}
+
+TEST(DecideHead, SharesBelowTauAndNotAtIt) {
+  const std::vector<float> estimate = {1.0f, 0.0f};
+  const ClusterPivot far = Pivot(0, {0.0f, 1.0f});
+  const ClusterPivot near = Pivot(0, {0.9f, 0.1f});
+  AttentionOptions options = Share();
+  options.tau = 0.4f;
+  EXPECT_EQ(DecideHead(1, estimate, &near, options), HeadRole::kShared);
+  EXPECT_EQ(DecideHead(1, estimate, &far, options), HeadRole::kVerticalSlash);
+  options.tau = 1.0f;
+  EXPECT_EQ(DecideHead(1, estimate, &far, options), HeadRole::kShared);
+  options.tau = 0.0f;
+  const ClusterPivot same = Pivot(0, estimate);
+  EXPECT_EQ(DecideHead(1, estimate, &same, options), HeadRole::kVerticalSlash);
+}
+
+TEST(DecideHead, NeedsAPivotThatIsWorthSharing) {
+  const std::vector<float> estimate = {0.5f, 0.5f};
+  const ClusterPivot absent;
+  const ClusterPivot not_worth_it = Pivot(0, estimate, /*worth_sharing=*/false);
+  EXPECT_EQ(DecideHead(1, estimate, nullptr, Share()), HeadRole::kVerticalSlash);
+  EXPECT_EQ(DecideHead(1, estimate, &absent, Share()), HeadRole::kVerticalSlash);
+  EXPECT_EQ(DecideHead(1, estimate, &not_worth_it, Share()), HeadRole::kVerticalSlash);
+}
+
+TEST(DecideHead, SameLayerSharingIsASwitch) {
+  const std::vector<float> estimate = {0.5f, 0.5f};
+  const ClusterPivot pivot = Pivot(3, estimate);
+  AttentionOptions options = Share();
+  EXPECT_EQ(DecideHead(3, estimate, &pivot, options), HeadRole::kShared);
+  options.same_layer_sharing = false;
+  EXPECT_EQ(DecideHead(3, estimate, &pivot, options), HeadRole::kVerticalSlash);
+  EXPECT_EQ(DecideHead(4, estimate, &pivot, options), HeadRole::kShared);
+}
+
+TEST(DecideHead, DeltaRuleLeavesSparseHeadsToVerticalSlash) {
+  const std::vector<float> sparse = {1.0f, 0.0f, 0.0f, 0.0f};
+  const ClusterPivot pivot = Pivot(0, sparse);
+  AttentionOptions options = Share();
+  options.delta = 0.3f;
+  EXPECT_EQ(DecideHead(1, sparse, &pivot, options), HeadRole::kVerticalSlash);
+}
+
+TEST(DecideHead, AnEstimateThatIsNoNumberNeverShares) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const ClusterPivot pivot = Pivot(0, {0.5f, 0.5f});
+  EXPECT_EQ(DecideHead(1, {nan, nan}, &pivot, Share()), HeadRole::kVerticalSlash);
+}
+
+TEST(WorthSharing, WhenVerticalSlashCoversTooLittle) {
+  EXPECT_TRUE(WorthSharing({.mass = 0.84, .blocks = 10}, 0.85f));
+  EXPECT_FALSE(WorthSharing({.mass = 0.86, .blocks = 10}, 0.85f));
+  EXPECT_TRUE(WorthSharing({.mass = 1.0, .blocks = 10}, 1.0f)) << "1 shares always";
+  EXPECT_FALSE(WorthSharing({.mass = 0.0, .blocks = 10}, 0.0f)) << "0 shares never";
+}
+
+// A head whose vertical-slash set of gamma g costs 100 g blocks and holds sqrt(g).
+TEST(EqualCostGamma, FindsTheLargestSetWithinTheLimit) {
+  EqualCostGamma search(0.9f, /*limit_blocks=*/40);
+  for (int step = 0; step < EqualCostGamma::kSteps; ++step) {
+    const float gamma = search.next();
+    search.Record({.mass = std::sqrt(gamma), .blocks = std::lround(100 * gamma)});
+  }
+  EXPECT_LE(search.best().blocks, 40);
+  EXPECT_GE(search.best().blocks, 36);
+  EXPECT_NEAR(search.best().mass, std::sqrt(0.4), 0.04);
+}
+
+TEST(EqualCostGamma, NoSetWithinTheLimitCoversNothing) {
+  EqualCostGamma search(0.9f, /*limit_blocks=*/10);
+  for (int step = 0; step < EqualCostGamma::kSteps; ++step) {
+    search.Record({.mass = 0.9, .blocks = 11});
+  }
+  EXPECT_EQ(search.best().mass, 0.0);
+}
+
+TEST(SelectBlocks, SmallestSetThatReachesGammaLowestIndexFirst) {
+  std::vector<uint32_t> row(2, 0);
+  std::vector<float> mass(40, 0.0f);
+  mass[3] = 0.3f;
+  mass[5] = 0.3f;
+  mass[33] = 0.3f;
+  mass[39] = 0.1f;
+  SelectBlocks(mass, 0.55f, absl::MakeSpan(row));
+  EXPECT_THAT(row, ElementsAre((1u << 3) | (1u << 5), 0u));
+  row.assign(2, 0);
+  SelectBlocks(mass, 0.9f, absl::MakeSpan(row));
+  EXPECT_THAT(row, ElementsAre((1u << 3) | (1u << 5), 1u << 1));
+}
+
+}  // namespace
+}  // namespace prefilld::model
