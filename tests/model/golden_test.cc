@@ -30,6 +30,7 @@ namespace fs = std::filesystem;
 
 DeviceChoice device = DeviceChoice::kCpu;
 std::string goldens_dir = "tests/model/goldens";
+double worst_relative = 0.0;  // error of all comparisons
 
 // fp32 differs by the order of sums alone; bf16 rounds every activation to 8 bits.
 struct Tolerance {
@@ -54,6 +55,7 @@ void ExpectClose(absl::Span<const float> actual, absl::Span<const float> expecte
   const double relative = std::sqrt(error / expected_norm);
   const double cosine = dot / std::sqrt(actual_norm * expected_norm);
   const Tolerance tolerance = DeviceTolerance();
+  worst_relative = std::max(worst_relative, relative);
   EXPECT_LE(relative, tolerance.relative) << what;  // false for NaN
   EXPECT_GE(cosine, tolerance.cosine) << what;
 }
@@ -217,5 +219,8 @@ int main(int argc, char** argv) {
     }
   }
   testing::InitGoogleTest(&argc, argv);
-  return RUN_ALL_TESTS();
+  const int result = RUN_ALL_TESTS();
+  std::printf("largest relative error %.1e, allowed %.1e\n", prefilld::model::worst_relative,
+              prefilld::model::DeviceTolerance().relative);
+  return result;
 }

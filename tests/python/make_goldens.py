@@ -13,7 +13,7 @@ writes the files that are committed. Per case:
     n.layer<i>.k_sum, v_sum  [num_kv_heads, head_dim] signed sum over all positions
     n.signs                [n] the signs
     n.logits               [vocab_size] after the last position
-and rope_cases.json beside them. With --checkpoints the models themselves are saved too, by
+and rope_cases.json beside them: rotations of these and of real models' configurations. With --checkpoints the models themselves are saved too, by
 transformers, instead of recipes. Needs torch, transformers and safetensors.
 """
 
@@ -133,6 +133,14 @@ def write_rope_cases(path):
     path.write_text(f"[\n{lines}\n]\n")
 
 
+def write_all(folder, save_checkpoints):
+    torch.set_num_threads(2)
+    for case in golden_cases.CASES:
+        write_case(case, folder / case.name, save_checkpoints)
+        print(case.name, file=sys.stderr)
+    write_rope_cases(folder / "rope_cases.json")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -140,12 +148,7 @@ def main():
     parser.add_argument("--checkpoints", action="store_true",
                         help="save the models with transformers instead of their recipes")
     options = parser.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(2)
-    for case in golden_cases.CASES:
-        write_case(case, options.folder / case.name, options.checkpoints)
-        print(case.name, file=sys.stderr)
-    write_rope_cases(options.folder / "rope_cases.json")
+    write_all(options.folder, options.checkpoints)
 
 
 if __name__ == "__main__":
