@@ -1,0 +1,306 @@
+#include "model/pattern_sharing.h"
+
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "gtest/gtest.h"
+
+namespace prefilld::model {
+namespace {
+
+constexpr int kHeadDim = 64;
+constexpr int kBlockTokens = 64;
+constexpr int kNumHeads = 4;
+constexpr float kStrength = 12.0f;  // logit of a key that a query looks for
+
+// Heads whose attention follows content: the prompt consists of segments, each about one topic, and
+// a query attends to all earlier segments about its own topic. Few blocks, in different places for
+// every query block, so that the last block's columns and diagonals say little about the rest.
+// Or heads that look at the first token and at their neighbourhood, which vertical-slash covers.
+enum class Structure { kTopics, kSinkAndLocal };
+
+// One layer of one prompt on the CPU: all heads in one cluster unless told otherwise.
+class Layer {
+ public:
+  // `structure` and `topic_seed` per head; heads of one topic seed see the same topics.
+  Layer(int64_t num_tokens, const std::vector<Structure>& structure,
+        const std::vector<int>& topic_seed)
+      : num_tokens_(num_tokens) {
+    config_.num_layers = 2;
+    config_.num_heads = kNumHeads;
+    config_.num_kv_heads = kNumHeads;
+    config_.head_dim = kHeadDim;
+    clusters_.num_clusters = 1;
+    clusters_.cluster_of.assign(2, std::vector<int>(kNumHeads, 0));
+    auto backend = CreateBackend(DeviceChoice::kCpu, 2);
+    EXPECT_TRUE(backend.ok()) << backend.status();
+    backend_ = *std::move(backend);
+    const size_t count = num_tokens * kNumHeads * kHeadDim;
+    q_.assign(count, 0.0f);
+    k_.assign(count, 0.0f);
+    v_.resize(count);
+    std::mt19937 random(5);
+    std::normal_distribution<float> normal;
+    for (float& value : v_) value = normal(random);
+    for (int head = 0; head < kNumHeads; ++head) {
+      structure[head] == Structure::kTopics ? FillTopics(head, topic_seed[head])
+                                            : FillSinkAndLocal(head);
+    }
+  }
+
+  HeadClusters& clusters() { return clusters_; }
+
+  // Attention of layers 0 .. num_layers - 1 on the same inputs; the last one's output and report.
+  std::vector<float> Attend(const AttentionOptions& options, LayerReport* report,
+                            int num_layers = 1) {
+    auto sharing = PatternSharing::Create(backend_.get(), &config_, &clusters_, num_tokens_ + 100,
+                                          kBlockTokens);
+    EXPECT_TRUE(sharing.ok()) << sharing.status();
+    (*sharing)->StartPrompt(num_tokens_, options);
+    std::vector<float> out;
+    for (int layer = 0; layer < num_layers; ++layer) {
+      *report = LayerReport();
+      out = q_;
+      EXPECT_TRUE((*sharing)->Attend(layer, Params(&out), report).ok());
+    }
+    return out;
+  }
+
+  std::vector<float> AttendDense() {
+    std::vector<float> out = q_;
+    kernels::AttentionParams params = Params(&out);
+    std::vector<kernels::HeadWork> work(kNumHeads);
+    for (int head = 0; head < kNumHeads; ++head) work[head].head = head;
+    params.work = work.data();
+    params.num_work = kNumHeads;
+    EXPECT_TRUE(backend_->Attention(params).ok());
+    return out;
+  }
+
+ private:
+  float* Q(int64_t token, int head) { return &q_[(token * kNumHeads + head) * kHeadDim]; }
+  float* K(int64_t token, int head) { return &k_[(head * num_tokens_ + token) * kHeadDim]; }
+
+  void FillTopics(int head, int seed) {
+    std::mt19937 random(seed);
+    const float length = std::sqrt(kStrength * std::sqrt(static_cast<float>(kHeadDim)));
+    for (int64_t first = 0; first < num_tokens_; first += kBlockTokens) {
+      const int topic = static_cast<int>(random() % 12);
+      for (int64_t t = first; t < std::min(first + kBlockTokens, num_tokens_); ++t) {
+        Q(t, head)[topic] = length;
+        K(t, head)[topic] = length;
+      }
+    }
+  }
+
+  // Half of the mass on token 0; the rest falls off with distance, by angles that turn slowly.
+  void FillSinkAndLocal(int head) {
+    const float length = std::sqrt(kStrength * std::sqrt(static_cast<float>(kHeadDim)));
+    for (int64_t t = 0; t < num_tokens_; ++t) {
+      const float angle = static_cast<float>(t) * 0.02f;
+      Q(t, head)[0] = K(t, head)[0] = length * std::cos(angle);
+      Q(t, head)[1] = K(t, head)[1] = length * std::sin(angle);
+      Q(t, head)[2] = length;
+    }
+    std::fill_n(K(0, head), 3, 0.0f);
+    K(0, head)[2] = 1.6f * length;
+  }
+
+  kernels::AttentionParams Params(std::vector<float>* out) {
+    return {.q = out->data(),
+            .k = k_.data(),
+            .v = v_.data(),
+            .out = out->data(),
+            .num_queries = num_tokens_,
+            .num_keys = num_tokens_,
+            .kv_head_stride = num_tokens_ * kHeadDim,
+            .num_heads = kNumHeads,
+            .num_kv_heads = kNumHeads,
+            .head_dim = kHeadDim,
+            .block_tokens = kBlockTokens,
+            .scale = 1.0f / std::sqrt(static_cast<float>(kHeadDim))};
+  }
+
+  const int64_t num_tokens_;
+  ModelConfig config_;
+  HeadClusters clusters_;
+  std::unique_ptr<Backend> backend_;
+  std::vector<float> q_, k_, v_;
+};
+
+// ||out - dense|| / ||dense|| of one head.
+double HeadError(const std::vector<float>& out, const std::vector<float>& dense, int head) {
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < out.size(); ++i) {
+    if (static_cast<int>(i / kHeadDim % kNumHeads) != head) continue;
+    difference += (out[i] - dense[i]) * (out[i] - dense[i]);
+    norm += dense[i] * dense[i];
+  }
+  return std::sqrt(difference / norm);
+}
+
+AttentionOptions Options(AttentionPolicy policy) {
+  AttentionOptions options;
+  options.policy = policy;
+  options.min_budget_tokens = 128;
+  return options;
+}
+
+const std::vector<Structure> kAllTopics(kNumHeads, Structure::kTopics);
+const std::vector<int> kSameTopics(kNumHeads, 1);
+
+TEST(PatternSharing, KeepsWhatVerticalSlashLosesWhereAttentionFollowsContent) {
+  for (int64_t num_tokens : {4096, 4000}) {
+    Layer layer(num_tokens, kAllTopics, kSameTopics);
+    const auto dense = layer.AttendDense();
+    LayerReport report;
+    const auto shared = layer.Attend(Options(AttentionPolicy::kShare), &report);
+    EXPECT_EQ(report.pivot_heads, 1);
+    EXPECT_EQ(report.shared_heads, 3);
+    EXPECT_GT(report.density, 0.25);
+    EXPECT_LT(report.density, 0.25 + 0.75 * 0.2);
+    EXPECT_EQ(HeadError(shared, dense, 0), 0.0) << "the pivot is exact";
+    for (int head = 1; head < kNumHeads; ++head) EXPECT_LT(HeadError(shared, dense, head), 0.3);
+
+    const auto vertical_slash = layer.Attend(Options(AttentionPolicy::kVerticalSlash), &report);
+    EXPECT_EQ(report.vertical_slash_heads, kNumHeads);
+    EXPECT_EQ(report.pivot_heads, 0);
+    EXPECT_LT(report.density, 0.5);
+    for (int head = 0; head < kNumHeads; ++head) {
+      EXPECT_GT(HeadError(vertical_slash, dense, head), 0.5);
+    }
+  }
+}
+
+TEST(PatternSharing, AMemberThatLooksElsewhereTakesItsOwnPattern) {
+  Layer layer(4096, kAllTopics, {1, 1, 2, 1});
+  LayerReport report;
+  layer.Attend(Options(AttentionPolicy::kShare), &report);
+  EXPECT_EQ(report.pivot_heads, 1);
+  EXPECT_EQ(report.shared_heads, 2);
+  EXPECT_EQ(report.vertical_slash_heads, 1);
+}
+
+TEST(PatternSharing, AClusterThatVerticalSlashCoversDoesNotShare) {
+  Layer layer(4096, std::vector<Structure>(kNumHeads, Structure::kSinkAndLocal), kSameTopics);
+  const auto dense = layer.AttendDense();
+  LayerReport report;
+  const auto out = layer.Attend(Options(AttentionPolicy::kShare), &report);
+  EXPECT_EQ(report.pivot_heads, 1);
+  EXPECT_EQ(report.vertical_slash_heads, 3);
+  for (int head = 0; head < kNumHeads; ++head) EXPECT_LT(HeadError(out, dense, head), 0.3);
+
+  AttentionOptions always = Options(AttentionPolicy::kShare);
+  always.coverage = 1.0f;
+  layer.Attend(always, &report);
+  EXPECT_EQ(report.shared_heads, 3);
+}
+
+TEST(PatternSharing, WithoutSameLayerSharingItBeginsOneLayerLater) {
+  Layer layer(4096, kAllTopics, kSameTopics);
+  AttentionOptions options = Options(AttentionPolicy::kShare);
+  options.same_layer_sharing = false;
+  LayerReport report;
+  layer.Attend(options, &report, /*num_layers=*/1);
+  EXPECT_EQ(report.pivot_heads, 1);
+  EXPECT_EQ(report.vertical_slash_heads, 3);
+  layer.Attend(options, &report, /*num_layers=*/2);
+  EXPECT_EQ(report.pivot_heads, 0);
+  EXPECT_EQ(report.shared_heads, 4);
+}
+
+TEST(PatternSharing, HeadsOutsideSharedClustersAreVerticalSlash) {
+  Layer layer(4096, kAllTopics, kSameTopics);
+  layer.clusters().cluster_of[0] = {HeadClusters::kNoCluster, 0, HeadClusters::kNoCluster, 0};
+  LayerReport report;
+  layer.Attend(Options(AttentionPolicy::kShare), &report);
+  EXPECT_EQ(report.pivot_heads, 1);
+  EXPECT_EQ(report.shared_heads, 1);
+  EXPECT_EQ(report.vertical_slash_heads, 2);
+}
+
+TEST(PatternSharing, ThresholdsThatForceEveryBlockGiveDenseBitForBit) {
+  Layer layer(1000, kAllTopics, kSameTopics);
+  const auto dense = layer.AttendDense();
+  LayerReport report;
+  AttentionOptions whole = Options(AttentionPolicy::kVerticalSlash);
+  whole.min_budget_tokens = 1000;
+  EXPECT_EQ(layer.Attend(whole, &report), dense);
+  EXPECT_EQ(report.density, 1.0);
+}
+
+TEST(PatternSharing, EveryHeadAloneInAClusterIsItsPivotAndDenseBitForBit) {
+  Layer layer(1000, kAllTopics, kSameTopics);
+  layer.clusters().num_clusters = kNumHeads;
+  layer.clusters().cluster_of[0] = {0, 1, 2, 3};
+  const auto dense = layer.AttendDense();
+  LayerReport report;
+  EXPECT_EQ(layer.Attend(Options(AttentionPolicy::kShare), &report), dense);
+  EXPECT_EQ(report.pivot_heads, kNumHeads);
+  EXPECT_EQ(report.density, 1.0);
+}
+
+TEST(PatternSharing, WhereNoPivotFormsItIsVerticalSlashBitForBit) {
+  Layer layer(2000, kAllTopics, kSameTopics);
+  LayerReport plain, share;
+  const auto expected = layer.Attend(Options(AttentionPolicy::kVerticalSlash), &plain);
+  AttentionOptions sparse_excluded = Options(AttentionPolicy::kShare);
+  sparse_excluded.delta = 0.0f;
+  EXPECT_EQ(layer.Attend(sparse_excluded, &share), expected);
+  EXPECT_EQ(share.density, plain.density);
+  AttentionOptions never = Options(AttentionPolicy::kShare);
+  never.coverage = 0.0f;
+  EXPECT_EQ(layer.Attend(never, &share), expected);
+  EXPECT_EQ(share.vertical_slash_heads, kNumHeads);
+}
+
+// A pivot beside vertical-slash heads changes nothing for them.
+TEST(PatternSharing, WithTauZeroItIsVerticalSlashPlusPivots) {
+  Layer layer(2000, kAllTopics, kSameTopics);
+  LayerReport report;
+  const auto vertical_slash = layer.Attend(Options(AttentionPolicy::kVerticalSlash), &report);
+  const auto dense = layer.AttendDense();
+  AttentionOptions options = Options(AttentionPolicy::kShare);
+  options.tau = 0.0f;
+  const auto out = layer.Attend(options, &report);
+  EXPECT_EQ(report.pivot_heads, 1);
+  EXPECT_EQ(HeadError(out, dense, 0), 0.0);
+  for (int head = 1; head < kNumHeads; ++head) EXPECT_EQ(HeadError(out, vertical_slash, head), 0.0);
+}
+
+TEST(PatternSharing, APromptInheritsNothingFromTheOneBefore) {
+  ModelConfig config;
+  config.num_layers = 1;
+  config.num_heads = config.num_kv_heads = 1;
+  config.head_dim = kHeadDim;
+  HeadClusters clusters;
+  clusters.num_clusters = 1;
+  clusters.cluster_of = {{0}};
+  const auto backend = *CreateBackend(DeviceChoice::kCpu, 1);
+  const auto sharing = *PatternSharing::Create(backend.get(), &config, &clusters, 512, 64);
+  for (int64_t num_tokens : {512, 300, 512}) {
+    std::vector<float> zeros(num_tokens * kHeadDim, 0.0f), out(zeros);
+    kernels::AttentionParams params = {.q = zeros.data(),
+                                       .k = zeros.data(),
+                                       .v = zeros.data(),
+                                       .out = out.data(),
+                                       .num_queries = num_tokens,
+                                       .num_keys = num_tokens,
+                                       .kv_head_stride = num_tokens * kHeadDim,
+                                       .num_heads = 1,
+                                       .num_kv_heads = 1,
+                                       .head_dim = kHeadDim,
+                                       .block_tokens = 64,
+                                       .scale = 1.0f};
+    sharing->StartPrompt(num_tokens, Options(AttentionPolicy::kShare));
+    LayerReport report;
+    ASSERT_TRUE(sharing->Attend(0, params, &report).ok());
+    EXPECT_EQ(report.pivot_heads, 1) << num_tokens;
+  }
+}
+
+}  // namespace
+}  // namespace prefilld::model
