@@ -199,6 +199,31 @@ TEST(PatternSharing, AClusterThatVerticalSlashCoversDoesNotShare) {
   EXPECT_EQ(report.shared_heads, 3);
 }
 
+// A floor on the budget that makes vertical-slash compute every block does not count as coverage.
+TEST(PatternSharing, CoverageIsThatOfASetOfEqualCost) {
+  Layer layer(4096, kAllTopics, kSameTopics);
+  AttentionOptions options = Options(AttentionPolicy::kShare);
+  options.min_budget_tokens = 4096;
+  LayerReport report;
+  layer.Attend(options, &report);
+  EXPECT_EQ(report.shared_heads, 3);
+}
+
+TEST(PatternSharing, SharedHeadsSeeWhatTheirOwnLastQueriesLookFor) {
+  Layer layer(4096, kAllTopics, {1, 2, 1, 1});
+  AttentionOptions options = Options(AttentionPolicy::kShare);
+  options.tau = 1.0f;  // head 1 shares though it looks elsewhere
+  const auto dense = layer.AttendDense();
+  LayerReport report;
+  const auto out = layer.Attend(options, &report);
+  ASSERT_EQ(report.shared_heads, 3);
+  EXPECT_GT(HeadError(out, dense, 1), 0.5);
+  const std::ptrdiff_t last_block = kBlockTokens * kNumHeads * kHeadDim;
+  EXPECT_LT(
+      HeadError({out.end() - last_block, out.end()}, {dense.end() - last_block, dense.end()}, 1),
+      0.3);
+}
+
 TEST(PatternSharing, WithoutSameLayerSharingItBeginsOneLayerLater) {
   Layer layer(4096, kAllTopics, kSameTopics);
   AttentionOptions options = Options(AttentionPolicy::kShare);
