@@ -1,7 +1,7 @@
 // The ops of kernels/layer_ops.h over fp32.
 //
 // Ops run on the threads of kernels/cpu/threads.h and return when they are done.
-// Linear runs on oneDNN (a dot-product kernel of our own for few tokens), the rest on our own
+// Linear runs on oneDNN (for a single token on dot products of our own), the rest on our own
 // vector code.
 #ifndef PREFILLD_KERNELS_CPU_LAYER_OPS_H_
 #define PREFILLD_KERNELS_CPU_LAYER_OPS_H_

@@ -1,6 +1,6 @@
-// Matrix products. Many tokens: oneDNN's sgemm, bound by the multiply-add units. Few tokens
-// (decode): every weight is read once for 2 * num_tokens FLOPs, bound by memory, so each row of W
-// is one stream through the cache and sgemm's packing would only add traffic.
+// Matrix products. Several tokens: oneDNN's sgemm, bound by the multiply-add units. One token
+// (decode): every weight is read once for two FLOPs, bound by memory, so each row of W is one
+// stream through the cache and sgemm's packing would only add traffic.
 #include "kernels/cpu/simd_targets.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/linear.cc"
@@ -39,16 +39,15 @@ HWY_INLINE float Dot(const float* HWY_RESTRICT a, const float* HWY_RESTRICT b, i
   return dot;
 }
 
-void FewTokensLinear(const LinearParams& p) {
+void OneTokenLinear(const LinearParams& p) {
+  const float* x = static_cast<const float*>(p.x);
+  const float* w = static_cast<const float*>(p.w);
   const float* bias = static_cast<const float*>(p.bias);
+  float* y = static_cast<float*>(p.y);
 #pragma omp parallel for schedule(static)
   for (int64_t o = 0; o < p.out_features; ++o) {
-    const float* w = static_cast<const float*>(p.w) + o * p.in_features;
-    for (int64_t t = 0; t < p.num_tokens; ++t) {
-      const float* x = static_cast<const float*>(p.x) + t * p.in_features;
-      float* y = static_cast<float*>(p.y) + t * p.out_features + o;
-      *y = Dot(w, x, p.in_features) + (bias ? bias[o] : 0.0f) + (p.accumulate ? *y : 0.0f);
-    }
+    const float before = (bias ? bias[o] : 0.0f) + (p.accumulate ? y[o] : 0.0f);
+    y[o] = before + Dot(w + o * p.in_features, x, p.in_features);
   }
 }
 
@@ -60,10 +59,7 @@ HWY_AFTER_NAMESPACE();
 namespace prefilld::kernels::cpu {
 namespace {
 
-HWY_EXPORT(FewTokensLinear);
-
-// From here on sgemm wins.
-constexpr int64_t kFewTokens = 4;
+HWY_EXPORT(OneTokenLinear);
 
 // y = bias, or y += bias, so that sgemm only has to add to it.
 void ApplyBias(const LinearParams& p) {
@@ -83,8 +79,8 @@ void ApplyBias(const LinearParams& p) {
 }  // namespace
 
 void Linear(const LinearParams& params) {
-  if (params.num_tokens <= kFewTokens) {
-    HWY_DYNAMIC_DISPATCH(FewTokensLinear)(params);
+  if (params.num_tokens == 1) {
+    HWY_DYNAMIC_DISPATCH(OneTokenLinear)(params);
     return;
   }
   if (params.bias != nullptr) ApplyBias(params);

@@ -11,6 +11,7 @@
 // foreach_target.h comes first.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/attention.h"
@@ -21,6 +22,8 @@ namespace prefilld::kernels::cpu {
 namespace HWY_NAMESPACE {
 
 using F32 = hn::ScalableTag<float>;
+
+constexpr int kMaxCacheBlock = 128;  // tokens
 
 // One query head's share of one split: [max, sum, head_dim sums of 2^(score - max) * v].
 float* Partial(const PagedAttentionParams& p, int64_t head, int64_t split) {
@@ -36,34 +39,59 @@ HWY_INLINE float Dot(const float* HWY_RESTRICT a, const float* HWY_RESTRICT b, i
   return hn::GetLane(hn::SumOfLanes(d, sum));
 }
 
-// y = y * scale + x * weight
-HWY_INLINE void ScaleAdd(float scale, float weight, const float* HWY_RESTRICT x, int n,
-                         float* HWY_RESTRICT y) {
+// y[i] = y[i] * rescale + sum over t of weights[t] * rows[t][i]: a strip of y stays in registers
+// while the rows pass.
+HWY_INLINE void AddWeightedRows(float rescale, const float* HWY_RESTRICT weights,
+                                const float* HWY_RESTRICT rows, int64_t row_stride, int num_rows,
+                                int n, float* HWY_RESTRICT y) {
   const F32 d;
-  for (int i = 0; i < n; i += static_cast<int>(hn::Lanes(d))) {
-    const auto old = hn::Mul(hn::LoadU(d, y + i), hn::Set(d, scale));
-    hn::StoreU(hn::MulAdd(hn::LoadU(d, x + i), hn::Set(d, weight), old), d, y + i);
+  const int lanes = static_cast<int>(hn::Lanes(d));
+  int i = 0;
+  for (; i + 4 * lanes <= n; i += 4 * lanes) {
+    hn::Vec<F32> sum[4];
+    for (int j = 0; j < 4; ++j) {
+      sum[j] = hn::Mul(hn::LoadU(d, y + i + j * lanes), hn::Set(d, rescale));
+    }
+    for (int t = 0; t < num_rows; ++t) {
+      const float* row = rows + t * row_stride + i;
+      for (int j = 0; j < 4; ++j) {
+        sum[j] = hn::MulAdd(hn::Set(d, weights[t]), hn::LoadU(d, row + j * lanes), sum[j]);
+      }
+    }
+    for (int j = 0; j < 4; ++j) hn::StoreU(sum[j], d, y + i + j * lanes);
+  }
+  for (; i < n; i += lanes) {
+    auto sum = hn::Mul(hn::LoadU(d, y + i), hn::Set(d, rescale));
+    for (int t = 0; t < num_rows; ++t) {
+      sum = hn::MulAdd(hn::Set(d, weights[t]), hn::LoadU(d, rows + t * row_stride + i), sum);
+    }
+    hn::StoreU(sum, d, y + i);
   }
 }
 
 // Adds the keys of one cache block (the first `num_tokens`) to the partial result of one head.
 void AttendCacheBlock(const PagedAttentionParams& p, const float* q, const float* k, const float* v,
                       int num_tokens, float* partial) {
-  HWY_ALIGN float scores[128];
+  const F32 d;
+  HWY_ALIGN float weights[kMaxCacheBlock];
   float max = partial[0];
   for (int t = 0; t < num_tokens; ++t) {
-    scores[t] = Dot(q, k + t * p.token_stride, p.head_dim) * (p.scale * kLog2E);
-    max = std::max(max, scores[t]);
+    weights[t] = Dot(q, k + t * p.token_stride, p.head_dim) * (p.scale * kLog2E);
+    max = std::max(max, weights[t]);
   }
-  float rescale = std::exp2(partial[0] - max);
+  // Up to a whole vector, beyond the last token, of exponentials of minus infinity: zero.
+  const int padded = static_cast<int>(hwy::RoundUpTo(num_tokens, hn::Lanes(d)));
+  std::fill(weights + num_tokens, weights + padded, -std::numeric_limits<float>::infinity());
+  auto sum = hn::Zero(d);
+  for (int t = 0; t < padded; t += static_cast<int>(hn::Lanes(d))) {
+    const auto weight = Exp2(d, hn::Sub(hn::Load(d, weights + t), hn::Set(d, max)));
+    hn::Store(weight, d, weights + t);
+    sum = hn::Add(sum, weight);
+  }
+  const float rescale = std::exp2(partial[0] - max);
   partial[0] = max;
-  partial[1] *= rescale;
-  for (int t = 0; t < num_tokens; ++t) {
-    const float weight = std::exp2(scores[t] - max);
-    partial[1] += weight;
-    ScaleAdd(rescale, weight, v + t * p.token_stride, p.head_dim, partial + 2);
-    rescale = 1.0f;
-  }
+  partial[1] = partial[1] * rescale + hn::GetLane(hn::SumOfLanes(d, sum));
+  AddWeightedRows(rescale, weights, v, p.token_stride, num_tokens, p.head_dim, partial + 2);
 }
 
 void AttendSplit(const PagedAttentionParams& p, int64_t kv_head, int64_t split, int64_t first_block,
@@ -98,7 +126,7 @@ void MergeSplits(const PagedAttentionParams& p, int64_t head, int64_t num_splits
     const float* partial = Partial(p, head, s);
     const float weight = std::exp2(partial[0] - max);
     sum += weight * partial[1];
-    ScaleAdd(1.0f, weight, partial + 2, p.head_dim, out);
+    AddWeightedRows(1.0f, &weight, partial + 2, 0, 1, p.head_dim, out);
   }
   for (int i = 0; i < p.head_dim; ++i) out[i] /= sum;
 }

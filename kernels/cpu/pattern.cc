@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <numeric>
 #include <vector>
 
 namespace prefilld::kernels::cpu {
@@ -13,33 +12,38 @@ namespace {
 void SetBit(uint32_t* bits, int64_t i) { bits[i / 32] |= 1u << (i % 32); }
 bool TestBit(const uint32_t* bits, int64_t i) { return (bits[i / 32] >> (i % 32)) & 1; }
 
-// Reorders indices 0 .. n-1 of `mass` into `order` and returns how many of the first are the
-// smallest set whose mass reaches gamma of the total, but at least `floor` (or n).
+// An element of a set in one integer that sorts by descending mass, then by ascending index. The
+// bits of a positive float sort as the float does; a NaN counts as no mass.
+uint64_t SortKey(float mass, int64_t index) {
+  const uint32_t bits = mass > 0.0f ? std::bit_cast<uint32_t>(mass) : 0;
+  return uint64_t{~bits} << 32 | static_cast<uint64_t>(index);
+}
+uint32_t IndexOf(uint64_t key) { return static_cast<uint32_t>(key); }
+float MassOf(uint64_t key) { return std::bit_cast<float>(~static_cast<uint32_t>(key >> 32)); }
+
+// Fills `keys` with the n elements of `mass` and returns how many of the first are the smallest set
+// whose mass reaches gamma of the total, but at least `floor` (or n); only those are in order.
 //
-// Sorting everything would cost most of the time for a set that is usually small, so a prefix is
-// sorted that doubles until it is long enough.
+// The set is usually small: sorted is a prefix that doubles until it is long enough.
 int64_t SelectSmallestSet(const float* mass, int64_t n, double gamma, int64_t floor,
-                          uint32_t* order) {
-  std::iota(order, order + n, 0u);
-  // A NaN counts as no mass, and so keeps the order well defined.
-  const auto mass_of = [mass](int64_t i) { return mass[i] > 0.0f ? mass[i] : 0.0f; };
-  const auto before = [mass_of](uint32_t a, uint32_t b) {
-    return mass_of(a) != mass_of(b) ? mass_of(a) > mass_of(b) : a < b;
-  };
+                          uint64_t* keys) {
   double total = 0.0;
-  for (int64_t i = 0; i < n; ++i) total += mass_of(i);
+  for (int64_t i = 0; i < n; ++i) {
+    keys[i] = SortKey(mass[i], i);
+    total += MassOf(keys[i]);
+  }
   const double target = gamma * total;
   double sum = 0.0;
   int64_t taken = 0;
-  for (int64_t sorted = 0, prefix = 256; sorted < n; prefix *= 2) {
-    const int64_t end = std::min(std::max(prefix, floor), n);
-    if (end < n) std::nth_element(order + sorted, order + end, order + n, before);
-    std::sort(order + sorted, order + end, before);
+  for (int64_t sorted = 0, prefix = std::max<int64_t>(256, floor); sorted < n; prefix *= 2) {
+    const int64_t end = std::min(prefix, n);
+    if (end < n) std::nth_element(keys + sorted, keys + end, keys + n);
+    std::sort(keys + sorted, keys + end);
     sorted = end;
     for (; taken < end; ++taken) {
-      const bool reached = sum >= target || mass_of(order[taken]) == 0.0f;
-      if (reached && taken >= floor) return taken;
-      sum += mass_of(order[taken]);
+      const float next = MassOf(keys[taken]);
+      if (taken >= floor && (sum >= target || next == 0.0f)) return taken;
+      sum += next;
     }
   }
   return taken;
@@ -55,21 +59,22 @@ void VerticalSlash(const VerticalSlashParams& params) {
   const int64_t floor = std::min(params.min_budget_tokens, n);
 #pragma omp parallel for schedule(dynamic, 1)
   for (int h = 0; h < params.num_heads; ++h) {
-    uint32_t* order = static_cast<uint32_t*>(params.scratch) + h * n;
+    uint64_t* set = static_cast<uint64_t*>(params.scratch) + h * n;
     uint32_t* columns = params.columns + h * words;
     std::fill_n(columns, words, 0u);
     SetBit(columns, 0);
-    int64_t taken = SelectSmallestSet(params.vertical + h * n, n, params.gamma, floor, order);
-    for (int64_t i = 0; i < taken; ++i) SetBit(columns, order[i] / block);
+    int64_t taken = SelectSmallestSet(params.vertical + h * n, n, params.gamma, floor, set);
+    for (int64_t i = 0; i < taken; ++i) SetBit(columns, IndexOf(set[i]) / block);
 
     uint32_t* diagonals = params.diagonals + h * words;
     std::fill_n(diagonals, words, 0u);
     SetBit(diagonals, 0);
-    taken = SelectSmallestSet(params.slash + h * n, n, params.gamma, floor, order);
+    taken = SelectSmallestSet(params.slash + h * n, n, params.gamma, floor, set);
     for (int64_t i = 0; i < taken; ++i) {
-      const int64_t diagonal = order[i] / block;
+      const int64_t offset = IndexOf(set[i]);
+      const int64_t diagonal = offset / block;
       SetBit(diagonals, diagonal);
-      if (order[i] % block != 0 && diagonal + 1 < num_blocks) SetBit(diagonals, diagonal + 1);
+      if (offset % block != 0 && diagonal + 1 < num_blocks) SetBit(diagonals, diagonal + 1);
     }
   }
 }
@@ -92,17 +97,17 @@ void SelectRows(const SelectRowsParams& params) {
   const int64_t num_key_blocks = params.num_key_blocks;
   const int64_t words = PatternWords(num_key_blocks);
   const int64_t first_block = num_key_blocks - params.num_query_blocks;
-  // The only allocation: four bytes per key block for each thread.
-  std::vector<uint32_t> orders(static_cast<size_t>(num_key_blocks * omp_get_max_threads()));
+  // The only allocation: eight bytes per key block for each thread.
+  std::vector<uint64_t> sets(static_cast<size_t>(num_key_blocks * omp_get_max_threads()));
 #pragma omp parallel for schedule(dynamic, 16)
   for (int64_t row = 0; row < params.num_query_blocks; ++row) {
-    uint32_t* order = &orders[omp_get_thread_num() * num_key_blocks];
+    uint64_t* set = &sets[omp_get_thread_num() * num_key_blocks];
     uint32_t* pattern = params.pattern + row * words;
     std::fill_n(pattern, words, 0u);
     const int64_t block = first_block + row;
     const int64_t taken = SelectSmallestSet(params.block_mass + row * num_key_blocks, block + 1,
-                                            params.gamma, 0, order);
-    for (int64_t i = 0; i < taken; ++i) SetBit(pattern, order[i]);
+                                            params.gamma, 0, set);
+    for (int64_t i = 0; i < taken; ++i) SetBit(pattern, IndexOf(set[i]));
     SetBit(pattern, 0);
     SetBit(pattern, block);
   }
