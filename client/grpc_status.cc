@@ -3,6 +3,8 @@
 #include <string>
 
 #include "absl/strings/cord.h"
+#include "google/rpc/retry_info.pb.h"
+#include "google/rpc/status.pb.h"
 
 namespace prefilld::client {
 namespace {
@@ -25,6 +27,19 @@ grpc::Status ToGrpc(const absl::Status& status) {
   const auto details = status.GetPayload(kDetailsUrl);
   return grpc::Status(static_cast<grpc::StatusCode>(status.code()), std::string(status.message()),
                       details ? std::string(*details) : std::string());
+}
+
+std::optional<absl::Duration> RetryDelay(const absl::Status& status) {
+  const auto payload = status.GetPayload(kDetailsUrl);
+  google::rpc::Status details;
+  if (!payload || !details.ParseFromString(std::string(*payload))) return std::nullopt;
+  for (const auto& detail : details.details()) {
+    google::rpc::RetryInfo retry;
+    if (!detail.UnpackTo(&retry)) continue;
+    return absl::Seconds(retry.retry_delay().seconds()) +
+           absl::Nanoseconds(retry.retry_delay().nanos());
+  }
+  return std::nullopt;
 }
 
 }  // namespace prefilld::client

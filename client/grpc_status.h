@@ -1,7 +1,10 @@
 #ifndef PREFILLD_CLIENT_GRPC_STATUS_H_
 #define PREFILLD_CLIENT_GRPC_STATUS_H_
 
+#include <optional>
+
 #include "absl/status/status.h"
+#include "absl/time/time.h"
 #include "grpcpp/support/status.h"
 
 namespace prefilld::client {
@@ -10,6 +13,9 @@ namespace prefilld::client {
 // RetryInfo of RESOURCE_EXHAUSTED), so that a status can be passed on through several processes.
 absl::Status FromGrpc(const grpc::Status& status);
 grpc::Status ToGrpc(const absl::Status& status);
+
+// When to come back, if the status says so.
+std::optional<absl::Duration> RetryDelay(const absl::Status& status);
 
 }  // namespace prefilld::client
 

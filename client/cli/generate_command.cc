@@ -1,0 +1,136 @@
+#include <unistd.h>
+
+#include <cstdio>
+#include <memory>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "client/channel.h"
+#include "client/cli/commands.h"
+#include "client/cli/progress_line.h"
+#include "client/cli/prompt.h"
+#include "client/cli/summary.h"
+#include "client/grpc_status.h"
+#include "grpcpp/channel.h"
+#include "grpcpp/client_context.h"
+#include "nlohmann/json.hpp"
+#include "prefill/v1/decode.grpc.pb.h"
+
+namespace prefilld::client {
+namespace {
+
+using ::prefill::v1::DecodeService;
+using ::prefill::v1::GenerateEvent;
+using ::prefill::v1::GenerateRequest;
+
+GenerateRequest MakeRequest(const CliOptions& options, const Prompt& prompt) {
+  GenerateRequest request;
+  request.set_request_id(options.request_id);
+  request.mutable_token_ids()->Assign(prompt.token_ids.begin(), prompt.token_ids.end());
+  request.set_max_new_tokens(options.max_new_tokens);
+  *request.mutable_sampling() = options.sampling;
+  *request.mutable_attention() = options.attention;
+  request.mutable_stop_token_ids()->Assign(options.stop_token_ids.begin(),
+                                           options.stop_token_ids.end());
+  request.set_ignore_eos(options.ignore_eos);
+  request.set_pushed_transfer_id(options.pushed_transfer_id);
+  return request;
+}
+
+// Takes the events of one call: shows tokens and progress as they come, keeps what the summary
+// needs.
+class GenerateView {
+ public:
+  GenerateView(const CliOptions& options, bool is_text)
+      : is_text_(is_text), show_tokens_(!options.json), progress_(!options.quiet) {}
+
+  void Take(GenerateEvent& event) {
+    switch (event.event_case()) {
+      case GenerateEvent::kStarted:
+        generated_.request_id = event.started().request_id();
+        break;
+      case GenerateEvent::kProgress:
+        generated_.num_layers = event.progress().progress().num_layers();
+        progress_.Update(event.progress().progress(), event.progress().kv_bytes());
+        break;
+      case GenerateEvent::kToken:
+        TakeToken(*event.mutable_token()->mutable_token());
+        break;
+      case GenerateEvent::kResult:
+        generated_.result = std::move(*event.mutable_result());
+        has_result_ = true;
+        break;
+      default:
+        break;
+    }
+  }
+
+  // When no more events come.
+  void End() {
+    progress_.Clear();
+    if (show_tokens_ && !generated_.tokens.empty()) std::printf("\n");
+    std::fflush(stdout);
+  }
+
+  bool has_result() const { return has_result_; }
+  const Generated& generated() const { return generated_; }
+
+ private:
+  void TakeToken(::prefill::v1::SampledToken& token) {
+    progress_.Clear();
+    const std::string text = TokenText(token.token_id());
+    generated_.text += is_text_ ? text : "";
+    if (show_tokens_) {
+      if (is_text_) {
+        std::fwrite(text.data(), 1, text.size(), stdout);
+      } else {
+        std::printf("%s%u", generated_.tokens.empty() ? "" : " ", token.token_id());
+      }
+      std::fflush(stdout);
+    }
+    generated_.tokens.push_back(std::move(token));
+  }
+
+  const bool is_text_;
+  const bool show_tokens_;
+  ProgressLine progress_;
+  Generated generated_;
+  bool has_result_ = false;
+};
+
+}  // namespace
+
+absl::Status RunGenerate(const CliOptions& options, Cancellation& cancellation) {
+  const absl::StatusOr<Prompt> prompt = ReadPrompt(options.prompt);
+  if (!prompt.ok()) return prompt.status();
+  const auto channel = OpenChannel(options.worker);
+  if (!channel.ok()) return channel.status();
+
+  grpc::ClientContext context;
+  if (options.timeout != absl::InfiniteDuration()) {
+    context.set_deadline(absl::ToChronoTime(absl::Now() + options.timeout));
+  }
+  CancelHook hook(&cancellation, [&context] { context.TryCancel(); });
+  const auto stub = DecodeService::NewStub(*channel);
+  const auto stream = stub->Generate(&context, MakeRequest(options, *prompt));
+  GenerateView view(options, prompt->is_text);
+  GenerateEvent event;
+  while (stream->Read(&event)) view.Take(event);
+  view.End();
+  const grpc::Status status = stream->Finish();
+  if (!status.ok()) return FromGrpc(status);
+  if (!view.has_result()) return absl::DataLossError("the stream ended without a result");
+
+  if (options.json) {
+    // A model may well generate bytes that are no UTF-8.
+    std::printf("%s\n", ToJson(view.generated())
+                            .dump(2, ' ', false, nlohmann::json::error_handler_t::replace)
+                            .c_str());
+  } else if (!options.quiet) {
+    std::fprintf(stderr, "\n%s", Summary(view.generated()).c_str());
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace prefilld::client

@@ -1,0 +1,84 @@
+// prefill-cli: talks to a decode worker or to prefilld from the command line.
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdio>
+#include <string>
+#include <thread>
+
+#include "absl/status/status.h"
+#include "client/cancellation.h"
+#include "client/cli/commands.h"
+#include "client/cli/options.h"
+#include "client/cli/summary.h"
+
+namespace prefilld::client {
+namespace {
+
+constexpr int kExitInterrupted = 130;
+
+// The first Ctrl-C cancels the call, so that the servers stop at once; the second one ends us.
+void CancelOnInterrupt(Cancellation& cancellation) {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGINT);
+  sigaddset(&signals, SIGTERM);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  std::thread([signals, &cancellation] {
+    int signal;
+    sigwait(&signals, &signal);
+    cancellation.Cancel();
+    sigwait(&signals, &signal);
+    _exit(kExitInterrupted);
+  }).detach();
+}
+
+absl::Status RunCommand(const CliOptions& options, Cancellation& cancellation) {
+  switch (options.command) {
+    case Command::kGenerate:
+      return RunGenerate(options, cancellation);
+    case Command::kPrefill:
+      return RunPrefill(options, cancellation);
+    case Command::kInfo:
+      return RunInfo(options);
+  }
+  return absl::OkStatus();
+}
+
+int ExitCode(const absl::Status& status, const Cancellation& cancellation) {
+  if (cancellation.cancelled()) return kExitInterrupted;
+  switch (status.code()) {
+    case absl::StatusCode::kOk:
+      return 0;
+    case absl::StatusCode::kInvalidArgument:
+      return 2;
+    case absl::StatusCode::kUnavailable:
+      return 3;
+    case absl::StatusCode::kResourceExhausted:
+      return 4;
+    default:
+      return 1;
+  }
+}
+
+}  // namespace
+}  // namespace prefilld::client
+
+int main(int argc, char** argv) {
+  using namespace prefilld::client;
+  const absl::StatusOr<CliOptions> options = OptionsFromCommandLine(argc, argv);
+  if (!options.ok()) {
+    std::fprintf(stderr, "prefill-cli: %s\n", std::string(options.status().message()).c_str());
+    return 2;
+  }
+  // Lives as long as the thread that waits for signals, which is to the end of the process.
+  static Cancellation cancellation;
+  CancelOnInterrupt(cancellation);
+  const absl::Status status = RunCommand(*options, cancellation);
+  if (!status.ok()) {
+    const bool to_worker = options->command == Command::kGenerate;
+    const std::string& address = to_worker ? options->worker.address : options->server.address;
+    std::fprintf(stderr, "prefill-cli: %s\n", ErrorText(status, address).c_str());
+  }
+  return ExitCode(status, cancellation);
+}

@@ -1,0 +1,242 @@
+#include "client/cli/options.h"
+
+#include "absl/flags/flag.h"
+#include "absl/flags/parse.h"
+#include "absl/flags/usage.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+
+ABSL_FLAG(std::string, worker, "localhost:50052", "host:port of the decode worker (generate).");
+ABSL_FLAG(std::string, server, "localhost:50051", "host:port of prefilld (prefill, info).");
+ABSL_FLAG(bool, tls, false, "Connect with TLS.");
+ABSL_FLAG(std::string, tls_ca, "", "PEM certificates that sign the server's. Empty: the system's.");
+ABSL_FLAG(std::string, tls_cert, "", "PEM certificate to show to the server (mutual TLS).");
+ABSL_FLAG(std::string, tls_key, "", "PEM private key of --tls_cert.");
+ABSL_FLAG(std::string, tls_name, "",
+          "Name to verify in the server's certificate. Empty: the host.");
+ABSL_FLAG(double, timeout_s, 0, "Deadline of the call. 0: none.");
+ABSL_FLAG(bool, json, false, "Print one JSON object on standard output and nothing else there.");
+ABSL_FLAG(bool, quiet, false, "No progress and no summary on standard error.");
+
+ABSL_FLAG(std::optional<std::string>, text, std::nullopt,
+          "Prompt as text for byte-level models: one token per byte.");
+ABSL_FLAG(std::optional<std::string>, text_file, std::nullopt,
+          "File with the prompt as text. -: standard input.");
+ABSL_FLAG(std::optional<std::string>, token_ids, std::nullopt,
+          "Prompt as token ids, separated by commas or spaces, or a JSON list.");
+ABSL_FLAG(std::optional<std::string>, token_ids_file, std::nullopt,
+          "File with the prompt as token ids, in the same forms. -: standard input.");
+ABSL_FLAG(int32_t, bos, 256,
+          "Token to put before the bytes of a text; 256 suits the embedded model. -1: none.");
+ABSL_FLAG(std::string, request_id, "", "Name of the request in logs. Empty: chosen for you.");
+
+ABSL_FLAG(int32_t, max_new_tokens, 64, "Tokens to generate.");
+ABSL_FLAG(std::vector<std::string>, stop_token_ids, {},
+          "Token ids that end the generation, beside the model's own.");
+ABSL_FLAG(bool, ignore_eos, false, "Go on past the model's end tokens.");
+ABSL_FLAG(float, temperature, 0, "0: greedy, the most likely token.");
+ABSL_FLAG(uint32_t, top_k, 0, "Draw from the k most likely tokens. 0: all.");
+ABSL_FLAG(float, top_p, 0, "Draw from the likeliest tokens that reach this probability. 0: all.");
+ABSL_FLAG(uint64_t, seed, 0, "Seed of the draw.");
+ABSL_FLAG(uint32_t, top_logprobs, 0, "Log-probabilities of so many tokens per step (with --json).");
+ABSL_FLAG(std::string, pushed_transfer_id, "",
+          "generate: wait for a cache that `prefill --deliver_to` pushes under this id.");
+
+ABSL_FLAG(std::string, policy, "",
+          "Attention: dense, vertical_slash, share or auto. Empty: the server's default.");
+ABSL_FLAG(std::optional<float>, gamma, std::nullopt, "Mass that a pattern must cover, (0, 1].");
+ABSL_FLAG(std::optional<float>, tau, std::nullopt, "Distance below which heads share, [0, 1].");
+ABSL_FLAG(std::optional<float>, delta, std::nullopt,
+          "Distance from uniform above which a head does not share, [0, 1]. 1: no such rule.");
+ABSL_FLAG(std::optional<float>, coverage, std::nullopt,
+          "A cluster shares when vertical-slash covers less of its pivot than this, [0, 1].");
+ABSL_FLAG(std::optional<uint32_t>, min_budget_tokens, std::nullopt,
+          "Least number of columns, and of diagonals, that vertical-slash keeps.");
+ABSL_FLAG(std::optional<bool>, same_layer_sharing, std::nullopt,
+          "Heads may share a pivot of their own layer.");
+
+ABSL_FLAG(uint32_t, block_tokens, 16, "prefill: tokens per KV block: 16, 32, 64 or 128.");
+ABSL_FLAG(std::string, kv_order, "nhd", "prefill: order of the axes in a KV block: nhd or hnd.");
+ABSL_FLAG(std::string, kv_dtype, "", "prefill: bf16, fp16 or fp32. Empty: the server's own.");
+ABSL_FLAG(uint32_t, first_head, 0, "prefill: first KV head wanted.");
+ABSL_FLAG(uint32_t, num_heads, 0, "prefill: number of KV heads wanted. 0: the rest.");
+ABSL_FLAG(uint32_t, first_block, 0, "prefill: first KV block wanted.");
+ABSL_FLAG(uint32_t, lanes, 1, "prefill: connections for the KV, 1 to 16.");
+ABSL_FLAG(bool, layer_stats, false, "prefill: report every layer.");
+ABSL_FLAG(std::string, deliver_to, "",
+          "prefill: have the KV pushed to this decode worker (host:port) instead of here.");
+ABSL_FLAG(std::string, transfer_id, "", "prefill: the pushed_transfer_id it waits under.");
+
+namespace prefilld::client {
+namespace {
+
+using Problems = std::vector<std::string>;
+using ::prefill::v1::AttentionPolicy;
+
+constexpr char kUsage[] =
+    R"(Client of prefilld and its decode worker.
+
+  prefill-cli generate --worker=HOST:PORT --text='Once upon a time'    prompt in, tokens out
+  prefill-cli prefill  --server=HOST:PORT --text_file=prompt.txt       prefill alone: KV received,
+                                                                      verified and thrown away
+  prefill-cli info     --server=HOST:PORT                              what a server runs
+
+A prompt is --text, --text_file (both for byte-level models), --token_ids or --token_ids_file.
+Generated tokens go to standard output, in the form of the prompt: text or ids. Progress, summary
+and errors go to standard error.
+
+Exit codes: 0 done; 1 the call failed; 2 bad arguments; 3 server unavailable; 4 the server is full,
+try later; 130 interrupted.)";
+
+template <typename T>
+struct NamedValue {
+  const char* name;
+  T value;
+};
+
+template <typename T, size_t n>
+T ReadName(const char* flag, const std::string& text, const NamedValue<T> (&names)[n],
+           Problems& problems) {
+  for (const auto& entry : names) {
+    if (text == entry.name) return entry.value;
+  }
+  const std::string allowed = absl::StrJoin(
+      names, ", ", [](std::string* out, const NamedValue<T>& e) { absl::StrAppend(out, e.name); });
+  problems.push_back(absl::StrCat(flag, "=", text, " is not one of ", allowed));
+  return T();
+}
+
+Command ReadCommand(const std::vector<char*>& positional, Problems& problems) {
+  constexpr NamedValue<Command> kCommands[] = {
+      {"generate", Command::kGenerate}, {"prefill", Command::kPrefill}, {"info", Command::kInfo}};
+  if (positional.size() != 2) {
+    problems.push_back("one command is needed: generate, prefill or info (see --help)");
+    return Command::kInfo;
+  }
+  return ReadName("command", positional[1], kCommands, problems);
+}
+
+ChannelOptions ReadChannel(const std::string& address) {
+  ChannelOptions channel;
+  channel.address = address;
+  if (absl::GetFlag(FLAGS_tls)) {
+    channel.tls = TlsOptions{absl::GetFlag(FLAGS_tls_ca), absl::GetFlag(FLAGS_tls_cert),
+                             absl::GetFlag(FLAGS_tls_key), absl::GetFlag(FLAGS_tls_name)};
+  }
+  return channel;
+}
+
+PromptSource ReadPrompt(Command command, Problems& problems) {
+  PromptSource prompt = {absl::GetFlag(FLAGS_text), absl::GetFlag(FLAGS_text_file),
+                         absl::GetFlag(FLAGS_token_ids), absl::GetFlag(FLAGS_token_ids_file),
+                         absl::GetFlag(FLAGS_bos)};
+  const int given = prompt.text.has_value() + prompt.text_file.has_value() +
+                    prompt.token_ids.has_value() + prompt.token_ids_file.has_value();
+  if (command != Command::kInfo && given != 1) {
+    problems.push_back(absl::StrCat(
+        "one of --text, --text_file, --token_ids, --token_ids_file is needed; given are ", given));
+  }
+  return prompt;
+}
+
+::prefill::v1::AttentionOptions ReadAttention(Problems& problems) {
+  constexpr NamedValue<AttentionPolicy> kPolicies[] = {
+      {"", AttentionPolicy::ATTENTION_POLICY_UNSPECIFIED},
+      {"dense", AttentionPolicy::ATTENTION_POLICY_DENSE},
+      {"vertical_slash", AttentionPolicy::ATTENTION_POLICY_VERTICAL_SLASH},
+      {"share", AttentionPolicy::ATTENTION_POLICY_SHARE},
+      {"auto", AttentionPolicy::ATTENTION_POLICY_AUTO}};
+  ::prefill::v1::AttentionOptions attention;
+  attention.set_policy(ReadName("--policy", absl::GetFlag(FLAGS_policy), kPolicies, problems));
+  if (const auto value = absl::GetFlag(FLAGS_gamma)) attention.set_gamma(*value);
+  if (const auto value = absl::GetFlag(FLAGS_tau)) attention.set_tau(*value);
+  if (const auto value = absl::GetFlag(FLAGS_delta)) attention.set_delta(*value);
+  if (const auto value = absl::GetFlag(FLAGS_coverage)) attention.set_coverage(*value);
+  if (const auto value = absl::GetFlag(FLAGS_min_budget_tokens)) {
+    attention.set_min_budget_tokens(*value);
+  }
+  if (const auto value = absl::GetFlag(FLAGS_same_layer_sharing)) {
+    attention.set_same_layer_sharing(*value);
+  }
+  return attention;
+}
+
+::prefill::v1::Sampling ReadSampling() {
+  ::prefill::v1::Sampling sampling;
+  sampling.set_temperature(absl::GetFlag(FLAGS_temperature));
+  sampling.set_top_k(absl::GetFlag(FLAGS_top_k));
+  sampling.set_top_p(absl::GetFlag(FLAGS_top_p));
+  sampling.set_seed(absl::GetFlag(FLAGS_seed));
+  sampling.set_top_logprobs(absl::GetFlag(FLAGS_top_logprobs));
+  return sampling;
+}
+
+::prefill::v1::KvLayoutRequest ReadLayout(Problems& problems) {
+  constexpr NamedValue<::prefill::v1::KvOrder> kOrders[] = {{"nhd", ::prefill::v1::KV_ORDER_NHD},
+                                                            {"hnd", ::prefill::v1::KV_ORDER_HND}};
+  constexpr NamedValue<::prefill::v1::DType> kDTypes[] = {{"", ::prefill::v1::DTYPE_UNSPECIFIED},
+                                                          {"bf16", ::prefill::v1::DTYPE_BF16},
+                                                          {"fp16", ::prefill::v1::DTYPE_FP16},
+                                                          {"fp32", ::prefill::v1::DTYPE_FP32}};
+  ::prefill::v1::KvLayoutRequest layout;
+  layout.set_block_tokens(absl::GetFlag(FLAGS_block_tokens));
+  layout.set_order(ReadName("--kv_order", absl::GetFlag(FLAGS_kv_order), kOrders, problems));
+  layout.set_dtype(ReadName("--kv_dtype", absl::GetFlag(FLAGS_kv_dtype), kDTypes, problems));
+  layout.set_first_head(absl::GetFlag(FLAGS_first_head));
+  layout.set_num_heads(absl::GetFlag(FLAGS_num_heads));
+  layout.set_first_block(absl::GetFlag(FLAGS_first_block));
+  return layout;
+}
+
+std::vector<uint32_t> ReadStopTokens(Problems& problems) {
+  std::vector<uint32_t> ids;
+  for (const std::string& text : absl::GetFlag(FLAGS_stop_token_ids)) {
+    uint32_t id;
+    if (absl::SimpleAtoi(text, &id)) {
+      ids.push_back(id);
+    } else {
+      problems.push_back(absl::StrCat("--stop_token_ids: '", text, "' is no token id"));
+    }
+  }
+  return ids;
+}
+
+}  // namespace
+
+absl::StatusOr<CliOptions> OptionsFromCommandLine(int argc, char** argv) {
+  absl::SetProgramUsageMessage(kUsage);
+  const std::vector<char*> positional = absl::ParseCommandLine(argc, argv);
+  Problems problems;
+  CliOptions options;
+  options.command = ReadCommand(positional, problems);
+  options.worker = ReadChannel(absl::GetFlag(FLAGS_worker));
+  options.server = ReadChannel(absl::GetFlag(FLAGS_server));
+  const double timeout_s = absl::GetFlag(FLAGS_timeout_s);
+  if (!(timeout_s >= 0)) problems.push_back("--timeout_s must not be negative");
+  if (timeout_s > 0) options.timeout = absl::Seconds(timeout_s);
+  options.json = absl::GetFlag(FLAGS_json);
+  options.quiet = absl::GetFlag(FLAGS_quiet);
+  options.prompt = ReadPrompt(options.command, problems);
+  options.request_id = absl::GetFlag(FLAGS_request_id);
+  options.attention = ReadAttention(problems);
+  options.sampling = ReadSampling();
+  const int32_t max_new_tokens = absl::GetFlag(FLAGS_max_new_tokens);
+  if (max_new_tokens < 1) problems.push_back("--max_new_tokens must be at least 1");
+  options.max_new_tokens = static_cast<uint32_t>(max_new_tokens);
+  options.stop_token_ids = ReadStopTokens(problems);
+  options.ignore_eos = absl::GetFlag(FLAGS_ignore_eos);
+  options.pushed_transfer_id = absl::GetFlag(FLAGS_pushed_transfer_id);
+  options.layout = ReadLayout(problems);
+  options.lanes = absl::GetFlag(FLAGS_lanes);
+  options.layer_stats = absl::GetFlag(FLAGS_layer_stats);
+  options.deliver_to = absl::GetFlag(FLAGS_deliver_to);
+  options.transfer_id = absl::GetFlag(FLAGS_transfer_id);
+  if (options.deliver_to.empty() != options.transfer_id.empty()) {
+    problems.push_back("--deliver_to and --transfer_id belong together");
+  }
+  if (!problems.empty()) return absl::InvalidArgumentError(absl::StrJoin(problems, "; "));
+  return options;
+}
+
+}  // namespace prefilld::client

@@ -1,0 +1,62 @@
+// The command line of prefill-cli. Flags are read here and nowhere else.
+#ifndef PREFILLD_CLIENT_CLI_OPTIONS_H_
+#define PREFILLD_CLIENT_CLI_OPTIONS_H_
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "client/channel.h"
+#include "prefill/v1/kv.pb.h"
+#include "prefill/v1/prefill.pb.h"
+#include "prefill/v1/sampling.pb.h"
+
+namespace prefilld::client {
+
+enum class Command : uint8_t { kGenerate, kPrefill, kInfo };
+
+// How a prompt is given. "-" as a file is standard input.
+struct PromptSource {
+  std::optional<std::string> text;
+  std::optional<std::string> text_file;
+  std::optional<std::string> token_ids;
+  std::optional<std::string> token_ids_file;
+  int bos = 256;  // put before the bytes of a text; -1: nothing
+};
+
+struct CliOptions {
+  Command command = Command::kGenerate;
+  ChannelOptions worker;
+  ChannelOptions server;
+  absl::Duration timeout = absl::InfiniteDuration();
+  bool json = false;
+  bool quiet = false;
+
+  PromptSource prompt;
+  std::string request_id;
+  ::prefill::v1::AttentionOptions attention;
+  ::prefill::v1::Sampling sampling;
+
+  // generate
+  uint32_t max_new_tokens = 64;
+  std::vector<uint32_t> stop_token_ids;
+  bool ignore_eos = false;
+  std::string pushed_transfer_id;
+
+  // prefill
+  ::prefill::v1::KvLayoutRequest layout;
+  uint32_t lanes = 1;
+  bool layer_stats = false;
+  std::string deliver_to;
+  std::string transfer_id;
+};
+
+// INVALID_ARGUMENT lists every problem.
+absl::StatusOr<CliOptions> OptionsFromCommandLine(int argc, char** argv);
+
+}  // namespace prefilld::client
+
+#endif  // PREFILLD_CLIENT_CLI_OPTIONS_H_

@@ -1,0 +1,35 @@
+#ifndef PREFILLD_CLIENT_CLI_PROGRESS_LINE_H_
+#define PREFILLD_CLIENT_CLI_PROGRESS_LINE_H_
+
+#include <cstdint>
+#include <string>
+
+#include "absl/time/time.h"
+#include "prefill/v1/prefill.pb.h"
+
+namespace prefilld::client {
+
+// Shows how far a prefill is, on standard error: one line that is rewritten on a terminal, else a
+// line every few seconds. Nothing for a prefill that is over within a second.
+class ProgressLine {
+ public:
+  explicit ProgressLine(bool enabled);
+  ~ProgressLine() { Clear(); }
+
+  void Update(const ::prefill::v1::Progress& progress, uint64_t kv_bytes);
+  // Takes the line away; other output may follow.
+  void Clear();
+
+ private:
+  const bool enabled_;
+  const bool is_terminal_;
+  absl::Time next_;
+  bool shown_ = false;
+};
+
+// "layer 12 of 32, 4.2 s, 1.1 GB of KV", or "queued behind 3".
+std::string ProgressText(const ::prefill::v1::Progress& progress, uint64_t kv_bytes);
+
+}  // namespace prefilld::client
+
+#endif  // PREFILLD_CLIENT_CLI_PROGRESS_LINE_H_
