@@ -1,0 +1,79 @@
+#include "kernels/cuda/attention.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/cuda/attention/plan.h"
+#include "kernels/cuda/attention/sm80/config.h"
+
+namespace prefilld::kernels::cuda {
+namespace {
+
+sm80::KernelParams MakeKernelParams(const AttentionParams& params, void* scratch) {
+  sm80::KernelParams kernel_params;
+  kernel_params.q = static_cast<const __nv_bfloat16*>(params.q);
+  kernel_params.k = static_cast<const __nv_bfloat16*>(params.k);
+  kernel_params.v = static_cast<const __nv_bfloat16*>(params.v);
+  kernel_params.out = static_cast<__nv_bfloat16*>(params.out);
+  kernel_params.block_log_sums = static_cast<float*>(scratch);
+  kernel_params.num_queries = params.num_queries;
+  kernel_params.num_keys = params.num_keys;
+  kernel_params.kv_head_stride = params.kv_head_stride;
+  kernel_params.num_query_blocks = static_cast<int>(NumQueryBlocks(params));
+  kernel_params.num_key_blocks = static_cast<int>(CeilDiv(params.num_keys, params.block_tokens));
+  kernel_params.num_heads = params.num_heads;
+  kernel_params.heads_per_kv_head = params.num_heads / params.num_kv_heads;
+  kernel_params.scale_log2 = params.scale * static_cast<float>(M_LOG2E);
+  return kernel_params;
+}
+
+template <int kHeadDim, int kBlockTokens>
+cudaError_t LaunchPortable(const sm80::KernelParams& params, int64_t grid, cudaStream_t stream) {
+  return params.group.block_mass
+             ? sm80::LaunchForward<sm80::Config<kHeadDim, kBlockTokens, true>>(params, grid, stream)
+             : sm80::LaunchForward<sm80::Config<kHeadDim, kBlockTokens, false>>(params, grid,
+                                                                                stream);
+}
+
+}  // namespace
+
+int64_t AttentionScratchBytes(const AttentionParams& params, int num_multiprocessors) {
+  HeadGroups groups(params);
+  HeadGroup group;
+  int64_t ctas = 0;
+  while (groups.Next(&group) && group.block_mass) {
+    ctas = std::max(ctas, BlockMassCtas(params, group.num_heads, num_multiprocessors));
+  }
+  return ctas * BlockMassFloatsPerCta(params) * static_cast<int64_t>(sizeof(float));
+}
+
+cudaError_t LaunchAttention(const AttentionParams& params, void* scratch, cudaStream_t stream) {
+  if (!IsSupported(params)) return cudaErrorInvalidValue;
+  int device = 0;
+  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  int num_multiprocessors = 0;
+  if (cudaError_t error =
+          cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
+      error != cudaSuccess) {
+    return error;
+  }
+
+  sm80::KernelParams kernel_params = MakeKernelParams(params, scratch);
+  HeadGroups groups(params);
+  while (groups.Next(&kernel_params.group)) {
+    const HeadGroup& group = kernel_params.group;
+    if (group.block_mass && scratch == nullptr) return cudaErrorInvalidValue;
+    kernel_params.num_tiles = NumQueryBlocks(params) * group.num_heads;
+    const int64_t grid = group.block_mass
+                             ? BlockMassCtas(params, group.num_heads, num_multiprocessors)
+                             : kernel_params.num_tiles;
+    const bool wide = params.head_dim == 128;
+    const bool coarse = params.block_tokens == 128;
+    const auto launch = wide ? (coarse ? LaunchPortable<128, 128> : LaunchPortable<128, 64>)
+                             : (coarse ? LaunchPortable<64, 128> : LaunchPortable<64, 64>);
+    if (cudaError_t error = launch(kernel_params, grid, stream); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace prefilld::kernels::cuda

@@ -1,0 +1,10 @@
+#include "kernels/cuda/attention/sm80/forward.cuh"
+
+namespace prefilld::kernels::cuda::sm80 {
+
+template cudaError_t LaunchForward<Config<64, 64, false>>(const KernelParams&, int64_t,
+                                                          cudaStream_t);
+template cudaError_t LaunchForward<Config<64, 64, true>>(const KernelParams&, int64_t,
+                                                         cudaStream_t);
+
+}  // namespace prefilld::kernels::cuda::sm80

@@ -1,0 +1,95 @@
+// Tile sizes, shared memory and barriers of the Hopper attention kernel.
+#ifndef PREFILLD_KERNELS_CUDA_ATTENTION_SM90_CONFIG_H_
+#define PREFILLD_KERNELS_CUDA_ATTENTION_SM90_CONFIG_H_
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "kernels/attention.h"
+#include "kernels/cuda/attention/sm90/forward.h"
+
+namespace prefilld::kernels::cuda::sm90 {
+
+inline constexpr int kTile = 128;       // queries per tile and keys per block
+inline constexpr int kChunk = 64;       // head_dim elements per 128-byte swizzled row
+inline constexpr int kConsumers = 2;    // warpgroups of 64 query rows
+inline constexpr int kWarpgroup = 128;  // threads
+inline constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+inline constexpr int kTileSlots = 2;  // query tiles in flight: the next one loads early
+// 64k registers: one copying warpgroup needs few, the two computing ones hold S, P and O.
+inline constexpr int kProducerRegisters = 24;
+inline constexpr int kConsumerRegisters = 240;
+
+enum NamedBarrier : int {
+  kScheduler0 = 1,  // consumer 0 may issue its matrix instructions
+  kScheduler1 = 2,  // consumer 1 may
+  kConsumersMeet = 3,
+  kConsumer0 = 4,  // the four warps of one consumer
+  kConsumer1 = 5,
+};
+
+// One head of the launch; pointers as in HeadWork.
+struct HeadTask {
+  const uint32_t* pattern;
+  const uint32_t* last_row;
+  float* block_mass;
+  int head;
+};
+
+struct Launch {
+  HeadTask tasks[kMaxWork];
+  // [num_tiles] tile ids (task * num_query_blocks + query block), heaviest first.
+  const uint32_t* order;
+  int* next_tile;  // zero at the start
+  // [gridDim.x, num_key_blocks, kTile]: weight of every (key block, query row) of the tile at hand.
+  float* row_weights;
+  int num_tiles;
+  int num_query_blocks;
+  int num_key_blocks;
+  int first_query_block;  // absolute
+  int skipped_queries;    // positions of the first query block that lie before query 0
+  int num_queries;
+  int group;  // query heads per KV head
+  int pattern_words;
+  float scale_log2;  // scale * log2(e)
+};
+
+// The queries of one tile. They sit in rows 0 .. rows - 1 of the tile; later rows hold queries of
+// another tile, or nothing, and are neither stored nor counted.
+struct TileQueries {
+  int first;     // query number of row 0
+  int rows;      // 1 .. kTile
+  int position;  // of row 0 within its block: greater than 0 in a first block that begins before
+                 // query 0
+};
+
+__device__ inline TileQueries queries_of(const Launch& launch, int query_block) {
+  TileQueries tile;
+  tile.position = query_block == 0 ? launch.skipped_queries : 0;
+  tile.first = query_block == 0 ? 0 : query_block * kTile - launch.skipped_queries;
+  tile.rows = min(kTile - tile.position, launch.num_queries - tile.first);
+  return tile;
+}
+
+template <int kHeadDim>
+struct SharedStorage {
+  static constexpr int kStages = 2;
+  static constexpr int kTileElements = kTile * kHeadDim;
+
+  // [slot][head_dim / 64][128 rows][64], 128-byte swizzle; the output leaves through it too.
+  alignas(1024) __nv_bfloat16 q[kTileSlots][kTileElements];
+  alignas(1024) __nv_bfloat16 k[kStages][kTileElements];
+  alignas(1024) __nv_bfloat16 v[kStages][kTileElements];
+  float log_sum[kTile];
+  uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
+  uint64_t k_full[kStages], k_empty[kStages];
+  uint64_t v_full[kStages], v_empty[kStages];
+  int tile_id[kTileSlots];      // -1: no more
+  int tile_blocks[kTileSlots];  // key blocks of the tile
+};
+
+}  // namespace prefilld::kernels::cuda::sm90
+
+#endif  // PREFILLD_KERNELS_CUDA_ATTENTION_SM90_CONFIG_H_

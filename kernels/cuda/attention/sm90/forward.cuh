@@ -1,0 +1,447 @@
+// Hopper attention, device body.
+//
+// Arithmetic. One (query block, key block) pair at head_dim 128 is 4 * 128^3 = 8.4 MFLOP; an SM's
+// tensor cores do 4096 bf16 FLOP a cycle, so 2048 cycles. It reads 64 KiB of K and V, which come
+// from L2 at about 32 B a cycle and SM: 2048 cycles as well, were every pair to load its own, which
+// it does; the copies overlap, so both pipes are near their limit together. The 128^2 exponentials
+// take 1024 cycles of the special-function unit (16 a cycle) and must hide behind the other
+// warpgroup's matrix instructions: hence two consumers that take turns (kScheduler0/1), and the
+// next block's Q K^T is issued before this block's P V.
+#ifndef PREFILLD_KERNELS_CUDA_ATTENTION_SM90_FORWARD_CUH_
+#define PREFILLD_KERNELS_CUDA_ATTENTION_SM90_FORWARD_CUH_
+
+#include "kernels/cuda/attention/sm90/config.h"
+#include "kernels/cuda/attention/sm90/softmax.cuh"
+#include "kernels/cuda/device/mbarrier.cuh"
+#include "kernels/cuda/device/tma.cuh"
+#include "kernels/cuda/device/wgmma.cuh"
+
+namespace prefilld::kernels::cuda::sm90 {
+
+// Which stage of a ring comes next, and the parity its barriers have then.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Word `w` of a tile's row of its pattern; all causal blocks for a dense head.
+__device__ inline uint32_t pattern_word(const Launch& launch, const HeadTask& task, int row,
+                                        int diagonal, int w) {
+  if (w >= launch.pattern_words) return 0;
+  const int bits_left = diagonal + 1 - w * 32;  // causal blocks from this word on
+  const uint32_t causal = bits_left >= 32 ? ~0u : bits_left > 0 ? (1u << bits_left) - 1 : 0u;
+  if (task.pattern == nullptr) return causal;
+  uint32_t word = task.pattern[static_cast<int64_t>(row) * launch.pattern_words + w];
+  if (task.last_row != nullptr && row == launch.num_query_blocks - 1) word |= task.last_row[w];
+  return word & causal;
+}
+
+// The copying warp: takes tiles in order, and feeds their key blocks, the diagonal one first.
+template <int kHeadDim>
+__device__ inline void produce(const Launch& launch, SharedStorage<kHeadDim>& shared,
+                               const CUtensorMap& q_map, const CUtensorMap& k_map,
+                               const CUtensorMap& v_map) {
+  using namespace device;
+  using Storage = SharedStorage<kHeadDim>;
+  constexpr uint32_t kTileBytes = Storage::kTileElements * sizeof(__nv_bfloat16);
+  const int lane = threadIdx.x % 32;
+  RingPosition<kTileSlots> slot;
+  RingPosition<Storage::kStages> k_ring, v_ring;
+
+  auto load = [&](__nv_bfloat16* dst, const CUtensorMap& map, uint64_t* full, int block,
+                  int kv_head) {
+    mbarrier_arrive_expect(full, kTileBytes);
+#pragma unroll
+    for (int c = 0; c < kHeadDim / kChunk; ++c) {
+      tma_load_3d(dst + c * kTile * kChunk, &map, full, c * kChunk, block * kTile, kv_head);
+    }
+  };
+
+  for (;;) {
+    int next = 0;
+    if (lane == 0) next = atomicAdd(launch.next_tile, 1);
+    next = __shfl_sync(~0u, next, 0);
+    mbarrier_wait(&shared.tile_empty[slot.stage], slot.parity ^ 1);
+    if (next >= launch.num_tiles) {
+      if (lane == 0) {
+        shared.tile_id[slot.stage] = -1;
+        mbarrier_arrive(&shared.tile_full[slot.stage]);
+      }
+      return;
+    }
+    const int tile = launch.order == nullptr ? next : static_cast<int>(launch.order[next]);
+    const int row = tile % launch.num_query_blocks;
+    const HeadTask& task = launch.tasks[tile / launch.num_query_blocks];
+    const int kv_head = task.head / launch.group;
+    const int diagonal = launch.first_query_block + row;
+
+    int num_blocks = 0;
+    for (int w = lane; w * 32 <= diagonal; w += 32) {
+      num_blocks += __popc(pattern_word(launch, task, row, diagonal, w));
+    }
+    num_blocks = __reduce_add_sync(~0u, num_blocks);
+    if (lane == 0) {
+      shared.tile_id[slot.stage] = tile;
+      shared.tile_blocks[slot.stage] = num_blocks;
+      mbarrier_arrive_expect(&shared.tile_full[slot.stage], kTileBytes);
+      const int first = queries_of(launch, row).first;
+#pragma unroll
+      for (int c = 0; c < kHeadDim / kChunk; ++c) {
+        tma_load_3d(shared.q[slot.stage] + c * kTile * kChunk, &q_map,
+                    &shared.tile_full[slot.stage], c * kChunk, task.head, first);
+      }
+    }
+    slot.advance();
+
+    // K runs one block ahead of V, as the consumers use them.
+    int previous = -1;
+    auto feed_v = [&](int block) {
+      mbarrier_wait(&shared.v_empty[v_ring.stage], v_ring.parity ^ 1);
+      if (lane == 0) {
+        load(shared.v[v_ring.stage], v_map, &shared.v_full[v_ring.stage], block, kv_head);
+      }
+      v_ring.advance();
+    };
+    for (int base = diagonal / 1024 * 32; base >= 0; base -= 32) {  // 32 words, one a lane
+      const uint32_t words = pattern_word(launch, task, row, diagonal, base + lane);
+      uint32_t pending = __ballot_sync(~0u, words != 0);
+      while (pending != 0) {
+        const int w = 31 - __clz(pending);
+        pending ^= 1u << w;
+        uint32_t word = __shfl_sync(~0u, words, w);
+        while (word != 0) {
+          const int bit = 31 - __clz(word);
+          word ^= 1u << bit;
+          const int block = (base + w) * 32 + bit;
+          mbarrier_wait(&shared.k_empty[k_ring.stage], k_ring.parity ^ 1);
+          if (lane == 0) {
+            load(shared.k[k_ring.stage], k_map, &shared.k_full[k_ring.stage], block, kv_head);
+          }
+          k_ring.advance();
+          if (previous >= 0) feed_v(previous);
+          previous = block;
+        }
+      }
+    }
+    if (previous >= 0) feed_v(previous);
+  }
+}
+
+// One consumer warpgroup: 64 rows of every tile.
+template <int kHeadDim, bool kBlockMass>
+class Consumer {
+ public:
+  using Storage = SharedStorage<kHeadDim>;
+
+  __device__ Consumer(const Launch& launch, Storage& shared, const CUtensorMap& out_map,
+                      const CUtensorMap& first_out_map)
+      : launch_(launch),
+        shared_(shared),
+        out_map_(out_map),
+        first_out_map_(first_out_map),
+        index_(threadIdx.x / kWarpgroup - 1),
+        thread_(threadIdx.x % kWarpgroup) {}
+
+  __device__ void run() {
+    using namespace device;
+    // Consumer 0 goes first.
+    if (index_ == 1) named_barrier_arrive(kScheduler0, kConsumers * kWarpgroup);
+    RingPosition<kTileSlots> slot;
+    for (;;) {
+      mbarrier_wait(&shared_.tile_full[slot.stage], slot.parity);
+      const int tile = shared_.tile_id[slot.stage];
+      if (tile < 0) return;
+      compute_tile(tile, slot.stage, shared_.tile_blocks[slot.stage]);
+      slot.advance();
+    }
+  }
+
+ private:
+  static constexpr int kChunks = kHeadDim / kChunk;
+  static constexpr int kOutRegisters = kHeadDim / 2;
+
+  // s = Q K^T of this warpgroup's 64 rows and one key block.
+  __device__ void issue_qk(float (&s)[64], const __nv_bfloat16* q, const __nv_bfloat16* k) {
+    using namespace device;
+    const uint64_t a = swizzled_tile_descriptor(q, 0);
+    const uint64_t b = swizzled_tile_descriptor(k, 0);
+    constexpr uint32_t kChunkUnits = kTile * kChunk * 2 / 16;  // descriptors count 16 bytes
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+      for (int i = 0; i < kChunk / 16; ++i) {
+        const uint32_t step = c * kChunkUnits + i * 2;
+        wgmma_m64n128k16_ss(s, a + step, b + step, c + i > 0);
+      }
+    }
+    wgmma_commit();
+  }
+
+  // o (+)= P V.
+  __device__ void issue_pv(float (&o)[kOutRegisters], const uint32_t (&p)[8][4],
+                           const __nv_bfloat16* v, bool accumulate) {
+    using namespace device;
+    const uint64_t b = swizzled_tile_descriptor(v, kTile * kChunk * 2);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint64_t step = b + i * (16 * kChunk * 2 / 16);
+      if constexpr (kHeadDim == 128) {
+        wgmma_m64n128k16_rs(o, p[i], step, accumulate || i > 0);
+      } else {
+        wgmma_m64n64k16_rs(o, p[i], step, accumulate || i > 0);
+      }
+    }
+    wgmma_commit();
+  }
+
+  // The compiler does not know that matrix instructions finish late: values they use must not be
+  // touched before the wait that precedes this call.
+  template <int kSize>
+  __device__ static void keep_in_order(float (&x)[kSize]) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(x[i])::"memory");
+  }
+  __device__ static void keep_in_order(uint32_t (&x)[8][4]) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) asm volatile("" : "+r"(x[i / 4][i % 4])::"memory");
+  }
+
+  __device__ static void to_bf16(const float (&s)[64], uint32_t (&p)[8][4]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      p[i][0] = pack_bf16(s[8 * i + 0], s[8 * i + 1]);
+      p[i][1] = pack_bf16(s[8 * i + 2], s[8 * i + 3]);
+      p[i][2] = pack_bf16(s[8 * i + 4], s[8 * i + 5]);
+      p[i][3] = pack_bf16(s[8 * i + 6], s[8 * i + 7]);
+    }
+  }
+
+  __device__ int row_in_tile() const { return index_ * 64 + thread_ / 32 * 16 + thread_ % 32 / 4; }
+
+  __device__ void mask_diagonal(float (&s)[64], int first_position) const {
+    const int row = first_position + row_in_tile();
+    const int column = thread_ % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      const int key = i / 4 * 8 + column + i % 2;
+      if (key > row + (i / 2 % 2) * 8) s[i] = -INFINITY;
+    }
+  }
+
+  // Weight of one key block for each row, log2, against which the final log-sum is subtracted.
+  __device__ void record(int ordinal, const Softmax& softmax, const float (&block_sum)[2]) {
+    const float sum0 = quad_sum(block_sum[0]), sum1 = quad_sum(block_sum[1]);
+    const int second = thread_ % 4;  // two lanes of the quad write one row each
+    if (second < 2) {
+      float* weights =
+          launch_.row_weights +
+          (static_cast<int64_t>(blockIdx.x) * launch_.num_key_blocks + ordinal) * kTile;
+      // Read once, at the end of the tile: not worth a place in L2 beside K and V.
+      __stcs(&weights[row_in_tile() + 8 * second],
+             second == 0 ? softmax.max[0] + __log2f(sum0) : softmax.max[1] + __log2f(sum1));
+    }
+  }
+
+  __device__ void arrive_empty(uint64_t* barrier) {
+    if (thread_ == 0) device::mbarrier_arrive(barrier);
+  }
+
+  __device__ void compute_tile(int tile, int slot, int num_blocks) {
+    using namespace device;
+    const int row = tile % launch_.num_query_blocks;
+    const HeadTask& task = launch_.tasks[tile / launch_.num_query_blocks];
+    const TileQueries queries = queries_of(launch_, row);
+    const __nv_bfloat16* q = shared_.q[slot] + index_ * 64 * kChunk;
+
+    float s[64];
+    float o[kOutRegisters];
+    uint32_t p[8][4];
+    float rescale[2], block_sum[2];
+    Softmax softmax;
+
+    mbarrier_wait(&shared_.k_full[k_ring_.stage], k_ring_.parity);
+    wgmma_fence();
+    issue_qk(s, q, shared_.k[k_ring_.stage]);
+    wgmma_wait<0>();
+    keep_in_order(s);
+    arrive_empty(&shared_.k_empty[k_ring_.stage]);
+    k_ring_.advance();
+    mask_diagonal(s, queries.position);
+    softmax.update(s, launch_.scale_log2, rescale, block_sum);
+    to_bf16(s, p);
+
+    for (int i = 1; i < num_blocks; ++i) {
+      mbarrier_wait(&shared_.k_full[k_ring_.stage], k_ring_.parity);
+      named_barrier_sync(kScheduler0 + index_, kConsumers * kWarpgroup);
+      wgmma_fence();
+      issue_qk(s, q, shared_.k[k_ring_.stage]);
+      mbarrier_wait(&shared_.v_full[v_ring_.stage], v_ring_.parity);
+      issue_pv(o, p, shared_.v[v_ring_.stage], i > 1);
+      named_barrier_arrive(kScheduler0 + (1 - index_), kConsumers * kWarpgroup);
+      // The previous block's record: its shuffles and logarithms hide behind the products just
+      // issued.
+      if constexpr (kBlockMass) record(i - 1, softmax, block_sum);
+      wgmma_wait<1>();
+      keep_in_order(s);
+      arrive_empty(&shared_.k_empty[k_ring_.stage]);
+      k_ring_.advance();
+      softmax.update(s, launch_.scale_log2, rescale, block_sum);
+      wgmma_wait<0>();
+      keep_in_order(o);
+      keep_in_order(p);
+      arrive_empty(&shared_.v_empty[v_ring_.stage]);
+      v_ring_.advance();
+      to_bf16(s, p);
+#pragma unroll
+      for (int j = 0; j < kOutRegisters; ++j) o[j] *= rescale[j / 2 % 2];
+    }
+    mbarrier_wait(&shared_.v_full[v_ring_.stage], v_ring_.parity);
+    wgmma_fence();
+    issue_pv(o, p, shared_.v[v_ring_.stage], num_blocks > 1);
+    if constexpr (kBlockMass) record(num_blocks - 1, softmax, block_sum);
+    const float sum[2] = {quad_sum(softmax.sum[0]), quad_sum(softmax.sum[1])};
+    wgmma_wait<0>();
+    keep_in_order(o);
+    arrive_empty(&shared_.v_empty[v_ring_.stage]);
+    v_ring_.advance();
+
+    store_output(o, sum, task.head, queries, slot);
+    if constexpr (kBlockMass) write_block_mass(task, row, queries, num_blocks, softmax, sum);
+  }
+
+  // Normalises, and sends the tile out through the shared memory its queries came in.
+  __device__ void store_output(const float (&o)[kOutRegisters], const float (&sum)[2], int head,
+                               const TileQueries& queries, int slot) {
+    using namespace device;
+    const float inverse[2] = {1.0f / sum[0], 1.0f / sum[1]};
+    const int lane = thread_ % 32, warp = thread_ / 32;
+    __nv_bfloat16* tile = shared_.q[slot] + index_ * 64 * kChunk;
+    // Matrices 0, 1: rows 0-7 and 8-15 of columns 0-7; 2, 3: the same of columns 8-15.
+    const int matrix_row = warp * 16 + lane % 16;
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 16; ++j) {
+      const int column16 = j % (kChunk / 16) * 2 + lane / 16;  // 16-byte unit within the row
+      __nv_bfloat16* address = tile + j / (kChunk / 16) * kTile * kChunk + matrix_row * kChunk +
+                               (column16 ^ (matrix_row % 8)) * 8;
+      const float* x = o + 8 * j;
+      stmatrix_x4(address, pack_bf16(x[0] * inverse[0], x[1] * inverse[0]),
+                  pack_bf16(x[2] * inverse[1], x[3] * inverse[1]),
+                  pack_bf16(x[4] * inverse[0], x[5] * inverse[0]),
+                  pack_bf16(x[6] * inverse[1], x[7] * inverse[1]));
+    }
+    fence_async_shared();
+    named_barrier_sync(kConsumer0 + index_, kWarpgroup);
+    if (thread_ == 0) {
+      const CUtensorMap& map = queries.position > 0 ? first_out_map_ : out_map_;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        tma_store_3d(&map, tile + c * kTile * kChunk, c * kChunk, head,
+                     queries.first + index_ * 64);
+      }
+      tma_store_commit();
+      tma_store_wait_read();  // the slot's memory is free for the next queries
+      mbarrier_arrive(&shared_.tile_empty[slot]);
+    }
+  }
+
+  // Mean over the tile's query rows of the probability on each key block.
+  __device__ void write_block_mass(const HeadTask& task, int row, const TileQueries& queries,
+                                   int num_blocks, const Softmax& softmax, const float (&sum)[2]) {
+    using namespace device;
+    if (task.block_mass == nullptr) return;
+    if (thread_ % 4 < 2) {
+      const bool second =
+          thread_ % 4 == 1;  // a run-time index would put the arrays in local memory
+      shared_.log_sum[row_in_tile() + 8 * second] =
+          second ? softmax.max[1] + __log2f(sum[1]) : softmax.max[0] + __log2f(sum[0]);
+    }
+    // Makes both consumers' log-sums and row weights visible to each other.
+    named_barrier_sync(kConsumersMeet, kConsumers * kWarpgroup);
+    const int diagonal = launch_.first_query_block + row;
+    const int lane = thread_ % 32;
+    float log_sum[4];
+    bool valid[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      log_sum[i] = shared_.log_sum[lane * 4 + i];
+      valid[i] = lane * 4 + i < queries.rows;
+    }
+    const float inverse = 1.0f / static_cast<float>(queries.rows);
+    const float* weights =
+        launch_.row_weights + static_cast<int64_t>(blockIdx.x) * launch_.num_key_blocks * kTile;
+    float* out = task.block_mass + static_cast<int64_t>(row) * launch_.num_key_blocks;
+    const int warp = threadIdx.x / 32 - kWarpgroup / 32;
+    constexpr int kWarps = kConsumers * kWarpgroup / 32;
+    for (int i = warp; i < num_blocks; i += kWarps) {
+      const float4 w =
+          __ldcs(reinterpret_cast<const float4*>(weights + static_cast<int64_t>(i) * kTile) + lane);
+      float mass = 0.0f;
+      if (valid[0]) mass += exp2_approx(w.x - log_sum[0]);
+      if (valid[1]) mass += exp2_approx(w.y - log_sum[1]);
+      if (valid[2]) mass += exp2_approx(w.z - log_sum[2]);
+      if (valid[3]) mass += exp2_approx(w.w - log_sum[3]);
+#pragma unroll
+      for (int mask = 16; mask > 0; mask /= 2) mass += __shfl_xor_sync(~0u, mass, mask);
+      // A dense head's blocks come in order, the diagonal first.
+      if (lane == 0) out[diagonal - i] = mass * inverse;
+    }
+    for (int c = diagonal + 1 + warp * 32 + lane; c < launch_.num_key_blocks; c += kWarps * 32) {
+      out[c] = 0.0f;
+    }
+    // The next tile overwrites the weights.
+    named_barrier_sync(kConsumersMeet, kConsumers * kWarpgroup);
+  }
+
+  const Launch& launch_;
+  Storage& shared_;
+  const CUtensorMap& out_map_;
+  const CUtensorMap& first_out_map_;  // ends with the first tile, if that begins within a block
+  const int index_;
+  const int thread_;
+  RingPosition<Storage::kStages> k_ring_, v_ring_;
+};
+
+template <int kHeadDim, bool kBlockMass>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_kernel(const __grid_constant__ Launch launch,
+                     const __grid_constant__ CUtensorMap q_map,
+                     const __grid_constant__ CUtensorMap k_map,
+                     const __grid_constant__ CUtensorMap v_map,
+                     const __grid_constant__ CUtensorMap out_map,
+                     const __grid_constant__ CUtensorMap first_out_map) {
+  using namespace device;
+  extern __shared__ __align__(1024) unsigned char memory[];
+  auto& shared = *reinterpret_cast<SharedStorage<kHeadDim>*>(memory);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kTileSlots; ++i) {
+      mbarrier_init(&shared.tile_full[i], 1);
+      mbarrier_init(&shared.tile_empty[i], kConsumers);
+    }
+    for (int i = 0; i < SharedStorage<kHeadDim>::kStages; ++i) {
+      mbarrier_init(&shared.k_full[i], 1);
+      mbarrier_init(&shared.v_full[i], 1);
+      mbarrier_init(&shared.k_empty[i], kConsumers);
+      mbarrier_init(&shared.v_empty[i], kConsumers);
+    }
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x < kWarpgroup) {
+    register_decrease<kProducerRegisters>();
+    if (threadIdx.x < 32) produce<kHeadDim>(launch, shared, q_map, k_map, v_map);
+  } else {
+    register_increase<kConsumerRegisters>();
+    Consumer<kHeadDim, kBlockMass>(launch, shared, out_map, first_out_map).run();
+  }
+}
+
+}  // namespace prefilld::kernels::cuda::sm90
+
+#endif  // PREFILLD_KERNELS_CUDA_ATTENTION_SM90_FORWARD_CUH_

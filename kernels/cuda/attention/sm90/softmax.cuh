@@ -1,0 +1,66 @@
+// Online softmax over the accumulators of one consumer warpgroup (64 query rows, 128 keys).
+#ifndef PREFILLD_KERNELS_CUDA_ATTENTION_SM90_SOFTMAX_CUH_
+#define PREFILLD_KERNELS_CUDA_ATTENTION_SM90_SOFTMAX_CUH_
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+namespace prefilld::kernels::cuda::sm90 {
+
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__device__ inline float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+__device__ inline uint32_t pack_bf16(float low, float high) {
+  __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<uint32_t*>(&pair);
+}
+
+// Running state of a thread's two rows. Logits are in units of log2.
+struct Softmax {
+  float max[2] = {-INFINITY, -INFINITY};
+  float sum[2] = {0.0f, 0.0f};  // this thread's columns only, until reduced
+
+  // Turns raw logits into exp2(logit * scale_log2 - max) and returns in `rescale` what earlier
+  // output must be multiplied by. Returns in `block_sum` this thread's share of the row sums.
+  __device__ void update(float (&s)[64], float scale_log2, float (&rescale)[2],
+                         float (&block_sum)[2]) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      float m = s[2 * row];
+#pragma unroll
+      for (int j = 0; j < 16; ++j) m = fmaxf(m, fmaxf(s[4 * j + 2 * row], s[4 * j + 2 * row + 1]));
+      const float new_max = fmaxf(max[row], quad_max(m) * scale_log2);
+      rescale[row] = exp2_approx(max[row] - new_max);
+      max[row] = new_max;
+      float total = 0.0f;
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        float& a = s[4 * j + 2 * row];
+        float& b = s[4 * j + 2 * row + 1];
+        a = exp2_approx(fmaf(a, scale_log2, -new_max));
+        b = exp2_approx(fmaf(b, scale_log2, -new_max));
+        total += a + b;
+      }
+      block_sum[row] = total;
+      sum[row] = fmaf(sum[row], rescale[row], total);
+    }
+  }
+};
+
+}  // namespace prefilld::kernels::cuda::sm90
+
+#endif  // PREFILLD_KERNELS_CUDA_ATTENTION_SM90_SOFTMAX_CUH_

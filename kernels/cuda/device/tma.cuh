@@ -1,0 +1,50 @@
+// Bulk tensor copies between global and shared memory (sm_90).
+#ifndef PREFILLD_KERNELS_CUDA_DEVICE_TMA_CUH_
+#define PREFILLD_KERNELS_CUDA_DEVICE_TMA_CUH_
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/device/mbarrier.cuh"
+
+namespace prefilld::kernels::cuda::device {
+
+__device__ inline void tma_prefetch_descriptor(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Box at coordinates (c0 innermost); out-of-range elements arrive as zero, negative ones too.
+__device__ inline void tma_load_3d(void* dst, const CUtensorMap* map, uint64_t* barrier, int c0,
+                                   int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(dst)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+
+// Out-of-range elements are not written.
+__device__ inline void tma_store_3d(const CUtensorMap* map, const void* src, int c0, int c1,
+                                    int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+      "r"(shared_address(src)), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+
+__device__ inline void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;"); }
+
+// Waits until the committed stores have read their shared memory.
+__device__ inline void tma_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// Orders this thread's ordinary writes to shared memory before copies and matrix instructions.
+__device__ inline void fence_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+}  // namespace prefilld::kernels::cuda::device
+
+#endif  // PREFILLD_KERNELS_CUDA_DEVICE_TMA_CUH_

@@ -1,0 +1,23 @@
+// The heavy parts of pattern sharing on CUDA; the ops' contract is kernels/pattern.h.
+//
+// All results are deterministic: where sums decide what is chosen they are taken in fixed point
+// (pattern/smallest_set.cuh), so that they are exact and independent of the order of addition.
+#ifndef PREFILLD_KERNELS_CUDA_PATTERN_H_
+#define PREFILLD_KERNELS_CUDA_PATTERN_H_
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/pattern.h"
+
+namespace prefilld::kernels::cuda {
+
+// head_dim 64 or 128, block_tokens 64 or 128.
+cudaError_t LaunchEstimate(const EstimateParams& params, cudaStream_t stream);
+cudaError_t LaunchVerticalSlash(const VerticalSlashParams& params, cudaStream_t stream);
+cudaError_t LaunchExpandVerticalSlash(const ExpandVerticalSlashParams& params, cudaStream_t stream);
+cudaError_t LaunchSelectRows(const SelectRowsParams& params, cudaStream_t stream);
+cudaError_t LaunchMeasurePattern(const MeasurePatternParams& params, cudaStream_t stream);
+
+}  // namespace prefilld::kernels::cuda
+
+#endif  // PREFILLD_KERNELS_CUDA_PATTERN_H_

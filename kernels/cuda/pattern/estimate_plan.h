@@ -1,0 +1,52 @@
+// How the estimate divides the keys among CTAs, and its scratch memory. Pure host functions.
+#ifndef PREFILLD_KERNELS_CUDA_PATTERN_ESTIMATE_PLAN_H_
+#define PREFILLD_KERNELS_CUDA_PATTERN_ESTIMATE_PLAN_H_
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/attention.h"
+
+namespace prefilld::kernels::cuda {
+
+inline constexpr int kMaxEstimateRows = 128;  // query rows of one estimate
+
+struct EstimatePlan {
+  int64_t chunk_keys = 0;  // keys of one CTA; a multiple of 256
+  int num_chunks = 0;
+};
+
+// Enough chunks to fill a GPU with a few heads, few enough that a CTA's start is small beside its
+// work; a chunk's diagonals must fit into shared memory.
+constexpr EstimatePlan PlanEstimate(int64_t num_keys) {
+  constexpr int64_t kGranule = 256;
+  constexpr int64_t kMaxChunkKeys = 4096;
+  EstimatePlan plan;
+  plan.chunk_keys =
+      std::clamp(CeilDiv(CeilDiv(num_keys, 64), kGranule) * kGranule, kGranule, kMaxChunkKeys);
+  plan.num_chunks = static_cast<int>(CeilDiv(num_keys, plan.chunk_keys));
+  return plan;
+}
+
+// Offsets and length in floats.
+struct EstimateScratch {
+  int64_t row_sums = 0;
+  int64_t row_lse = 0;
+  int64_t overhangs = 0;
+  int64_t floats = 0;
+};
+
+// `rows` is block_tokens.
+constexpr EstimateScratch LayOutEstimateScratch(const EstimatePlan& plan, int num_heads, int rows) {
+  const int64_t heads = num_heads;
+  EstimateScratch scratch;
+  scratch.row_lse = scratch.row_sums + 2 * heads * plan.num_chunks * rows;
+  scratch.overhangs = scratch.row_lse + heads * rows;
+  scratch.floats =
+      scratch.overhangs + (plan.num_chunks > 1 ? heads * plan.num_chunks * kMaxEstimateRows : 0);
+  return scratch;
+}
+
+}  // namespace prefilld::kernels::cuda
+
+#endif  // PREFILLD_KERNELS_CUDA_PATTERN_ESTIMATE_PLAN_H_

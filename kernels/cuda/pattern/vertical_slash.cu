@@ -1,0 +1,94 @@
+// Vertical-slash sets, and patterns from them. One CTA per head and kind of set: a head's masses
+// are read a few times, from L2 after the first.
+#include <cstdint>
+
+#include "kernels/attention.h"
+#include "kernels/cuda/pattern.h"
+#include "kernels/cuda/pattern/smallest_set.cuh"
+
+namespace prefilld::kernels::cuda {
+namespace {
+
+constexpr int kSelectThreads = 1024;
+constexpr int kExpandThreads = 256;
+
+// grid: (heads, columns or diagonals).
+__global__ void __launch_bounds__(kSelectThreads)
+    vertical_slash_kernel(VerticalSlashParams params, int num_key_blocks) {
+  using Search = SmallestSetSearch<kSelectThreads>;
+  __shared__ typename Search::Shared shared;
+  extern __shared__ uint32_t words[];
+  const bool diagonals = blockIdx.y == 1;
+  const int64_t head = blockIdx.x;
+  const float* mass = (diagonals ? params.slash : params.vertical) + head * params.num_keys;
+  const int num_words = (num_key_blocks + 31) / 32;
+  for (int w = static_cast<int>(threadIdx.x); w < num_words; w += kSelectThreads) {
+    words[w] = w == 0 ? 1u : 0u;  // column 0, or the main diagonal
+  }
+  const SmallestSet set =
+      Search(shared).find(mass, params.num_keys, params.gamma, params.min_budget_tokens);
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < params.num_keys; i += kSelectThreads) {
+    if (!set.contains(mass[i], i)) continue;
+    const int block = static_cast<int>(i / params.block_tokens);
+    atomicOr(&words[block / 32], 1u << (block % 32));
+    // A diagonal between two block diagonals crosses both.
+    if (diagonals && i % params.block_tokens != 0 && block + 1 < num_key_blocks) {
+      atomicOr(&words[(block + 1) / 32], 1u << ((block + 1) % 32));
+    }
+  }
+  __syncthreads();
+  uint32_t* destination = (diagonals ? params.diagonals : params.columns) + head * num_words;
+  for (int w = static_cast<int>(threadIdx.x); w < num_words; w += kSelectThreads) {
+    destination[w] = words[w];
+  }
+}
+
+// Bits [first, first + 32) of a bitmap; bits below 0 and from 32 * num_words on are 0.
+__device__ __forceinline__ uint32_t bits_from(const uint32_t* words, int num_words, int first) {
+  const int word = first >> 5;  // rounds down also below 0
+  const uint32_t low = word >= 0 && word < num_words ? words[word] : 0;
+  const uint32_t high = word + 1 >= 0 && word + 1 < num_words ? words[word + 1] : 0;
+  return __funnelshift_r(low, high, first & 31);
+}
+
+// One thread per word of the pattern.
+__global__ void __launch_bounds__(kExpandThreads)
+    expand_vertical_slash_kernel(ExpandVerticalSlashParams params) {
+  const int num_words = static_cast<int>((params.num_key_blocks + 31) / 32);
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kExpandThreads + threadIdx.x;
+  if (i >= params.num_query_blocks * num_words) return;
+  const int word = static_cast<int>(i % num_words);
+  const int row = static_cast<int>(params.num_key_blocks - params.num_query_blocks + i / num_words);
+  // Key block c = 32 * word + b is diagonal row - c: the diagonals in reverse order.
+  uint32_t bits =
+      params.columns[word] | __brev(bits_from(params.diagonals, num_words, row - 32 * word - 31));
+  if (word == row / 32) {
+    bits &= (2u << (row % 32)) - 1;
+  } else if (word > row / 32) {
+    bits = 0;
+  }
+  params.pattern[i] = bits;
+}
+
+}  // namespace
+
+cudaError_t LaunchVerticalSlash(const VerticalSlashParams& params, cudaStream_t stream) {
+  if (params.num_heads <= 0 || params.num_keys <= 0) return cudaErrorInvalidValue;
+  const int64_t num_key_blocks = CeilDiv(params.num_keys, params.block_tokens);
+  vertical_slash_kernel<<<dim3(params.num_heads, 2), kSelectThreads,
+                          PatternWords(num_key_blocks) * sizeof(uint32_t), stream>>>(
+      params, static_cast<int>(num_key_blocks));
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchExpandVerticalSlash(const ExpandVerticalSlashParams& params,
+                                      cudaStream_t stream) {
+  const int64_t words = params.num_query_blocks * PatternWords(params.num_key_blocks);
+  if (words <= 0) return cudaErrorInvalidValue;
+  expand_vertical_slash_kernel<<<static_cast<unsigned>(CeilDiv(words, kExpandThreads)),
+                                 kExpandThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace prefilld::kernels::cuda
