@@ -2,6 +2,7 @@
 
 #include <spdlog/spdlog.h>
 
+#include <chrono>
 #include <utility>
 
 #include "model/cpu_backend.h"
@@ -33,6 +34,15 @@ DeviceBuffer& DeviceBuffer::operator=(DeviceBuffer&& other) noexcept {
 
 DeviceBuffer::~DeviceBuffer() {
   if (data_ != nullptr) backend_->Free(kind_, data_, bytes_);
+}
+
+absl::StatusOr<double> Backend::TimeMs(absl::FunctionRef<absl::Status()> ops) {
+  if (absl::Status status = Synchronize(); !status.ok()) return status;
+  const auto start = std::chrono::steady_clock::now();
+  absl::Status status = ops();
+  if (status.ok()) status = Synchronize();
+  if (!status.ok()) return status;
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
 }
 
 absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(DeviceChoice choice, int cpu_threads) {

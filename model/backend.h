@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kernels/attention.h"
@@ -68,6 +69,9 @@ class Backend {
   virtual absl::Status Download(void* dst, const void* src, size_t bytes) = 0;
   // Waits for all earlier ops.
   virtual absl::Status Synchronize() = 0;
+  // Runs `ops` and waits for them: the time they took on the device, in milliseconds. For
+  // benchmarks. Wall time here; a device with a clock of its own overrides it.
+  virtual absl::StatusOr<double> TimeMs(absl::FunctionRef<absl::Status()> ops);
 
   virtual absl::Status Embedding(const kernels::EmbeddingParams& params) = 0;
   virtual absl::Status RmsNorm(const kernels::RmsNormParams& params) = 0;

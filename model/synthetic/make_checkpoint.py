@@ -208,8 +208,8 @@ def config_of(shape):
         "head_dim": shape["head_dim"], "vocab_size": shape["vocab"], "hidden_act": "silu",
         "max_position_embeddings": shape["max_positions"], "rms_norm_eps": shape["eps"],
         "rope_theta": shape["theta"], "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-        "attention_bias": False, "bos_token_id": 0, "eos_token_id": shape["vocab"] - 1,
-    } | ({} if llama else {"use_sliding_window": False})
+        "bos_token_id": 0, "eos_token_id": shape["vocab"] - 1,
+    } | ({"attention_bias": False} if llama else {"use_sliding_window": False})
 
 
 def make_prompt(shape, num_tokens, seed):

@@ -1,0 +1,198 @@
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "model/head_clusters.h"
+#include "model/pattern_sharing.h"
+#include "tests/bench/device/benches.h"
+
+namespace prefilld::bench {
+namespace {
+
+using kernels::CeilDiv;
+using kernels::HeadWork;
+using kernels::PatternWords;
+
+constexpr int kBlock = 128;
+
+std::string Shape(const AttentionData& data) {
+  return absl::StrFormat("%d tokens %d/%d d%d", data.num_tokens, data.num_heads, data.num_kv_heads,
+                         data.head_dim);
+}
+
+double CausalTflop(const AttentionData& data) {
+  return 2.0 * data.num_heads * data.head_dim * static_cast<double>(data.num_tokens) *
+         static_cast<double>(data.num_tokens) / 1e12;
+}
+
+// One random pattern per head: block 0, the diagonal, and others with this probability.
+struct RandomPatterns {
+  model::DeviceBuffer words;  // [num_heads, n, PatternWords(n)]
+  double density = 0.0;       // blocks / causal blocks
+  int64_t blocks = 0;
+};
+
+absl::StatusOr<RandomPatterns> MakePatterns(model::Backend& backend, const AttentionData& data,
+                                            double probability) {
+  const int64_t n = CeilDiv(data.num_tokens, kBlock), row_words = PatternWords(n);
+  std::vector<uint32_t> words(data.num_heads * n * row_words, 0);
+  std::mt19937 generator(3);
+  RandomPatterns patterns;
+  const auto threshold = static_cast<uint32_t>(probability * 4294967295.0);
+  for (int64_t row = 0; row < data.num_heads * n; ++row) {
+    const int64_t diagonal = row % n;
+    for (int64_t c = 0; c <= diagonal; ++c) {
+      if (c != 0 && c != diagonal && generator() > threshold) continue;
+      words[row * row_words + c / 32] |= 1u << (c % 32);
+      ++patterns.blocks;
+    }
+  }
+  patterns.density = static_cast<double>(patterns.blocks) /
+                     (static_cast<double>(data.num_heads) * static_cast<double>(n * (n + 1) / 2));
+  absl::StatusOr<model::DeviceBuffer> buffer = backend.Allocate(words.size() * sizeof(uint32_t));
+  if (!buffer.ok()) return buffer.status();
+  patterns.words = *std::move(buffer);
+  absl::Status status = backend.Upload(patterns.words.data(), words.data(), patterns.words.bytes());
+  if (!status.ok()) return status;
+  return patterns;
+}
+
+// ||out - reference|| / ||reference|| of two tensors in the compute dtype, given as raw bytes.
+double RelativeError(const std::vector<uint8_t>& out, const std::vector<uint8_t>& reference,
+                     kernels::DType dtype) {
+  const auto at = [&](const std::vector<uint8_t>& bytes, size_t i) -> double {
+    uint32_t bits = 0;
+    if (dtype == kernels::DType::kFp32) {
+      std::memcpy(&bits, &bytes[i * 4], 4);
+    } else {
+      uint16_t half;
+      std::memcpy(&half, &bytes[i * 2], 2);
+      bits = static_cast<uint32_t>(half) << 16;
+    }
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  };
+  double error = 0.0, norm = 0.0;
+  for (size_t i = 0; i < out.size() / kernels::SizeOf(dtype); ++i) {
+    const double a = at(out, i), b = at(reference, i);
+    error += (a - b) * (a - b);
+    norm += b * b;
+  }
+  return std::sqrt(error / norm);
+}
+
+absl::Status BenchWork(model::Backend& backend, const AttentionData& data, std::string what,
+                       const std::vector<HeadWork>& work, double tflop, int runs, Report* report,
+                       double density, double* median_ms) {
+  kernels::AttentionParams params = data.Params();
+  params.work = work.data();
+  params.num_work = static_cast<int>(work.size());
+  Row row{.what = std::move(what), .shape = Shape(data)};
+  row.tflop = tflop;
+  absl::Status status = Measure(
+      backend, runs, [&] { return backend.Attention(params); }, &row);
+  if (!status.ok()) return status;
+  if (density < 1.0) {
+    row.more = {{"density", density}, {"vs_linear", row.median_ms / (density * *median_ms)}};
+  } else if (*median_ms > 0) {
+    row.more = {{"vs_dense", row.median_ms / *median_ms}};
+  } else {
+    *median_ms = row.median_ms;
+  }
+  report->Add(std::move(row));
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status BenchAttention(model::Backend& backend, const AttentionData& data,
+                            const std::vector<int>& densities, int runs, Report* report) {
+  const int64_t n = CeilDiv(data.num_tokens, kBlock), row_words = PatternWords(n);
+  std::vector<HeadWork> work(data.num_heads);
+  for (int head = 0; head < data.num_heads; ++head) work[head].head = head;
+  double dense_ms = 0.0;
+  absl::Status status = BenchWork(backend, data, "attention dense", work, CausalTflop(data), runs,
+                                  report, 1.0, &dense_ms);
+  if (!status.ok()) return status;
+  {
+    absl::StatusOr<model::DeviceBuffer> mass =
+        backend.Allocate(data.num_heads * n * n * sizeof(float));
+    if (!mass.ok()) return mass.status();
+    for (int head = 0; head < data.num_heads; ++head) {
+      work[head].block_mass = mass->as<float>() + head * n * n;
+    }
+    status = BenchWork(backend, data, "attention dense, block mass", work, CausalTflop(data), runs,
+                       report, 1.0, &dense_ms);
+    if (!status.ok()) return status;
+  }
+  for (int density : densities) {
+    absl::StatusOr<RandomPatterns> patterns = MakePatterns(backend, data, density / 100.0);
+    if (!patterns.ok()) return patterns.status();
+    for (int head = 0; head < data.num_heads; ++head) {
+      work[head] = {.head = head, .pattern = patterns->words.as<uint32_t>() + head * n * row_words};
+    }
+    const double tflop =
+        4.0 * kBlock * kBlock * data.head_dim * static_cast<double>(patterns->blocks) / 1e12;
+    status = BenchWork(backend, data, absl::StrCat("attention block-sparse ", density, " %"), work,
+                       tflop, runs, report, patterns->density, &dense_ms);
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status BenchSharing(model::Backend& backend, AttentionData& data,
+                          const std::string& clusters_path, const model::AttentionOptions& options,
+                          int runs, Report* report) {
+  model::ModelConfig config;
+  config.num_layers = 2;
+  config.num_heads = data.num_heads;
+  config.num_kv_heads = data.num_kv_heads;
+  config.head_dim = data.head_dim;
+  absl::StatusOr<model::HeadClusters> clusters = model::LoadHeadClusters(clusters_path, config);
+  if (!clusters.ok()) return clusters.status();
+  auto sharing =
+      model::PatternSharing::Create(&backend, &config, &*clusters, data.num_tokens, kBlock);
+  if (!sharing.ok()) return sharing.status();
+
+  std::vector<HeadWork> dense(data.num_heads);
+  for (int head = 0; head < data.num_heads; ++head) dense[head].head = head;
+  kernels::AttentionParams params = data.Params();
+  params.work = dense.data();
+  params.num_work = data.num_heads;
+  absl::Status status = backend.Attention(params);
+  std::vector<uint8_t> reference(data.out.bytes()), out(data.out.bytes());
+  if (status.ok()) status = backend.Download(reference.data(), data.out.data(), reference.size());
+  if (!status.ok()) return status;
+
+  const std::pair<int, const char*> layers[] = {{0, "share, a layer that makes its pivots"},
+                                                {1, "share, pivots exist"}};
+  for (const auto& [layer, what] : layers) {
+    model::LayerReport last;
+    Row row{.what = what, .shape = Shape(data)};
+    // Layer 1 attends with the pivots that layer 0 left behind.
+    status = Measure(
+        backend, runs,
+        [&, layer = layer] {
+          last = {};
+          if (layer == 0) (*sharing)->StartPrompt(data.num_tokens, options);
+          return (*sharing)->Attend(layer, data.Params(), &last);
+        },
+        &row);
+    if (status.ok()) status = backend.Download(out.data(), data.out.data(), out.size());
+    if (!status.ok()) return status;
+    row.more = {{"density", last.density},
+                {"error", RelativeError(out, reference, backend.compute_dtype())},
+                {"pattern_ms", static_cast<double>(last.pattern_us) / 1e3},
+                {"attention_ms", static_cast<double>(last.attention_us) / 1e3},
+                {"pivots", last.pivot_heads},
+                {"shared", last.shared_heads}};
+    report->Add(std::move(row));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace prefilld::bench

@@ -1,0 +1,37 @@
+// Queries, keys and values of one layer in a backend's memory.
+#ifndef PREFILLD_TESTS_BENCH_DEVICE_ATTENTION_DATA_H_
+#define PREFILLD_TESTS_BENCH_DEVICE_ATTENTION_DATA_H_
+
+#include <cstdint>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "kernels/attention.h"
+#include "model/backend.h"
+
+namespace prefilld::bench {
+
+struct AttentionData {
+  int64_t num_tokens = 0;
+  int num_heads = 0;
+  int num_kv_heads = 0;
+  int head_dim = 0;
+  model::DeviceBuffer q;    // [num_tokens, num_heads, head_dim]
+  model::DeviceBuffer k;    // [num_kv_heads, num_tokens, head_dim]
+  model::DeviceBuffer v;    // as k
+  model::DeviceBuffer out;  // as q
+
+  // Of the whole prompt, 128-token blocks, without work.
+  kernels::AttentionParams Params() const;
+};
+
+// Independent normal values: attention is near flat, so only dense or given patterns make sense.
+absl::StatusOr<AttentionData> RandomAttentionData(model::Backend& backend, int64_t num_tokens,
+                                                  int num_heads, int num_kv_heads, int head_dim);
+
+// Tensors q [1, N, H, d], k and v [1, N, H_kv, d] of `folder`/model.safetensors.
+absl::StatusOr<AttentionData> LoadAttentionData(model::Backend& backend, const std::string& folder);
+
+}  // namespace prefilld::bench
+
+#endif  // PREFILLD_TESTS_BENCH_DEVICE_ATTENTION_DATA_H_

@@ -1,0 +1,48 @@
+// What is measured. Every function adds rows to the report.
+#ifndef PREFILLD_TESTS_BENCH_DEVICE_BENCHES_H_
+#define PREFILLD_TESTS_BENCH_DEVICE_BENCHES_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "model/attention_policy.h"
+#include "model/backend.h"
+#include "model/prefill_engine.h"
+#include "tests/bench/device/attention_data.h"
+#include "tests/bench/device/report.h"
+
+namespace prefilld::bench {
+
+// Attention alone: dense, dense with the block mass of every head, and random patterns of the
+// densities (percent). `vs_linear` is the time over density * dense time.
+absl::Status BenchAttention(model::Backend& backend, const AttentionData& data,
+                            const std::vector<int>& densities, int runs, Report* report);
+
+// Everything that pattern sharing does for one layer, from the estimate to the output: a layer
+// that makes its pivots, and a later one whose pivots exist, both on `data`. `clusters_path`
+// names heads of layers 0 and 1. `error` is ||out - dense|| / ||dense|| over all heads.
+absl::Status BenchSharing(model::Backend& backend, AttentionData& data,
+                          const std::string& clusters_path, const model::AttentionOptions& options,
+                          int runs, Report* report);
+
+struct LayerShape {
+  int64_t hidden = 3584;
+  int64_t intermediate = 18944;
+  int num_heads = 28;
+  int num_kv_heads = 4;
+  int head_dim = 128;
+};
+
+// The ops of a layer other than attention, each alone, over `num_tokens` tokens.
+absl::Status BenchLayerOps(model::Backend& backend, const LayerShape& shape, int64_t num_tokens,
+                           int runs, Report* report);
+
+// Whole prefills of a prompt with one policy; KV is released unread.
+absl::Status BenchPrefill(model::PrefillEngine& engine, const std::vector<uint32_t>& tokens,
+                          const model::AttentionOptions& options, int runs, Report* report);
+
+}  // namespace prefilld::bench
+
+#endif  // PREFILLD_TESTS_BENCH_DEVICE_BENCHES_H_

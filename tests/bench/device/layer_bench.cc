@@ -1,0 +1,143 @@
+#include <algorithm>
+#include <random>
+
+#include "absl/strings/str_format.h"
+#include "tests/bench/device/benches.h"
+
+namespace prefilld::bench {
+namespace {
+
+// Random normal bf16 or fp32 values: constants would run faster than real data.
+absl::StatusOr<model::DeviceBuffer> Random(model::Backend& backend, int64_t size, float scale) {
+  const size_t element = kernels::SizeOf(backend.compute_dtype());
+  absl::StatusOr<model::DeviceBuffer> buffer = backend.Allocate(size * element);
+  if (!buffer.ok()) return buffer.status();
+  std::mt19937 generator(static_cast<uint32_t>(size));
+  std::normal_distribution<float> normal(0.0f, scale);
+  const int64_t period = std::min<int64_t>(size, (1 << 20) + 7);
+  std::vector<uint8_t> values(period * element);
+  for (int64_t i = 0; i < period; ++i) {
+    const float value = normal(generator);
+    // bf16 is the upper half of fp32.
+    const auto* bytes = reinterpret_cast<const uint8_t*>(&value) + sizeof(float) - element;
+    std::copy_n(bytes, element, &values[i * element]);
+  }
+  for (int64_t first = 0; first < size; first += period) {
+    absl::Status status = backend.Upload(buffer->as<char>() + first * element, values.data(),
+                                         std::min(period, size - first) * element);
+    if (!status.ok()) return status;
+  }
+  return buffer;
+}
+
+}  // namespace
+
+absl::Status BenchLayerOps(model::Backend& backend, const LayerShape& shape, int64_t num_tokens,
+                           int runs, Report* report) {
+  const int64_t q_width = int64_t{shape.num_heads} * shape.head_dim;
+  const int64_t kv_width = int64_t{shape.num_kv_heads} * shape.head_dim;
+  const int64_t qkv_width = q_width + 2 * kv_width;
+  const int64_t wide = std::max(qkv_width, 2 * shape.intermediate);
+  const double element = static_cast<double>(kernels::SizeOf(backend.compute_dtype()));
+  model::DeviceBuffer hidden, normed, wide_x, gated, q, k, v, weight, bias, inv_freq;
+  const struct {
+    model::DeviceBuffer& buffer;
+    int64_t size;
+    float scale;
+  } tensors[] = {{hidden, num_tokens * shape.hidden, 1.0f},
+                 {normed, num_tokens * shape.hidden, 1.0f},
+                 {wide_x, num_tokens * wide, 1.0f},
+                 {gated, num_tokens * shape.intermediate, 1.0f},
+                 {q, num_tokens * q_width, 1.0f},
+                 {k, num_tokens * kv_width, 1.0f},
+                 {v, num_tokens * kv_width, 1.0f},
+                 {weight, wide * shape.hidden, 0.02f},
+                 {bias, wide, 0.02f}};
+  for (const auto& [buffer, size, scale] : tensors) {
+    absl::StatusOr<model::DeviceBuffer> filled = Random(backend, size, scale);
+    if (!filled.ok()) return filled.status();
+    buffer = *std::move(filled);
+  }
+  std::vector<float> frequencies(shape.head_dim / 2, 0.01f);
+  absl::StatusOr<model::DeviceBuffer> table = backend.Allocate(frequencies.size() * sizeof(float));
+  if (!table.ok()) return table.status();
+  inv_freq = *std::move(table);
+  absl::Status status = backend.Upload(inv_freq.data(), frequencies.data(), inv_freq.bytes());
+  if (!status.ok()) return status;
+
+  const std::string name = absl::StrFormat("%d tokens %d wide", num_tokens, shape.hidden);
+  const auto bench = [&](const char* what, double gflop, double elements,
+                         absl::FunctionRef<absl::Status()> op) {
+    Row row{.what = what, .shape = name};
+    row.tflop = gflop / 1e3;
+    row.gbytes = gflop > 0 ? 0.0 : elements * element / 1e9;
+    absl::Status measured = Measure(backend, runs, op, &row);
+    if (measured.ok()) report->Add(std::move(row));
+    return measured;
+  };
+  const auto linear = [&](const char* what, const void* x, void* y, int64_t in, int64_t out,
+                          bool with_bias, bool accumulate) {
+    const double gflop =
+        2.0 * static_cast<double>(num_tokens * in) * static_cast<double>(out) / 1e9;
+    return bench(what, gflop, 0, [&] {
+      return backend.Linear({.x = x,
+                             .w = weight.data(),
+                             .bias = with_bias ? bias.data() : nullptr,
+                             .y = y,
+                             .num_tokens = num_tokens,
+                             .in_features = in,
+                             .out_features = out,
+                             .accumulate = accumulate});
+    });
+  };
+  const auto tokens = static_cast<double>(num_tokens);
+  status = bench("RMSNorm", 0, 2.0 * tokens * static_cast<double>(shape.hidden), [&] {
+    return backend.RmsNorm({.x = hidden.data(),
+                            .weight = bias.data(),
+                            .y = normed.data(),
+                            .num_tokens = num_tokens,
+                            .hidden = shape.hidden});
+  });
+  if (status.ok()) {
+    status = linear("linear qkv, bias", normed.data(), wide_x.data(), shape.hidden, qkv_width, true,
+                    false);
+  }
+  if (status.ok()) {
+    status = bench("RoPE, split to q, k, v", 0, 2.0 * tokens * static_cast<double>(qkv_width), [&] {
+      return backend.QkvRope({.qkv = wide_x.data(),
+                              .inv_freq = inv_freq.as<float>(),
+                              .q = q.data(),
+                              .k = k.data(),
+                              .v = v.data(),
+                              .num_tokens = num_tokens,
+                              .kv_head_stride = num_tokens * shape.head_dim,
+                              .kv_token_stride = shape.head_dim,
+                              .num_heads = shape.num_heads,
+                              .num_kv_heads = shape.num_kv_heads,
+                              .head_dim = shape.head_dim});
+    });
+  }
+  if (status.ok()) {
+    status = linear("linear output, residual", q.data(), hidden.data(), q_width, shape.hidden,
+                    false, true);
+  }
+  if (status.ok()) {
+    status = linear("linear gate and up", normed.data(), wide_x.data(), shape.hidden,
+                    2 * shape.intermediate, false, false);
+  }
+  if (status.ok()) {
+    status = bench("SwiGLU", 0, 3.0 * tokens * static_cast<double>(shape.intermediate), [&] {
+      return backend.SwiGlu({.gate_up = wide_x.data(),
+                             .y = gated.data(),
+                             .num_tokens = num_tokens,
+                             .intermediate = shape.intermediate});
+    });
+  }
+  if (status.ok()) {
+    status = linear("linear down, residual", gated.data(), hidden.data(), shape.intermediate,
+                    shape.hidden, false, true);
+  }
+  return status;
+}
+
+}  // namespace prefilld::bench

@@ -1,0 +1,199 @@
+// prefill-bench: how fast a device runs the parts of a prefill, and the whole.
+//
+//   prefill-bench --mode=attention [--tokens=…] [--qkv=FOLDER [--clusters=FILE]]
+//   prefill-bench --mode=layer [--tokens=…]
+//   prefill-bench --mode=prefill --model=FOLDER --prompt=TOKENS.json [--policies=dense,share]
+#include <cstdio>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "absl/flags/flag.h"
+#include "absl/flags/parse.h"
+#include "absl/flags/usage.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "tests/bench/device/benches.h"
+
+ABSL_FLAG(std::string, mode, "attention", "attention, layer or prefill.");
+ABSL_FLAG(std::string, device, "auto", "auto, cpu or cuda.");
+ABSL_FLAG(std::vector<std::string>, tokens, {"8192"}, "Prompt lengths, comma-separated.");
+ABSL_FLAG(int32_t, heads, 28, "Query heads, for modes attention and layer.");
+ABSL_FLAG(int32_t, kv_heads, 4, "KV heads, likewise.");
+ABSL_FLAG(int32_t, head_dim, 128, "Likewise.");
+ABSL_FLAG(int64_t, hidden, 3584, "For mode layer.");
+ABSL_FLAG(int64_t, intermediate, 18944, "For mode layer.");
+ABSL_FLAG(std::vector<std::string>, densities, (std::vector<std::string>{"5", "10", "20", "40"}),
+          "Percentages of random patterns, for mode attention.");
+ABSL_FLAG(std::string, qkv, "",
+          "Folder with model.safetensors of q [1, N, H, d], k and v [1, N, H_kv, d], bf16, instead "
+          "of random data.");
+ABSL_FLAG(std::string, clusters, "",
+          "Head clusters of layers 0 and 1 for --qkv: also run everything pattern sharing does.");
+ABSL_FLAG(std::string, model, "", "Checkpoint folder, for mode prefill.");
+ABSL_FLAG(std::string, prompt, "",
+          "JSON list of token ids, for mode prefill. Its beginning is used for shorter --tokens.");
+ABSL_FLAG(std::vector<std::string>, policies, (std::vector<std::string>{"dense", "share"}),
+          "For mode prefill: dense, vertical_slash, share, auto.");
+ABSL_FLAG(double, gamma, 0.9, "Mass that patterns cover.");
+ABSL_FLAG(double, tau, 0.4, "Distance below which heads share.");
+ABSL_FLAG(double, coverage, 0.85, "Clusters whose vertical-slash covers more do not share.");
+ABSL_FLAG(int32_t, runs, 5, "Timed runs; the median is reported.");
+ABSL_FLAG(double, peak_tflops, 0.0, "Ceiling for the percentage column.");
+ABSL_FLAG(double, peak_gbps, 0.0, "Ceiling for the percentage column.");
+ABSL_FLAG(std::string, json, "", "Also write the rows to this file.");
+ABSL_FLAG(std::string, commit, "", "Noted in --json.");
+
+namespace prefilld::bench {
+namespace {
+
+absl::StatusOr<model::DeviceChoice> Device() {
+  const std::string device = absl::GetFlag(FLAGS_device);
+  if (device == "auto") return model::DeviceChoice::kAuto;
+  if (device == "cpu") return model::DeviceChoice::kCpu;
+  if (device == "cuda") return model::DeviceChoice::kCuda;
+  return absl::InvalidArgumentError(absl::StrCat("--device ", device, " unknown"));
+}
+
+absl::StatusOr<std::vector<int64_t>> Numbers(const std::vector<std::string>& texts) {
+  std::vector<int64_t> numbers;
+  for (const std::string& text : texts) {
+    int64_t number;
+    if (!absl::SimpleAtoi(text, &number) || number < 1) {
+      return absl::InvalidArgumentError(absl::StrCat("'", text, "' is not a positive number"));
+    }
+    numbers.push_back(number);
+  }
+  return numbers;
+}
+
+absl::StatusOr<model::AttentionPolicy> Policy(const std::string& name) {
+  using model::AttentionPolicy;
+  for (const AttentionPolicy policy : {AttentionPolicy::kDense, AttentionPolicy::kVerticalSlash,
+                                       AttentionPolicy::kShare, AttentionPolicy::kAuto}) {
+    if (name == model::Name(policy)) return policy;
+  }
+  return absl::InvalidArgumentError(absl::StrCat("policy '", name, "' unknown"));
+}
+
+model::AttentionOptions Options(model::AttentionPolicy policy) {
+  model::AttentionOptions options;
+  options.policy = policy;
+  options.gamma = static_cast<float>(absl::GetFlag(FLAGS_gamma));
+  options.tau = static_cast<float>(absl::GetFlag(FLAGS_tau));
+  options.coverage = static_cast<float>(absl::GetFlag(FLAGS_coverage));
+  return options;
+}
+
+absl::Status RunAttention(model::Backend& backend, Report* report) {
+  const int runs = absl::GetFlag(FLAGS_runs);
+  absl::StatusOr<std::vector<int64_t>> densities = Numbers(absl::GetFlag(FLAGS_densities));
+  if (!densities.ok()) return densities.status();
+  const std::vector<int> percents(densities->begin(), densities->end());
+  if (const std::string folder = absl::GetFlag(FLAGS_qkv); !folder.empty()) {
+    absl::StatusOr<AttentionData> data = LoadAttentionData(backend, folder);
+    if (!data.ok()) return data.status();
+    absl::Status status = BenchAttention(backend, *data, {}, runs, report);
+    if (!status.ok() || absl::GetFlag(FLAGS_clusters).empty()) return status;
+    return BenchSharing(backend, *data, absl::GetFlag(FLAGS_clusters),
+                        Options(model::AttentionPolicy::kShare), runs, report);
+  }
+  absl::StatusOr<std::vector<int64_t>> lengths = Numbers(absl::GetFlag(FLAGS_tokens));
+  if (!lengths.ok()) return lengths.status();
+  for (int64_t length : *lengths) {
+    absl::StatusOr<AttentionData> data =
+        RandomAttentionData(backend, length, absl::GetFlag(FLAGS_heads),
+                            absl::GetFlag(FLAGS_kv_heads), absl::GetFlag(FLAGS_head_dim));
+    if (!data.ok()) return data.status();
+    absl::Status status = BenchAttention(backend, *data, percents, runs, report);
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status RunLayer(model::Backend& backend, Report* report) {
+  absl::StatusOr<std::vector<int64_t>> lengths = Numbers(absl::GetFlag(FLAGS_tokens));
+  if (!lengths.ok()) return lengths.status();
+  const LayerShape shape = {.hidden = absl::GetFlag(FLAGS_hidden),
+                            .intermediate = absl::GetFlag(FLAGS_intermediate),
+                            .num_heads = absl::GetFlag(FLAGS_heads),
+                            .num_kv_heads = absl::GetFlag(FLAGS_kv_heads),
+                            .head_dim = absl::GetFlag(FLAGS_head_dim)};
+  for (int64_t length : *lengths) {
+    absl::Status status = BenchLayerOps(backend, shape, length, absl::GetFlag(FLAGS_runs), report);
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status RunPrefill(model::DeviceChoice device, Report* report) {
+  std::ifstream file(absl::GetFlag(FLAGS_prompt));
+  const nlohmann::json json = nlohmann::json::parse(file, nullptr, /*allow_exceptions=*/false);
+  if (!json.is_array()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--prompt ", absl::GetFlag(FLAGS_prompt), " is no JSON list of token ids"));
+  }
+  const auto prompt = json.get<std::vector<uint32_t>>();
+  absl::StatusOr<std::vector<int64_t>> lengths = Numbers(absl::GetFlag(FLAGS_tokens));
+  if (!lengths.ok()) return lengths.status();
+  model::EngineOptions options;
+  options.checkpoint_dir = absl::GetFlag(FLAGS_model);
+  options.clusters_path = absl::GetFlag(FLAGS_clusters);
+  options.device = device;
+  options.max_tokens = *std::max_element(lengths->begin(), lengths->end());
+  absl::StatusOr<std::unique_ptr<model::PrefillEngine>> engine = CreatePrefillEngine(options);
+  if (!engine.ok()) return engine.status();
+  report->Fact("device", (*engine)->info().device_name);
+  report->Fact("model", (*engine)->info().model_name);
+  for (int64_t length : *lengths) {
+    if (length > static_cast<int64_t>(prompt.size())) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--prompt holds ", prompt.size(), " tokens, fewer than ", length));
+    }
+    const std::vector<uint32_t> tokens(prompt.begin(), prompt.begin() + length);
+    for (const std::string& name : absl::GetFlag(FLAGS_policies)) {
+      absl::StatusOr<model::AttentionPolicy> policy = Policy(name);
+      if (!policy.ok()) return policy.status();
+      absl::Status status =
+          BenchPrefill(**engine, tokens, Options(*policy), absl::GetFlag(FLAGS_runs), report);
+      if (!status.ok()) return status;
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Run() {
+  Report report({absl::GetFlag(FLAGS_peak_tflops), absl::GetFlag(FLAGS_peak_gbps)});
+  report.Fact("mode", absl::GetFlag(FLAGS_mode));
+  report.Fact("commit", absl::GetFlag(FLAGS_commit));
+  absl::StatusOr<model::DeviceChoice> device = Device();
+  if (!device.ok()) return device.status();
+  absl::Status status;
+  const std::string mode = absl::GetFlag(FLAGS_mode);
+  if (mode == "prefill") {
+    status = RunPrefill(*device, &report);
+  } else if (mode == "attention" || mode == "layer") {
+    absl::StatusOr<std::unique_ptr<model::Backend>> backend = model::CreateBackend(*device, 0);
+    if (!backend.ok()) return backend.status();
+    report.Fact("device", (*backend)->device_name());
+    status = mode == "layer" ? RunLayer(**backend, &report) : RunAttention(**backend, &report);
+  } else {
+    return absl::InvalidArgumentError(absl::StrCat("--mode ", mode, " unknown"));
+  }
+  if (!absl::GetFlag(FLAGS_json).empty()) {
+    status.Update(report.WriteJson(absl::GetFlag(FLAGS_json)));
+  }
+  return status;
+}
+
+}  // namespace
+}  // namespace prefilld::bench
+
+int main(int argc, char** argv) {
+  absl::SetProgramUsageMessage("how fast a device runs the parts of a prefill, and the whole");
+  absl::ParseCommandLine(argc, argv);
+  const absl::Status status = prefilld::bench::Run();
+  if (!status.ok()) std::fprintf(stderr, "prefill-bench: %s\n", status.ToString().c_str());
+  return status.ok() ? 0 : 1;
+}

@@ -1,0 +1,53 @@
+// Benchmark rows: printed as they come, written as JSON at the end.
+#ifndef PREFILLD_TESTS_BENCH_DEVICE_REPORT_H_
+#define PREFILLD_TESTS_BENCH_DEVICE_REPORT_H_
+
+#include <string>
+#include <vector>
+
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "model/backend.h"
+
+namespace prefilld::bench {
+
+// Ceilings of the machine, from --peak_tflops and --peak_gbps; 0: unknown, no percentage.
+struct Ceilings {
+  double tflops = 0.0;
+  double gbps = 0.0;
+};
+
+struct Row {
+  std::string what;
+  std::string shape;
+  double median_ms = 0.0;
+  double min_ms = 0.0;
+  double max_ms = 0.0;
+  double tflop = 0.0;   // useful work of one run, 10^12 operations; 0: memory-bound
+  double gbytes = 0.0;  // least traffic of one run, 10^9 bytes; 0: compute-bound
+  std::vector<std::pair<std::string, double>> more = {};
+};
+
+class Report {
+ public:
+  explicit Report(const Ceilings& ceilings) : ceilings_(ceilings) {}
+
+  void Add(Row row);  // prints it
+  // Facts about the run: device, model, commit.
+  void Fact(const std::string& name, const std::string& value) { facts_.push_back({name, value}); }
+  absl::Status WriteJson(const std::string& path) const;
+
+ private:
+  const Ceilings ceilings_;
+  std::vector<Row> rows_;
+  std::vector<std::pair<std::string, std::string>> facts_;
+};
+
+// Two warm-up runs, then `runs` timed ones: fills median, min and max of `row`.
+absl::Status Measure(model::Backend& backend, int runs, absl::FunctionRef<absl::Status()> ops,
+                     Row* row);
+
+}  // namespace prefilld::bench
+
+#endif  // PREFILLD_TESTS_BENCH_DEVICE_REPORT_H_
