@@ -127,22 +127,28 @@ absl::Status PagedDecoder::StoreBlocks(int layer, bool is_value,
   }
   if (absl::Status status = CheckBlocks(pool_blocks); !status.ok()) return status;
 
-  // A block falls into runs that are contiguous on both sides: the whole block for all heads or
-  // for HND, one token's heads for a part of the heads in NHD.
-  const bool per_token = order_ == kernels::KvOrder::kNhd && num_heads < config_.num_kv_heads;
-  const int64_t runs = per_token ? block_tokens_ : 1;
+  // Copied in runs that are contiguous on both sides: neighbouring pool blocks as one where all
+  // heads come, the heads of a block (HND) or of a token (NHD) where a part of them does.
+  const bool all_heads = num_heads == config_.num_kv_heads;
+  const int64_t runs_per_block = !all_heads && order_ == kernels::KvOrder::kNhd ? block_tokens_ : 1;
   const size_t element = kernels::SizeOf(kv_dtype());
-  const size_t run_bytes =
-      (per_token ? 1 : block_tokens_) * int64_t{num_heads} * config_.head_dim * element;
+  const size_t run_bytes = block_tokens_ / runs_per_block * num_heads * config_.head_dim * element;
   const DeviceBuffer& buffer = is_value ? pools_[layer].v : pools_[layer].k;
   const char* source = static_cast<const char*>(data);
-  for (size_t i = 0; i < pool_blocks.size(); ++i) {
+  size_t neighbours = 1;
+  for (size_t i = 0; i < pool_blocks.size(); i += neighbours) {
+    neighbours = 1;
+    while (all_heads && i + neighbours < pool_blocks.size() &&
+           pool_blocks[i + neighbours] == pool_blocks[i] + static_cast<int32_t>(neighbours)) {
+      ++neighbours;
+    }
     char* block = buffer.as<char>() + pool_blocks[i] * block_bytes();
-    for (int64_t run = 0; run < runs; ++run) {
+    for (int64_t run = 0; run < runs_per_block; ++run) {
       const int64_t offset = run * token_stride() + first_head * head_stride();
-      absl::Status status = backend_->Upload(block + offset * element, source, run_bytes);
+      absl::Status status =
+          backend_->Upload(block + offset * element, source, run_bytes * neighbours);
       if (!status.ok()) return status;
-      source += run_bytes;
+      source += run_bytes * neighbours;
     }
   }
   return absl::OkStatus();

@@ -57,11 +57,13 @@ uint32_t Greedy(const std::vector<float>& logits, int64_t position) {
   return token.ok() ? token->token_id : 0;
 }
 
-// A block table that owns the pool's blocks in a scrambled order.
+// A block table that owns the pool's blocks out of order, some of them side by side.
 std::vector<int32_t> ScrambledTable(const Decoder& decoder) {
   std::vector<int32_t> table(decoder.num_pool_blocks());
   std::iota(table.begin(), table.end(), 0);
-  std::shuffle(table.begin(), table.end(), std::mt19937(3));
+  std::shuffle(table.begin(), table.begin() + static_cast<std::ptrdiff_t>(table.size() / 2),
+               std::mt19937(3));
+  std::rotate(table.begin(), table.begin() + 2, table.end());
   return table;
 }
 
