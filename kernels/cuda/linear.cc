@@ -72,6 +72,8 @@ LinearShape ShapeOf(const LinearParams& params) {
   return shape;
 }
 
+LinearLauncher::LinearLauncher() = default;
+
 LinearLauncher::~LinearLauncher() {
   plans_.clear();
   if (handle_ != nullptr) cublasLtDestroy(handle_);

@@ -31,7 +31,7 @@ LinearShape ShapeOf(const LinearParams& params);
 // For use by one thread and on one stream, since all products share the workspace.
 class LinearLauncher {
  public:
-  LinearLauncher() = default;
+  LinearLauncher();
   LinearLauncher(const LinearLauncher&) = delete;
   LinearLauncher& operator=(const LinearLauncher&) = delete;
   ~LinearLauncher();

@@ -20,9 +20,9 @@ __device__ __forceinline__ uint64_t to_fixed(float value) {
   return __float2ull_rn(value * 0x1p52f);
 }
 
-// A value as an unsigned integer of the same order; its sign is dropped.
+// A value as an unsigned integer of the same order; a NaN or negative value counts as 0.
 __device__ __forceinline__ uint32_t order_bits(float value) {
-  return __float_as_uint(value) & 0x7fffffffu;
+  return value > 0.0f ? __float_as_uint(value) : 0u;
 }
 
 struct SmallestSet {
@@ -55,7 +55,7 @@ class SmallestSetSearch {
   __device__ explicit SmallestSetSearch(Shared& shared) : shared_(shared) {}
 
   // The smallest set of values[0, n) that holds gamma of their sum and at least min_count of them;
-  // all of them if no smaller set does. Values are finite, at least 0, and sum to less than 2^11.
+  // all of them if no smaller set does. The values sum to less than 2^11.
   __device__ SmallestSet find(const float* values, int64_t n, float gamma, int64_t min_count) {
     // 31 bits of a non-negative float in digits of 11, 10 and 10.
     uint32_t prefix = 0;

@@ -1,0 +1,50 @@
+// KV from device memory to pinned host memory beside the compute stream.
+#ifndef PREFILLD_MODEL_CUDA_PACK_LANES_H_
+#define PREFILLD_MODEL_CUDA_PACK_LANES_H_
+
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <cstddef>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+#include "kernels/kv_pack.h"
+
+namespace prefilld::model {
+
+// A few streams with device memory to pack into. Thread-safe: a caller takes a free lane or waits.
+class CudaPackLanes {
+ public:
+  CudaPackLanes() = default;
+  CudaPackLanes(const CudaPackLanes&) = delete;
+  CudaPackLanes& operator=(const CudaPackLanes&) = delete;
+  ~CudaPackLanes();
+
+  // Packs into params.dst in pinned host memory; returns when the bytes are there.
+  cudaError_t Pack(const kernels::PackKvParams& params);
+
+ private:
+  // Two lanes keep the copy engine busy while one of them packs.
+  static constexpr int kLanes = 2;
+  // Large enough that packing is a small part of the copy's time; a single larger block grows it.
+  static constexpr size_t kPieceBytes = size_t{8} << 20;
+
+  struct Lane {
+    cudaStream_t stream = nullptr;
+    void* device = nullptr;
+    size_t bytes = 0;
+    bool busy = false;
+  };
+
+  Lane* Acquire();
+  void Release(Lane* lane);
+  static cudaError_t PackOnLane(const kernels::PackKvParams& params, Lane* lane);
+
+  absl::Mutex mu_;
+  std::array<Lane, kLanes> lanes_;  // `busy` is guarded by mu_, the rest belongs to who set it
+};
+
+}  // namespace prefilld::model
+
+#endif  // PREFILLD_MODEL_CUDA_PACK_LANES_H_
