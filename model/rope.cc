@@ -40,17 +40,19 @@ double DynamicNtkBase(const RopeConfig& rope, int head_dim, int64_t num_tokens) 
 
 // Long wavelengths are stretched by the factor, short ones kept, those between blended.
 void StretchLlama3(const RopeConfig& rope, std::vector<float>& inv_freq) {
-  const double original = static_cast<double>(rope.original_max_positions);
-  const double longest_kept = original / rope.high_freq_factor;
-  const double shortest_stretched = original / rope.low_freq_factor;
+  const auto original = static_cast<float>(rope.original_max_positions);
+  const auto factor = static_cast<float>(rope.factor);
+  const auto low = static_cast<float>(rope.low_freq_factor);
+  const auto high = static_cast<float>(rope.high_freq_factor);
   for (float& f : inv_freq) {
-    const double wavelength = 2.0 * kPi / f;
-    if (wavelength < longest_kept) continue;
-    const double kept = wavelength > shortest_stretched
-                            ? 0.0
-                            : (original / wavelength - rope.low_freq_factor) /
-                                  (rope.high_freq_factor - rope.low_freq_factor);
-    f = static_cast<float>((1.0 - kept) * f / rope.factor + kept * f);
+    const float wavelength = static_cast<float>(2.0 * kPi) / f;
+    if (wavelength < original / high) continue;
+    if (wavelength > original / low) {
+      f /= factor;
+      continue;
+    }
+    const float kept = (original / wavelength - low) / (high - low);
+    f = (1.0f - kept) * f / factor + kept * f;
   }
 }
 
@@ -73,10 +75,12 @@ std::vector<float> YarnInverseFrequencies(const RopeConfig& rope, int head_dim) 
 
   std::vector<float> inv_freq = PositionsPerRadian(rope.theta, head_dim);
   for (size_t i = 0; i < inv_freq.size(); ++i) {
-    const double stretched = std::clamp((static_cast<double>(i) - low) / (high - low), 0.0, 1.0);
-    const double length = inv_freq[i];
-    inv_freq[i] =
-        static_cast<float>(stretched / (rope.factor * length) + (1.0 - stretched) / length);
+    const float ramp =
+        (static_cast<float>(i) - static_cast<float>(low)) / static_cast<float>(high - low);
+    const float kept = 1.0f - std::clamp(ramp, 0.0f, 1.0f);
+    const float length = inv_freq[i];
+    const float stretched_length = static_cast<float>(rope.factor) * length;
+    inv_freq[i] = 1.0f / stretched_length * (1.0f - kept) + 1.0f / length * kept;
   }
   return inv_freq;
 }

@@ -108,7 +108,7 @@ absl::StatusOr<Tensor> ParseTensor(const json& entry, absl::Span<const std::byte
   }
   tensor.data = data.data() + *begin;
   tensor.bytes = static_cast<size_t>(bytes);
-  if (reinterpret_cast<uintptr_t>(tensor.data) % SizeOf(tensor.dtype) != 0) {
+  if (bytes != 0 && reinterpret_cast<uintptr_t>(tensor.data) % SizeOf(tensor.dtype) != 0) {
     return absl::InvalidArgumentError(absl::StrCat("data_offsets ", Shown(offsets),
                                                    " are not aligned to the element size of ",
                                                    Name(tensor.dtype), " in the file"));

@@ -112,30 +112,42 @@ std::vector<Prompt> ListPrompts() {
   return prompts;
 }
 
-class GoldenTest : public testing::TestWithParam<Prompt> {
- protected:
-  static void TearDownTestSuite() { checkpoints_.clear(); }
-
-  // Made once per case.
-  static const std::string& CheckpointDir(const std::string& case_dir) {
-    std::unique_ptr<GoldenCheckpoint>& checkpoint = checkpoints_[case_dir];
-    if (!checkpoint) checkpoint = std::make_unique<GoldenCheckpoint>(case_dir);
-    return checkpoint->dir();
+// A case's model, made once and used by all its prompts.
+class GoldenModel {
+ public:
+  explicit GoldenModel(const std::string& name)
+      : case_dir_(absl::StrCat(goldens_dir, "/", name)),
+        golden_(case_dir_ + "/golden.safetensors"),
+        checkpoint_(case_dir_) {
+    EngineOptions options;
+    options.checkpoint_dir = checkpoint_.dir();
+    options.device = device;
+    options.max_tokens = golden_.lengths().back();
+    engine_ = CreatePrefillEngine(options);
   }
 
-  static std::unique_ptr<PrefillEngine> MakeEngine(const std::string& checkpoint_dir,
-                                                   int64_t max_tokens) {
-    EngineOptions options;
-    options.checkpoint_dir = checkpoint_dir;
-    options.device = device;
-    options.max_tokens = max_tokens;
-    absl::StatusOr<std::unique_ptr<PrefillEngine>> engine = CreatePrefillEngine(options);
-    EXPECT_TRUE(engine.ok()) << engine.status();
-    return engine.ok() ? *std::move(engine) : nullptr;
+  const GoldenFile& golden() const { return golden_; }
+  absl::StatusOr<std::unique_ptr<PrefillEngine>>& engine() { return engine_; }
+
+ private:
+  std::string case_dir_;
+  GoldenFile golden_;
+  GoldenCheckpoint checkpoint_;
+  absl::StatusOr<std::unique_ptr<PrefillEngine>> engine_;
+};
+
+class GoldenTest : public testing::TestWithParam<Prompt> {
+ protected:
+  static void TearDownTestSuite() { models_.clear(); }
+
+  static GoldenModel& Model(const std::string& name) {
+    std::unique_ptr<GoldenModel>& model = models_[name];
+    if (!model) model = std::make_unique<GoldenModel>(name);
+    return *model;
   }
 
  private:
-  static inline std::map<std::string, std::unique_ptr<GoldenCheckpoint>> checkpoints_;
+  static inline std::map<std::string, std::unique_ptr<GoldenModel>> models_;
 };
 
 // Fetches the layer's KV as a consumer would and compares it.
@@ -167,10 +179,10 @@ void CheckLayer(PrefillEngine& engine, PrefillSequence& sequence, int layer, int
 
 TEST_P(GoldenTest, EqualsTransformers) {
   const int64_t num_tokens = GetParam().num_tokens;
-  const std::string case_dir = absl::StrCat(goldens_dir, "/", GetParam().case_name);
-  const GoldenFile golden(case_dir + "/golden.safetensors");
-  const auto engine = MakeEngine(CheckpointDir(case_dir), num_tokens);
-  ASSERT_NE(engine, nullptr);
+  GoldenModel& model = Model(GetParam().case_name);
+  ASSERT_TRUE(model.engine().ok()) << model.engine().status();
+  const std::unique_ptr<PrefillEngine>& engine = *model.engine();
+  const GoldenFile& golden = model.golden();
 
   const auto prompt = golden.Get(absl::StrCat(num_tokens, ".prompt"));
   const std::vector<uint32_t> tokens(prompt.begin(), prompt.end());
