@@ -1,17 +1,11 @@
 #include "server/options.h"
 
-#include <algorithm>
-#include <fstream>
-#include <utility>
-
 #include "absl/flags/flag.h"
 #include "absl/flags/parse.h"
 #include "absl/flags/usage.h"
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/string_view.h"
-#include "server/host_port.h"
 
 ABSL_FLAG(std::string, model, "", "Checkpoint folder (config.json, *.safetensors). Required.");
 ABSL_FLAG(std::string, clusters, "",
@@ -70,10 +64,6 @@ ABSL_FLAG(double, drain_timeout_s, 25,
 namespace prefilld::server {
 namespace {
 
-constexpr int64_t kMiB = int64_t{1} << 20;
-
-bool IsReadable(const std::string& path) { return std::ifstream(path).good(); }
-
 bool IsDeviceName(absl::string_view name) {
   return name == "auto" || name == "cpu" || name == "cuda";
 }
@@ -82,18 +72,6 @@ model::DeviceChoice DeviceFromName(absl::string_view name) {
   if (name == "cpu") return model::DeviceChoice::kCpu;
   if (name == "cuda") return model::DeviceChoice::kCuda;
   return model::DeviceChoice::kAuto;
-}
-
-const char* DeviceName(model::DeviceChoice choice) {
-  switch (choice) {
-    case model::DeviceChoice::kAuto:
-      return "auto";
-    case model::DeviceChoice::kCpu:
-      return "cpu";
-    case model::DeviceChoice::kCuda:
-      return "cuda";
-  }
-  return "?";
 }
 
 // Values that are words; a word outside its set is a problem, the rest is for Validate.
@@ -159,107 +137,7 @@ ServerOptions ReadPlainValues() {
   return options;
 }
 
-void CheckAddresses(const ServerOptions& o, std::vector<std::string>& problems) {
-  if (!ParseHostPort(o.listen).has_value()) {
-    problems.push_back(absl::StrCat("--listen=", o.listen, " is not host:port"));
-  }
-  if (!o.metrics_listen.empty() && !ParseHostPort(o.metrics_listen).has_value()) {
-    problems.push_back(absl::StrCat("--metrics_listen=", o.metrics_listen, " is not host:port"));
-  }
-  for (const std::string& pattern : o.deliver_to_allow) {
-    if (!absl::StrContains(pattern, ':')) {
-      problems.push_back(
-          absl::StrCat("--deliver_to_allow: '", pattern, "' is not a host:port pattern"));
-    }
-  }
-}
-
-void CheckTls(const TlsFiles& tls, std::vector<std::string>& problems) {
-  if (tls.certificate.empty() != tls.private_key.empty()) {
-    problems.push_back("--tls_cert and --tls_key belong together: one is set, the other is not");
-  }
-  if (!tls.client_ca.empty() && tls.certificate.empty()) {
-    problems.push_back("--tls_client_ca needs --tls_cert and --tls_key");
-  }
-  const std::pair<const char*, const std::string*> files[] = {{"--tls_cert", &tls.certificate},
-                                                              {"--tls_key", &tls.private_key},
-                                                              {"--tls_client_ca", &tls.client_ca}};
-  for (const auto& [flag, path] : files) {
-    if (!path->empty() && !IsReadable(*path)) {
-      problems.push_back(absl::StrCat(flag, "=", *path, " cannot be read"));
-    }
-  }
-}
-
-void CheckRange(const char* flag, int64_t value, int64_t low, int64_t high,
-                std::vector<std::string>& problems) {
-  if (value < low || value > high) {
-    problems.push_back(absl::StrCat(flag, "=", value, " is outside ", low, " to ", high));
-  }
-}
-
-void CheckSeconds(const char* flag, absl::Duration value, double high,
-                  std::vector<std::string>& problems) {
-  const double seconds = absl::ToDoubleSeconds(value);
-  if (!(seconds > 0 && seconds <= high)) {
-    problems.push_back(absl::StrCat(flag, "=", seconds, " is outside (0, ", high, "]"));
-  }
-}
-
-void CheckAttention(const AttentionDefaults& attention, std::vector<std::string>& problems) {
-  const absl::Status status = model::Validate(Apply(attention, model::AttentionOptions()));
-  if (!status.ok()) problems.push_back(absl::StrCat("attention flags: ", status.message()));
-  const auto& allowed = attention.allowed;
-  if (attention.policy.has_value() &&
-      std::find(allowed.begin(), allowed.end(), *attention.policy) == allowed.end()) {
-    problems.push_back(absl::StrCat("--policy=", model::Name(*attention.policy),
-                                    " is not among --allowed_policies"));
-  }
-}
-
 }  // namespace
-
-std::optional<model::AttentionPolicy> ParsePolicy(const std::string& name) {
-  for (const auto policy : {model::AttentionPolicy::kDense, model::AttentionPolicy::kVerticalSlash,
-                            model::AttentionPolicy::kShare, model::AttentionPolicy::kAuto}) {
-    if (name == model::Name(policy)) return policy;
-  }
-  return std::nullopt;
-}
-
-model::AttentionOptions Apply(const AttentionDefaults& defaults, model::AttentionOptions base) {
-  base.policy = defaults.policy.value_or(base.policy);
-  base.gamma = defaults.gamma.value_or(base.gamma);
-  base.tau = defaults.tau.value_or(base.tau);
-  base.delta = defaults.delta.value_or(base.delta);
-  base.coverage = defaults.coverage.value_or(base.coverage);
-  base.min_budget_tokens = defaults.min_budget_tokens.value_or(base.min_budget_tokens);
-  base.crossover_tokens = defaults.crossover_tokens.value_or(base.crossover_tokens);
-  return base;
-}
-
-absl::Status Validate(const ServerOptions& o) {
-  std::vector<std::string> problems;
-  if (o.engine.checkpoint_dir.empty()) problems.push_back("--model is required");
-  CheckRange("--cpu_threads", o.engine.cpu_threads, 0, 4096, problems);
-  CheckRange("--max_prompt_tokens", o.engine.max_tokens, 0, int64_t{1} << 24, problems);
-  CheckAddresses(o, problems);
-  CheckTls(o.tls, problems);
-  CheckAttention(o.attention, problems);
-  CheckRange("--queue_capacity", o.queue_capacity, 0, 1 << 20, problems);
-  CheckRange("--max_queued_tokens", o.max_queued_tokens, 0, int64_t{1} << 36, problems);
-  CheckRange("--max_lanes", o.max_lanes, 1, 16, problems);
-  CheckRange("--frame_bytes", o.frame_bytes, kMiB, 4 * kMiB, problems);
-  CheckRange("--staging_bytes", o.staging_bytes, 4 * o.frame_bytes, int64_t{1} << 40, problems);
-  CheckSeconds("--stall_timeout_s", o.stall_timeout, 3600, problems);
-  CheckSeconds("--wedge_timeout_s", o.wedge_timeout, 86400, problems);
-  CheckSeconds("--drain_timeout_s", o.drain_timeout, 86400, problems);
-  if (o.wedge_timeout <= o.stall_timeout) {
-    problems.push_back("--wedge_timeout_s must be more than --stall_timeout_s");
-  }
-  if (problems.empty()) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrJoin(problems, "; "));
-}
 
 absl::StatusOr<ServerOptions> OptionsFromCommandLine(int argc, char** argv) {
   absl::SetProgramUsageMessage("Disaggregated prefill server. prefilld --model=DIR [flags]");
@@ -275,30 +153,6 @@ absl::StatusOr<ServerOptions> OptionsFromCommandLine(int argc, char** argv) {
   }
   if (!problems.empty()) return absl::InvalidArgumentError(absl::StrJoin(problems, "; "));
   return options;
-}
-
-std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o) {
-  std::vector<std::string> allowed;
-  for (const auto policy : o.attention.allowed) allowed.push_back(model::Name(policy));
-  return {{"model", o.engine.checkpoint_dir},
-          {"device", DeviceName(o.engine.device)},
-          {"cpu_threads", absl::StrCat(o.engine.cpu_threads)},
-          {"max_prompt_tokens", absl::StrCat(o.engine.max_tokens)},
-          {"listen", o.listen},
-          {"metrics_listen", o.metrics_listen},
-          {"tls", o.tls.certificate.empty() ? "off"
-                  : o.tls.client_ca.empty() ? "on"
-                                            : "mutual"},
-          {"allowed_policies", absl::StrJoin(allowed, ",")},
-          {"queue_capacity", absl::StrCat(o.queue_capacity)},
-          {"max_queued_tokens", absl::StrCat(o.max_queued_tokens)},
-          {"max_lanes", absl::StrCat(o.max_lanes)},
-          {"staging_bytes", absl::StrCat(o.staging_bytes)},
-          {"frame_bytes", absl::StrCat(o.frame_bytes)},
-          {"deliver_to_allow", absl::StrJoin(o.deliver_to_allow, ",")},
-          {"stall_timeout", absl::FormatDuration(o.stall_timeout)},
-          {"wedge_timeout", absl::FormatDuration(o.wedge_timeout)},
-          {"drain_timeout", absl::FormatDuration(o.drain_timeout)}};
 }
 
 }  // namespace prefilld::server

@@ -1,0 +1,118 @@
+#include "server/lane_queue.h"
+
+#include <utility>
+
+namespace prefilld::server {
+
+bool LaneQueue::Attach(Transport* transport) {
+  {
+    absl::MutexLock lock(&mu_);
+    if (was_attached_) return false;
+    was_attached_ = true;
+    transport_ = transport;
+  }
+  Pump();
+  return true;
+}
+
+bool LaneQueue::attached() const {
+  absl::MutexLock lock(&mu_);
+  return was_attached_;
+}
+
+void LaneQueue::Push(size_t payload_bytes, MakeMessage make) {
+  {
+    absl::MutexLock lock(&mu_);
+    if (end_.has_value()) return;
+    queue_.push_back({payload_bytes, std::move(make)});
+    pending_bytes_ += payload_bytes;
+  }
+  Pump();
+}
+
+void LaneQueue::Close(MakeMessage last) {
+  {
+    absl::MutexLock lock(&mu_);
+    if (end_.has_value()) return;
+    if (last != nullptr) queue_.push_back({0, std::move(last)});
+    end_ = absl::OkStatus();
+  }
+  Pump();
+}
+
+void LaneQueue::Abort(const absl::Status& status) {
+  std::deque<Pending> dropped;  // destroyed after the lock: buffers go back to their ring
+  {
+    absl::MutexLock lock(&mu_);
+    if (end_.has_value() && !end_->ok()) return;
+    end_ = status;
+    dropped.swap(queue_);
+    pending_bytes_ = in_flight_bytes_;
+    // Under the lock, so that End cannot come between and take the transport away.
+    if (writing_) transport_->Cancel(status);
+  }
+  Pump();
+}
+
+void LaneQueue::OnWriteDone(bool ok) {
+  std::deque<Pending> dropped;
+  {
+    absl::MutexLock lock(&mu_);
+    writing_ = false;
+    in_flight_.Clear();
+    pending_bytes_ -= in_flight_bytes_;
+    in_flight_bytes_ = 0;
+    if (!ok && (!end_.has_value() || end_->ok())) {
+      end_ = absl::CancelledError("the stream broke");
+      dropped.swap(queue_);
+      pending_bytes_ = 0;
+    }
+  }
+  Pump();
+}
+
+// The transport is called without the lock: `writing_` keeps everyone else from it until the
+// write is done, and a null transport_ after that.
+void LaneQueue::Pump() {
+  Transport* transport = nullptr;
+  std::optional<absl::Status> end;
+  {
+    absl::MutexLock lock(&mu_);
+    if (transport_ == nullptr || writing_) return;
+    if (!queue_.empty()) {
+      writing_ = true;
+      write_started_ = clock_.Now();
+      in_flight_ = queue_.front().make();
+      in_flight_bytes_ = queue_.front().payload_bytes;
+      queue_.pop_front();
+      transport = transport_;
+    } else if (end_.has_value()) {
+      end = end_;
+      transport = std::exchange(transport_, nullptr);
+    } else {
+      return;
+    }
+  }
+  if (end.has_value()) {
+    transport->End(*end);
+  } else {
+    transport->Send(in_flight_);
+  }
+}
+
+size_t LaneQueue::pending_bytes() const {
+  absl::MutexLock lock(&mu_);
+  return pending_bytes_;
+}
+
+bool LaneQueue::idle() const {
+  absl::MutexLock lock(&mu_);
+  return queue_.empty() && !writing_;
+}
+
+absl::Duration LaneQueue::StalledFor(absl::Time now) const {
+  absl::MutexLock lock(&mu_);
+  return writing_ ? now - write_started_ : absl::ZeroDuration();
+}
+
+}  // namespace prefilld::server

@@ -1,0 +1,135 @@
+// prefilld: the disaggregated prefill server.
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <string>
+
+#include <pthread.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "model/prefill_engine.h"
+#include "server/clock.h"
+#include "server/log.h"
+#include "server/options.h"
+#include "server/server.h"
+#include "server/version.h"
+
+namespace prefilld::server {
+namespace {
+
+// Blocked in every thread, and taken by WaitForEnd alone: no handler, no races.
+sigset_t BlockSignals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  // Writing to a connection whose peer is gone is an error code, not the end of the process.
+  signal(SIGPIPE, SIG_IGN);
+  return signals;
+}
+
+int Refuse(const char* step, const absl::Status& status) {
+  LogEvent(LogLevel::kError, "start_failed",
+           {{"step", step}, {"status", std::string(status.message())}});
+  return EXIT_FAILURE;
+}
+
+void LogConfiguration(const ServerOptions& options, const model::EngineInfo& engine) {
+  LogFields fields = {{"version", kVersion}};
+  for (const auto& [flag, value] : Describe(options)) fields.emplace_back(flag, value);
+  LogEvent(LogLevel::kInfo, "configuration", fields);
+
+  const model::AttentionOptions attention = Apply(options.attention, engine.default_attention);
+  LogEvent(LogLevel::kInfo, "model",
+           {{"name", engine.model_name},
+            {"fingerprint", engine.fingerprint},
+            {"device", engine.device_name},
+            {"layers", static_cast<int64_t>(engine.config.num_layers)},
+            {"max_prompt_tokens", engine.max_tokens},
+            {"policy", model::Name(attention.policy)},
+            {"gamma", attention.gamma},
+            {"tau", attention.tau},
+            {"delta", attention.delta},
+            {"coverage", attention.coverage},
+            {"min_budget_tokens", attention.min_budget_tokens},
+            {"crossover_tokens", attention.crossover_tokens}});
+}
+
+// Written aside and renamed: whoever sees the file sees all of it.
+absl::Status WritePortFile(const std::string& path, const PrefillServer& server) {
+  if (path.empty()) return absl::OkStatus();
+  const std::string draft = absl::StrCat(path, ".tmp");
+  std::ofstream file(draft);
+  file << "grpc=" << server.port() << "\nmetrics=" << server.metrics_port() << "\n";
+  file.close();
+  if (!file || std::rename(draft.c_str(), path.c_str()) != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("--port_file=", path, " cannot be written"));
+  }
+  return absl::OkStatus();
+}
+
+// Returns the signal, or 0 when the device has failed.
+int WaitForEnd(const sigset_t& signals, const PrefillServer& server) {
+  constexpr timespec kPoll = {.tv_sec = 0, .tv_nsec = 100'000'000};
+  while (server.failure().ok()) {
+    const int signal = sigtimedwait(&signals, nullptr, &kPoll);
+    if (signal > 0) return signal;
+  }
+  return 0;
+}
+
+// The second signal does not wait for anything.
+void ExitOnNextSignal(const sigset_t& signals) {
+  pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
+  signal(SIGTERM, [](int) { _exit(EXIT_FAILURE); });
+  signal(SIGINT, [](int) { _exit(EXIT_FAILURE); });
+}
+
+int Serve(const sigset_t& signals, const ServerOptions& options) {
+  auto engine = model::CreatePrefillEngine(options.engine);
+  if (!engine.ok()) return Refuse("load_model", engine.status());
+  LogConfiguration(options, (*engine)->info());
+
+  auto server = PrefillServer::Create(options, **engine, Clock::Real());
+  if (!server.ok()) return Refuse("listen", server.status());
+  if (absl::Status written = WritePortFile(options.port_file, **server); !written.ok()) {
+    return Refuse("port_file", written);
+  }
+  LogEvent(LogLevel::kInfo, "ready",
+           {{"grpc_port", static_cast<int64_t>((*server)->port())},
+            {"metrics_port", static_cast<int64_t>((*server)->metrics_port())},
+            {"metrics_path", "/metrics"}});
+
+  const int signal = WaitForEnd(signals, **server);
+  ExitOnNextSignal(signals);
+  if (signal == 0) {
+    LogEvent(LogLevel::kError, "device_failed", {{"status", (*server)->failure().ToString()}});
+  } else {
+    LogEvent(LogLevel::kInfo, "draining",
+             {{"signal", std::string(signal == SIGTERM ? "SIGTERM" : "SIGINT")},
+              {"drain_timeout_s", absl::ToDoubleSeconds(options.drain_timeout)}});
+  }
+  const bool drained = (*server)->Drain(options.drain_timeout);
+  const bool failed = !(*server)->failure().ok();
+  server->reset();
+  LogEvent(LogLevel::kInfo, "ended", {{"drained", std::string(drained ? "yes" : "no")}});
+  return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+}
+
+int Main(int argc, char** argv) {
+  const auto options = OptionsFromCommandLine(argc, argv);
+  InitLogging(options.ok() ? options->log_format : LogFormat::kText);
+  if (!options.ok()) return Refuse("options", options.status());
+  return Serve(BlockSignals(), *options);
+}
+
+}  // namespace
+}  // namespace prefilld::server
+
+int main(int argc, char** argv) { return prefilld::server::Main(argc, argv); }

@@ -1,0 +1,224 @@
+#include "server/metrics.h"
+
+#include <algorithm>
+#include <exception>
+#include <utility>
+
+#include <prometheus/exposer.h>
+#include <prometheus/registry.h>
+
+#include "absl/strings/str_cat.h"
+#include "server/version.h"
+
+namespace prefilld::server {
+namespace {
+
+// From a millisecond to half an hour: a step of a short prompt, and a prompt of a million tokens.
+const std::vector<double> kSeconds = {0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1,
+                                      0.25,  0.5,    1,     2.5,  5,     10,   20,
+                                      40,    60,     120,   300,  600,   1800};
+const std::vector<double> kTokens = {128,   512,   1024,   2048,   4096,   8192,   16384,
+                                     32768, 65536, 131072, 262144, 524288, 1048576};
+const std::vector<double> kShares = {0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0};
+
+// Lanes above are counted with the last.
+constexpr int kLanes = 16;
+
+template <typename Labels>
+std::vector<prometheus::Counter*> NewCounters(prometheus::Registry& registry,
+                                              const std::string& name, const std::string& help,
+                                              const std::string& label, const Labels& values) {
+  auto& family = prometheus::BuildCounter().Name(name).Help(help).Register(registry);
+  std::vector<prometheus::Counter*> counters;
+  for (const auto& value : values) counters.push_back(&family.Add({{label, value}}));
+  return counters;
+}
+
+std::vector<std::string> OutcomeNames() {
+  std::vector<std::string> names;
+  for (const Outcome outcome : kOutcomes) names.push_back(Name(outcome));
+  return names;
+}
+
+std::vector<std::string> LaneNames() {
+  std::vector<std::string> names;
+  for (int lane = 0; lane < kLanes; ++lane) names.push_back(absl::StrCat(lane));
+  return names;
+}
+
+}  // namespace
+
+Metrics::Metrics(const model::EngineInfo& engine)
+    : registry_(std::make_shared<prometheus::Registry>()),
+      requests_(NewCounters(*registry_, "prefilld_requests_total",
+                            "Requests that are over, by how they ended.", "outcome",
+                            OutcomeNames())),
+      policies_(NewCounters(*registry_, "prefilld_policy_requests_total",
+                            "Requests that began to compute, by the attention policy that ran.",
+                            "policy",
+                            std::vector<std::string>{"dense", "vertical_slash", "share"})),
+      fallbacks_(NewCounter("prefilld_policy_fallbacks_total",
+                            "Requests for which another policy ran than was asked for, policy "
+                            "auto that ran dense included.")),
+      time_to_first_token_(NewHistogram(
+          "prefilld_time_to_first_token_seconds",
+          "From the arrival of a request to its first token, queue included.", kSeconds)),
+      queue_time_(NewHistogram("prefilld_queue_time_seconds",
+                               "From the arrival of a request to its first layer.", kSeconds)),
+      compute_time_(NewHistogram("prefilld_compute_time_seconds",
+                                 "From the first layer of a request to its first token.",
+                                 kSeconds)),
+      request_time_(NewHistogram("prefilld_request_time_seconds",
+                                 "From the arrival of a request to the end of its streams.",
+                                 kSeconds)),
+      prompt_tokens_(
+          NewHistogram("prefilld_prompt_tokens", "Length of accepted prompts.", kTokens)),
+      density_(NewHistogram("prefilld_attention_density",
+                            "Computed share of the causal attention blocks of a request.",
+                            kShares)),
+      pattern_time_(NewHistogram("prefilld_pattern_time_seconds",
+                                 "Estimating, deciding and building patterns, per request.",
+                                 kSeconds)),
+      tokens_per_second_(NewGauge("prefilld_prompt_tokens_per_second",
+                                  "Speed of the latest prompt, from first layer to first token.")),
+      step_time_(NewHistogram("prefilld_step_time_seconds", "One layer of one prompt.", kSeconds)),
+      computed_layers_(NewCounter("prefilld_steps_total", "Layer steps computed.")),
+      computed_token_layers_(NewCounter("prefilld_step_tokens_total",
+                                        "Prompt tokens times layers computed; divide by the "
+                                        "number of layers for prompt tokens.")),
+      heads_(NewCounters(*registry_, "prefilld_heads_total",
+                         "Query heads computed, by what was done for them.", "kind",
+                         std::vector<std::string>{"dense", "pivot", "shared", "vertical_slash"})),
+      lane_bytes_(NewCounters(*registry_, "prefilld_kv_bytes_total",
+                              "KV payload handed to the transport.", "lane", LaneNames())),
+      lane_frames_(NewCounters(*registry_, "prefilld_kv_frames_total",
+                               "KV frames handed to the transport.", "lane", LaneNames())),
+      stall_time_(NewCounter("prefilld_stall_seconds_total",
+                             "Compute time lost waiting for consumers to take frames.")),
+      device_errors_(NewCounter("prefilld_device_errors_total", "Failures of the device.")),
+      queued_requests_(NewGauge("prefilld_queued_requests", "Requests waiting to compute.")),
+      queued_tokens_(NewGauge("prefilld_queued_tokens", "Prompt tokens waiting to compute.")),
+      running_requests_(NewGauge("prefilld_running_requests", "Requests computing.")),
+      live_requests_(
+          NewGauge("prefilld_live_requests", "Requests queued, computing or still being sent.")),
+      staged_bytes_(NewGauge("prefilld_staged_bytes", "Staging memory on loan to frames.")),
+      staging_capacity_(NewGauge("prefilld_staging_capacity_bytes", "Staging memory.")),
+      kv_utilization_(
+          NewGauge("prefilld_kv_utilization", "Share of the KV staging memory in use, 0 to 1.")),
+      device_bytes_(NewGauge("prefilld_device_memory_bytes",
+                             "Memory of the device that weights, workspace and KV hold.")),
+      ready_(NewGauge("prefilld_ready", "1 while new requests are accepted.")),
+      live_(NewGauge("prefilld_live", "0 when work waits and nothing progresses.")) {
+  prometheus::BuildGauge()
+      .Name("prefilld_build_info")
+      .Help("Constant 1; what runs here.")
+      .Register(*registry_)
+      .Add({{"version", kVersion},
+            {"model", engine.model_name},
+            {"fingerprint", engine.fingerprint},
+            {"device", engine.device_name}})
+      .Set(1);
+}
+
+Metrics::~Metrics() = default;
+
+prometheus::Counter& Metrics::NewCounter(const std::string& name, const std::string& help) {
+  return prometheus::BuildCounter().Name(name).Help(help).Register(*registry_).Add({});
+}
+
+prometheus::Gauge& Metrics::NewGauge(const std::string& name, const std::string& help) {
+  return prometheus::BuildGauge().Name(name).Help(help).Register(*registry_).Add({});
+}
+
+prometheus::Histogram& Metrics::NewHistogram(const std::string& name, const std::string& help,
+                                             const std::vector<double>& buckets) {
+  return prometheus::BuildHistogram().Name(name).Help(help).Register(*registry_).Add({}, buckets);
+}
+
+void Metrics::CountRefused(Outcome outcome) {
+  requests_[static_cast<size_t>(outcome)]->Increment();
+}
+
+void Metrics::CountRequest(PrefillJob& job) {
+  requests_[static_cast<size_t>(job.outcome())]->Increment();
+  const JobStats stats = job.stats();
+  const auto seconds = [](absl::Duration d) { return absl::ToDoubleSeconds(d); };
+  const auto num_tokens = static_cast<double>(job.work().tokens.size());
+
+  request_time_.Observe(seconds(job.age()));
+  prompt_tokens_.Observe(num_tokens);
+  if (!stats.started_at.has_value()) return;
+  queue_time_.Observe(seconds(*stats.started_at - stats.accepted_at));
+  if (stats.policy.has_value() && *stats.policy != model::AttentionPolicy::kAuto) {
+    policies_[static_cast<size_t>(*stats.policy)]->Increment();
+    const auto asked = job.work().attention.policy;
+    const bool auto_shares =
+        asked == model::AttentionPolicy::kAuto && *stats.policy == model::AttentionPolicy::kShare;
+    if (asked != *stats.policy && !auto_shares) fallbacks_.Increment();
+  }
+  if (!stats.first_token_at.has_value()) return;
+  const absl::Duration compute = *stats.first_token_at - *stats.started_at;
+  const auto total = SumOf(stats.layers);
+  time_to_first_token_.Observe(seconds(*stats.first_token_at - stats.accepted_at));
+  compute_time_.Observe(seconds(compute));
+  density_.Observe(total.density());
+  pattern_time_.Observe(static_cast<double>(total.pattern_us()) * 1e-6);
+  if (compute > absl::ZeroDuration()) tokens_per_second_.Set(num_tokens / seconds(compute));
+}
+
+void Metrics::CountLayer(const model::LayerReport& report, int64_t num_tokens) {
+  step_time_.Observe(static_cast<double>(report.compute_us) * 1e-6);
+  computed_layers_.Increment();
+  computed_token_layers_.Increment(static_cast<double>(num_tokens));
+  heads_[0]->Increment(report.dense_heads);
+  heads_[1]->Increment(report.pivot_heads);
+  heads_[2]->Increment(report.shared_heads);
+  heads_[3]->Increment(report.vertical_slash_heads);
+}
+
+void Metrics::CountFrame(int lane, int64_t payload_bytes) {
+  const size_t index = std::min(lane, kLanes - 1);
+  lane_bytes_[index]->Increment(static_cast<double>(payload_bytes));
+  lane_frames_[index]->Increment();
+}
+
+void Metrics::CountStall(absl::Duration stalled) {
+  stall_time_.Increment(absl::ToDoubleSeconds(stalled));
+}
+
+void Metrics::CountDeviceError() { device_errors_.Increment(); }
+
+void Metrics::Set(const ResourceUse& use) {
+  queued_requests_.Set(static_cast<double>(use.queued_requests));
+  queued_tokens_.Set(static_cast<double>(use.queued_tokens));
+  running_requests_.Set(static_cast<double>(use.running_requests));
+  live_requests_.Set(static_cast<double>(use.live_requests));
+  staged_bytes_.Set(static_cast<double>(use.staged_bytes));
+  staging_capacity_.Set(static_cast<double>(use.staging_capacity_bytes));
+  kv_utilization_.Set(static_cast<double>(use.staged_bytes) /
+                      static_cast<double>(std::max<int64_t>(1, use.staging_capacity_bytes)));
+  device_bytes_.Set(static_cast<double>(use.device_bytes));
+  ready_.Set(use.ready ? 1 : 0);
+  live_.Set(use.live ? 1 : 0);
+}
+
+absl::StatusOr<std::unique_ptr<MetricsEndpoint>> MetricsEndpoint::Create(
+    const std::string& address, const std::shared_ptr<prometheus::Registry>& registry) {
+  try {
+    auto exposer = std::make_unique<prometheus::Exposer>(address);
+    exposer->RegisterCollectable(registry);
+    const std::vector<int> ports = exposer->GetListeningPorts();
+    const int port = ports.empty() ? 0 : ports.front();
+    return std::unique_ptr<MetricsEndpoint>(new MetricsEndpoint(std::move(exposer), port));
+  } catch (const std::exception& e) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--metrics_listen=", address, " cannot be bound: ", e.what()));
+  }
+}
+
+MetricsEndpoint::MetricsEndpoint(std::unique_ptr<prometheus::Exposer> exposer, int port)
+    : exposer_(std::move(exposer)), port_(port) {}
+
+MetricsEndpoint::~MetricsEndpoint() = default;
+
+}  // namespace prefilld::server

@@ -1,0 +1,116 @@
+// What Prometheus sees. Names follow its conventions: base units, `_total` for counters.
+#ifndef PREFILLD_SERVER_METRICS_H_
+#define PREFILLD_SERVER_METRICS_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <prometheus/counter.h>
+#include <prometheus/gauge.h>
+#include <prometheus/histogram.h>
+
+#include "absl/status/statusor.h"
+#include "model/prefill_engine.h"
+#include "server/outcome.h"
+#include "server/prefill_job.h"
+
+namespace prometheus {
+class Exposer;
+class Registry;
+}  // namespace prometheus
+
+namespace prefilld::server {
+
+// The queue and memory at one moment.
+struct ResourceUse {
+  int64_t queued_requests = 0;
+  int64_t queued_tokens = 0;
+  int64_t running_requests = 0;
+  int64_t live_requests = 0;  // queued, running, or still being sent
+  int64_t staged_bytes = 0;
+  int64_t staging_capacity_bytes = 0;
+  int64_t device_bytes = 0;
+  bool ready = false;
+  bool live = false;
+};
+
+// Thread-safe.
+class Metrics {
+ public:
+  explicit Metrics(const model::EngineInfo& engine);
+  ~Metrics();
+
+  void CountRefused(Outcome outcome);
+  void CountRequest(PrefillJob& job);  // once, when its Prefill call is over
+  void CountLayer(const model::LayerReport& report, int64_t num_tokens);
+  void CountFrame(int lane, int64_t payload_bytes);
+  void CountStall(absl::Duration stalled);
+  void CountDeviceError();
+  void Set(const ResourceUse& use);
+
+  const std::shared_ptr<prometheus::Registry>& registry() const { return registry_; }
+
+ private:
+  prometheus::Counter& NewCounter(const std::string& name, const std::string& help);
+  prometheus::Gauge& NewGauge(const std::string& name, const std::string& help);
+  prometheus::Histogram& NewHistogram(const std::string& name, const std::string& help,
+                                      const std::vector<double>& buckets);
+
+  const std::shared_ptr<prometheus::Registry> registry_;
+
+  std::vector<prometheus::Counter*> requests_;  // by Outcome
+  std::vector<prometheus::Counter*> policies_;  // by model::AttentionPolicy, kAuto excepted
+  prometheus::Counter& fallbacks_;
+  prometheus::Histogram& time_to_first_token_;
+  prometheus::Histogram& queue_time_;
+  prometheus::Histogram& compute_time_;
+  prometheus::Histogram& request_time_;
+  prometheus::Histogram& prompt_tokens_;
+  prometheus::Histogram& density_;
+  prometheus::Histogram& pattern_time_;
+  prometheus::Gauge& tokens_per_second_;
+
+  prometheus::Histogram& step_time_;
+  prometheus::Counter& computed_layers_;
+  prometheus::Counter& computed_token_layers_;
+  std::vector<prometheus::Counter*> heads_;  // dense, pivot, shared, vertical_slash
+
+  std::vector<prometheus::Counter*> lane_bytes_;
+  std::vector<prometheus::Counter*> lane_frames_;
+  prometheus::Counter& stall_time_;
+  prometheus::Counter& device_errors_;
+
+  prometheus::Gauge& queued_requests_;
+  prometheus::Gauge& queued_tokens_;
+  prometheus::Gauge& running_requests_;
+  prometheus::Gauge& live_requests_;
+  prometheus::Gauge& staged_bytes_;
+  prometheus::Gauge& staging_capacity_;
+  prometheus::Gauge& kv_utilization_;
+  prometheus::Gauge& device_bytes_;
+  prometheus::Gauge& ready_;
+  prometheus::Gauge& live_;
+};
+
+// Serves a registry at http://<address>/metrics.
+class MetricsEndpoint {
+ public:
+  // INVALID_ARGUMENT: the address cannot be bound.
+  static absl::StatusOr<std::unique_ptr<MetricsEndpoint>> Create(
+      const std::string& address, const std::shared_ptr<prometheus::Registry>& registry);
+  ~MetricsEndpoint();
+
+  int port() const { return port_; }
+
+ private:
+  MetricsEndpoint(std::unique_ptr<prometheus::Exposer> exposer, int port);
+
+  const std::unique_ptr<prometheus::Exposer> exposer_;
+  const int port_;
+};
+
+}  // namespace prefilld::server
+
+#endif  // PREFILLD_SERVER_METRICS_H_

@@ -1,0 +1,66 @@
+// How requests end; the `outcome` label of the metrics and of the log.
+#ifndef PREFILLD_SERVER_OUTCOME_H_
+#define PREFILLD_SERVER_OUTCOME_H_
+
+#include <array>
+#include <cstdint>
+
+namespace prefilld::server {
+
+enum class Outcome : uint8_t {
+  kOk,
+  kInvalid,         // refused: a field, or a model that is not here
+  kDuplicate,       // refused: its id is taken by a running request
+  kQueueFull,       // refused: requests or tokens
+  kUnavailable,     // refused: draining, or the device has failed
+  kDeadline,        // its deadline passed
+  kCancelled,       // by the caller, or because its connection died
+  kStalled,         // the consumer took nothing
+  kLanesMissing,    // lanes were announced and not attached
+  kReceiverFailed,  // the target of a push refused, failed or went away
+  kDeviceFailed,    // in flight when the device failed
+  kShutDown,        // in flight when the drain time ran out
+  kInternal,        // the model gave no usable logits
+};
+
+inline constexpr std::array<Outcome, 13> kOutcomes = {
+    Outcome::kOk,           Outcome::kInvalid,        Outcome::kDuplicate,    Outcome::kQueueFull,
+    Outcome::kUnavailable,  Outcome::kDeadline,       Outcome::kCancelled,    Outcome::kStalled,
+    Outcome::kLanesMissing, Outcome::kReceiverFailed, Outcome::kDeviceFailed, Outcome::kShutDown,
+    Outcome::kInternal};
+
+constexpr const char* Name(Outcome outcome) {
+  switch (outcome) {
+    case Outcome::kOk:
+      return "ok";
+    case Outcome::kInvalid:
+      return "invalid";
+    case Outcome::kDuplicate:
+      return "duplicate";
+    case Outcome::kQueueFull:
+      return "queue_full";
+    case Outcome::kUnavailable:
+      return "unavailable";
+    case Outcome::kDeadline:
+      return "deadline";
+    case Outcome::kCancelled:
+      return "cancelled";
+    case Outcome::kStalled:
+      return "stalled";
+    case Outcome::kLanesMissing:
+      return "lanes_missing";
+    case Outcome::kReceiverFailed:
+      return "receiver_failed";
+    case Outcome::kDeviceFailed:
+      return "device_failed";
+    case Outcome::kShutDown:
+      return "shut_down";
+    case Outcome::kInternal:
+      return "internal";
+  }
+  return "?";
+}
+
+}  // namespace prefilld::server
+
+#endif  // PREFILLD_SERVER_OUTCOME_H_

@@ -1,0 +1,165 @@
+#include "server/prefill_service.h"
+
+#include <chrono>
+#include <utility>
+
+#include <grpcpp/impl/codegen/proto_utils.h>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/str_cat.h"
+#include "server/metrics.h"
+#include "server/prefill_job.h"
+#include "server/push_stream.h"
+#include "server/request_log.h"
+#include "server/scheduler.h"
+#include "server/server_stream.h"
+
+namespace prefilld::server {
+namespace {
+
+namespace v1 = ::prefill::v1;
+
+using Stream = grpc::ServerWriteReactor<grpc::ByteBuffer>;
+
+template <typename Message>
+absl::StatusOr<Message> Decode(const grpc::ByteBuffer& buffer) {
+  Message message;
+  grpc::ByteBuffer copy(buffer);  // shares the slices; decoding consumes a buffer
+  if (!grpc::SerializationTraits<Message>::Deserialize(&copy, &message).ok()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the request is not a valid ", Message::descriptor()->full_name()));
+  }
+  return message;
+}
+
+absl::Time DeadlineOf(const grpc::CallbackServerContext& context) {
+  const auto deadline = context.deadline();
+  return deadline == std::chrono::system_clock::time_point::max() ? absl::InfiniteFuture()
+                                                                  : absl::FromChrono(deadline);
+}
+
+// The trace id of a W3C traceparent header, "00-<32 hex digits>-<16>-<2>"; empty: none.
+std::string TraceIdOf(const grpc::CallbackServerContext& context) {
+  const auto header = context.client_metadata().find("traceparent");
+  if (header == context.client_metadata().end() || header->second.size() < 35) return "";
+  std::string trace_id(header->second.data() + 3, 32);
+  for (const char c : trace_id) {
+    if (!absl::ascii_isxdigit(static_cast<unsigned char>(c))) return "";
+  }
+  return trace_id;
+}
+
+Outcome OutcomeOfRefusal(absl::StatusCode code) {
+  switch (code) {
+    case absl::StatusCode::kAlreadyExists:
+      return Outcome::kDuplicate;
+    case absl::StatusCode::kResourceExhausted:
+      return Outcome::kQueueFull;
+    case absl::StatusCode::kUnavailable:
+      return Outcome::kUnavailable;
+    case absl::StatusCode::kDeadlineExceeded:
+      return Outcome::kDeadline;
+    default:
+      return Outcome::kInvalid;
+  }
+}
+
+}  // namespace
+
+PrefillService::PrefillService(Scheduler& scheduler, Metrics& metrics, const Clock& clock,
+                               RequestLimits limits, v1::ServerInfo info,
+                               std::shared_ptr<grpc::ChannelCredentials> push_credentials)
+    : scheduler_(scheduler),
+      metrics_(metrics),
+      clock_(clock),
+      limits_(std::move(limits)),
+      info_(std::move(info)),
+      push_credentials_(std::move(push_credentials)) {}
+
+Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
+                                const grpc::ByteBuffer* request_bytes) {
+  const auto request = Decode<v1::PrefillRequest>(*request_bytes);
+  if (!request.ok()) return Refuse("", context->peer(), request.status());
+  auto work = ValidateRequest(*request, limits_);
+  if (!work.ok()) return Refuse(request->request_id(), context->peer(), work.status());
+  work->deadline = DeadlineOf(*context);
+  work->peer = context->peer();
+  work->trace_id = TraceIdOf(*context);
+  if (clock_.Now() >= work->deadline) {
+    return Refuse(work->id, work->peer, absl::DeadlineExceededError("the deadline has passed"));
+  }
+
+  auto job = std::make_shared<PrefillJob>(*std::move(work), clock_);
+  if (job->work().pushes()) {
+    // The job holds this function, so the function must not hold the job.
+    job->set_start_delivery([weak = std::weak_ptr(job), credentials = push_credentials_] {
+      if (auto self = weak.lock()) StartPush(std::move(self), credentials);
+    });
+  }
+  if (const absl::Status status = scheduler_.Submit(job); !status.ok()) {
+    return Refuse(job->work().id, job->work().peer, status);
+  }
+  LaneQueue& queue = job->delivery().control();
+  auto* stream = new ServerStream(context, &queue,
+                                  {.on_cancel = [job] { job->OnCallCancelled(); },
+                                   .on_done =
+                                       [this, job](const absl::Status& status) {
+                                         if (status.ok()) job->OnResultSent();
+                                         scheduler_.Retire(*job);
+                                         metrics_.CountRequest(*job);
+                                         LogRequest(*job);
+                                       }});
+  queue.Attach(stream);
+  return stream;
+}
+
+Stream* PrefillService::AttachLane(grpc::CallbackServerContext* context,
+                                   const grpc::ByteBuffer* request_bytes) {
+  const auto request = Decode<v1::AttachLaneRequest>(*request_bytes);
+  if (!request.ok()) return RefuseStream(request.status());
+  const std::shared_ptr<PrefillJob> job = scheduler_.Find(request->request_id());
+  if (job == nullptr || job->work().pushes()) {
+    return RefuseStream(absl::NotFoundError("request_id: no such running request with lanes"));
+  }
+  const auto queue = job->delivery().side_lane(request->lane());
+  if (!queue.ok()) return RefuseStream(queue.status());
+  auto stream = std::make_unique<ServerStream>(
+      context, *queue,
+      ServerStream::Events{.on_cancel = [job] { job->OnCallCancelled(); },
+                           .on_done =
+                               [job](const absl::Status& status) {
+                                 if (status.ok()) {
+                                   job->delivery().OnSideLaneDone();
+                                 } else {
+                                   job->OnCallCancelled();
+                                 }
+                               }});
+  if (!(*queue)->Attach(stream.get())) {
+    return RefuseStream(
+        absl::AlreadyExistsError(absl::StrCat("lane ", request->lane(), " is attached already")));
+  }
+  return stream.release();  // owns itself from here on
+}
+
+grpc::ServerUnaryReactor* PrefillService::GetServerInfo(grpc::CallbackServerContext* context,
+                                                        const v1::GetServerInfoRequest* request,
+                                                        v1::ServerInfo* response) {
+  const QueueState state = scheduler_.state();
+  *response = info_;
+  response->set_queued_requests(state.queued_requests);
+  response->set_running_requests(state.running_requests);
+  response->set_queued_tokens(state.queued_tokens);
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  reactor->Finish(grpc::Status::OK);
+  return reactor;
+}
+
+Stream* PrefillService::Refuse(const std::string& request_id, const std::string& peer,
+                               const absl::Status& status) {
+  const Outcome outcome = OutcomeOfRefusal(status.code());
+  metrics_.CountRefused(outcome);
+  LogRefused(request_id, peer, outcome, status);
+  return RefuseStream(status);
+}
+
+}  // namespace prefilld::server

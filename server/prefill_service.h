@@ -1,0 +1,61 @@
+// prefill.v1.PrefillService: decodes and validates requests, and hands jobs to the scheduler.
+#ifndef PREFILLD_SERVER_PREFILL_SERVICE_H_
+#define PREFILLD_SERVER_PREFILL_SERVICE_H_
+
+#include <memory>
+#include <string>
+
+#include <grpcpp/security/credentials.h>
+#include <grpcpp/server_context.h>
+#include <grpcpp/support/byte_buffer.h>
+#include <grpcpp/support/server_callback.h>
+
+#include "absl/status/statusor.h"
+#include "prefill/v1/prefill.grpc.pb.h"
+#include "server/clock.h"
+#include "server/prefill_work.h"
+
+namespace prefilld::server {
+
+class Metrics;
+class Scheduler;
+
+// Streams carry messages encoded by hand (frame_codec.h), so those methods take raw buffers.
+using PrefillServiceBase = ::prefill::v1::PrefillService::WithRawCallbackMethod_Prefill<
+    ::prefill::v1::PrefillService::WithRawCallbackMethod_AttachLane<
+        ::prefill::v1::PrefillService::WithCallbackMethod_GetServerInfo<
+            ::prefill::v1::PrefillService::Service>>>;
+
+// Thread-safe, as gRPC calls it.
+class PrefillService final : public PrefillServiceBase {
+ public:
+  // `info` holds everything about the server that does not change. `push_credentials` are those of
+  // the calls to receivers.
+  PrefillService(Scheduler& scheduler, Metrics& metrics, const Clock& clock, RequestLimits limits,
+                 ::prefill::v1::ServerInfo info,
+                 std::shared_ptr<grpc::ChannelCredentials> push_credentials);
+
+  grpc::ServerWriteReactor<grpc::ByteBuffer>* Prefill(grpc::CallbackServerContext* context,
+                                                      const grpc::ByteBuffer* request) override;
+  grpc::ServerWriteReactor<grpc::ByteBuffer>* AttachLane(grpc::CallbackServerContext* context,
+                                                         const grpc::ByteBuffer* request) override;
+  grpc::ServerUnaryReactor* GetServerInfo(grpc::CallbackServerContext* context,
+                                          const ::prefill::v1::GetServerInfoRequest* request,
+                                          ::prefill::v1::ServerInfo* response) override;
+
+ private:
+  grpc::ServerWriteReactor<grpc::ByteBuffer>* Refuse(const std::string& request_id,
+                                                     const std::string& peer,
+                                                     const absl::Status& status);
+
+  Scheduler& scheduler_;
+  Metrics& metrics_;
+  const Clock& clock_;
+  const RequestLimits limits_;
+  const ::prefill::v1::ServerInfo info_;
+  const std::shared_ptr<grpc::ChannelCredentials> push_credentials_;
+};
+
+}  // namespace prefilld::server
+
+#endif  // PREFILLD_SERVER_PREFILL_SERVICE_H_

@@ -1,0 +1,291 @@
+#include "server/prefill_work.h"
+
+#include <algorithm>
+#include <random>
+
+#include "absl/status/status.h"
+#include "absl/strings/ascii.h"
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "server/host_port.h"
+
+namespace prefilld::server {
+namespace {
+
+namespace v1 = ::prefill::v1;
+
+constexpr size_t kMaxIdLength = 128;
+constexpr uint32_t kDefaultBlockTokens = 16;
+constexpr int64_t kMaxBlockTokens = 128;
+
+absl::Status CheckId(const char* field, const std::string& id) {
+  if (id.size() > kMaxIdLength) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(field, " has ", id.size(), " characters; at most ", kMaxIdLength));
+  }
+  const bool printable = std::all_of(id.begin(), id.end(), [](char c) {
+    return absl::ascii_isprint(static_cast<unsigned char>(c));
+  });
+  if (!printable) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        field, " \"", absl::CHexEscape(id), "\" has characters that are not printable ASCII"));
+  }
+  return absl::OkStatus();
+}
+
+std::string NewRequestId() {
+  static thread_local std::mt19937_64 random{std::random_device{}()};
+  return absl::StrFormat("%016x", random());
+}
+
+absl::Status CheckTokens(const v1::PrefillRequest& request, const model::EngineInfo& engine) {
+  if (request.token_ids().empty()) {
+    return absl::InvalidArgumentError("token_ids is empty; at least 1 token");
+  }
+  if (request.token_ids_size() > engine.max_tokens) {
+    return absl::InvalidArgumentError(absl::StrCat("token_ids has ", request.token_ids_size(),
+                                                   " tokens; at most ", engine.max_tokens));
+  }
+  const auto outside = std::find_if(
+      request.token_ids().begin(), request.token_ids().end(),
+      [&engine](uint32_t id) { return id >= static_cast<uint64_t>(engine.config.vocab_size); });
+  if (outside != request.token_ids().end()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("token_ids[", outside - request.token_ids().begin(), "] is ", *outside,
+                     "; ids are below vocab_size ", engine.config.vocab_size));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<v1::KvLayout> ResolveLayout(const v1::KvLayoutRequest& request, int64_t num_tokens,
+                                           const model::EngineInfo& engine) {
+  v1::KvLayout layout;
+  layout.set_model_fingerprint(engine.fingerprint);
+  layout.set_num_layers(engine.config.num_layers);
+  layout.set_num_kv_heads(engine.config.num_kv_heads);
+  layout.set_head_dim(engine.config.head_dim);
+  layout.set_keys_rotated(true);
+  layout.set_num_tokens(num_tokens);
+
+  const uint32_t block_tokens =
+      request.block_tokens() == 0 ? kDefaultBlockTokens : request.block_tokens();
+  if (block_tokens != 16 && block_tokens != 32 && block_tokens != 64 && block_tokens != 128) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("layout.block_tokens ", block_tokens, " unsupported; 16, 32, 64 or 128"));
+  }
+  layout.set_block_tokens(block_tokens);
+  layout.set_num_blocks((num_tokens + block_tokens - 1) / block_tokens);
+
+  if (!v1::KvOrder_IsValid(request.order())) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("layout.order ", static_cast<int>(request.order()), " unknown; NHD or HND"));
+  }
+  layout.set_order(request.order() == v1::KV_ORDER_UNSPECIFIED ? v1::KV_ORDER_NHD
+                                                               : request.order());
+  if (!v1::DType_IsValid(request.dtype())) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "layout.dtype ", static_cast<int>(request.dtype()), " unknown; BF16, FP16 or FP32"));
+  }
+  layout.set_dtype(request.dtype() == v1::DTYPE_UNSPECIFIED ? ToProto(engine.native_dtype)
+                                                            : request.dtype());
+
+  const uint32_t num_kv_heads = engine.config.num_kv_heads;
+  if (request.first_head() >= num_kv_heads) {
+    return absl::InvalidArgumentError(absl::StrCat("layout.first_head ", request.first_head(),
+                                                   "; the model has ", num_kv_heads, " KV heads"));
+  }
+  const uint32_t heads_left = num_kv_heads - request.first_head();
+  if (request.num_heads() > heads_left) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("layout.num_heads ", request.num_heads(), " from head ", request.first_head(),
+                     " on; the model has ", num_kv_heads, " KV heads"));
+  }
+  layout.set_first_head(request.first_head());
+  layout.set_num_heads(request.num_heads() == 0 ? heads_left : request.num_heads());
+
+  if (request.first_block() > layout.num_blocks()) {
+    return absl::InvalidArgumentError(absl::StrCat("layout.first_block ", request.first_block(),
+                                                   "; the prompt has ", layout.num_blocks(),
+                                                   " blocks"));
+  }
+  layout.set_first_block(request.first_block());
+  return layout;
+}
+
+absl::StatusOr<model::AttentionOptions> ResolveAttention(const v1::AttentionOptions& request,
+                                                         const RequestLimits& limits) {
+  model::AttentionOptions options = limits.default_attention;
+  switch (request.policy()) {
+    case v1::ATTENTION_POLICY_UNSPECIFIED:
+      break;
+    case v1::ATTENTION_POLICY_DENSE:
+      options.policy = model::AttentionPolicy::kDense;
+      break;
+    case v1::ATTENTION_POLICY_VERTICAL_SLASH:
+      options.policy = model::AttentionPolicy::kVerticalSlash;
+      break;
+    case v1::ATTENTION_POLICY_SHARE:
+      options.policy = model::AttentionPolicy::kShare;
+      break;
+    case v1::ATTENTION_POLICY_AUTO:
+      options.policy = model::AttentionPolicy::kAuto;
+      break;
+    default:
+      return absl::InvalidArgumentError(
+          absl::StrCat("attention.policy ", static_cast<int>(request.policy()),
+                       " unknown; DENSE, VERTICAL_SLASH, SHARE or AUTO"));
+  }
+  const auto& allowed = limits.allowed_policies;
+  if (request.policy() != v1::ATTENTION_POLICY_UNSPECIFIED &&
+      std::find(allowed.begin(), allowed.end(), options.policy) == allowed.end()) {
+    std::string names;
+    for (const auto policy : allowed) absl::StrAppend(&names, " ", model::Name(policy));
+    return absl::InvalidArgumentError(absl::StrCat("attention.policy ", model::Name(options.policy),
+                                                   " is not allowed here; allowed:", names));
+  }
+  if (request.has_gamma()) options.gamma = request.gamma();
+  if (request.has_tau()) options.tau = request.tau();
+  if (request.has_delta()) options.delta = request.delta();
+  if (request.has_coverage()) options.coverage = request.coverage();
+  if (request.has_min_budget_tokens()) options.min_budget_tokens = request.min_budget_tokens();
+  if (request.has_same_layer_sharing()) options.same_layer_sharing = request.same_layer_sharing();
+  if (const absl::Status status = model::Validate(options); !status.ok()) return status;
+  return options;
+}
+
+absl::StatusOr<model::SamplingOptions> ResolveSampling(const v1::Sampling& request) {
+  const model::SamplingOptions options{.temperature = request.temperature(),
+                                       .top_k = request.top_k(),
+                                       .top_p = request.top_p(),
+                                       .seed = request.seed(),
+                                       .top_logprobs = request.top_logprobs()};
+  if (const absl::Status status = model::Validate(options); !status.ok()) return status;
+  return options;
+}
+
+absl::Status CheckLanes(const v1::PrefillRequest& request, const RequestLimits& limits) {
+  if (request.num_lanes() > static_cast<uint32_t>(limits.max_lanes)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("num_lanes ", request.num_lanes(), "; at most ", limits.max_lanes));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckDelivery(const v1::PrefillRequest& request, const RequestLimits& limits) {
+  if (!request.has_deliver_to()) return absl::OkStatus();
+  const std::string& address = request.deliver_to().address();
+  if (limits.deliver_to_allow.empty()) {
+    return absl::UnimplementedError("deliver_to: this server pushes to nobody");
+  }
+  if (request.num_lanes() > 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("num_lanes ", request.num_lanes(), "; with deliver_to at most 1"));
+  }
+  const auto host_port = ParseHostPort(address);
+  if (!host_port.has_value() || host_port->port == 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "deliver_to.address \"", absl::CHexEscape(address.substr(0, 256)), "\" is not host:port"));
+  }
+  const bool allowed =
+      std::any_of(limits.deliver_to_allow.begin(), limits.deliver_to_allow.end(),
+                  [&](const std::string& pattern) { return MatchesPattern(pattern, address); });
+  if (!allowed) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("deliver_to.address ", address, " is not on this server's allow-list"));
+  }
+  if (request.deliver_to().transfer_id().empty()) {
+    return absl::InvalidArgumentError("deliver_to.transfer_id is empty");
+  }
+  return CheckId("deliver_to.transfer_id", request.deliver_to().transfer_id());
+}
+
+}  // namespace
+
+absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
+                                            const RequestLimits& limits) {
+  const model::EngineInfo& engine = *limits.engine;
+  if (absl::Status status = CheckId("request_id", request.request_id()); !status.ok()) {
+    return status;
+  }
+  if (!request.model_fingerprint().empty() && request.model_fingerprint() != engine.fingerprint) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "model_fingerprint ", absl::CHexEscape(request.model_fingerprint().substr(0, 64)),
+        "; this server runs ", engine.fingerprint));
+  }
+  if (absl::Status status = CheckTokens(request, engine); !status.ok()) return status;
+  auto layout = ResolveLayout(request.layout(), request.token_ids_size(), engine);
+  if (!layout.ok()) return layout.status();
+  auto attention = ResolveAttention(request.attention(), limits);
+  if (!attention.ok()) return attention.status();
+  auto sampling = ResolveSampling(request.sampling());
+  if (!sampling.ok()) return sampling.status();
+  if (absl::Status status = CheckLanes(request, limits); !status.ok()) return status;
+  if (absl::Status status = CheckDelivery(request, limits); !status.ok()) return status;
+
+  PrefillWork work;
+  work.id = request.request_id().empty() ? NewRequestId() : request.request_id();
+  work.tokens.assign(request.token_ids().begin(), request.token_ids().end());
+  work.attention = *attention;
+  work.sampling = *sampling;
+  work.layout = *std::move(layout);
+  work.num_lanes = request.num_lanes() == 0 ? 1 : static_cast<int>(request.num_lanes());
+  work.layer_stats = request.layer_stats();
+  work.deliver_to = request.deliver_to();
+  return work;
+}
+
+int64_t BlockBytes(const v1::KvLayout& layout) {
+  const int64_t element_bytes = layout.dtype() == v1::DTYPE_FP32 ? 4 : 2;
+  return int64_t{2} * layout.block_tokens() * layout.num_heads() * layout.head_dim() *
+         element_bytes;
+}
+
+int64_t MaxBlockBytes(const model::ModelConfig& config) {
+  return 2 * kMaxBlockTokens * config.num_kv_heads * config.head_dim *
+         static_cast<int64_t>(sizeof(float));
+}
+
+model::KvSelection SelectBlocks(const v1::KvLayout& layout, int64_t first_block,
+                                int64_t num_blocks) {
+  model::KvSelection selection;
+  selection.first_block = first_block;
+  selection.num_blocks = num_blocks;
+  selection.block_tokens = static_cast<int>(layout.block_tokens());
+  selection.first_head = static_cast<int>(layout.first_head());
+  selection.num_heads = static_cast<int>(layout.num_heads());
+  selection.order =
+      layout.order() == v1::KV_ORDER_HND ? kernels::KvOrder::kHnd : kernels::KvOrder::kNhd;
+  selection.dtype = layout.dtype() == v1::DTYPE_FP32   ? kernels::DType::kFp32
+                    : layout.dtype() == v1::DTYPE_FP16 ? kernels::DType::kFp16
+                                                       : kernels::DType::kBf16;
+  return selection;
+}
+
+v1::DType ToProto(kernels::DType dtype) {
+  switch (dtype) {
+    case kernels::DType::kBf16:
+      return v1::DTYPE_BF16;
+    case kernels::DType::kFp16:
+      return v1::DTYPE_FP16;
+    case kernels::DType::kFp32:
+      return v1::DTYPE_FP32;
+  }
+  return v1::DTYPE_UNSPECIFIED;
+}
+
+v1::AttentionPolicy ToProto(model::AttentionPolicy policy) {
+  switch (policy) {
+    case model::AttentionPolicy::kDense:
+      return v1::ATTENTION_POLICY_DENSE;
+    case model::AttentionPolicy::kVerticalSlash:
+      return v1::ATTENTION_POLICY_VERTICAL_SLASH;
+    case model::AttentionPolicy::kShare:
+      return v1::ATTENTION_POLICY_SHARE;
+    case model::AttentionPolicy::kAuto:
+      return v1::ATTENTION_POLICY_AUTO;
+  }
+  return v1::ATTENTION_POLICY_UNSPECIFIED;
+}
+
+}  // namespace prefilld::server

@@ -1,0 +1,64 @@
+// One request after validation: what to compute and in which form to deliver it.
+#ifndef PREFILLD_SERVER_PREFILL_WORK_H_
+#define PREFILLD_SERVER_PREFILL_WORK_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "model/attention_policy.h"
+#include "model/prefill_engine.h"
+#include "model/sampling.h"
+#include "prefill/v1/prefill.pb.h"
+
+namespace prefilld::server {
+
+struct PrefillWork {
+  std::string id;
+  std::vector<uint32_t> tokens;
+  model::AttentionOptions attention;
+  model::SamplingOptions sampling;
+  ::prefill::v1::KvLayout layout;  // every default resolved
+  int num_lanes = 1;
+  bool layer_stats = false;
+  ::prefill::v1::DeliverTo deliver_to;  // address empty: the KV goes back on the call's streams
+  absl::Time deadline = absl::InfiniteFuture();
+  std::string peer;      // for the log
+  std::string trace_id;  // W3C trace context; empty: none
+
+  bool pushes() const { return !deliver_to.address().empty(); }
+  // Blocks to send per layer.
+  int64_t num_sent_blocks() const { return layout.num_blocks() - layout.first_block(); }
+};
+
+// What requests are held against; fixed at start.
+struct RequestLimits {
+  const model::EngineInfo* engine = nullptr;
+  model::AttentionOptions default_attention;
+  std::vector<model::AttentionPolicy> allowed_policies;
+  std::vector<std::string> deliver_to_allow;
+  int max_lanes = 1;
+};
+
+// INVALID_ARGUMENT names field, value and limit; FAILED_PRECONDITION: another model was asked for;
+// UNIMPLEMENTED: push, and the operator allows none. An empty request_id is replaced by a new one.
+absl::StatusOr<PrefillWork> ValidateRequest(const ::prefill::v1::PrefillRequest& request,
+                                            const RequestLimits& limits);
+
+// Bytes of one block of one layer, K and V.
+int64_t BlockBytes(const ::prefill::v1::KvLayout& layout);
+// The greatest BlockBytes of any layout that the model admits.
+int64_t MaxBlockBytes(const model::ModelConfig& config);
+
+// The part of `layout` that a run of its blocks is.
+model::KvSelection SelectBlocks(const ::prefill::v1::KvLayout& layout, int64_t first_block,
+                                int64_t num_blocks);
+
+::prefill::v1::DType ToProto(kernels::DType dtype);
+::prefill::v1::AttentionPolicy ToProto(model::AttentionPolicy policy);
+
+}  // namespace prefilld::server
+
+#endif  // PREFILLD_SERVER_PREFILL_WORK_H_

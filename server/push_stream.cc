@@ -1,0 +1,138 @@
+#include "server/push_stream.h"
+
+#include <utility>
+
+#include <grpcpp/create_channel.h>
+#include <grpcpp/generic/generic_stub.h>
+#include <grpcpp/impl/codegen/proto_utils.h>
+#include <grpcpp/support/channel_arguments.h>
+#include <grpcpp/support/client_callback.h>
+
+#include "absl/strings/str_cat.h"
+#include "prefill/v1/receiver.pb.h"
+#include "server/status_details.h"
+
+namespace prefilld::server {
+namespace {
+
+namespace v1 = ::prefill::v1;
+
+constexpr char kReceiveMethod[] = "/prefill.v1.KvReceiver/Receive";
+constexpr int kKeepaliveMs = 20'000;
+constexpr int kKeepaliveTimeoutMs = 10'000;
+
+// Owns itself: deleted when gRPC is done with the call. The method is client-streaming; on the
+// wire that is a bidirectional stream with one response, which lets requests be encoded by hand.
+class PushStream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>,
+                         public LaneQueue::Transport {
+ public:
+  PushStream(std::shared_ptr<PrefillJob> job, LaneQueue* queue,
+             const std::shared_ptr<grpc::ChannelCredentials>& credentials);
+  void Start();
+
+  void Send(const grpc::ByteBuffer& message) override { StartWrite(&message); }
+  void End(const absl::Status& status) override;
+  void Cancel(const absl::Status& status) override { context_.TryCancel(); }
+
+ private:
+  void OnWriteDone(bool ok) override { queue_->OnWriteDone(ok); }
+  void OnReadDone(bool ok) override;
+  void OnDone(const grpc::Status& status) override;
+  absl::Status CheckOutcome(const grpc::Status& status);
+
+  const std::shared_ptr<PrefillJob> job_;
+  LaneQueue* const queue_;
+  grpc::ClientContext context_;
+  grpc::GenericStub stub_;
+  grpc::ByteBuffer response_;
+  bool sent_all_ = false;  // written by End, read by OnDone, which cannot come before
+};
+
+std::shared_ptr<grpc::Channel> Dial(const std::string& address,
+                                    const std::shared_ptr<grpc::ChannelCredentials>& credentials) {
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
+  // A connection per push, so that pushes to one worker do not share its throughput.
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  return grpc::CreateCustomChannel(address, credentials, arguments);
+}
+
+PushStream::PushStream(std::shared_ptr<PrefillJob> job, LaneQueue* queue,
+                       const std::shared_ptr<grpc::ChannelCredentials>& credentials)
+    : job_(std::move(job)),
+      queue_(queue),
+      stub_(Dial(job_->work().deliver_to.address(), credentials)) {
+  if (job_->work().deadline != absl::InfiniteFuture()) {
+    context_.set_deadline(absl::ToChronoTime(job_->work().deadline));
+  }
+}
+
+void PushStream::Start() {
+  stub_.PrepareBidiStreamingCall(&context_, kReceiveMethod, {}, this);
+  // The queue writes from other threads than reactions: the hold keeps OnDone away until End.
+  AddHold();
+  StartRead(&response_);
+  StartCall();
+
+  v1::ReceiveRequest open;
+  open.mutable_open()->set_transfer_id(job_->work().deliver_to.transfer_id());
+  *open.mutable_open()->mutable_layout() = job_->work().layout;
+  queue_->Push(0, [message = EncodeMessage(open)]() { return message; });
+  queue_->Attach(this);
+}
+
+void PushStream::End(const absl::Status& status) {
+  if (status.ok()) {
+    sent_all_ = true;
+    StartWritesDone();
+  } else {
+    context_.TryCancel();
+  }
+  RemoveHold();
+}
+
+// There is one response, at the end. A stream that ends without one has failed, which would go
+// unnoticed until the next frame.
+void PushStream::OnReadDone(bool ok) {
+  if (!ok) queue_->Abort(absl::CancelledError("the receiver ended the call"));
+}
+
+void PushStream::OnDone(const grpc::Status& status) {
+  const absl::Status result = CheckOutcome(status);
+  if (result.ok()) {
+    job_->delivery().OnSideLaneDone();
+  } else {
+    job_->Abort(
+        Outcome::kReceiverFailed,
+        absl::Status(result.code(), absl::StrCat("deliver_to ", job_->work().deliver_to.address(),
+                                                 ": ", result.message())));
+  }
+  delete this;
+}
+
+absl::Status PushStream::CheckOutcome(const grpc::Status& status) {
+  if (!status.ok()) return FromGrpcStatus(status);
+  v1::ReceiveResponse response;
+  if (!sent_all_ ||
+      !grpc::SerializationTraits<v1::ReceiveResponse>::Deserialize(&response_, &response).ok()) {
+    return absl::DataLossError("ended before the last frame");
+  }
+  const auto sent_bytes = static_cast<uint64_t>(job_->delivery().sent().bytes);
+  if (response.kv_bytes() != sent_bytes) {
+    return absl::DataLossError(
+        absl::StrCat("stored ", response.kv_bytes(), " bytes of KV; ", sent_bytes, " were sent"));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+void StartPush(std::shared_ptr<PrefillJob> job,
+               const std::shared_ptr<grpc::ChannelCredentials>& credentials) {
+  const auto lane = job->delivery().side_lane(0);
+  if (!lane.ok()) return;  // not a push
+  (new PushStream(std::move(job), *lane, credentials))->Start();
+}
+
+}  // namespace prefilld::server

@@ -1,0 +1,110 @@
+// Who computes when: admission, a bounded first-come queue, and the compute thread.
+#ifndef PREFILLD_SERVER_SCHEDULER_H_
+#define PREFILLD_SERVER_SCHEDULER_H_
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "server/clock.h"
+#include "server/prefill_job.h"
+
+namespace prefilld::model {
+class PrefillEngine;
+class PrefillSequence;
+}  // namespace prefilld::model
+
+namespace prefilld::server {
+
+class KvStream;
+class Metrics;
+
+struct QueueLimits {
+  int64_t capacity = 64;          // requests waiting behind the running one
+  int64_t max_queued_tokens = 0;  // tokens waiting; one prompt may always wait
+};
+
+struct QueueState {
+  int64_t queued_requests = 0;
+  int64_t queued_tokens = 0;
+  int64_t running_requests = 0;
+  int64_t live_requests = 0;  // queued, running, or still being sent
+};
+
+// One prompt computes at a time, one layer per step; before each step the request's end is looked
+// for. Thread-safe.
+class Scheduler {
+ public:
+  Scheduler(model::PrefillEngine& engine, KvStream& stream, Metrics& metrics, const Clock& clock,
+            const QueueLimits& limits, const JobTimeouts& timeouts);
+  // Stops the compute thread after its current step. No job may be live.
+  ~Scheduler();
+
+  // Takes the job in and sends Accepted. RESOURCE_EXHAUSTED with a RetryInfo payload: the queue is
+  // full; ALREADY_EXISTS: a live request has this id; UNAVAILABLE: closed.
+  absl::Status Submit(std::shared_ptr<PrefillJob> job);
+  // The job's call is over; it leaves the queue if it is still there.
+  void Retire(PrefillJob& job);
+
+  std::shared_ptr<PrefillJob> Find(const std::string& id) const;  // null: no such live request
+  // Live jobs with the number of requests ahead of each.
+  std::vector<std::pair<std::shared_ptr<PrefillJob>, int64_t>> LiveJobs() const;
+  QueueState state() const;
+
+  // From now on Submit answers UNAVAILABLE with this reason.
+  void Close(const std::string& reason);
+  void AbortAll(Outcome outcome, const absl::Status& status);
+  // Waits until nothing is live. False: the time ran out.
+  bool AwaitIdle(absl::Duration timeout);
+
+  // Not OK once the device has failed; every request has been ended with UNAVAILABLE then.
+  absl::Status failure() const;
+  // Something other than the compute thread got done for the running request.
+  void RecordProgress();
+  // For how long work has waited without any progress.
+  absl::Duration WithoutProgressFor(absl::Time now) const;
+
+ private:
+  void Run();
+  std::shared_ptr<PrefillJob> NextJob();  // null: stop
+  void Compute(PrefillJob& job);
+  absl::Status ComputeLayers(PrefillJob& job, model::PrefillSequence& sequence);
+  absl::Status ComputeFirstToken(PrefillJob& job, model::PrefillSequence& sequence);
+  void Fail(const absl::Status& cause);
+  absl::Status CheckRoom(int64_t num_tokens) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  model::PrefillEngine& engine_;
+  KvStream& stream_;
+  Metrics& metrics_;
+  const Clock& clock_;
+  const QueueLimits limits_;
+  const JobTimeouts timeouts_;
+
+  std::atomic<int64_t> progress_at_us_;  // since the epoch
+
+  mutable absl::Mutex mu_;
+  bool stop_ ABSL_GUARDED_BY(mu_) = false;
+  std::string closed_ ABSL_GUARDED_BY(mu_);  // reason; empty: open
+  absl::Status failure_ ABSL_GUARDED_BY(mu_);
+  std::deque<std::shared_ptr<PrefillJob>> queue_ ABSL_GUARDED_BY(mu_);
+  int64_t queued_tokens_ ABSL_GUARDED_BY(mu_) = 0;
+  std::shared_ptr<PrefillJob> running_ ABSL_GUARDED_BY(mu_);
+  absl::flat_hash_map<std::string, std::shared_ptr<PrefillJob>> live_ ABSL_GUARDED_BY(mu_);
+  double tokens_per_second_ ABSL_GUARDED_BY(mu_) = 0;  // of the latest prompt; 0: none yet
+
+  std::thread thread_;
+};
+
+}  // namespace prefilld::server
+
+#endif  // PREFILLD_SERVER_SCHEDULER_H_

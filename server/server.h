@@ -1,0 +1,78 @@
+// The process without its command line: all pieces put together over an engine.
+#ifndef PREFILLD_SERVER_SERVER_H_
+#define PREFILLD_SERVER_SERVER_H_
+
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "model/prefill_engine.h"
+#include "server/clock.h"
+#include "server/kv_stream.h"
+#include "server/metrics.h"
+#include "server/scheduler.h"
+#include "server/server_options.h"
+#include "server/staging_ring.h"
+
+namespace grpc {
+class Server;
+}
+
+namespace prefilld::server {
+
+class Health;
+class PrefillService;
+class Watchdog;
+
+// Serves from Create to Drain. Thread-safe.
+class PrefillServer {
+ public:
+  // `engine` and `clock` outlive the server; of `options`, engine is not looked at. Every error
+  // names the flag.
+  static absl::StatusOr<std::unique_ptr<PrefillServer>> Create(const ServerOptions& options,
+                                                               model::PrefillEngine& engine,
+                                                               const Clock& clock);
+  // What is still running is ended with UNAVAILABLE.
+  ~PrefillServer();
+
+  int port() const { return port_; }
+  int metrics_port() const { return metrics_endpoint_ ? metrics_endpoint_->port() : 0; }
+
+  // Stops accepting work and waits until what was accepted is done. False: the time ran out.
+  // Health says NOT_SERVING from the call on; connections stay open.
+  bool Drain(absl::Duration timeout);
+
+  // Not OK once the device has failed; the server accepts nothing then.
+  absl::Status failure() const { return scheduler_->failure(); }
+
+ private:
+  PrefillServer(model::PrefillEngine& engine, const Clock& clock);
+
+  absl::Status CreateStaging(const ServerOptions& options);
+  void CreateScheduler(const ServerOptions& options);
+  absl::Status CreateService(const ServerOptions& options);
+  absl::Status StartListening(const ServerOptions& options);
+  absl::Status StartMetrics(const ServerOptions& options);
+  void StartWatchdog(const ServerOptions& options);
+
+  model::PrefillEngine& engine_;
+  const Clock& clock_;
+  JobTimeouts timeouts_;
+  int port_ = 0;
+
+  // In order of construction, destroyed in reverse.
+  std::unique_ptr<Metrics> metrics_;
+  std::unique_ptr<StagingRing> ring_;
+  std::unique_ptr<KvStream> stream_;
+  std::unique_ptr<Scheduler> scheduler_;
+  std::unique_ptr<PrefillService> service_;
+  std::unique_ptr<grpc::Server> server_;
+  std::unique_ptr<Health> health_;
+  std::unique_ptr<Watchdog> watchdog_;
+  std::unique_ptr<MetricsEndpoint> metrics_endpoint_;
+};
+
+}  // namespace prefilld::server
+
+#endif  // PREFILLD_SERVER_SERVER_H_

@@ -1,0 +1,77 @@
+// What an operator can set; the flags that set it are read in options.cc.
+#ifndef PREFILLD_SERVER_SERVER_OPTIONS_H_
+#define PREFILLD_SERVER_SERVER_OPTIONS_H_
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "model/attention_policy.h"
+#include "model/prefill_engine.h"
+
+namespace prefilld::server {
+
+// The operator's word on attention; what is not set is the engine's default (which may come from
+// the checkpoint's head clusters).
+struct AttentionDefaults {
+  std::optional<model::AttentionPolicy> policy;
+  std::optional<float> gamma;
+  std::optional<float> tau;
+  std::optional<float> delta;
+  std::optional<float> coverage;
+  std::optional<int64_t> min_budget_tokens;
+  std::optional<int64_t> crossover_tokens;
+  std::vector<model::AttentionPolicy> allowed = {
+      model::AttentionPolicy::kDense, model::AttentionPolicy::kVerticalSlash,
+      model::AttentionPolicy::kShare, model::AttentionPolicy::kAuto};
+};
+
+struct TlsFiles {
+  std::string certificate;  // PEM; empty: plain text
+  std::string private_key;  // PEM
+  std::string client_ca;    // PEM; set: clients must present a certificate signed by it
+};
+
+enum class LogFormat : uint8_t { kText, kJson };
+
+struct ServerOptions {
+  model::EngineOptions engine;
+  AttentionDefaults attention;
+
+  std::string listen = "0.0.0.0:50051";         // port 0: any free one
+  std::string metrics_listen = "0.0.0.0:9464";  // empty: no metrics endpoint
+  std::string port_file;  // when set, the chosen ports are written here once all is ready
+  TlsFiles tls;
+  LogFormat log_format = LogFormat::kText;
+
+  int64_t queue_capacity = 64;    // requests waiting behind the running one
+  int64_t max_queued_tokens = 0;  // tokens waiting; 0: 8 prompts of the greatest length
+  int max_lanes = 16;
+  int64_t staging_bytes = int64_t{256} << 20;
+  int64_t frame_bytes = int64_t{2} << 20;
+  std::vector<std::string> deliver_to_allow;  // host:port patterns; empty: no push
+
+  absl::Duration stall_timeout = absl::Seconds(30);
+  absl::Duration wedge_timeout = absl::Seconds(300);
+  absl::Duration drain_timeout = absl::Seconds(25);
+};
+
+// All problems of `options` in one INVALID_ARGUMENT, separated by "; ".
+absl::Status Validate(const ServerOptions& options);
+
+// `base` with what the operator set.
+model::AttentionOptions Apply(const AttentionDefaults& defaults, model::AttentionOptions base);
+
+// "dense", "vertical_slash", "share" or "auto"; nullopt for anything else.
+std::optional<model::AttentionPolicy> ParsePolicy(const std::string& name);
+
+// The effective configuration as (flag, value) pairs, for the log.
+std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& options);
+
+}  // namespace prefilld::server
+
+#endif  // PREFILLD_SERVER_SERVER_OPTIONS_H_

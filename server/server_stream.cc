@@ -1,0 +1,54 @@
+#include "server/server_stream.h"
+
+#include <utility>
+
+#include <grpc/grpc.h>
+
+#include "server/status_details.h"
+
+namespace prefilld::server {
+namespace {
+
+class RefusedStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer> {
+ public:
+  explicit RefusedStream(const absl::Status& status) { Finish(ToGrpcStatus(status)); }
+
+ private:
+  void OnDone() override { delete this; }
+};
+
+}  // namespace
+
+ServerStream::ServerStream(grpc::CallbackServerContext* context, LaneQueue* queue, Events events)
+    : context_(context), queue_(queue), events_(std::move(events)) {}
+
+void ServerStream::Send(const grpc::ByteBuffer& message) { StartWrite(&message); }
+
+void ServerStream::End(const absl::Status& status) {
+  status_ = status;
+  Finish(ToGrpcStatus(status));
+}
+
+// Finish would wait behind the message that the peer does not take. Cancelling the core call sends
+// the status past it, and drops the message with the staging buffer that it borrows.
+void ServerStream::Cancel(const absl::Status& status) {
+  const grpc::Status grpc_status = ToGrpcStatus(status);
+  grpc_call_cancel_with_status(context_->c_call(),
+                               static_cast<grpc_status_code>(grpc_status.error_code()),
+                               grpc_status.error_message().c_str(), nullptr);
+}
+
+void ServerStream::OnWriteDone(bool ok) { queue_->OnWriteDone(ok); }
+
+void ServerStream::OnCancel() { events_.on_cancel(); }
+
+void ServerStream::OnDone() {
+  events_.on_done(status_);
+  delete this;
+}
+
+grpc::ServerWriteReactor<grpc::ByteBuffer>* RefuseStream(const absl::Status& status) {
+  return new RefusedStream(status);
+}
+
+}  // namespace prefilld::server

@@ -1,0 +1,48 @@
+// Server streams of messages that are encoded by hand, driven by lane queues.
+#ifndef PREFILLD_SERVER_SERVER_STREAM_H_
+#define PREFILLD_SERVER_SERVER_STREAM_H_
+
+#include <grpcpp/server_context.h>
+#include <grpcpp/support/byte_buffer.h>
+#include <grpcpp/support/server_callback.h>
+
+#include "absl/functional/any_invocable.h"
+#include "absl/status/status.h"
+#include "server/lane_queue.h"
+
+namespace prefilld::server {
+
+// One response stream. Owns itself: deleted when gRPC is done with the call.
+class ServerStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
+                           public LaneQueue::Transport {
+ public:
+  struct Events {
+    absl::AnyInvocable<void()> on_cancel;
+    // The call is over, with this status unless it was cancelled.
+    absl::AnyInvocable<void(const absl::Status&)> on_done;
+  };
+
+  // The creator attaches the stream to the queue.
+  ServerStream(grpc::CallbackServerContext* context, LaneQueue* queue, Events events);
+
+  void Send(const grpc::ByteBuffer& message) override;
+  void End(const absl::Status& status) override;
+  void Cancel(const absl::Status& status) override;
+
+ private:
+  void OnWriteDone(bool ok) override;
+  void OnCancel() override;
+  void OnDone() override;
+
+  grpc::CallbackServerContext* const context_;
+  LaneQueue* const queue_;
+  Events events_;
+  absl::Status status_;  // written by End, read by OnDone, which End brings about
+};
+
+// A stream that ends at once.
+grpc::ServerWriteReactor<grpc::ByteBuffer>* RefuseStream(const absl::Status& status);
+
+}  // namespace prefilld::server
+
+#endif  // PREFILLD_SERVER_SERVER_STREAM_H_

@@ -1,0 +1,80 @@
+#include "server/staging_ring.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "model/prefill_engine.h"
+
+namespace prefilld::server {
+namespace {
+
+// How soon a waiting request notices that it has been ended.
+constexpr absl::Duration kGiveUpPoll = absl::Milliseconds(5);
+
+}  // namespace
+
+StagingRing::Lease& StagingRing::Lease::operator=(Lease&& other) noexcept {
+  std::swap(ring_, other.ring_);
+  std::swap(credit_, other.credit_);
+  std::swap(data_, other.data_);
+  return *this;
+}
+
+StagingRing::Lease::~Lease() {
+  if (ring_ != nullptr) ring_->Return(*credit_, data_);
+}
+
+absl::StatusOr<std::unique_ptr<StagingRing>> StagingRing::Create(model::PrefillEngine& engine,
+                                                                 int num_buffers,
+                                                                 size_t buffer_bytes) {
+  auto memory = engine.AllocateStaging(num_buffers * buffer_bytes);
+  if (!memory.ok()) return memory.status();
+  return std::unique_ptr<StagingRing>(
+      new StagingRing(*std::move(memory), num_buffers, buffer_bytes));
+}
+
+StagingRing::StagingRing(model::DeviceBuffer memory, int num_buffers, size_t buffer_bytes)
+    : memory_(std::move(memory)),
+      num_buffers_(num_buffers),
+      credit_limit_(std::max(1, num_buffers / 2)),
+      buffer_bytes_(buffer_bytes) {
+  for (int i = 0; i < num_buffers; ++i) {
+    free_.push_back(memory_.as<std::byte>() + i * buffer_bytes);
+  }
+}
+
+StagingRing::Lease StagingRing::Acquire(const std::shared_ptr<Credit>& credit,
+                                        absl::FunctionRef<bool()> give_up) {
+  absl::MutexLock lock(&mu_);
+  const auto available = [this, &credit]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+    return !free_.empty() && credit->held_ < credit_limit_;
+  };
+  while (!mu_.AwaitWithTimeout(absl::Condition(&available), kGiveUpPoll)) {
+    if (give_up()) return Lease();
+  }
+  std::byte* data = free_.back();
+  free_.pop_back();
+  ++credit->held_;
+  return Lease(this, credit, data);
+}
+
+void StagingRing::Return(Credit& credit, std::byte* data) {
+  absl::MutexLock lock(&mu_);
+  --credit.held_;
+  free_.push_back(data);
+}
+
+int64_t StagingRing::staged_bytes() const {
+  absl::MutexLock lock(&mu_);
+  return (num_buffers_ - static_cast<int64_t>(free_.size())) * buffer_bytes_;
+}
+
+bool StagingRing::AwaitIdle(absl::Duration timeout) {
+  absl::MutexLock lock(&mu_);
+  const auto idle = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+    return free_.size() == static_cast<size_t>(num_buffers_);
+  };
+  return mu_.AwaitWithTimeout(absl::Condition(&idle), timeout);
+}
+
+}  // namespace prefilld::server

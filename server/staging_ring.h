@@ -1,0 +1,87 @@
+// Host memory for KV on its way to consumers: a fixed number of equal buffers, lent one by one.
+//
+// This is the bound on what slow consumers can hold. Each request has a credit of its own, so
+// that one that stands still leaves room for the others.
+#ifndef PREFILLD_SERVER_STAGING_RING_H_
+#define PREFILLD_SERVER_STAGING_RING_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/functional/function_ref.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "model/backend.h"
+
+namespace prefilld::model {
+class PrefillEngine;
+}
+
+namespace prefilld::server {
+
+// Thread-safe. Must outlive its leases (AwaitIdle).
+class StagingRing {
+ public:
+  // What one request holds. Guarded by the ring's lock.
+  class Credit {
+   private:
+    friend class StagingRing;
+    int held_ = 0;
+  };
+
+  // One buffer on loan, given back on destruction. Move-only.
+  class Lease {
+   public:
+    Lease() = default;
+    Lease(Lease&& other) noexcept { *this = std::move(other); }
+    Lease& operator=(Lease&& other) noexcept;
+    ~Lease();
+
+    explicit operator bool() const { return ring_ != nullptr; }
+    std::byte* data() const { return data_; }
+
+   private:
+    friend class StagingRing;
+    Lease(StagingRing* ring, std::shared_ptr<Credit> credit, std::byte* data)
+        : ring_(ring), credit_(std::move(credit)), data_(data) {}
+
+    StagingRing* ring_ = nullptr;
+    std::shared_ptr<Credit> credit_;  // co-owned by the request, which may end first
+    std::byte* data_ = nullptr;
+  };
+
+  // Allocates num_buffers (at least 2) of buffer_bytes in the engine's staging memory.
+  static absl::StatusOr<std::unique_ptr<StagingRing>> Create(model::PrefillEngine& engine,
+                                                             int num_buffers, size_t buffer_bytes);
+
+  // Waits for a buffer within the request's credit (half the ring). An empty lease means that
+  // `give_up` returned true; it is asked every few milliseconds.
+  Lease Acquire(const std::shared_ptr<Credit>& credit, absl::FunctionRef<bool()> give_up);
+
+  size_t buffer_bytes() const { return buffer_bytes_; }
+  int64_t capacity_bytes() const { return int64_t{num_buffers_} * buffer_bytes_; }
+  int64_t staged_bytes() const;  // in buffers on loan
+
+  // Waits until every buffer is back. False: the time ran out.
+  bool AwaitIdle(absl::Duration timeout);
+
+ private:
+  StagingRing(model::DeviceBuffer memory, int num_buffers, size_t buffer_bytes);
+  void Return(Credit& credit, std::byte* data);
+
+  const model::DeviceBuffer memory_;
+  const int num_buffers_;
+  const int credit_limit_;
+  const size_t buffer_bytes_;
+
+  mutable absl::Mutex mu_;
+  std::vector<std::byte*> free_ ABSL_GUARDED_BY(mu_);
+};
+
+}  // namespace prefilld::server
+
+#endif  // PREFILLD_SERVER_STAGING_RING_H_

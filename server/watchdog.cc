@@ -1,0 +1,60 @@
+#include "server/watchdog.h"
+
+#include "model/prefill_engine.h"
+#include "server/health.h"
+#include "server/log.h"
+#include "server/metrics.h"
+#include "server/scheduler.h"
+#include "server/staging_ring.h"
+
+namespace prefilld::server {
+namespace {
+
+constexpr absl::Duration kTick = absl::Milliseconds(20);
+
+}  // namespace
+
+Watchdog::Watchdog(const Watched& watched, const Clock& clock, const JobTimeouts& timeouts,
+                   absl::Duration wedge_timeout)
+    : watched_(watched),
+      clock_(clock),
+      timeouts_(timeouts),
+      wedge_timeout_(wedge_timeout),
+      thread_([this] { Run(); }) {}
+
+Watchdog::~Watchdog() {
+  stop_.Notify();
+  thread_.join();
+}
+
+void Watchdog::Run() {
+  while (!stop_.WaitForNotificationWithTimeout(kTick)) LookAround();
+}
+
+void Watchdog::LookAround() {
+  for (const auto& [job, ahead] : watched_.scheduler->LiveJobs()) {
+    job->CheckTimers(timeouts_, ahead);
+  }
+
+  const absl::Duration silence = watched_.scheduler->WithoutProgressFor(clock_.Now());
+  const bool wedged = silence > wedge_timeout_;
+  if (wedged != wedged_) {
+    wedged_ = wedged;
+    LogEvent(wedged ? LogLevel::kError : LogLevel::kInfo, wedged ? "wedged" : "progress_again",
+             {{"without_progress_s", absl::ToDoubleSeconds(silence)}});
+  }
+  watched_.health->SetLive(!wedged);
+
+  const QueueState queue = watched_.scheduler->state();
+  watched_.metrics->Set({.queued_requests = queue.queued_requests,
+                         .queued_tokens = queue.queued_tokens,
+                         .running_requests = queue.running_requests,
+                         .live_requests = queue.live_requests,
+                         .staged_bytes = watched_.ring->staged_bytes(),
+                         .staging_capacity_bytes = watched_.ring->capacity_bytes(),
+                         .device_bytes = static_cast<int64_t>(watched_.engine->allocated_bytes()),
+                         .ready = watched_.health->ready(),
+                         .live = watched_.health->live()});
+}
+
+}  // namespace prefilld::server
