@@ -52,23 +52,26 @@ void RmsNormTokens(const RmsNormParams& p) {
   }
 }
 
-void SwiGluTokens(const SwiGluParams& p) {
+void SwiGluRow(const float* gate, const float* up, int64_t n, float* y) {
   const F32 d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    const auto g = hn::LoadU(d, gate + i);
+    // Beyond 2^126 the sigmoid is zero in fp32 all the same.
+    const auto power = hn::Min(hn::Mul(g, hn::Set(d, -kLog2E)), hn::Set(d, 126.0f));
+    const auto denominator = hn::Add(hn::Set(d, 1.0f), Exp2(d, power));
+    hn::StoreU(hn::Mul(hn::Div(g, denominator), hn::LoadU(d, up + i)), d, y + i);
+  }
+  for (; i < n; ++i) y[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+}
+
+void SwiGluTokens(const SwiGluParams& p) {
 #pragma omp parallel for schedule(static) if (p.num_tokens > 1)
   for (int64_t t = 0; t < p.num_tokens; ++t) {
     const float* gate = static_cast<const float*>(p.gate_up) + t * 2 * p.intermediate;
-    const float* up = gate + p.intermediate;
-    float* y = static_cast<float*>(p.y) + t * p.intermediate;
-    int64_t i = 0;
-    for (; i + lanes <= p.intermediate; i += lanes) {
-      const auto g = hn::LoadU(d, gate + i);
-      // Beyond 2^126 the sigmoid is zero in fp32 all the same.
-      const auto power = hn::Min(hn::Mul(g, hn::Set(d, -kLog2E)), hn::Set(d, 126.0f));
-      const auto denominator = hn::Add(hn::Set(d, 1.0f), Exp2(d, power));
-      hn::StoreU(hn::Mul(hn::Div(g, denominator), hn::LoadU(d, up + i)), d, y + i);
-    }
-    for (; i < p.intermediate; ++i) y[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+    SwiGluRow(gate, gate + p.intermediate, p.intermediate,
+              static_cast<float*>(p.y) + t * p.intermediate);
   }
 }
 

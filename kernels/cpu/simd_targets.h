@@ -3,6 +3,9 @@
 // Include before any header of Highway. Left out are sets that gain nothing over their
 // predecessor here, and those of scalable vectors, which cannot be held in arrays: the register
 // tiles of the attention kernel are such arrays.
+//
+// Vector code stands in functions of its own, not in the body of an OpenMP loop: clang compiles
+// such a body without the instruction set of the function around it.
 #ifndef PREFILLD_KERNELS_CPU_SIMD_TARGETS_H_
 #define PREFILLD_KERNELS_CPU_SIMD_TARGETS_H_
 
