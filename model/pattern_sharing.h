@@ -52,7 +52,8 @@ class PatternSharing {
 
   // Attention of one layer, layers ascending. `attention` describes the whole prompt's q, k, v and
   // out, without work. Fills the report's head counts, density, and the times of attention and of
-  // patterns; waits for the device after each of these stages to tell them apart.
+  // patterns; waits for the device after each of these stages to tell them apart. The decisions
+  // take a few host arrays of [num_heads] or [num_key_blocks] from the heap.
   absl::Status Attend(int layer, const kernels::AttentionParams& attention, LayerReport* report);
 
  private:

@@ -6,6 +6,8 @@
 #include <memory>
 #include <thread>
 
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/model/prompt_run.h"
@@ -278,7 +280,75 @@ TEST(PrefillEngine, OperatorsWordStandsOverTheClusterFilesOverTheDefault) {
   EXPECT_EQ(attention.coverage, AttentionOptions().coverage) << "of the program";
 }
 
-TEST(PrefillEngine, FamiliesRunAndDiffer) {
+// {"0": [[0, 0]], "1": [[0, 1]], ...}: every head of the model, alone or all in one.
+std::string ClusterFile(const ModelConfig& config, bool alone) {
+  std::vector<std::string> heads, clusters, names;
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    for (int head = 0; head < config.num_heads; ++head) {
+      heads.push_back(absl::StrCat("[", layer, ",", head, "]"));
+      names.push_back(absl::StrCat("\"", names.size(), "\""));
+      clusters.push_back(absl::StrCat(names.back(), ": [", heads.back(), "]"));
+    }
+  }
+  if (!alone) {
+    names = {"\"all\""};
+    clusters = {absl::StrCat("\"all\": [", absl::StrJoin(heads, ","), "]")};
+  }
+  return absl::StrCat("{\"clusters\": {", absl::StrJoin(clusters, ","), "}, \"shared_clusters\": [",
+                      absl::StrJoin(names, ","), "]}");
+}
+
+TEST(PrefillEngine, ShareWithEveryHeadAloneEqualsDenseBitForBit) {
+  const RandomCheckpoint checkpoint;
+  checkpoint.WriteFile("head_clusters.json", ClusterFile(checkpoint.config(), /*alone=*/true));
+  const auto engine = Create(CpuEngine(checkpoint));
+  const auto tokens = RandomTokens(1000, 320);
+  AttentionOptions share;
+  share.policy = AttentionPolicy::kShare;
+  const PromptRun dense = RunPrompt(*engine, tokens, Dense());
+  const PromptRun shared = RunPrompt(*engine, tokens, share);
+  EXPECT_EQ(shared.kv, dense.kv);
+  EXPECT_EQ(shared.logits, dense.logits);
+  for (const LayerReport& report : shared.reports) {
+    EXPECT_EQ(report.pivot_heads, checkpoint.config().num_heads);
+    EXPECT_EQ(report.density, 1.0);
+  }
+}
+
+TEST(PrefillEngine, OnePivotServesItsClusterInAllLayers) {
+  const RandomCheckpoint checkpoint;
+  checkpoint.WriteFile("head_clusters.json", ClusterFile(checkpoint.config(), /*alone=*/false));
+  const auto engine = Create(CpuEngine(checkpoint));
+  AttentionOptions share;
+  share.policy = AttentionPolicy::kShare;
+  share.tau = 1.0f;
+  share.coverage = 1.0f;
+  share.gamma = 0.3f;
+  share.min_budget_tokens = 0;
+  const PromptRun run = RunPrompt(*engine, RandomTokens(1000, 320), share);
+  EXPECT_EQ(run.reports[0].pivot_heads, 1);
+  EXPECT_EQ(run.reports[0].shared_heads, checkpoint.config().num_heads - 1);
+  for (int layer = 1; layer < checkpoint.config().num_layers; ++layer) {
+    EXPECT_EQ(run.reports[layer].shared_heads, checkpoint.config().num_heads);
+    EXPECT_LT(run.reports[layer].density, 1.0);
+  }
+}
+
+TEST(PrefillEngine, AutoIsDenseForShortPromptsAndForModelsWithoutClusters) {
+  const RandomCheckpoint plain, clustered;
+  clustered.WriteFile("head_clusters.json", ClusterFile(clustered.config(), /*alone=*/false));
+  AttentionOptions options;
+  options.crossover_tokens = 600;
+  const auto policy = [&](const RandomCheckpoint& checkpoint, int64_t length) {
+    const auto engine = Create(CpuEngine(checkpoint));
+    return (*engine->Start(RandomTokens(length, 320), options))->policy();
+  };
+  EXPECT_EQ(policy(plain, 700), AttentionPolicy::kDense);
+  EXPECT_EQ(policy(clustered, 700), AttentionPolicy::kShare);
+  EXPECT_EQ(policy(clustered, 500), AttentionPolicy::kDense);
+}
+
+TEST(PrefillEngine, EveryFamilyRuns) {
   ModelConfig qwen2 = SmallRandomConfig();
   qwen2.family = Family::kQwen2;
   qwen2.qkv_bias = true;
