@@ -1,6 +1,7 @@
 #include "model/pattern_sharing.h"
 
 #include <algorithm>
+#include <bit>
 
 #include "model/stopwatch.h"
 
@@ -53,8 +54,7 @@ absl::Status PatternSharing::Allocate(int64_t max_tokens) {
        clusters_.empty()
            ? 0
            : std::max(mass_bytes, std::min(mass_bytes * clusters_.num_clusters, kPivotMassBytes))},
-      {figures_mass_, 2 * heads * int64_t{sizeof(double)}},
-      {figures_blocks_, 2 * heads * int64_t{sizeof(int64_t)}},
+      {figures_, 2 * heads * int64_t{sizeof(double) + sizeof(int64_t)}},
   };
   for (const auto& [buffer, bytes] : wanted) {
     if (bytes == 0) continue;
@@ -67,8 +67,7 @@ absl::Status PatternSharing::Allocate(int64_t max_tokens) {
   no_clusters_.assign(heads, HeadClusters::kNoCluster);
   estimate_.resize(heads * blocks);
   last_rows_host_.resize(heads * words);
-  mass_host_.resize(2 * heads);
-  blocks_host_.resize(2 * heads);
+  figures_host_.resize(4 * heads);
   work_.reserve(heads);
   return absl::OkStatus();
 }
@@ -204,9 +203,11 @@ absl::Status PatternSharing::MeasurePivots(int layer, absl::Span<const int> clus
   }
   if (absl::Status status = DownloadFigures(); !status.ok()) return status;
 
+  // Out of the slots before CutToCost uses them again.
   std::vector<std::pair<PatternFigures, PatternFigures>> measured;
-  for (size_t i = 0; i < pivots.size(); ++i)
+  for (size_t i = 0; i < pivots.size(); ++i) {
     measured.push_back({Figures(2 * i), Figures(2 * i + 1)});
+  }
   for (size_t i = 0; i < pivots.size(); ++i) {
     auto [own, vertical_slash] = measured[i];
     if (vertical_slash.blocks > own.blocks) {
@@ -248,14 +249,17 @@ absl::StatusOr<PatternFigures> PatternSharing::CutToCost(int head, const float* 
 absl::Status PatternSharing::BuildPatterns(absl::Span<const int> cluster_of,
                                            absl::Span<const HeadRole> roles) {
   const int64_t words = row_words();
-  std::fill_n(last_rows_host_.begin(), config_.num_heads * words, 0u);
-  for (int head = 0; head < config_.num_heads; ++head) {
-    if (roles[head] != HeadRole::kShared) continue;
-    SelectBlocks(EstimateOf(head), options_.gamma,
-                 absl::MakeSpan(last_rows_host_).subspan(head * words, words));
+  absl::Status status;
+  if (std::find(roles.begin(), roles.end(), HeadRole::kShared) != roles.end()) {
+    std::fill_n(last_rows_host_.begin(), config_.num_heads * words, 0u);
+    for (int head = 0; head < config_.num_heads; ++head) {
+      if (roles[head] != HeadRole::kShared) continue;
+      SelectBlocks(EstimateOf(head), options_.gamma,
+                   absl::MakeSpan(last_rows_host_).subspan(head * words, words));
+    }
+    status = backend_.Upload(last_rows_.data(), last_rows_host_.data(),
+                             config_.num_heads * words * sizeof(uint32_t));
   }
-  absl::Status status = backend_.Upload(last_rows_.data(), last_rows_host_.data(),
-                                        config_.num_heads * words * sizeof(uint32_t));
   work_.clear();
   for (int head = 0; head < config_.num_heads && status.ok(); ++head) {
     if (roles[head] == HeadRole::kPivot) continue;
@@ -292,16 +296,17 @@ absl::Status PatternSharing::Measure(const float* block_mass, const uint32_t* pa
        .last_row = last_row,
        .num_query_blocks = num_blocks_,
        .num_key_blocks = num_blocks_,
-       .mass = block_mass != nullptr ? figures_mass_.as<double>() + slot : nullptr,
-       .blocks = figures_blocks_.as<int64_t>() + slot});
+       .mass = block_mass != nullptr ? figures_.as<double>() + slot : nullptr,
+       .blocks = figures_.as<int64_t>() + 2 * config_.num_heads + slot});
 }
 
 absl::Status PatternSharing::DownloadFigures() {
-  absl::Status status = backend_.Download(mass_host_.data(), figures_mass_.data(),
-                                          mass_host_.size() * sizeof(double));
-  if (!status.ok()) return status;
-  return backend_.Download(blocks_host_.data(), figures_blocks_.data(),
-                           blocks_host_.size() * sizeof(int64_t));
+  return backend_.Download(figures_host_.data(), figures_.data(), figures_.bytes());
+}
+
+PatternFigures PatternSharing::Figures(size_t slot) const {
+  return {.mass = std::bit_cast<double>(figures_host_[slot]),
+          .blocks = figures_host_[2 * config_.num_heads + slot]};
 }
 
 void PatternSharing::Summarize(absl::Span<const HeadRole> roles, LayerReport* report) const {
@@ -320,7 +325,7 @@ void PatternSharing::Summarize(absl::Span<const HeadRole> roles, LayerReport* re
         ++report->vertical_slash_heads;
         break;
     }
-    blocks += blocks_host_[head];
+    blocks += Figures(head).blocks;
   }
   report->density = static_cast<double>(blocks) /
                     (static_cast<double>(causal_blocks) * static_cast<double>(roles.size()));

@@ -83,7 +83,7 @@ class PatternSharing {
   absl::Status Measure(const float* block_mass, const uint32_t* pattern, const uint32_t* last_row,
                        int slot);
   absl::Status DownloadFigures();
-  PatternFigures Figures(size_t slot) const { return {mass_host_[slot], blocks_host_[slot]}; }
+  PatternFigures Figures(size_t slot) const;
 
   int64_t row_words() const { return kernels::PatternWords(num_blocks_); }
   int64_t pattern_words() const { return num_blocks_ * row_words(); }
@@ -115,8 +115,7 @@ class PatternSharing {
   DeviceBuffer vertical_slash_patterns_;          // [H, n, W]
   DeviceBuffer pivot_patterns_;                   // [num_clusters, n, W]
   DeviceBuffer pivot_mass_;                       // [as many as fit, n, n] fp32
-  DeviceBuffer figures_mass_;                     // [2 H] double
-  DeviceBuffer figures_blocks_;                   // [2 H] int64
+  DeviceBuffer figures_;  // [2 H] mass as double, then [2 H] blocks as int64
 
   // The prompt.
   AttentionOptions options_;
@@ -128,8 +127,7 @@ class PatternSharing {
   // Host copies, sized once.
   std::vector<float> estimate_;  // [H, n]
   std::vector<uint32_t> last_rows_host_;
-  std::vector<double> mass_host_;
-  std::vector<int64_t> blocks_host_;
+  std::vector<int64_t> figures_host_;    // as figures_
   std::vector<kernels::HeadWork> work_;  // of the launch being prepared
 };
 
