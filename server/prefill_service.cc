@@ -102,9 +102,13 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
   LaneQueue& queue = job->delivery().control();
   auto* stream = new ServerStream(context, &queue,
                                   {.on_cancel = [job] { job->OnCallCancelled(); },
-                                   .on_done =
-                                       [this, job](const absl::Status& status) {
+                                   .on_end =
+                                       [job](const absl::Status& status) {
                                          if (status.ok()) job->OnResultSent();
+                                       },
+                                   .on_done =
+                                       [this, job] {
+                                         job->OnCallCancelled();  // unless it has ended
                                          scheduler_.Retire(*job);
                                          metrics_.CountRequest(*job);
                                          LogRequest(*job);
@@ -126,12 +130,12 @@ Stream* PrefillService::AttachLane(grpc::CallbackServerContext* context,
   auto stream = std::make_unique<ServerStream>(
       context, *queue,
       ServerStream::Events{.on_cancel = [job] { job->OnCallCancelled(); },
-                           .on_done =
+                           .on_end =
                                [job](const absl::Status& status) {
                                  if (status.ok()) {
                                    job->delivery().OnSideLaneDone();
                                  } else {
-                                   job->OnCallCancelled();
+                                   job->OnCallCancelled();  // unless it has ended
                                  }
                                }});
   if (!(*queue)->Attach(stream.get())) {

@@ -39,6 +39,8 @@ class PrefillServer {
   int port() const { return port_; }
   int metrics_port() const { return metrics_endpoint_ ? metrics_endpoint_->port() : 0; }
 
+  const Metrics& metrics() const { return *metrics_; }
+
   // Stops accepting work and waits until what was accepted is done. False: the time ran out.
   // Health says NOT_SERVING from the call on; connections stay open.
   bool Drain(absl::Duration timeout);

@@ -25,7 +25,7 @@ ServerStream::ServerStream(grpc::CallbackServerContext* context, LaneQueue* queu
 void ServerStream::Send(const grpc::ByteBuffer& message) { StartWrite(&message); }
 
 void ServerStream::End(const absl::Status& status) {
-  status_ = status;
+  events_.on_end(status);
   Finish(ToGrpcStatus(status));
 }
 
@@ -43,7 +43,7 @@ void ServerStream::OnWriteDone(bool ok) { queue_->OnWriteDone(ok); }
 void ServerStream::OnCancel() { events_.on_cancel(); }
 
 void ServerStream::OnDone() {
-  events_.on_done(status_);
+  if (events_.on_done != nullptr) events_.on_done();
   delete this;
 }
 

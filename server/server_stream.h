@@ -17,9 +17,12 @@ class ServerStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
                            public LaneQueue::Transport {
  public:
   struct Events {
+    // The peer cancelled, or is gone.
     absl::AnyInvocable<void()> on_cancel;
-    // The call is over, with this status unless it was cancelled.
-    absl::AnyInvocable<void(const absl::Status&)> on_done;
+    // Everything that will be sent has been, and this status is about to follow.
+    absl::AnyInvocable<void(const absl::Status&)> on_end;
+    // The call is over. May be null.
+    absl::AnyInvocable<void()> on_done;
   };
 
   // The creator attaches the stream to the queue.
@@ -37,7 +40,6 @@ class ServerStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   grpc::CallbackServerContext* const context_;
   LaneQueue* const queue_;
   Events events_;
-  absl::Status status_;  // written by End, read by OnDone, which End brings about
 };
 
 // A stream that ends at once.

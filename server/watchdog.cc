@@ -28,7 +28,9 @@ Watchdog::~Watchdog() {
 }
 
 void Watchdog::Run() {
-  while (!stop_.WaitForNotificationWithTimeout(kTick)) LookAround();
+  do {
+    LookAround();
+  } while (!stop_.WaitForNotificationWithTimeout(kTick));
 }
 
 void Watchdog::LookAround() {

@@ -1,0 +1,188 @@
+#include "tests/server/fake_engine.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "absl/time/clock.h"
+
+namespace prefilld::server {
+namespace {
+
+// Stands for the value of one element, in as many bytes as the dtype has.
+uint32_t Element(int layer, bool is_value, int64_t token, int head, int element) {
+  return static_cast<uint32_t>(layer * 1000003 + (is_value ? 500009 : 0) + token * 8191 +
+                               head * 131 + element);
+}
+
+void Pack(int layer, const model::KvSelection& s, int64_t num_tokens, int head_dim, char* dst) {
+  const size_t bytes = kernels::SizeOf(s.dtype);
+  for (const bool is_value : {false, true}) {
+    for (int64_t block = s.first_block; block < s.first_block + s.num_blocks; ++block) {
+      const int outer = s.order == kernels::KvOrder::kNhd ? s.block_tokens : s.num_heads;
+      const int inner = s.order == kernels::KvOrder::kNhd ? s.num_heads : s.block_tokens;
+      for (int i = 0; i < outer; ++i) {
+        for (int j = 0; j < inner; ++j) {
+          const int in_block = s.order == kernels::KvOrder::kNhd ? i : j;
+          const int head = s.first_head + (s.order == kernels::KvOrder::kNhd ? j : i);
+          const int64_t token = block * s.block_tokens + in_block;
+          for (int e = 0; e < head_dim; ++e) {
+            const uint32_t value =
+                token < num_tokens ? Element(layer, is_value, token, head, e) : 0;
+            std::memcpy(dst, &value, bytes);
+            dst += bytes;
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+class FakeSequence final : public model::PrefillSequence {
+ public:
+  FakeSequence(FakeEngine* engine, absl::Span<const uint32_t> tokens,
+               const model::AttentionOptions& options)
+      : engine_(engine), num_tokens_(tokens.size()), last_token_(tokens.back()) {
+    const bool shares = options.policy == model::AttentionPolicy::kShare ||
+                        (options.policy == model::AttentionPolicy::kAuto &&
+                         num_tokens_ >= options.crossover_tokens);
+    policy_ = options.policy == model::AttentionPolicy::kVerticalSlash ? options.policy
+              : shares ? model::AttentionPolicy::kShare
+                       : model::AttentionPolicy::kDense;
+    ++engine_->alive_;
+    ++engine_->started_;
+  }
+  ~FakeSequence() override {
+    engine_->held_ -= held_;
+    --engine_->alive_;
+  }
+
+  absl::StatusOr<model::LayerReport> RunLayer() override {
+    absl::Duration time;
+    {
+      absl::MutexLock lock(&engine_->mu_);
+      const auto may_run = [this]() ABSL_SHARED_LOCKS_REQUIRED(engine_->mu_) {
+        return engine_->hold_after_ < 0 || layer_ < engine_->hold_after_;
+      };
+      engine_->mu_.Await(absl::Condition(&may_run));
+      if (engine_->fail_from_ >= 0 && layer_ >= engine_->fail_from_) return engine_->layer_error_;
+      time = engine_->layer_time_;
+    }
+    absl::SleepFor(time);
+    ++held_;
+    const int held = ++engine_->held_;
+    engine_->most_held_ = std::max<int>(engine_->most_held_, held);
+    ++engine_->layers_run_;
+    model::LayerReport report;
+    report.layer = layer_++;
+    report.dense_heads = policy_ == model::AttentionPolicy::kDense ? 4 : 0;
+    report.pivot_heads = 4 - report.dense_heads > 0 ? 1 : 0;
+    report.shared_heads = 4 - report.dense_heads > 0 ? 3 : 0;
+    report.density = policy_ == model::AttentionPolicy::kDense ? 1.0 : 0.25;
+    report.compute_us = absl::ToInt64Microseconds(time) + 1;
+    return report;
+  }
+
+  absl::Status PackKv(int layer, const model::KvSelection& selection, void* dst) override {
+    {
+      absl::MutexLock lock(&engine_->mu_);
+      if (!engine_->pack_error_.ok()) return engine_->pack_error_;
+    }
+    Pack(layer, selection, num_tokens_, engine_->options_.head_dim, static_cast<char*>(dst));
+    return absl::OkStatus();
+  }
+
+  void ReleaseKv(int layer) override {
+    --held_;
+    --engine_->held_;
+  }
+
+  absl::StatusOr<std::vector<float>> FinalLogits() override {
+    std::vector<float> logits(engine_->options_.vocab_size, engine_->logits_are_nan_ ? NAN : 0.0f);
+    if (!engine_->logits_are_nan_) logits[(last_token_ + 1) % logits.size()] = 5.0f;
+    return logits;
+  }
+
+  model::AttentionPolicy policy() const override { return policy_; }
+
+ private:
+  FakeEngine* const engine_;
+  const int64_t num_tokens_;
+  const uint32_t last_token_;
+  model::AttentionPolicy policy_;
+  int layer_ = 0;
+  std::atomic<int> held_ = 0;
+};
+
+FakeEngine::FakeEngine(const FakeEngineOptions& options)
+    : options_(options), memory_(*model::CreateBackend(model::DeviceChoice::kCpu, 1)) {
+  info_.config.vocab_size = options.vocab_size;
+  info_.config.num_layers = options.num_layers;
+  info_.config.num_heads = 4;
+  info_.config.num_kv_heads = options.num_kv_heads;
+  info_.config.head_dim = options.head_dim;
+  info_.config.eos_token_ids = {2};
+  info_.model_name = "fake";
+  info_.fingerprint = "0123456789abcdef0123456789abcdef";
+  info_.device_name = "fake device";
+  info_.native_dtype = kernels::DType::kBf16;
+  info_.max_tokens = options.max_tokens;
+}
+
+void FakeEngine::set_layer_time(absl::Duration time) {
+  absl::MutexLock lock(&mu_);
+  layer_time_ = time;
+}
+
+void FakeEngine::FailFrom(int layer, absl::Status status) {
+  absl::MutexLock lock(&mu_);
+  fail_from_ = layer;
+  layer_error_ = std::move(status);
+}
+
+void FakeEngine::FailPacking(absl::Status status) {
+  absl::MutexLock lock(&mu_);
+  pack_error_ = std::move(status);
+}
+
+void FakeEngine::HoldAfter(int layers) {
+  absl::MutexLock lock(&mu_);
+  hold_after_ = layers;
+}
+
+std::vector<uint32_t> FakeEngine::last_tokens() const {
+  absl::MutexLock lock(&mu_);
+  return last_tokens_;
+}
+
+model::AttentionOptions FakeEngine::last_attention() const {
+  absl::MutexLock lock(&mu_);
+  return last_attention_;
+}
+
+absl::StatusOr<std::unique_ptr<model::PrefillSequence>> FakeEngine::Start(
+    absl::Span<const uint32_t> tokens, const model::AttentionOptions& options) {
+  if (alive_ > 0) return absl::FailedPreconditionError("another sequence exists");
+  absl::MutexLock lock(&mu_);
+  last_tokens_.assign(tokens.begin(), tokens.end());
+  last_attention_ = options;
+  return std::make_unique<FakeSequence>(this, tokens, options);
+}
+
+absl::StatusOr<model::DeviceBuffer> FakeEngine::AllocateStaging(size_t bytes) {
+  return memory_->AllocateStaging(bytes);
+}
+
+std::string ExpectedPayload(int layer, const model::KvSelection& selection, int64_t num_tokens,
+                            int head_dim) {
+  std::string payload(2 * selection.num_blocks * selection.block_tokens * selection.num_heads *
+                          head_dim * kernels::SizeOf(selection.dtype),
+                      '\0');
+  Pack(layer, selection, num_tokens, head_dim, payload.data());
+  return payload;
+}
+
+}  // namespace prefilld::server

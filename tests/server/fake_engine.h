@@ -1,0 +1,81 @@
+// An engine whose every behaviour a test decides.
+#ifndef PREFILLD_TESTS_SERVER_FAKE_ENGINE_H_
+#define PREFILLD_TESTS_SERVER_FAKE_ENGINE_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "model/backend.h"
+#include "model/prefill_engine.h"
+
+namespace prefilld::server {
+
+struct FakeEngineOptions {
+  int num_layers = 4;
+  int num_kv_heads = 2;
+  int head_dim = 64;
+  int64_t vocab_size = 256;
+  int64_t max_tokens = 1 << 20;
+  int kv_slots = 3;
+};
+
+// The first token of a prompt is its last token plus one. K and V are a pure function of
+// (layer, K or V, token, head, element): see ExpectedPayload.
+class FakeEngine final : public model::PrefillEngine {
+ public:
+  explicit FakeEngine(const FakeEngineOptions& options);
+
+  // From now on every layer takes this long, and fails from `layer` on (-1: never).
+  void set_layer_time(absl::Duration time);
+  void FailFrom(int layer, absl::Status status);
+  void FailPacking(absl::Status status);
+  // No sequence gets past its first `layers` layers until the next call. -1: no limit.
+  void HoldAfter(int layers);
+  void set_logits_are_nan(bool nan) { logits_are_nan_ = nan; }
+
+  int started() const { return started_; }        // sequences, ever
+  int alive() const { return alive_; }            // sequences
+  int layers_run() const { return layers_run_; }  // over all sequences
+  int most_held() const { return most_held_; }    // unreleased layers at once
+  std::vector<uint32_t> last_tokens() const;      // of the latest sequence
+  model::AttentionOptions last_attention() const;
+
+  const model::EngineInfo& info() const override { return info_; }
+  int kv_slots() const override { return options_.kv_slots; }
+  size_t allocated_bytes() const override { return 12345; }
+  absl::StatusOr<std::unique_ptr<model::PrefillSequence>> Start(
+      absl::Span<const uint32_t> tokens, const model::AttentionOptions& options) override;
+  absl::StatusOr<model::DeviceBuffer> AllocateStaging(size_t bytes) override;
+
+ private:
+  friend class FakeSequence;
+
+  const FakeEngineOptions options_;
+  model::EngineInfo info_;
+  std::unique_ptr<model::Backend> memory_;  // for staging alone
+
+  std::atomic<int> started_ = 0, alive_ = 0, layers_run_ = 0, held_ = 0, most_held_ = 0;
+  std::atomic<bool> logits_are_nan_ = false;
+  mutable absl::Mutex mu_;
+  absl::Duration layer_time_ ABSL_GUARDED_BY(mu_);
+  int fail_from_ ABSL_GUARDED_BY(mu_) = -1;
+  absl::Status layer_error_ ABSL_GUARDED_BY(mu_);
+  absl::Status pack_error_ ABSL_GUARDED_BY(mu_);
+  int hold_after_ ABSL_GUARDED_BY(mu_) = -1;
+  std::vector<uint32_t> last_tokens_ ABSL_GUARDED_BY(mu_);
+  model::AttentionOptions last_attention_ ABSL_GUARDED_BY(mu_);
+};
+
+// The bytes that the fake packs for these blocks.
+std::string ExpectedPayload(int layer, const model::KvSelection& selection, int64_t num_tokens,
+                            int head_dim);
+
+}  // namespace prefilld::server
+
+#endif  // PREFILLD_TESTS_SERVER_FAKE_ENGINE_H_

@@ -1,0 +1,162 @@
+#include "tests/server/server_fixture.h"
+
+#include <algorithm>
+#include <set>
+#include <utility>
+
+#include <grpcpp/create_channel.h>
+#include <grpcpp/security/credentials.h>
+#include <prometheus/registry.h>
+#include <prometheus/text_serializer.h>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
+#include "server/frame_codec.h"
+#include "server/prefill_work.h"
+
+namespace prefilld::server {
+
+v1::PrefillRequest PromptOf(int num_tokens, const std::string& request_id) {
+  v1::PrefillRequest request;
+  request.set_request_id(request_id);
+  for (int i = 0; i < num_tokens; ++i) request.add_token_ids(i % 250);
+  return request;
+}
+
+std::vector<v1::KvFrame> StreamContents::frames() const {
+  std::vector<v1::KvFrame> frames;
+  for (const auto& event : events) {
+    if (event.has_kv_frame()) frames.push_back(event.kv_frame());
+  }
+  return frames;
+}
+
+const v1::PrefillResult* StreamContents::result() const {
+  return !events.empty() && events.back().has_result() ? &events.back().result() : nullptr;
+}
+
+OpenStream::OpenStream(v1::PrefillService::Stub& stub, const v1::PrefillRequest& request,
+                       absl::Time deadline)
+    : context_(std::make_unique<grpc::ClientContext>()) {
+  if (deadline != absl::InfiniteFuture()) context_->set_deadline(absl::ToChronoTime(deadline));
+  reader_ = stub.Prefill(context_.get(), request);
+}
+
+OpenStream::OpenStream(v1::PrefillService::Stub& stub, const v1::AttachLaneRequest& request)
+    : context_(std::make_unique<grpc::ClientContext>()) {
+  reader_ = stub.AttachLane(context_.get(), request);
+}
+
+v1::PrefillEvent OpenStream::ReadUntil(v1::PrefillEvent::EventCase kind) {
+  v1::PrefillEvent event;
+  while (Read(&event)) {
+    if (event.event_case() == kind) return event;
+  }
+  ADD_FAILURE() << "no event " << kind << ": " << Finish().error_message();
+  return event;
+}
+
+StreamContents OpenStream::Rest() {
+  StreamContents contents;
+  v1::PrefillEvent event;
+  while (Read(&event)) contents.events.push_back(event);
+  contents.status = Finish();
+  return contents;
+}
+
+bool Eventually(absl::FunctionRef<bool()> condition) {
+  const absl::Time give_up = absl::Now() + absl::Seconds(10);
+  while (!condition()) {
+    if (absl::Now() > give_up) return false;
+    absl::SleepFor(absl::Milliseconds(2));
+  }
+  return true;
+}
+
+ServerFixture::ServerFixture() {
+  options_.listen = "127.0.0.1:0";
+  options_.metrics_listen = "";  // its server takes two seconds to stop
+  options_.staging_bytes = 8 << 20;
+  options_.frame_bytes = 1 << 20;
+}
+
+ServerFixture::~ServerFixture() { StopServer(); }
+
+void ServerFixture::StartServer() {
+  engine_ = std::make_unique<FakeEngine>(engine_options_);
+  auto server = PrefillServer::Create(options_, *engine_, clock_);
+  ASSERT_TRUE(server.ok()) << server.status();
+  server_ = *std::move(server);
+  stub_ = NewStub(false);
+}
+
+void ServerFixture::StopServer() {
+  if (engine_ != nullptr) engine_->HoldAfter(-1);
+  server_.reset();
+}
+
+std::string ServerFixture::address() const { return absl::StrCat("127.0.0.1:", server_->port()); }
+
+std::unique_ptr<v1::PrefillService::Stub> ServerFixture::NewStub(bool own_connection) const {
+  grpc::ChannelArguments arguments;
+  arguments.SetMaxReceiveMessageSize(-1);
+  if (own_connection) arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  return v1::PrefillService::NewStub(
+      grpc::CreateCustomChannel(address(), grpc::InsecureChannelCredentials(), arguments));
+}
+
+StreamContents ServerFixture::Prefill(const v1::PrefillRequest& request) {
+  return OpenStream(*stub_, request).Rest();
+}
+
+double ServerFixture::Metric(const std::string& series) const {
+  const std::string page =
+      prometheus::TextSerializer().Serialize(server_->metrics().registry()->Collect());
+  for (absl::string_view line : absl::StrSplit(page, '\n')) {
+    double value = 0;
+    if (absl::ConsumePrefix(&line, absl::StrCat(series, " ")) && absl::SimpleAtod(line, &value)) {
+      return value;
+    }
+  }
+  return 0;
+}
+
+bool ServerFixture::EverythingIsFree() {
+  return Eventually([this] {
+    return engine_->alive() == 0 && Metric("prefilld_live_requests") == 0 &&
+           Metric("prefilld_queued_requests") == 0 && Metric("prefilld_queued_tokens") == 0 &&
+           Metric("prefilld_running_requests") == 0 && Metric("prefilld_staged_bytes") == 0;
+  });
+}
+
+void ExpectWholeCache(const std::vector<v1::KvFrame>& frames, const v1::KvLayout& layout) {
+  std::map<uint32_t, std::set<uint64_t>> sequences;  // by lane
+  std::set<std::pair<uint32_t, uint32_t>> blocks_of_layer;
+  for (const v1::KvFrame& frame : frames) {
+    EXPECT_TRUE(sequences[frame.lane()].insert(frame.sequence()).second);
+    EXPECT_EQ(frame.checksum(), Checksum(frame.payload().data(), frame.payload().size()));
+    EXPECT_GE(frame.layers_computed(), frame.layer() + 1);
+    EXPECT_LE(frame.layers_computed(), layout.num_layers());
+    EXPECT_EQ(frame.payload(),
+              ExpectedPayload(static_cast<int>(frame.layer()),
+                              SelectBlocks(layout, frame.first_block(), frame.num_blocks()),
+                              layout.num_tokens(), static_cast<int>(layout.head_dim())))
+        << "layer " << frame.layer() << " block " << frame.first_block();
+    for (uint32_t i = 0; i < frame.num_blocks(); ++i) {
+      EXPECT_TRUE(blocks_of_layer.insert({frame.layer(), frame.first_block() + i}).second);
+    }
+  }
+  EXPECT_EQ(blocks_of_layer.size(),
+            layout.num_layers() * (layout.num_blocks() - layout.first_block()));
+  if (!blocks_of_layer.empty()) {
+    EXPECT_EQ(blocks_of_layer.begin()->second, layout.first_block());
+    EXPECT_EQ(blocks_of_layer.rbegin()->second, layout.num_blocks() - 1);
+  }
+  for (const auto& [lane, numbers] : sequences) {
+    EXPECT_EQ(*numbers.rbegin() + 1, numbers.size()) << "a gap on lane " << lane;
+  }
+}
+
+}  // namespace prefilld::server

@@ -1,0 +1,108 @@
+// A server over a fake engine on a loopback socket, and what a test needs to talk to it.
+#ifndef PREFILLD_TESTS_SERVER_SERVER_FIXTURE_H_
+#define PREFILLD_TESTS_SERVER_SERVER_FIXTURE_H_
+
+#include <atomic>
+#include <map>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <grpcpp/client_context.h>
+#include <grpcpp/support/sync_stream.h>
+#include <gtest/gtest.h>
+
+#include "absl/functional/function_ref.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
+#include "prefill/v1/prefill.grpc.pb.h"
+#include "server/clock.h"
+#include "server/server.h"
+#include "server/server_options.h"
+#include "tests/server/fake_engine.h"
+
+namespace prefilld::server {
+
+namespace v1 = ::prefill::v1;
+
+// Real time, plus what a test has added.
+class ShiftedClock final : public Clock {
+ public:
+  absl::Time Now() const override {
+    return Clock::Real().Now() + absl::Microseconds(shift_us_.load());
+  }
+  void Advance(absl::Duration by) { shift_us_ += absl::ToInt64Microseconds(by); }
+
+ private:
+  std::atomic<int64_t> shift_us_ = 0;
+};
+
+v1::PrefillRequest PromptOf(int num_tokens, const std::string& request_id = "");
+
+// Everything that one stream brought.
+struct StreamContents {
+  std::vector<v1::PrefillEvent> events;
+  grpc::Status status;
+
+  std::vector<v1::KvFrame> frames() const;
+  const v1::PrefillResult* result() const;  // null: none came
+};
+
+// A Prefill or AttachLane call whose reading the test controls.
+class OpenStream {
+ public:
+  OpenStream(v1::PrefillService::Stub& stub, const v1::PrefillRequest& request,
+             absl::Time deadline = absl::InfiniteFuture());
+  OpenStream(v1::PrefillService::Stub& stub, const v1::AttachLaneRequest& request);
+  ~OpenStream() { Cancel(); }
+
+  bool Read(v1::PrefillEvent* event) { return reader_->Read(event); }
+  // Reads until an event of that kind, which it returns; fails the test if none comes.
+  v1::PrefillEvent ReadUntil(v1::PrefillEvent::EventCase kind);
+  // Reads to the end.
+  StreamContents Rest();
+  grpc::Status Finish() { return reader_->Finish(); }
+  void Cancel() { context_->TryCancel(); }
+  grpc::ClientContext& context() { return *context_; }
+
+ private:
+  std::unique_ptr<grpc::ClientContext> context_;
+  std::unique_ptr<grpc::ClientReader<v1::PrefillEvent>> reader_;
+};
+
+// True as soon as `condition` holds; false after ten seconds.
+bool Eventually(absl::FunctionRef<bool()> condition);
+
+class ServerFixture : public ::testing::Test {
+ protected:
+  ServerFixture();
+  ~ServerFixture() override;
+
+  // To be changed before StartServer.
+  FakeEngineOptions engine_options_;
+  ServerOptions options_;
+
+  void StartServer();
+  void StopServer();
+  std::unique_ptr<v1::PrefillService::Stub> NewStub(bool own_connection = true) const;
+  std::string address() const;
+
+  StreamContents Prefill(const v1::PrefillRequest& request);
+  // The value of a series as Prometheus scrapes it: `name` or `name{label="value"}`. 0: absent.
+  double Metric(const std::string& series) const;
+  // All that a request holds has come back.
+  bool EverythingIsFree();
+
+  ShiftedClock clock_;
+  std::unique_ptr<FakeEngine> engine_;
+  std::unique_ptr<PrefillServer> server_;
+  std::unique_ptr<v1::PrefillService::Stub> stub_;
+};
+
+// Checks numbering, checksums, payloads and completeness of one request's frames, all lanes.
+void ExpectWholeCache(const std::vector<v1::KvFrame>& frames, const v1::KvLayout& layout);
+
+}  // namespace prefilld::server
+
+#endif  // PREFILLD_TESTS_SERVER_SERVER_FIXTURE_H_
