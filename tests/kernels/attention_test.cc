@@ -173,6 +173,11 @@ TEST_P(CpuPagedAttention, EqualsReferenceInBothOrders) {
     const Closeness close = Compare(actual.data(), expected.data(), actual.size());
     EXPECT_EQ(close.wrong_non_finite, 0u);
     EXPECT_LT(close.relative, kRelativeTolerance) << close;
+    // Over its own query, as the contract allows.
+    std::vector<float> in_place = data.q;
+    p.q = p.out = in_place.data();
+    cpu::PagedAttention(p);
+    EXPECT_EQ(in_place, actual);
   }
 }
 
