@@ -97,7 +97,6 @@ class CudaBackend final : public Backend {
 
   const int device_;
   std::string device_name_;
-  int num_multiprocessors_ = 0;
   cudaStream_t stream_ = nullptr;  // of the ops
   cudaEvent_t timing_start_ = nullptr;
   cudaEvent_t timing_end_ = nullptr;
@@ -134,7 +133,6 @@ absl::Status CudaBackend::Initialize() {
                                                       "; 8.0 or newer is needed"));
   }
   device_name_ = properties.name;
-  num_multiprocessors_ = properties.multiProcessorCount;
   if (absl::Status status =
           Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
       !status.ok()) {
@@ -302,7 +300,7 @@ absl::Status CudaBackend::ReserveAttentionScratch(size_t bytes) {
 
 absl::Status CudaBackend::Attention(const kernels::AttentionParams& params) {
   if (absl::Status status = Fault(); !status.ok()) return status;
-  const int64_t scratch_bytes = cuda::AttentionScratchBytes(params, num_multiprocessors_);
+  const int64_t scratch_bytes = cuda::AttentionScratchBytes(params);
   if (absl::Status status = ReserveAttentionScratch(static_cast<size_t>(scratch_bytes));
       !status.ok()) {
     return status;

@@ -10,14 +10,20 @@
 
 namespace prefilld::kernels::cuda {
 
-// Device memory that LaunchAttention needs on a GPU of `num_multiprocessors`; 0 when no head asks
-// for its block mass.
-int64_t AttentionScratchBytes(const AttentionParams& params, int num_multiprocessors);
+// Which kernels run: on Hopper GPUs those of attention/sm90, where they are built for the shape
+// (block_tokens 128), else and on all other GPUs those of attention/sm80. kPortable insists on the
+// latter, for comparison.
+enum class AttentionPath { kFastest, kPortable };
+
+// Device memory that LaunchAttention needs on the current device; may be 0.
+int64_t AttentionScratchBytes(const AttentionParams& params,
+                              AttentionPath path = AttentionPath::kFastest);
 
 // `scratch` is used until the launched kernels have finished. cudaErrorInvalidValue: a shape that
 // no kernel is built for (head_dim 64 or 128; block_tokens 64 or 128), block mass asked of a head
 // with a pattern, or scratch missing.
-cudaError_t LaunchAttention(const AttentionParams& params, void* scratch, cudaStream_t stream);
+cudaError_t LaunchAttention(const AttentionParams& params, void* scratch, cudaStream_t stream,
+                            AttentionPath path = AttentionPath::kFastest);
 
 // head_dim 64, 128 or 256.
 cudaError_t LaunchPagedAttention(const PagedAttentionParams& params, cudaStream_t stream);

@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/attention/plan.h"
 #include "kernels/cuda/attention/sm80/config.h"
+#include "kernels/cuda/attention/sm90/forward.h"
 
 namespace prefilld::kernels::cuda {
 namespace {
@@ -35,9 +36,20 @@ cudaError_t LaunchPortable(const sm80::KernelParams& params, int64_t grid, cudaS
                                                                                 stream);
 }
 
-}  // namespace
+cudaError_t DescribeGpu(GpuTraits* gpu) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&gpu->num_multiprocessors, cudaDevAttrMultiProcessorCount,
+                                   device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&gpu->compute_major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  return error;
+}
 
-int64_t AttentionScratchBytes(const AttentionParams& params, int num_multiprocessors) {
+int64_t PortableScratchBytes(const AttentionParams& params, int num_multiprocessors) {
   HeadGroups groups(params);
   HeadGroup group;
   int64_t ctas = 0;
@@ -47,17 +59,8 @@ int64_t AttentionScratchBytes(const AttentionParams& params, int num_multiproces
   return ctas * BlockMassFloatsPerCta(params) * static_cast<int64_t>(sizeof(float));
 }
 
-cudaError_t LaunchAttention(const AttentionParams& params, void* scratch, cudaStream_t stream) {
-  if (!IsSupported(params)) return cudaErrorInvalidValue;
-  int device = 0;
-  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  int num_multiprocessors = 0;
-  if (cudaError_t error =
-          cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
-      error != cudaSuccess) {
-    return error;
-  }
-
+cudaError_t LaunchPortableGroups(const AttentionParams& params, void* scratch,
+                                 int num_multiprocessors, cudaStream_t stream) {
   sm80::KernelParams kernel_params = MakeKernelParams(params, scratch);
   HeadGroups groups(params);
   while (groups.Next(&kernel_params.group)) {
@@ -74,6 +77,29 @@ cudaError_t LaunchAttention(const AttentionParams& params, void* scratch, cudaSt
     if (cudaError_t error = launch(kernel_params, grid, stream); error != cudaSuccess) return error;
   }
   return cudaSuccess;
+}
+
+}  // namespace
+
+int64_t AttentionScratchBytes(const AttentionParams& params, AttentionPath path) {
+  GpuTraits gpu;
+  if (!IsSupported(params) || DescribeGpu(&gpu) != cudaSuccess) return 0;
+  if (UseHopper(params, gpu, path)) {
+    return static_cast<int64_t>(sm90::AttentionScratchBytes(params, gpu.num_multiprocessors));
+  }
+  return PortableScratchBytes(params, gpu.num_multiprocessors);
+}
+
+cudaError_t LaunchAttention(const AttentionParams& params, void* scratch, cudaStream_t stream,
+                            AttentionPath path) {
+  if (!IsSupported(params)) return cudaErrorInvalidValue;
+  GpuTraits gpu;
+  if (cudaError_t error = DescribeGpu(&gpu); error != cudaSuccess) return error;
+  if (!UseHopper(params, gpu, path)) {
+    return LaunchPortableGroups(params, scratch, gpu.num_multiprocessors, stream);
+  }
+  if (scratch == nullptr) return cudaErrorInvalidValue;
+  return sm90::LaunchAttention(params, scratch, gpu.num_multiprocessors, stream);
 }
 
 }  // namespace prefilld::kernels::cuda

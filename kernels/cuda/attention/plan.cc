@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "kernels/cuda/attention/sm90/forward.h"
+
 namespace prefilld::kernels::cuda {
 namespace {
 
@@ -45,6 +47,10 @@ bool IsSupported(const AttentionParams& params) {
     if (work.block_mass != nullptr && work.pattern != nullptr) return false;
   }
   return true;
+}
+
+bool UseHopper(const AttentionParams& params, const GpuTraits& gpu, AttentionPath path) {
+  return path == AttentionPath::kFastest && gpu.compute_major == 9 && sm90::Supports(params);
 }
 
 int64_t BlockMassCtas(const AttentionParams& params, int num_heads, int num_multiprocessors) {

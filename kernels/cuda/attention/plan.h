@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/attention.h"
+#include "kernels/cuda/attention.h"
 
 namespace prefilld::kernels::cuda {
 
@@ -33,6 +34,15 @@ class HeadGroups {
   int kind_ = 0;  // of the heads being dealt: block mass, dense, pattern
   int next_ = 0;  // in params_.work
 };
+
+// What the choice of kernels depends on.
+struct GpuTraits {
+  int num_multiprocessors = 0;
+  int compute_major = 0;
+};
+
+// Whether the call runs on the kernels of attention/sm90; wgmma exists on compute capability 9 alone.
+bool UseHopper(const AttentionParams& params, const GpuTraits& gpu, AttentionPath path);
 
 // Whether kernels exist for the call's shape and its heads' work is consistent.
 bool IsSupported(const AttentionParams& params);
