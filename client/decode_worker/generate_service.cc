@@ -1,10 +1,12 @@
 #include "client/decode_worker/generate_service.h"
 
+#include <atomic>
 #include <chrono>
 #include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "client/cancellation.h"
 #include "client/grpc_status.h"
@@ -22,10 +24,17 @@ absl::Time DeadlineOf(const grpc::CallbackServerContext& context) {
                                                                   : absl::FromChrono(deadline);
 }
 
-void Log(const GenerateRequest& request, const absl::Status& status, absl::Duration took) {
+std::string NewRequestId() {
+  static const int64_t start = absl::ToUnixMicros(absl::Now());
+  static std::atomic<uint64_t> count = 0;
+  return absl::StrFormat("generate-%x-%d", start, ++count);
+}
+
+void Log(const std::string& request_id, const GenerateRequest& request, const absl::Status& status,
+         absl::Duration took) {
   spdlog::info(
       "generate request_id={} prompt_tokens={} max_new_tokens={} status={} seconds={:.3f}{}{}",
-      request.request_id(), request.token_ids_size(), request.max_new_tokens(),
+      request_id, request.token_ids_size(), request.max_new_tokens(),
       absl::StatusCodeToString(status.code()), absl::ToDoubleSeconds(took),
       status.ok() ? "" : " reason=", std::string(status.message()));
 }
@@ -41,7 +50,8 @@ class GenerateService::Call : public grpc::ServerWriteReactor<GenerateEvent>, pu
 
   Call(GenerateService* service, const grpc::CallbackServerContext& context,
        const GenerateRequest* request)
-      : deadline_(DeadlineOf(context)) {
+      : facts_{request->request_id().empty() ? NewRequestId() : request->request_id(), absl::Now(),
+               DeadlineOf(context)} {
     std::thread([this, service, request] { Run(service, *request); }).detach();
   }
 
@@ -72,16 +82,14 @@ class GenerateService::Call : public grpc::ServerWriteReactor<GenerateEvent>, pu
   void Run(GenerateService* service, const GenerateRequest& request) {
     const WorkerContext& worker = service->worker_;
     worker.metrics->RequestStarted();
-    const absl::Status status =
-        client::Generate(worker, request, arrival_, deadline_, cancellation_, *this);
+    const absl::Status status = client::Generate(worker, request, facts_, cancellation_, *this);
     worker.metrics->RequestEnded(status);
-    Log(request, status, absl::Now() - arrival_);
+    Log(facts_.request_id, request, status, absl::Now() - facts_.arrival);
     Finish(ToGrpc(status));
     service->Leave();
   }
 
-  const absl::Time arrival_ = absl::Now();
-  const absl::Time deadline_ = absl::InfiniteFuture();
+  const CallFacts facts_;
   Cancellation cancellation_;
 
   absl::Mutex mu_;

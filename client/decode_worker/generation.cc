@@ -1,12 +1,10 @@
 #include "client/decode_worker/generation.h"
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "client/decode_worker/cache_writer.h"
 #include "model/config.h"
@@ -44,12 +42,6 @@ void Fill(const model::SampledToken& token, ::prefill::v1::SampledToken& message
   }
 }
 
-std::string NewRequestId() {
-  static const int64_t start = absl::ToUnixMicros(absl::Now());
-  static std::atomic<uint64_t> count = 0;
-  return absl::StrFormat("generate-%x-%d", start, ++count);
-}
-
 absl::Status ValidateRequest(const WorkerContext& worker, const GenerateRequest& request) {
   if (request.token_ids().empty()) {
     return absl::InvalidArgumentError("token_ids is empty; at least 1 is needed");
@@ -75,16 +67,13 @@ absl::Status ValidateRequest(const WorkerContext& worker, const GenerateRequest&
 
 class Generation : public KvSink {
  public:
-  Generation(const WorkerContext& worker, const GenerateRequest& request, absl::Time arrival,
-             absl::Time deadline, Cancellation& cancellation, EventWriter& writer,
-             KvReservation reservation)
+  Generation(const WorkerContext& worker, const GenerateRequest& request, const CallFacts& facts,
+             Cancellation& cancellation, EventWriter& writer, KvReservation reservation)
       : worker_(worker),
         request_(request),
-        request_id_(request.request_id().empty() ? NewRequestId() : request.request_id()),
+        facts_(facts),
         layout_(CacheWriter::LayoutFor(*worker.decoder, worker.options->decoder.block_tokens,
                                        worker.options->decoder.order)),
-        arrival_(arrival),
-        deadline_(deadline),
         cancellation_(cancellation),
         writer_(writer),
         reservation_(std::move(reservation)),
@@ -115,7 +104,7 @@ class Generation : public KvSink {
   absl::Status WriteStarted() {
     GenerateEvent event;
     auto& started = *event.mutable_started();
-    started.set_request_id(request_id_);
+    started.set_request_id(facts_.request_id);
     started.set_kv_blocks(static_cast<uint32_t>(reservation_.blocks().size()));
     *started.mutable_kv_layout() = layout_;
     return writer_.Write(event);
@@ -124,7 +113,7 @@ class Generation : public KvSink {
   absl::StatusOr<PrefillResult> Pull() {
     if (absl::Status started = WriteStarted(); !started.ok()) return started;
     PrefillRequest prefill;
-    prefill.set_request_id(request_id_);
+    prefill.set_request_id(facts_.request_id);
     prefill.set_model_fingerprint(worker_.decoder->fingerprint());
     *prefill.mutable_token_ids() = request_.token_ids();
     *prefill.mutable_layout() = layout_;
@@ -132,7 +121,7 @@ class Generation : public KvSink {
     *prefill.mutable_attention() = request_.attention();
     prefill.set_num_lanes(worker_.options->lanes);
     return worker_.prefill->Prefill(prefill, *this,
-                                    {.deadline = deadline_, .cancellation = &cancellation_});
+                                    {.deadline = facts_.deadline, .cancellation = &cancellation_});
   }
 
   absl::StatusOr<PrefillResult> AwaitPush() {
@@ -175,7 +164,7 @@ class Generation : public KvSink {
 
   absl::Status Decode(GenerateResult& result) {
     const absl::Time first_token_at = absl::Now();
-    worker_.metrics->ObserveTimeToFirstToken(first_token_at - arrival_);
+    worker_.metrics->ObserveTimeToFirstToken(first_token_at - facts_.arrival);
     const auto& first_token = result.prefill().first_token();
     if (absl::Status written = WriteToken(first_token, 0); !written.ok()) return written;
 
@@ -202,7 +191,7 @@ class Generation : public KvSink {
     result.set_finish_reason(finish == Finish::kStop ? ::prefill::v1::FINISH_REASON_STOP
                                                      : ::prefill::v1::FINISH_REASON_LENGTH);
     result.set_num_tokens(num_tokens);
-    result.set_ttft_us(MicrosecondsSince(arrival_, first_token_at));
+    result.set_ttft_us(MicrosecondsSince(facts_.arrival, first_token_at));
     result.set_decode_us(MicrosecondsSince(first_token_at, absl::Now()));
     FillTransfer(result);
     return absl::OkStatus();
@@ -215,16 +204,14 @@ class Generation : public KvSink {
     result.set_kv_transfer_us(MicrosecondsSince(report.first_frame, report.last_frame));
     result.set_kv_overlap(static_cast<double>(report.overlapped_bytes) /
                           static_cast<double>(report.kv_bytes));
-    result.set_first_frame_us(MicrosecondsSince(arrival_, report.first_frame_of_layer_0));
+    result.set_first_frame_us(MicrosecondsSince(facts_.arrival, report.first_frame_of_layer_0));
     result.set_layers_computed_at_first_frame(report.layers_computed_at_first_frame);
   }
 
   const WorkerContext& worker_;
   const GenerateRequest& request_;
-  const std::string request_id_;
+  const CallFacts& facts_;
   const ::prefill::v1::KvLayoutRequest layout_;
-  const absl::Time arrival_;
-  const absl::Time deadline_;
   Cancellation& cancellation_;
   EventWriter& writer_;
 
@@ -235,16 +222,14 @@ class Generation : public KvSink {
 }  // namespace
 
 absl::Status Generate(const WorkerContext& worker, const GenerateRequest& request,
-                      absl::Time arrival, absl::Time deadline, Cancellation& cancellation,
-                      EventWriter& writer) {
+                      const CallFacts& facts, Cancellation& cancellation, EventWriter& writer) {
   if (absl::Status valid = ValidateRequest(worker, request); !valid.ok()) return valid;
   const int64_t block_tokens = worker.options->decoder.block_tokens;
   const int64_t tokens = int64_t{request.token_ids_size()} + request.max_new_tokens();
   absl::StatusOr<KvReservation> reservation =
       worker.pool->Reserve((tokens + block_tokens - 1) / block_tokens);
   if (!reservation.ok()) return reservation.status();
-  Generation generation(worker, request, arrival, deadline, cancellation, writer,
-                        *std::move(reservation));
+  Generation generation(worker, request, facts, cancellation, writer, *std::move(reservation));
   return generation.Run();
 }
 

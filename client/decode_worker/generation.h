@@ -38,11 +38,16 @@ class EventWriter {
   virtual absl::Status Write(const ::prefill::v1::GenerateEvent& event) = 0;
 };
 
-// Runs the request in the calling thread; every resource it took is back on return. `arrival` is
-// the zero of the times reported, `deadline` that of the call.
+// What is known of a request beside its message.
+struct CallFacts {
+  std::string request_id;  // never empty
+  absl::Time arrival;      // the zero of the times reported
+  absl::Time deadline = absl::InfiniteFuture();
+};
+
+// Runs the request in the calling thread; every resource it took is back on return.
 absl::Status Generate(const WorkerContext& worker, const ::prefill::v1::GenerateRequest& request,
-                      absl::Time arrival, absl::Time deadline, Cancellation& cancellation,
-                      EventWriter& writer);
+                      const CallFacts& facts, Cancellation& cancellation, EventWriter& writer);
 
 }  // namespace prefilld::client
 

@@ -79,10 +79,10 @@ class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
     return transfer_->Write(frame);
   }
 
-  // The sender has closed its side, or is gone.
+  // The sender has closed its side, or is gone: without a result it does not matter which.
   absl::Status Close() {
     if (!transfer_) return absl::DataLossError("the stream ended before ReceiveOpen");
-    if (!result_) return absl::DataLossError("the stream ended without a result");
+    if (!result_) return absl::UnavailableError("the pushed stream ended without a result");
     return transfer_->Complete(*std::move(result_));
   }
 

@@ -1,0 +1,104 @@
+#include "client/cli/progress_line.h"
+#include "client/cli/prompt.h"
+#include "client/cli/summary.h"
+#include "client/grpc_status.h"
+#include "gmock/gmock.h"
+#include "google/rpc/retry_info.pb.h"
+#include "google/rpc/status.pb.h"
+#include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
+
+namespace prefilld::client {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+TEST(Prompt, ATextIsItsBytesAfterTheBeginningToken) {
+  PromptSource source;
+  source.text = "a\xc3\xa4";
+  EXPECT_THAT(ReadPrompt(source)->token_ids, ElementsAre(256, 'a', 0xc3, 0xa4));
+  source.bos = -1;
+  EXPECT_THAT(ReadPrompt(source)->token_ids, ElementsAre('a', 0xc3, 0xa4));
+  source.text = "";
+  EXPECT_EQ(ReadPrompt(source).status().message(), "the prompt is empty");
+}
+
+TEST(Prompt, TokenIdsComeInSeveralForms) {
+  EXPECT_THAT(*ParseTokenIds("1, 2 3"), ElementsAre(1, 2, 3));
+  EXPECT_THAT(*ParseTokenIds(" [1,2,\n 151643]\n"), ElementsAre(1, 2, 151643));
+  EXPECT_THAT(ParseTokenIds("1 -2").status().message(), HasSubstr("'-2' is no token id"));
+  EXPECT_THAT(ParseTokenIds("[1 2").status().message(), HasSubstr("no closing bracket"));
+  EXPECT_FALSE(ParseTokenIds("4294967296").ok());
+}
+
+TEST(Prompt, AMissingFileIsNamed) {
+  PromptSource source;
+  source.text_file = "/nonexistent/prompt";
+  EXPECT_EQ(ReadPrompt(source).status().message(), "/nonexistent/prompt cannot be read");
+}
+
+TEST(Prompt, SpecialTokensHaveNoText) {
+  EXPECT_EQ(TokenText('x'), "x");
+  EXPECT_EQ(TokenText(257), "");
+}
+
+TEST(Summary, NumbersReadWell) {
+  EXPECT_EQ(CountText(7), "7");
+  EXPECT_EQ(CountText(1000), "1,000");
+  EXPECT_EQ(CountText(1234567), "1,234,567");
+  EXPECT_EQ(BytesText(999), "999 B");
+  EXPECT_EQ(BytesText(17'180'000'000), "17.18 GB");
+  EXPECT_EQ(DurationText(812'400), "812 ms");
+  EXPECT_EQ(DurationText(4'210'000), "4.21 s");
+}
+
+TEST(Summary, TellsWhatAGenerationDid) {
+  Generated generated;
+  generated.num_layers = 8;
+  auto& result = generated.result;
+  result.set_num_tokens(5);
+  result.set_ttft_us(500'000);
+  result.set_decode_us(40'000);
+  result.set_kv_transfer_us(100'000);
+  result.set_kv_overlap(0.875);
+  result.set_layers_computed_at_first_frame(1);
+  result.mutable_prefill()->set_num_tokens(8192);
+  result.mutable_prefill()->set_policy(::prefill::v1::ATTENTION_POLICY_SHARE);
+  result.mutable_prefill()->set_kv_bytes(50'000'000);
+  result.mutable_prefill()->mutable_total()->set_density(0.345);
+  result.mutable_prefill()->mutable_total()->set_pivot_heads(12);
+  const std::string text = Summary(generated);
+  EXPECT_THAT(text, HasSubstr("8,192 tokens; first token after 500 ms, 16,384 tokens/s"));
+  EXPECT_THAT(text, HasSubstr("share, density 34.5 %; heads: 0 dense, 12 pivot"));
+  EXPECT_THAT(text, HasSubstr("50.0 MB in 0 frames, 0.50 GB/s"));
+  EXPECT_THAT(text, HasSubstr("88 % left before the last layer was done"));
+  EXPECT_THAT(text, HasSubstr("with 1 of 8 layers computed"));
+  EXPECT_THAT(text, HasSubstr("5 tokens, 100.0 tokens/s"));
+  EXPECT_EQ(ToJson(generated)["prefill"]["density"], 0.345);
+}
+
+TEST(Summary, AnErrorIsOneLineWithItsStatusAndWhenToComeBack) {
+  google::rpc::RetryInfo retry;
+  retry.mutable_retry_delay()->set_seconds(2);
+  google::rpc::Status details;
+  details.add_details()->PackFrom(retry);
+  const absl::Status full = FromGrpc(grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED,
+                                                  "queue full", details.SerializeAsString()));
+  EXPECT_EQ(ErrorText(full, "host:1"), "RESOURCE_EXHAUSTED: queue full; try again in 2s");
+  EXPECT_EQ(ErrorText(absl::UnavailableError("gone"), "host:1"), "UNAVAILABLE: gone (host:1)");
+}
+
+TEST(ProgressLine, TellsQueueAndLayers) {
+  ::prefill::v1::Progress progress;
+  progress.set_queue_position(3);
+  EXPECT_EQ(ProgressText(progress, 0), "queued behind 3");
+  progress.set_queue_position(0);
+  progress.set_layers_computed(12);
+  progress.set_num_layers(32);
+  progress.set_elapsed_us(4'200'000);
+  EXPECT_EQ(ProgressText(progress, 1'100'000'000), "layer 12 of 32, 4.2 s, 1.10 GB of KV");
+}
+
+}  // namespace
+}  // namespace prefilld::client
