@@ -14,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/synchronization/mutex.h"
+#include "kernels/cpu/threads.h"
 #include "model/fingerprint.h"
 #include "model/safetensors.h"
 #include "model/weight_conversion.h"
@@ -23,7 +24,7 @@ namespace {
 
 using kernels::DType;
 
-constexpr unsigned kMaxWorkers = 8;
+constexpr int kMaxWorkers = 8;  // saturate a link to a GPU, and bound the staging memory
 
 int64_t ElementCount(const std::vector<int64_t>& shape) {
   return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
@@ -160,10 +161,10 @@ void WeightLoader::Work() {
 absl::Status WeightLoader::Transfer() {
   if (placed_.ok()) placed_ = CheckNothingLeft();
   if (!placed_.ok()) return placed_;
-  const unsigned workers = std::clamp(std::thread::hardware_concurrency(), 1u, kMaxWorkers);
+  const int workers = std::min(kernels::cpu::AvailableThreads(), kMaxWorkers);
   {
     std::vector<std::jthread> threads;
-    for (unsigned i = 0; i < workers; ++i) threads.emplace_back([this] { Work(); });
+    for (int i = 0; i < workers; ++i) threads.emplace_back([this] { Work(); });
   }
   absl::MutexLock lock(&mu_);
   if (!first_error_.ok()) return first_error_;

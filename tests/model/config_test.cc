@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <nlohmann/json.hpp>
+#include <random>
 
 #include "tests/model/temporary_folder.h"
 
@@ -165,6 +166,28 @@ TEST(LoadModelConfig, RefusesTextThatIsNoConfig) {
   EXPECT_THAT(Reason(LoadText(R"({"hidden_size": NaN})")), HasSubstr("not JSON"));
   EXPECT_THAT(Reason(LoadText(R"({"a": 1, "a": 2})")), HasSubstr("key \"a\" twice"));
   EXPECT_THAT(Reason(LoadText(std::string(100000, '['))), HasSubstr("nested deeper"));
+}
+
+// Whatever bytes change, there is a config or a reason.
+TEST(LoadModelConfig, SurvivesMutatedFiles) {
+  const std::string alphabet = "{}[]\",:-0123456789.eE \\\xff";
+  std::mt19937 random(7);
+  TemporaryFolder folder;
+  for (int round = 0; round < 3000; ++round) {
+    std::string text = round % 2 == 0 ? Llama().dump() : Qwen2().dump();
+    for (uint32_t edits = 1 + random() % 3; edits > 0; --edits) {
+      const size_t at = random() % text.size();
+      if (random() % 2 == 0) text[at] = alphabet[random() % alphabet.size()];
+      if (random() % 4 == 0) text.insert(at, 1, alphabet[random() % alphabet.size()]);
+    }
+    folder.Write("config.json", text);
+    const absl::StatusOr<ModelConfig> config = LoadModelConfig(folder.path());
+    if (config.ok()) {
+      EXPECT_GT(MakeRopeTable(*config, 1000).attention_factor, 0.0f);
+    } else {
+      EXPECT_EQ(config.status().code(), absl::StatusCode::kInvalidArgument) << text;
+    }
+  }
 }
 
 struct Refusal {

@@ -23,7 +23,7 @@ class AlignedImage {
  public:
   explicit AlignedImage(const std::string& content)
       : words_((content.size() + 7) / 8), bytes_(content.size()) {
-    std::memcpy(words_.data(), content.data(), content.size());
+    if (!content.empty()) std::memcpy(words_.data(), content.data(), content.size());
   }
   absl::Span<const std::byte> span() const {
     return {reinterpret_cast<const std::byte*>(words_.data()), bytes_};
