@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads) measure_pattern_kernel(MeasurePatter
     while (word != 0) {
       const int64_t block = static_cast<int64_t>(w) * 32 + __ffs(static_cast<int>(word)) - 1;
       word &= word - 1;
-      mass += to_fixed(params.block_mass[row * params.num_key_blocks + block]) >> 8;
+      mass += to_fixed(params.block_mass[row * params.num_key_blocks + block]) >> 4;
     }
   }
   mass = device::warp_sum(mass);
@@ -62,9 +62,9 @@ __global__ void __launch_bounds__(kThreads) measure_pattern_kernel(MeasurePatter
 }
 
 __global__ void finish_mass_kernel(double* mass, int64_t num_query_blocks) {
-  // 44 fractional bits: 2^19 rows fit.
+  // 48 fractional bits: 2^15 rows fit.
   const auto fixed = *reinterpret_cast<const unsigned long long*>(mass);
-  *mass = static_cast<double>(fixed) * 0x1p-44 / static_cast<double>(num_query_blocks);
+  *mass = static_cast<double>(fixed) * 0x1p-48 / static_cast<double>(num_query_blocks);
 }
 
 }  // namespace

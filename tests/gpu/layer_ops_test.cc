@@ -1,0 +1,183 @@
+#include "kernels/cuda/layer_ops.h"
+
+#include <cmath>
+#include <vector>
+
+#include "kernels/cuda/linear.h"
+#include "tests/gpu/device_array.h"
+#include "tests/kernels/closeness.h"
+#include "tests/kernels/reference_layer_ops.h"
+
+namespace prefilld::kernels::testing {
+namespace {
+
+// One rounding of the output to bf16: 2^-9 at most, 2^-10.6 on average.
+constexpr double kRelativeTolerance = 3e-3;
+
+std::vector<float> Normal(int64_t count, uint32_t seed) {
+  return NormalValues(static_cast<size_t>(count), 1.0f, seed);
+}
+
+void ExpectClose(const std::vector<float>& actual, const std::vector<float>& expected) {
+  ASSERT_EQ(actual.size(), expected.size());
+  const Closeness c = Compare(actual.data(), expected.data(), actual.size());
+  EXPECT_EQ(c.wrong_non_finite, 0u);
+  EXPECT_LT(c.relative, kRelativeTolerance) << c;
+}
+
+class CudaLayerOps : public GpuTest {};
+
+TEST_F(CudaLayerOps, EmbeddingCopiesRows) {
+  for (const int64_t hidden : {7, 24, 3584}) {
+    const std::vector<float> table = Normal(50 * hidden, 1);
+    for (const int64_t n : {1, 100}) {
+      std::vector<uint32_t> ids(static_cast<size_t>(n));
+      for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<uint32_t>(i * 37 % 50);
+      const DeviceArray<uint32_t> device_ids(ids);
+      const DeviceArray<Bf16> device_table(ToBf16(table));
+      const DeviceArray<Bf16> y(static_cast<size_t>(n * hidden));
+      std::vector<float> expected(y.size());
+      PREFILLD_ASSERT_CUDA(cuda::LaunchEmbedding(
+          {device_ids.data(), device_table.data(), y.data(), n, hidden}, nullptr));
+      reference::Embedding({ids.data(), table.data(), expected.data(), n, hidden});
+      EXPECT_EQ(FromBf16(y.Read()), expected);
+    }
+  }
+}
+
+TEST_F(CudaLayerOps, RmsNormEqualsReferenceAlsoInPlace) {
+  for (const int64_t hidden : {1, 7, 64, 100, 3584, 8192}) {
+    const std::vector<float> x = Normal(5 * hidden, 1);
+    const std::vector<float> weight = Normal(hidden, 2);
+    const DeviceArray<Bf16> in_place(ToBf16(x));
+    const DeviceArray<Bf16> device_weight(ToBf16(weight));
+    std::vector<float> expected(x.size());
+    PREFILLD_ASSERT_CUDA(cuda::LaunchRmsNorm(
+        {in_place.data(), device_weight.data(), in_place.data(), 5, hidden, 1e-5f}, nullptr));
+    reference::RmsNorm({x.data(), weight.data(), expected.data(), 5, hidden, 1e-5f});
+    ExpectClose(FromBf16(in_place.Read()), expected);
+  }
+}
+
+TEST_F(CudaLayerOps, SwiGluEqualsReferenceAlsoForLargeGates) {
+  for (const int64_t intermediate : {1, 15, 64, 333, 18944}) {
+    std::vector<float> gate_up = Normal(3 * 2 * intermediate, 1);
+    gate_up[0] = -1000.0f;
+    gate_up[static_cast<size_t>(2 * intermediate)] = 1000.0f;
+    gate_up[static_cast<size_t>(4 * intermediate)] = -87.0f;
+    const DeviceArray<Bf16> device_gate_up(ToBf16(gate_up));
+    const DeviceArray<Bf16> y(static_cast<size_t>(3 * intermediate));
+    std::vector<float> expected(y.size());
+    PREFILLD_ASSERT_CUDA(
+        cuda::LaunchSwiGlu({device_gate_up.data(), y.data(), 3, intermediate}, nullptr));
+    reference::SwiGlu({gate_up.data(), expected.data(), 3, intermediate});
+    ExpectClose(FromBf16(y.Read()), expected);
+  }
+}
+
+TEST_F(CudaLayerOps, LinearEqualsReferenceWithBiasAndAccumulation) {
+  const DeviceArray<char> workspace(cuda::LinearLauncher::kWorkspaceBytes);
+  cuda::LinearLauncher launcher;
+  ASSERT_EQ(launcher.Initialize(workspace.data(), workspace.size()), CUBLAS_STATUS_SUCCESS);
+  for (const int64_t num_tokens : {1, 2, 17, 130}) {
+    for (const auto& [in, out] :
+         {std::pair<int64_t, int64_t>{8, 8}, {40, 24}, {256, 100}, {512, 1536}}) {
+      for (const bool with_bias : {false, true}) {
+        for (const bool accumulate : {false, true}) {
+          const std::vector<float> x = Normal(num_tokens * in, 1);
+          const std::vector<float> w = Normal(out * in, 2);
+          const std::vector<float> bias = Normal(out, 3);
+          std::vector<float> expected = Normal(num_tokens * out, 4);
+          const DeviceArray<Bf16> device_x(ToBf16(x)), device_w(ToBf16(w)),
+              device_bias(ToBf16(bias)), y(ToBf16(expected));
+          LinearParams p{device_x.data(),
+                         device_w.data(),
+                         with_bias ? device_bias.data() : nullptr,
+                         y.data(),
+                         num_tokens,
+                         in,
+                         out,
+                         accumulate};
+          // Twice where it may be: the second time with the remembered algorithm.
+          for (int i = 0; i < (accumulate ? 1 : 2); ++i) {
+            ASSERT_EQ(launcher.Launch(p, nullptr), CUBLAS_STATUS_SUCCESS)
+                << num_tokens << ", " << in << " -> " << out;
+          }
+          reference::Linear({x.data(), w.data(), with_bias ? bias.data() : nullptr, expected.data(),
+                             num_tokens, in, out, accumulate});
+          ExpectClose(FromBf16(y.Read()), expected);
+        }
+      }
+    }
+  }
+}
+
+struct RopeCase {
+  int64_t num_tokens;
+  int64_t first_position;
+  int num_heads;
+  int num_kv_heads;
+  int head_dim;
+  bool norms;
+  bool token_major_kv;  // a paged cache's block; otherwise head-major
+};
+
+TEST_F(CudaLayerOps, QkvRopeEqualsReference) {
+  const RopeCase cases[] = {
+      {1, 0, 2, 1, 64, false, false},          {1, 4095, 7, 1, 64, true, true},
+      {31, 0, 4, 2, 128, true, false},         {33, 1000, 4, 4, 16, false, false},
+      {100, 1'000'000, 2, 2, 64, true, false}, {70, 16'000'000, 2, 1, 128, false, true},
+      {9, 5, 3, 1, 256, true, false},
+  };
+  for (const RopeCase& c : cases) {
+    const std::vector<float> qkv =
+        Normal(c.num_tokens * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, 1);
+    const std::vector<float> q_norm = Normal(c.head_dim, 2);
+    const std::vector<float> k_norm = Normal(c.head_dim, 3);
+    std::vector<float> inv_freq(static_cast<size_t>(c.head_dim / 2));
+    for (size_t i = 0; i < inv_freq.size(); ++i) {
+      inv_freq[i] =
+          std::pow(500000.0f, -2.0f * static_cast<float>(i) / static_cast<float>(c.head_dim));
+    }
+    // Room for five more tokens, which must stay as they are.
+    const int64_t capacity = c.num_tokens + 5;
+    std::vector<float> q(static_cast<size_t>(c.num_tokens * c.num_heads * c.head_dim));
+    std::vector<float> k(static_cast<size_t>(c.num_kv_heads * capacity * c.head_dim), 9.0f);
+    std::vector<float> v = k;
+    const DeviceArray<Bf16> device_qkv(ToBf16(qkv)), device_q_norm(ToBf16(q_norm)),
+        device_k_norm(ToBf16(k_norm)), device_q(q.size()), device_k(ToBf16(k)), device_v(ToBf16(v));
+    const DeviceArray<float> device_inv_freq(inv_freq);
+    QkvRopeParams p;
+    p.num_tokens = c.num_tokens;
+    p.first_position = c.first_position;
+    p.kv_head_stride = c.token_major_kv ? c.head_dim : capacity * c.head_dim;
+    p.kv_token_stride = c.token_major_kv ? c.num_kv_heads * c.head_dim : c.head_dim;
+    p.num_heads = c.num_heads;
+    p.num_kv_heads = c.num_kv_heads;
+    p.head_dim = c.head_dim;
+    p.attention_factor = 1.2f;
+    QkvRopeParams on_device = p;
+    p.qkv = qkv.data();
+    p.q_norm = c.norms ? q_norm.data() : nullptr;
+    p.k_norm = c.norms ? k_norm.data() : nullptr;
+    p.inv_freq = inv_freq.data();
+    p.q = q.data();
+    p.k = k.data();
+    p.v = v.data();
+    reference::QkvRope(p);
+    on_device.qkv = device_qkv.data();
+    on_device.q_norm = c.norms ? device_q_norm.data() : nullptr;
+    on_device.k_norm = c.norms ? device_k_norm.data() : nullptr;
+    on_device.inv_freq = device_inv_freq.data();
+    on_device.q = device_q.data();
+    on_device.k = device_k.data();
+    on_device.v = device_v.data();
+    PREFILLD_ASSERT_CUDA(cuda::LaunchQkvRope(on_device, nullptr));
+    ExpectClose(FromBf16(device_q.Read()), q);
+    ExpectClose(FromBf16(device_k.Read()), k);
+    EXPECT_EQ(FromBf16(device_v.Read()), v);
+  }
+}
+
+}  // namespace
+}  // namespace prefilld::kernels::testing

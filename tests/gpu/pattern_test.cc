@@ -1,0 +1,259 @@
+#include "kernels/cuda/pattern.h"
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "kernels/attention.h"
+#include "tests/gpu/device_array.h"
+#include "tests/kernels/cases.h"
+#include "tests/kernels/closeness.h"
+#include "tests/kernels/reference_pattern.h"
+#include "tests/kernels/structured_qkv.h"
+
+namespace prefilld::kernels::testing {
+namespace {
+
+class CudaEstimate : public GpuTestWithParam<EstimateCase> {};
+
+TEST_P(CudaEstimate, EqualsReference) {
+  const EstimateCase& c = GetParam();
+  const int64_t num_queries = std::min<int64_t>(c.block_tokens, c.num_keys);
+  const Qkv data = MakeQkv(num_queries, c.num_keys, c.num_heads, c.num_kv_heads, c.head_dim, 2);
+  const auto scratch_bytes =
+      static_cast<size_t>(EstimateScratchBytes(c.num_heads, c.num_keys, c.block_tokens));
+  EstimateParams p;
+  p.num_queries = num_queries;
+  p.num_keys = c.num_keys;
+  p.kv_head_stride = c.num_keys * c.head_dim;
+  p.num_heads = c.num_heads;
+  p.num_kv_heads = c.num_kv_heads;
+  p.head_dim = c.head_dim;
+  p.block_tokens = c.block_tokens;
+  p.scale = 0.125f;
+
+  std::vector<float> block_mass(
+      static_cast<size_t>(c.num_heads * CeilDiv(c.num_keys, c.block_tokens)));
+  std::vector<float> vertical(static_cast<size_t>(c.num_heads * c.num_keys));
+  std::vector<float> slash(vertical.size());
+  std::vector<char> scratch(scratch_bytes);
+  p.q = data.q.data();
+  p.k = data.k.data();
+  p.block_mass = block_mass.data();
+  p.vertical = vertical.data();
+  p.slash = slash.data();
+  p.scratch = scratch.data();
+  reference::Estimate(p);
+
+  const DeviceArray<Bf16> q(ToBf16(data.q)), k(ToBf16(data.k));
+  const DeviceArray<float> device_block_mass(block_mass.size()), device_vertical(vertical.size()),
+      device_slash(slash.size());
+  const DeviceArray<char> device_scratch(scratch_bytes);
+  p.q = q.data();
+  p.k = k.data();
+  p.block_mass = device_block_mass.data();
+  p.vertical = device_vertical.data();
+  p.slash = device_slash.data();
+  p.scratch = device_scratch.data();
+  PREFILLD_ASSERT_CUDA(cuda::LaunchEstimate(p, nullptr));
+  const auto expect_close = [](const std::vector<float>& actual,
+                               const std::vector<float>& expected) {
+    const Closeness closeness = Compare(actual.data(), expected.data(), actual.size());
+    EXPECT_EQ(closeness.wrong_non_finite, 0u);
+    // The products are exact; sums and exponentials are in fp32.
+    EXPECT_LT(closeness.relative, 1e-4) << closeness;
+  };
+  expect_close(device_block_mass.Read(), block_mass);
+  expect_close(device_vertical.Read(), vertical);
+  expect_close(device_slash.Read(), slash);
+}
+
+INSTANTIATE_TEST_SUITE_P(Common, CudaEstimate, ::testing::ValuesIn(EstimateCases()),
+                         CaseName<::testing::TestParamInfo<EstimateCase>>);
+// Chunks of more than the least number of keys.
+INSTANTIATE_TEST_SUITE_P(Large, CudaEstimate,
+                         ::testing::Values(EstimateCase{"LongChunks", 33000, 2, 1, 128, 128},
+                                           EstimateCase{"LongChunksSmallBlocks", 20001, 2, 1, 64,
+                                                        64}),
+                         CaseName<::testing::TestParamInfo<EstimateCase>>);
+
+// Masses of `num_heads` rows that sum to 1: a few large ones, many small ones; with `ties`, of
+// few distinct values.
+std::vector<float> MakeMasses(int num_heads, int64_t n, bool ties, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::exponential_distribution<float> exponential;
+  std::uniform_int_distribution<int> level(0, 3);
+  std::vector<float> mass(static_cast<size_t>(num_heads * n));
+  for (int h = 0; h < num_heads; ++h) {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < n; ++i) {
+      const float x = exponential(random);
+      float& m = mass[static_cast<size_t>(h * n + i)];
+      m = ties ? static_cast<float>(level(random)) : x * x * x * x;
+      sum += m;
+    }
+    for (int64_t i = 0; sum > 0.0f && i < n; ++i) mass[static_cast<size_t>(h * n + i)] /= sum;
+  }
+  return mass;
+}
+
+// Kernel and reference sum in different arithmetic (pattern/smallest_set.cuh). Their sets are
+// equal unless the running sum comes within rounding of the target: all mass of many distinct
+// values (gamma 1) asks for just that, so gamma 1 goes with few distinct values only.
+bool DecidedByRounding(bool ties, float gamma) { return gamma == 1.0f && !ties; }
+
+class CudaPattern : public GpuTest {};
+
+TEST_F(CudaPattern, VerticalSlashEqualsReferenceWithAndWithoutTies) {
+  constexpr int kHeads = 3;
+  for (const int64_t num_keys : {1, 64, 65, 700, 5000, 9000, 100000}) {
+    const auto num_words =
+        static_cast<size_t>(kHeads * PatternWords(CeilDiv(num_keys, int64_t{64})));
+    for (const bool ties : {false, true}) {
+      const std::vector<float> vertical = MakeMasses(kHeads, num_keys, ties, 1);
+      const std::vector<float> slash = MakeMasses(kHeads, num_keys, ties, 2);
+      const DeviceArray<float> device_vertical(vertical), device_slash(slash);
+      for (const float gamma : {0.3f, 0.9f, 0.999f, 1.0f}) {
+        if (DecidedByRounding(ties, gamma)) continue;
+        for (const int64_t budget : {0, 100, 1000000}) {
+          VerticalSlashParams p;
+          p.num_keys = num_keys;
+          p.num_heads = kHeads;
+          p.block_tokens = 64;
+          p.gamma = gamma;
+          p.min_budget_tokens = budget;
+          std::vector<uint32_t> columns(num_words), diagonals(num_words);
+          std::vector<char> scratch(
+              static_cast<size_t>(VerticalSlashScratchBytes(kHeads, num_keys)));
+          p.vertical = vertical.data();
+          p.slash = slash.data();
+          p.columns = columns.data();
+          p.diagonals = diagonals.data();
+          p.scratch = scratch.data();
+          reference::VerticalSlash(p);
+          const DeviceArray<uint32_t> device_columns(num_words), device_diagonals(num_words);
+          p.vertical = device_vertical.data();
+          p.slash = device_slash.data();
+          p.columns = device_columns.data();
+          p.diagonals = device_diagonals.data();
+          p.scratch = nullptr;
+          PREFILLD_ASSERT_CUDA(cuda::LaunchVerticalSlash(p, nullptr));
+          EXPECT_EQ(device_columns.Read(), columns)
+              << num_keys << " keys, ties " << ties << ", gamma " << gamma << ", budget " << budget;
+          EXPECT_EQ(device_diagonals.Read(), diagonals)
+              << num_keys << " keys, ties " << ties << ", gamma " << gamma << ", budget " << budget;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaPattern, AmongEqualMassesTheLowestIndexWins) {
+  const DeviceArray<float> mass(std::vector<float>(4096, 1.0f / 4096));
+  const DeviceArray<uint32_t> columns(1), diagonals(1);
+  VerticalSlashParams p;
+  p.vertical = mass.data();
+  p.slash = mass.data();
+  p.num_keys = 4096;
+  p.num_heads = 1;
+  p.block_tokens = 128;
+  p.gamma = 0.5f;
+  p.columns = columns.data();
+  p.diagonals = diagonals.data();
+  PREFILLD_ASSERT_CUDA(cuda::LaunchVerticalSlash(p, nullptr));
+  EXPECT_EQ(columns.Read()[0], 0x0000ffffu);
+  EXPECT_EQ(diagonals.Read()[0], 0x0001ffffu);  // the last offset chosen, 2047, crosses block 16
+}
+
+TEST_F(CudaPattern, ExpandVerticalSlashEqualsReference) {
+  for (const int64_t key_blocks : {1, 2, 31, 32, 33, 64, 100}) {
+    for (const int64_t query_blocks : {int64_t{1}, key_blocks / 2 + 1, key_blocks}) {
+      // Rows of a random pattern serve as random bits.
+      const std::vector<uint32_t> columns = MakePattern(1, key_blocks, 0.1, 1);
+      const std::vector<uint32_t> diagonals = MakePattern(1, key_blocks, 0.1, 2);
+      std::vector<uint32_t> expected(static_cast<size_t>(query_blocks * PatternWords(key_blocks)));
+      reference::ExpandVerticalSlash(
+          {columns.data(), diagonals.data(), query_blocks, key_blocks, expected.data()});
+      const DeviceArray<uint32_t> device_columns(columns), device_diagonals(diagonals),
+          actual(expected.size());
+      PREFILLD_ASSERT_CUDA(cuda::LaunchExpandVerticalSlash(
+          {device_columns.data(), device_diagonals.data(), query_blocks, key_blocks, actual.data()},
+          nullptr));
+      EXPECT_EQ(actual.Read(), expected) << query_blocks << " of " << key_blocks;
+    }
+  }
+}
+
+// Block mass as attention writes it: rows sum to 1, nothing above the diagonal.
+std::vector<float> MakeBlockMass(int64_t query_blocks, int64_t key_blocks, bool ties) {
+  std::vector<float> mass(static_cast<size_t>(query_blocks * key_blocks));
+  for (int64_t row = 0; row < query_blocks; ++row) {
+    const int64_t n = key_blocks - query_blocks + row + 1;
+    const std::vector<float> values = MakeMasses(1, n, ties, static_cast<uint32_t>(row));
+    std::copy(values.begin(), values.end(), mass.begin() + row * key_blocks);
+  }
+  return mass;
+}
+
+TEST_F(CudaPattern, SelectRowsEqualsReferenceWithAndWithoutTies) {
+  for (const int64_t key_blocks : {1, 2, 32, 33, 70, 300}) {
+    for (const int64_t query_blocks : {int64_t{1}, key_blocks}) {
+      for (const bool ties : {false, true}) {
+        const std::vector<float> mass = MakeBlockMass(query_blocks, key_blocks, ties);
+        const DeviceArray<float> device_mass(mass);
+        for (const float gamma : {0.1f, 0.9f, 1.0f}) {
+          if (DecidedByRounding(ties, gamma)) continue;
+          std::vector<uint32_t> expected(
+              static_cast<size_t>(query_blocks * PatternWords(key_blocks)));
+          reference::SelectRows({mass.data(), query_blocks, key_blocks, gamma, expected.data()});
+          const DeviceArray<uint32_t> actual(expected.size());
+          PREFILLD_ASSERT_CUDA(cuda::LaunchSelectRows(
+              {device_mass.data(), query_blocks, key_blocks, gamma, actual.data()}, nullptr));
+          EXPECT_EQ(actual.Read(), expected)
+              << query_blocks << " of " << key_blocks << ", ties " << ties << ", gamma " << gamma;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaPattern, MeasurePatternEqualsReference) {
+  for (const int64_t key_blocks : {1, 33, 70, 1100}) {
+    for (const int64_t query_blocks : {int64_t{1}, key_blocks}) {
+      const std::vector<float> mass = MakeBlockMass(query_blocks, key_blocks, false);
+      const std::vector<uint32_t> pattern = MakePattern(query_blocks, key_blocks, 0.2, 3);
+      const std::vector<uint32_t> last_row = MakePattern(1, key_blocks, 0.2, 4);
+      const DeviceArray<float> device_mass(mass);
+      const DeviceArray<uint32_t> device_pattern(pattern), device_last_row(last_row);
+      for (const bool with_last_row : {false, true}) {
+        double expected_mass = -1.0;
+        int64_t expected_blocks = -1;
+        reference::MeasurePattern({mass.data(), pattern.data(),
+                                   with_last_row ? last_row.data() : nullptr, query_blocks,
+                                   key_blocks, &expected_mass, &expected_blocks});
+        const DeviceArray<double> actual_mass(1);
+        const DeviceArray<int64_t> actual_blocks(1);
+        MeasurePatternParams p{device_mass.data(),
+                               device_pattern.data(),
+                               with_last_row ? device_last_row.data() : nullptr,
+                               query_blocks,
+                               key_blocks,
+                               actual_mass.data(),
+                               actual_blocks.data()};
+        PREFILLD_ASSERT_CUDA(cuda::LaunchMeasurePattern(p, nullptr));
+        EXPECT_NEAR(actual_mass.Read()[0], expected_mass, 1e-10);
+        EXPECT_EQ(actual_blocks.Read()[0], expected_blocks);
+        const DeviceArray<int64_t> count_only(1);
+        p.block_mass = nullptr;
+        p.mass = nullptr;
+        p.blocks = count_only.data();
+        PREFILLD_ASSERT_CUDA(cuda::LaunchMeasurePattern(p, nullptr));
+        EXPECT_EQ(count_only.Read()[0], expected_blocks);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace prefilld::kernels::testing

@@ -1,0 +1,145 @@
+// Host functions that choose launches and lay out scratch memory: no GPU needed.
+#include <gtest/gtest.h>
+
+#include <set>
+#include <vector>
+
+#include "kernels/attention.h"
+#include "kernels/cuda/attention/plan.h"
+#include "kernels/cuda/linear.h"
+#include "kernels/cuda/pattern/estimate_plan.h"
+#include "kernels/pattern.h"
+
+namespace prefilld::kernels::cuda {
+namespace {
+
+const uint32_t kSomePattern[1] = {1};
+float some_mass[1];
+
+AttentionParams Params(const std::vector<HeadWork>& work) {
+  AttentionParams params;
+  params.num_queries = params.num_keys = 1000;
+  params.num_heads = 200;
+  params.num_kv_heads = 8;
+  params.head_dim = 128;
+  params.work = work.data();
+  params.num_work = static_cast<int>(work.size());
+  return params;
+}
+
+TEST(HeadGroups, DealEveryHeadOnceWithBlockMassApartAndDenseFirst) {
+  std::vector<HeadWork> work(200);
+  for (int i = 0; i < 200; ++i) {
+    work[i].head = i;
+    if (i % 5 == 0) work[i].block_mass = some_mass;
+    if (i % 5 >= 3) work[i].pattern = kSomePattern;
+  }
+  const AttentionParams params = Params(work);
+  HeadGroups groups(params);
+  HeadGroup group;
+  std::set<int> seen;
+  bool block_mass_over = false;
+  while (groups.Next(&group)) {
+    ASSERT_LE(group.num_heads, kMaxHeadsPerLaunch);
+    block_mass_over |= !group.block_mass;
+    EXPECT_FALSE(block_mass_over && group.block_mass);
+    for (int i = 0; i < group.num_heads; ++i) {
+      EXPECT_TRUE(seen.insert(group.heads[i].head).second);
+      EXPECT_EQ(group.heads[i].block_mass != nullptr, group.block_mass);
+      EXPECT_EQ(group.heads[i].pattern == nullptr, i < group.num_dense);
+    }
+  }
+  EXPECT_EQ(seen.size(), 200u);
+}
+
+TEST(HeadGroups, NoWorkIsNoGroup) {
+  const AttentionParams params = Params({});
+  HeadGroups groups(params);
+  HeadGroup group;
+  EXPECT_FALSE(groups.Next(&group));
+}
+
+TEST(AttentionPlan, RefusesShapesWithoutAKernel) {
+  const std::vector<HeadWork> work(1);
+  EXPECT_TRUE(IsSupported(Params(work)));
+  AttentionParams params = Params(work);
+  params.head_dim = 96;
+  EXPECT_FALSE(IsSupported(params));
+  params = Params(work);
+  params.block_tokens = 32;
+  EXPECT_FALSE(IsSupported(params));
+  params = Params(work);
+  params.num_kv_heads = 3;
+  EXPECT_FALSE(IsSupported(params));
+  params = Params(work);
+  params.num_queries = 1001;
+  EXPECT_FALSE(IsSupported(params));
+  const std::vector<HeadWork> both = {{.pattern = kSomePattern, .block_mass = some_mass}};
+  EXPECT_FALSE(IsSupported(Params(both)));
+}
+
+TEST(AttentionPlan, HopperKernelsRunOnHopperForBlocksOf128) {
+  const GpuTraits hopper = {.num_multiprocessors = 132, .compute_major = 9};
+  const GpuTraits ampere = {.num_multiprocessors = 108, .compute_major = 8};
+  const GpuTraits blackwell = {.num_multiprocessors = 148, .compute_major = 10};
+  AttentionParams params = Params({});
+  params.kv_head_stride = 1000 * 128;
+  EXPECT_TRUE(UseHopper(params, hopper, AttentionPath::kFastest));
+  EXPECT_FALSE(UseHopper(params, hopper, AttentionPath::kPortable));
+  EXPECT_FALSE(UseHopper(params, ampere, AttentionPath::kFastest));
+  EXPECT_FALSE(UseHopper(params, blackwell, AttentionPath::kFastest));
+  params.block_tokens = 64;
+  EXPECT_FALSE(UseHopper(params, hopper, AttentionPath::kFastest));
+}
+
+TEST(AttentionPlan, CountsQueryBlocksByAbsolutePosition) {
+  AttentionParams params = Params({});
+  params.num_keys = 300;
+  params.num_queries = 300;
+  EXPECT_EQ(NumQueryBlocks(params), 3);
+  params.num_queries = 45;  // positions 255 .. 299: blocks 1 and 2
+  EXPECT_EQ(NumQueryBlocks(params), 2);
+  params.num_queries = 44;
+  EXPECT_EQ(NumQueryBlocks(params), 1);
+}
+
+TEST(AttentionPlan, BlockMassTakesNoMoreCtasThanTiles) {
+  const AttentionParams params = Params({});
+  EXPECT_EQ(BlockMassCtas(params, 1, 132), 8);
+  EXPECT_EQ(BlockMassCtas(params, 100, 132), 264);
+  EXPECT_EQ(BlockMassFloatsPerCta(params), 1024);
+}
+
+TEST(EstimatePlan, ScratchFitsTheContract) {
+  for (const int block_tokens : {64, 128}) {
+    for (const int num_heads : {1, 28}) {
+      for (int64_t num_keys = 1; num_keys < 3'000'000; num_keys += num_keys / 7 + 1) {
+        const EstimatePlan plan = PlanEstimate(num_keys);
+        EXPECT_EQ(plan.chunk_keys % 256, 0);
+        EXPECT_GE(plan.num_chunks * plan.chunk_keys, num_keys);
+        EXPECT_LT((plan.num_chunks - 1) * plan.chunk_keys, num_keys);
+        EXPECT_LE(LayOutEstimateScratch(plan, num_heads, block_tokens).floats *
+                      static_cast<int64_t>(sizeof(float)),
+                  EstimateScratchBytes(num_heads, num_keys, block_tokens))
+            << num_keys;
+      }
+    }
+  }
+}
+
+TEST(LinearShape, KnowsTheAlignmentOfAllOperands) {
+  alignas(512) static char memory[1024];
+  LinearParams params;
+  params.x = memory;
+  params.w = memory + 512;
+  params.y = memory + 256;
+  EXPECT_EQ(ShapeOf(params).alignment, 256u);
+  params.y = memory + 16;
+  EXPECT_EQ(ShapeOf(params).alignment, 16u);
+  params.bias = memory + 2;
+  EXPECT_EQ(ShapeOf(params).alignment, 2u);
+  EXPECT_TRUE(ShapeOf(params).bias);
+}
+
+}  // namespace
+}  // namespace prefilld::kernels::cuda
