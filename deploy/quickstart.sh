@@ -53,7 +53,7 @@ fail() {
   for log in "$work"/*.log; do
     [[ -s "$log" ]] || continue
     printf '\n-- last lines of %s\n' "$log" >&2
-    tail -n 15 "$log" >&2
+    tail -n 15 "$log" | cut -c 1-300 >&2
   done
   exit 1
 }
@@ -141,15 +141,14 @@ ask() {
   echo "$tokens tokens of prose; at $depth % of it: \"The pass key is $key. Remember it.\""
   echo "The prompt ends: \"$(tail -n 1 "$work/prompt.txt")\""
   echo
-  "$bin/prefill-cli" generate --worker="$worker" --text_file="$work/prompt.txt" --policy="$policy" \
-    --max_new_tokens=8 2>"$work/answer.log" >"$work/answer.txt" || fail "no answer"
-  cat "$work/answer.log"
+  # Tokens come on standard output, progress and summary on standard error.
   local answer
-  answer=$(<"$work/answer.txt")
+  answer=$("$bin/prefill-cli" generate --worker="$worker" --text_file="$work/prompt.txt" \
+    --policy="$policy" --max_new_tokens=8 | tr -d '\0') || fail "no answer"
   if [[ "$answer" == "$key"* ]]; then
-    echo "answer: $answer   RIGHT"
+    echo "answer     $answer, which is right"
   else
-    echo "answer: $answer   WRONG, the key was $key"
+    echo "answer     $answer, which is WRONG: the key was $key"
     wrong=yes
   fi
 }

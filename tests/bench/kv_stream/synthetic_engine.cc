@@ -1,0 +1,86 @@
+#include "tests/bench/kv_stream/synthetic_engine.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+namespace prefilld::bench {
+namespace {
+
+constexpr size_t kKvBytes = size_t{64} << 20;  // more than the caches hold
+
+class SyntheticSequence : public model::PrefillSequence {
+ public:
+  SyntheticSequence(const model::ModelConfig& config, const std::vector<uint8_t>& kv)
+      : config_(config), kv_(kv) {}
+
+  absl::StatusOr<model::LayerReport> RunLayer() override {
+    model::LayerReport report;
+    report.layer = next_layer_++;
+    report.dense_heads = config_.num_heads;
+    report.density = 1.0;
+    return report;
+  }
+
+  absl::Status PackKv(int layer, const model::KvSelection& selection, void* dst) override {
+    const size_t bytes = 2 * static_cast<size_t>(selection.num_blocks) * selection.block_tokens *
+                         selection.num_heads * config_.head_dim * SizeOf(selection.dtype);
+    // Walks through the buffer, so that the source is not in a cache.
+    for (size_t done = 0; done < bytes;) {
+      const size_t chunk = std::min(bytes - done, kv_.size() - offset_);
+      std::memcpy(static_cast<uint8_t*>(dst) + done, kv_.data() + offset_, chunk);
+      done += chunk;
+      offset_ = (offset_ + chunk) % kv_.size();
+    }
+    return absl::OkStatus();
+  }
+
+  void ReleaseKv(int layer) override {}
+
+  absl::StatusOr<std::vector<float>> FinalLogits() override {
+    return std::vector<float>(config_.vocab_size, 0.0f);
+  }
+
+  model::AttentionPolicy policy() const override { return model::AttentionPolicy::kDense; }
+
+ private:
+  const model::ModelConfig& config_;
+  const std::vector<uint8_t>& kv_;
+  size_t offset_ = 0;
+  int next_layer_ = 0;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<SyntheticEngine>> SyntheticEngine::Create(int64_t max_tokens) {
+  std::unique_ptr<SyntheticEngine> engine(new SyntheticEngine);
+  auto backend = model::CreateBackend(model::DeviceChoice::kCpu, 1);
+  if (!backend.ok()) return backend.status();
+  engine->backend_ = *std::move(backend);
+  engine->info_.model_name = "synthetic";
+  engine->info_.fingerprint = "synthetic";
+  engine->info_.device_name = "none";
+  engine->info_.native_dtype = kernels::DType::kBf16;
+  engine->info_.max_tokens = max_tokens;
+  model::ModelConfig& config = engine->info_.config;
+  config.vocab_size = 256;
+  config.num_layers = 32;
+  config.num_heads = 32;
+  config.num_kv_heads = 8;
+  config.head_dim = 128;
+  config.max_positions = max_tokens;
+  engine->kv_.resize(kKvBytes);
+  for (size_t i = 0; i < kKvBytes; ++i) engine->kv_[i] = static_cast<uint8_t>(i * 131 + (i >> 12));
+  return engine;
+}
+
+absl::StatusOr<std::unique_ptr<model::PrefillSequence>> SyntheticEngine::Start(
+    absl::Span<const uint32_t> tokens, const model::AttentionOptions& options) {
+  return std::make_unique<SyntheticSequence>(info_.config, kv_);
+}
+
+absl::StatusOr<model::DeviceBuffer> SyntheticEngine::AllocateStaging(size_t bytes) {
+  return backend_->AllocateStaging(bytes);
+}
+
+}  // namespace prefilld::bench

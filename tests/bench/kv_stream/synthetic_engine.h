@@ -1,0 +1,37 @@
+// An engine whose layers cost nothing: what is left is the transfer of their KV.
+#ifndef PREFILLD_TESTS_BENCH_KV_STREAM_SYNTHETIC_ENGINE_H_
+#define PREFILLD_TESTS_BENCH_KV_STREAM_SYNTHETIC_ENGINE_H_
+
+#include <memory>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "model/backend.h"
+#include "model/prefill_engine.h"
+
+namespace prefilld::bench {
+
+// Llama-3.1-8B's KV: 32 layers of 8 heads of 128, bf16, 131,072 bytes a token.
+class SyntheticEngine : public model::PrefillEngine {
+ public:
+  static absl::StatusOr<std::unique_ptr<SyntheticEngine>> Create(int64_t max_tokens);
+
+  const model::EngineInfo& info() const override { return info_; }
+  int kv_slots() const override { return 3; }
+  size_t allocated_bytes() const override { return 0; }
+  // Packing is one copy out of a buffer of this content, as from a finished layer's KV.
+  absl::StatusOr<std::unique_ptr<model::PrefillSequence>> Start(
+      absl::Span<const uint32_t> tokens, const model::AttentionOptions& options) override;
+  absl::StatusOr<model::DeviceBuffer> AllocateStaging(size_t bytes) override;
+
+ private:
+  SyntheticEngine() = default;
+
+  model::EngineInfo info_;
+  std::unique_ptr<model::Backend> backend_;
+  std::vector<uint8_t> kv_;
+};
+
+}  // namespace prefilld::bench
+
+#endif  // PREFILLD_TESTS_BENCH_KV_STREAM_SYNTHETIC_ENGINE_H_
