@@ -1,6 +1,7 @@
 #include "kernels/cuda/attention/plan.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "kernels/cuda/attention/sm90/forward.h"
 
@@ -41,6 +42,7 @@ bool IsSupported(const AttentionParams& params) {
   if (params.block_tokens != 64 && params.block_tokens != 128) return false;
   if (params.num_kv_heads <= 0 || params.num_heads % params.num_kv_heads != 0) return false;
   if (params.num_queries <= 0 || params.num_queries > params.num_keys) return false;
+  if (params.num_keys > std::numeric_limits<int32_t>::max()) return false;  // positions are int
   for (int i = 0; i < params.num_work; ++i) {
     const HeadWork& work = params.work[i];
     if (work.head < 0 || work.head >= params.num_heads) return false;

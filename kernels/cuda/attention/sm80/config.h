@@ -43,8 +43,9 @@ struct QueryTile {
   int work = 0;         // index of its head in the group
   int first_valid = 0;  // rows of the tile that hold queries: [first_valid, end_valid)
   int end_valid = 0;
-  int64_t first_query =
-      0;  // index in q of the tile's row 0; negative where a prefix cuts the block
+  int64_t kv_offset = 0;  // of its KV head in k and v, elements
+  // Index in q of the tile's row 0; negative where a prefix cuts the block.
+  int64_t first_query = 0;
 };
 
 // Followed by the words of the tile's pattern row.

@@ -17,6 +17,8 @@ __device__ __forceinline__ QueryTile locate_tile(const KernelParams& params, int
   QueryTile tile;
   tile.row = row;
   tile.work = work;
+  tile.kv_offset = static_cast<int64_t>(params.group.heads[work].head / params.heads_per_kv_head) *
+                   params.kv_head_stride;
   tile.block = static_cast<int>(prefix / kBlock) + row;
   tile.first_query = static_cast<int64_t>(tile.block) * kBlock - prefix;
   tile.first_valid = tile.first_query < 0 ? static_cast<int>(-tile.first_query) : 0;
@@ -54,8 +56,8 @@ class KeyTiles {
   __device__ __forceinline__ bool done() const { return block_ < 0; }
   __device__ __forceinline__ int block() const { return block_; }
   __device__ __forceinline__ int part() const { return part_; }  // tile within the block
-  __device__ __forceinline__ int64_t first_key() const {
-    return static_cast<int64_t>(block_) * Config::kBlockTokens + part_ * Config::kKeyTile;
+  __device__ __forceinline__ int first_key() const {
+    return block_ * Config::kBlockTokens + part_ * Config::kKeyTile;
   }
   __device__ __forceinline__ void next() {
     if (++part_ == Config::kKeyTilesPerBlock) {
@@ -300,14 +302,11 @@ __device__ __forceinline__ void compute_tile(const KernelParams& params,
   constexpr int kHeadDim = Config::kHeadDim;
   constexpr int kThreads = Config::kThreads;
   const QueryTile& tile = shared.tile;
-  const int diagonal = tile.block;
   const int first_row = static_cast<int>(threadIdx.x) / 32 * Config::kRowTiles * 16;
   const uint32_t q_tile = device::shared_address(shared.q);
   const uint32_t k_tile = device::shared_address(shared.k);
   const uint32_t v_tile = device::shared_address(shared.v);
   const HeadWork& work = params.group.heads[tile.work];
-  const int64_t kv_offset =
-      static_cast<int64_t>(work.head / params.heads_per_kv_head) * params.kv_head_stride;
   const int64_t row_stride = static_cast<int64_t>(params.num_heads) * kHeadDim;
   load_tile_async<Config::kBlockTokens, kHeadDim, kThreads>(
       q_tile, params.q + tile.first_query * row_stride + static_cast<int64_t>(work.head) * kHeadDim,
@@ -315,18 +314,16 @@ __device__ __forceinline__ void compute_tile(const KernelParams& params,
   load_pattern_row(words, work, tile, params);
   __syncthreads();  // the pattern row is written
 
-  const auto load_key_tile = [&](uint32_t shared_tile, const __nv_bfloat16* source,
-                                 int64_t first_key) {
-    const int64_t left = params.num_keys - first_key;
+  const auto load_key_tile = [&](uint32_t shared_tile, const __nv_bfloat16* source, int first_key) {
     load_tile_async<Config::kKeyTile, kHeadDim, kThreads>(
-        shared_tile, source + (kv_offset + first_key * kHeadDim), kHeadDim, 0,
-        static_cast<int>(min(left, static_cast<int64_t>(Config::kKeyTile))));
+        shared_tile, source + (tile.kv_offset + static_cast<int64_t>(first_key) * kHeadDim),
+        kHeadDim, 0, static_cast<int>(params.num_keys) - first_key);
     device::commit_async_copies();
   };
 
   Accumulator<Config> accumulator;
   accumulator.reset();
-  KeyTiles<Config> tiles(words, diagonal);
+  KeyTiles<Config> tiles(words, tile.block);
   if (!tiles.done()) load_key_tile(k_tile, params.k, tiles.first_key());
   while (!tiles.done()) {
     device::wait_async_copies<0>();
@@ -335,7 +332,7 @@ __device__ __forceinline__ void compute_tile(const KernelParams& params,
     float s[Config::kRowTiles][Config::kKeyTile / 8][4];
     multiply_qk<kHeadDim, Config::kRowTiles, Config::kKeyTile>(s, q_tile, first_row, k_tile);
     const int block = tiles.block();
-    if (block == diagonal) {
+    if (block == tile.block) {
       mask_diagonal<Config>(s, first_row, tiles.part() * Config::kKeyTile);
     }
     tiles.next();

@@ -74,7 +74,8 @@ __device__ __forceinline__ void multiply_qk(float (&s)[kRowTiles][kKeys / 8][4],
       for (int e = 0; e < 4; ++e) s[i][j][e] = 0.0f;
     }
   }
-#pragma unroll
+  // Not unrolled in full: at head_dim 128 the addresses would cost registers that are not there.
+#pragma unroll 2
   for (int step = 0; step < kHeadDim / 16; ++step) {
     uint32_t q_fragment[kRowTiles][4];
 #pragma unroll
