@@ -1,0 +1,128 @@
+#include "tests/integration/child_process.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+
+namespace prefilld::integration {
+namespace {
+
+constexpr absl::Duration kPoll = absl::Milliseconds(5);
+constexpr absl::Duration kStartTimeout = absl::Seconds(30);
+
+std::string MakeFolder() {
+  std::string path = (std::filesystem::temp_directory_path() / "prefilld-process-XXXXXX").string();
+  if (mkdtemp(path.data()) == nullptr) abort();
+  return path;
+}
+
+std::string ReadFile(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return std::string(std::istreambuf_iterator<char>(file), {});
+}
+
+// In the child: does not return.
+void Execute(const std::string& folder, const std::vector<std::string>& command) {
+  std::vector<char*> argv;
+  for (const std::string& word : command) argv.push_back(const_cast<char*>(word.c_str()));
+  argv.push_back(nullptr);
+  const auto redirect = [&](const char* name, int descriptor) {
+    const int file = open((folder + name).c_str(), O_CREAT | O_WRONLY | O_TRUNC, 0600);
+    dup2(file, descriptor);
+  };
+  redirect("/stdout", STDOUT_FILENO);
+  redirect("/stderr", STDERR_FILENO);
+  execv(argv[0], argv.data());
+  _exit(127);
+}
+
+std::map<std::string, int> ParsePorts(const std::string& text) {
+  std::map<std::string, int> ports;
+  char name[32];
+  int port;
+  int length;
+  for (const char* at = text.c_str(); std::sscanf(at, "%31[a-z]=%d %n", name, &port, &length) == 2;
+       at += length) {
+    ports[name] = port;
+  }
+  return ports;
+}
+
+}  // namespace
+
+ChildProcess::ChildProcess(const std::string& program, const std::vector<std::string>& args)
+    : folder_(MakeFolder()) {
+  std::vector<std::string> command = {absl::StrCat(PREFILLD_BIN_DIR, "/", program)};
+  command.insert(command.end(), args.begin(), args.end());
+  pid_ = fork();
+  if (pid_ < 0) abort();
+  if (pid_ == 0) Execute(folder_, command);
+}
+
+ChildProcess::~ChildProcess() {
+  Signal(SIGKILL);
+  Wait(absl::InfiniteDuration());
+  std::error_code ignored;
+  std::filesystem::remove_all(folder_, ignored);
+}
+
+void ChildProcess::Signal(int signal) {
+  if (!exit_code_) kill(pid_, signal);
+}
+
+std::optional<int> ChildProcess::Wait(absl::Duration timeout) {
+  const absl::Time deadline = absl::Now() + timeout;
+  while (!exit_code_) {
+    int status = 0;
+    if (waitpid(pid_, &status, WNOHANG) == pid_) {
+      exit_code_ = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+    } else if (absl::Now() >= deadline) {
+      return std::nullopt;
+    } else {
+      absl::SleepFor(kPoll);
+    }
+  }
+  return exit_code_;
+}
+
+std::string ChildProcess::stdout_text() const { return ReadFile(folder_ + "/stdout"); }
+std::string ChildProcess::stderr_text() const { return ReadFile(folder_ + "/stderr"); }
+
+ServerProcess::ServerProcess(const std::string& program, std::vector<std::string> args)
+    : ServerProcess(program, std::move(args), MakeFolder() + "/ports") {}
+
+ServerProcess::ServerProcess(const std::string& program, std::vector<std::string> args,
+                             const std::string& port_file)
+    : ChildProcess(program, [&] {
+        args.push_back("--listen=127.0.0.1:0");
+        args.push_back("--metrics_listen=127.0.0.1:0");
+        args.push_back("--port_file=" + port_file);
+        return args;
+      }()) {
+  const absl::Time deadline = absl::Now() + kStartTimeout;
+  while (ports_.count("grpc") == 0 || ports_.count("metrics") == 0) {
+    if (Wait(kPoll).has_value() || absl::Now() > deadline) {
+      std::fprintf(stderr, "%s did not start:\n%s", program.c_str(), stderr_text().c_str());
+      abort();
+    }
+    ports_ = ParsePorts(ReadFile(port_file));
+  }
+  std::error_code ignored;
+  std::filesystem::remove_all(std::filesystem::path(port_file).parent_path(), ignored);
+}
+
+std::string ServerProcess::AddressOf(const std::string& port_name) const {
+  return absl::StrCat("127.0.0.1:", ports_.at(port_name));
+}
+
+}  // namespace prefilld::integration

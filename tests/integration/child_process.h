@@ -1,0 +1,58 @@
+#ifndef PREFILLD_TESTS_INTEGRATION_CHILD_PROCESS_H_
+#define PREFILLD_TESTS_INTEGRATION_CHILD_PROCESS_H_
+
+#include <sys/types.h>
+
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/time/time.h"
+
+namespace prefilld::integration {
+
+// A program of this build, run as a process of its own; killed on destruction. What it prints goes
+// to files. Not thread-safe.
+class ChildProcess {
+ public:
+  // `program` is a name in the build's bin folder.
+  ChildProcess(const std::string& program, const std::vector<std::string>& args);
+  ~ChildProcess();
+  ChildProcess(const ChildProcess&) = delete;
+  ChildProcess& operator=(const ChildProcess&) = delete;
+
+  void Signal(int signal);
+  // The exit code, or 128 + the signal that ended it; nullopt when it still runs after `timeout`.
+  std::optional<int> Wait(absl::Duration timeout);
+
+  std::string stdout_text() const;
+  std::string stderr_text() const;
+
+ private:
+  const std::string folder_;
+  pid_t pid_ = -1;
+  std::optional<int> exit_code_;
+};
+
+// A server program with --port_file: ready when the constructor returns, else it aborts with the
+// program's log.
+class ServerProcess : public ChildProcess {
+ public:
+  ServerProcess(const std::string& program, std::vector<std::string> args);
+
+  // "127.0.0.1:<port>"
+  std::string address() const { return AddressOf("grpc"); }
+  std::string metrics_address() const { return AddressOf("metrics"); }
+
+ private:
+  ServerProcess(const std::string& program, std::vector<std::string> args,
+                const std::string& port_file);
+  std::string AddressOf(const std::string& port_name) const;
+
+  std::map<std::string, int> ports_;
+};
+
+}  // namespace prefilld::integration
+
+#endif  // PREFILLD_TESTS_INTEGRATION_CHILD_PROCESS_H_

@@ -1,0 +1,34 @@
+#ifndef PREFILLD_TESTS_INTEGRATION_TCP_SOCKET_H_
+#define PREFILLD_TESTS_INTEGRATION_TCP_SOCKET_H_
+
+#include <string>
+#include <utility>
+
+namespace prefilld::integration {
+
+// A file descriptor that is closed on destruction. Move-only; -1 is none.
+class TcpSocket {
+ public:
+  TcpSocket() = default;
+  explicit TcpSocket(int descriptor) : descriptor_(descriptor) {}
+  TcpSocket(TcpSocket&& other) noexcept : descriptor_(std::exchange(other.descriptor_, -1)) {}
+  TcpSocket& operator=(TcpSocket&& other) noexcept {
+    std::swap(descriptor_, other.descriptor_);
+    return *this;
+  }
+  ~TcpSocket();
+
+  // To "a.b.c.d:port"; aborts when refused.
+  static TcpSocket Connect(const std::string& address);
+  // On a free port of 127.0.0.1, which goes to `port`.
+  static TcpSocket Listen(int& port);
+
+  int descriptor() const { return descriptor_; }
+
+ private:
+  int descriptor_ = -1;
+};
+
+}  // namespace prefilld::integration
+
+#endif  // PREFILLD_TESTS_INTEGRATION_TCP_SOCKET_H_
