@@ -38,7 +38,7 @@ def build_model(case):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            mean, shift = golden_cases.distribution(name)
+            mean, shift = golden_cases.distribution(name, parameter.shape)
             values = golden_cases.tensor_values(name, tuple(parameter.shape), mean, shift)
             parameter.copy_(torch.from_numpy(values))
     return model
@@ -68,7 +68,7 @@ def checkpoint_recipe(case, model):
         names = [f"model-{i + 1:05}-of-{case.shards:05}.safetensors" for i in range(case.shards)]
     recipe = {name: {} for name in names}
     for i, (name, parameter) in enumerate(model.named_parameters()):
-        mean, shift = golden_cases.distribution(name)
+        mean, shift = golden_cases.distribution(name, parameter.shape)
         recipe[names[i % case.shards]][name] = {
             "dtype": DTYPE_NAMES[case.dtype], "shape": list(parameter.shape),
             "mean": mean, "shift": shift}
