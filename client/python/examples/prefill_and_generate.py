@@ -1,0 +1,53 @@
+#!/usr/bin/env python3
+"""Fetches the KV cache of a text from prefilld, then has a decode worker continue the text.
+
+    PYTHONPATH=client/python python3 client/python/examples/prefill_and_generate.py \
+        --server localhost:50051 --worker localhost:50052 --text "Once upon a time"
+
+Tokens are the bytes of the text after one BOS (256), as the embedded model has them.
+"""
+
+import argparse
+import time
+
+from prefilld import Attention, DecodeClient, Layout, PrefillClient, to_float32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prefill a text, then continue it.")
+    parser.add_argument("--server", default="localhost:50051", help="host:port of prefilld")
+    parser.add_argument("--worker", default=None, help="host:port of a decode worker; none: prefill only")
+    parser.add_argument("--text", default="Once upon a time")
+    parser.add_argument("--policy", default=None, choices=["dense", "vertical_slash", "share", "auto"])
+    args = parser.parse_args()
+    tokens = [256, *args.text.encode()]
+
+    with PrefillClient(args.server) as client:
+        info = client.server_info()
+        print(f"{info.model_name} on {info.device}: {info.num_layers} layers, {info.num_kv_heads} KV heads")
+        begin = time.monotonic()
+        with client.prefill(tokens, layout=Layout(order="hnd"), attention=Attention(args.policy)) as stream:
+            for blocks in stream:
+                norm = abs(to_float32(blocks.keys)).mean()
+                print(
+                    f"{1e3 * (time.monotonic() - begin):8.1f} ms  layer {blocks.layer}: keys {blocks.keys.shape}, "
+                    f"mean magnitude {norm:.3f}, sent after {blocks.layers_computed} layers"
+                )
+            result = stream.result
+        print(
+            f"first token {result.first_token.token_id}, density {result.total.density:.3f}, {result.kv_bytes} bytes of KV"
+        )
+
+    if args.worker:
+        with DecodeClient(args.worker) as client:
+            for token in client.generate(tokens, 32, attention=Attention(args.policy)):
+                print(
+                    bytes([token.id]).decode(errors="replace") if token.id < 256 else f"<{token.id}>",
+                    end="",
+                    flush=True,
+                )
+        print()
+
+
+if __name__ == "__main__":
+    main()

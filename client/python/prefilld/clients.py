@@ -1,0 +1,265 @@
+"""PrefillClient and DecodeClient. Both are safe to use from several threads, one stream per thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import grpc
+import numpy as np
+
+from prefilld import wire
+from prefilld.options import Attention, Layout, Sampling
+from prefilld.transfer import KvBlocks, TransferCheck, TransferError, block_shape, check_layout, element_type
+
+_CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", 64 << 20),  # a KV frame is 1 to 4 MiB, one large block can be more
+    ("grpc.max_send_message_length", 64 << 20),  # a million token ids are 5 MiB
+    ("grpc.http2.lookahead_bytes", 8 << 20),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.http2.max_pings_without_data", 0),  # we send nothing during a long prefill
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+def retry_after(error: grpc.RpcError) -> float | None:
+    """Seconds after which the server asks to come back (RESOURCE_EXHAUSTED), None when it does not say."""
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            for detail in wire.RpcStatus.FromString(value).details:
+                if detail.type_url.endswith("/google.rpc.RetryInfo"):
+                    delay = wire.RetryInfo.FromString(detail.value).retry_delay
+                    return delay.seconds + delay.nanos / 1e9
+    return None
+
+
+class _Client:
+    _service: str
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        options: Sequence[tuple[str, object]] = (),
+    ):
+        """Connects lazily: a server that is not there fails the first call with UNAVAILABLE.
+
+        address: host:port. credentials: grpc.ssl_channel_credentials(...) for TLS, None for plain
+        text. options: more gRPC channel arguments.
+        """
+        arguments = (*_CHANNEL_OPTIONS, *options)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(address, arguments)
+        else:
+            self._channel = grpc.secure_channel(address, credentials, arguments)
+        self._stub = wire.Stub(self._channel, self._service)
+
+    def close(self) -> None:
+        """Ends every call still running."""
+        self._channel.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class _Stream:
+    """A response stream. Leaving its `with` block, or close(), cancels what is not finished."""
+
+    def __init__(self, call):
+        self._call = call
+
+    def close(self) -> None:
+        self._call.cancel()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class PrefillStream(_Stream):
+    """Iterates over KvBlocks as the server computes them, layer by layer.
+
+    request_id, layout, queue_position: known at once (layout: the KvLayout message).
+    result: the PrefillResult message, once the iteration has ended; None before.
+    """
+
+    def __init__(self, call, accepted, on_progress: Callable | None):
+        super().__init__(call)
+        self.request_id: str = accepted.request_id
+        self.queue_position: int = accepted.queue_position
+        self.layout = accepted.layout
+        self.result = None
+        self._on_progress = on_progress
+        self._check = TransferCheck(accepted.layout)
+        self._blocks = self._receive()
+
+    def __iter__(self) -> Iterator[KvBlocks]:
+        return self._blocks
+
+    def __next__(self) -> KvBlocks:
+        return next(self._blocks)
+
+    def read_all(self) -> np.ndarray:
+        """The whole cache: [num_layers, 2 (K, V), num_blocks, *block_shape(layout)], writable.
+
+        num_blocks counts from layout.first_block. With block order NHD and all blocks,
+        `.reshape(layers, 2, -1, heads, head_dim)[:, :, :num_tokens]` is the cache by token.
+        """
+        first, layout = self.layout.first_block, self.layout
+        shape = (layout.num_layers, 2, layout.num_blocks - first, *block_shape(layout))
+        cache = np.empty(shape, element_type(layout))
+        for blocks in self:
+            place = slice(blocks.first_block - first, blocks.first_block - first + len(blocks.keys))
+            cache[blocks.layer, 0, place] = blocks.keys
+            cache[blocks.layer, 1, place] = blocks.values
+        return cache
+
+    def _receive(self) -> Iterator[KvBlocks]:
+        try:
+            for event in self._call:
+                kind = event.WhichOneof("event")
+                if kind == "kv_frame":
+                    yield self._check.take(event.kv_frame)
+                elif kind == "progress" and self._on_progress:
+                    self._on_progress(event.progress)
+                elif kind == "result":
+                    self._check.finish(event.result)
+                    self.result = event.result
+        except TransferError:
+            self.close()
+            raise
+        if self.result is None:
+            raise TransferError(grpc.StatusCode.DATA_LOSS, "the stream ended without a result")
+
+
+class PrefillClient(_Client):
+    """Of a prefilld server. Frames come on one lane; the C++ client has several."""
+
+    _service = "PrefillService"
+
+    def server_info(self, timeout: float = 10):
+        """The ServerInfo message: model, fingerprint, limits, policies, load."""
+        return self._stub.GetServerInfo(wire.GetServerInfoRequest(), timeout=timeout)
+
+    def prefill(
+        self,
+        tokens: Sequence[int],
+        *,
+        layout: Layout = Layout(),
+        attention: Attention = Attention(),
+        sampling: Sampling = Sampling(),
+        request_id: str = "",
+        model_fingerprint: str = "",
+        layer_stats: bool = False,
+        timeout: float | None = None,
+        on_progress: Callable | None = None,
+    ) -> PrefillStream:
+        """Runs one prompt; returns once the server has accepted it.
+
+        on_progress(Progress) is called after each layer and while the request waits, from within
+        the iteration. Raises grpc.RpcError with the server's status, which PrefillService in
+        prefill.proto lists, and TransferError when the server breaks its promise; both here and
+        while iterating.
+        """
+        request = wire.PrefillRequest(
+            request_id=request_id,
+            model_fingerprint=model_fingerprint,
+            token_ids=tokens,
+            layout=layout.to_wire(),
+            attention=attention.to_wire(),
+            sampling=sampling.to_wire(),
+            num_lanes=1,
+            layer_stats=layer_stats,
+        )
+        call = self._stub.Prefill(request, timeout=timeout)
+        first = next(call, None)
+        if first is None or first.WhichOneof("event") != "accepted":
+            call.cancel()
+            raise TransferError(grpc.StatusCode.DATA_LOSS, "the stream does not begin with Accepted")
+        try:
+            check_layout(first.accepted.layout, request.layout, len(tokens), model_fingerprint)
+        except TransferError:
+            call.cancel()
+            raise
+        return PrefillStream(call, first.accepted, on_progress)
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token. top_logprobs: (token id, natural log-probability), most likely first."""
+
+    id: int
+    index: int
+    logprob: float
+    top_logprobs: list[tuple[int, float]] = field(default_factory=list)
+
+
+class GenerateStream(_Stream):
+    """Iterates over Token as they are generated; result is the GenerateResult message after the last."""
+
+    def __init__(self, call, on_progress: Callable | None):
+        super().__init__(call)
+        self.result = None
+        self._on_progress = on_progress
+        self._tokens = self._receive()
+
+    def __iter__(self) -> Iterator[Token]:
+        return self._tokens
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def _receive(self) -> Iterator[Token]:
+        for event in self._call:
+            kind = event.WhichOneof("event")
+            if kind == "token":
+                token = event.token.token
+                top = [(t.token_id, t.logprob) for t in token.top_logprobs]
+                yield Token(token.token_id, event.token.index, token.logprob, top)
+            elif kind == "progress" and self._on_progress:
+                self._on_progress(event.progress)
+            elif kind == "result":
+                self.result = event.result
+        if self.result is None:
+            raise TransferError(grpc.StatusCode.DATA_LOSS, "the stream ended without a result")
+
+
+class DecodeClient(_Client):
+    """Of a decode worker, which has the prompt prefilled by a prefilld and generates."""
+
+    _service = "DecodeService"
+
+    def generate(
+        self,
+        tokens: Sequence[int],
+        max_new_tokens: int,
+        *,
+        attention: Attention = Attention(),
+        sampling: Sampling = Sampling(),
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        request_id: str = "",
+        timeout: float | None = None,
+        on_progress: Callable | None = None,
+    ) -> GenerateStream:
+        """Starts one generation. on_progress(PrefillProgress) is called while the prompt is prefilled.
+
+        Iterating raises grpc.RpcError: RESOURCE_EXHAUSTED when the worker lacks KV blocks,
+        otherwise what prefilld answered (see PrefillService in prefill.proto).
+        """
+        request = wire.GenerateRequest(
+            request_id=request_id,
+            token_ids=tokens,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling.to_wire(),
+            attention=attention.to_wire(),
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+        )
+        return GenerateStream(self._stub.Generate(request, timeout=timeout), on_progress)

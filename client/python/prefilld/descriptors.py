@@ -1,0 +1,68 @@
+"""The wire contract in compiled form: a FileDescriptorSet of proto/.
+
+In a checkout it is compiled from proto/ on import, which takes a few milliseconds and cannot be
+stale. An installed package carries the file. To take the client to a machine without a compiler:
+
+    PYTHONPATH=client/python python3 -m prefilld.descriptors [FILE]
+
+writes it beside this module (or to FILE).
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FILE_NAME = "descriptors.binpb"
+PACKAGED = Path(__file__).with_name(FILE_NAME)
+PROTO_ROOT = Path(__file__).resolve().parents[3] / "proto"
+
+
+def _run_compiler(arguments: list[str]) -> None:
+    """protoc of the system, else the one inside grpcio-tools."""
+    if shutil.which("protoc"):
+        subprocess.run(["protoc", *arguments], check=True)
+        return
+    try:
+        import grpc_tools
+        from grpc_tools import protoc
+    except ImportError:
+        raise RuntimeError(
+            f"{PROTO_ROOT} cannot be compiled: neither protoc (Debian: protobuf-compiler) nor grpcio-tools is here"
+        ) from None
+    includes = Path(grpc_tools.__file__).parent / "_proto"
+    if protoc.main(["protoc", f"-I{includes}", *arguments]) != 0:
+        raise RuntimeError(f"{PROTO_ROOT} does not compile")
+
+
+def compile_descriptors() -> bytes:
+    files = sorted(str(p.relative_to(PROTO_ROOT)) for p in PROTO_ROOT.rglob("*.proto"))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / FILE_NAME
+        _run_compiler(["--include_imports", f"--descriptor_set_out={out}", f"-I{PROTO_ROOT}", *files])
+        return out.read_bytes()
+
+
+def load_descriptors() -> bytes:
+    """In a checkout compiled afresh where that is possible, else the packaged file."""
+    in_checkout = (PROTO_ROOT / "prefill" / "v1").is_dir()
+    if not in_checkout:
+        return PACKAGED.read_bytes()
+    try:
+        return compile_descriptors()
+    except RuntimeError:
+        if PACKAGED.exists():
+            return PACKAGED.read_bytes()
+        raise
+
+
+def write_descriptors(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(compile_descriptors())
+
+
+if __name__ == "__main__":
+    write_descriptors(Path(sys.argv[1]) if len(sys.argv) > 1 else PACKAGED)
