@@ -13,12 +13,13 @@ constexpr char kLiveness[] = "liveness";
 }  // namespace
 
 Health::Health(grpc::HealthCheckServiceInterface* service) : service_(service) {
-  SetReady(false);
+  // gRPC's service starts out serving.
+  service_->SetServingStatus(false);
   service_->SetServingStatus(kLiveness, true);
 }
 
 void Health::SetReady(bool ready) {
-  ready_ = ready;
+  if (ready_.exchange(ready) == ready) return;
   service_->SetServingStatus(kWholeServer, ready);
   service_->SetServingStatus(::prefill::v1::PrefillService::service_full_name(), ready);
 }

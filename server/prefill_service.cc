@@ -109,9 +109,9 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
                                    .on_done =
                                        [this, job] {
                                          job->OnCallCancelled();  // unless it has ended
-                                         scheduler_.Retire(*job);
                                          metrics_.CountRequest(*job);
                                          LogRequest(*job);
+                                         scheduler_.Retire(*job);
                                        }});
   queue.Attach(stream);
   return stream;
@@ -138,6 +138,8 @@ Stream* PrefillService::AttachLane(grpc::CallbackServerContext* context,
                                    job->OnCallCancelled();  // unless it has ended
                                  }
                                }});
+  // Tells the consumer that the lane is attached, though frames may be long in coming.
+  stream->StartSendInitialMetadata();
   if (!(*queue)->Attach(stream.get())) {
     return RefuseStream(
         absl::AlreadyExistsError(absl::StrCat("lane ", request->lane(), " is attached already")));

@@ -22,7 +22,7 @@ class ServerStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
     // Everything that will be sent has been, and this status is about to follow.
     absl::AnyInvocable<void(const absl::Status&)> on_end;
     // The call is over. May be null.
-    absl::AnyInvocable<void()> on_done;
+    absl::AnyInvocable<void()> on_done = nullptr;
   };
 
   // The creator attaches the stream to the queue.

@@ -46,6 +46,7 @@ void Watchdog::LookAround() {
              {{"without_progress_s", absl::ToDoubleSeconds(silence)}});
   }
   watched_.health->SetLive(!wedged);
+  if (!watched_.scheduler->failure().ok()) watched_.health->SetReady(false);
 
   const QueueState queue = watched_.scheduler->state();
   watched_.metrics->Set({.queued_requests = queue.queued_requests,

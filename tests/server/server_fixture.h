@@ -60,6 +60,8 @@ class OpenStream {
   bool Read(v1::PrefillEvent* event) { return reader_->Read(event); }
   // Reads until an event of that kind, which it returns; fails the test if none comes.
   v1::PrefillEvent ReadUntil(v1::PrefillEvent::EventCase kind);
+  // A lane is attached when its headers come.
+  void WaitUntilAttached() { reader_->WaitForInitialMetadata(); }
   // Reads to the end.
   StreamContents Rest();
   grpc::Status Finish() { return reader_->Finish(); }

@@ -1,0 +1,153 @@
+// Requests that are refused before anything is queued, each with field, value and limit.
+#include <cmath>
+#include <functional>
+#include <limits>
+
+#include <gmock/gmock.h>
+
+#include "tests/server/server_fixture.h"
+
+namespace prefilld::server {
+namespace {
+
+using ::testing::HasSubstr;
+
+struct BadRequest {
+  const char* name;
+  std::function<void(v1::PrefillRequest&)> spoil;
+  grpc::StatusCode code;
+  std::vector<const char*> message;  // parts that it has
+};
+
+void PrintTo(const BadRequest& bad, std::ostream* out) { *out << bad.name; }
+
+class BadRequestTest : public ServerFixture, public ::testing::WithParamInterface<BadRequest> {
+ protected:
+  BadRequestTest() {
+    engine_options_.max_tokens = 1000;
+    options_.max_lanes = 4;
+    options_.attention.allowed = {model::AttentionPolicy::kDense, model::AttentionPolicy::kAuto};
+    options_.deliver_to_allow = {"worker-*.pods:7000"};
+  }
+};
+
+TEST_P(BadRequestTest, IsRefusedWithFieldValueAndLimit) {
+  StartServer();
+  v1::PrefillRequest request = PromptOf(10, "bad");
+  GetParam().spoil(request);
+  const StreamContents contents = Prefill(request);
+  EXPECT_EQ(contents.status.error_code(), GetParam().code) << contents.status.error_message();
+  for (const char* part : GetParam().message) {
+    EXPECT_THAT(contents.status.error_message(), HasSubstr(part));
+  }
+  EXPECT_TRUE(contents.events.empty());
+  EXPECT_EQ(engine_->started(), 0);
+  EXPECT_EQ(Metric("prefilld_requests_total{outcome=\"invalid\"}"), 1);
+
+  // And the next one is served.
+  EXPECT_TRUE(Prefill(PromptOf(10)).status.ok());
+}
+
+constexpr auto kInvalid = grpc::StatusCode::INVALID_ARGUMENT;
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+using Request = v1::PrefillRequest;
+
+INSTANTIATE_TEST_SUITE_P(
+    Rows, BadRequestTest,
+    ::testing::Values(
+        BadRequest{"EmptyPrompt", [](Request& r) { r.clear_token_ids(); }, kInvalid,
+                   {"token_ids", "empty", "1"}},
+        BadRequest{"PromptTooLong", [](Request& r) { r = PromptOf(1001); }, kInvalid,
+                   {"token_ids", "1001", "1000"}},
+        BadRequest{"PromptFarTooLong", [](Request& r) { r = PromptOf(200'000); }, kInvalid,
+                   {"token_ids", "200000", "1000"}},
+        BadRequest{"TokenOutsideVocabulary", [](Request& r) { r.set_token_ids(7, 256); }, kInvalid,
+                   {"token_ids[7]", "256", "vocab_size 256"}},
+        BadRequest{"GreatestToken", [](Request& r) { r.set_token_ids(0, 0xffffffff); }, kInvalid,
+                   {"token_ids[0]", "4294967295"}},
+        BadRequest{"IdTooLong", [](Request& r) { r.set_request_id(std::string(129, 'x')); },
+                   kInvalid, {"request_id", "129", "128"}},
+        BadRequest{"IdNotPrintable", [](Request& r) { r.set_request_id("a\nb"); }, kInvalid,
+                   {"request_id", "printable"}},
+        BadRequest{"OtherModel", [](Request& r) { r.set_model_fingerprint("feed"); },
+                   grpc::StatusCode::FAILED_PRECONDITION,
+                   {"model_fingerprint", "feed", "0123456789abcdef"}},
+        BadRequest{"BlockTokens", [](Request& r) { r.mutable_layout()->set_block_tokens(17); },
+                   kInvalid, {"layout.block_tokens", "17", "128"}},
+        BadRequest{"Order",
+                   [](Request& r) { r.mutable_layout()->set_order(static_cast<v1::KvOrder>(9)); },
+                   kInvalid, {"layout.order", "9", "NHD"}},
+        BadRequest{"DType",
+                   [](Request& r) { r.mutable_layout()->set_dtype(static_cast<v1::DType>(-1)); },
+                   kInvalid, {"layout.dtype", "-1", "BF16"}},
+        BadRequest{"FirstHead", [](Request& r) { r.mutable_layout()->set_first_head(2); }, kInvalid,
+                   {"layout.first_head", "2"}},
+        BadRequest{"NumHeads", [](Request& r) { r.mutable_layout()->set_num_heads(3); }, kInvalid,
+                   {"layout.num_heads", "3", "2"}},
+        BadRequest{"HeadRangeOverflows",
+                   [](Request& r) {
+                     r.mutable_layout()->set_first_head(1);
+                     r.mutable_layout()->set_num_heads(0xffffffff);
+                   },
+                   kInvalid, {"layout.num_heads", "4294967295", "2"}},
+        BadRequest{"FirstBlock", [](Request& r) { r.mutable_layout()->set_first_block(2); },
+                   kInvalid, {"layout.first_block", "2", "1"}},
+        BadRequest{"Temperature", [](Request& r) { r.mutable_sampling()->set_temperature(-1); },
+                   kInvalid, {"temperature", "-1"}},
+        BadRequest{"TemperatureNan", [](Request& r) { r.mutable_sampling()->set_temperature(kNan); },
+                   kInvalid, {"temperature", "nan"}},
+        BadRequest{"TopP", [](Request& r) { r.mutable_sampling()->set_top_p(1.5f); }, kInvalid,
+                   {"top_p", "1.5"}},
+        BadRequest{"TopLogprobs", [](Request& r) { r.mutable_sampling()->set_top_logprobs(21); },
+                   kInvalid, {"top_logprobs", "21", "20"}},
+        BadRequest{"UnknownPolicy",
+                   [](Request& r) {
+                     r.mutable_attention()->set_policy(static_cast<v1::AttentionPolicy>(77));
+                   },
+                   kInvalid, {"attention.policy", "77"}},
+        BadRequest{"PolicyNotAllowed",
+                   [](Request& r) {
+                     r.mutable_attention()->set_policy(v1::ATTENTION_POLICY_SHARE);
+                   },
+                   kInvalid, {"attention.policy", "share", "dense", "auto"}},
+        BadRequest{"Gamma", [](Request& r) { r.mutable_attention()->set_gamma(0); }, kInvalid,
+                   {"gamma", "0"}},
+        BadRequest{"GammaNan", [](Request& r) { r.mutable_attention()->set_gamma(kNan); }, kInvalid,
+                   {"gamma", "nan"}},
+        BadRequest{"Tau", [](Request& r) { r.mutable_attention()->set_tau(1.5f); }, kInvalid,
+                   {"tau", "1.5"}},
+        BadRequest{"Delta", [](Request& r) { r.mutable_attention()->set_delta(-0.5f); }, kInvalid,
+                   {"delta", "-0.5"}},
+        BadRequest{"Coverage", [](Request& r) { r.mutable_attention()->set_coverage(2); }, kInvalid,
+                   {"coverage", "2"}},
+        BadRequest{"TooManyLanes", [](Request& r) { r.set_num_lanes(5); }, kInvalid,
+                   {"num_lanes", "5", "4"}},
+        BadRequest{"PushAddress",
+                   [](Request& r) { r.mutable_deliver_to()->set_address("unix:/etc/passwd"); },
+                   kInvalid, {"deliver_to.address", "unix:/etc/passwd", "host:port"}},
+        BadRequest{"PushNotAllowed",
+                   [](Request& r) { r.mutable_deliver_to()->set_address("evil.example:7000"); },
+                   kInvalid, {"deliver_to.address", "evil.example:7000", "allow-list"}},
+        BadRequest{"PushWithoutTransferId",
+                   [](Request& r) { r.mutable_deliver_to()->set_address("worker-1.pods:7000"); },
+                   kInvalid, {"deliver_to.transfer_id", "empty"}},
+        BadRequest{"PushOverLanes",
+                   [](Request& r) {
+                     r.mutable_deliver_to()->set_address("worker-1.pods:7000");
+                     r.set_num_lanes(2);
+                   },
+                   kInvalid, {"num_lanes", "2", "deliver_to"}}),
+    [](const auto& info) { return std::string(info.param.name); });
+
+class PushSwitchedOff : public ServerFixture {};
+
+TEST_F(PushSwitchedOff, IsUnimplemented) {
+  StartServer();
+  v1::PrefillRequest request = PromptOf(10);
+  request.mutable_deliver_to()->set_address("worker-1.pods:7000");
+  request.mutable_deliver_to()->set_transfer_id("t");
+  EXPECT_EQ(Prefill(request).status.error_code(), grpc::StatusCode::UNIMPLEMENTED);
+}
+
+}  // namespace
+}  // namespace prefilld::server

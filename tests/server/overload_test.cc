@@ -1,0 +1,176 @@
+// More work than the server takes: queue bounds, order, deadlines.
+#include <gmock/gmock.h>
+
+#include "google/rpc/retry_info.pb.h"
+#include "google/rpc/status.pb.h"
+#include "tests/server/server_fixture.h"
+
+namespace prefilld::server {
+namespace {
+
+using ::testing::HasSubstr;
+
+class Overload : public ServerFixture {
+ protected:
+  // A request that computes and gets no further than its first `layers` layers.
+  std::unique_ptr<OpenStream> RunHeld(const v1::PrefillRequest& request, int layers = 0) {
+    engine_->HoldAfter(layers);
+    auto call = std::make_unique<OpenStream>(*stub_, request);
+    call->ReadUntil(v1::PrefillEvent::kAccepted);
+    EXPECT_TRUE(Eventually([this] { return engine_->alive() == 1; }));
+    return call;
+  }
+  std::unique_ptr<OpenStream> Queue(const v1::PrefillRequest& request,
+                                    absl::Time deadline = absl::InfiniteFuture()) {
+    auto call = std::make_unique<OpenStream>(*stub_, request, deadline);
+    call->ReadUntil(v1::PrefillEvent::kAccepted);
+    return call;
+  }
+};
+
+void ExpectQueueFull(const grpc::Status& status, const char* what) {
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_THAT(status.error_message(), HasSubstr(what));
+  google::rpc::Status details;
+  ASSERT_TRUE(details.ParseFromString(status.error_details()));
+  EXPECT_EQ(details.code(), 8);
+  ASSERT_EQ(details.details_size(), 1);
+  google::rpc::RetryInfo retry;
+  ASSERT_TRUE(details.details(0).UnpackTo(&retry));
+  EXPECT_GE(retry.retry_delay().seconds(), 1);
+  EXPECT_LE(retry.retry_delay().seconds(), 60);
+}
+
+TEST_F(Overload, RefusesWithRetryInfoWhenTheQueueIsFull) {
+  options_.queue_capacity = 2;
+  StartServer();
+  const auto running = RunHeld(PromptOf(10));
+  const auto first = Queue(PromptOf(10));
+  const auto second = Queue(PromptOf(10));
+  ExpectQueueFull(Prefill(PromptOf(10)).status, "2 requests wait; at most 2");
+  EXPECT_EQ(Metric("prefilld_requests_total{outcome=\"queue_full\"}"), 1);
+
+  engine_->HoldAfter(-1);
+  for (const auto* call : {&running, &first, &second}) {
+    EXPECT_NE((*call)->Rest().result(), nullptr);
+  }
+  EXPECT_TRUE(Prefill(PromptOf(10)).status.ok());
+}
+
+TEST_F(Overload, ServesOneAtATimeWithoutAQueue) {
+  options_.queue_capacity = 0;
+  StartServer();
+  const auto running = RunHeld(PromptOf(10));
+  ExpectQueueFull(Prefill(PromptOf(10)).status, "0 requests wait; at most 0");
+  engine_->HoldAfter(-1);
+  EXPECT_NE(running->Rest().result(), nullptr);
+  EXPECT_TRUE(EverythingIsFree());
+  EXPECT_TRUE(Prefill(PromptOf(10)).status.ok());
+}
+
+TEST_F(Overload, RefusesWithRetryInfoWhenTheTokenBudgetIsFull) {
+  options_.max_queued_tokens = 1000;
+  StartServer();
+  const auto running = RunHeld(PromptOf(10));
+  const auto longer_than_the_budget = Queue(PromptOf(1500));  // one may always wait
+  ExpectQueueFull(Prefill(PromptOf(1)).status, "1500 tokens wait and 1 came; at most 1000");
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_queued_tokens") == 1500; }));
+  longer_than_the_budget->Cancel();
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_queued_tokens") == 0; }));
+  const auto fits = Queue(PromptOf(900));
+  ExpectQueueFull(Prefill(PromptOf(101)).status, "900 tokens wait and 101 came");
+}
+
+TEST_F(Overload, RefusesTheIdOfARunningRequestUntilItIsOver) {
+  StartServer();
+  auto running = RunHeld(PromptOf(10, "twin"));
+  const grpc::Status status = Prefill(PromptOf(10, "twin")).status;
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::ALREADY_EXISTS);
+  EXPECT_THAT(status.error_message(), HasSubstr("twin"));
+  engine_->HoldAfter(-1);
+  EXPECT_NE(running->Rest().result(), nullptr);
+  EXPECT_TRUE(EverythingIsFree());
+  EXPECT_TRUE(Prefill(PromptOf(10, "twin")).status.ok());
+}
+
+TEST_F(Overload, RunsInOrderOfArrival) {
+  StartServer();
+  const auto running = RunHeld(PromptOf(1));
+  const auto second = Queue(PromptOf(2));
+  const auto third = Queue(PromptOf(3));
+  engine_->HoldAfter(-1);
+  EXPECT_NE(third->Rest().result(), nullptr);  // the last one is done: so are the others
+  EXPECT_EQ(engine_->last_tokens().size(), 3);
+  EXPECT_EQ(engine_->started(), 3);
+  EXPECT_NE(second->Rest().result(), nullptr);
+  EXPECT_NE(running->Rest().result(), nullptr);
+}
+
+TEST_F(Overload, FreesThePlaceOfAQueuedRequestAtOnceWhenItIsCancelled) {
+  options_.queue_capacity = 1;
+  StartServer();
+  const auto running = RunHeld(PromptOf(10));
+  const auto queued = Queue(PromptOf(10));
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_queued_requests") == 1; }));
+  queued->Cancel();
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_queued_requests") == 0; }));
+  EXPECT_EQ(Metric("prefilld_requests_total{outcome=\"cancelled\"}"), 1);
+  const auto next = Queue(PromptOf(10));
+  EXPECT_EQ(engine_->started(), 1);
+}
+
+TEST_F(Overload, EndsAQueuedRequestAtItsDeadline) {
+  StartServer();
+  const auto running = RunHeld(PromptOf(10));
+  const auto queued = Queue(PromptOf(10), absl::Now() + absl::Hours(1));
+  clock_.Advance(absl::Hours(2));  // gRPC rounds long deadlines up
+  const StreamContents rest = queued->Rest();
+  EXPECT_EQ(rest.status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_THAT(rest.status.error_message(), HasSubstr("before the first layer"));
+  EXPECT_TRUE(
+      Eventually([&] { return Metric("prefilld_requests_total{outcome=\"deadline\"}") == 1; }));
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_queued_requests") == 0; }));
+  engine_->HoldAfter(-1);
+  EXPECT_NE(running->Rest().result(), nullptr);
+  EXPECT_EQ(engine_->started(), 1);
+}
+
+TEST_F(Overload, EndsARunningRequestBetweenTwoLayersAtItsDeadline) {
+  StartServer();
+  engine_->HoldAfter(2);
+  OpenStream call(*stub_, PromptOf(10), absl::Now() + absl::Hours(1));
+  EXPECT_TRUE(Eventually([&] { return engine_->layers_run() == 2; }));
+  clock_.Advance(absl::Hours(2));  // gRPC rounds long deadlines up
+  const StreamContents rest = call.Rest();
+  EXPECT_EQ(rest.status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_THAT(rest.status.error_message(), HasSubstr("after layer 2 of 4"));
+  EXPECT_EQ(rest.result(), nullptr);
+  engine_->HoldAfter(-1);
+  EXPECT_TRUE(EverythingIsFree());
+  EXPECT_LE(engine_->layers_run(), 3);  // the one that was under way
+}
+
+TEST_F(Overload, CountsADeadlineThatGrpcNoticesFirst) {
+  StartServer();
+  engine_->HoldAfter(1);
+  OpenStream call(*stub_, PromptOf(10), absl::Now() + absl::Milliseconds(100));
+  EXPECT_EQ(call.Rest().status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_TRUE(
+      Eventually([&] { return Metric("prefilld_requests_total{outcome=\"deadline\"}") == 1; }));
+  engine_->HoldAfter(-1);
+  EXPECT_TRUE(EverythingIsFree());
+}
+
+TEST_F(Overload, SendsProgressWhileARequestWaits) {
+  StartServer();
+  const auto running = RunHeld(PromptOf(10));
+  const auto queued = Queue(PromptOf(10));
+  clock_.Advance(absl::Seconds(6));
+  const v1::Progress progress = queued->ReadUntil(v1::PrefillEvent::kProgress).progress();
+  EXPECT_EQ(progress.queue_position(), 1);
+  EXPECT_EQ(progress.layers_computed(), 0);
+  EXPECT_GE(progress.elapsed_us(), 6'000'000);
+}
+
+}  // namespace
+}  // namespace prefilld::server
