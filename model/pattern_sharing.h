@@ -24,6 +24,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "model/attention_policy.h"
 #include "model/backend.h"
 #include "model/config.h"

@@ -63,7 +63,7 @@ bool WorthSharing(const PatternFigures& vertical_slash, float coverage);
 // Bisection for the largest gamma whose vertical-slash set costs at most `limit_blocks`.
 class EqualCostGamma {
  public:
-  static constexpr int kSteps = 5;
+  static constexpr int kSteps = 8;
 
   // `gamma` is known to cost more than the limit.
   EqualCostGamma(float gamma, int64_t limit_blocks) : high_(gamma), limit_blocks_(limit_blocks) {}
