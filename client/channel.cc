@@ -1,10 +1,7 @@
 #include "client/channel.h"
 
-#include <fstream>
-#include <iterator>
-
 #include "absl/status/status.h"
-#include "absl/strings/str_cat.h"
+#include "client/pem_file.h"
 #include "grpcpp/create_channel.h"
 #include "grpcpp/security/credentials.h"
 #include "grpcpp/support/channel_arguments.h"
@@ -20,27 +17,17 @@ constexpr int kMaxMessageBytes = 64 << 20;
 constexpr int kHttp2FrameBytes = 4 << 20;
 constexpr int kLookaheadBytes = 8 << 20;
 
-absl::StatusOr<std::string> ReadPem(const char* field, const std::string& path) {
-  if (path.empty()) return std::string();
-  std::ifstream file(path, std::ios::binary);
-  std::string pem((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-  if (!file || pem.empty()) {
-    return absl::InvalidArgumentError(absl::StrCat(field, " ", path, " cannot be read"));
-  }
-  return pem;
-}
-
 absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakeCredentials(
     const std::optional<TlsOptions>& tls) {
   if (!tls) return grpc::InsecureChannelCredentials();
   if (tls->cert_file.empty() != tls->key_file.empty()) {
     return absl::InvalidArgumentError("TLS cert_file and key_file go together; only one is set");
   }
-  absl::StatusOr<std::string> roots = ReadPem("TLS ca_file", tls->ca_file);
+  absl::StatusOr<std::string> roots = ReadPemFile("TLS ca_file", tls->ca_file);
   if (!roots.ok()) return roots.status();
-  absl::StatusOr<std::string> cert = ReadPem("TLS cert_file", tls->cert_file);
+  absl::StatusOr<std::string> cert = ReadPemFile("TLS cert_file", tls->cert_file);
   if (!cert.ok()) return cert.status();
-  absl::StatusOr<std::string> key = ReadPem("TLS key_file", tls->key_file);
+  absl::StatusOr<std::string> key = ReadPemFile("TLS key_file", tls->key_file);
   if (!key.ok()) return key.status();
   grpc::SslCredentialsOptions ssl;
   ssl.pem_root_certs = *std::move(roots);

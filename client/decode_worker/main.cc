@@ -17,6 +17,7 @@
 #include "client/decode_worker/options.h"
 #include "client/decode_worker/pending_transfers.h"
 #include "client/decode_worker/receiver_service.h"
+#include "client/pem_file.h"
 #include "client/prefill_client.h"
 #include "grpcpp/ext/proto_server_reflection_plugin.h"
 #include "grpcpp/health_check_service_interface.h"
@@ -54,13 +55,31 @@ absl::StatusOr<std::unique_ptr<PrefillClient>> ConnectToPrefill(const ChannelOpt
   return PrefillClient::Create(options);
 }
 
-absl::StatusOr<std::unique_ptr<grpc::Server>> StartServer(const std::string& listen,
+absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeCredentials(const ListenTls& tls) {
+  if (tls.cert_file.empty()) return grpc::InsecureServerCredentials();
+  const auto cert = ReadPemFile("--tls_cert", tls.cert_file);
+  if (!cert.ok()) return cert.status();
+  const auto key = ReadPemFile("--tls_key", tls.key_file);
+  if (!key.ok()) return key.status();
+  const auto client_ca = ReadPemFile("--tls_client_ca", tls.client_ca_file);
+  if (!client_ca.ok()) return client_ca.status();
+  grpc::SslServerCredentialsOptions ssl(
+      client_ca->empty() ? GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE
+                         : GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
+  ssl.pem_root_certs = *client_ca;
+  ssl.pem_key_cert_pairs.push_back({*key, *cert});
+  return grpc::SslServerCredentials(ssl);
+}
+
+absl::StatusOr<std::unique_ptr<grpc::Server>> StartServer(const WorkerOptions& options,
                                                           GenerateService& generate,
                                                           ReceiverService& receiver, int& port) {
+  const auto credentials = MakeCredentials(options.tls);
+  if (!credentials.ok()) return credentials.status();
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   grpc::ServerBuilder builder;
-  builder.AddListeningPort(listen, grpc::InsecureServerCredentials(), &port);
+  builder.AddListeningPort(options.listen, *credentials, &port);
   builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
   // Two workers on one port would share its connections at random.
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
@@ -68,7 +87,7 @@ absl::StatusOr<std::unique_ptr<grpc::Server>> StartServer(const std::string& lis
   builder.RegisterService(&receiver);
   std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
   if (server == nullptr || port == 0) {
-    return absl::UnavailableError(absl::StrCat("--listen=", listen, " cannot be bound"));
+    return absl::UnavailableError(absl::StrCat("--listen=", options.listen, " cannot be bound"));
   }
   return server;
 }
@@ -122,7 +141,7 @@ absl::Status Run(int argc, char** argv) {
   if (!options->metrics_listen.empty()) metrics_port = metrics.Serve(options->metrics_listen);
   if (!metrics_port.ok()) return metrics_port.status();
   int port = 0;
-  const auto server = StartServer(options->listen, generate, receiver, port);
+  const auto server = StartServer(*options, generate, receiver, port);
   if (!server.ok()) return server.status();
   if (!options->port_file.empty()) {
     const absl::Status written = WritePortFile(options->port_file, port, *metrics_port);

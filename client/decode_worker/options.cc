@@ -22,6 +22,11 @@ ABSL_FLAG(std::string, metrics_listen, "",
 ABSL_FLAG(std::string, port_file, "",
           "File to write 'grpc=<port>' and 'metrics=<port>' to once the worker is ready.");
 
+ABSL_FLAG(std::string, tls_cert, "", "PEM certificate chain of the worker. Empty: plain text.");
+ABSL_FLAG(std::string, tls_key, "", "PEM private key of --tls_cert.");
+ABSL_FLAG(std::string, tls_client_ca, "",
+          "PEM certificates that sign callers. Set: callers must present a certificate.");
+
 ABSL_FLAG(std::string, prefill_address, "localhost:50051",
           "host:port of prefilld. Empty: only caches that are pushed here.");
 ABSL_FLAG(bool, prefill_tls, false, "Connect to prefilld with TLS.");
@@ -106,6 +111,18 @@ ChannelOptions ReadPrefill(Problems& problems) {
   return prefill;
 }
 
+ListenTls ReadListenTls(Problems& problems) {
+  ListenTls tls = {absl::GetFlag(FLAGS_tls_cert), absl::GetFlag(FLAGS_tls_key),
+                   absl::GetFlag(FLAGS_tls_client_ca)};
+  if (tls.cert_file.empty() != tls.key_file.empty()) {
+    problems.push_back("--tls_cert and --tls_key belong together: one is set, the other is not");
+  }
+  if (!tls.client_ca_file.empty() && tls.cert_file.empty()) {
+    problems.push_back("--tls_client_ca needs --tls_cert and --tls_key");
+  }
+  return tls;
+}
+
 }  // namespace
 
 absl::StatusOr<WorkerOptions> OptionsFromCommandLine(int argc, char** argv) {
@@ -119,6 +136,7 @@ absl::StatusOr<WorkerOptions> OptionsFromCommandLine(int argc, char** argv) {
   WorkerOptions options;
   options.decoder = ReadDecoder(problems);
   options.listen = absl::GetFlag(FLAGS_listen);
+  options.tls = ReadListenTls(problems);
   options.metrics_listen = absl::GetFlag(FLAGS_metrics_listen);
   options.port_file = absl::GetFlag(FLAGS_port_file);
   options.prefill = ReadPrefill(problems);
@@ -140,6 +158,9 @@ absl::StatusOr<WorkerOptions> OptionsFromCommandLine(int argc, char** argv) {
 std::vector<std::pair<std::string, std::string>> Describe(const WorkerOptions& o) {
   return {{"model", o.decoder.checkpoint_dir},
           {"listen", o.listen},
+          {"tls", o.tls.cert_file.empty()        ? "off"
+                  : o.tls.client_ca_file.empty() ? "on"
+                                                 : "mutual"},
           {"metrics_listen", o.metrics_listen},
           {"prefill_address", o.prefill.address},
           {"prefill_tls", o.prefill.tls ? "on" : "off"},

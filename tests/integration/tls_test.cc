@@ -1,0 +1,110 @@
+// The KV plane under mutual TLS, pulled over several lanes and pushed.
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/integration/child_process.h"
+#include "tests/integration/test_certificate.h"
+#include "tests/model/random_checkpoint.h"
+
+namespace prefilld::integration {
+namespace {
+
+using ::testing::HasSubstr;
+
+class Tls : public ::testing::Test {
+ protected:
+  static std::vector<std::string> ServerFlags(const TestCertificate& self,
+                                              const TestCertificate& peer) {
+    return {"--tls_cert=" + self.cert_file(), "--tls_key=" + self.key_file(),
+            "--tls_client_ca=" + peer.cert_file()};
+  }
+  std::vector<std::string> PrefilldFlags() const {
+    std::vector<std::string> flags = ServerFlags(ours_, ours_);
+    flags.insert(flags.end(), {"--model=" + checkpoint_.dir(), "--device=cpu",
+                               "--deliver_to_allow=localhost:*"});
+    return flags;
+  }
+  std::vector<std::string> WorkerFlags() const {
+    std::vector<std::string> flags = ServerFlags(ours_, ours_);
+    flags.insert(
+        flags.end(),
+        {"--model=" + checkpoint_.dir(), "--device=cpu", "--kv_pool_tokens=1024",
+         "--prefill_address=" + Named(prefilld_), "--prefill_tls", "--lanes=2",
+         "--prefill_tls_ca=" + ours_.cert_file(), "--prefill_tls_cert=" + ours_.cert_file(),
+         "--prefill_tls_key=" + ours_.key_file()});
+    return flags;
+  }
+  // By the name in the certificate.
+  static std::string Named(const ServerProcess& server) {
+    const std::string address = server.address();
+    return "localhost" + address.substr(address.rfind(':'));
+  }
+  static std::vector<std::string> CliFlags(const TestCertificate& self,
+                                           const TestCertificate& peer) {
+    return {"--tls",
+            "--tls_ca=" + peer.cert_file(),
+            "--tls_cert=" + self.cert_file(),
+            "--tls_key=" + self.key_file(),
+            "--token_ids=1,2,3,4,5",
+            "--max_new_tokens=3",
+            "--ignore_eos"};
+  }
+
+  // Runs prefill-cli with `first` before the common flags; the process has ended.
+  static std::unique_ptr<ChildProcess> RunCli(std::vector<std::string> first,
+                                              const std::vector<std::string>& common) {
+    first.insert(first.end(), common.begin(), common.end());
+    auto cli = std::make_unique<ChildProcess>("prefill-cli", first);
+    EXPECT_TRUE(cli->Wait(absl::Seconds(30)).has_value());
+    return cli;
+  }
+
+  const TestCertificate ours_;
+  const TestCertificate strangers_;
+  const model::RandomCheckpoint checkpoint_;
+  const ServerProcess prefilld_{"prefilld", PrefilldFlags()};
+  const ServerProcess worker_{"prefilld-decode-worker", WorkerFlags()};
+};
+
+TEST_F(Tls, ThePulledCacheIsDecoded) {
+  const auto cli = RunCli({"generate", "--worker=" + Named(worker_)}, CliFlags(ours_, ours_));
+  EXPECT_EQ(cli->Wait(absl::ZeroDuration()), 0) << cli->stderr_text();
+}
+
+TEST_F(Tls, ThePushedCacheIsDecoded) {
+  ChildProcess generate("prefill-cli", [&] {
+    std::vector<std::string> args = CliFlags(ours_, ours_);
+    args.insert(args.begin(), {"generate", "--worker=" + Named(worker_), "--pushed_transfer_id=t"});
+    return args;
+  }());
+  // Until the worker waits for the transfer, pushing it is refused.
+  int exit_code = -1;
+  std::string error;
+  for (int i = 0; i < 50 && exit_code != 0; ++i) {
+    const auto prefill = RunCli({"prefill", "--server=" + Named(prefilld_), "--kv_dtype=fp32",
+                                 "--deliver_to=" + Named(worker_), "--transfer_id=t"},
+                                CliFlags(ours_, ours_));
+    exit_code = *prefill->Wait(absl::ZeroDuration());
+    error = prefill->stderr_text();
+  }
+  EXPECT_EQ(exit_code, 0) << error;
+  EXPECT_EQ(generate.Wait(absl::Seconds(20)), 0) << generate.stderr_text();
+}
+
+TEST_F(Tls, StrangersAndPlainTextAreTurnedAway) {
+  const auto stranger =
+      RunCli({"prefill", "--server=" + Named(prefilld_)}, CliFlags(strangers_, ours_));
+  EXPECT_EQ(stranger->Wait(absl::ZeroDuration()), 3) << stranger->stderr_text();
+  const auto trusting_another =
+      RunCli({"prefill", "--server=" + Named(prefilld_)}, CliFlags(ours_, strangers_));
+  EXPECT_EQ(trusting_another->Wait(absl::ZeroDuration()), 3);
+  const auto plain = RunCli({"info", "--server=" + Named(prefilld_)}, {});
+  EXPECT_EQ(plain->Wait(absl::ZeroDuration()), 3);
+  EXPECT_THAT(plain->stderr_text(), HasSubstr("UNAVAILABLE"));
+}
+
+}  // namespace
+}  // namespace prefilld::integration
