@@ -14,7 +14,7 @@ cudaError_t LaunchEmbedding(const EmbeddingParams& params, cudaStream_t stream);
 cudaError_t LaunchRmsNorm(const RmsNormParams& params, cudaStream_t stream);
 cudaError_t LaunchSwiGlu(const SwiGluParams& params, cudaStream_t stream);
 
-// head_dim a multiple of 4 up to 256.
+// head_dim even, up to 256; 64, 128 and 256 are fast, and need strides that are multiples of 8.
 cudaError_t LaunchQkvRope(const QkvRopeParams& params, cudaStream_t stream);
 
 }  // namespace prefilld::kernels::cuda

@@ -124,6 +124,11 @@ cublasStatus_t LinearLauncher::MakePlan(const LinearShape& shape,
       .Then([&] {
         return prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                       static_cast<uint64_t>(workspace_bytes_));
+      })
+      .Then([&] {
+        // Products split over the features are to be added up in fp32, not in the output's bf16.
+        return prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                      static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
       });
   for (const auto attribute :
        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,

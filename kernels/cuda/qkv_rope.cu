@@ -1,6 +1,7 @@
 // Splits, normalises and rotates the fused projection. Memory-bound: the projection is read once
 // and written once. A CTA takes a few tokens, computes their angles once and shares them among all
-// heads; a warp takes one head of one token.
+// heads; a few lanes take one head of one token, eight pairs of elements each, so that every access
+// is 16 bytes.
 #include <cuda_bf16.h>
 
 #include <cstdint>
@@ -14,7 +15,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kTokensPerCta = 4;
 constexpr int kMaxHeadDim = 256;
-constexpr int kMaxPairs = kMaxHeadDim / 2;
 
 // cos and sin of position * inv_freq. The angle of a late position is large, so it is counted in
 // turns and whole turns are taken off in double precision; what is left is exact enough in fp32.
@@ -28,55 +28,128 @@ __device__ __forceinline__ float2 rotation(int64_t position, float inv_freq) {
   return cos_sin;
 }
 
-// One head of one token: elements (2i, 2i + 1) of both halves by one lane.
-__device__ void rotate_head(const __nv_bfloat16* source, const __nv_bfloat16* norm,
-                            const float2* cos_sin, __nv_bfloat16* destination, int head_dim,
-                            float norm_epsilon, int lane) {
-  const int half = head_dim / 2;
-  float inverse_rms = 1.0f;
-  if (norm != nullptr) {
-    float sum = 0.0f;
-    for (int i = 2 * lane; i < head_dim; i += 64) {
-      const float2 pair = device::unpack_bf16(*reinterpret_cast<const uint32_t*>(source + i));
-      sum += pair.x * pair.x + pair.y * pair.y;
-    }
-    inverse_rms = rsqrtf(device::warp_sum(sum) / static_cast<float>(head_dim) + norm_epsilon);
-  }
-  for (int i = 2 * lane; i < half; i += 64) {
-    float2 first = device::unpack_bf16(*reinterpret_cast<const uint32_t*>(source + i));
-    float2 second = device::unpack_bf16(*reinterpret_cast<const uint32_t*>(source + half + i));
-    if (norm != nullptr) {
-      const float2 first_gain = device::unpack_bf16(*reinterpret_cast<const uint32_t*>(norm + i));
-      const float2 second_gain =
-          device::unpack_bf16(*reinterpret_cast<const uint32_t*>(norm + half + i));
-      first.x *= inverse_rms * first_gain.x;
-      first.y *= inverse_rms * first_gain.y;
-      second.x *= inverse_rms * second_gain.x;
-      second.y *= inverse_rms * second_gain.y;
-    }
-    const float2 turn0 = cos_sin[i];
-    const float2 turn1 = cos_sin[i + 1];
-    *reinterpret_cast<uint32_t*>(destination + i) = device::pack_bf16(
-        first.x * turn0.x - second.x * turn0.y, first.y * turn1.x - second.y * turn1.y);
-    *reinterpret_cast<uint32_t*>(destination + half + i) = device::pack_bf16(
-        second.x * turn0.x + first.x * turn0.y, second.y * turn1.x + first.y * turn1.y);
-  }
+// Eight pairs of elements of one head, kept as fp32.
+struct Octet {
+  float e[8];
+};
+__device__ __forceinline__ Octet load_octet(const __nv_bfloat16* source) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(source);
+  const float2 pairs[4] = {device::unpack_bf16(bits.x), device::unpack_bf16(bits.y),
+                           device::unpack_bf16(bits.z), device::unpack_bf16(bits.w)};
+  return {pairs[0].x, pairs[0].y, pairs[1].x, pairs[1].y,
+          pairs[2].x, pairs[2].y, pairs[3].x, pairs[3].y};
+}
+__device__ __forceinline__ void store_octet(__nv_bfloat16* destination, const Octet& octet) {
+  *reinterpret_cast<uint4*>(destination) = make_uint4(
+      device::pack_bf16(octet.e[0], octet.e[1]), device::pack_bf16(octet.e[2], octet.e[3]),
+      device::pack_bf16(octet.e[4], octet.e[5]), device::pack_bf16(octet.e[6], octet.e[7]));
 }
 
-__global__ void __launch_bounds__(kThreads) qkv_rope_kernel(QkvRopeParams params) {
-  __shared__ float2 cos_sin[kTokensPerCta][kMaxPairs];
+// Where one head of one token goes, and how.
+struct HeadRoute {
+  __nv_bfloat16* destination;
+  const __nv_bfloat16* norm;  // null: none
+  bool rotate;
+};
+__device__ __forceinline__ HeadRoute route_of(const QkvRopeParams& params, int64_t token,
+                                              int head) {
+  if (head < params.num_heads) {
+    return {
+        static_cast<__nv_bfloat16*>(params.q) + (token * params.num_heads + head) * params.head_dim,
+        static_cast<const __nv_bfloat16*>(params.q_norm), true};
+  }
+  const bool is_key = head < params.num_heads + params.num_kv_heads;
+  const int kv_head = head - params.num_heads - (is_key ? 0 : params.num_kv_heads);
+  return {static_cast<__nv_bfloat16*>(is_key ? params.k : params.v) +
+              kv_head * params.kv_head_stride + token * params.kv_token_stride,
+          static_cast<const __nv_bfloat16*>(is_key ? params.k_norm : nullptr), is_key};
+}
+
+// One lane's part of a head: elements first .. first + 7 of both halves. The kLanes lanes of the
+// head call it together. cos_sin[i * kLanes] belongs to pair first + i.
+template <int kLanes>
+__device__ __forceinline__ void rotate_octets(const __nv_bfloat16* source, const HeadRoute& route,
+                                              const float2* cos_sin, int first,
+                                              float norm_epsilon) {
+  constexpr int kHalf = 8 * kLanes;
+  Octet low = load_octet(source + first);
+  Octet high = load_octet(source + kHalf + first);
+  if (route.norm != nullptr) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum += low.e[i] * low.e[i] + high.e[i] * high.e[i];
+    // Other heads of the warp may have no norm: only the head's own lanes meet.
+    const uint32_t lanes = ((1u << kLanes) - 1) << (threadIdx.x % 32 / kLanes * kLanes);
+#pragma unroll
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(lanes, sum, mask);
+    const float inverse_rms = rsqrtf(sum / static_cast<float>(2 * kHalf) + norm_epsilon);
+    const Octet low_gain = load_octet(route.norm + first);
+    const Octet high_gain = load_octet(route.norm + kHalf + first);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      low.e[i] *= inverse_rms * low_gain.e[i];
+      high.e[i] *= inverse_rms * high_gain.e[i];
+    }
+  }
+  if (route.rotate) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float2 turn = cos_sin[i * kLanes];
+      const float x = low.e[i];
+      low.e[i] = x * turn.x - high.e[i] * turn.y;
+      high.e[i] = high.e[i] * turn.x + x * turn.y;
+    }
+  }
+  store_octet(route.destination + first, low);
+  store_octet(route.destination + kHalf + first, high);
+}
+
+// Number of this CTA's tokens; their scaled angles go to cos_sin[token * half + place(pair)].
+template <typename Place>
+__device__ __forceinline__ int compute_angles(const QkvRopeParams& params, int64_t first_token,
+                                              float2* cos_sin, Place place) {
   const int half = params.head_dim / 2;
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * kTokensPerCta;
   const int num_tokens =
       static_cast<int>(min(static_cast<int64_t>(kTokensPerCta), params.num_tokens - first_token));
   for (int i = static_cast<int>(threadIdx.x); i < num_tokens * half; i += kThreads) {
     const float2 turn =
         rotation(params.first_position + first_token + i / half, params.inv_freq[i % half]);
-    cos_sin[i / half][i % half] =
+    cos_sin[i / half * half + place(i % half)] =
         make_float2(turn.x * params.attention_factor, turn.y * params.attention_factor);
   }
   __syncthreads();
+  return num_tokens;
+}
 
+// head_dim 16 * kLanes.
+template <int kLanes>
+__global__ void __launch_bounds__(kThreads) qkv_rope_kernel(QkvRopeParams params) {
+  constexpr int kHalf = 8 * kLanes;
+  // Pair p of a token lies at (p % 8) * kLanes + p / 8: neighbouring lanes read neighbours.
+  __shared__ float2 cos_sin[kTokensPerCta * kHalf];
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * kTokensPerCta;
+  const int num_tokens = compute_angles(params, first_token, cos_sin,
+                                        [](int pair) { return pair % 8 * kLanes + pair / 8; });
+  const int part = static_cast<int>(threadIdx.x) % kLanes;
+  const int heads = params.num_heads + 2 * params.num_kv_heads;
+  for (int i = static_cast<int>(threadIdx.x) / kLanes; i < num_tokens * heads;
+       i += kThreads / kLanes) {
+    const int64_t token = first_token + i / heads;
+    const int head = i % heads;
+    const __nv_bfloat16* source =
+        static_cast<const __nv_bfloat16*>(params.qkv) + (token * heads + head) * (2 * kHalf);
+    rotate_octets<kLanes>(source, route_of(params, token, head), cos_sin + i / heads * kHalf + part,
+                          part * 8, params.norm_epsilon);
+  }
+}
+
+// Any even head_dim, one warp per head, one pair per lane at a time.
+__global__ void __launch_bounds__(kThreads) any_qkv_rope_kernel(QkvRopeParams params) {
+  __shared__ float2 cos_sin[kTokensPerCta * kMaxHeadDim / 2];
+  const int half = params.head_dim / 2;
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * kTokensPerCta;
+  const int num_tokens =
+      compute_angles(params, first_token, cos_sin, [](int pair) { return pair; });
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int heads = params.num_heads + 2 * params.num_kv_heads;
   for (int i = static_cast<int>(threadIdx.x) / 32; i < num_tokens * heads; i += kThreads / 32) {
@@ -84,26 +157,26 @@ __global__ void __launch_bounds__(kThreads) qkv_rope_kernel(QkvRopeParams params
     const int head = i % heads;
     const __nv_bfloat16* source =
         static_cast<const __nv_bfloat16*>(params.qkv) + (token * heads + head) * params.head_dim;
-    if (head < params.num_heads) {
-      rotate_head(source, static_cast<const __nv_bfloat16*>(params.q_norm), cos_sin[i / heads],
-                  static_cast<__nv_bfloat16*>(params.q) +
-                      (token * params.num_heads + head) * params.head_dim,
-                  params.head_dim, params.norm_epsilon, lane);
-      continue;
-    }
-    const bool is_key = head < params.num_heads + params.num_kv_heads;
-    const int kv_head = head - params.num_heads - (is_key ? 0 : params.num_kv_heads);
-    const int64_t offset = kv_head * params.kv_head_stride + token * params.kv_token_stride;
-    if (is_key) {
-      rotate_head(source, static_cast<const __nv_bfloat16*>(params.k_norm), cos_sin[i / heads],
-                  static_cast<__nv_bfloat16*>(params.k) + offset, params.head_dim,
-                  params.norm_epsilon, lane);
-    } else {
-      __nv_bfloat16* destination = static_cast<__nv_bfloat16*>(params.v) + offset;
-      for (int e = 2 * lane; e < params.head_dim; e += 64) {
-        *reinterpret_cast<uint32_t*>(destination + e) =
-            *reinterpret_cast<const uint32_t*>(source + e);
+    const HeadRoute route = route_of(params, token, head);
+    float inverse_rms = 1.0f;
+    if (route.norm != nullptr) {
+      float sum = 0.0f;
+      for (int e = lane; e < params.head_dim; e += 32) {
+        sum += __bfloat162float(source[e]) * __bfloat162float(source[e]);
       }
+      inverse_rms =
+          rsqrtf(device::warp_sum(sum) / static_cast<float>(params.head_dim) + params.norm_epsilon);
+    }
+    for (int pair = lane; pair < half; pair += 32) {
+      float x = __bfloat162float(source[pair]);
+      float y = __bfloat162float(source[half + pair]);
+      if (route.norm != nullptr) {
+        x *= inverse_rms * __bfloat162float(route.norm[pair]);
+        y *= inverse_rms * __bfloat162float(route.norm[half + pair]);
+      }
+      const float2 turn = route.rotate ? cos_sin[i / heads * half + pair] : make_float2(1.0f, 0.0f);
+      route.destination[pair] = __float2bfloat16_rn(x * turn.x - y * turn.y);
+      route.destination[half + pair] = __float2bfloat16_rn(y * turn.x + x * turn.y);
     }
   }
 }
@@ -111,10 +184,14 @@ __global__ void __launch_bounds__(kThreads) qkv_rope_kernel(QkvRopeParams params
 }  // namespace
 
 cudaError_t LaunchQkvRope(const QkvRopeParams& params, cudaStream_t stream) {
-  if (params.head_dim % 4 != 0 || params.head_dim > kMaxHeadDim) return cudaErrorInvalidValue;
+  if (params.head_dim % 2 != 0 || params.head_dim > kMaxHeadDim) return cudaErrorInvalidValue;
   if (params.num_tokens == 0) return cudaSuccess;
   const int64_t ctas = (params.num_tokens + kTokensPerCta - 1) / kTokensPerCta;
-  qkv_rope_kernel<<<static_cast<unsigned>(ctas), kThreads, 0, stream>>>(params);
+  const auto kernel = params.head_dim == 64    ? qkv_rope_kernel<4>
+                      : params.head_dim == 128 ? qkv_rope_kernel<8>
+                      : params.head_dim == 256 ? qkv_rope_kernel<16>
+                                               : any_qkv_rope_kernel;
+  kernel<<<static_cast<unsigned>(ctas), kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

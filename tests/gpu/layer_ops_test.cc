@@ -18,11 +18,15 @@ std::vector<float> Normal(int64_t count, uint32_t seed) {
   return NormalValues(static_cast<size_t>(count), 1.0f, seed);
 }
 
-void ExpectClose(const std::vector<float>& actual, const std::vector<float>& expected) {
+// cuBLAS may round a product before it adds bias and residual.
+constexpr double kLinearTolerance = 6e-3;
+
+void ExpectClose(const std::vector<float>& actual, const std::vector<float>& expected,
+                 double tolerance = kRelativeTolerance) {
   ASSERT_EQ(actual.size(), expected.size());
   const Closeness c = Compare(actual.data(), expected.data(), actual.size());
   EXPECT_EQ(c.wrong_non_finite, 0u);
-  EXPECT_LT(c.relative, kRelativeTolerance) << c;
+  EXPECT_LT(c.relative, tolerance) << c;
 }
 
 class CudaLayerOps : public GpuTest {};
@@ -105,7 +109,10 @@ TEST_F(CudaLayerOps, LinearEqualsReferenceWithBiasAndAccumulation) {
           }
           reference::Linear({x.data(), w.data(), with_bias ? bias.data() : nullptr, expected.data(),
                              num_tokens, in, out, accumulate});
-          ExpectClose(FromBf16(y.Read()), expected);
+          SCOPED_TRACE(::testing::Message()
+                       << num_tokens << " tokens, " << in << " -> " << out << ", bias " << with_bias
+                       << ", accumulate " << accumulate);
+          ExpectClose(FromBf16(y.Read()), expected, kLinearTolerance);
         }
       }
     }
@@ -127,7 +134,7 @@ TEST_F(CudaLayerOps, QkvRopeEqualsReference) {
       {1, 0, 2, 1, 64, false, false},          {1, 4095, 7, 1, 64, true, true},
       {31, 0, 4, 2, 128, true, false},         {33, 1000, 4, 4, 16, false, false},
       {100, 1'000'000, 2, 2, 64, true, false}, {70, 16'000'000, 2, 1, 128, false, true},
-      {9, 5, 3, 1, 256, true, false},
+      {9, 5, 3, 1, 256, true, false},          {5, 70, 5, 1, 80, true, false},
   };
   for (const RopeCase& c : cases) {
     const std::vector<float> qkv =

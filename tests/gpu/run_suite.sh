@@ -66,7 +66,7 @@ run_sanitizer() {
       [[ $subject == pattern ]] && filter='*-Large/*:*VerticalSlashEquals*:*MeasurePattern*'
       [[ $tool == racecheck && $subject == layer_ops ]] && filter='*-*Linear*'  # not our kernels
       step "$tool.$subject" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-        --report-api-errors no --kernel-regex kns=prefilld \
+        --report-api-errors no --kernel-name kernel_substring=prefilld \
         "$build/tests/gpu/cuda_${subject}_test" --gtest_brief=1 --gtest_filter="$filter"
     done
   done

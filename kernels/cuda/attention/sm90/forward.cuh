@@ -347,8 +347,8 @@ class Consumer {
       }
       tma_store_commit();
       tma_store_wait_read();  // the slot's memory is free for the next queries
-      mbarrier_arrive(&shared_.tile_empty[slot]);
     }
+    mbarrier_arrive(&shared_.tile_empty[slot]);  // every thread has read the slot's tile_id
   }
 
   // Mean over the tile's query rows of the probability on each key block.
@@ -422,7 +422,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kTileSlots; ++i) {
       mbarrier_init(&shared.tile_full[i], 1);
-      mbarrier_init(&shared.tile_empty[i], kConsumers);
+      mbarrier_init(&shared.tile_empty[i], kConsumers * kWarpgroup);
     }
     for (int i = 0; i < SharedStorage<kHeadDim>::kStages; ++i) {
       mbarrier_init(&shared.k_full[i], 1);
