@@ -76,16 +76,17 @@ std::string AttentionLine(const PrefillResult& prefill) {
                       DurationText(total.attention_us()), DurationText(total.pattern_us())));
 }
 
+// The transfer lasts about as long as the compute it hides behind; that sets its rate.
 std::string KvLine(const PrefillResult& prefill, uint64_t transfer_us, double overlap,
                    uint64_t first_frame_us, uint32_t layers_computed, uint32_t num_layers) {
   if (prefill.kv_bytes() == 0) return Line("KV", "none");
-  return Line(
-      "KV",
-      absl::StrFormat("%s in %s frames, %.2f GB/s over %s; %.0f %% left before the last layer "
-                      "was done; layer 0 here after %s, with %u of %u layers computed",
-                      BytesText(prefill.kv_bytes()), CountText(prefill.kv_frames()),
-                      1e-9 * PerSecond(prefill.kv_bytes(), transfer_us), DurationText(transfer_us),
-                      100 * overlap, DurationText(first_frame_us), layers_computed, num_layers));
+  return Line("KV",
+              absl::StrFormat(
+                  "%s in %s frames within %s (%s/s); %.0f %% left before the last layer was "
+                  "done; layer 0 here after %s, with %u of %u layers computed",
+                  BytesText(prefill.kv_bytes()), CountText(prefill.kv_frames()),
+                  DurationText(transfer_us), BytesText(PerSecond(prefill.kv_bytes(), transfer_us)),
+                  100 * overlap, DurationText(first_frame_us), layers_computed, num_layers));
 }
 
 std::string LayerTable(const PrefillResult& prefill) {

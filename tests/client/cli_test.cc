@@ -71,7 +71,7 @@ TEST(Summary, TellsWhatAGenerationDid) {
   const std::string text = Summary(generated);
   EXPECT_THAT(text, HasSubstr("8,192 tokens; first token after 500 ms, 16,384 tokens/s"));
   EXPECT_THAT(text, HasSubstr("share, density 34.5 %; heads: 0 dense, 12 pivot"));
-  EXPECT_THAT(text, HasSubstr("50.0 MB in 0 frames, 0.50 GB/s"));
+  EXPECT_THAT(text, HasSubstr("50.0 MB in 0 frames within 100 ms (500.0 MB/s)"));
   EXPECT_THAT(text, HasSubstr("88 % left before the last layer was done"));
   EXPECT_THAT(text, HasSubstr("with 1 of 8 layers computed"));
   EXPECT_THAT(text, HasSubstr("5 tokens, 100.0 tokens/s"));
