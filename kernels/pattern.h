@@ -60,13 +60,15 @@ constexpr int64_t VerticalSlashScratchBytes(int num_heads, int64_t num_keys) {
   return static_cast<int64_t>(sizeof(uint32_t)) * num_heads * (2 * num_keys + 8192);
 }
 
-// pattern[r] = columns | diagonals shifted to row r, cut at the diagonal, for one head.
+// pattern[r] = columns | diagonals shifted to row r, cut at the diagonal, head by head.
 struct ExpandVerticalSlashParams {
-  const uint32_t* columns = nullptr;    // [W]
-  const uint32_t* diagonals = nullptr;  // [W]
+  const uint32_t* columns = nullptr;    // [num_heads, W]
+  const uint32_t* diagonals = nullptr;  // [num_heads, W]
   int64_t num_query_blocks = 0;         // the last ones of num_key_blocks
   int64_t num_key_blocks = 0;
-  uint32_t* pattern = nullptr;  // [num_query_blocks, W]
+  uint32_t* pattern = nullptr;  // [num_heads, num_query_blocks, W]
+  int num_heads = 1;
+  int64_t* blocks = nullptr;  // [num_heads]: bits set; may be null
 };
 
 // The pattern of a pivot: per row the smallest set of key blocks whose mass reaches gamma of the

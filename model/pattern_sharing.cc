@@ -14,6 +14,13 @@ constexpr int64_t kPivotMassBytes = int64_t{64} << 20;
 
 int64_t CausalBlocks(int64_t num_blocks) { return num_blocks * (num_blocks + 1) / 2; }
 
+// Blocks of `row` that `old` has not.
+int64_t CountNewBlocks(absl::Span<const uint32_t> row, absl::Span<const uint32_t> old) {
+  int64_t count = 0;
+  for (size_t w = 0; w < row.size(); ++w) count += std::popcount(row[w] & ~old[w]);
+  return count;
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<PatternSharing>> PatternSharing::Create(Backend* backend,
@@ -54,7 +61,7 @@ absl::Status PatternSharing::Allocate(int64_t max_tokens) {
        clusters_.empty()
            ? 0
            : std::max(mass_bytes, std::min(mass_bytes * clusters_.num_clusters, kPivotMassBytes))},
-      {figures_, 2 * heads * int64_t{sizeof(double) + sizeof(int64_t)}},
+      {figures_, kFiguresPerHead * heads * int64_t{sizeof(int64_t)}},
   };
   for (const auto& [buffer, bytes] : wanted) {
     if (bytes == 0) continue;
@@ -63,11 +70,15 @@ absl::Status PatternSharing::Allocate(int64_t max_tokens) {
     buffer = *std::move(allocated);
   }
   pivots_.resize(clusters_.num_clusters);
-  for (ClusterPivot& pivot : pivots_) pivot.estimate.reserve(blocks);
+  for (ClusterPivot& pivot : pivots_) {
+    pivot.estimate.reserve(blocks);
+    pivot.last_row.reserve(words);
+  }
   no_clusters_.assign(heads, HeadClusters::kNoCluster);
   estimate_.resize(heads * blocks);
   last_rows_host_.resize(heads * words);
-  figures_host_.resize(4 * heads);
+  figures_host_.resize(kFiguresPerHead * heads);
+  head_blocks_.resize(heads);
   work_.reserve(heads);
   return absl::OkStatus();
 }
@@ -110,7 +121,7 @@ absl::Status PatternSharing::Attend(int layer, const kernels::AttentionParams& a
         DecideHead(layer, EstimateOf(head),
                    cluster == HeadClusters::kNoCluster ? nullptr : &pivots_[cluster], options_);
   }
-  if (absl::Status status = BuildPatterns(cluster_of, roles); !status.ok()) return status;
+  if (absl::Status status = AssignPatterns(cluster_of, roles); !status.ok()) return status;
   Summarize(roles, report);
   report->pattern_us += stopwatch.LapUs();
 
@@ -148,9 +159,21 @@ absl::Status PatternSharing::Estimate(const kernels::AttentionParams& attention)
     status = SelectVerticalSlash(0, config_.num_heads, options_.gamma, options_.min_budget_tokens,
                                  columns_.as<uint32_t>(), diagonals_.as<uint32_t>());
   }
+  // Sharing heads and pivots will not use theirs; one launch for all is cheaper than choosing.
+  if (status.ok()) {
+    status = Expand(columns_.as<uint32_t>(), diagonals_.as<uint32_t>(), VerticalSlashPattern(0),
+                    config_.num_heads, figures_.as<int64_t>() + VerticalSlashSlot(0));
+  }
+  if (status.ok()) {
+    status = backend_.Download(estimate_.data(), block_estimate_.data(),
+                               config_.num_heads * num_blocks_ * sizeof(float));
+  }
+  if (status.ok()) status = DownloadFigures();
   if (!status.ok()) return status;
-  return backend_.Download(estimate_.data(), block_estimate_.data(),
-                           config_.num_heads * num_blocks_ * sizeof(float));
+  for (int head = 0; head < config_.num_heads; ++head) {
+    head_blocks_[head] = figures_host_[VerticalSlashSlot(head)];
+  }
+  return absl::OkStatus();
 }
 
 absl::Status PatternSharing::SelectVerticalSlash(int first_head, int num_heads, float gamma,
@@ -185,20 +208,15 @@ absl::Status PatternSharing::MeasurePivots(int layer, absl::Span<const int> clus
                                            absl::Span<const int> pivots) {
   // Slot 2 i: the pattern of pivot i; slot 2 i + 1: its own vertical-slash set.
   for (size_t i = 0; i < pivots.size(); ++i) {
-    const int head = pivots[i];
     const int slot = static_cast<int>(2 * i);
-    uint32_t* pattern = PivotPattern(cluster_of[head]);
+    uint32_t* pattern = PivotPattern(cluster_of[pivots[i]]);
     absl::Status status = backend_.SelectRows({.block_mass = PivotMass(i),
                                                .num_query_blocks = num_blocks_,
                                                .num_key_blocks = num_blocks_,
                                                .gamma = options_.gamma,
                                                .pattern = pattern});
-    if (status.ok()) status = Measure(PivotMass(i), pattern, nullptr, slot);
-    if (status.ok()) {
-      status = Expand(columns_.as<uint32_t>() + head * row_words(),
-                      diagonals_.as<uint32_t>() + head * row_words(), VerticalSlashPattern(head));
-    }
-    if (status.ok()) status = Measure(PivotMass(i), VerticalSlashPattern(head), nullptr, slot + 1);
+    if (status.ok()) status = Measure(PivotMass(i), pattern, slot);
+    if (status.ok()) status = Measure(PivotMass(i), VerticalSlashPattern(pivots[i]), slot + 1);
     if (!status.ok()) return status;
   }
   if (absl::Status status = DownloadFigures(); !status.ok()) return status;
@@ -206,7 +224,8 @@ absl::Status PatternSharing::MeasurePivots(int layer, absl::Span<const int> clus
   // Out of the slots before CutToCost uses them again.
   std::vector<std::pair<PatternFigures, PatternFigures>> measured;
   for (size_t i = 0; i < pivots.size(); ++i) {
-    measured.push_back({Figures(2 * i), Figures(2 * i + 1)});
+    const int slot = static_cast<int>(2 * i);
+    measured.push_back({Figures(slot), Figures(slot + 1)});
   }
   for (size_t i = 0; i < pivots.size(); ++i) {
     auto [own, vertical_slash] = measured[i];
@@ -215,12 +234,19 @@ absl::Status PatternSharing::MeasurePivots(int layer, absl::Span<const int> clus
       if (!cut.ok()) return cut.status();
       vertical_slash = *cut;
     }
+    const int cluster = cluster_of[pivots[i]];
     const absl::Span<const float> estimate = EstimateOf(pivots[i]);
-    ClusterPivot& pivot = pivots_[cluster_of[pivots[i]]];
+    ClusterPivot& pivot = pivots_[cluster];
     pivot.layer = layer;
     pivot.head = pivots[i];
     pivot.estimate.assign(estimate.begin(), estimate.end());
     pivot.worth_sharing = WorthSharing(vertical_slash, options_.coverage);
+    pivot.pattern_blocks = own.blocks;
+    pivot.last_row.resize(row_words());
+    absl::Status status = backend_.Download(pivot.last_row.data(),
+                                            PivotPattern(cluster) + (num_blocks_ - 1) * row_words(),
+                                            row_words() * sizeof(uint32_t));
+    if (!status.ok()) return status;
   }
   return absl::OkStatus();
 }
@@ -236,9 +262,9 @@ absl::StatusOr<PatternFigures> PatternSharing::CutToCost(int head, const float* 
     // The pivot itself needs no vertical-slash pattern: its place is free.
     if (status.ok()) {
       status = Expand(trial_columns_.as<uint32_t>(), trial_diagonals_.as<uint32_t>(),
-                      VerticalSlashPattern(head));
+                      VerticalSlashPattern(head), 1, nullptr);
     }
-    if (status.ok()) status = Measure(block_mass, VerticalSlashPattern(head), nullptr, 0);
+    if (status.ok()) status = Measure(block_mass, VerticalSlashPattern(head), 0);
     if (status.ok()) status = DownloadFigures();
     if (!status.ok()) return status;
     search.Record(Figures(0));
@@ -246,78 +272,75 @@ absl::StatusOr<PatternFigures> PatternSharing::CutToCost(int head, const float* 
   return search.best();
 }
 
-absl::Status PatternSharing::BuildPatterns(absl::Span<const int> cluster_of,
-                                           absl::Span<const HeadRole> roles) {
+absl::Status PatternSharing::AssignPatterns(absl::Span<const int> cluster_of,
+                                            absl::Span<const HeadRole> roles) {
   const int64_t words = row_words();
-  absl::Status status;
-  if (std::find(roles.begin(), roles.end(), HeadRole::kShared) != roles.end()) {
-    std::fill_n(last_rows_host_.begin(), config_.num_heads * words, 0u);
-    for (int head = 0; head < config_.num_heads; ++head) {
-      if (roles[head] != HeadRole::kShared) continue;
-      SelectBlocks(EstimateOf(head), options_.gamma,
-                   absl::MakeSpan(last_rows_host_).subspan(head * words, words));
-    }
-    status = backend_.Upload(last_rows_.data(), last_rows_host_.data(),
-                             config_.num_heads * words * sizeof(uint32_t));
-  }
+  bool any_shared = false;
   work_.clear();
-  for (int head = 0; head < config_.num_heads && status.ok(); ++head) {
-    if (roles[head] == HeadRole::kPivot) continue;
+  for (int head = 0; head < config_.num_heads; ++head) {
     kernels::HeadWork work = {.head = head};
-    if (roles[head] == HeadRole::kShared) {
-      work.pattern = PivotPattern(cluster_of[head]);
-      work.last_row = last_rows_.as<uint32_t>() + head * words;
-    } else {
-      work.pattern = VerticalSlashPattern(head);
-      status = Expand(columns_.as<uint32_t>() + head * words,
-                      diagonals_.as<uint32_t>() + head * words, VerticalSlashPattern(head));
+    switch (roles[head]) {
+      case HeadRole::kPivot:
+        head_blocks_[head] = CausalBlocks(num_blocks_);
+        continue;
+      case HeadRole::kVerticalSlash:
+        work.pattern = VerticalSlashPattern(head);
+        break;
+      case HeadRole::kShared: {
+        any_shared = true;
+        const ClusterPivot& pivot = pivots_[cluster_of[head]];
+        const auto last_row = absl::MakeSpan(last_rows_host_).subspan(head * words, words);
+        std::fill(last_row.begin(), last_row.end(), 0u);
+        SelectBlocks(EstimateOf(head), options_.gamma, last_row);
+        head_blocks_[head] = pivot.pattern_blocks + CountNewBlocks(last_row, pivot.last_row);
+        work.pattern = PivotPattern(cluster_of[head]);
+        work.last_row = last_rows_.as<uint32_t>() + head * words;
+        break;
+      }
     }
-    if (status.ok()) status = Measure(nullptr, work.pattern, work.last_row, head);
     work_.push_back(work);
   }
-  if (!status.ok()) return status;
-  return DownloadFigures();
+  if (!any_shared) return absl::OkStatus();
+  return backend_.Upload(last_rows_.data(), last_rows_host_.data(),
+                         config_.num_heads * words * sizeof(uint32_t));
 }
 
 absl::Status PatternSharing::Expand(const uint32_t* columns, const uint32_t* diagonals,
-                                    uint32_t* pattern) {
+                                    uint32_t* pattern, int num_heads, int64_t* blocks) {
   return backend_.ExpandVerticalSlash({.columns = columns,
                                        .diagonals = diagonals,
                                        .num_query_blocks = num_blocks_,
                                        .num_key_blocks = num_blocks_,
-                                       .pattern = pattern});
+                                       .pattern = pattern,
+                                       .num_heads = num_heads,
+                                       .blocks = blocks});
 }
 
-absl::Status PatternSharing::Measure(const float* block_mass, const uint32_t* pattern,
-                                     const uint32_t* last_row, int slot) {
-  return backend_.MeasurePattern(
-      {.block_mass = block_mass,
-       .pattern = pattern,
-       .last_row = last_row,
-       .num_query_blocks = num_blocks_,
-       .num_key_blocks = num_blocks_,
-       .mass = block_mass != nullptr ? figures_.as<double>() + slot : nullptr,
-       .blocks = figures_.as<int64_t>() + 2 * config_.num_heads + slot});
+absl::Status PatternSharing::Measure(const float* block_mass, const uint32_t* pattern, int slot) {
+  return backend_.MeasurePattern({.block_mass = block_mass,
+                                  .pattern = pattern,
+                                  .num_query_blocks = num_blocks_,
+                                  .num_key_blocks = num_blocks_,
+                                  .mass = figures_.as<double>() + MassSlot(slot),
+                                  .blocks = figures_.as<int64_t>() + BlocksSlot(slot)});
 }
 
 absl::Status PatternSharing::DownloadFigures() {
   return backend_.Download(figures_host_.data(), figures_.data(), figures_.bytes());
 }
 
-PatternFigures PatternSharing::Figures(size_t slot) const {
-  return {.mass = std::bit_cast<double>(figures_host_[slot]),
-          .blocks = figures_host_[2 * config_.num_heads + slot]};
+PatternFigures PatternSharing::Figures(int slot) const {
+  return {.mass = std::bit_cast<double>(figures_host_[MassSlot(slot)]),
+          .blocks = figures_host_[BlocksSlot(slot)]};
 }
 
 void PatternSharing::Summarize(absl::Span<const HeadRole> roles, LayerReport* report) const {
-  const int64_t causal_blocks = CausalBlocks(num_blocks_);
   int64_t blocks = 0;
   for (size_t head = 0; head < roles.size(); ++head) {
     switch (roles[head]) {
       case HeadRole::kPivot:
         ++report->pivot_heads;
-        blocks += causal_blocks;
-        continue;
+        break;
       case HeadRole::kShared:
         ++report->shared_heads;
         break;
@@ -325,10 +348,10 @@ void PatternSharing::Summarize(absl::Span<const HeadRole> roles, LayerReport* re
         ++report->vertical_slash_heads;
         break;
     }
-    blocks += Figures(head).blocks;
+    blocks += head_blocks_[head];
   }
-  report->density = static_cast<double>(blocks) /
-                    (static_cast<double>(causal_blocks) * static_cast<double>(roles.size()));
+  report->density = static_cast<double>(blocks) / (static_cast<double>(CausalBlocks(num_blocks_)) *
+                                                   static_cast<double>(roles.size()));
 }
 
 }  // namespace prefilld::model

@@ -70,7 +70,7 @@ class PatternSharing {
                             absl::Span<const int> pivots);
   absl::Status MeasurePivots(int layer, absl::Span<const int> cluster_of,
                              absl::Span<const int> pivots);
-  absl::Status BuildPatterns(absl::Span<const int> cluster_of, absl::Span<const HeadRole> roles);
+  absl::Status AssignPatterns(absl::Span<const int> cluster_of, absl::Span<const HeadRole> roles);
   void Summarize(absl::Span<const HeadRole> roles, LayerReport* report) const;
 
   // The largest vertical-slash set of a pivot within the limit.
@@ -78,13 +78,17 @@ class PatternSharing {
   absl::Status SelectVerticalSlash(int first_head, int num_heads, float gamma,
                                    int64_t min_budget_tokens, uint32_t* columns,
                                    uint32_t* diagonals);
-  absl::Status Expand(const uint32_t* columns, const uint32_t* diagonals, uint32_t* pattern);
+  absl::Status Expand(const uint32_t* columns, const uint32_t* diagonals, uint32_t* pattern,
+                      int num_heads, int64_t* blocks);
 
-  // Figures are measured into numbered slots and read back together.
-  absl::Status Measure(const float* block_mass, const uint32_t* pattern, const uint32_t* last_row,
-                       int slot);
+  // Figures are measured into numbered slots, 2 H of them, and read back together.
+  absl::Status Measure(const float* block_mass, const uint32_t* pattern, int slot);
   absl::Status DownloadFigures();
-  PatternFigures Figures(size_t slot) const;
+  PatternFigures Figures(int slot) const;
+  static constexpr int64_t kFiguresPerHead = 5;
+  int MassSlot(int slot) const { return slot; }
+  int BlocksSlot(int slot) const { return 2 * config_.num_heads + slot; }
+  int VerticalSlashSlot(int head) const { return 4 * config_.num_heads + head; }
 
   int64_t row_words() const { return kernels::PatternWords(num_blocks_); }
   int64_t pattern_words() const { return num_blocks_ * row_words(); }
@@ -116,7 +120,9 @@ class PatternSharing {
   DeviceBuffer vertical_slash_patterns_;          // [H, n, W]
   DeviceBuffer pivot_patterns_;                   // [num_clusters, n, W]
   DeviceBuffer pivot_mass_;                       // [as many as fit, n, n] fp32
-  DeviceBuffer figures_;  // [2 H] mass as double, then [2 H] blocks as int64
+  // [2 H] mass as double and [2 H] blocks of measured patterns, then [H] blocks of the heads'
+  // vertical-slash patterns, both int64.
+  DeviceBuffer figures_;
 
   // The prompt.
   AttentionOptions options_;
@@ -129,6 +135,7 @@ class PatternSharing {
   std::vector<float> estimate_;  // [H, n]
   std::vector<uint32_t> last_rows_host_;
   std::vector<int64_t> figures_host_;    // as figures_
+  std::vector<int64_t> head_blocks_;     // [H]: what each head of this layer computes
   std::vector<kernels::HeadWork> work_;  // of the launch being prepared
 };
 

@@ -28,7 +28,9 @@ struct ClusterPivot {
   // the last row of its exact block mass. Ours is the same quantity up to a partial last block,
   // and known before any attention runs, so that a whole layer is decided at once.
   std::vector<float> estimate;
-  bool worth_sharing = false;  // WorthSharing() of the pivot's exact block mass
+  bool worth_sharing = false;      // WorthSharing() of the pivot's exact block mass
+  int64_t pattern_blocks = 0;      // of the whole pattern
+  std::vector<uint32_t> last_row;  // of the pattern, as kernels/attention.h lays out a row
   bool exists() const { return layer != kNone; }
 };
 

@@ -81,15 +81,26 @@ void VerticalSlash(const VerticalSlashParams& params) {
 
 void ExpandVerticalSlash(const ExpandVerticalSlashParams& params) {
   const int64_t words = PatternWords(params.num_key_blocks);
-  const int64_t first_block = params.num_key_blocks - params.num_query_blocks;
+  const int64_t rows = params.num_query_blocks;
+  const int64_t first_block = params.num_key_blocks - rows;
+  if (params.blocks != nullptr) std::fill_n(params.blocks, params.num_heads, int64_t{0});
 #pragma omp parallel for schedule(dynamic, 16)
-  for (int64_t row = 0; row < params.num_query_blocks; ++row) {
-    uint32_t* pattern = params.pattern + row * words;
+  for (int64_t i = 0; i < params.num_heads * rows; ++i) {
+    const int64_t head = i / rows;
+    const uint32_t* columns = params.columns + head * words;
+    const uint32_t* diagonals = params.diagonals + head * words;
+    uint32_t* pattern = params.pattern + i * words;
     std::fill_n(pattern, words, 0u);
-    const int64_t block = first_block + row;
+    const int64_t block = first_block + i % rows;
+    int64_t count = 0;
     for (int64_t c = 0; c <= block; ++c) {
-      if (TestBit(params.columns, c) || TestBit(params.diagonals, block - c)) SetBit(pattern, c);
+      if (!TestBit(columns, c) && !TestBit(diagonals, block - c)) continue;
+      SetBit(pattern, c);
+      ++count;
     }
+    if (params.blocks == nullptr) continue;
+#pragma omp atomic
+    params.blocks[head] += count;
   }
 }
 

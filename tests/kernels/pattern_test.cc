@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <bit>
 #include <random>
 #include <vector>
 
@@ -175,6 +177,36 @@ TEST(CpuExpandVerticalSlash, EqualsReference) {
       reference::ExpandVerticalSlash(p);
       EXPECT_EQ(actual, expected) << query_blocks << " of " << key_blocks;
     }
+  }
+}
+
+TEST(CpuExpandVerticalSlash, SeveralHeadsAreCounted) {
+  constexpr int kHeads = 3;
+  constexpr int64_t kBlocks = 70;
+  const int64_t words = PatternWords(kBlocks);
+  const std::vector<uint32_t> columns = MakePattern(kHeads, kBlocks, 0.1, 1);
+  const std::vector<uint32_t> diagonals = MakePattern(kHeads, kBlocks, 0.1, 2);
+  std::vector<uint32_t> actual(static_cast<size_t>(kHeads * kBlocks * words), ~0u);
+  std::vector<int64_t> blocks(kHeads, -1);
+  cpu::ExpandVerticalSlash({.columns = columns.data(),
+                            .diagonals = diagonals.data(),
+                            .num_query_blocks = kBlocks,
+                            .num_key_blocks = kBlocks,
+                            .pattern = actual.data(),
+                            .num_heads = kHeads,
+                            .blocks = blocks.data()});
+  for (int head = 0; head < kHeads; ++head) {
+    std::vector<uint32_t> expected(static_cast<size_t>(kBlocks * words));
+    reference::ExpandVerticalSlash({.columns = &columns[head * words],
+                                    .diagonals = &diagonals[head * words],
+                                    .num_query_blocks = kBlocks,
+                                    .num_key_blocks = kBlocks,
+                                    .pattern = expected.data()});
+    const auto first = actual.begin() + head * kBlocks * words;
+    EXPECT_TRUE(std::equal(expected.begin(), expected.end(), first)) << head;
+    int64_t bits = 0;
+    for (const uint32_t word : expected) bits += std::popcount(word);
+    EXPECT_EQ(blocks[head], bits);
   }
 }
 
