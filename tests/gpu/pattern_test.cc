@@ -166,21 +166,41 @@ TEST_F(CudaPattern, AmongEqualMassesTheLowestIndexWins) {
   EXPECT_EQ(diagonals.Read()[0], 0x0001ffffu);  // the last offset chosen, 2047, crosses block 16
 }
 
-TEST_F(CudaPattern, ExpandVerticalSlashEqualsReference) {
+TEST_F(CudaPattern, ExpandVerticalSlashEqualsReferenceHeadByHead) {
+  constexpr int kHeads = 3;
   for (const int64_t key_blocks : {1, 2, 31, 32, 33, 64, 100}) {
+    const int64_t words = PatternWords(key_blocks);
+    // Rows of a random pattern serve as random bits.
+    std::vector<uint32_t> columns, diagonals;
+    for (uint32_t head = 0; head < kHeads; ++head) {
+      for (std::vector<uint32_t>* bits : {&columns, &diagonals}) {
+        const uint32_t seed = 2 * head + (bits == &diagonals ? 1 : 0);
+        const std::vector<uint32_t> row = MakePattern(1, key_blocks, 0.1, seed);
+        bits->insert(bits->end(), row.begin(), row.end());
+      }
+    }
+    const DeviceArray<uint32_t> device_columns(columns), device_diagonals(diagonals);
     for (const int64_t query_blocks : {int64_t{1}, key_blocks / 2 + 1, key_blocks}) {
-      // Rows of a random pattern serve as random bits.
-      const std::vector<uint32_t> columns = MakePattern(1, key_blocks, 0.1, 1);
-      const std::vector<uint32_t> diagonals = MakePattern(1, key_blocks, 0.1, 2);
-      std::vector<uint32_t> expected(static_cast<size_t>(query_blocks * PatternWords(key_blocks)));
-      reference::ExpandVerticalSlash(
-          {columns.data(), diagonals.data(), query_blocks, key_blocks, expected.data()});
-      const DeviceArray<uint32_t> device_columns(columns), device_diagonals(diagonals),
-          actual(expected.size());
-      PREFILLD_ASSERT_CUDA(cuda::LaunchExpandVerticalSlash(
-          {device_columns.data(), device_diagonals.data(), query_blocks, key_blocks, actual.data()},
-          nullptr));
+      std::vector<uint32_t> expected(static_cast<size_t>(kHeads * query_blocks * words));
+      std::vector<int64_t> expected_blocks(kHeads);
+      const DeviceArray<uint32_t> actual(expected.size());
+      const DeviceArray<int64_t> actual_blocks(kHeads);
+      ExpandVerticalSlashParams p;
+      p.columns = columns.data();
+      p.diagonals = diagonals.data();
+      p.num_query_blocks = query_blocks;
+      p.num_key_blocks = key_blocks;
+      p.pattern = expected.data();
+      p.num_heads = kHeads;
+      p.blocks = expected_blocks.data();
+      reference::ExpandVerticalSlash(p);
+      p.columns = device_columns.data();
+      p.diagonals = device_diagonals.data();
+      p.pattern = actual.data();
+      p.blocks = actual_blocks.data();
+      PREFILLD_ASSERT_CUDA(cuda::LaunchExpandVerticalSlash(p, nullptr));
       EXPECT_EQ(actual.Read(), expected) << query_blocks << " of " << key_blocks;
+      EXPECT_EQ(actual_blocks.Read(), expected_blocks) << query_blocks << " of " << key_blocks;
     }
   }
 }

@@ -31,7 +31,7 @@ struct KernelParams {
   float scale_log2 = 0.0f;
   int num_key_blocks = 0;
   float2* row_sums = nullptr;  // [heads, chunks, rows]: maximum (log2 scale) and sum
-  float* row_lse = nullptr;    // [heads, rows]: log2 of the whole row's sum
+  float* row_lse = nullptr;    // [heads, rows]: log2 of (the whole row's sum * num_queries)
   float* overhangs = nullptr;  // [heads, chunks, kMaxEstimateRows]; chunk 0 has none here
 };
 
@@ -40,9 +40,9 @@ struct Config {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRows = kRows_;  // query rows held, at least num_queries
   static constexpr int kRowTiles = kRows / (16 * kWarps);
-  static constexpr int kDiagonals = kRows + kKeyTile - 1;  // that cross one key tile
-  // Odd, so that threads on neighbouring diagonals hit different banks.
-  static constexpr int kPitch = kKeyTile + 1;
+  // Odd, so that threads on neighbouring diagonals hit different banks; 5 more than a multiple of
+  // 32, so that of the lanes that write an accumulator at most two share a bank.
+  static constexpr int kPitch = kKeyTile + 5;
 };
 
 template <typename Config>
@@ -178,9 +178,10 @@ __global__ void merge_row_sums_kernel(const __grid_constant__ KernelParams param
     sum = sum * device::exp2_approx(max - new_max) + part.y * device::exp2_approx(part.x - new_max);
     max = new_max;
   }
-  // Rows that hold no query get no mass.
+  // With the share of one row in the mean; rows that hold no query get no mass.
+  const float num_queries = static_cast<float>(params.op.num_queries);
   params.row_lse[head * rows + row] =
-      row < params.op.num_queries ? max + device::log2_approx(sum) : INFINITY;
+      row < params.op.num_queries ? max + device::log2_approx(sum * num_queries) : INFINITY;
 }
 
 template <typename Config>
@@ -208,8 +209,6 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < 2 * Config::kRowTiles; ++i) {
     row_lse[i] = params.row_lse[head * Config::kRows + first_row + 8 * i + lane / 4];
   }
-  const float weight = 1.0f / static_cast<float>(op.num_queries);
-
   for_each_tile<Config>(
       params, shared, static_cast<int>(head), chunk,
       [&](float(&s)[Config::kRowTiles][kKeyTile / 8][4], int64_t tile_key) {
@@ -221,7 +220,7 @@ __global__ void __launch_bounds__(kThreads)
           for (int i = 0; i < Config::kRowTiles; ++i) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-              const float p = weight * device::exp2_approx(s[i][j][e] - row_lse[2 * i + e / 2]);
+              const float p = device::exp2_approx(s[i][j][e] - row_lse[2 * i + e / 2]);
               column_sum[e % 2] += p;
               const int row = first_row + 16 * i + 8 * (e / 2) + lane / 4;
               shared.p[row * Config::kPitch + 8 * j + 2 * (lane % 4) + e % 2] = p;
@@ -245,14 +244,24 @@ __global__ void __launch_bounds__(kThreads)
         // Diagonal d of the tile holds the elements with row - column = d - (kKeyTile - 1); in the
         // chunk it is the sum number d + (keys after this tile).
         const int keys_after = keys - kKeyTile - static_cast<int>(tile_key - first_key);
-        for (int d = thread; d < Config::kDiagonals; d += kThreads) {
-          const int begin = max(0, kKeyTile - 1 - d);
-          const int end = min(kKeyTile, Config::kRows + kKeyTile - 1 - d);
-          float sum = 0.0f;
-          for (int column = begin; column < end; ++column) {
-            sum += shared.p[(d - (kKeyTile - 1) + column) * Config::kPitch + column];
+        // Thread t takes the lower diagonal t and, where the tile's upper right corner has one, the
+        // diagonal kRows + t: together always kKeyTile elements, one in each column.
+        if (thread < Config::kRows) {
+          const int first_of_lower = kKeyTile - 1 - thread;  // column where diagonal t begins
+          const float* lower = shared.p + (thread - (kKeyTile - 1)) * Config::kPitch;
+          const float* upper = lower + Config::kRows * Config::kPitch;
+          float lower_sum = 0.0f;
+          float upper_sum = 0.0f;
+#pragma unroll
+          for (int column = 0; column < kKeyTile; ++column) {
+            const bool in_lower = column >= first_of_lower;
+            const float p = (in_lower ? lower : upper)[column * (Config::kPitch + 1)];
+            lower_sum += in_lower ? p : 0.0f;
+            upper_sum += in_lower ? 0.0f : p;
           }
-          diagonal_sums[keys_after + d] += sum;
+          diagonal_sums[keys_after + thread] += lower_sum;
+          if (thread < kKeyTile - 1)
+            diagonal_sums[keys_after + Config::kRows + thread] += upper_sum;
         }
         // The next tile's first barrier comes before its probabilities.
       });

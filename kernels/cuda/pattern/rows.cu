@@ -10,6 +10,7 @@ namespace prefilld::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kMeasureThreads = 1024;
 
 // One CTA per query block.
 __global__ void __launch_bounds__(kThreads) select_rows_kernel(SelectRowsParams params) {
@@ -32,39 +33,49 @@ __global__ void __launch_bounds__(kThreads) select_rows_kernel(SelectRowsParams 
   }
 }
 
-// One warp per query block. The mass is summed in fixed point, in the place of the result.
-__global__ void __launch_bounds__(kThreads) measure_pattern_kernel(MeasurePatternParams params) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  if (row >= params.num_query_blocks) return;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+// One CTA: even for a million tokens a pattern is 8 MB, and a pivot's attention over it takes some
+// thousand times as long. A second launch, to clear or to merge sums, would cost more at all usual
+// lengths. The mass is summed in fixed point: 48 fractional bits leave room for 2^15 rows.
+__global__ void __launch_bounds__(kMeasureThreads)
+    measure_pattern_kernel(MeasurePatternParams params) {
+  __shared__ uint64_t warp_mass[kMeasureThreads / 32];
+  __shared__ uint64_t warp_blocks[kMeasureThreads / 32];
   const int num_words = static_cast<int>((params.num_key_blocks + 31) / 32);
-  const bool last = row == params.num_query_blocks - 1 && params.last_row != nullptr;
+  const int64_t last_row_word = (params.num_query_blocks - 1) * num_words;
   uint64_t mass = 0;
   uint64_t blocks = 0;
-  for (int w = lane; w < num_words; w += 32) {
-    uint32_t word = params.pattern[row * num_words + w];
-    if (last) word |= params.last_row[w];
+  for (int64_t i = threadIdx.x; i < params.num_query_blocks * num_words; i += kMeasureThreads) {
+    uint32_t word = params.pattern[i];
+    if (params.last_row != nullptr && i >= last_row_word)
+      word |= params.last_row[i - last_row_word];
     blocks += __popc(word);
     if (params.block_mass == nullptr) continue;
+    const float* word_mass =
+        params.block_mass + i / num_words * params.num_key_blocks + i % num_words * 32;
     while (word != 0) {
-      const int64_t block = static_cast<int64_t>(w) * 32 + __ffs(static_cast<int>(word)) - 1;
+      mass += to_fixed(word_mass[__ffs(static_cast<int>(word)) - 1]) >> 4;
       word &= word - 1;
-      mass += to_fixed(params.block_mass[row * params.num_key_blocks + block]) >> 4;
     }
   }
   mass = device::warp_sum(mass);
   blocks = device::warp_sum(blocks);
-  if (lane != 0) return;
-  atomicAdd(reinterpret_cast<unsigned long long*>(params.blocks), blocks);
-  if (params.block_mass != nullptr) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(params.mass), mass);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (lane == 0) {
+    warp_mass[warp] = mass;
+    warp_blocks[warp] = blocks;
   }
-}
-
-__global__ void finish_mass_kernel(double* mass, int64_t num_query_blocks) {
-  // 48 fractional bits: 2^15 rows fit.
-  const auto fixed = *reinterpret_cast<const unsigned long long*>(mass);
-  *mass = static_cast<double>(fixed) * 0x1p-48 / static_cast<double>(num_query_blocks);
+  __syncthreads();
+  if (warp != 0) return;
+  static_assert(kMeasureThreads / 32 == 32, "one warp adds up the warps' sums");
+  mass = device::warp_sum(warp_mass[lane]);
+  blocks = device::warp_sum(warp_blocks[lane]);
+  if (lane != 0) return;
+  *params.blocks = static_cast<int64_t>(blocks);
+  if (params.block_mass != nullptr) {
+    *params.mass =
+        static_cast<double>(mass) * 0x1p-48 / static_cast<double>(params.num_query_blocks);
+  }
 }
 
 }  // namespace
@@ -78,17 +89,7 @@ cudaError_t LaunchSelectRows(const SelectRowsParams& params, cudaStream_t stream
 
 cudaError_t LaunchMeasurePattern(const MeasurePatternParams& params, cudaStream_t stream) {
   if (params.num_query_blocks <= 0) return cudaErrorInvalidValue;
-  cudaError_t error = cudaMemsetAsync(params.blocks, 0, sizeof(*params.blocks), stream);
-  if (error != cudaSuccess) return error;
-  if (params.block_mass != nullptr) {
-    error = cudaMemsetAsync(params.mass, 0, sizeof(*params.mass), stream);
-    if (error != cudaSuccess) return error;
-  }
-  const int64_t ctas = CeilDiv(params.num_query_blocks, kThreads / 32);
-  measure_pattern_kernel<<<static_cast<unsigned>(ctas), kThreads, 0, stream>>>(params);
-  if (error = cudaGetLastError(); error != cudaSuccess) return error;
-  if (params.block_mass == nullptr) return cudaSuccess;
-  finish_mass_kernel<<<1, 1, 0, stream>>>(params.mass, params.num_query_blocks);
+  measure_pattern_kernel<<<1, kMeasureThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

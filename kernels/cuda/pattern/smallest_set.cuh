@@ -93,8 +93,9 @@ class SmallestSetSearch {
 
  private:
   __device__ void build_histogram(const float* values, int64_t n, uint32_t prefix, int shift,
-                                  int num_bins, bool first) {
-    __syncthreads();  // readers of the histogram before are done
+                                  int num_bins, bool first_level) {
+    constexpr uint32_t kNone = 0xffffffffu;  // order_bits of no value
+    __syncthreads();                         // readers of the histogram before are done
     for (int i = static_cast<int>(threadIdx.x); i < num_bins; i += kThreads) {
       shared_.sum_low[i] = 0;
       shared_.sum_high[i] = 0;
@@ -102,19 +103,33 @@ class SmallestSetSearch {
     }
     __syncthreads();
     const int digit_bits = num_bins == 2048 ? 11 : 10;
-    for (int64_t i = threadIdx.x; i < n; i += kThreads) {
-      const uint32_t bits = order_bits(values[i]);
-      if (!first && (bits >> shift >> digit_bits) != prefix) continue;
-      const uint32_t bin = (bits >> shift) & (num_bins - 1);
-      // A 64-bit sum out of two native 32-bit additions: the carry follows from the old low word.
-      const uint64_t fixed = to_fixed(__uint_as_float(bits));
-      const uint32_t low = static_cast<uint32_t>(fixed);
-      const uint32_t old = atomicAdd(&shared_.sum_low[bin], low);
-      const uint32_t high = static_cast<uint32_t>(fixed >> 32) + (old + low < old ? 1u : 0u);
-      if (high != 0) atomicAdd(&shared_.sum_high[bin], high);
-      atomicAdd(&shared_.count[bin], 1u);
+    // Several loads in flight: one CTA alone has to draw on L2.
+    constexpr int kLoads = 8;
+    for (int64_t first = threadIdx.x; first < n; first += kLoads * kThreads) {
+      uint32_t bits[kLoads];
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        const int64_t i = first + j * kThreads;
+        bits[j] = i < n ? order_bits(values[i]) : kNone;
+      }
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        if (bits[j] == kNone || (!first_level && (bits[j] >> shift >> digit_bits) != prefix)) {
+          continue;
+        }
+        add_to_bin((bits[j] >> shift) & (num_bins - 1), to_fixed(__uint_as_float(bits[j])));
+      }
     }
     __syncthreads();
+  }
+
+  // A 64-bit sum out of two native 32-bit additions: the carry follows from the old low word.
+  __device__ __forceinline__ void add_to_bin(uint32_t bin, uint64_t value) {
+    const uint32_t low = static_cast<uint32_t>(value);
+    const uint32_t old = atomicAdd(&shared_.sum_low[bin], low);
+    const uint32_t high = static_cast<uint32_t>(value >> 32) + (old + low < old ? 1u : 0u);
+    if (high != 0) atomicAdd(&shared_.sum_high[bin], high);
+    atomicAdd(&shared_.count[bin], 1u);
   }
 
   __device__ __forceinline__ uint64_t bin_sum(int bin) const {

@@ -28,13 +28,26 @@ __global__ void __launch_bounds__(kSelectThreads)
   const SmallestSet set =
       Search(shared).find(mass, params.num_keys, params.gamma, params.min_budget_tokens);
   __syncthreads();
-  for (int64_t i = threadIdx.x; i < params.num_keys; i += kSelectThreads) {
-    if (!set.contains(mass[i], i)) continue;
+  const auto choose = [&](int64_t i) {
     const int block = static_cast<int>(i / params.block_tokens);
     atomicOr(&words[block / 32], 1u << (block % 32));
     // A diagonal between two block diagonals crosses both.
     if (diagonals && i % params.block_tokens != 0 && block + 1 < num_key_blocks) {
       atomicOr(&words[(block + 1) / 32], 1u << ((block + 1) % 32));
+    }
+  };
+  constexpr int kLoads = 8;  // in flight
+  for (int64_t first = threadIdx.x; first < params.num_keys; first += kLoads * kSelectThreads) {
+    float values[kLoads];
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      const int64_t i = first + j * kSelectThreads;
+      values[j] = i < params.num_keys ? mass[i] : 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      const int64_t i = first + j * kSelectThreads;
+      if (i < params.num_keys && set.contains(values[j], i)) choose(i);
     }
   }
   __syncthreads();
@@ -52,23 +65,34 @@ __device__ __forceinline__ uint32_t bits_from(const uint32_t* words, int num_wor
   return __funnelshift_r(low, high, first & 31);
 }
 
-// One thread per word of the pattern.
+// One thread per word of a head's pattern. grid: (words, heads).
 __global__ void __launch_bounds__(kExpandThreads)
     expand_vertical_slash_kernel(ExpandVerticalSlashParams params) {
   const int num_words = static_cast<int>((params.num_key_blocks + 31) / 32);
+  const int64_t head = blockIdx.y;
+  const uint32_t* columns = params.columns + head * num_words;
+  const uint32_t* diagonals = params.diagonals + head * num_words;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kExpandThreads + threadIdx.x;
-  if (i >= params.num_query_blocks * num_words) return;
-  const int word = static_cast<int>(i % num_words);
-  const int row = static_cast<int>(params.num_key_blocks - params.num_query_blocks + i / num_words);
-  // Key block c = 32 * word + b is diagonal row - c: the diagonals in reverse order.
-  uint32_t bits =
-      params.columns[word] | __brev(bits_from(params.diagonals, num_words, row - 32 * word - 31));
-  if (word == row / 32) {
-    bits &= (2u << (row % 32)) - 1;
-  } else if (word > row / 32) {
-    bits = 0;
+  uint32_t bits = 0;
+  if (i < params.num_query_blocks * num_words) {
+    const int word = static_cast<int>(i % num_words);
+    const int row =
+        static_cast<int>(params.num_key_blocks - params.num_query_blocks + i / num_words);
+    // Key block c = 32 * word + b is diagonal row - c: the diagonals in reverse order.
+    bits = columns[word] | __brev(bits_from(diagonals, num_words, row - 32 * word - 31));
+    if (word == row / 32) {
+      bits &= (2u << (row % 32)) - 1;
+    } else if (word > row / 32) {
+      bits = 0;
+    }
+    params.pattern[head * params.num_query_blocks * num_words + i] = bits;
   }
-  params.pattern[i] = bits;
+  if (params.blocks == nullptr) return;
+  const int warp_blocks = __reduce_add_sync(0xffffffffu, __popc(bits));
+  if (threadIdx.x % 32 == 0) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(params.blocks + head),
+              static_cast<unsigned long long>(warp_blocks));
+  }
 }
 
 }  // namespace
@@ -85,9 +109,15 @@ cudaError_t LaunchVerticalSlash(const VerticalSlashParams& params, cudaStream_t 
 cudaError_t LaunchExpandVerticalSlash(const ExpandVerticalSlashParams& params,
                                       cudaStream_t stream) {
   const int64_t words = params.num_query_blocks * PatternWords(params.num_key_blocks);
-  if (words <= 0) return cudaErrorInvalidValue;
-  expand_vertical_slash_kernel<<<static_cast<unsigned>(CeilDiv(words, kExpandThreads)),
-                                 kExpandThreads, 0, stream>>>(params);
+  if (words <= 0 || params.num_heads <= 0) return cudaErrorInvalidValue;
+  if (params.blocks != nullptr) {
+    const cudaError_t error = cudaMemsetAsync(
+        params.blocks, 0, static_cast<size_t>(params.num_heads) * sizeof(*params.blocks), stream);
+    if (error != cudaSuccess) return error;
+  }
+  const dim3 grid(static_cast<unsigned>(CeilDiv(words, kExpandThreads)),
+                  static_cast<unsigned>(params.num_heads));
+  expand_vertical_slash_kernel<<<grid, kExpandThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -379,18 +379,29 @@ class Consumer {
     float* out = task.block_mass + static_cast<int64_t>(row) * launch_.num_key_blocks;
     const int warp = threadIdx.x / 32 - kWarpgroup / 32;
     constexpr int kWarps = kConsumers * kWarpgroup / 32;
-    for (int i = warp; i < num_blocks; i += kWarps) {
-      const float4 w =
-          __ldcs(reinterpret_cast<const float4*>(weights + static_cast<int64_t>(i) * kTile) + lane);
-      float mass = 0.0f;
-      if (valid[0]) mass += exp2_approx(w.x - log_sum[0]);
-      if (valid[1]) mass += exp2_approx(w.y - log_sum[1]);
-      if (valid[2]) mass += exp2_approx(w.z - log_sum[2]);
-      if (valid[3]) mass += exp2_approx(w.w - log_sum[3]);
+    // Several loads in flight: the matrix units idle meanwhile.
+    constexpr int kLoads = 8;
+    for (int first = warp; first < num_blocks; first += kLoads * kWarps) {
+      float4 w[kLoads];
 #pragma unroll
-      for (int mask = 16; mask > 0; mask /= 2) mass += __shfl_xor_sync(~0u, mass, mask);
-      // A dense head's blocks come in order, the diagonal first.
-      if (lane == 0) out[diagonal - i] = mass * inverse;
+      for (int j = 0; j < kLoads; ++j) {
+        const int i = min(first + j * kWarps, num_blocks - 1);
+        w[j] = __ldcs(reinterpret_cast<const float4*>(weights + static_cast<int64_t>(i) * kTile) +
+                      lane);
+      }
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        float mass = 0.0f;
+        if (valid[0]) mass += exp2_approx(w[j].x - log_sum[0]);
+        if (valid[1]) mass += exp2_approx(w[j].y - log_sum[1]);
+        if (valid[2]) mass += exp2_approx(w[j].z - log_sum[2]);
+        if (valid[3]) mass += exp2_approx(w[j].w - log_sum[3]);
+#pragma unroll
+        for (int mask = 16; mask > 0; mask /= 2) mass += __shfl_xor_sync(~0u, mass, mask);
+        // A dense head's blocks come in order, the diagonal first.
+        const int i = first + j * kWarps;
+        if (lane == 0 && i < num_blocks) out[diagonal - i] = mass * inverse;
+      }
     }
     for (int c = diagonal + 1 + warp * 32 + lane; c < launch_.num_key_blocks; c += kWarps * 32) {
       out[c] = 0.0f;
