@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <utility>
 
-#include <grpc/impl/codegen/grpc_types.h>
+#include <grpc/grpc.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
 #include <grpcpp/server.h>
@@ -36,6 +36,16 @@ int64_t MaxRequestBytes(int64_t max_prompt_tokens) {
   constexpr int64_t kVarintBytes = 5;
   constexpr int64_t kOtherFields = int64_t{1} << 20;
   return std::min<int64_t>(2 * kVarintBytes * max_prompt_tokens + kOtherFields, INT32_MAX);
+}
+
+// Unwinding gRPC's globals with the last server waits up to 10 s for its backup poller; the process
+// keeps them instead.
+void KeepGrpcInitialized() {
+  static const bool initialized = [] {
+    grpc_init();
+    return true;
+  }();
+  (void)initialized;
 }
 
 void SetTransportLimits(const ServerOptions& options, int64_t max_prompt_tokens,
@@ -87,6 +97,7 @@ PrefillServer::PrefillServer(model::PrefillEngine& engine, const Clock& clock)
 absl::StatusOr<std::unique_ptr<PrefillServer>> PrefillServer::Create(const ServerOptions& options,
                                                                      model::PrefillEngine& engine,
                                                                      const Clock& clock) {
+  KeepGrpcInitialized();
   std::unique_ptr<PrefillServer> server(new PrefillServer(engine, clock));
   server->timeouts_.stall = options.stall_timeout;
   server->metrics_ = std::make_unique<Metrics>(engine.info());

@@ -1,0 +1,202 @@
+// KV pushed to a decode worker that prefilld calls.
+#include <gmock/gmock.h>
+#include <grpcpp/server.h>
+#include <grpcpp/server_builder.h>
+
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "prefill/v1/receiver.grpc.pb.h"
+#include "tests/server/server_fixture.h"
+
+namespace prefilld::server {
+namespace {
+
+using ::testing::HasSubstr;
+
+// Takes what comes and answers as told.
+class FakeReceiver final : public v1::KvReceiver::Service {
+ public:
+  enum class Behaviour { kTakeAll, kNobodyWaits, kFindDamage, kReadNothing, kForgetAFrame };
+
+  FakeReceiver() {
+    grpc::ServerBuilder builder;
+    builder.SetMaxReceiveMessageSize(-1);
+    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port_);
+    builder.RegisterService(this);
+    server_ = builder.BuildAndStart();
+  }
+  ~FakeReceiver() override { Stop(); }
+  void Stop() {
+    if (server_ != nullptr) server_->Shutdown(std::chrono::system_clock::now());
+  }
+
+  std::string address() const { return absl::StrCat("127.0.0.1:", port_); }
+  std::atomic<Behaviour> behaviour = Behaviour::kTakeAll;
+  std::atomic<int> frames_seen = 0;
+
+  std::vector<v1::ReceiveRequest> messages() {
+    absl::MutexLock lock(&mu_);
+    return messages_;
+  }
+
+  grpc::Status Receive(grpc::ServerContext* context, grpc::ServerReader<v1::ReceiveRequest>* reader,
+                       v1::ReceiveResponse* response) override {
+    if (behaviour == Behaviour::kNobodyWaits) {
+      return grpc::Status(grpc::StatusCode::NOT_FOUND, "nobody waits for it");
+    }
+    while (behaviour == Behaviour::kReadNothing && !context->IsCancelled()) {
+      absl::SleepFor(absl::Milliseconds(5));
+    }
+    v1::ReceiveRequest message;
+    while (reader->Read(&message)) {
+      if (message.has_kv_frame()) {
+        ++frames_seen;
+        response->set_kv_frames(response->kv_frames() + 1);
+        response->set_kv_bytes(response->kv_bytes() + message.kv_frame().payload().size());
+      }
+      absl::MutexLock lock(&mu_);
+      messages_.push_back(message);
+    }
+    if (behaviour == Behaviour::kForgetAFrame) response->set_kv_bytes(response->kv_bytes() - 1);
+    if (behaviour == Behaviour::kFindDamage) {
+      return grpc::Status(grpc::StatusCode::DATA_LOSS, "a checksum is wrong");
+    }
+    return grpc::Status::OK;
+  }
+
+ private:
+  int port_ = 0;
+  absl::Mutex mu_;
+  std::vector<v1::ReceiveRequest> messages_ ABSL_GUARDED_BY(mu_);
+  std::unique_ptr<grpc::Server> server_;
+};
+
+class Push : public ServerFixture {
+ protected:
+  Push() { options_.deliver_to_allow = {"127.0.0.1:*"}; }
+
+  v1::PrefillRequest PromptTo(const FakeReceiver& receiver, int num_tokens) {
+    v1::PrefillRequest request = PromptOf(num_tokens, "pushed");
+    request.mutable_deliver_to()->set_address(receiver.address());
+    request.mutable_deliver_to()->set_transfer_id("transfer-7");
+    return request;
+  }
+};
+
+TEST_F(Push, BringsOpenFramesAndResultToTheReceiverAndProgressToTheCaller) {
+  StartServer();
+  FakeReceiver receiver;
+  const StreamContents contents = Prefill(PromptTo(receiver, 5000));
+  ASSERT_TRUE(contents.status.ok()) << contents.status.error_message();
+  EXPECT_TRUE(contents.frames().empty());
+  ASSERT_NE(contents.result(), nullptr);
+  EXPECT_EQ(contents.result()->first_token().token_id(), 250);
+
+  const std::vector<v1::ReceiveRequest> messages = receiver.messages();
+  ASSERT_GE(messages.size(), 3);
+  ASSERT_TRUE(messages.front().has_open());
+  EXPECT_EQ(messages.front().open().transfer_id(), "transfer-7");
+  const v1::KvLayout& layout = messages.front().open().layout();
+  EXPECT_EQ(layout.SerializeAsString(),
+            contents.events.front().accepted().layout().SerializeAsString());
+  ASSERT_TRUE(messages.back().has_result());
+  EXPECT_EQ(messages.back().result().first_token().token_id(), 250);
+  std::vector<v1::KvFrame> frames;
+  for (const auto& message : messages) {
+    if (message.has_kv_frame()) frames.push_back(message.kv_frame());
+  }
+  EXPECT_EQ(messages.back().result().kv_frames(), frames.size());
+  ExpectWholeCache(frames, layout);
+  EXPECT_TRUE(EverythingIsFree());
+}
+
+struct Refusal {
+  FakeReceiver::Behaviour behaviour;
+  grpc::StatusCode code;
+  const char* message;
+};
+
+class PushRefused : public Push, public ::testing::WithParamInterface<Refusal> {};
+
+TEST_P(PushRefused, EndsTheRequestWithTheReceiversStatus) {
+  StartServer();
+  FakeReceiver receiver;
+  receiver.behaviour = GetParam().behaviour;
+  const StreamContents contents = Prefill(PromptTo(receiver, 1000));
+  EXPECT_EQ(contents.status.error_code(), GetParam().code) << contents.status.error_message();
+  EXPECT_THAT(contents.status.error_message(), HasSubstr(GetParam().message));
+  EXPECT_THAT(contents.status.error_message(), HasSubstr(receiver.address()));
+  EXPECT_EQ(contents.result(), nullptr);
+  EXPECT_TRUE(EverythingIsFree());
+  EXPECT_EQ(Metric("prefilld_requests_total{outcome=\"receiver_failed\"}"), 1);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Reasons, PushRefused,
+    ::testing::Values(Refusal{FakeReceiver::Behaviour::kNobodyWaits, grpc::StatusCode::NOT_FOUND,
+                              "nobody waits for it"},
+                      Refusal{FakeReceiver::Behaviour::kFindDamage, grpc::StatusCode::DATA_LOSS,
+                              "a checksum is wrong"},
+                      Refusal{FakeReceiver::Behaviour::kForgetAFrame, grpc::StatusCode::DATA_LOSS,
+                              "were sent"}));
+
+TEST_F(Push, NoticesARefusalBeforeTheFirstFrame) {
+  StartServer();
+  FakeReceiver receiver;
+  receiver.behaviour = FakeReceiver::Behaviour::kNobodyWaits;
+  engine_->HoldAfter(0);
+  EXPECT_EQ(Prefill(PromptTo(receiver, 1000)).status.error_code(), grpc::StatusCode::NOT_FOUND);
+  engine_->HoldAfter(-1);
+  EXPECT_TRUE(EverythingIsFree());
+  EXPECT_LE(engine_->layers_run(), 1);
+}
+
+TEST_F(Push, ToAReceiverThatIsNotThereIsUnavailable) {
+  StartServer();
+  FakeReceiver receiver;
+  receiver.Stop();
+  const grpc::Status status = Prefill(PromptTo(receiver, 1000)).status;
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_THAT(status.error_message(), HasSubstr("deliver_to"));
+  EXPECT_TRUE(EverythingIsFree());
+}
+
+TEST_F(Push, EndsWhenTheReceiverDiesInTheMiddle) {
+  StartServer();
+  FakeReceiver receiver;
+  engine_->HoldAfter(2);
+  OpenStream call(*stub_, PromptTo(receiver, 1000));
+  EXPECT_TRUE(Eventually([&] { return receiver.frames_seen == 2; }));
+  receiver.Stop();
+  EXPECT_NE(call.Rest().status.error_code(), grpc::StatusCode::OK);
+  engine_->HoldAfter(-1);
+  EXPECT_TRUE(EverythingIsFree());
+  EXPECT_LE(engine_->layers_run(), 3);
+}
+
+TEST_F(Push, ToAReceiverThatReadsNothingIsCutOff) {
+  StartServer();
+  FakeReceiver receiver;
+  receiver.behaviour = FakeReceiver::Behaviour::kReadNothing;
+  OpenStream call(*stub_, PromptTo(receiver, 40'000));
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_staged_bytes") >= 4 << 20; }));
+  clock_.Advance(options_.stall_timeout + absl::Seconds(1));
+  EXPECT_EQ(call.Rest().status.error_code(), grpc::StatusCode::ABORTED);
+  EXPECT_TRUE(EverythingIsFree());
+}
+
+TEST_F(Push, StopsWhenTheCallerCancels) {
+  StartServer();
+  FakeReceiver receiver;
+  engine_->HoldAfter(2);
+  OpenStream call(*stub_, PromptTo(receiver, 1000));
+  EXPECT_TRUE(Eventually([&] { return receiver.frames_seen == 2; }));
+  call.Cancel();
+  EXPECT_TRUE(
+      Eventually([&] { return Metric("prefilld_requests_total{outcome=\"cancelled\"}") == 1; }));
+  engine_->HoldAfter(-1);
+  EXPECT_TRUE(EverythingIsFree());
+}
+
+}  // namespace
+}  // namespace prefilld::server

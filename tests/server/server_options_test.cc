@@ -1,0 +1,86 @@
+#include "server/server_options.h"
+
+#include <limits>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+namespace prefilld::server {
+namespace {
+
+using ::testing::HasSubstr;
+
+ServerOptions ValidOptions() {
+  ServerOptions options;
+  options.engine.checkpoint_dir = "/models/one";
+  return options;
+}
+
+TEST(ServerOptions, DefaultsAreValidWithAModel) {
+  EXPECT_EQ(Validate(ValidOptions()), absl::OkStatus());
+}
+
+TEST(ServerOptions, EveryProblemIsListedWithItsFlagValueAndLimit) {
+  ServerOptions options;
+  options.listen = "nowhere";
+  options.metrics_listen = "host:99999";
+  options.tls.certificate = "/does/not/exist.pem";
+  options.queue_capacity = -1;
+  options.max_lanes = 17;
+  options.frame_bytes = 1000;
+  options.stall_timeout = absl::Seconds(0);
+  options.attention.gamma = 1.5f;
+  options.deliver_to_allow = {"everyone"};
+  const absl::Status status = Validate(options);
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  for (const char* part :
+       {"--model is required", "--listen=nowhere", "--metrics_listen=host:99999",
+        "--tls_cert and --tls_key belong together", "--tls_cert=/does/not/exist.pem",
+        "--queue_capacity=-1 is outside 0 to", "--max_lanes=17 is outside 1 to 16",
+        "--frame_bytes=1000 is outside 1048576 to 4194304", "--stall_timeout_s=0", "gamma 1.5",
+        "--deliver_to_allow: 'everyone'"}) {
+    EXPECT_THAT(std::string(status.message()), HasSubstr(part));
+  }
+}
+
+TEST(ServerOptions, RefusesContradictions) {
+  ServerOptions options = ValidOptions();
+  options.tls.client_ca = "/dev/null";
+  EXPECT_THAT(std::string(Validate(options).message()), HasSubstr("--tls_client_ca needs"));
+  options = ValidOptions();
+  options.wedge_timeout = options.stall_timeout;
+  EXPECT_THAT(std::string(Validate(options).message()), HasSubstr("--wedge_timeout_s must be"));
+  options = ValidOptions();
+  options.attention.policy = model::AttentionPolicy::kShare;
+  options.attention.allowed = {model::AttentionPolicy::kDense};
+  EXPECT_THAT(std::string(Validate(options).message()), HasSubstr("--policy=share"));
+  options = ValidOptions();
+  options.staging_bytes = options.frame_bytes;
+  EXPECT_THAT(std::string(Validate(options).message()), HasSubstr("--staging_bytes"));
+  options = ValidOptions();
+  options.stall_timeout = absl::Seconds(std::numeric_limits<double>::quiet_NaN());
+  EXPECT_FALSE(Validate(options).ok());
+}
+
+TEST(ServerOptions, TheOperatorsWordOverridesTheCheckpoints) {
+  model::AttentionOptions tuned;
+  tuned.gamma = 0.95f;
+  tuned.tau = 0.2f;
+  AttentionDefaults defaults;
+  EXPECT_EQ(Apply(defaults, tuned).gamma, 0.95f);
+  defaults.gamma = 0.8f;
+  defaults.policy = model::AttentionPolicy::kDense;
+  const model::AttentionOptions applied = Apply(defaults, tuned);
+  EXPECT_EQ(applied.gamma, 0.8f);
+  EXPECT_EQ(applied.tau, 0.2f);
+  EXPECT_EQ(applied.policy, model::AttentionPolicy::kDense);
+}
+
+TEST(ServerOptions, PoliciesGoByTheirNames) {
+  EXPECT_EQ(ParsePolicy("vertical_slash"), model::AttentionPolicy::kVerticalSlash);
+  EXPECT_EQ(ParsePolicy("Dense"), std::nullopt);
+  EXPECT_EQ(ParsePolicy(""), std::nullopt);
+}
+
+}  // namespace
+}  // namespace prefilld::server

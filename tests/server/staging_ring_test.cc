@@ -1,0 +1,70 @@
+#include "server/staging_ring.h"
+
+#include <set>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "tests/server/fake_engine.h"
+
+namespace prefilld::server {
+namespace {
+
+constexpr auto kNever = [] { return false; };
+constexpr auto kAtOnce = [] { return true; };
+
+class StagingRingTest : public ::testing::Test {
+ protected:
+  std::unique_ptr<StagingRing> NewRing(int num_buffers) {
+    auto ring = StagingRing::Create(engine_, num_buffers, 4096);
+    EXPECT_TRUE(ring.ok()) << ring.status();
+    return *std::move(ring);
+  }
+  std::shared_ptr<StagingRing::Credit> NewCredit() {
+    return std::make_shared<StagingRing::Credit>();
+  }
+
+  FakeEngine engine_{FakeEngineOptions()};
+};
+
+TEST_F(StagingRingTest, LendsDistinctBuffersAndTakesThemBack) {
+  const auto ring = NewRing(4);
+  std::set<std::byte*> addresses;
+  {
+    std::vector<StagingRing::Lease> leases;
+    const auto first = NewCredit(), second = NewCredit();
+    for (const auto& credit : {first, first, second, second}) {
+      leases.push_back(ring->Acquire(credit, kNever));
+      ASSERT_TRUE(leases.back());
+      addresses.insert(leases.back().data());
+    }
+    EXPECT_EQ(ring->staged_bytes(), 4 * 4096);
+    EXPECT_FALSE(ring->AwaitIdle(absl::ZeroDuration()));
+  }
+  EXPECT_EQ(addresses.size(), 4);
+  EXPECT_EQ(ring->staged_bytes(), 0);
+  EXPECT_TRUE(ring->AwaitIdle(absl::ZeroDuration()));
+}
+
+TEST_F(StagingRingTest, ARequestGetsHalfAtMost) {
+  const auto ring = NewRing(4);
+  const auto greedy = NewCredit();
+  StagingRing::Lease first = ring->Acquire(greedy, kNever);
+  const StagingRing::Lease second = ring->Acquire(greedy, kNever);
+  EXPECT_FALSE(ring->Acquire(greedy, kAtOnce));
+  EXPECT_TRUE(ring->Acquire(NewCredit(), kAtOnce));
+  first = StagingRing::Lease();
+  EXPECT_TRUE(ring->Acquire(greedy, kAtOnce));
+}
+
+TEST_F(StagingRingTest, ALeaseOutlivesTheCreditsOwner) {
+  const auto ring = NewRing(2);
+  auto credit = NewCredit();
+  StagingRing::Lease lease = ring->Acquire(credit, kNever);
+  credit.reset();
+  lease = StagingRing::Lease();
+  EXPECT_EQ(ring->staged_bytes(), 0);
+}
+
+}  // namespace
+}  // namespace prefilld::server
