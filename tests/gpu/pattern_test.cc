@@ -1,6 +1,7 @@
 #include "kernels/cuda/pattern.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <random>
 #include <vector>
@@ -186,14 +187,19 @@ TEST_F(CudaPattern, ExpandVerticalSlashEqualsReferenceHeadByHead) {
       const DeviceArray<uint32_t> actual(expected.size());
       const DeviceArray<int64_t> actual_blocks(kHeads);
       ExpandVerticalSlashParams p;
-      p.columns = columns.data();
-      p.diagonals = diagonals.data();
       p.num_query_blocks = query_blocks;
       p.num_key_blocks = key_blocks;
-      p.pattern = expected.data();
+      // The reference takes one head at a time.
+      for (int head = 0; head < kHeads; ++head) {
+        p.columns = columns.data() + head * words;
+        p.diagonals = diagonals.data() + head * words;
+        p.pattern = expected.data() + head * query_blocks * words;
+        reference::ExpandVerticalSlash(p);
+        for (int64_t i = 0; i < query_blocks * words; ++i) {
+          expected_blocks[static_cast<size_t>(head)] += std::popcount(p.pattern[i]);
+        }
+      }
       p.num_heads = kHeads;
-      p.blocks = expected_blocks.data();
-      reference::ExpandVerticalSlash(p);
       p.columns = device_columns.data();
       p.diagonals = device_diagonals.data();
       p.pattern = actual.data();
