@@ -12,8 +12,7 @@
 
 namespace prefilld::kernels::testing {
 
-// Skips the tests of a machine without a GPU, and says so. After each test the device must be free
-// of errors.
+// Skips the tests of a machine without a GPU, and says so.
 inline void SkipWithoutGpu() {
   int num_devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&num_devices);
