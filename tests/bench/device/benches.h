@@ -41,7 +41,8 @@ absl::Status BenchLayerOps(model::Backend& backend, const LayerShape& shape, int
 
 // Whole prefills of a prompt with one policy; KV is released unread.
 absl::Status BenchPrefill(model::PrefillEngine& engine, const std::vector<uint32_t>& tokens,
-                          const model::AttentionOptions& options, int runs, Report* report);
+                          const model::AttentionOptions& options, bool warm_up, int runs,
+                          Report* report);
 
 }  // namespace prefilld::bench
 

@@ -40,6 +40,7 @@ ABSL_FLAG(double, gamma, 0.9, "Mass that patterns cover.");
 ABSL_FLAG(double, tau, 0.4, "Distance below which heads share.");
 ABSL_FLAG(double, coverage, 0.85, "Clusters whose vertical-slash covers more do not share.");
 ABSL_FLAG(int32_t, runs, 5, "Timed runs; the median is reported.");
+ABSL_FLAG(bool, warm_up, true, "Run once before the timed runs, in mode prefill.");
 ABSL_FLAG(double, peak_tflops, 0.0, "Ceiling for the percentage column.");
 ABSL_FLAG(double, peak_gbps, 0.0, "Ceiling for the percentage column.");
 ABSL_FLAG(std::string, json, "", "Also write the rows to this file.");
@@ -156,7 +157,8 @@ absl::Status RunPrefill(model::DeviceChoice device, Report* report) {
       absl::StatusOr<model::AttentionPolicy> policy = Policy(name);
       if (!policy.ok()) return policy.status();
       absl::Status status =
-          BenchPrefill(**engine, tokens, Options(*policy), absl::GetFlag(FLAGS_runs), report);
+          BenchPrefill(**engine, tokens, Options(*policy), absl::GetFlag(FLAGS_warm_up),
+                       absl::GetFlag(FLAGS_runs), report);
       if (!status.ok()) return status;
     }
   }

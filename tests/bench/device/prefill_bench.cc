@@ -43,9 +43,10 @@ absl::StatusOr<Totals> RunOnce(model::PrefillEngine& engine, const std::vector<u
 }  // namespace
 
 absl::Status BenchPrefill(model::PrefillEngine& engine, const std::vector<uint32_t>& tokens,
-                          const model::AttentionOptions& options, int runs, Report* report) {
+                          const model::AttentionOptions& options, bool warm_up, int runs,
+                          Report* report) {
   std::vector<Totals> all;
-  for (int i = -1; i < runs; ++i) {  // one run to warm up
+  for (int i = warm_up ? -1 : 0; i < runs; ++i) {
     absl::StatusOr<Totals> totals = RunOnce(engine, tokens, options);
     if (!totals.ok()) return totals.status();
     if (i >= 0) all.push_back(*totals);
