@@ -1,0 +1,235 @@
+"""The Python client, and evaluate.py, against real processes of this build.
+
+    python3 tests/evaluation/python_client_test.py build/release/bin
+
+Exit code 77 (skipped, for CTest) without the client's packages or the weights of model/tiny.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+import live_processes
+
+CLIENT = live_processes.ROOT / "client" / "python"
+sys.path.insert(0, str(CLIENT))
+SKIPPED = live_processes.reason_to_skip()
+if SKIPPED:
+    print(f"skipped: {SKIPPED}")
+    sys.exit(77)
+
+import grpc  # noqa: E402
+import numpy as np  # noqa: E402
+import xxhash  # noqa: E402
+from prefilld import (
+    Attention,
+    DecodeClient,
+    Layout,
+    PrefillClient,
+    Sampling,
+    TransferError,
+    to_float32,
+    wire,
+)  # noqa: E402
+from prefilld.transfer import TransferCheck  # noqa: E402
+
+PROMPT = [256, *b"The old fisher carried a lantern to the harbour, and the harbour was quiet. " * 3]
+
+
+class Frames(unittest.TestCase):
+    """TransferCheck on frames made here: 2 layers, 3 blocks of 16 tokens, 2 heads of 4."""
+
+    def setUp(self):
+        self.layout = wire.KvLayout(
+            dtype=wire.enum_value("DType", "fp32"), order=wire.enum_value("KvOrder", "nhd"), block_tokens=16,
+            num_layers=2, num_kv_heads=2, num_heads=2, head_dim=4, num_tokens=40, num_blocks=3, keys_rotated=True,
+        )  # fmt: skip
+        self.check = TransferCheck(self.layout)
+        self.payload = np.arange(2 * 3 * 16 * 2 * 4, dtype="<f4").tobytes()
+
+    def frame(self, **fields):
+        made = dict(layer=0, first_block=0, num_blocks=3, sequence=0, payload=self.payload)
+        made.update(fields)
+        made.setdefault("checksum", xxhash.xxh3_64_intdigest(made["payload"]))
+        return wire.KvFrame(**made)
+
+    def refused(self, text, **fields):
+        with self.assertRaisesRegex(TransferError, text) as caught:
+            self.check.take(self.frame(**fields))
+        self.assertEqual(caught.exception.code, grpc.StatusCode.DATA_LOSS)
+
+    def test_keys_come_before_values(self):
+        blocks = self.check.take(self.frame())
+        self.assertEqual(blocks.keys.shape, (3, 16, 2, 4))
+        self.assertEqual((blocks.keys.flat[0], blocks.values.flat[0]), (0, 384))
+
+    def test_damage_is_seen(self):
+        self.refused("checksum", payload=b"\1" + self.payload[1:], checksum=xxhash.xxh3_64_intdigest(self.payload))
+
+    def test_frames_are_numbered_without_gaps(self):
+        self.refused("frame 0 was due", sequence=1)
+
+    def test_a_place_outside_the_layout_is_refused(self):
+        self.refused("outside", layer=2)
+        self.refused("outside", first_block=1)
+
+    def test_a_short_payload_is_refused(self):
+        self.refused("payload", payload=self.payload[:-4])
+
+    def test_a_block_comes_once(self):
+        self.check.take(self.frame())
+        self.refused("before", sequence=1)
+
+    def test_a_missing_layer_is_seen_at_the_end(self):
+        self.check.take(self.frame())
+        with self.assertRaisesRegex(TransferError, "3 blocks were never sent"):
+            self.check.finish(wire.PrefillResult(frames_per_lane=[1]))
+        self.check.take(self.frame(layer=1, sequence=1))
+        self.check.finish(wire.PrefillResult(frames_per_lane=[2]))
+
+    def test_a_frame_lost_at_the_end_is_seen(self):
+        with self.assertRaisesRegex(TransferError, "0 frames arrived of 1 sent"):
+            self.check.finish(wire.PrefillResult(frames_per_lane=[1]))
+
+
+class Live(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.processes = cls.enterClassContext(live_processes.LiveProcesses(BIN_DIR))
+        cls.server = cls.enterClassContext(PrefillClient(cls.processes.server))
+        cls.worker = cls.enterClassContext(DecodeClient(cls.processes.worker))
+
+    def cache(self, **layout):
+        with self.server.prefill(PROMPT, layout=Layout(**layout), attention=Attention("dense")) as stream:
+            return to_float32(stream.read_all()), stream
+
+    def by_token(self, cache, stream):
+        """[layers, 2, tokens, heads, head_dim] from any layout."""
+        if wire.enum_name("KvOrder", stream.layout.order) == "hnd":
+            cache = cache.swapaxes(3, 4)
+        return cache.reshape(*cache.shape[:2], -1, *cache.shape[-2:])[:, :, : len(PROMPT)]
+
+    def test_server_says_what_it_runs(self):
+        info = self.server.server_info()
+        self.assertEqual(info.model_name, "tiny")
+        self.assertIn(wire.enum_value("AttentionPolicy", "share"), info.allowed_policies)
+
+    def test_layers_come_in_order_and_whole(self):
+        with self.server.prefill(PROMPT) as stream:
+            layers = [blocks.layer for blocks in stream]
+        self.assertEqual(layers, sorted(layers))
+        self.assertEqual(set(layers), set(range(stream.layout.num_layers)))
+        self.assertEqual(stream.result.num_tokens, len(PROMPT))
+
+    def test_layouts_hold_the_same_cache(self):
+        plain = self.by_token(*self.cache(dtype="fp32"))
+        self.assertGreater(np.abs(plain).max(), 0.1)
+        for block_tokens, order in ((64, "hnd"), (128, "nhd"), (32, "hnd")):
+            other = self.by_token(*self.cache(block_tokens=block_tokens, order=order, dtype="fp32"))
+            np.testing.assert_array_equal(plain, other)
+
+    def test_narrow_types_are_near_the_wide_one(self):
+        exact = self.by_token(*self.cache(dtype="fp32"))
+        for dtype, tolerance in (("bf16", 2**-8), ("fp16", 2**-11)):
+            rounded = self.by_token(*self.cache(dtype=dtype))
+            np.testing.assert_allclose(rounded, exact, rtol=tolerance, atol=1e-4)
+
+    def test_a_range_of_heads_and_blocks_is_that_part(self):
+        whole, _ = self.cache(dtype="fp32")
+        part, stream = self.cache(dtype="fp32", first_head=1, num_heads=1, first_block=3)
+        np.testing.assert_array_equal(part, whole[:, :, 3:, :, 1:2])
+        self.assertEqual(stream.layout.first_block, 3)
+
+    def test_positions_past_the_prompt_are_zero(self):
+        cache, _ = self.cache()
+        self.assertTrue((cache[:, :, -1, len(PROMPT) % 16 :] == 0).all())
+
+    def test_both_ways_give_the_same_first_token(self):
+        with self.server.prefill(PROMPT, sampling=Sampling(top_logprobs=5)) as stream:
+            stream.read_all()
+        first = stream.result.first_token
+        with self.worker.generate(PROMPT, 4, sampling=Sampling(top_logprobs=5)) as generation:
+            tokens = list(generation)
+        self.assertEqual(tokens[0].id, first.token_id)
+        self.assertEqual([t.index for t in tokens], list(range(len(tokens))))
+        self.assertEqual(tokens[0].top_logprobs[0], (first.token_id, tokens[0].logprob))
+        self.assertEqual(generation.result.num_tokens, len(tokens))
+
+    def test_a_stop_token_ends_generation(self):
+        with self.worker.generate(PROMPT, 8, ignore_eos=True) as generation:
+            first = next(generation)
+        with self.worker.generate(PROMPT, 8, stop_token_ids=[first.id]) as generation:
+            self.assertEqual([t.id for t in generation], [first.id])
+        self.assertEqual(wire.enum_name("FinishReason", generation.result.finish_reason), "stop")
+
+    def test_progress_is_told(self):
+        seen = []
+        with self.server.prefill(PROMPT, on_progress=lambda p: seen.append(p.layers_computed)) as stream:
+            stream.read_all()
+        self.assertEqual(seen[-1], stream.layout.num_layers)
+
+    def test_refusals_carry_the_servers_reason(self):
+        for tokens, options in (([], {}), ([999_999], {}), (PROMPT, {"attention": Attention("share", gamma=7)})):
+            with self.assertRaises(grpc.RpcError) as caught:
+                self.server.prefill(tokens, **options)
+            self.assertEqual(caught.exception.code(), grpc.StatusCode.INVALID_ARGUMENT)
+        with self.assertRaises(grpc.RpcError) as caught:
+            list(self.worker.generate([999_999], 1))
+        self.assertIn("999999", caught.exception.details())
+
+    def test_unknown_names_fail_before_the_call(self):
+        for options in (
+            {"attention": Attention("spare")},
+            {"layout": Layout(order="hdn")},
+            {"layout": Layout(dtype="f4")},
+        ):
+            with self.assertRaisesRegex(ValueError, "one of"):
+                self.server.prefill(PROMPT, **options)
+
+    def test_another_model_is_refused(self):
+        with self.assertRaises(grpc.RpcError) as caught:
+            self.server.prefill(PROMPT, model_fingerprint="0" * 32)
+        self.assertEqual(caught.exception.code(), grpc.StatusCode.FAILED_PRECONDITION)
+
+    def test_leaving_a_stream_stops_the_server(self):
+        with contextlib.closing(self.server.prefill(PROMPT * 16)) as stream:
+            self.assertTrue(stream.request_id)
+        deadline = time.monotonic() + 60
+        while self.server.server_info().running_requests and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self.assertEqual(self.server.server_info().running_requests, 0)
+
+    def evaluate(self, out, *arguments):
+        command = [sys.executable, "-B", Path(__file__).with_name("evaluate.py"), "--out", out,
+                   "--server", self.processes.server, "--worker", self.processes.worker, *arguments]  # fmt: skip
+        return subprocess.run(command, env={**os.environ, "PYTHONPATH": str(CLIENT)}, text=True, capture_output=True)
+
+    def test_evaluation_scores_every_setting_and_resumes(self):
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "results"
+            few = ("--tasks", "pass_key", "text", "--lengths", "400", "9000000", "--prompts", "2", "--depths", "2",
+                   "--settings", "dense", "share:gamma=0.9", "--unseen_text", str(live_processes.MODEL))  # fmt: skip
+            first = self.evaluate(out, *few)
+            self.assertEqual(first.returncode, 0, first.stderr)
+            self.assertIn("left out: 9000000 tokens", first.stderr)
+            summary = json.loads((out / "summary.json").read_text())
+            cells = {(c["setting"], c["prompts"], c["score"]["value"]) for c in summary["tasks"]}
+            self.assertEqual(cells, {("dense", 2, 1.0), ("share:gamma=0.9", 2, 1.0)})
+            self.assertEqual([c["prompts"] for c in summary["text"]], [2, 2])
+            again = self.evaluate(out, *few)
+            self.assertIn("8 of 8 prompts were done before", again.stderr)
+            self.assertEqual(json.loads((out / "summary.json").read_text()), summary)
+            other = self.evaluate(out, *few, "--seed", "2")
+            self.assertEqual(other.returncode, 1)
+            self.assertIn("seed", other.stderr)
+
+
+if __name__ == "__main__":
+    BIN_DIR = Path(sys.argv.pop(1)).resolve()
+    unittest.main()

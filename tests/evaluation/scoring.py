@@ -1,0 +1,197 @@
+"""From one answer to a record, from records to the summary. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from statistics import fmean, median
+
+import intervals
+import settings
+from prompts import TASKS, TEXT
+
+DENSE = "dense"
+BASELINE = "vertical_slash"
+LARGE_MODEL_HEADS = 1024
+
+
+def is_right(answer: bytes, generated: bytes) -> bool:
+    return generated.startswith(answer)
+
+
+def next_token_logprob(top: list[tuple[int, float]], token: int, vocab_size: int) -> tuple[float, bool]:
+    """(natural log-probability of `token`, whether it is among the reported ones).
+
+    What the reported tokens leave of the mass is spread evenly over the others. That is a
+    distribution too, so its perplexity is a proper score: an upper bound of the model's own on
+    average, and the same construction for every setting.
+    """
+    for candidate, logprob in top:
+        if candidate == token:
+            return logprob, True
+    left = max(1e-7, 1 - sum(math.exp(logprob) for _, logprob in top))
+    return math.log(left / (vocab_size - len(top))), False
+
+
+def density_in_large_model(density: float, heads: int, pivots: int) -> float:
+    """The density if the same pivots stood among 1024 heads, the others being as dense as they are here.
+
+    Pivots are computed whole and their number grows with the kinds of heads, not with the heads; in
+    a small model they are most of what is computed.
+    """
+    if pivots >= heads or heads >= LARGE_MODEL_HEADS:
+        return density
+    others = (density * heads - pivots) / (heads - pivots)
+    share = pivots / LARGE_MODEL_HEADS
+    return share + (1 - share) * others
+
+
+def summarize(records: list[dict], setting_order: list[str]) -> dict:
+    """Every figure of the evaluation; see README.md of this folder for the fields."""
+    cells: dict[tuple[str, str, int], dict[int, dict]] = defaultdict(dict)
+    for record in records:
+        cells[record["setting"], record["task"], record["length"]][record["index"]] = record
+    rank = {name: i for i, name in enumerate(setting_order)}
+    task_rank = {name: i for i, name in enumerate((*TASKS, TEXT))}
+    order = sorted(cells, key=lambda c: (c[2], rank.get(c[0], len(rank)), c[0], task_rank[c[1]]))
+    tasks = [_task_cell(cells, cell) for cell in order if cell[1] != TEXT]
+    return {
+        "tasks": tasks,
+        "overall": _overall(tasks),
+        "text": [_text_cell(cells, cell) for cell in order if cell[1] == TEXT],
+        "equal_density": _at_equal_density(tasks),
+    }
+
+
+def _cost(records: list[dict]) -> dict:
+    def mean_of(field: str, digits: int) -> float:
+        return round(fmean(r[field] for r in records), digits)
+
+    large = [density_in_large_model(r["density"], r["heads"], r["pivot_heads"]) for r in records]
+    return {
+        "density": mean_of("density", 4),
+        "density_among_1024_heads": round(fmean(large), 4),
+        "pivot_heads": mean_of("pivot_heads", 1),
+        "shared_heads": mean_of("shared_heads", 1),
+        "vertical_slash_heads": mean_of("vertical_slash_heads", 1),
+        "ttft_ms": round(median(r["ttft_us"] for r in records) / 1000, 2),
+        "compute_ms": round(median(r["compute_us"] for r in records) / 1000, 2),
+        "attention_ms": round(median(r["attention_us"] for r in records) / 1000, 2),
+        "pattern_ms": round(median(r["pattern_us"] for r in records) / 1000, 2),
+    }
+
+
+def _pairs(cells, cell, field: str) -> list[tuple]:
+    """(this setting's, dense's) on the prompts that both have done."""
+    setting, task, length = cell
+    here, dense = cells[cell], cells.get((DENSE, task, length), {})
+    return [(here[i][field], dense[i][field]) for i in here if i in dense]
+
+
+def _task_cell(cells, cell) -> dict:
+    setting, task, length = cell
+    records = list(cells[cell].values())
+    right = sum(r["right"] for r in records)
+    by_depth = defaultdict(list)
+    for record in records:
+        by_depth[record["depth"]].append(record["right"])
+    pairs = _pairs(cells, cell, "right")
+    return {
+        "length": length,
+        "setting": setting,
+        "task": task,
+        "prompts": len(records),
+        "score": intervals.proportion(right, len(records)).rounded(),
+        "minus_dense": intervals.paired_difference(pairs).rounded() if pairs and setting != DENSE else None,
+        "by_depth": [{"depth": d, "prompts": len(r), "right": sum(r)} for d, r in sorted(by_depth.items())],
+        **_cost(records),
+    }
+
+
+def _text_cell(cells, cell) -> dict:
+    setting, _, length = cell
+    records = list(cells[cell].values())
+    nats = intervals.mean([-r["logprob"] for r in records])
+    pairs = _pairs(cells, cell, "logprob")
+    ratio = None
+    if pairs and setting != DENSE:
+        worse = intervals.mean([dense - here for here, dense in pairs])
+        ratio = intervals.Estimate(*(_exp(x) for x in (worse.value, worse.low, worse.high))).rounded()
+    return {
+        "length": length,
+        "setting": setting,
+        "prompts": len(records),
+        "perplexity": intervals.Estimate(*(_exp(x) for x in (nats.value, nats.low, nats.high))).rounded(),
+        "perplexity_to_dense": ratio,
+        "not_among_reported": round(fmean(not r["reported"] for r in records), 4),
+        **_cost(records),
+    }
+
+
+def _exp(x: float) -> float:
+    return math.exp(min(x, 100.0))  # one prompt alone has an unbounded interval
+
+
+def _overall(tasks: list[dict]) -> list[dict]:
+    """Mean over the tasks, each counting alike, per length and setting."""
+    groups = defaultdict(list)
+    for cell in tasks:
+        groups[cell["length"], cell["setting"]].append(cell)
+    rows = []
+    for (length, setting), cells in groups.items():
+        scores = [intervals.Estimate(**c["score"]) for c in cells]
+        differences = [intervals.Estimate(**c["minus_dense"]) for c in cells if c["minus_dense"]]
+        rows.append(
+            {
+                "length": length,
+                "setting": setting,
+                "tasks": len(cells),
+                "score": intervals.mean_of(scores).rounded(),
+                "minus_dense": intervals.mean_of(differences).rounded() if differences else None,
+                "density": round(fmean(c["density"] for c in cells), 4),
+                "density_among_1024_heads": round(fmean(c["density_among_1024_heads"] for c in cells), 4),
+                "ttft_ms": round(fmean(c["ttft_ms"] for c in cells), 2),
+            }
+        )
+    return rows
+
+
+def interpolate(curve: list[tuple[float, float]], x: float) -> tuple[float, bool]:
+    """(y at x, whether x lies within the curve); beyond its ends the nearest point counts."""
+    curve = sorted(curve)
+    for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
+        if x0 <= x <= x1:
+            return (y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)), True
+    nearest = curve[0] if x < curve[0][0] else curve[-1]
+    return nearest[1], x == nearest[0]
+
+
+def _at_equal_density(tasks: list[dict]) -> list[dict]:
+    """Each share setting beside vertical-slash at the same density, read off the line between its settings."""
+    curves = defaultdict(list)
+    for cell in tasks:
+        if _policy(cell["setting"]) == BASELINE:
+            curves[cell["task"], cell["length"]].append((cell["density"], cell["score"]["value"]))
+    rows = []
+    for cell in tasks:
+        curve = curves.get((cell["task"], cell["length"]))
+        if _policy(cell["setting"]) != "share" or not curve:
+            continue
+        baseline, within = interpolate(curve, cell["density"])
+        rows.append(
+            {
+                "length": cell["length"],
+                "task": cell["task"],
+                "setting": cell["setting"],
+                "density": cell["density"],
+                "score": cell["score"]["value"],
+                "vertical_slash_score": round(baseline, 4),
+                "difference": round(cell["score"]["value"] - baseline, 4),
+                "within_curve": within,
+            }
+        )
+    return rows
+
+
+def _policy(setting: str) -> str:
+    return settings.parse(setting)[0].policy

@@ -1,0 +1,223 @@
+"""Intervals, settings, scores, the journal and the summary. Standard library only."""
+
+import json
+import math
+import tempfile
+import unittest
+from pathlib import Path
+
+import intervals
+import scoring
+import settings
+import table
+from journal import Journal, read
+
+
+def answered(setting, index, right, *, task="pass_key", length=2048, **fields):
+    return {
+        "setting": setting, "task": task, "length": length, "index": index, "depth": index % 3 / 2, "right": right,
+        "density": 1.0, "heads": 64, "pivot_heads": 0, "shared_heads": 0, "vertical_slash_heads": 0,
+        "ttft_us": 2000, "compute_us": 1000, "attention_us": 10, "pattern_us": 1, **fields,
+    }  # fmt: skip
+
+
+class Intervals(unittest.TestCase):
+    def test_proportion_agrees_with_published_values(self):
+        # Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
+        for right, count, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
+                                        (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):  # fmt: skip
+            made = intervals.proportion(right, count)
+            self.assertAlmostEqual(made.low, low, places=4)
+            self.assertAlmostEqual(made.high, high, places=4)
+
+    def test_proportion_of_all_right_ends_at_one(self):
+        self.assertEqual(intervals.proportion(200, 200).high, 1.0)
+        self.assertAlmostEqual(intervals.proportion(200, 200).low, 0.981, places=3)
+
+    def test_paired_difference_counts_only_disagreement(self):
+        both, only_first, only_second = (True, True), (True, False), (False, True)
+        made = intervals.paired_difference([both] * 80 + [only_first] * 15 + [only_second] * 5)
+        self.assertAlmostEqual(made.value, 0.10)
+        # (16 - 6) / 102 -+ 1.96 sqrt((22/102 - (10/102)^2) / 102)
+        self.assertAlmostEqual(made.low, 0.0099, places=3)
+        self.assertAlmostEqual(made.high, 0.1861, places=3)
+
+    def test_agreement_everywhere_still_has_an_interval(self):
+        made = intervals.paired_difference([(True, True)] * 200)
+        self.assertEqual(made.value, 0)
+        self.assertTrue(-0.02 < made.low < 0 < made.high < 0.02)
+
+    def test_mean_of_one_value_knows_nothing(self):
+        self.assertEqual(intervals.mean([2.0]), intervals.Estimate(2.0, -math.inf, math.inf))
+
+    def test_mean_over_tasks_is_narrower_than_each(self):
+        one = intervals.Estimate(0.5, 0.4, 0.6)
+        made = intervals.mean_of([one] * 4)
+        self.assertAlmostEqual(made.low, 0.45)
+        self.assertAlmostEqual(made.high, 0.55)
+
+
+class Settings(unittest.TestCase):
+    def test_values_are_combined(self):
+        names = [s.name for s in settings.parse("share:tau=0.4,gamma=0.8/0.9")]
+        self.assertEqual(names, ["share:gamma=0.8,tau=0.4", "share:gamma=0.9,tau=0.4"])
+
+    def test_names_are_read_back(self):
+        for text in ("dense", "share:gamma=0.9,same_layer_sharing=false", "vertical_slash:min_budget_tokens=64"):
+            (setting,) = settings.parse(text)
+            self.assertEqual(setting.name, text)
+            self.assertEqual(settings.parse(setting.name), [setting])
+
+    def test_family_leaves_gamma_out(self):
+        (setting,) = settings.parse("share:gamma=0.9,tau=0.4")
+        self.assertEqual(setting.family, "share:tau=0.4")
+
+    def test_errors_name_what_is_wrong(self):
+        for text, part in (("shared", "shared"), ("share:gama=1", "gama"), ("share:gamma=high", "high"),
+                           ("share:same_layer_sharing=no", "no")):  # fmt: skip
+            with self.assertRaisesRegex(ValueError, part):
+                settings.parse(text)
+
+    def test_a_setting_named_twice_runs_once(self):
+        self.assertEqual(len(settings.parse_all(["dense", "dense", "share"])), 2)
+
+
+class Scores(unittest.TestCase):
+    def test_answer_has_to_come_first(self):
+        self.assertTrue(scoring.is_right(b"123", b"12345"))
+        self.assertFalse(scoring.is_right(b"123", b"0123"))
+        self.assertFalse(scoring.is_right(b"123", b"12"))
+
+    def test_reported_token_has_its_own_probability(self):
+        self.assertEqual(scoring.next_token_logprob([(7, -0.1), (8, -3.0)], 8, 100), (-3.0, True))
+
+    def test_other_tokens_share_what_is_left(self):
+        top = [(1, math.log(0.5)), (2, math.log(0.3))]
+        logprob, reported = scoring.next_token_logprob(top, 9, 12)
+        self.assertFalse(reported)
+        self.assertAlmostEqual(math.exp(logprob), 0.2 / 10)
+
+    def test_probabilities_over_the_vocabulary_sum_to_one(self):
+        top = [(1, math.log(0.5)), (2, math.log(0.3))]
+        total = sum(math.exp(scoring.next_token_logprob(top, token, 12)[0]) for token in range(12))
+        self.assertAlmostEqual(total, 1)
+
+    def test_rounding_above_one_leaves_a_finite_loss(self):
+        logprob, _ = scoring.next_token_logprob([(1, 1e-7)], 2, 264)
+        self.assertTrue(math.isfinite(logprob))
+
+    def test_pivots_weigh_less_among_1024_heads(self):
+        # 6 pivots and 58 heads of density 0.25.
+        density = (6 + 58 * 0.25) / 64
+        self.assertAlmostEqual(scoring.density_in_large_model(density, 64, 6), 6 / 1024 + (1 - 6 / 1024) * 0.25)
+        self.assertEqual(scoring.density_in_large_model(0.3, 1024, 12), 0.3)
+        self.assertEqual(scoring.density_in_large_model(1.0, 4, 4), 1.0)
+
+    def test_interpolation_stays_within_the_curve(self):
+        curve = [(0.4, 0.8), (0.2, 0.5), (0.5, 0.9)]
+        self.assertEqual(scoring.interpolate(curve, 0.2), (0.5, True))
+        value, within = scoring.interpolate(curve, 0.3)
+        self.assertAlmostEqual(value, 0.65)
+        self.assertTrue(within)
+        self.assertEqual(scoring.interpolate(curve, 0.1), (0.5, False))
+        self.assertAlmostEqual(scoring.interpolate(curve, 0.45)[0], 0.85)
+        self.assertEqual(scoring.interpolate(curve, 0.9), (0.9, False))
+        self.assertEqual(scoring.interpolate([(0.4, 0.8)], 0.4), (0.8, True))
+
+
+class Summary(unittest.TestCase):
+    def setUp(self):
+        records = [answered("dense", i, True) for i in range(20)]
+        records += [answered("vertical_slash:gamma=0.8", i, i < 8, density=0.2) for i in range(20)]
+        records += [answered("vertical_slash:gamma=0.9", i, i < 16, density=0.4) for i in range(20)]
+        records += [answered("share:gamma=0.9", i, i < 19, density=0.3, pivot_heads=6) for i in range(20)]
+        records += [answered("dense", i, True, task="copy") for i in range(20)]
+        records += [answered("share:gamma=0.9", i, i < 15, task="copy", density=0.5) for i in range(20)]
+        for i in range(20):
+            records.append(answered("dense", i, None, task="text", logprob=-1.0 - i / 100, reported=True))
+            records.append(answered("share:gamma=0.9", i, None, task="text", logprob=-1.01 - i / 100, reported=i > 0))
+        self.summary = scoring.summarize(records, ["dense", "vertical_slash:gamma=0.8", "share:gamma=0.9"])
+        self.tasks = {(c["setting"], c["task"]): c for c in self.summary["tasks"]}
+
+    def test_cells_hold_score_difference_and_cost(self):
+        cell = self.tasks["share:gamma=0.9", "pass_key"]
+        self.assertEqual(cell["prompts"], 20)
+        self.assertEqual(cell["score"]["value"], 0.95)
+        self.assertEqual(cell["minus_dense"]["value"], -0.05)
+        self.assertEqual((cell["density"], cell["pivot_heads"], cell["ttft_ms"]), (0.3, 6.0, 2.0))
+        self.assertIsNone(self.tasks["dense", "pass_key"]["minus_dense"])
+
+    def test_depths_are_counted_apart(self):
+        depths = self.tasks["share:gamma=0.9", "pass_key"]["by_depth"]
+        self.assertEqual([d["depth"] for d in depths], [0, 0.5, 1])
+        self.assertEqual([d["prompts"] for d in depths], [7, 7, 6])
+        self.assertEqual([d["right"] for d in depths], [7, 6, 6])  # index 19 is wrong
+
+    def test_overall_counts_every_task_alike(self):
+        row = next(r for r in self.summary["overall"] if r["setting"] == "share:gamma=0.9")
+        self.assertEqual(row["tasks"], 2)
+        self.assertAlmostEqual(row["score"]["value"], (0.95 + 0.75) / 2)
+        self.assertAlmostEqual(row["minus_dense"]["value"], -0.15)
+        self.assertAlmostEqual(row["density"], 0.4)
+
+    def test_perplexity_is_compared_prompt_by_prompt(self):
+        cell = next(c for c in self.summary["text"] if c["setting"] == "share:gamma=0.9")
+        ratio = cell["perplexity_to_dense"]
+        # Every prompt is worse by 0.01 nats: no spread, though the texts differ.
+        self.assertAlmostEqual(ratio["value"], math.exp(0.01), places=4)
+        self.assertAlmostEqual(ratio["high"] - ratio["low"], 0, places=4)
+        self.assertEqual(cell["not_among_reported"], 0.05)
+
+    def test_share_stands_beside_vertical_slash_of_its_density(self):
+        (row,) = [r for r in self.summary["equal_density"] if r["task"] == "pass_key"]
+        self.assertAlmostEqual(row["vertical_slash_score"], 0.6)
+        self.assertAlmostEqual(row["difference"], 0.35)
+        self.assertTrue(row["within_curve"])
+
+    def test_a_prompt_noted_twice_counts_once(self):
+        records = [answered("dense", 0, True), answered("dense", 0, True)]
+        self.assertEqual(scoring.summarize(records, ["dense"])["tasks"][0]["prompts"], 1)
+
+    def test_table_shows_every_setting(self):
+        text = table.render(self.summary)
+        for name in ("dense", "vertical_slash:gamma=0.8", "share:gamma=0.9", "pass_key", "copy", "held-out text"):
+            self.assertIn(name, text)
+
+
+class Resuming(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def journal(self, **subject):
+        journal = Journal(self.folder, subject)
+        self.addCleanup(journal.close)
+        return journal
+
+    def test_finished_prompts_are_known_again(self):
+        self.journal(seed=1).add(answered("dense", 3, True))
+        again = self.journal(seed=1)
+        self.assertTrue(again.has(("dense", "pass_key", 2048, 3)))
+        self.assertFalse(again.has(("dense", "pass_key", 2048, 4)))
+        self.assertEqual(len(again.records), 1)
+
+    def test_a_line_cut_off_is_dropped_and_the_next_one_is_whole(self):
+        self.journal(seed=1).add(answered("dense", 0, True))
+        with (self.folder / "results.jsonl").open("a") as file:
+            file.write('{"setting": "den')
+        self.journal(seed=1).add(answered("dense", 1, True))
+        self.assertEqual([r["index"] for r in read(self.folder / "results.jsonl")], [0, 1])
+
+    def test_another_model_is_refused(self):
+        self.journal(model="a")
+        with self.assertRaisesRegex(ValueError, "model"):
+            self.journal(model="b")
+
+    def test_subject_is_kept_for_the_reader(self):
+        self.journal(model="a", seed=1)
+        self.assertEqual(json.loads((self.folder / "subject.json").read_text()), {"model": "a", "seed": 1})
+
+
+if __name__ == "__main__":
+    unittest.main()

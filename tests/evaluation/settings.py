@@ -1,0 +1,69 @@
+"""What is compared: an attention policy with the thresholds a request sets. Standard library only."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+POLICIES = ("dense", "vertical_slash", "share", "auto")
+
+
+def _flag(text: str) -> bool:
+    return {"true": True, "false": False}[text]
+
+
+THRESHOLDS = {
+    "gamma": float,
+    "tau": float,
+    "delta": float,
+    "coverage": float,
+    "min_budget_tokens": int,
+    "same_layer_sharing": _flag,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    policy: str
+    thresholds: tuple[tuple[str, float | int | bool], ...] = ()  # sorted by name; the rest is the server's default
+
+    @property
+    def name(self) -> str:
+        """As parse() takes it: share:gamma=0.9,tau=0.4."""
+        return self.policy + ("" if not self.thresholds else ":" + self._listed(self.thresholds))
+
+    @property
+    def family(self) -> str:
+        """The name without gamma: the settings of one family are the points of one curve."""
+        rest = [t for t in self.thresholds if t[0] != "gamma"]
+        return self.policy + ("" if not rest else ":" + self._listed(rest))
+
+    @staticmethod
+    def _listed(thresholds) -> str:
+        text = {True: "true", False: "false"}
+        return ",".join(f"{k}={text[v] if isinstance(v, bool) else v}" for k, v in thresholds)
+
+    def fields(self) -> dict:
+        return {"policy": self.policy, **dict(self.thresholds)}
+
+
+def parse(text: str) -> list[Setting]:
+    """`share:gamma=0.8/0.9,tau=0.4` -> two settings. ValueError names what is wrong."""
+    policy, _, listed = text.partition(":")
+    if policy not in POLICIES:
+        raise ValueError(f"policy {policy!r} unknown; one of {', '.join(POLICIES)}")
+    choices = []
+    for item in filter(None, listed.split(",")):
+        name, _, values = item.partition("=")
+        if name not in THRESHOLDS:
+            raise ValueError(f"threshold {name!r} unknown; one of {', '.join(THRESHOLDS)}")
+        try:
+            choices.append([(name, THRESHOLDS[name](value)) for value in values.split("/")])
+        except (ValueError, KeyError):
+            raise ValueError(f"threshold {name}: {values!r} is not a {THRESHOLDS[name].__name__.strip('_')}") from None
+    return [Setting(policy, tuple(sorted(combination))) for combination in itertools.product(*choices)]
+
+
+def parse_all(texts: list[str]) -> list[Setting]:
+    """In the order given, each once."""
+    return list(dict.fromkeys(setting for text in texts for setting in parse(text)))

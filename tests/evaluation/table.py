@@ -1,0 +1,97 @@
+"""The summary as text for a terminal."""
+
+from __future__ import annotations
+
+
+def _columns(header: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    line = lambda row: "  ".join(  # noqa: E731
+        cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
+    ).rstrip()
+    return [line(header), "  ".join("-" * w for w in widths), *(line(row) for row in rows)]
+
+
+def _points(estimate: dict | None, sign: str = "") -> str:
+    """In percent, with the interval."""
+    if estimate is None:
+        return ""
+    value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
+    return f"{value:{sign}.1f} [{low:{sign}.0f}, {high:{sign}.0f}]"
+
+
+def _scores(summary: dict, length: int) -> list[str]:
+    cells = {(c["setting"], c["task"]): c for c in summary["tasks"] if c["length"] == length}
+    names = list(dict.fromkeys(c["task"] for c in summary["tasks"]))
+    rows = []
+    for row in (r for r in summary["overall"] if r["length"] == length):
+        own = [cells.get((row["setting"], name)) for name in names]
+        rows.append(
+            [
+                row["setting"],
+                *(_points(c["score"]) if c else "" for c in own),
+                _points(row["score"]),
+                _points(row["minus_dense"], "+"),
+                f"{row['density']:.3f}",
+                f"{row['density_among_1024_heads']:.3f}",
+                f"{sum(c['pivot_heads'] for c in own if c) / row['tasks']:.1f}",
+                f"{sum(c['shared_heads'] for c in own if c) / row['tasks']:.1f}",
+                f"{row['ttft_ms']:.0f}",
+            ]
+        )
+    prompts = max((c["prompts"] for c in cells.values()), default=0)
+    header = [f"{length} tokens", *names, "mean", "- dense", "density", "of 1024", "pivots", "shared", "TTFT ms"]
+    return _columns(header, rows) + [f"percent right [95 % interval]; up to {prompts} prompts a cell", ""]
+
+
+def _text(summary: dict) -> list[str]:
+    rows = [
+        [
+            c["setting"],
+            str(c["length"]),
+            str(c["prompts"]),
+            f"{c['perplexity']['value']:.3f}",
+            f"{c['perplexity_to_dense']['value']:.4f}" if c["perplexity_to_dense"] else "",
+            "{low:.4f} - {high:.4f}".format(**c["perplexity_to_dense"]) if c["perplexity_to_dense"] else "",
+            f"{100 * c['not_among_reported']:.1f} %",
+            f"{c['density']:.3f}",
+        ]
+        for c in summary["text"]
+    ]
+    header = [
+        "held-out text",
+        "position",
+        "prompts",
+        "perplexity",
+        "/ dense",
+        "95 % interval",
+        "outside top",
+        "density",
+    ]
+    return _columns(header, rows) + [""]
+
+
+def _equal_density(summary: dict) -> list[str]:
+    rows = [
+        [
+            f"{r['setting']} {r['task']}",
+            str(r["length"]),
+            f"{r['density']:.3f}",
+            f"{100 * r['score']:.1f}",
+            f"{100 * r['vertical_slash_score']:.1f}" + ("" if r["within_curve"] else " (nearest)"),
+            f"{100 * r['difference']:+.1f}",
+        ]
+        for r in summary["equal_density"]
+    ]
+    header = ["at equal density", "length", "density", "score", "vertical_slash", "difference"]
+    return _columns(header, rows) + [""]
+
+
+def render(summary: dict) -> str:
+    lines: list[str] = []
+    for length in sorted({r["length"] for r in summary["overall"]}):
+        lines += _scores(summary, length)
+    if summary["text"]:
+        lines += _text(summary)
+    if summary["equal_density"]:
+        lines += _equal_density(summary)
+    return "\n".join(lines)
