@@ -1,26 +1,65 @@
 #include "server/log.h"
 
+#include <algorithm>
 #include <atomic>
+#include <ctime>
+#include <memory>
 
+#include <spdlog/pattern_formatter.h>
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
 #include <nlohmann/json.hpp>
 
-#include "absl/strings/escaping.h"
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 
 namespace prefilld::server {
 namespace {
 
+constexpr char kEventLogger[] = "prefilld_events";
+constexpr char kTextPattern[] = "%Y-%m-%dT%H:%M:%S.%eZ %^%l%$ %v";
+constexpr char kJsonStart[] = "{\"time\":\"%Y-%m-%dT%H:%M:%S.%eZ\",\"level\":\"%l\",";
+
 std::atomic<LogFormat> log_format = LogFormat::kText;
+
+// The message as a JSON string.
+class JsonPayload final : public spdlog::custom_flag_formatter {
+ public:
+  void format(const spdlog::details::log_msg& message, const std::tm&,
+              spdlog::memory_buf_t& out) override {
+    const std::string text =
+        nlohmann::json(std::string(message.payload.data(), message.payload.size()))
+            .dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+    out.append(text.data(), text.data() + text.size());
+  }
+  std::unique_ptr<custom_flag_formatter> clone() const override {
+    return std::make_unique<JsonPayload>();
+  }
+};
+
+// Quoted, so that a value can forge neither a field nor a line.
+std::string Quote(const std::string& text) {
+  std::string quoted = "\"";
+  for (const char c : text) {
+    if (c == '"' || c == '\\') quoted += '\\';
+    if (absl::ascii_iscntrl(static_cast<unsigned char>(c))) {
+      absl::StrAppendFormat(&quoted, "\\x%02x", c);
+    } else {
+      quoted += c;
+    }
+  }
+  return quoted + '"';
+}
 
 std::string TextValue(const LogValue& value) {
   if (const auto* number = std::get_if<int64_t>(&value)) return absl::StrCat(*number);
   if (const auto* number = std::get_if<double>(&value)) return absl::StrFormat("%.6g", *number);
   const std::string& text = std::get<std::string>(value);
-  const bool plain = !text.empty() && text.find_first_of(" =\"\\\n\t\r") == std::string::npos;
-  return plain ? text : absl::StrCat("\"", absl::CEscape(text), "\"");
+  const bool plain = !text.empty() && std::all_of(text.begin(), text.end(), [](char c) {
+    return absl::ascii_isgraph(static_cast<unsigned char>(c)) && c != '=' && c != '"';
+  });
+  return plain ? text : Quote(text);
 }
 
 std::string TextLine(absl::string_view event, const LogFields& fields) {
@@ -49,19 +88,26 @@ std::string FormatEvent(LogFormat format, absl::string_view event, const LogFiel
 
 void InitLogging(LogFormat format) {
   log_format = format;
-  spdlog::set_default_logger(spdlog::stderr_color_mt("prefilld"));
-  spdlog::set_pattern(format == LogFormat::kJson
-                          ? "{\"time\":\"%Y-%m-%dT%H:%M:%S.%eZ\",\"level\":\"%l\",%v}"
-                          : "%Y-%m-%dT%H:%M:%S.%eZ %^%l%$ %v",
+  const bool json = format == LogFormat::kJson;
+  const auto events = spdlog::stderr_color_mt(kEventLogger);
+  events->set_pattern(json ? absl::StrCat(kJsonStart, "%v}") : kTextPattern,
                       spdlog::pattern_time_type::utc);
+
+  // What the layers below log are plain sentences.
+  const auto sentences = spdlog::stderr_color_mt("prefilld");
+  auto formatter = std::make_unique<spdlog::pattern_formatter>(spdlog::pattern_time_type::utc);
+  formatter->add_flag<JsonPayload>('*').set_pattern(
+      json ? absl::StrCat(kJsonStart, "\"event\":\"message\",\"message\":%*}") : kTextPattern);
+  sentences->set_formatter(std::move(formatter));
+  spdlog::set_default_logger(sentences);
 }
 
 void LogEvent(LogLevel level, absl::string_view event, const LogFields& fields) {
   const auto spdlog_level = level == LogLevel::kError     ? spdlog::level::err
                             : level == LogLevel::kWarning ? spdlog::level::warn
                                                           : spdlog::level::info;
-  if (!spdlog::should_log(spdlog_level)) return;
-  spdlog::log(spdlog_level, "{}", FormatEvent(log_format, event, fields));
+  const auto logger = spdlog::get(kEventLogger);
+  if (logger != nullptr) logger->log(spdlog_level, "{}", FormatEvent(log_format, event, fields));
 }
 
 }  // namespace prefilld::server

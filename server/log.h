@@ -18,7 +18,7 @@ using LogFields = std::vector<std::pair<std::string, LogValue>>;
 
 enum class LogLevel : uint8_t { kInfo, kWarning, kError };
 
-// Once, before the first event. Lines go to standard error.
+// Once; events before it are dropped. Lines go to standard error.
 void InitLogging(LogFormat format);
 
 void LogEvent(LogLevel level, absl::string_view event, const LogFields& fields);

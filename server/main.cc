@@ -74,6 +74,19 @@ absl::Status WritePortFile(const std::string& path, const PrefillServer& server)
   return absl::OkStatus();
 }
 
+std::string WithPort(const std::string& listen, int port) {
+  return absl::StrCat(listen.substr(0, listen.rfind(':')), ":", port);
+}
+
+void LogReady(const ServerOptions& options, const PrefillServer& server) {
+  LogFields fields = {{"listen", WithPort(options.listen, server.port())}};
+  if (server.metrics_port() != 0) {
+    const std::string address = WithPort(options.metrics_listen, server.metrics_port());
+    fields.emplace_back("metrics", absl::StrCat("http://", address, "/metrics"));
+  }
+  LogEvent(LogLevel::kInfo, "ready", fields);
+}
+
 // Returns the signal, or 0 when the device has failed.
 int WaitForEnd(const sigset_t& signals, const PrefillServer& server) {
   constexpr timespec kPoll = {.tv_sec = 0, .tv_nsec = 100'000'000};
@@ -101,10 +114,7 @@ int Serve(const sigset_t& signals, const ServerOptions& options) {
   if (absl::Status written = WritePortFile(options.port_file, **server); !written.ok()) {
     return Refuse("port_file", written);
   }
-  LogEvent(LogLevel::kInfo, "ready",
-           {{"grpc_port", static_cast<int64_t>((*server)->port())},
-            {"metrics_port", static_cast<int64_t>((*server)->metrics_port())},
-            {"metrics_path", "/metrics"}});
+  LogReady(options, **server);
 
   const int signal = WaitForEnd(signals, **server);
   ExitOnNextSignal(signals);

@@ -14,7 +14,7 @@ TEST(Log, TextIsKeyValue) {
 TEST(Log, ValuesCannotForgeFieldsOrLines) {
   EXPECT_EQ(FormatEvent(LogFormat::kText, "request", {{"id", "a outcome=ok"}}),
             "request id=\"a outcome=ok\"");
-  EXPECT_EQ(FormatEvent(LogFormat::kText, "request", {{"id", "\"\n"}}), "request id=\"\\\"\\n\"");
+  EXPECT_EQ(FormatEvent(LogFormat::kText, "request", {{"id", "\"\n"}}), "request id=\"\\\"\\x0a\"");
   EXPECT_EQ(FormatEvent(LogFormat::kText, "request", {{"id", ""}}), "request id=\"\"");
 }
 

@@ -8,7 +8,6 @@
 #include <grpcpp/security/credentials.h>
 #include <prometheus/registry.h>
 #include <prometheus/text_serializer.h>
-#include <spdlog/spdlog.h>
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
@@ -77,7 +76,6 @@ bool Eventually(absl::FunctionRef<bool()> condition) {
 }
 
 ServerFixture::ServerFixture() {
-  spdlog::set_level(spdlog::level::off);
   options_.listen = "127.0.0.1:0";
   options_.metrics_listen = "";  // its server takes two seconds to stop
   options_.staging_bytes = 8 << 20;
