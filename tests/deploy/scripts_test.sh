@@ -14,7 +14,7 @@ fail() {
 for script in "${scripts[@]}"; do
   bash -n "$script" || fail "$script does not parse"
   [[ -x "$script" ]] || fail "$script is not executable"
-  grep -q '^set -euo pipefail$' "$script" || fail "$script does not stop at errors"
+  grep -qE '^set -e?uo pipefail$' "$script" || fail "$script takes unset variables"
 done
 if command -v shellcheck >/dev/null; then
   shellcheck "${scripts[@]}" || fail shellcheck
