@@ -56,14 +56,14 @@ int Delivery::SendFrame(FrameHeader header, StagingRing::Lease payload, size_t p
   return lane;
 }
 
-// A push's only lane counts as attached: its call is opened before the first layer.
+// Lane 0 is always a candidate: its stream exists, though the first frame may be faster.
 int Delivery::NextLane() {
   int best = -1;
   size_t best_bytes = 0;
   const int num_lanes = static_cast<int>(kv_lanes_.size());
   for (int i = 1; i <= num_lanes; ++i) {
     const int lane = (last_lane_ + i) % num_lanes;
-    if (!kv_lanes_[lane]->attached() && num_lanes > 1) continue;
+    if (lane > 0 && !kv_lanes_[lane]->attached()) continue;
     const size_t bytes = kv_lanes_[lane]->pending_bytes();
     if (best < 0 || bytes < best_bytes) {
       best = lane;

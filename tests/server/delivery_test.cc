@@ -1,0 +1,97 @@
+#include "server/delivery.h"
+
+#include <memory>
+#include <vector>
+
+#include <grpcpp/impl/codegen/proto_utils.h>
+#include <gtest/gtest.h>
+
+#include "tests/server/fake_engine.h"
+
+namespace prefilld::server {
+namespace {
+
+namespace v1 = ::prefill::v1;
+
+constexpr auto kNever = [] { return false; };
+
+// Takes everything at once.
+class FastTransport final : public LaneQueue::Transport {
+ public:
+  explicit FastTransport(LaneQueue* queue) : queue_(queue) {}
+  void Send(const grpc::ByteBuffer& message) override {
+    grpc::ByteBuffer copy(message);
+    v1::PrefillEvent event;
+    EXPECT_TRUE(grpc::SerializationTraits<v1::PrefillEvent>::Deserialize(&copy, &event).ok());
+    events.push_back(event);
+    queue_->OnWriteDone(true);
+  }
+  void End(const absl::Status& status) override { ends.push_back(status); }
+  void Cancel(const absl::Status&) override {}
+
+  std::vector<v1::PrefillEvent> events;
+  std::vector<absl::Status> ends;
+
+ private:
+  LaneQueue* const queue_;
+};
+
+class DeliveryTest : public ::testing::Test {
+ protected:
+  int SendFrame(Delivery& delivery) {
+    return delivery.SendFrame(FrameHeader(), ring_->Acquire(credit_, kNever), 100);
+  }
+
+  FakeEngine engine_{FakeEngineOptions()};
+  std::unique_ptr<StagingRing> ring_ = *StagingRing::Create(engine_, 32, 4096);
+  std::shared_ptr<StagingRing::Credit> credit_ = std::make_shared<StagingRing::Credit>();
+};
+
+TEST_F(DeliveryTest, FramesBeforeAnyStreamIsAttachedWaitOnLaneZero) {
+  Delivery delivery(/*num_lanes=*/3, /*pushes=*/false, Clock::Real());
+  EXPECT_EQ(SendFrame(delivery), 0);
+  EXPECT_EQ(SendFrame(delivery), 0);
+  FastTransport control(&delivery.control());
+  delivery.control().Attach(&control);
+  EXPECT_EQ(control.events.size(), 2);
+}
+
+TEST_F(DeliveryTest, FramesGoToTheAttachedLaneWithTheLeastToDo) {
+  Delivery delivery(/*num_lanes=*/3, /*pushes=*/false, Clock::Real());
+  FastTransport lane_2(*delivery.side_lane(2));
+  (*delivery.side_lane(2))->Attach(&lane_2);
+  EXPECT_FALSE(delivery.all_attached());
+  EXPECT_EQ(SendFrame(delivery), 2);
+  EXPECT_EQ(SendFrame(delivery), 0);  // equal load: in turn
+  EXPECT_EQ(SendFrame(delivery), 2);  // lane 0 has no stream yet, so its frame is pending
+  EXPECT_EQ(SendFrame(delivery), 2);
+  EXPECT_EQ(delivery.sent().frames_per_lane, (std::vector<int64_t>{1, 0, 3}));
+  EXPECT_EQ(lane_2.events[2].kv_frame().sequence(), 2);
+  EXPECT_EQ(lane_2.events[2].kv_frame().lane(), 2);
+}
+
+TEST_F(DeliveryTest, TheResultWaitsForEverySideLane) {
+  Delivery delivery(/*num_lanes=*/2, /*pushes=*/false, Clock::Real());
+  FastTransport control(&delivery.control()), lane(*delivery.side_lane(1));
+  delivery.control().Attach(&control);
+  delivery.SendResult(v1::PrefillResult());
+  EXPECT_TRUE(control.events.empty());
+  (*delivery.side_lane(1))->Attach(&lane);
+  ASSERT_EQ(lane.ends.size(), 1);
+  EXPECT_TRUE(lane.ends[0].ok());
+  delivery.OnSideLaneDone();
+  ASSERT_EQ(control.events.size(), 1);
+  EXPECT_TRUE(control.events[0].has_result());
+  EXPECT_EQ(control.ends.size(), 1);
+}
+
+TEST_F(DeliveryTest, LaneZeroOfAPullAndUnknownLanesCannotBeAttached) {
+  Delivery pull(/*num_lanes=*/2, /*pushes=*/false, Clock::Real());
+  EXPECT_FALSE(pull.side_lane(0).ok());
+  EXPECT_FALSE(pull.side_lane(2).ok());
+  Delivery push(/*num_lanes=*/1, /*pushes=*/true, Clock::Real());
+  EXPECT_TRUE(push.side_lane(0).ok());
+}
+
+}  // namespace
+}  // namespace prefilld::server
