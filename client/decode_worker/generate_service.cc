@@ -5,6 +5,7 @@
 #include <thread>
 #include <utility>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
@@ -30,13 +31,15 @@ std::string NewRequestId() {
   return absl::StrFormat("generate-%x-%d", start, ++count);
 }
 
+// One line; what came from outside is escaped, so that no request can forge another.
 void Log(const std::string& request_id, const GenerateRequest& request, const absl::Status& status,
          absl::Duration took) {
   spdlog::info(
-      "generate request_id={} prompt_tokens={} max_new_tokens={} status={} seconds={:.3f}{}{}",
-      request_id, request.token_ids_size(), request.max_new_tokens(),
+      "generate request_id=\"{}\" prompt_tokens={} max_new_tokens={} status={} seconds={:.3f} "
+      "reason=\"{}\"",
+      absl::CEscape(request_id), request.token_ids_size(), request.max_new_tokens(),
       absl::StatusCodeToString(status.code()), absl::ToDoubleSeconds(took),
-      status.ok() ? "" : " reason=", std::string(status.message()));
+      absl::CEscape(status.message()));
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <memory>
 #include <utility>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "client/decode_worker/cache_writer.h"
@@ -42,7 +43,21 @@ void Fill(const model::SampledToken& token, ::prefill::v1::SampledToken& message
   }
 }
 
+// As the prefill server has it.
+constexpr size_t kMaxIdBytes = 128;
+
+absl::Status ValidateId(const char* field, const std::string& id) {
+  const bool printable = std::all_of(id.begin(), id.end(), absl::ascii_isprint);
+  if (printable && id.size() <= kMaxIdBytes) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(field, " of ", id.size(),
+                                                 " bytes, allowed: at most ", kMaxIdBytes,
+                                                 " printable ASCII characters"));
+}
+
 absl::Status ValidateRequest(const WorkerContext& worker, const GenerateRequest& request) {
+  absl::Status ids = ValidateId("request_id", request.request_id());
+  if (ids.ok()) ids = ValidateId("pushed_transfer_id", request.pushed_transfer_id());
+  if (!ids.ok()) return ids;
   if (request.token_ids().empty()) {
     return absl::InvalidArgumentError("token_ids is empty; at least 1 is needed");
   }

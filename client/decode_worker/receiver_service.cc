@@ -5,6 +5,7 @@
 #include <optional>
 #include <utility>
 
+#include "absl/strings/escaping.h"
 #include "client/cancellation.h"
 #include "client/grpc_status.h"
 #include "client/received_frame.h"
@@ -101,7 +102,8 @@ class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
       const grpc::Slice bytes(response.SerializeAsString());
       *response_ = grpc::ByteBuffer(&bytes, 1);
     } else {
-      spdlog::warn("receive refused: {}", status.ToString());
+      spdlog::warn("receive refused: {} {}", absl::StatusCodeToString(status.code()),
+                   absl::CEscape(status.message()));
     }
     Finish(ToGrpc(status));
   }

@@ -241,6 +241,12 @@ TEST_F(WorkerServices, RefusesBadRequestsByFieldValueAndLimit) {
   request = Request();
   request.mutable_sampling()->set_temperature(-1);
   refused(request, "temperature");
+  request = Request();
+  request.set_request_id("a\nforged line");
+  refused(request, "request_id of 13 bytes, allowed: at most 128 printable ASCII");
+  request = Request();
+  request.set_pushed_transfer_id(std::string(129, 'x'));
+  refused(request, "pushed_transfer_id of 129 bytes");
 }
 
 TEST_F(WorkerServices, WhatDoesNotFitIntoThePoolIsResourceExhausted) {

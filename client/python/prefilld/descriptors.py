@@ -3,16 +3,15 @@
 In a checkout it is compiled from proto/ on import, which takes a few milliseconds and cannot be
 stale. An installed package carries the file. To take the client to a machine without a compiler:
 
-    PYTHONPATH=client/python python3 -m prefilld.descriptors [FILE]
+    python3 client/python/prefilld/descriptors.py
 
-writes it beside this module (or to FILE).
+writes it beside this module.
 """
 
 from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -24,7 +23,9 @@ PROTO_ROOT = Path(__file__).resolve().parents[3] / "proto"
 def _run_compiler(arguments: list[str]) -> None:
     """protoc of the system, else the one inside grpcio-tools."""
     if shutil.which("protoc"):
-        subprocess.run(["protoc", *arguments], check=True)
+        done = subprocess.run(["protoc", *arguments], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{PROTO_ROOT} does not compile: {done.stderr}")
         return
     try:
         import grpc_tools
@@ -65,4 +66,4 @@ def write_descriptors(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_descriptors(Path(sys.argv[1]) if len(sys.argv) > 1 else PACKAGED)
+    write_descriptors(PACKAGED)
