@@ -35,10 +35,10 @@ class Prompt:
 class ByteCodec:
     """The embedded model: a token is a byte, after one BOS."""
 
-    def fit(self, example_of_size, length: int):
-        """(example, ids) with exactly `length` ids; example_of_size(bytes + 1) -> tasks.Example."""
+    def fit(self, example_of_size, length: int) -> tuple[list[int], bytes]:
+        """Exactly `length` ids, and the answer; example_of_size(bytes + 1) -> tasks.Example."""
         example = example_of_size(length)
-        return example, tasks.encode(example.prompt)
+        return tasks.encode(example.prompt), example.answer
 
     def encode_text(self, text: bytes, length: int) -> list[int]:
         return tasks.encode(text)[:length]
@@ -66,14 +66,18 @@ class TokenizerCodec:
 
         self._tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
 
-    def fit(self, example_of_size, length: int):
-        """At most `length` ids, at least 99 % of it."""
+    def fit(self, example_of_size, length: int) -> tuple[list[int], bytes]:
+        """At most `length` ids, at least 99 % of it.
+
+        The blank before an answer belongs to the answer's first token in most vocabularies, so the
+        prompt ends before it and answers are compared without it.
+        """
         size, best = int(length * self.BYTES_PER_TOKEN), None
         for _ in range(self.ATTEMPTS):
             example = example_of_size(size)
-            ids = self._tokenizer.encode(example.prompt.decode(errors="replace")).ids
-            if len(ids) <= length and (best is None or len(ids) > len(best[1])):
-                best = example, ids
+            ids = self._tokenizer.encode(example.prompt.rstrip(b" ").decode(errors="replace")).ids
+            if len(ids) <= length and (best is None or len(ids) > len(best[0])):
+                best = ids, example.answer.lstrip()
             if self.CLOSE_ENOUGH * length <= len(ids) <= length:
                 break
             size = int(size * (1 + self.CLOSE_ENOUGH) / 2 * length / len(ids))
@@ -88,7 +92,7 @@ class TokenizerCodec:
         return 8 * length
 
     def answer_tokens(self, answer: bytes) -> int:
-        """Room for a leading blank and for digits that the model groups in another way."""
+        """With room for a blank, and for digits that the model groups in another way."""
         return len(self._tokenizer.encode(answer.decode(), add_special_tokens=False).ids) + 4
 
     def decode(self, ids: list[int]) -> bytes:
@@ -122,9 +126,8 @@ class Prompts:
         def example_of_size(size: int) -> tasks.Example:
             return TASKS[task](self._random(task, length, index), size, filler, depth)
 
-        example, ids = self._codec.fit(example_of_size, min(length, self._longest))
-        wanted = self._codec.answer_tokens(example.answer)
-        return Prompt(task, length, index, depth, ids, example.answer, max_new_tokens=wanted)
+        ids, answer = self._codec.fit(example_of_size, min(length, self._longest))
+        return Prompt(task, length, index, depth, ids, answer, max_new_tokens=self._codec.answer_tokens(answer))
 
     def _text_prompt(self, length: int, index: int) -> Prompt:
         if self._text is None:
@@ -144,14 +147,16 @@ def load_text(trained_on: list[str], unseen: list[str]) -> corpus.Corpus | None:
     """Text the model has not seen: the held-out part of the folders it was trained on, and all of the others."""
     parts = [corpus.load(trained_on, held_out=True)] if trained_on else []
     for folder in unseen:
+        both = []
         for held_out in (False, True):
             try:
-                parts.append(corpus.load([folder], held_out))
-            except ValueError:
-                continue  # all of a small folder may fall to one side of the split
+                both.append(corpus.load([folder], held_out))
+            except ValueError as error:  # all of a small folder may fall to one side of the split
+                reason = error
+        if not both:
+            raise reason
+        parts += both
     if not parts:
-        if unseen:
-            raise ValueError(f"no readable text under {', '.join(unseen)}")
         return None
     blobs = [blob for part in parts for blob in part.blobs]
     weights = [weight for part in parts for weight in part.weights]

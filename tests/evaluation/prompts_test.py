@@ -112,7 +112,9 @@ class HeldOutText(unittest.TestCase):
 
     def test_an_empty_folder_is_an_error(self):
         with tempfile.TemporaryDirectory() as empty, self.assertRaisesRegex(ValueError, "no readable text"):
-            prompts.load_text([], [empty])
+            prompts.load_text([], [self.folder, empty])
+        with self.assertRaisesRegex(ValueError, "is no folder"):
+            prompts.load_text([], ["no/such/folder"])
 
 
 if __name__ == "__main__":

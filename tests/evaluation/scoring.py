@@ -103,6 +103,7 @@ def _task_cell(cells, cell) -> dict:
         "prompts": len(records),
         "score": intervals.proportion(right, len(records)).rounded(),
         "minus_dense": intervals.paired_difference(pairs).rounded() if pairs and setting != DENSE else None,
+        "policies_run": sorted({r["policy"] for r in records}),
         "by_depth": [{"depth": d, "prompts": len(r), "right": sum(r)} for d, r in sorted(by_depth.items())],
         **_cost(records),
     }

@@ -40,7 +40,12 @@ def _scores(summary: dict, length: int) -> list[str]:
         )
     prompts = max((c["prompts"] for c in cells.values()), default=0)
     header = [f"{length} tokens", *names, "mean", "- dense", "density", "of 1024", "pivots", "shared", "TTFT ms"]
-    return _columns(header, rows) + [f"percent right [95 % interval]; up to {prompts} prompts a cell", ""]
+    other = [
+        f"{c['setting']} {c['task']}: the server ran {', '.join(c['policies_run'])}"
+        for c in cells.values()
+        if c["policies_run"] != [c["setting"].partition(":")[0]]
+    ]
+    return _columns(header, rows) + [*other, f"percent right [95 % interval]; up to {prompts} prompts a cell", ""]
 
 
 def _text(summary: dict) -> list[str]:
