@@ -17,10 +17,11 @@ const char* Name(AttentionPolicy policy);
 // defaults are ours, tuned on the embedded model.
 struct AttentionOptions {
   AttentionPolicy policy = AttentionPolicy::kAuto;
-  float gamma = 0.9f;      // (0, 1]: mass a pattern must cover
-  float tau = 0.4f;        // [0, 1]: a head shares when its distance to the pivot is below tau
-  float delta = 1.0f;      // [0, 1]: a head farther than this from uniform does not share; 1: off
-  float coverage = 0.85f;  // [0, 1]: a cluster shares when vertical-slash covers less than this
+  float gamma = 0.9f;  // (0, 1]: mass a pattern must cover
+  float tau = 0.4f;    // [0, 1]: a head shares when its distance to the pivot is below tau
+  float delta = 1.0f;  // [0, 1]: a head farther than this from uniform does not share; 1: off
+  float coverage =
+      0.85f;  // [0, 1]: a cluster shares when vertical-slash covers less, or costs more
   int64_t min_budget_tokens = 1024;  // floor of vertical-slash columns, and of diagonals
   bool same_layer_sharing = true;
   int64_t crossover_tokens = 4096;  // kAuto: dense below, share from here on

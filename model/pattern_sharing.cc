@@ -52,8 +52,6 @@ absl::Status PatternSharing::Allocate(int64_t max_tokens) {
       {scratch_, scratch_bytes},
       {columns_, heads * words * int64_t{sizeof(uint32_t)}},
       {diagonals_, heads * words * int64_t{sizeof(uint32_t)}},
-      {trial_columns_, words * int64_t{sizeof(uint32_t)}},
-      {trial_diagonals_, words * int64_t{sizeof(uint32_t)}},
       {last_rows_, heads * words * int64_t{sizeof(uint32_t)}},
       {vertical_slash_patterns_, heads * blocks * words * int64_t{sizeof(uint32_t)}},
       {pivot_patterns_, clusters_.num_clusters * blocks * words * int64_t{sizeof(uint32_t)}},
@@ -156,13 +154,27 @@ absl::Status PatternSharing::Estimate(const kernels::AttentionParams& attention)
                          .slash = slash_.as<float>(),
                          .scratch = scratch_.data()});
   if (status.ok()) {
-    status = SelectVerticalSlash(0, config_.num_heads, options_.gamma, options_.min_budget_tokens,
-                                 columns_.as<uint32_t>(), diagonals_.as<uint32_t>());
+    status = backend_.VerticalSlash({.vertical = vertical_.as<float>(),
+                                     .slash = slash_.as<float>(),
+                                     .num_keys = num_tokens_,
+                                     .num_heads = config_.num_heads,
+                                     .block_tokens = block_tokens_,
+                                     .gamma = options_.gamma,
+                                     .min_budget_tokens = options_.min_budget_tokens,
+                                     .columns = columns_.as<uint32_t>(),
+                                     .diagonals = diagonals_.as<uint32_t>(),
+                                     .scratch = scratch_.data()});
   }
   // Sharing heads and pivots will not use theirs; one launch for all is cheaper than choosing.
   if (status.ok()) {
-    status = Expand(columns_.as<uint32_t>(), diagonals_.as<uint32_t>(), VerticalSlashPattern(0),
-                    config_.num_heads, figures_.as<int64_t>() + VerticalSlashSlot(0));
+    status =
+        backend_.ExpandVerticalSlash({.columns = columns_.as<uint32_t>(),
+                                      .diagonals = diagonals_.as<uint32_t>(),
+                                      .num_query_blocks = num_blocks_,
+                                      .num_key_blocks = num_blocks_,
+                                      .pattern = VerticalSlashPattern(0),
+                                      .num_heads = config_.num_heads,
+                                      .blocks = figures_.as<int64_t>() + VerticalSlashSlot(0)});
   }
   if (status.ok()) {
     status = backend_.Download(estimate_.data(), block_estimate_.data(),
@@ -174,21 +186,6 @@ absl::Status PatternSharing::Estimate(const kernels::AttentionParams& attention)
     head_blocks_[head] = figures_host_[VerticalSlashSlot(head)];
   }
   return absl::OkStatus();
-}
-
-absl::Status PatternSharing::SelectVerticalSlash(int first_head, int num_heads, float gamma,
-                                                 int64_t min_budget_tokens, uint32_t* columns,
-                                                 uint32_t* diagonals) {
-  return backend_.VerticalSlash({.vertical = vertical_.as<float>() + first_head * num_tokens_,
-                                 .slash = slash_.as<float>() + first_head * num_tokens_,
-                                 .num_keys = num_tokens_,
-                                 .num_heads = num_heads,
-                                 .block_tokens = block_tokens_,
-                                 .gamma = gamma,
-                                 .min_budget_tokens = min_budget_tokens,
-                                 .columns = columns,
-                                 .diagonals = diagonals,
-                                 .scratch = scratch_.data()});
 }
 
 absl::Status PatternSharing::AttendPivots(const kernels::AttentionParams& attention,
@@ -221,27 +218,16 @@ absl::Status PatternSharing::MeasurePivots(int layer, absl::Span<const int> clus
   }
   if (absl::Status status = DownloadFigures(); !status.ok()) return status;
 
-  // Out of the slots before CutToCost uses them again.
-  std::vector<std::pair<PatternFigures, PatternFigures>> measured;
   for (size_t i = 0; i < pivots.size(); ++i) {
     const int slot = static_cast<int>(2 * i);
-    measured.push_back({Figures(slot), Figures(slot + 1)});
-  }
-  for (size_t i = 0; i < pivots.size(); ++i) {
-    auto [own, vertical_slash] = measured[i];
-    if (vertical_slash.blocks > own.blocks) {
-      absl::StatusOr<PatternFigures> cut = CutToCost(pivots[i], PivotMass(i), own.blocks);
-      if (!cut.ok()) return cut.status();
-      vertical_slash = *cut;
-    }
     const int cluster = cluster_of[pivots[i]];
     const absl::Span<const float> estimate = EstimateOf(pivots[i]);
     ClusterPivot& pivot = pivots_[cluster];
     pivot.layer = layer;
     pivot.head = pivots[i];
     pivot.estimate.assign(estimate.begin(), estimate.end());
-    pivot.worth_sharing = WorthSharing(vertical_slash, options_.coverage);
-    pivot.pattern_blocks = own.blocks;
+    pivot.worth_sharing = WorthSharing(Figures(slot), Figures(slot + 1), options_.coverage);
+    pivot.pattern_blocks = Figures(slot).blocks;
     pivot.last_row.resize(row_words());
     absl::Status status = backend_.Download(pivot.last_row.data(),
                                             PivotPattern(cluster) + (num_blocks_ - 1) * row_words(),
@@ -249,27 +235,6 @@ absl::Status PatternSharing::MeasurePivots(int layer, absl::Span<const int> clus
     if (!status.ok()) return status;
   }
   return absl::OkStatus();
-}
-
-// The floor of min_budget_tokens is left out here: it would keep the set above the limit.
-absl::StatusOr<PatternFigures> PatternSharing::CutToCost(int head, const float* block_mass,
-                                                         int64_t limit_blocks) {
-  EqualCostGamma search(options_.gamma, limit_blocks);
-  for (int step = 0; step < EqualCostGamma::kSteps; ++step) {
-    absl::Status status =
-        SelectVerticalSlash(head, 1, search.next(), /*min_budget_tokens=*/0,
-                            trial_columns_.as<uint32_t>(), trial_diagonals_.as<uint32_t>());
-    // The pivot itself needs no vertical-slash pattern: its place is free.
-    if (status.ok()) {
-      status = Expand(trial_columns_.as<uint32_t>(), trial_diagonals_.as<uint32_t>(),
-                      VerticalSlashPattern(head), 1, nullptr);
-    }
-    if (status.ok()) status = Measure(block_mass, VerticalSlashPattern(head), 0);
-    if (status.ok()) status = DownloadFigures();
-    if (!status.ok()) return status;
-    search.Record(Figures(0));
-  }
-  return search.best();
 }
 
 absl::Status PatternSharing::AssignPatterns(absl::Span<const int> cluster_of,
@@ -303,17 +268,6 @@ absl::Status PatternSharing::AssignPatterns(absl::Span<const int> cluster_of,
   if (!any_shared) return absl::OkStatus();
   return backend_.Upload(last_rows_.data(), last_rows_host_.data(),
                          config_.num_heads * words * sizeof(uint32_t));
-}
-
-absl::Status PatternSharing::Expand(const uint32_t* columns, const uint32_t* diagonals,
-                                    uint32_t* pattern, int num_heads, int64_t* blocks) {
-  return backend_.ExpandVerticalSlash({.columns = columns,
-                                       .diagonals = diagonals,
-                                       .num_query_blocks = num_blocks_,
-                                       .num_key_blocks = num_blocks_,
-                                       .pattern = pattern,
-                                       .num_heads = num_heads,
-                                       .blocks = blocks});
 }
 
 absl::Status PatternSharing::Measure(const float* block_mass, const uint32_t* pattern, int slot) {

@@ -11,8 +11,9 @@
 //   3 Pivot     Dense attention that also yields the exact mass of every block. Per row of blocks
 //               the smallest set that holds gamma of it, with block 0 and the diagonal, is the
 //               cluster's pattern for the rest of the prompt.
-//   4 Coverage  The mass of the pivot that its own vertical-slash set holds says whether the
-//               cluster gains by sharing. Computed on a set: no block counts twice.
+//   4 Coverage  What the pivot's own vertical-slash set holds of its exact mass, and what it costs
+//               beside the pattern, says whether the cluster gains by sharing. Computed on a
+//               set: no block counts twice.
 //   5 Attend    Shared heads over the pivot's pattern plus the blocks of the last row that
 //               their own estimate found; the others over their vertical-slash set.
 #ifndef PREFILLD_MODEL_PATTERN_SHARING_H_
@@ -73,14 +74,6 @@ class PatternSharing {
   absl::Status AssignPatterns(absl::Span<const int> cluster_of, absl::Span<const HeadRole> roles);
   void Summarize(absl::Span<const HeadRole> roles, LayerReport* report) const;
 
-  // The largest vertical-slash set of a pivot within the limit.
-  absl::StatusOr<PatternFigures> CutToCost(int head, const float* block_mass, int64_t limit_blocks);
-  absl::Status SelectVerticalSlash(int first_head, int num_heads, float gamma,
-                                   int64_t min_budget_tokens, uint32_t* columns,
-                                   uint32_t* diagonals);
-  absl::Status Expand(const uint32_t* columns, const uint32_t* diagonals, uint32_t* pattern,
-                      int num_heads, int64_t* blocks);
-
   // Figures are measured into numbered slots, 2 H of them, and read back together.
   absl::Status Measure(const float* block_mass, const uint32_t* pattern, int slot);
   absl::Status DownloadFigures();
@@ -114,12 +107,11 @@ class PatternSharing {
   DeviceBuffer block_estimate_;    // [H, n] fp32
   DeviceBuffer vertical_, slash_;  // [H, num_tokens] fp32
   DeviceBuffer scratch_;
-  DeviceBuffer columns_, diagonals_;              // [H, W]
-  DeviceBuffer trial_columns_, trial_diagonals_;  // [W]
-  DeviceBuffer last_rows_;                        // [H, W]
-  DeviceBuffer vertical_slash_patterns_;          // [H, n, W]
-  DeviceBuffer pivot_patterns_;                   // [num_clusters, n, W]
-  DeviceBuffer pivot_mass_;                       // [as many as fit, n, n] fp32
+  DeviceBuffer columns_, diagonals_;      // [H, W]
+  DeviceBuffer last_rows_;                // [H, W]
+  DeviceBuffer vertical_slash_patterns_;  // [H, n, W]
+  DeviceBuffer pivot_patterns_;           // [num_clusters, n, W]
+  DeviceBuffer pivot_mass_;               // [as many as fit, n, n] fp32
   // [2 H] mass as double and [2 H] blocks of measured patterns, then [H] blocks of the heads'
   // vertical-slash patterns, both int64.
   DeviceBuffer figures_;

@@ -74,18 +74,12 @@ HeadRole DecideHead(int layer, absl::Span<const float> estimate, const ClusterPi
   return alike ? HeadRole::kShared : HeadRole::kVerticalSlash;
 }
 
-bool WorthSharing(const PatternFigures& vertical_slash, float coverage) {
+bool WorthSharing(const PatternFigures& pattern, const PatternFigures& vertical_slash,
+                  float coverage) {
   if (coverage >= 1.0f) return true;
-  return vertical_slash.mass < coverage;
-}
-
-void EqualCostGamma::Record(const PatternFigures& figures) {
-  if (figures.blocks > limit_blocks_) {
-    high_ = next();
-  } else {
-    low_ = next();
-    best_ = figures;
-  }
+  if (coverage <= 0.0f) return false;
+  return vertical_slash.mass < coverage ||
+         static_cast<double>(vertical_slash.blocks) > 1.25 * static_cast<double>(pattern.blocks);
 }
 
 void SelectBlocks(absl::Span<const float> mass, float gamma, absl::Span<uint32_t> row) {

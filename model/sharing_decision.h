@@ -57,30 +57,12 @@ struct PatternFigures {
 };
 
 // Ours, in place of excluding heads far from uniform: sharing pays where vertical-slash fails,
-// which the last query block alone cannot tell. `vertical_slash` is the pivot's own set as it
-// would run, or, where that costs more blocks than the pivot's pattern, the largest one that does
-// not (EqualCostGamma). Low coverage: share. Coverage 1 shares always, 0 never.
-bool WorthSharing(const PatternFigures& vertical_slash, float coverage);
-
-// Bisection for the largest gamma whose vertical-slash set costs at most `limit_blocks`.
-class EqualCostGamma {
- public:
-  static constexpr int kSteps = 8;
-
-  // `gamma` is known to cost more than the limit.
-  EqualCostGamma(float gamma, int64_t limit_blocks) : high_(gamma), limit_blocks_(limit_blocks) {}
-  float next() const { return (low_ + high_) / 2; }
-  // What the set of next() turned out to be.
-  void Record(const PatternFigures& figures);
-  // The best set within the limit so far; empty before one is found.
-  const PatternFigures& best() const { return best_; }
-
- private:
-  float low_ = 0.0f;
-  float high_;
-  const int64_t limit_blocks_;
-  PatternFigures best_;
-};
+// which the last query block alone cannot tell. `pattern` is the pivot's own, `vertical_slash` its
+// vertical-slash set as it would run. The cluster shares when that set holds less than `coverage`
+// of the pivot's mass, or when it costs more blocks than the pattern by over a quarter: so much
+// more it may cost, since it follows each head by itself. Coverage 1 shares always, 0 never.
+bool WorthSharing(const PatternFigures& pattern, const PatternFigures& vertical_slash,
+                  float coverage);
 
 // Sets in `row` (zero on entry) the bits of the smallest set of blocks whose mass reaches gamma of
 // the sum, lowest index first among equals.

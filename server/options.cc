@@ -37,7 +37,8 @@ ABSL_FLAG(std::optional<float>, tau, std::nullopt, "Distance below which heads s
 ABSL_FLAG(std::optional<float>, delta, std::nullopt,
           "Distance from uniform above which a head does not share, [0, 1]. 1: no such rule.");
 ABSL_FLAG(std::optional<float>, coverage, std::nullopt,
-          "A cluster shares when vertical-slash covers less of its pivot than this, [0, 1].");
+          "A cluster shares when vertical-slash covers less of its pivot than this, [0, 1], or "
+          "costs more.");
 ABSL_FLAG(std::optional<int64_t>, min_budget_tokens, std::nullopt,
           "Least number of columns, and of diagonals, that vertical-slash keeps.");
 ABSL_FLAG(std::optional<int64_t>, crossover_tokens, std::nullopt,

@@ -184,23 +184,26 @@ TEST(PatternSharing, AMemberThatLooksElsewhereTakesItsOwnPattern) {
   EXPECT_EQ(report.vertical_slash_heads, 1);
 }
 
-TEST(PatternSharing, AClusterThatVerticalSlashCoversDoesNotShare) {
+// At gamma 1 the pattern holds every block and so does vertical-slash, which then follows each
+// head by itself at no greater cost.
+TEST(PatternSharing, AClusterThatVerticalSlashCoversAtEqualCostDoesNotShare) {
   Layer layer(4096, std::vector<Structure>(kNumHeads, Structure::kSinkAndLocal), kSameTopics);
+  AttentionOptions options = Options(AttentionPolicy::kShare);
+  options.gamma = 1.0f;
   const auto dense = layer.AttendDense();
   LayerReport report;
-  const auto out = layer.Attend(Options(AttentionPolicy::kShare), &report);
+  const auto out = layer.Attend(options, &report);
   EXPECT_EQ(report.pivot_heads, 1);
   EXPECT_EQ(report.vertical_slash_heads, 3);
   for (int head = 0; head < kNumHeads; ++head) EXPECT_LT(HeadError(out, dense, head), 0.3);
 
-  AttentionOptions always = Options(AttentionPolicy::kShare);
-  always.coverage = 1.0f;
-  layer.Attend(always, &report);
+  options.coverage = 1.0f;
+  layer.Attend(options, &report);
   EXPECT_EQ(report.shared_heads, 3);
 }
 
-// A floor on the budget that makes vertical-slash compute every block does not count as coverage.
-TEST(PatternSharing, CoverageIsThatOfASetOfEqualCost) {
+// A floor on the budget makes vertical-slash cover everything, at the cost of everything.
+TEST(PatternSharing, AClusterThatVerticalSlashCoversOnlyAtGreaterCostShares) {
   Layer layer(4096, kAllTopics, kSameTopics);
   AttentionOptions options = Options(AttentionPolicy::kShare);
   options.min_budget_tokens = 4096;

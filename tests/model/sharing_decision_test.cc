@@ -128,30 +128,18 @@ TEST(DecideHead, AnEstimateThatIsNoNumberNeverShares) {
 }
 
 TEST(WorthSharing, WhenVerticalSlashCoversTooLittle) {
-  EXPECT_TRUE(WorthSharing({.mass = 0.84, .blocks = 10}, 0.85f));
-  EXPECT_FALSE(WorthSharing({.mass = 0.86, .blocks = 10}, 0.85f));
-  EXPECT_TRUE(WorthSharing({.mass = 1.0, .blocks = 10}, 1.0f)) << "1 shares always";
-  EXPECT_FALSE(WorthSharing({.mass = 0.0, .blocks = 10}, 0.0f)) << "0 shares never";
+  const PatternFigures pattern = {.mass = 0.9, .blocks = 10};
+  EXPECT_TRUE(WorthSharing(pattern, {.mass = 0.84, .blocks = 10}, 0.85f));
+  EXPECT_FALSE(WorthSharing(pattern, {.mass = 0.86, .blocks = 10}, 0.85f));
+  EXPECT_TRUE(WorthSharing(pattern, {.mass = 1.0, .blocks = 10}, 1.0f)) << "1 shares always";
+  EXPECT_FALSE(WorthSharing(pattern, {.mass = 0.0, .blocks = 10}, 0.0f)) << "0 shares never";
 }
 
-// A head whose vertical-slash set of gamma g costs 100 g blocks and holds sqrt(g).
-TEST(EqualCostGamma, FindsTheLargestSetWithinTheLimit) {
-  EqualCostGamma search(0.9f, /*limit_blocks=*/40);
-  for (int step = 0; step < EqualCostGamma::kSteps; ++step) {
-    const float gamma = search.next();
-    search.Record({.mass = std::sqrt(gamma), .blocks = std::lround(100 * gamma)});
-  }
-  EXPECT_LE(search.best().blocks, 40);
-  EXPECT_GE(search.best().blocks, 39);
-  EXPECT_NEAR(search.best().mass, std::sqrt(0.4), 0.01);
-}
-
-TEST(EqualCostGamma, NoSetWithinTheLimitCoversNothing) {
-  EqualCostGamma search(0.9f, /*limit_blocks=*/10);
-  for (int step = 0; step < EqualCostGamma::kSteps; ++step) {
-    search.Record({.mass = 0.9, .blocks = 11});
-  }
-  EXPECT_EQ(search.best().mass, 0.0);
+TEST(WorthSharing, WhenVerticalSlashCostsNotablyMore) {
+  const PatternFigures pattern = {.mass = 0.9, .blocks = 100};
+  EXPECT_FALSE(WorthSharing(pattern, {.mass = 0.95, .blocks = 125}, 0.85f));
+  EXPECT_TRUE(WorthSharing(pattern, {.mass = 0.95, .blocks = 126}, 0.85f));
+  EXPECT_FALSE(WorthSharing(pattern, {.mass = 0.95, .blocks = 126}, 0.0f)) << "0 shares never";
 }
 
 TEST(SelectBlocks, SmallestSetThatReachesGammaLowestIndexFirst) {
