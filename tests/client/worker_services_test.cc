@@ -1,4 +1,5 @@
 // The worker's services over sockets, with a decoder without a model and a scripted prefill server.
+#include <random>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
@@ -8,6 +9,7 @@
 #include "client/decode_worker/receiver_service.h"
 #include "gmock/gmock.h"
 #include "grpcpp/create_channel.h"
+#include "grpcpp/generic/generic_stub.h"
 #include "grpcpp/security/credentials.h"
 #include "grpcpp/security/server_credentials.h"
 #include "grpcpp/server_builder.h"
@@ -65,10 +67,10 @@ class WorkerServices : public ::testing::Test {
     builder.RegisterService(service_.get());
     builder.RegisterService(receiver_.get());
     server_ = builder.BuildAndStart();
-    const auto channel =
+    channel_ =
         grpc::CreateChannel(absl::StrCat("127.0.0.1:", port), grpc::InsecureChannelCredentials());
-    stub_ = DecodeService::NewStub(channel);
-    receiver_stub_ = KvReceiver::NewStub(channel);
+    stub_ = DecodeService::NewStub(channel_);
+    receiver_stub_ = KvReceiver::NewStub(channel_);
   }
   ~WorkerServices() override {
     server_->Shutdown(std::chrono::system_clock::now());
@@ -181,6 +183,7 @@ class WorkerServices : public ::testing::Test {
   std::unique_ptr<GenerateService> service_;
   std::unique_ptr<ReceiverService> receiver_;
   std::unique_ptr<grpc::Server> server_;
+  std::shared_ptr<grpc::Channel> channel_;
   std::unique_ptr<DecodeService::Stub> stub_;
   std::unique_ptr<KvReceiver::Stub> receiver_stub_;
 };
@@ -423,6 +426,51 @@ TEST_F(WorkerServices, APushingServerThatGoesAwayEndsTheWait) {
   EXPECT_EQ(reply.status.error_code(), grpc::StatusCode::UNAVAILABLE);
   EXPECT_EQ(reply.status.error_message(), "the pushed stream ended without a result");
   ExpectPoolFree();
+}
+
+// Random bytes, and random damage to good messages, on both services.
+TEST_F(WorkerServices, HostileBytesLeaveItServing) {
+  options_.transfer_timeout = absl::Milliseconds(20);
+  grpc::GenericStub generic(channel_);
+  std::mt19937_64 random(1);
+  ReceiveRequest open;
+  open.mutable_open()->set_transfer_id("t1");
+  *open.mutable_open()->mutable_layout() = SmallLayout();
+  const std::string good[] = {open.SerializeAsString(), AllFrames()[0].SerializeAsString(),
+                              Request().SerializeAsString()};
+  for (int i = 0; i < 300; ++i) {
+    std::string bytes = good[i % 3];
+    if (i % 5 == 0) bytes.assign(random() % 200, '\0');
+    for (int damage = 0; damage < 8 && !bytes.empty(); ++damage) {
+      bytes[random() % bytes.size()] = static_cast<char>(random());
+    }
+    const char* method =
+        i % 2 == 0 ? "/prefill.v1.KvReceiver/Receive" : "/prefill.v1.DecodeService/Generate";
+    grpc::ClientContext context;
+    grpc::CompletionQueue queue;
+    const auto call = generic.PrepareCall(&context, method, &queue);
+    const auto wait = [&queue] {
+      void* tag;
+      bool ok;
+      return queue.Next(&tag, &ok) && ok;
+    };
+    call->StartCall(nullptr);
+    wait();
+    const grpc::Slice slice(bytes);
+    call->Write(grpc::ByteBuffer(&slice, 1), grpc::WriteOptions().set_last_message(), nullptr);
+    wait();
+    grpc::ByteBuffer reply;
+    do {
+      call->Read(&reply, nullptr);
+    } while (wait());
+    grpc::Status status;
+    call->Finish(&status, nullptr);
+    wait();
+    queue.Shutdown();
+    wait();
+  }
+  ExpectPoolFree();
+  EXPECT_TRUE(Generate(Request()).status.ok());
 }
 
 TEST_F(WorkerServices, ADrainingWorkerTakesNothingNewAndFinishesWhatRuns) {
