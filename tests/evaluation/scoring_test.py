@@ -15,7 +15,8 @@ from journal import Journal, read
 
 def answered(setting, index, right, *, task="pass_key", length=2048, **fields):
     return {
-        "setting": setting, "task": task, "length": length, "index": index, "policy": settings.parse(setting)[0].policy, "depth": index % 3 / 2, "right": right,
+        "setting": setting, "policy": settings.parse(setting)[0].policy,
+        "task": task, "length": length, "index": index, "depth": index % 3 / 2, "right": right,
         "density": 1.0, "heads": 64, "pivot_heads": 0, "shared_heads": 0, "vertical_slash_heads": 0,
         "ttft_us": 2000, "compute_us": 1000, "attention_us": 10, "pattern_us": 1, **fields,
     }  # fmt: skip

@@ -35,7 +35,8 @@ def main() -> None:
                 )
             result = stream.result
         print(
-            f"first token {result.first_token.token_id}, density {result.total.density:.3f}, {result.kv_bytes} bytes of KV"
+            f"first token {result.first_token.token_id}, density {result.total.density:.3f}, "
+            f"{result.kv_bytes} bytes of KV"
         )
 
     if args.worker:
