@@ -1,0 +1,60 @@
+// The trained model of this repository, end to end: a question about a long prompt is answered.
+#include <cstdio>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
+#include "tests/integration/child_process.h"
+
+namespace prefilld::integration {
+namespace {
+
+using ::testing::StartsWith;
+
+// Bytes of prose with a pass key in it and the question for it at the end.
+std::string PassKeyPrompt(int num_bytes, const std::string& key, double depth) {
+  const std::string command =
+      absl::StrCat("deploy/pass_key_prompt.sh ", num_bytes, " ", key, " ", depth);
+  FILE* pipe = popen(command.c_str(), "r");
+  std::string prompt;
+  char buffer[4096];
+  size_t size;
+  while ((size = fread(buffer, 1, sizeof(buffer), pipe)) > 0) prompt.append(buffer, size);
+  EXPECT_EQ(pclose(pipe), 0);
+  return prompt;
+}
+
+class EmbeddedModel : public ::testing::TestWithParam<const char*> {
+ protected:
+  static std::vector<std::string> Flags() { return {"--model=model/tiny", "--device=cpu"}; }
+  static std::vector<std::string> WorkerFlags(const ServerProcess& prefilld) {
+    std::vector<std::string> flags = Flags();
+    flags.push_back("--prefill_address=" + prefilld.address());
+    return flags;
+  }
+
+  const ServerProcess prefilld_{"prefilld", Flags()};
+  const ServerProcess worker_{"prefilld-decode-worker", WorkerFlags(prefilld_)};
+};
+
+TEST_P(EmbeddedModel, FindsThePassKeyAndEndsItsAnswer) {
+  for (const auto& [key, depth] : {std::pair<const char*, double>{"31415", 0.15}, {"92653", 0.7}}) {
+    ChildProcess cli("prefill-cli",
+                     {"generate", "--worker=" + worker_.address(), "--max_new_tokens=12", "--json",
+                      absl::StrCat("--policy=", GetParam()),
+                      absl::StrCat("--text=", PassKeyPrompt(4000, key, depth))});
+    ASSERT_EQ(cli.Wait(absl::Seconds(60)), 0) << cli.stderr_text();
+    const auto answer = nlohmann::json::parse(cli.stdout_text());
+    EXPECT_THAT(answer["text"].get<std::string>(), StartsWith(key));
+    EXPECT_EQ(answer["finish_reason"], "stop");
+    EXPECT_EQ(answer["prefill"]["prompt_tokens"], 4001);
+    EXPECT_EQ(answer["prefill"]["policy"], GetParam());
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Policies, EmbeddedModel, ::testing::Values("dense", "share"));
+
+}  // namespace
+}  // namespace prefilld::integration
