@@ -100,6 +100,7 @@ build() {
   if [[ -t 1 ]]; then
     "${build[@]}" || fail "the build failed"
   else
+    echo "two to four minutes on two cores; follow it in $log"
     "${build[@]}" >>"$log" 2>&1 || fail "the build failed"
   fi
 }
