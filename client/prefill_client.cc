@@ -72,7 +72,10 @@ class PrefillCall {
     while (stream.Read(message)) {
       if (absl::Status taken = Take(lane, message); !taken.ok()) return Fail(std::move(taken));
     }
-    if (absl::Status ended = stream.Finish(); !ended.ok()) Fail(std::move(ended));
+    absl::Status ended = stream.Finish();
+    // Our own cancellation has left its reason already: this is a server that shuts down.
+    if (absl::IsCancelled(ended)) ended = absl::UnavailableError("the server cancelled the call");
+    if (!ended.ok()) Fail(std::move(ended));
   }
 
   absl::Status Take(uint32_t lane, grpc::ByteBuffer& message) {
