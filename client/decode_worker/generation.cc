@@ -152,10 +152,21 @@ class Generation : public KvSink {
     // Only now may the router have the cache sent.
     status = WriteStarted();
     absl::StatusOr<PrefillResult> result =
-        status.ok() ? transfer->Await(worker_.options->transfer_timeout) : status;
+        status.ok()
+            ? transfer->Await(worker_.options->transfer_timeout, [this] { return ReportPush(); })
+            : status;
     transfer->Abandon(absl::CancelledError("the request that waited for this cache has ended"));
     worker_.transfers->Unregister(id);
     return result;
+  }
+
+  // What the frames tell: prefilld's own progress goes to whoever had the cache pushed.
+  absl::Status ReportPush() {
+    Progress progress;
+    progress.set_layers_computed(cache_.report().layers_computed);
+    progress.set_num_layers(worker_.decoder->config().num_layers);
+    progress.set_elapsed_us(MicrosecondsSince(facts_.arrival, absl::Now()));
+    return OnProgress(progress);
   }
 
   StopRule MakeStopRule() const {

@@ -1,5 +1,6 @@
 #include "client/decode_worker/pending_transfers.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -9,13 +10,19 @@ namespace prefilld::client {
 using ::prefill::v1::KvLayout;
 using ::prefill::v1::PrefillResult;
 
+namespace {
+
+constexpr absl::Duration kReportInterval = absl::Seconds(1);
+
+}  // namespace
+
 PendingTransfer::PendingTransfer(ExpectedTransfer expected, CacheWriter* writer)
     : expected_(std::move(expected)), writer_(writer) {}
 
 absl::Status PendingTransfer::Open(const KvLayout& layout) {
   absl::MutexLock lock(&mu_);
   if (!status_.ok()) return status_;
-  ++signs_of_life_;
+  last_sign_of_life_ = absl::Now();
   if (absl::Status fits = CheckLayout(layout, expected_); !fits.ok()) return status_ = fits;
   check_ = std::make_unique<TransferCheck>(layout, /*num_lanes=*/1);
   return absl::OkStatus();
@@ -25,7 +32,7 @@ absl::Status PendingTransfer::Open(const KvLayout& layout) {
 absl::Status PendingTransfer::Write(const ReceivedFrame& frame) {
   absl::MutexLock lock(&mu_);
   if (!status_.ok()) return status_;
-  ++signs_of_life_;
+  last_sign_of_life_ = absl::Now();
   status_ = check_->Check(/*lane=*/0, frame);
   if (status_.ok()) status_ = writer_->Write(frame);
   return status_;
@@ -63,25 +70,27 @@ uint64_t PendingTransfer::bytes() const {
   return check_ == nullptr ? 0 : check_->bytes();
 }
 
-absl::StatusOr<PrefillResult> PendingTransfer::Await(absl::Duration timeout) {
-  absl::ReleasableMutexLock lock(&mu_);
+absl::StatusOr<PrefillResult> PendingTransfer::Await(
+    absl::Duration timeout, absl::FunctionRef<absl::Status()> while_waiting) {
+  const auto ended = [this]()
+                         ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) { return !status_.ok() || result_; };
   while (true) {
-    const uint64_t seen = signs_of_life_;
-    const auto changed = [this, seen]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
-      return !status_.ok() || result_ || signs_of_life_ != seen;
-    };
-    const bool alive = mu_.AwaitWithTimeout(absl::Condition(&changed), timeout);
-    if (!status_.ok()) return status_;
-    if (result_) return *std::move(result_);
-    if (!alive) break;
+    absl::Duration silence;
+    {
+      absl::MutexLock lock(&mu_);
+      mu_.AwaitWithTimeout(absl::Condition(&ended), std::min(timeout, kReportInterval));
+      if (!status_.ok()) return status_;
+      if (result_) return *std::move(result_);
+      silence = absl::Now() - last_sign_of_life_;
+    }
+    absl::Status goes_on = while_waiting();
+    if (goes_on.ok() && silence >= timeout) {
+      goes_on = absl::DeadlineExceededError(
+          absl::StrCat("nothing of the pushed cache came for ", absl::FormatDuration(timeout)));
+    }
+    // Unless it has ended meanwhile, which the next round sees like this.
+    if (!goes_on.ok()) Abandon(std::move(goes_on));
   }
-  lock.Release();
-  Abandon(absl::DeadlineExceededError(
-      absl::StrCat("nothing of the pushed cache came for ", absl::FormatDuration(timeout))));
-  absl::MutexLock again(&mu_);
-  // It may have come at the last moment.
-  if (result_) return *std::move(result_);
-  return status_;
 }
 
 absl::Status PendingTransfers::Register(const std::string& id,

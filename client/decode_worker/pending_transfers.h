@@ -8,9 +8,11 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "client/cancellation.h"
 #include "client/decode_worker/cache_writer.h"
@@ -38,8 +40,10 @@ class PendingTransfer {
   uint64_t bytes() const;
 
   // The waiting side. Blocks until the transfer is complete or has failed, or until `timeout` has
-  // passed without a sign of life (DEADLINE_EXCEEDED).
-  absl::StatusOr<::prefill::v1::PrefillResult> Await(absl::Duration timeout);
+  // passed without a sign of life (DEADLINE_EXCEEDED). Calls `while_waiting` every second or so;
+  // an error that it returns ends the transfer.
+  absl::StatusOr<::prefill::v1::PrefillResult> Await(
+      absl::Duration timeout, absl::FunctionRef<absl::Status()> while_waiting);
   // Nobody wants the cache any more. On return the writer is no longer used.
   void Abandon(absl::Status reason);
 
@@ -58,7 +62,7 @@ class PendingTransfer {
   std::unique_ptr<TransferCheck> check_ ABSL_GUARDED_BY(mu_);  // once opened
   std::optional<::prefill::v1::PrefillResult> result_ ABSL_GUARDED_BY(mu_);
   absl::Status status_ ABSL_GUARDED_BY(mu_);
-  uint64_t signs_of_life_ ABSL_GUARDED_BY(mu_) = 0;
+  absl::Time last_sign_of_life_ ABSL_GUARDED_BY(mu_) = absl::Now();
 };
 
 // The transfers that are waited for, by id. Thread-safe.

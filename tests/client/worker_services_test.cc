@@ -141,6 +141,7 @@ class WorkerServices : public ::testing::Test {
     std::thread pusher(push);
     Reply reply;
     while (stream->Read(&event)) {
+      if (event.has_progress()) ++reply.progress;
       if (event.has_token()) reply.tokens.push_back(event.token().token().token_id());
       if (event.has_result()) reply.result = event.result();
     }
@@ -336,6 +337,16 @@ TEST_F(WorkerServices, APushedCacheIsAnsweredAndDecoded) {
   EXPECT_EQ(response.kv_bytes(), reply.result.kv_bytes());
   EXPECT_EQ(decoder_.stored().size(), 18);
   ExpectPoolFree();
+}
+
+TEST_F(WorkerServices, AWaitForAPushIsNotSilent) {
+  ReceiveResponse response;
+  const Reply reply = GenerateWithPush([&] {
+    absl::SleepFor(absl::Milliseconds(1300));
+    EXPECT_TRUE(Push(SmallLayout(), AllFrames(), &response).ok());
+  });
+  EXPECT_TRUE(reply.status.ok()) << reply.status.error_message();
+  EXPECT_GE(reply.progress, 1);
 }
 
 TEST_F(WorkerServices, APushedCacheThatIsDamagedIsDataLossOnBothSides) {
