@@ -1,0 +1,167 @@
+"""The embedded model in PyTorch: exactly Qwen3ForCausalLM, written so that attention is a parameter.
+
+Training passes flash attention, the reference policies pass their block-sparse attention, calibration looks at the maps.
+Weights of one kind are stacked over the layers, [num_layers, ...]: the optimizer then updates a kind in one go.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+# attend(layer, q [B,H,T,d], k [B,Hkv,T,d], v [B,Hkv,T,d]) -> [B,H,T,d]; q and k are rotated
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def dense_causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * gain.float()).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [N,H,d]; cos, sin [N,d/2]; halves are rotated against each other, as Hugging Face does."""
+    a, b = x.float().chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def before_attention(x, norm, wq, wk, wv, q_norm, k_norm, cos, sin, eps: float):
+    """x [N,D] -> q [N,H,d], k and v [N,Hkv,d]: norm, projections, q/k norm, rotation."""
+    head_dim = q_norm.shape[0]
+    h = rms_norm(x, norm, eps)
+    q = F.linear(h, wq.to(h.dtype)).unflatten(-1, (-1, head_dim))
+    k = F.linear(h, wk.to(h.dtype)).unflatten(-1, (-1, head_dim))
+    v = F.linear(h, wv.to(h.dtype)).unflatten(-1, (-1, head_dim))
+    return rotate(rms_norm(q, q_norm, eps), cos, sin), rotate(rms_norm(k, k_norm, eps), cos, sin), v
+
+
+def after_attention(x, attended, wo, norm, w_gate, w_up, w_down, eps: float):
+    """x [N,D], attended [N,H*d] -> x of the next layer: output projection, then the gated MLP."""
+    x = x + F.linear(attended, wo.to(x.dtype))
+    h = rms_norm(x, norm, eps)
+    h = F.silu(F.linear(h, w_gate.to(h.dtype))) * F.linear(h, w_up.to(h.dtype))
+    return x + F.linear(h, w_down.to(h.dtype))
+
+
+# our stacked name -> (name inside a Hugging Face layer)
+LAYER_TENSORS = {
+    "attention_norm": "input_layernorm",
+    "wq": "self_attn.q_proj",
+    "wk": "self_attn.k_proj",
+    "wv": "self_attn.v_proj",
+    "wo": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "w_gate": "mlp.gate_proj",
+    "w_up": "mlp.up_proj",
+    "w_down": "mlp.down_proj",
+}
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: dict, dtype: torch.dtype = torch.bfloat16):
+        super().__init__()
+        self.config = config
+        self.dtype = dtype  # of activations; parameters stay fp32
+        layers, width, mlp = (config[k] for k in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+        self.head_dim = config["head_dim"]
+        self.num_heads, self.num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        self.eps = config["rms_norm_eps"]
+        q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+
+        def normal(rows: int, columns: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(layers, rows, columns) * columns**-0.5)
+
+        def gain(size: int, value: float = 1.0) -> nn.Parameter:
+            return nn.Parameter(torch.full((layers, size), value))
+
+        # A larger embedding would predict the token itself before training starts, because it is tied.
+        self.embedding = nn.Parameter(torch.randn(config["vocab_size"], width) * 0.1)
+        self.attention_norm, self.mlp_norm = gain(width), gain(width)
+        self.wq, self.wk, self.wv = normal(q_width, width), normal(kv_width, width), normal(kv_width, width)
+        self.wo = nn.Parameter(torch.zeros(layers, width, q_width))
+        # Unit vectors times gains bound the logits by sqrt(d) * gain^2: 1.5 gives 18, enough to be sharp over 32k keys.
+        self.q_norm, self.k_norm = gain(self.head_dim, 1.5), gain(self.head_dim, 1.5)
+        self.w_gate, self.w_up = normal(mlp, width), normal(mlp, width)
+        self.w_down = nn.Parameter(torch.zeros(layers, width, mlp))
+        self.final_norm = nn.Parameter(torch.full((width,), 0.3))
+        # Replaced by compiled versions in training.
+        self.before_attention, self.after_attention = before_attention, after_attention
+
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, [len(positions), d/2], fp32."""
+        half = self.head_dim // 2
+        exponents = torch.arange(half, device=positions.device, dtype=torch.float64) / half
+        angles = positions.double()[:, None] * self.config["rope_theta"] ** -exponents
+        return angles.cos().float(), angles.sin().float()
+
+    def forward(self, tokens: Tensor, attend: Attend = dense_causal, first_position: int = 0) -> Tensor:
+        """tokens [B,T] -> normed hidden states [B,T,D]."""
+        batch, length = tokens.shape
+        positions = torch.arange(first_position, first_position + length, device=tokens.device)
+        cos, sin = (t.repeat(batch, 1) for t in self.rotation(positions))
+        return self.run(tokens, attend, cos, sin)
+
+    def run(self, tokens: Tensor, attend: Attend, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, length = tokens.shape
+        x = F.embedding(tokens.flatten(), self.embedding).to(self.dtype)
+        weights = zip(*(getattr(self, name).unbind(0) for name in LAYER_TENSORS))
+        for layer, (norm, wq, wk, wv, wo, q_norm, k_norm, mlp_norm, gate, up, down) in enumerate(weights):
+            qkv = self.before_attention(x, norm, wq, wk, wv, q_norm, k_norm, cos, sin, self.eps)
+            q, k, v = (t.view(batch, length, -1, self.head_dim).transpose(1, 2) for t in qkv)
+            attended = attend(layer, q, k, v).transpose(1, 2).reshape(batch * length, -1)
+            x = self.after_attention(x, attended, wo, mlp_norm, gate, up, down, self.eps)
+        return rms_norm(x, self.final_norm, self.eps).view(batch, length, -1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.embedding.to(hidden.dtype)).float()
+
+    # --- Hugging Face folders ---
+
+    def export(self, folder: Path, num_shards: int = 2) -> None:
+        """Writes bf16 safetensors shards and their index; config.json is the caller's."""
+        folder.mkdir(parents=True, exist_ok=True)
+        layers = self.config["num_hidden_layers"]
+        named = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.final_norm}
+        for layer in range(layers):
+            for ours, theirs in LAYER_TENSORS.items():
+                named[f"model.layers.{layer}.{theirs}.weight"] = getattr(self, ours)[layer]
+        shards: list[dict[str, Tensor]] = [{} for _ in range(num_shards)]
+        for key, value in named.items():
+            layer = int(key.split(".")[2]) if ".layers." in key else (0 if "embed" in key else layers - 1)
+            shards[layer * num_shards // layers][key] = value.detach().to("cpu", torch.bfloat16).contiguous()
+        index: dict = {"metadata": {"total_size": sum(2 * t.numel() for s in shards for t in s.values())}}
+        index["weight_map"] = {}
+        for number, shard in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{num_shards:05d}.safetensors"
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            index["weight_map"].update({key: file for key in shard})
+        index["weight_map"] = dict(sorted(index["weight_map"].items()))
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+    @staticmethod
+    def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> "Decoder":
+        """Reads what `export` wrote; for inference."""
+        model = Decoder(json.loads((folder / "config.json").read_text()), dtype)
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        tensors: dict[str, Tensor] = {}
+        for file in sorted(set(index["weight_map"].values())):
+            tensors.update(load_file(folder / file))
+        with torch.no_grad():
+            model.embedding.copy_(tensors["model.embed_tokens.weight"])
+            model.final_norm.copy_(tensors["model.norm.weight"])
+            for layer in range(model.config["num_hidden_layers"]):
+                for ours, theirs in LAYER_TENSORS.items():
+                    getattr(model, ours)[layer].copy_(tensors[f"model.layers.{layer}.{theirs}.weight"])
+        return model.to(device).requires_grad_(False).eval()
