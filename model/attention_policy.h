@@ -22,7 +22,7 @@ struct AttentionOptions {
   float delta = 1.0f;  // [0, 1]: a head farther than this from uniform does not share; 1: off
   float coverage =
       0.85f;  // [0, 1]: a cluster shares when vertical-slash covers less, or costs more
-  int64_t min_budget_tokens = 1024;  // floor of vertical-slash columns, and of diagonals
+  int64_t min_budget_tokens = 128;  // floor of vertical-slash columns, and of diagonals
   bool same_layer_sharing = true;
   int64_t crossover_tokens = 4096;  // kAuto: dense below, share from here on
 };

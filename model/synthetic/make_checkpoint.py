@@ -266,7 +266,7 @@ def main():
     with open(os.path.join(args.output, "config.json"), "w") as f:
         json.dump(config_of(shape), f, indent=1)
     with open(os.path.join(args.output, "head_clusters.json"), "w") as f:
-        json.dump({"clusters": clusters, "shared_clusters": ["slash", "topic"]}, f)
+        json.dump({"clusters": clusters, "shared_clusters": sorted(clusters)}, f)
 
 
 if __name__ == "__main__":

@@ -213,6 +213,13 @@ class Consumer {
     for (int i = 0; i < 32; ++i) asm volatile("" : "+r"(x[i / 4][i % 4])::"memory");
   }
 
+  // The assembler moves the wait for matrix instructions up across arithmetic, here across the
+  // whole softmax that is to run beside P V. It does not move it across a store, so here is one,
+  // which needs the softmax's sums and never happens: sums of exponentials are not negative.
+  __device__ void pin_after(float sum) {
+    if (sum < 0.0f) *const_cast<volatile float*>(&shared_.log_sum[0]) = sum;
+  }
+
   __device__ static void to_bf16(const float (&s)[64], uint32_t (&p)[8][4]) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -293,6 +300,7 @@ class Consumer {
       arrive_empty(&shared_.k_empty[k_ring_.stage]);
       k_ring_.advance();
       softmax.update(s, launch_.scale_log2, rescale, block_sum);
+      pin_after(block_sum[0] + block_sum[1]);
       wgmma_wait<0>();
       keep_in_order(o);
       keep_in_order(p);
