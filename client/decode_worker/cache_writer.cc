@@ -9,10 +9,26 @@
 
 namespace prefilld::client {
 
+using ::prefill::v1::KvLayout;
 using ::prefill::v1::KvLayoutRequest;
 
 CacheWriter::CacheWriter(model::Decoder* decoder, absl::Span<const int32_t> block_table)
     : decoder_(decoder), block_table_(block_table) {}
+
+// The decoder takes as many bytes per block as its own shape has: a sender that promises a smaller
+// one would have it read past the end of the payload.
+absl::Status CacheWriter::CheckShape(const KvLayout& layout) const {
+  const model::ModelConfig& config = decoder_->config();
+  const auto expect = [](const char* field, uint32_t value, int64_t expected) {
+    if (value == expected) return absl::OkStatus();
+    return absl::FailedPreconditionError(
+        absl::StrCat("KV layout: ", field, " is ", value, ", the decoder's model has ", expected));
+  };
+  absl::Status status = expect("num_layers", layout.num_layers(), config.num_layers);
+  status.Update(expect("num_kv_heads", layout.num_kv_heads(), config.num_kv_heads));
+  status.Update(expect("head_dim", layout.head_dim(), config.head_dim));
+  return status;
+}
 
 absl::Status CacheWriter::Write(const ReceivedFrame& frame) {
   const absl::Time now = absl::Now();

@@ -33,6 +33,9 @@ class CacheWriter {
   // `block_table` is borrowed. The layout that will be written is LayoutFor(decoder).
   CacheWriter(model::Decoder* decoder, absl::Span<const int32_t> block_table);
 
+  // FAILED_PRECONDITION, with field, value and expectation: such a cache is not of the decoder's
+  // model, whatever its fingerprint says. Frames may be written only after this was OK.
+  absl::Status CheckShape(const ::prefill::v1::KvLayout& layout) const;
   absl::Status Write(const ReceivedFrame& frame);
   TransferReport report() const;
 

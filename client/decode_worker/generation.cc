@@ -106,7 +106,9 @@ class Generation : public KvSink {
   }
 
   // KvSink; the layout has been compared with the request's by the client.
-  absl::Status OnAccepted(const ::prefill::v1::Accepted&) override { return absl::OkStatus(); }
+  absl::Status OnAccepted(const ::prefill::v1::Accepted& accepted) override {
+    return cache_.CheckShape(accepted.layout());
+  }
   absl::Status OnFrame(const ReceivedFrame& frame) override { return cache_.Write(frame); }
   absl::Status OnProgress(const Progress& progress) override {
     GenerateEvent event;

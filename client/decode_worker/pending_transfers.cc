@@ -23,7 +23,9 @@ absl::Status PendingTransfer::Open(const KvLayout& layout) {
   absl::MutexLock lock(&mu_);
   if (!status_.ok()) return status_;
   last_sign_of_life_ = absl::Now();
-  if (absl::Status fits = CheckLayout(layout, expected_); !fits.ok()) return status_ = fits;
+  status_ = CheckLayout(layout, expected_);
+  status_.Update(writer_->CheckShape(layout));
+  if (!status_.ok()) return status_;
   check_ = std::make_unique<TransferCheck>(layout, /*num_lanes=*/1);
   return absl::OkStatus();
 }

@@ -382,6 +382,38 @@ TEST_F(WorkerServices, APushedCacheOfAnotherLayoutIsRefused) {
   EXPECT_THAT(reply.status.error_message(), HasSubstr("model_fingerprint"));
 }
 
+// Its payloads are smaller than the blocks of the decoder's pool.
+TEST_F(WorkerServices, APushedCacheOfAnotherShapeIsRefusedThoughItsFingerprintFits) {
+  KvLayout layout = SmallLayout();
+  layout.set_head_dim(4);
+  ReceiveResponse response;
+  const Reply reply = GenerateWithPush([&] {
+    const KvFrame frame = FrameEvent(layout, 0, 0, 0, 0, 3).kv_frame();
+    EXPECT_EQ(Push(layout, {frame}, &response).error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+  });
+  EXPECT_EQ(reply.status.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+  EXPECT_THAT(reply.status.error_message(), HasSubstr("head_dim is 4, the decoder's model has 8"));
+  EXPECT_TRUE(decoder_.stored().empty());
+  ExpectPoolFree();
+}
+
+TEST_F(WorkerServices, APulledCacheOfAnotherShapeIsRefused) {
+  prefill_script_ = [](grpc::ServerContext&, const PrefillRequest&, PrefillWriter& writer) {
+    KvLayout layout = SmallLayout();
+    layout.set_num_layers(2);
+    writer.Write(AcceptedEvent(layout, 1));
+    for (uint32_t layer = 0; layer < 2; ++layer) {
+      writer.Write(FrameEvent(layout, 0, layer, layer, 0, 3));
+    }
+    writer.Write(ResultEvent({2}));
+    return grpc::Status::OK;
+  };
+  const grpc::Status status = Generate(Request()).status;
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+  EXPECT_THAT(status.error_message(), HasSubstr("num_layers is 2"));
+  ExpectPoolFree();
+}
+
 TEST_F(WorkerServices, APushThatNobodyWaitsForIsNotFound) {
   ReceiveResponse response;
   EXPECT_EQ(Push(SmallLayout(), AllFrames(), &response).error_code(), grpc::StatusCode::NOT_FOUND);
