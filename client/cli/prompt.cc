@@ -14,11 +14,13 @@ namespace {
 
 absl::StatusOr<std::string> ReadAll(const std::string& path) {
   using Iterator = std::istreambuf_iterator<char>;
-  if (path == "-") return std::string(Iterator(std::cin), Iterator());
-  std::ifstream file(path, std::ios::binary);
-  std::string content((Iterator(file)), Iterator());
-  if (!file) return absl::InvalidArgumentError(absl::StrCat(path, " cannot be read"));
-  return content;
+  std::ifstream file;
+  if (path != "-") file.open(path, std::ios::binary);
+  std::istream& input = path == "-" ? std::cin : file;
+  // A folder opens like a file. This read fails on it; the iterator's would throw.
+  input.peek();
+  if (input.fail()) return absl::InvalidArgumentError(absl::StrCat(path, " cannot be read"));
+  return std::string(Iterator(input), Iterator());
 }
 
 Prompt FromText(absl::string_view text, int bos) {

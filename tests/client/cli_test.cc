@@ -2,6 +2,7 @@
 #include "client/cli/prompt.h"
 #include "client/cli/summary.h"
 #include "client/grpc_status.h"
+#include "client/pem_file.h"
 #include "gmock/gmock.h"
 #include "google/rpc/retry_info.pb.h"
 #include "google/rpc/status.pb.h"
@@ -36,6 +37,13 @@ TEST(Prompt, AMissingFileIsNamed) {
   PromptSource source;
   source.text_file = "/nonexistent/prompt";
   EXPECT_EQ(ReadPrompt(source).status().message(), "/nonexistent/prompt cannot be read");
+}
+
+TEST(Prompt, AFolderIsNoFile) {
+  PromptSource source;
+  source.text_file = "/";
+  EXPECT_EQ(ReadPrompt(source).status().message(), "/ cannot be read");
+  EXPECT_EQ(ReadPemFile("TLS ca_file", "/").status().message(), "TLS ca_file / cannot be read");
 }
 
 TEST(Prompt, SpecialTokensHaveNoText) {
