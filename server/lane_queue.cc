@@ -75,6 +75,7 @@ void LaneQueue::OnWriteDone(bool ok) {
 // write is done, and a null transport_ after that.
 void LaneQueue::Pump() {
   Transport* transport = nullptr;
+  bool last = false;
   std::optional<absl::Status> end;
   {
     absl::MutexLock lock(&mu_);
@@ -85,6 +86,7 @@ void LaneQueue::Pump() {
       in_flight_ = queue_.front().make();
       in_flight_bytes_ = queue_.front().payload_bytes;
       queue_.pop_front();
+      last = queue_.empty() && end_.has_value();
       transport = transport_;
     } else if (end_.has_value()) {
       end = end_;
@@ -96,7 +98,7 @@ void LaneQueue::Pump() {
   if (end.has_value()) {
     transport->End(*end);
   } else {
-    transport->Send(in_flight_);
+    transport->Send(in_flight_, last);
   }
 }
 

@@ -25,8 +25,9 @@ class LaneQueue {
   class Transport {
    public:
     virtual ~Transport() = default;
-    virtual void Send(const grpc::ByteBuffer& message) = 0;  // valid until OnWriteDone
-    virtual void End(const absl::Status& status) = 0;        // OK: everything has been sent
+    // `message` is valid until OnWriteDone. `last`: nothing but End follows.
+    virtual void Send(const grpc::ByteBuffer& message, bool last) = 0;
+    virtual void End(const absl::Status& status) = 0;  // OK: everything has been sent
     // Breaks off the write in progress, whose OnWriteDone follows; the peer gets `status`.
     virtual void Cancel(const absl::Status& status) = 0;
   };

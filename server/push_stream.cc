@@ -1,5 +1,6 @@
 #include "server/push_stream.h"
 
+#include <atomic>
 #include <utility>
 
 #include <grpcpp/create_channel.h>
@@ -30,13 +31,14 @@ class PushStream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::
              const std::shared_ptr<grpc::ChannelCredentials>& credentials);
   void Start();
 
-  void Send(const grpc::ByteBuffer& message) override { StartWrite(&message); }
+  void Send(const grpc::ByteBuffer& message, bool last) override;
   void End(const absl::Status& status) override;
   void Cancel(const absl::Status& status) override { context_.TryCancel(); }
 
  private:
-  void OnWriteDone(bool ok) override { queue_->OnWriteDone(ok); }
+  void OnWriteDone(bool ok) override;
   void OnReadDone(bool ok) override;
+  void TakeHalf(int half);
   void OnDone(const grpc::Status& status) override;
   absl::Status CheckOutcome(const grpc::Status& status);
 
@@ -45,6 +47,13 @@ class PushStream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::
   grpc::ClientContext context_;
   grpc::GenericStub stub_;
   grpc::ByteBuffer response_;
+
+  // The last message counts as taken when the receiver has answered it, too: until then its stall
+  // is timed, and an abort finds the stream.
+  enum Half : int { kWritten = 1, kAnswered = 2 };
+  std::atomic<int> halves_ = 0;
+  bool sending_last_ = false;  // written by Send, read when its write is done
+
   bool sent_all_ = false;  // written by End, read by OnDone, which cannot come before
 };
 
@@ -82,20 +91,39 @@ void PushStream::Start() {
   queue_->Attach(this);
 }
 
+void PushStream::Send(const grpc::ByteBuffer& message, bool last) {
+  sending_last_ = last;
+  if (last) {
+    StartWriteLast(&message, grpc::WriteOptions());
+  } else {
+    StartWrite(&message);
+  }
+}
+
 void PushStream::End(const absl::Status& status) {
   if (status.ok()) {
     sent_all_ = true;
-    StartWritesDone();
   } else {
     context_.TryCancel();
   }
   RemoveHold();
 }
 
+void PushStream::OnWriteDone(bool ok) {
+  if (!sending_last_) return queue_->OnWriteDone(ok);
+  if (!ok) queue_->Abort(absl::CancelledError("the stream broke"));
+  TakeHalf(kWritten);
+}
+
 // There is one response, at the end. A stream that ends without one has failed, which would go
 // unnoticed until the next frame.
 void PushStream::OnReadDone(bool ok) {
   if (!ok) queue_->Abort(absl::CancelledError("the receiver ended the call"));
+  TakeHalf(kAnswered);
+}
+
+void PushStream::TakeHalf(int half) {
+  if ((halves_.fetch_or(half) | half) == (kWritten | kAnswered)) queue_->OnWriteDone(true);
 }
 
 void PushStream::OnDone(const grpc::Status& status) {

@@ -22,7 +22,7 @@ class RefusedStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer> {
 ServerStream::ServerStream(grpc::CallbackServerContext* context, LaneQueue* queue, Events events)
     : context_(context), queue_(queue), events_(std::move(events)) {}
 
-void ServerStream::Send(const grpc::ByteBuffer& message) { StartWrite(&message); }
+void ServerStream::Send(const grpc::ByteBuffer& message, bool last) { StartWrite(&message); }
 
 void ServerStream::End(const absl::Status& status) {
   events_.on_end(status);

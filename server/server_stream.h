@@ -28,7 +28,7 @@ class ServerStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   // The creator attaches the stream to the queue.
   ServerStream(grpc::CallbackServerContext* context, LaneQueue* queue, Events events);
 
-  void Send(const grpc::ByteBuffer& message) override;
+  void Send(const grpc::ByteBuffer& message, bool last) override;
   void End(const absl::Status& status) override;
   void Cancel(const absl::Status& status) override;
 

@@ -19,7 +19,7 @@ constexpr auto kNever = [] { return false; };
 class FastTransport final : public LaneQueue::Transport {
  public:
   explicit FastTransport(LaneQueue* queue) : queue_(queue) {}
-  void Send(const grpc::ByteBuffer& message) override {
+  void Send(const grpc::ByteBuffer& message, bool last) override {
     grpc::ByteBuffer copy(message);
     v1::PrefillEvent event;
     EXPECT_TRUE(grpc::SerializationTraits<v1::PrefillEvent>::Deserialize(&copy, &event).ok());

@@ -15,7 +15,7 @@ class FakeClock final : public Clock {
 };
 
 struct FakeTransport final : LaneQueue::Transport {
-  void Send(const grpc::ByteBuffer& message) override {
+  void Send(const grpc::ByteBuffer& message, bool last) override {
     grpc::Slice slice;
     EXPECT_TRUE(message.DumpToSingleSlice(&slice).ok());
     sent.emplace_back(reinterpret_cast<const char*>(slice.begin()), slice.size());

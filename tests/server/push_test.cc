@@ -3,6 +3,7 @@
 #include <grpcpp/server.h>
 #include <grpcpp/server_builder.h>
 
+#include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "prefill/v1/receiver.grpc.pb.h"
@@ -16,7 +17,14 @@ using ::testing::HasSubstr;
 // Takes what comes and answers as told.
 class FakeReceiver final : public v1::KvReceiver::Service {
  public:
-  enum class Behaviour { kTakeAll, kNobodyWaits, kFindDamage, kReadNothing, kForgetAFrame };
+  enum class Behaviour {
+    kTakeAll,
+    kNobodyWaits,
+    kFindDamage,
+    kReadNothing,
+    kForgetAFrame,
+    kNeverAnswer
+  };
 
   FakeReceiver() {
     grpc::ServerBuilder builder;
@@ -34,13 +42,21 @@ class FakeReceiver final : public v1::KvReceiver::Service {
   std::atomic<Behaviour> behaviour = Behaviour::kTakeAll;
   std::atomic<int> frames_seen = 0;
 
+  std::atomic<int> running = 0;
+
   std::vector<v1::ReceiveRequest> messages() {
     absl::MutexLock lock(&mu_);
     return messages_;
   }
+  bool took_result() {
+    absl::MutexLock lock(&mu_);
+    return !messages_.empty() && messages_.back().has_result();
+  }
 
   grpc::Status Receive(grpc::ServerContext* context, grpc::ServerReader<v1::ReceiveRequest>* reader,
                        v1::ReceiveResponse* response) override {
+    ++running;
+    const auto ended = absl::MakeCleanup([this] { --running; });
     if (behaviour == Behaviour::kNobodyWaits) {
       return grpc::Status(grpc::StatusCode::NOT_FOUND, "nobody waits for it");
     }
@@ -56,6 +72,9 @@ class FakeReceiver final : public v1::KvReceiver::Service {
       }
       absl::MutexLock lock(&mu_);
       messages_.push_back(message);
+    }
+    while (behaviour == Behaviour::kNeverAnswer && !context->IsCancelled()) {
+      absl::SleepFor(absl::Milliseconds(5));
     }
     if (behaviour == Behaviour::kForgetAFrame) response->set_kv_bytes(response->kv_bytes() - 1);
     if (behaviour == Behaviour::kFindDamage) {
@@ -182,6 +201,29 @@ TEST_F(Push, ToAReceiverThatReadsNothingIsCutOff) {
   EXPECT_TRUE(Eventually([&] { return Metric("prefilld_staged_bytes") >= 4 << 20; }));
   clock_.Advance(options_.stall_timeout + absl::Seconds(1));
   EXPECT_EQ(call.Rest().status.error_code(), grpc::StatusCode::ABORTED);
+  EXPECT_TRUE(EverythingIsFree());
+}
+
+TEST_F(Push, ToAReceiverThatNeverAnswersIsCutOff) {
+  StartServer();
+  FakeReceiver receiver;
+  receiver.behaviour = FakeReceiver::Behaviour::kNeverAnswer;
+  OpenStream call(*stub_, PromptTo(receiver, 1000));
+  EXPECT_TRUE(Eventually([&] { return receiver.took_result(); }));
+  clock_.Advance(options_.stall_timeout + absl::Seconds(1));
+  EXPECT_EQ(call.Rest().status.error_code(), grpc::StatusCode::ABORTED);
+  EXPECT_TRUE(Eventually([&] { return receiver.running == 0; }));
+  EXPECT_TRUE(EverythingIsFree());
+}
+
+TEST_F(Push, LeavesTheReceiverWhenTheCallerCancelsBeforeItsAnswer) {
+  StartServer();
+  FakeReceiver receiver;
+  receiver.behaviour = FakeReceiver::Behaviour::kNeverAnswer;
+  OpenStream call(*stub_, PromptTo(receiver, 1000));
+  EXPECT_TRUE(Eventually([&] { return receiver.took_result(); }));
+  call.Cancel();
+  EXPECT_TRUE(Eventually([&] { return receiver.running == 0; }));
   EXPECT_TRUE(EverythingIsFree());
 }
 
