@@ -92,7 +92,7 @@ make_checkpoint() {
 run_synthetic() {
   make_checkpoint || return 1
   "$bin/prefill-bench" --mode=prefill --device=cuda --model="$checkpoint" --prompt="$work/prompt.json" \
-    --tokens=8192,32768,131072 --policies=dense,share,auto --runs=3 --commit="${PREFILLD_COMMIT:-}" \
+    --tokens=8192,32768,131072 --policies=dense,share,auto --runs=2 --commit="${PREFILLD_COMMIT:-}" \
     --json="$out/prefill.json" || return 1
   serve synthetic "$checkpoint" 32768 || return 1
   python3 -c "import json,sys; print(*json.load(open(sys.argv[1]))[:32768])" "$work/prompt.json" >"$work/prompt.ids"
