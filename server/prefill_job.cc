@@ -207,6 +207,8 @@ absl::Duration PrefillJob::age() const {
   return clock_.Now() - stats_.accepted_at;
 }
 
+absl::Duration PrefillJob::time_left() const { return work_.deadline - clock_.Now(); }
+
 JobStats PrefillJob::stats() const {
   absl::MutexLock lock(&mu_);
   return stats_;

@@ -73,10 +73,11 @@ class PrefillJob {
   // Aborts for a passed deadline, a stalled consumer, missing lanes; breaks a long silence.
   void CheckTimers(const JobTimeouts& timeouts, int64_t queue_position);
 
-  Outcome outcome() const;      // after ended()
-  absl::Status status() const;  // after ended()
-  JobStats stats() const;       // a snapshot
-  absl::Duration age() const;   // since it was accepted
+  Outcome outcome() const;           // after ended()
+  absl::Status status() const;       // after ended()
+  JobStats stats() const;            // a snapshot
+  absl::Duration age() const;        // since it was accepted
+  absl::Duration time_left() const;  // to the deadline
 
  private:
   void SendProgress(int64_t queue_position);

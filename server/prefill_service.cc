@@ -7,6 +7,7 @@
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "server/metrics.h"
 #include "server/prefill_job.h"
 #include "server/push_stream.h"
@@ -32,10 +33,11 @@ absl::StatusOr<Message> Decode(const grpc::ByteBuffer& buffer) {
   return message;
 }
 
-absl::Time DeadlineOf(const grpc::CallbackServerContext& context) {
+// By our clock: on the wire a deadline is a time-out, which gRPC adds to the system's clock.
+absl::Time DeadlineOf(const grpc::CallbackServerContext& context, const Clock& clock) {
   const auto deadline = context.deadline();
-  return deadline == std::chrono::system_clock::time_point::max() ? absl::InfiniteFuture()
-                                                                  : absl::FromChrono(deadline);
+  if (deadline == std::chrono::system_clock::time_point::max()) return absl::InfiniteFuture();
+  return clock.Now() + (absl::FromChrono(deadline) - absl::Now());
 }
 
 // The trace id of a W3C traceparent header, "00-<32 hex digits>-<16>-<2>"; empty: none.
@@ -82,7 +84,7 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
   if (!request.ok()) return Refuse("", context->peer(), request.status());
   auto work = ValidateRequest(*request, limits_);
   if (!work.ok()) return Refuse(request->request_id(), context->peer(), work.status());
-  work->deadline = DeadlineOf(*context);
+  work->deadline = DeadlineOf(*context, clock_);
   work->peer = context->peer();
   work->trace_id = TraceIdOf(*context);
   if (clock_.Now() >= work->deadline) {

@@ -24,9 +24,9 @@ struct PrefillWork {
   int num_lanes = 1;
   bool layer_stats = false;
   ::prefill::v1::DeliverTo deliver_to;  // address empty: the KV goes back on the call's streams
-  absl::Time deadline = absl::InfiniteFuture();
-  std::string peer;      // for the log
-  std::string trace_id;  // W3C trace context; empty: none
+  absl::Time deadline = absl::InfiniteFuture();  // by the server's clock
+  std::string peer;                              // for the log
+  std::string trace_id;                          // W3C trace context; empty: none
 
   bool pushes() const { return !deliver_to.address().empty(); }
   // Blocks to send per layer.

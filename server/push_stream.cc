@@ -10,6 +10,7 @@
 #include <grpcpp/support/client_callback.h>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "prefill/v1/receiver.pb.h"
 #include "server/status_details.h"
 
@@ -72,8 +73,9 @@ PushStream::PushStream(std::shared_ptr<PrefillJob> job, LaneQueue* queue,
     : job_(std::move(job)),
       queue_(queue),
       stub_(Dial(job_->work().deliver_to.address(), credentials)) {
-  if (job_->work().deadline != absl::InfiniteFuture()) {
-    context_.set_deadline(absl::ToChronoTime(job_->work().deadline));
+  const absl::Duration time_left = job_->time_left();
+  if (time_left != absl::InfiniteDuration()) {
+    context_.set_deadline(absl::ToChronoTime(absl::Now() + time_left));
   }
 }
 

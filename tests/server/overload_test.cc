@@ -150,6 +150,13 @@ TEST_F(Overload, EndsARunningRequestBetweenTwoLayersAtItsDeadline) {
   EXPECT_LE(engine_->layers_run(), 3);  // the one that was under way
 }
 
+TEST_F(Overload, ASystemClockThatWasPutBackIsNoTimeOut) {
+  StartServer();
+  clock_.Advance(absl::Hours(2));  // our clock is ahead of the system's now
+  OpenStream call(*stub_, PromptOf(10), absl::Now() + absl::Hours(1));
+  EXPECT_NE(call.Rest().result(), nullptr);
+}
+
 TEST_F(Overload, CountsADeadlineThatGrpcNoticesFirst) {
   StartServer();
   engine_->HoldAfter(1);

@@ -204,6 +204,14 @@ TEST_F(Push, ToAReceiverThatReadsNothingIsCutOff) {
   EXPECT_TRUE(EverythingIsFree());
 }
 
+TEST_F(Push, ASystemClockThatWasPutForwardIsNoTimeOut) {
+  clock_.Advance(-absl::Hours(2));  // our clock is behind the system's
+  StartServer();
+  FakeReceiver receiver;
+  OpenStream call(*stub_, PromptTo(receiver, 1000), absl::Now() + absl::Hours(1));
+  EXPECT_NE(call.Rest().result(), nullptr);
+}
+
 TEST_F(Push, ToAReceiverThatNeverAnswersIsCutOff) {
   StartServer();
   FakeReceiver receiver;
