@@ -16,6 +16,7 @@ namespace {
 namespace v1 = ::prefill::v1;
 
 constexpr size_t kMaxIdLength = 128;
+constexpr size_t kMaxAddressLength = 256;
 constexpr uint32_t kDefaultBlockTokens = 16;
 constexpr int64_t kMaxBlockTokens = 128;
 
@@ -182,10 +183,14 @@ absl::Status CheckDelivery(const v1::PrefillRequest& request, const RequestLimit
     return absl::InvalidArgumentError(
         absl::StrCat("num_lanes ", request.num_lanes(), "; with deliver_to at most 1"));
   }
+  if (address.size() > kMaxAddressLength) {
+    return absl::InvalidArgumentError(absl::StrCat("deliver_to.address has ", address.size(),
+                                                   " characters; at most ", kMaxAddressLength));
+  }
   const auto host_port = ParseHostPort(address);
   if (!host_port.has_value() || host_port->port == 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "deliver_to.address \"", absl::CHexEscape(address.substr(0, 256)), "\" is not host:port"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("deliver_to.address \"", absl::CHexEscape(address), "\" is not host:port"));
   }
   const bool allowed =
       std::any_of(limits.deliver_to_allow.begin(), limits.deliver_to_allow.end(),

@@ -5,6 +5,10 @@
 namespace prefilld::server {
 namespace {
 
+// What an id may have, and some more; a refused one may be as long as a request.
+constexpr size_t kMaxLoggedId = 150;
+constexpr size_t kMaxLoggedMessage = 300;
+
 double Milliseconds(absl::Duration duration) { return absl::ToDoubleMilliseconds(duration); }
 
 }  // namespace
@@ -49,11 +53,11 @@ void LogRequest(PrefillJob& job) {
 void LogRefused(const std::string& request_id, const std::string& peer, Outcome outcome,
                 const absl::Status& status) {
   LogEvent(LogLevel::kWarning, "request",
-           {{"id", request_id},
+           {{"id", request_id.substr(0, kMaxLoggedId)},
             {"outcome", Name(outcome)},
             {"peer", peer},
             {"status", std::string(absl::StatusCodeToString(status.code())) + ": " +
-                           std::string(status.message().substr(0, 300))}});
+                           std::string(status.message().substr(0, kMaxLoggedMessage))}});
 }
 
 }  // namespace prefilld::server

@@ -125,6 +125,11 @@ INSTANTIATE_TEST_SUITE_P(
         BadRequest{"PushAddress",
                    [](Request& r) { r.mutable_deliver_to()->set_address("unix:/etc/passwd"); },
                    kInvalid, {"deliver_to.address", "unix:/etc/passwd", "host:port"}},
+        BadRequest{"PushAddressTooLong",
+                   [](Request& r) {
+                     r.mutable_deliver_to()->set_address(std::string(20'000, 'a') + ":1");
+                   },
+                   kInvalid, {"deliver_to.address", "20002", "256"}},
         BadRequest{"PushNotAllowed",
                    [](Request& r) { r.mutable_deliver_to()->set_address("evil.example:7000"); },
                    kInvalid, {"deliver_to.address", "evil.example:7000", "allow-list"}},
