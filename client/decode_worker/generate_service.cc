@@ -11,6 +11,7 @@
 #include "absl/time/clock.h"
 #include "client/cancellation.h"
 #include "client/grpc_status.h"
+#include "grpc/grpc.h"
 #include "spdlog/spdlog.h"
 
 namespace prefilld::client {
@@ -31,15 +32,19 @@ std::string NewRequestId() {
   return absl::StrFormat("generate-%x-%d", start, ++count);
 }
 
+// What is logged of an id, which may have been refused for its length, and of a reason.
+constexpr size_t kMaxLoggedId = 150;
+constexpr size_t kMaxLoggedReason = 300;
+
 // One line; what came from outside is escaped, so that no request can forge another.
 void Log(const std::string& request_id, const GenerateRequest& request, const absl::Status& status,
          absl::Duration took) {
   spdlog::info(
       "generate request_id=\"{}\" prompt_tokens={} max_new_tokens={} status={} seconds={:.3f} "
       "reason=\"{}\"",
-      absl::CEscape(request_id), request.token_ids_size(), request.max_new_tokens(),
-      absl::StatusCodeToString(status.code()), absl::ToDoubleSeconds(took),
-      absl::CEscape(status.message()));
+      absl::CEscape(absl::string_view(request_id).substr(0, kMaxLoggedId)),
+      request.token_ids_size(), request.max_new_tokens(), absl::StatusCodeToString(status.code()),
+      absl::ToDoubleSeconds(took), absl::CEscape(status.message().substr(0, kMaxLoggedReason)));
 }
 
 }  // namespace
@@ -51,10 +56,12 @@ class GenerateService::Call : public grpc::ServerWriteReactor<GenerateEvent>, pu
   // For a request that is refused.
   explicit Call(const absl::Status& refusal) { Finish(ToGrpc(refusal)); }
 
-  Call(GenerateService* service, const grpc::CallbackServerContext& context,
+  Call(GenerateService* service, grpc::CallbackServerContext* context,
        const GenerateRequest* request)
-      : facts_{request->request_id().empty() ? NewRequestId() : request->request_id(), absl::Now(),
-               DeadlineOf(context)} {
+      : context_(context),
+        stall_timeout_(service->worker_.options->stall_timeout),
+        facts_{request->request_id().empty() ? NewRequestId() : request->request_id(), absl::Now(),
+               DeadlineOf(*context)} {
     std::thread([this, service, request] { Run(service, *request); }).detach();
   }
 
@@ -65,9 +72,13 @@ class GenerateService::Call : public grpc::ServerWriteReactor<GenerateEvent>, pu
       writing_ = true;
     }
     StartWrite(&event);
-    absl::MutexLock lock(&mu_);
-    mu_.Await(absl::Condition(this, &Call::WriteEnded));
-    return broken_ ? absl::CancelledError("the caller is gone") : absl::OkStatus();
+    {
+      absl::MutexLock lock(&mu_);
+      if (mu_.AwaitWithTimeout(absl::Condition(this, &Call::WriteEnded), stall_timeout_)) {
+        return broken_ ? absl::CancelledError("the caller is gone") : absl::OkStatus();
+      }
+    }
+    return BreakOff();
   }
 
   void OnWriteDone(bool ok) override {
@@ -79,6 +90,17 @@ class GenerateService::Call : public grpc::ServerWriteReactor<GenerateEvent>, pu
   void OnDone() override { delete this; }
 
  private:
+  // Ends a call whose caller takes nothing: Finish would wait behind the event under way.
+  absl::Status BreakOff() {
+    const absl::Status stalled = absl::AbortedError(
+        absl::StrCat("the caller took nothing for ", absl::FormatDuration(stall_timeout_)));
+    grpc_call_cancel_with_status(context_->c_call(), GRPC_STATUS_ABORTED,
+                                 std::string(stalled.message()).c_str(), nullptr);
+    absl::MutexLock lock(&mu_);
+    mu_.Await(absl::Condition(this, &Call::WriteEnded));
+    return stalled;
+  }
+
   bool WriteEnded() const ABSL_SHARED_LOCKS_REQUIRED(mu_) { return !writing_; }
 
   // The service waits for Leave before it goes; this call may be gone after Finish.
@@ -92,6 +114,8 @@ class GenerateService::Call : public grpc::ServerWriteReactor<GenerateEvent>, pu
     service->Leave();
   }
 
+  grpc::CallbackServerContext* const context_ = nullptr;
+  const absl::Duration stall_timeout_;
   const CallFacts facts_;
   Cancellation cancellation_;
 
@@ -105,7 +129,7 @@ GenerateService::~GenerateService() { Drain(absl::InfiniteDuration()); }
 grpc::ServerWriteReactor<GenerateEvent>* GenerateService::Generate(
     grpc::CallbackServerContext* context, const GenerateRequest* request) {
   if (absl::Status admitted = Admit(); !admitted.ok()) return new Call(admitted);
-  return new Call(this, *context, request);
+  return new Call(this, context, request);
 }
 
 absl::Status GenerateService::Admit() {

@@ -34,6 +34,21 @@ namespace {
 // A prompt of a million token ids is about 5 MiB; frames are up to 64 MiB.
 constexpr int kMaxMessageBytes = 64 << 20;
 
+// A caller or a pushing server that vanished without a word is noticed within half a minute, and
+// clients may ping every 10 s.
+constexpr int kKeepaliveMs = 20'000;
+constexpr int kKeepaliveTimeoutMs = 10'000;
+constexpr int kMinClientPingMs = 5'000;
+
+void SetKeepalive(grpc::ServerBuilder& builder) {
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
+                             kMinClientPingMs);
+}
+
 // Threads started later inherit the mask, so that only WaitForSignal sees the signals.
 sigset_t BlockTerminationSignals() {
   sigset_t signals;
@@ -41,6 +56,8 @@ sigset_t BlockTerminationSignals() {
   sigaddset(&signals, SIGTERM);
   sigaddset(&signals, SIGINT);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  // Writing to a connection or a log whose reader is gone is an error code, not our end.
+  std::signal(SIGPIPE, SIG_IGN);
   return signals;
 }
 
@@ -81,6 +98,7 @@ absl::StatusOr<std::unique_ptr<grpc::Server>> StartServer(const WorkerOptions& o
   grpc::ServerBuilder builder;
   builder.AddListeningPort(options.listen, *credentials, &port);
   builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
+  SetKeepalive(builder);
   // Two workers on one port would share its connections at random.
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
   builder.RegisterService(&generate);

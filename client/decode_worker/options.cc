@@ -42,6 +42,7 @@ ABSL_FLAG(int64_t, max_new_tokens_limit, 4096, "Greatest max_new_tokens a reques
 ABSL_FLAG(int32_t, max_requests, 64, "Requests at once, those waiting for prefill included.");
 ABSL_FLAG(double, transfer_timeout_s, 120,
           "A request that waits for a pushed cache ends when nothing came for so long.");
+ABSL_FLAG(double, stall_timeout_s, 30, "A caller that takes nothing for so long is cut off.");
 ABSL_FLAG(double, drain_timeout_s, 25,
           "After SIGTERM accepted requests get so long to finish. Less than the orchestrator's "
           "grace period.");
@@ -149,6 +150,8 @@ absl::StatusOr<WorkerOptions> OptionsFromCommandLine(int argc, char** argv) {
   CheckRange("--max_requests", options.max_requests, 1, 4096, problems);
   options.transfer_timeout =
       ReadSeconds("--transfer_timeout_s", absl::GetFlag(FLAGS_transfer_timeout_s), problems);
+  options.stall_timeout =
+      ReadSeconds("--stall_timeout_s", absl::GetFlag(FLAGS_stall_timeout_s), problems);
   options.drain_timeout =
       ReadSeconds("--drain_timeout_s", absl::GetFlag(FLAGS_drain_timeout_s), problems);
   if (!problems.empty()) return absl::InvalidArgumentError(absl::StrJoin(problems, "; "));
@@ -171,6 +174,7 @@ std::vector<std::pair<std::string, std::string>> Describe(const WorkerOptions& o
           {"max_new_tokens_limit", absl::StrCat(o.max_new_tokens_limit)},
           {"max_requests", absl::StrCat(o.max_requests)},
           {"transfer_timeout", absl::FormatDuration(o.transfer_timeout)},
+          {"stall_timeout", absl::FormatDuration(o.stall_timeout)},
           {"drain_timeout", absl::FormatDuration(o.drain_timeout)}};
 }
 

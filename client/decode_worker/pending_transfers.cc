@@ -13,6 +13,8 @@ using ::prefill::v1::PrefillResult;
 namespace {
 
 constexpr absl::Duration kReportInterval = absl::Seconds(1);
+// Of an id that came from outside and may be as long as a message.
+constexpr size_t kMaxQuotedId = 128;
 
 }  // namespace
 
@@ -114,7 +116,8 @@ absl::StatusOr<std::shared_ptr<PendingTransfer>> PendingTransfers::Claim(const s
   absl::MutexLock lock(&mu_);
   const auto entry = entries_.find(id);
   if (entry == entries_.end() || entry->second.claimed) {
-    return absl::NotFoundError(absl::StrCat("nobody waits for transfer_id '", id, "'"));
+    return absl::NotFoundError(
+        absl::StrCat("nobody waits for transfer_id '", id.substr(0, kMaxQuotedId), "'"));
   }
   entry->second.claimed = true;
   return entry->second.transfer;

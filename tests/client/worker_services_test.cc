@@ -307,6 +307,32 @@ TEST_F(WorkerServices, CancellingTheCallCancelsThePrefillAndFreesTheBlocks) {
   ExpectPoolFree();
 }
 
+TEST_F(WorkerServices, ACallerThatReadsNothingIsCutOffAndFreesTheBlocks) {
+  options_.stall_timeout = absl::Milliseconds(200);
+  prefill_script_ = [](grpc::ServerContext&, const PrefillRequest&, PrefillWriter& writer) {
+    writer.Write(AcceptedEvent(SmallLayout(), 1));
+    for (uint32_t layer = 0; layer < 3; ++layer) {
+      writer.Write(FrameEvent(SmallLayout(), 0, layer, layer, 0, 3));
+    }
+    // Passed on to the caller, and more than a stream's window.
+    PrefillEvent result = ResultEvent({3});
+    for (uint32_t id = 0; id < 3'000'000; ++id) {
+      result.mutable_result()->mutable_first_token()->add_top_logprobs()->set_token_id(id);
+    }
+    writer.Write(result);
+    return grpc::Status::OK;
+  };
+  grpc::ClientContext context;
+  const auto stream = stub_->Generate(&context, Request());
+  GenerateEvent event;
+  ASSERT_TRUE(stream->Read(&event) && event.has_started());
+  EXPECT_LT(pool_.free_blocks(), pool_.num_blocks());
+  ExpectPoolFree();
+  while (stream->Read(&event)) {
+  }
+  EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::ABORTED);
+}
+
 TEST_F(WorkerServices, CancellingDuringDecodeFreesTheBlocks) {
   decoder_.before_step = [](uint32_t) {
     absl::SleepFor(absl::Milliseconds(5));
@@ -417,6 +443,18 @@ TEST_F(WorkerServices, APulledCacheOfAnotherShapeIsRefused) {
 TEST_F(WorkerServices, APushThatNobodyWaitsForIsNotFound) {
   ReceiveResponse response;
   EXPECT_EQ(Push(SmallLayout(), AllFrames(), &response).error_code(), grpc::StatusCode::NOT_FOUND);
+}
+
+TEST_F(WorkerServices, ALongTransferIdIsNotRepeatedInTheAnswer) {
+  grpc::ClientContext context;
+  ReceiveResponse response;
+  const auto stream = receiver_stub_->Receive(&context, &response);
+  ReceiveRequest message;
+  message.mutable_open()->set_transfer_id(std::string(100'000, 'x'));
+  stream->Write(message);
+  const grpc::Status status = stream->Finish();
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::NOT_FOUND);
+  EXPECT_LT(status.error_message().size(), 200);
 }
 
 TEST_F(WorkerServices, AWaitForAPushEndsWhenNothingComes) {
