@@ -149,6 +149,30 @@ void CheckFullAttention(Family family, ConfigFields& fields, const ModelConfig& 
   }
 }
 
+// Dual chunk attention keeps the rotation of long prompts within the lengths trained on. A prompt
+// of one chunk it attends to as usual; longer ones are not built.
+void LimitToOneChunk(ConfigFields& outer, ModelConfig& config) {
+  constexpr char kName[] = "dual_chunk_attention_config";
+  const json* object = outer.Value(kName);
+  if (object == nullptr) return;
+  if (!object->is_object()) {
+    outer.Refuse(kName, "is not an object");
+    return;
+  }
+  if (config.rope.kind != RopeKind::kDefault) {
+    outer.Refuse(kName, "unsupported beside a scaled RoPE");
+    return;
+  }
+  ConfigFields fields(*object, absl::StrCat(kName, "."));
+  const int64_t local_size = fields.Integer("local_size", 0, kMaxPositions);
+  const int64_t chunk_size = fields.Integer("chunk_size", local_size + 1, kMaxPositions + 1);
+  // Past this length logits are scaled as well; 0: never.
+  const int64_t original = fields.Integer("original_max_position_embeddings", 0, kMaxPositions, 0);
+  const int64_t unscaled = original == 0 ? kMaxPositions : original;
+  config.max_positions = std::min({config.max_positions, chunk_size - local_size, unscaled});
+  outer.Fail(fields.Finish());
+}
+
 // One id or a list of ids, added to `ids` unless already there.
 void ReadEosIds(ConfigFields& fields, std::vector<uint32_t>& ids) {
   const json* value = fields.Value("eos_token_id");
@@ -170,11 +194,11 @@ void ReadEosIds(ConfigFields& fields, std::vector<uint32_t>& ids) {
 
 // Training, generation and bookkeeping: no say in what the layers compute.
 void IgnoreHarmless(ConfigFields& fields) {
-  fields.Ignore({"_attn_implementation", "_name_or_path", "attention_dropout",
-                 "attn_implementation", "bos_token_id", "dtype", "initializer_range",
-                 "is_llama_config", "pad_token_id", "pretraining_tp", "torch_dtype",
-                 "transformers.js_config", "transformers_version", "unsloth_fixed",
-                 "unsloth_version", "use_cache"});
+  fields.Ignore({"_attn_implementation", "_attn_implementation_autoset", "_name_or_path",
+                 "attention_dropout", "attn_implementation", "bos_token_id", "dtype",
+                 "initializer_range", "is_llama_config", "max_sequence_length", "pad_token_id",
+                 "pretraining_tp", "tokenizer_class", "torch_dtype", "transformers.js_config",
+                 "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache"});
   // Defaults of transformers' base class, which older files spell out.
   fields.Ignore({"bad_words_ids",
                  "chunk_size_feed_forward",
@@ -215,6 +239,7 @@ absl::StatusOr<ModelConfig> ReadConfig(const json& object) {
     fields.Refuse("partial_rotary_factor", "unsupported; built for 1");
   }
   config.rope = ReadRopeConfig(fields, config.max_positions);
+  LimitToOneChunk(fields, config);
   ReadEosIds(fields, config.eos_token_ids);
   IgnoreHarmless(fields);
   if (absl::Status status = fields.Finish(); !status.ok()) return status;

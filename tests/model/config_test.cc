@@ -155,6 +155,102 @@ TEST(LoadModelConfig, AcceptsWindowsThatNeverClose) {
   EXPECT_TRUE(LoadWith(Qwen2(), R"({"use_sliding_window": true})").ok());
 }
 
+// Whole files as published, whatever else they carry.
+TEST(LoadModelConfig, AcceptsPublishedFiles) {
+  const struct {
+    const char* name;
+    const char* text;
+  } kFiles[] = {
+      {"Qwen2.5-7B-Instruct", R"({
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 3584,
+        "initializer_range": 0.02, "intermediate_size": 18944, "max_position_embeddings": 32768,
+        "max_window_layers": 28, "model_type": "qwen2", "num_attention_heads": 28,
+        "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0, "sliding_window": 131072, "tie_word_embeddings": false,
+        "torch_dtype": "bfloat16", "transformers_version": "4.43.1", "use_cache": true,
+        "use_sliding_window": false, "vocab_size": 152064})"},
+      {"Qwen2.5-7B-Instruct-1M", R"({
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192,
+                                        "original_max_position_embeddings": 262144},
+        "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 3584,
+        "initializer_range": 0.02, "intermediate_size": 18944, "max_position_embeddings": 1010000,
+        "max_window_layers": 28, "model_type": "qwen2", "num_attention_heads": 28,
+        "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-05,
+        "rope_theta": 10000000.0, "sliding_window": 32768, "tie_word_embeddings": false,
+        "torch_dtype": "bfloat16", "transformers_version": "4.47.1", "use_cache": true,
+        "use_sliding_window": false, "vocab_size": 152064})"},
+      {"Qwen3-8B", R"({
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 12288,
+        "max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3",
+        "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000,
+        "sliding_window": null, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": true, "use_sliding_window": false,
+        "vocab_size": 151936})"},
+      {"Llama-2-7b-hf", R"({
+        "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096,
+        "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 4096,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": null, "tie_word_embeddings": false, "torch_dtype": "float16",
+        "transformers_version": "4.31.0.dev0", "use_cache": true, "vocab_size": 32000})"},
+      {"Mistral-7B-Instruct-v0.3", R"({
+        "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+        "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": null,
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+        "transformers_version": "4.42.0.dev0", "use_cache": true, "vocab_size": 32768})"},
+      {"TinyLlama-1.1B-Chat-v1.0", R"({
+        "architectures": ["LlamaForCausalLM"], "attention_bias": false, "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+        "intermediate_size": 5632, "max_position_embeddings": 2048, "model_type": "llama",
+        "num_attention_heads": 32, "num_hidden_layers": 22, "num_key_value_heads": 4,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": null, "rope_theta": 10000.0,
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+        "transformers_version": "4.35.0", "use_cache": true, "vocab_size": 32000})"},
+      {"a Qwen2 file saved again by transformers 5", R"({
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "dtype": "bfloat16", "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 128,
+        "initializer_range": 0.02, "intermediate_size": 256,
+        "layer_types": ["full_attention", "full_attention"], "max_position_embeddings": 32768,
+        "max_window_layers": 28, "model_type": "qwen2", "num_attention_heads": 2,
+        "num_hidden_layers": 2, "num_key_value_heads": 1, "pad_token_id": null,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+        "sliding_window": null, "tie_word_embeddings": true, "transformers_version": "5.0.0",
+        "use_cache": true, "use_sliding_window": false, "vocab_size": 1000})"},
+  };
+  for (const auto& file : kFiles) {
+    const auto config = LoadText(file.text);
+    EXPECT_TRUE(config.ok()) << file.name << ": " << config.status();
+  }
+  // Traces of the library that saved the file.
+  EXPECT_TRUE(LoadWith(Llama(), R"({"_attn_implementation_autoset": true,
+                                    "max_sequence_length": 2048,
+                                    "tokenizer_class": "LlamaTokenizer"})")
+                  .ok());
+}
+
+TEST(LoadModelConfig, LimitsDualChunkAttentionToOneChunk) {
+  const char* patch = R"({"max_position_embeddings": 1010000, "sliding_window": null,
+      "dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192,
+                                      "original_max_position_embeddings": 262144}})";
+  const auto config = LoadWith(Qwen2(), patch);
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->max_positions, 262144 - 8192);
+  EXPECT_THAT(Reason(LoadWith(Llama(), patch)), HasSubstr("unsupported beside a scaled RoPE"));
+  EXPECT_THAT(Reason(LoadWith(Qwen2(), R"({"dual_chunk_attention_config": {"chunk_size": 8,
+                                                                          "local_size": 8}})")),
+              HasSubstr("dual_chunk_attention_config.chunk_size 8"));
+}
+
 TEST(LoadModelConfig, SaysWhenThereIsNoFile) {
   TemporaryFolder folder;
   EXPECT_EQ(LoadModelConfig(folder.path()).status().code(), absl::StatusCode::kNotFound);
