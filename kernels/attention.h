@@ -13,9 +13,9 @@ namespace prefilld::kernels {
 // Number of `block`-sized blocks that hold `n` elements.
 constexpr int64_t CeilDiv(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
-// A pattern is a bitmap over (query block, key block): row r has PatternWords(num_key_blocks)
-// 32-bit words, bit c % 32 of word c / 32 says whether key block c is computed. Bits above the
-// diagonal are zero. A row with no bit set is invalid: softmax over nothing.
+// A pattern is a bitmap over (query block, key block): row r has PatternWords(num_key_blocks) 32-bit
+// words, bit c % 32 of word c / 32 says whether key block c is computed. Bits above the diagonal are
+// zero; the diagonal's own must be set in every row: kernels begin there, and mask there alone.
 constexpr int64_t PatternWords(int64_t num_key_blocks) { return CeilDiv(num_key_blocks, 32); }
 
 // What to do for one query head.
@@ -26,10 +26,10 @@ struct HeadWork {
   const uint32_t* pattern = nullptr;
   // [PatternWords(num_key_blocks)], device memory, OR-ed into the last row. May be null.
   const uint32_t* last_row = nullptr;
-  // [num_query_blocks, num_key_blocks] fp32, device memory. When set (dense heads only) the mass of every
-  // block is written: mean over the query rows of the block of the softmax probability that falls
-  // on the key block's columns (shareprefill.md: block mass). Each row sums to 1; entries above
-  // the diagonal are written as 0. Accurate to 1e-3 absolute.
+  // [num_query_blocks, num_key_blocks] fp32, device memory. When set (dense heads only) the mass of
+  // every block is written: mean over the query rows of the block of the softmax probability that
+  // falls on the key block's columns. Each row sums to 1; entries above the diagonal are written as
+  // 0. Accurate to 1e-3 absolute.
   float* block_mass = nullptr;
 };
 

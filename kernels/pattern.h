@@ -1,8 +1,7 @@
 // The heavy parts of pattern sharing: everything that touches tensors of prompt length.
 //
-// Which head does what is decided in model/pattern_sharing.h, once for all backends, from the
-// small results of these ops. The section numbers are those of the algorithm in
-// docs of model/pattern_sharing.h (SharePrefill, arXiv 2505.19578). Outputs live in device memory;
+// Which head does what is decided above, once for all backends, from the small results of these
+// ops. The algorithm is that of SharePrefill (arXiv 2505.19578). Outputs live in device memory;
 // masses are fp32. B is block_tokens, n = CeilDiv(num_keys, B), W = PatternWords(n).
 #ifndef PREFILLD_KERNELS_PATTERN_H_
 #define PREFILLD_KERNELS_PATTERN_H_
@@ -55,7 +54,7 @@ struct VerticalSlashParams {
   uint32_t* diagonals = nullptr;  // [num_heads, W]: bit j, key block r - j in every row r
   void* scratch = nullptr;        // VerticalSlashScratchBytes() bytes
 };
-// Large enough for either backend: two words per key and a few histograms for each head.
+// Large enough for either backend: the CPU sorts two words per key and head.
 constexpr int64_t VerticalSlashScratchBytes(int num_heads, int64_t num_keys) {
   return static_cast<int64_t>(sizeof(uint32_t)) * num_heads * (2 * num_keys + 8192);
 }

@@ -102,7 +102,7 @@ class CudaBackend final : public Backend {
   cudaEvent_t timing_end_ = nullptr;
   DeviceBuffer linear_workspace_;
   std::unique_ptr<cuda::LinearLauncher> linear_;
-  DeviceBuffer attention_scratch_;  // grows to what the longest prompt with pivots needs
+  DeviceBuffer attention_scratch_;  // grows to what the largest call needs
   CudaPackLanes pack_lanes_;
 
   std::atomic<size_t> allocated_bytes_{0};
@@ -290,7 +290,8 @@ absl::Status CudaBackend::Linear(const kernels::LinearParams& params) {
 
 absl::Status CudaBackend::ReserveAttentionScratch(size_t bytes) {
   if (bytes <= attention_scratch_.bytes()) return absl::OkStatus();
-  // Allocates in the step path: the first time a prompt of this length has pivots, never after.
+  // Allocates in the step path: the first time a call needs this much, never after. Freeing waits
+  // for the kernels that use the old memory.
   attention_scratch_ = DeviceBuffer();
   absl::StatusOr<DeviceBuffer> scratch = Allocate(bytes);
   if (!scratch.ok()) return scratch.status();
