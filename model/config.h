@@ -41,7 +41,7 @@ struct ModelConfig {
   int num_heads = 0;
   int num_kv_heads = 0;
   int head_dim = 0;
-  int64_t max_positions = 0;
+  int64_t max_positions = 0;  // with dual chunk attention: of one chunk
   double rms_norm_epsilon = 1e-6;
   bool qkv_bias = false;
   bool output_bias = false;  // bias of the attention output projection (Llama attention_bias)
