@@ -61,6 +61,15 @@ TEST(Summary, NumbersReadWell) {
   EXPECT_EQ(DurationText(4'210'000), "4.21 s");
 }
 
+TEST(Summary, GivesNoTimesOfACacheThatWentElsewhere) {
+  ::prefill::v1::PrefillResult result;
+  result.set_kv_bytes(2'000'000);
+  result.set_kv_frames(3);
+  const std::string summary = Summary(result, TransferTimes());
+  EXPECT_THAT(summary, HasSubstr("2.0 MB in 3 frames, pushed\n"));
+  EXPECT_EQ(summary.find("0 B/s"), std::string::npos);
+}
+
 TEST(Summary, TellsWhatAGenerationDid) {
   Generated generated;
   generated.num_layers = 8;
