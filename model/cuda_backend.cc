@@ -87,6 +87,8 @@ class CudaBackend final : public Backend {
 
   // The status of a call; a fault of the device is kept for all later calls.
   absl::Status Check(cudaError_t error, absl::string_view what);
+  // The same for a launcher, which refuses shapes as invalid values.
+  absl::Status CheckLaunch(cudaError_t error, const char* op, int head_dim, int block_tokens);
   // OK as long as the device works.
   absl::Status Fault() const;
   template <typename Params>
@@ -163,6 +165,7 @@ CudaBackend::~CudaBackend() {
 
 absl::Status CudaBackend::Check(cudaError_t error, absl::string_view what) {
   if (error == cudaSuccess) return absl::OkStatus();
+  cudaGetLastError();  // kept by the runtime: the next launch must not take it for its own
   absl::Status status = CudaStatus(error, what);
   if (IsDeviceFault(error)) {
     absl::MutexLock lock(&fault_mu_);
@@ -170,6 +173,12 @@ absl::Status CudaBackend::Check(cudaError_t error, absl::string_view what) {
     faulted_.store(true);
   }
   return status;
+}
+
+absl::Status CudaBackend::CheckLaunch(cudaError_t error, const char* op, int head_dim,
+                                      int block_tokens) {
+  absl::Status status = Check(error, op);
+  return error == cudaErrorInvalidValue ? UnsupportedShape(op, head_dim, block_tokens) : status;
 }
 
 absl::Status CudaBackend::Fault() const {
@@ -182,9 +191,7 @@ template <typename Params>
 absl::Status CudaBackend::Launch(const char* op, cudaError_t (*launch)(const Params&, cudaStream_t),
                                  const Params& params, int head_dim, int block_tokens) {
   if (absl::Status status = Fault(); !status.ok()) return status;
-  const cudaError_t error = launch(params, stream_);
-  if (error == cudaErrorInvalidValue) return UnsupportedShape(op, head_dim, block_tokens);
-  return Check(error, op);
+  return CheckLaunch(launch(params, stream_), op, head_dim, block_tokens);
 }
 
 absl::StatusOr<DeviceBuffer> CudaBackend::Allocate(size_t bytes) {
@@ -306,11 +313,8 @@ absl::Status CudaBackend::Attention(const kernels::AttentionParams& params) {
       !status.ok()) {
     return status;
   }
-  const cudaError_t error = cuda::LaunchAttention(params, attention_scratch_.data(), stream_);
-  if (error == cudaErrorInvalidValue) {
-    return UnsupportedShape("attention", params.head_dim, params.block_tokens);
-  }
-  return Check(error, "attention");
+  return CheckLaunch(cuda::LaunchAttention(params, attention_scratch_.data(), stream_), "attention",
+                     params.head_dim, params.block_tokens);
 }
 
 absl::Status CudaBackend::PackKv(const kernels::PackKvParams& params) {
