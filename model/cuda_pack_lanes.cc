@@ -33,6 +33,8 @@ cudaError_t CudaPackLanes::Pack(const kernels::PackKvParams& params) {
   if (params.num_blocks == 0) return cudaSuccess;
   Lane* lane = Acquire();
   const cudaError_t error = PackOnLane(params, lane);
+  // Pieces before the one that failed may still be on their way into params.dst.
+  if (error != cudaSuccess && lane->stream != nullptr) cudaStreamSynchronize(lane->stream);
   Release(lane);
   return error;
 }
