@@ -18,6 +18,9 @@ namespace prefilld::model {
 namespace {
 
 constexpr int64_t kDefaultMaxTokens = 131072;
+// Far above any device's memory, and low enough that kernels may count positions as int and no size
+// of the workspace overflows.
+constexpr int64_t kMaxPositions = int64_t{1} << 28;
 // Wide enough to saturate the GEMMs of the device, narrow enough that the wide activations stay
 // small beside the hidden states (CUDA) or in the cache (CPU).
 constexpr int64_t kCpuTileTokens = 512;
@@ -295,7 +298,7 @@ AttentionOptions DefaultAttention(const EngineOptions& options, const HeadCluste
 
 absl::StatusOr<int64_t> MaxTokens(const EngineOptions& options, const ModelConfig& config) {
   if (options.max_tokens == 0) return std::min(config.max_positions, kDefaultMaxTokens);
-  const int64_t limit = PositionLimit(config);
+  const int64_t limit = std::min(PositionLimit(config), kMaxPositions);
   if (options.max_tokens <= limit) return options.max_tokens;
   return absl::InvalidArgumentError(absl::StrCat("max_tokens ", options.max_tokens,
                                                  " is above the model's ", limit, " positions"));
