@@ -71,7 +71,7 @@ readme_missing() {
   done
   local options=(server/options.cc client/*/options.cc deploy/quickstart.sh tests/run.sh)
   grep -oE -- '(^|[^-A-Za-z0-9])--[a-z][a-z0-9_-]+' README.md | grep -oE -- '--.*' | sort -u |
-    grep -vxE -- "--(help|target|gpus|python_out|grpc_python_out)" | while IFS= read -r flag; do
+    grep -vxE -- "--(help|target|preset|build|gpus|python_out|grpc_python_out)" | while IFS= read -r flag; do
       grep -qE -- "ABSL_FLAG\(.*[ >]${flag#--},|[ (|]$flag\b" "${options[@]}" || echo "$flag (flag)"
     done
   grep -oE '\b(prefilld-[a-z-]+|prefill-cli)\b' README.md | sort -u | while IFS= read -r program; do
