@@ -68,15 +68,14 @@ Outcome OutcomeOfRefusal(absl::StatusCode code) {
 
 }  // namespace
 
-PrefillService::PrefillService(Scheduler& scheduler, Metrics& metrics, const Clock& clock,
-                               RequestLimits limits, v1::ServerInfo info,
-                               std::shared_ptr<grpc::ChannelCredentials> push_credentials)
+PrefillService::PrefillService(Scheduler& scheduler, PushDialer& push_dialer, Metrics& metrics,
+                               const Clock& clock, RequestLimits limits, v1::ServerInfo info)
     : scheduler_(scheduler),
+      push_dialer_(push_dialer),
       metrics_(metrics),
       clock_(clock),
       limits_(std::move(limits)),
-      info_(std::move(info)),
-      push_credentials_(std::move(push_credentials)) {}
+      info_(std::move(info)) {}
 
 Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
                                 const grpc::ByteBuffer* request_bytes) {
@@ -94,8 +93,8 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
   auto job = std::make_shared<PrefillJob>(*std::move(work), clock_);
   if (job->work().pushes()) {
     // The job holds this function, so the function must not hold the job.
-    job->set_start_delivery([weak = std::weak_ptr(job), credentials = push_credentials_] {
-      if (auto self = weak.lock()) StartPush(std::move(self), credentials);
+    job->set_start_delivery([this, weak = std::weak_ptr(job)] {
+      if (auto self = weak.lock()) push_dialer_.Start(std::move(self));
     });
   }
   if (const absl::Status status = scheduler_.Submit(job); !status.ok()) {

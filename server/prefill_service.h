@@ -5,7 +5,6 @@
 #include <memory>
 #include <string>
 
-#include <grpcpp/security/credentials.h>
 #include <grpcpp/server_context.h>
 #include <grpcpp/support/byte_buffer.h>
 #include <grpcpp/support/server_callback.h>
@@ -18,6 +17,7 @@
 namespace prefilld::server {
 
 class Metrics;
+class PushDialer;
 class Scheduler;
 
 // Streams carry messages encoded by hand (frame_codec.h), so those methods take raw buffers.
@@ -29,11 +29,9 @@ using PrefillServiceBase = ::prefill::v1::PrefillService::WithRawCallbackMethod_
 // Thread-safe, as gRPC calls it.
 class PrefillService final : public PrefillServiceBase {
  public:
-  // `info` holds everything about the server that does not change. `push_credentials` are those of
-  // the calls to receivers.
-  PrefillService(Scheduler& scheduler, Metrics& metrics, const Clock& clock, RequestLimits limits,
-                 ::prefill::v1::ServerInfo info,
-                 std::shared_ptr<grpc::ChannelCredentials> push_credentials);
+  // `info` holds everything about the server that does not change.
+  PrefillService(Scheduler& scheduler, PushDialer& push_dialer, Metrics& metrics,
+                 const Clock& clock, RequestLimits limits, ::prefill::v1::ServerInfo info);
 
   grpc::ServerWriteReactor<grpc::ByteBuffer>* Prefill(grpc::CallbackServerContext* context,
                                                       const grpc::ByteBuffer* request) override;
@@ -49,11 +47,11 @@ class PrefillService final : public PrefillServiceBase {
                                                      const absl::Status& status);
 
   Scheduler& scheduler_;
+  PushDialer& push_dialer_;
   Metrics& metrics_;
   const Clock& clock_;
   const RequestLimits limits_;
   const ::prefill::v1::ServerInfo info_;
-  const std::shared_ptr<grpc::ChannelCredentials> push_credentials_;
 };
 
 }  // namespace prefilld::server

@@ -23,13 +23,24 @@ constexpr char kReceiveMethod[] = "/prefill.v1.KvReceiver/Receive";
 constexpr int kKeepaliveMs = 20'000;
 constexpr int kKeepaliveTimeoutMs = 10'000;
 
+std::shared_ptr<grpc::Channel> Dial(const std::string& address,
+                                    const std::shared_ptr<grpc::ChannelCredentials>& credentials) {
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
+  // A connection per push, so that pushes to one worker do not share its throughput.
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  return grpc::CreateCustomChannel(address, credentials, arguments);
+}
+
+}  // namespace
+
 // Owns itself: deleted when gRPC is done with the call. The method is client-streaming; on the
 // wire that is a bidirectional stream with one response, which lets requests be encoded by hand.
 class PushStream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>,
                          public LaneQueue::Transport {
  public:
-  PushStream(std::shared_ptr<PrefillJob> job, LaneQueue* queue,
-             const std::shared_ptr<grpc::ChannelCredentials>& credentials);
+  PushStream(std::shared_ptr<PrefillJob> job, LaneQueue* queue, const PushDialer& dialer);
   void Start();
 
   void Send(const grpc::ByteBuffer& message, bool last) override;
@@ -45,6 +56,7 @@ class PushStream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::
 
   const std::shared_ptr<PrefillJob> job_;
   LaneQueue* const queue_;
+  const std::shared_ptr<PushDialer::Open> open_;
   grpc::ClientContext context_;
   grpc::GenericStub stub_;
   grpc::ByteBuffer response_;
@@ -58,21 +70,15 @@ class PushStream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::
   bool sent_all_ = false;  // written by End, read by OnDone, which cannot come before
 };
 
-std::shared_ptr<grpc::Channel> Dial(const std::string& address,
-                                    const std::shared_ptr<grpc::ChannelCredentials>& credentials) {
-  grpc::ChannelArguments arguments;
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
-  // A connection per push, so that pushes to one worker do not share its throughput.
-  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-  return grpc::CreateCustomChannel(address, credentials, arguments);
-}
-
-PushStream::PushStream(std::shared_ptr<PrefillJob> job, LaneQueue* queue,
-                       const std::shared_ptr<grpc::ChannelCredentials>& credentials)
+PushStream::PushStream(std::shared_ptr<PrefillJob> job, LaneQueue* queue, const PushDialer& dialer)
     : job_(std::move(job)),
       queue_(queue),
-      stub_(Dial(job_->work().deliver_to.address(), credentials)) {
+      open_(dialer.open_),
+      stub_(Dial(job_->work().deliver_to.address(), dialer.credentials_)) {
+  {
+    absl::MutexLock lock(&open_->mu);
+    ++open_->calls;
+  }
   const absl::Duration time_left = job_->time_left();
   if (time_left != absl::InfiniteDuration()) {
     context_.set_deadline(absl::ToChronoTime(absl::Now() + time_left));
@@ -138,7 +144,10 @@ void PushStream::OnDone(const grpc::Status& status) {
         absl::Status(result.code(), absl::StrCat("deliver_to ", job_->work().deliver_to.address(),
                                                  ": ", result.message())));
   }
+  const std::shared_ptr<PushDialer::Open> open = open_;
   delete this;
+  absl::MutexLock lock(&open->mu);
+  --open->calls;
 }
 
 absl::Status PushStream::CheckOutcome(const grpc::Status& status) {
@@ -156,13 +165,19 @@ absl::Status PushStream::CheckOutcome(const grpc::Status& status) {
   return absl::OkStatus();
 }
 
-}  // namespace
+PushDialer::PushDialer(std::shared_ptr<grpc::ChannelCredentials> credentials)
+    : credentials_(std::move(credentials)) {}
 
-void StartPush(std::shared_ptr<PrefillJob> job,
-               const std::shared_ptr<grpc::ChannelCredentials>& credentials) {
+void PushDialer::Start(std::shared_ptr<PrefillJob> job) {
   const auto lane = job->delivery().side_lane(0);
   if (!lane.ok()) return;  // not a push
-  (new PushStream(std::move(job), *lane, credentials))->Start();
+  (new PushStream(std::move(job), *lane, *this))->Start();
+}
+
+void PushDialer::AwaitIdle() {
+  absl::MutexLock lock(&open_->mu);
+  const auto idle = [this]() ABSL_SHARED_LOCKS_REQUIRED(open_->mu) { return open_->calls == 0; };
+  open_->mu.Await(absl::Condition(&idle));
 }
 
 }  // namespace prefilld::server

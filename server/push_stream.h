@@ -6,14 +6,37 @@
 
 #include <grpcpp/security/credentials.h>
 
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
 #include "server/prefill_job.h"
 
 namespace prefilld::server {
 
-// Opens the call to work().deliver_to and attaches it to the job's lane 0. The job ends with the
-// receiver's status if the receiver refuses, fails or goes away.
-void StartPush(std::shared_ptr<PrefillJob> job,
-               const std::shared_ptr<grpc::ChannelCredentials>& credentials);
+// Opens the calls to receivers, and outlives them. Thread-safe.
+class PushDialer {
+ public:
+  explicit PushDialer(std::shared_ptr<grpc::ChannelCredentials> credentials);
+
+  // Opens the call to work().deliver_to and attaches it to the job's lane 0. The job ends with the
+  // receiver's status if the receiver refuses, fails or goes away.
+  void Start(std::shared_ptr<PrefillJob> job);
+
+  // Waits until every call is over, its channel gone. A channel that is the last user of gRPC's
+  // callback threads ends them, which it must not do on one of them: so this comes before the end
+  // of the server, which uses them too.
+  void AwaitIdle();
+
+ private:
+  friend class PushStream;
+  // Of the calls; co-owned by them, for the last one leaves while AwaitIdle returns.
+  struct Open {
+    absl::Mutex mu;
+    int calls ABSL_GUARDED_BY(mu) = 0;
+  };
+
+  const std::shared_ptr<grpc::ChannelCredentials> credentials_;
+  const std::shared_ptr<Open> open_ = std::make_shared<Open>();
+};
 
 }  // namespace prefilld::server
 

@@ -183,6 +183,7 @@ void Scheduler::Compute(PrefillJob& job) {
     Fail(sequence.status());
     return;
   }
+  if (job.ended()) return;  // meanwhile; nothing is to be delivered any more
   job.Start((*sequence)->policy());
   stream_.Begin(job, **sequence);
   absl::Status status = ComputeLayers(job, **sequence);

@@ -13,6 +13,7 @@
 #include "server/health.h"
 #include "server/log.h"
 #include "server/prefill_service.h"
+#include "server/push_stream.h"
 #include "server/tls.h"
 #include "server/version.h"
 #include "server/watchdog.h"
@@ -150,9 +151,10 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
                        .allowed_policies = options.attention.allowed,
                        .deliver_to_allow = options.deliver_to_allow,
                        .max_lanes = options.max_lanes};
-  service_ = std::make_unique<PrefillService>(*scheduler_, *metrics_, clock_, std::move(limits),
-                                              DescribeServer(options, engine, attention),
-                                              *std::move(push_credentials));
+  push_dialer_ = std::make_unique<PushDialer>(*std::move(push_credentials));
+  service_ = std::make_unique<PrefillService>(*scheduler_, *push_dialer_, *metrics_, clock_,
+                                              std::move(limits),
+                                              DescribeServer(options, engine, attention));
   return absl::OkStatus();
 }
 
@@ -209,6 +211,7 @@ PrefillServer::~PrefillServer() {
     server_->Shutdown(absl::ToChronoTime(absl::Now() + kShutdownTime));
     server_->Wait();
   }
+  if (push_dialer_ != nullptr) push_dialer_->AwaitIdle();
   watchdog_.reset();
   // The transport may hold on to the last frames for a moment. Rather leak the memory than take
   // it from under a socket.

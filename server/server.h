@@ -23,6 +23,7 @@ namespace prefilld::server {
 
 class Health;
 class PrefillService;
+class PushDialer;
 class Watchdog;
 
 // Serves from Create to Drain. Thread-safe.
@@ -68,6 +69,7 @@ class PrefillServer {
   std::unique_ptr<StagingRing> ring_;
   std::unique_ptr<KvStream> stream_;
   std::unique_ptr<Scheduler> scheduler_;
+  std::unique_ptr<PushDialer> push_dialer_;
   std::unique_ptr<PrefillService> service_;
   std::unique_ptr<grpc::Server> server_;
   std::unique_ptr<Health> health_;
