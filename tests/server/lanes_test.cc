@@ -104,12 +104,14 @@ TEST_F(Lanes, AreRefusedWhenUnknownTakenOrOutOfRange) {
 
 TEST_F(Lanes, ThatBreakEndTheRequest) {
   StartServer();
-  engine_->HoldAfter(1);
+  engine_->HoldAfter(0);
   OpenStream control(*stub_, PromptOverLanes(2));
   control.ReadUntil(v1::PrefillEvent::kAccepted);
   {
     const auto stub = NewStub();
     OpenStream lane(*stub, Lane("laned", 1));
+    lane.WaitUntilAttached();
+    engine_->HoldAfter(1);
     lane.ReadUntil(v1::PrefillEvent::kKvFrame);
   }
   EXPECT_EQ(control.Rest().status.error_code(), grpc::StatusCode::CANCELLED);
