@@ -78,7 +78,7 @@ run_tiny() {
         tr -d '\n' <"$work/answer.json" >>"$out/tiny.jsonl"
         echo >>"$out/tiny.jsonl"
       done
-      echo "tiny $tokens tokens $policy: $right of 10 right, $(grep -o '"density":[0-9.e-]*' "$work/answer.json" | head -1)"
+      echo "tiny $tokens tokens $policy: $right of 10 right, $(grep -o '"density": *[0-9.e-]*' "$work/answer.json" | head -1)"
     done
   done
   stop
