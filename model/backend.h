@@ -53,9 +53,9 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  virtual const std::string& device_name() const = 0;    // "cpu", or the GPU's name
-  virtual kernels::DType compute_dtype() const = 0;      // fp32 on the CPU, bf16 on CUDA
-  virtual size_t allocated_bytes() const = 0;            // thread-safe
+  virtual const std::string& device_name() const = 0;  // "cpu", or the GPU's name
+  virtual kernels::DType compute_dtype() const = 0;    // fp32 on the CPU, bf16 on CUDA
+  virtual size_t allocated_bytes() const = 0;          // thread-safe
 
   // Memory is not initialised. RESOURCE_EXHAUSTED names the size that was refused. Thread-safe.
   virtual absl::StatusOr<DeviceBuffer> Allocate(size_t bytes) = 0;
@@ -69,6 +69,12 @@ class Backend {
   virtual absl::Status Download(void* dst, const void* src, size_t bytes) = 0;
   // Waits for all earlier ops.
   virtual absl::Status Synchronize() = 0;
+  // Marks the point behind all earlier ops, without waiting for it: marks are numbered 0 ..
+  // kNumMarks - 1 and may be set anew. ElapsedUs waits until the device has passed both points and
+  // returns the time between them by its own clock; both must have been marked.
+  static constexpr int kNumMarks = 16;
+  virtual absl::Status Mark(int mark) = 0;
+  virtual absl::StatusOr<double> ElapsedUs(int from, int to) = 0;
   // Runs `ops` and waits for them: the time they took on the device, in milliseconds. For
   // benchmarks. Wall time here; a device with a clock of its own overrides it.
   virtual absl::StatusOr<double> TimeMs(absl::FunctionRef<absl::Status()> ops);

@@ -1,6 +1,8 @@
 #include "model/cpu_backend.h"
 
+#include <array>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -43,6 +45,13 @@ class CpuBackend final : public Backend {
     return Copy(dst, src, bytes);
   }
   absl::Status Synchronize() override { return absl::OkStatus(); }
+  absl::Status Mark(int mark) override {
+    marks_[mark] = std::chrono::steady_clock::now();
+    return absl::OkStatus();
+  }
+  absl::StatusOr<double> ElapsedUs(int from, int to) override {
+    return std::chrono::duration<double, std::micro>(marks_[to] - marks_[from]).count();
+  }
 
   absl::Status Embedding(const kernels::EmbeddingParams& p) override {
     return Run(cpu::Embedding, p);
@@ -114,6 +123,7 @@ class CpuBackend final : public Backend {
 
   const std::string device_name_ = "cpu";
   const int num_threads_;
+  std::array<std::chrono::steady_clock::time_point, kNumMarks> marks_;
   std::atomic<size_t> allocated_bytes_ = 0;
 };
 

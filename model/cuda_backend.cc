@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
@@ -42,6 +43,8 @@ class CudaBackend final : public Backend {
   absl::Status Upload(void* dst, const void* src, size_t bytes) override;
   absl::Status Download(void* dst, const void* src, size_t bytes) override;
   absl::Status Synchronize() override;
+  absl::Status Mark(int mark) override;
+  absl::StatusOr<double> ElapsedUs(int from, int to) override;
   absl::StatusOr<double> TimeMs(absl::FunctionRef<absl::Status()> ops) override;
 
   absl::Status Embedding(const kernels::EmbeddingParams& params) override {
@@ -100,6 +103,7 @@ class CudaBackend final : public Backend {
   const int device_;
   std::string device_name_;
   cudaStream_t stream_ = nullptr;  // of the ops
+  cudaEvent_t marks_[kNumMarks] = {};
   cudaEvent_t timing_start_ = nullptr;
   cudaEvent_t timing_end_ = nullptr;
   DeviceBuffer linear_workspace_;
@@ -140,7 +144,9 @@ absl::Status CudaBackend::Initialize() {
       !status.ok()) {
     return status;
   }
-  for (cudaEvent_t* event : {&timing_start_, &timing_end_}) {
+  std::vector<cudaEvent_t*> events = {&timing_start_, &timing_end_};
+  for (cudaEvent_t& mark : marks_) events.push_back(&mark);
+  for (cudaEvent_t* event : events) {
     if (absl::Status status = Check(cudaEventCreate(event), "cudaEventCreate"); !status.ok()) {
       return status;
     }
@@ -158,6 +164,9 @@ CudaBackend::~CudaBackend() {
   linear_.reset();
   linear_workspace_ = DeviceBuffer();
   attention_scratch_ = DeviceBuffer();
+  for (cudaEvent_t mark : marks_) {
+    if (mark != nullptr) cudaEventDestroy(mark);
+  }
   if (timing_start_ != nullptr) cudaEventDestroy(timing_start_);
   if (timing_end_ != nullptr) cudaEventDestroy(timing_end_);
   if (stream_ != nullptr) cudaStreamDestroy(stream_);
@@ -262,6 +271,23 @@ absl::Status CudaBackend::Download(void* dst, const void* src, size_t bytes) {
 absl::Status CudaBackend::Synchronize() {
   if (absl::Status status = Fault(); !status.ok()) return status;
   return Check(cudaStreamSynchronize(stream_), "synchronize");
+}
+
+absl::Status CudaBackend::Mark(int mark) {
+  if (absl::Status status = Fault(); !status.ok()) return status;
+  return Check(cudaEventRecord(marks_[mark], stream_), "mark");
+}
+
+absl::StatusOr<double> CudaBackend::ElapsedUs(int from, int to) {
+  for (const int mark : {from, to}) {
+    absl::Status status = Check(cudaEventSynchronize(marks_[mark]), "wait for a mark");
+    if (!status.ok()) return status;
+  }
+  float milliseconds = 0.0f;
+  absl::Status status =
+      Check(cudaEventElapsedTime(&milliseconds, marks_[from], marks_[to]), "elapsed time");
+  if (!status.ok()) return status;
+  return 1e3 * milliseconds;
 }
 
 absl::StatusOr<double> CudaBackend::TimeMs(absl::FunctionRef<absl::Status()> ops) {

@@ -12,6 +12,9 @@ namespace {
 // fill the device at lengths where one does not.
 constexpr int64_t kPivotMassBytes = int64_t{64} << 20;
 
+// Points on the device's time line.
+enum Mark { kBegin, kEstimated, kSelected, kExpanded, kPivotsMeasured, kDecided };
+
 int64_t CausalBlocks(int64_t num_blocks) { return num_blocks * (num_blocks + 1) / 2; }
 
 // Blocks of `row` that `old` has not.
@@ -97,7 +100,9 @@ absl::Status PatternSharing::Attend(int layer, const kernels::AttentionParams& a
                                                ? absl::MakeConstSpan(clusters_.cluster_of[layer])
                                                : absl::MakeConstSpan(no_clusters_);
   const absl::Span<const float> estimate(estimate_.data(), config_.num_heads * num_blocks_);
+  Stopwatch host_stopwatch;
   const std::vector<int> pivots = ChoosePivots(cluster_of, estimate, pivots_, options_);
+  int64_t host_us = host_stopwatch.LapUs();
   report->pattern_us += stopwatch.LapUs();
 
   const int64_t mass_floats = static_cast<int64_t>(pivot_mass_.bytes() / sizeof(float));
@@ -111,6 +116,10 @@ absl::Status PatternSharing::Attend(int layer, const kernels::AttentionParams& a
     report->pattern_us += stopwatch.LapUs();
   }
 
+  if (!pivots.empty()) {
+    if (absl::Status status = backend_.Mark(kPivotsMeasured); !status.ok()) return status;
+  }
+  host_stopwatch.LapUs();
   std::vector<HeadRole> roles(config_.num_heads, HeadRole::kPivot);
   for (int head = 0; head < config_.num_heads; ++head) {
     if (std::binary_search(pivots.begin(), pivots.end(), head)) continue;
@@ -120,8 +129,12 @@ absl::Status PatternSharing::Attend(int layer, const kernels::AttentionParams& a
                    cluster == HeadClusters::kNoCluster ? nullptr : &pivots_[cluster], options_);
   }
   if (absl::Status status = AssignPatterns(cluster_of, roles); !status.ok()) return status;
+  host_us += host_stopwatch.LapUs();
+  if (absl::Status status = backend_.Mark(kDecided); !status.ok()) return status;
   Summarize(roles, report);
   report->pattern_us += stopwatch.LapUs();
+  stages_.host_us = static_cast<double>(host_us);
+  if (absl::Status status = MeasureStages(pivots.empty()); !status.ok()) return status;
 
   if (work_.empty()) return absl::OkStatus();
   kernels::AttentionParams params = attention;
@@ -133,26 +146,44 @@ absl::Status PatternSharing::Attend(int layer, const kernels::AttentionParams& a
   return status;
 }
 
+absl::Status PatternSharing::MeasureStages(bool pivots_exist) {
+  const struct {
+    double& us;
+    Mark from, to;
+  } stages[] = {{stages_.estimate_us, kBegin, kEstimated},
+                {stages_.vertical_slash_us, kEstimated, kSelected},
+                {stages_.expand_us, kSelected, kExpanded},
+                {stages_.decide_us, pivots_exist ? kExpanded : kPivotsMeasured, kDecided}};
+  for (const auto& [us, from, to] : stages) {
+    const absl::StatusOr<double> elapsed = backend_.ElapsedUs(from, to);
+    if (!elapsed.ok()) return elapsed.status();
+    us = *elapsed;
+  }
+  return absl::OkStatus();
+}
+
 absl::Status PatternSharing::Estimate(const kernels::AttentionParams& attention) {
   const int64_t num_queries = std::min<int64_t>(block_tokens_, num_tokens_);
   const int64_t query_offset = (attention.num_queries - num_queries) * config_.num_heads *
                                config_.head_dim *
                                static_cast<int64_t>(kernels::SizeOf(backend_.compute_dtype()));
-  absl::Status status =
-      backend_.Estimate({.q = static_cast<const char*>(attention.q) + query_offset,
-                         .k = attention.k,
-                         .num_queries = num_queries,
-                         .num_keys = num_tokens_,
-                         .kv_head_stride = attention.kv_head_stride,
-                         .num_heads = config_.num_heads,
-                         .num_kv_heads = config_.num_kv_heads,
-                         .head_dim = config_.head_dim,
-                         .block_tokens = block_tokens_,
-                         .scale = attention.scale,
-                         .block_mass = block_estimate_.as<float>(),
-                         .vertical = vertical_.as<float>(),
-                         .slash = slash_.as<float>(),
-                         .scratch = scratch_.data()});
+  absl::Status status = backend_.Mark(kBegin);
+  if (!status.ok()) return status;
+  status = backend_.Estimate({.q = static_cast<const char*>(attention.q) + query_offset,
+                              .k = attention.k,
+                              .num_queries = num_queries,
+                              .num_keys = num_tokens_,
+                              .kv_head_stride = attention.kv_head_stride,
+                              .num_heads = config_.num_heads,
+                              .num_kv_heads = config_.num_kv_heads,
+                              .head_dim = config_.head_dim,
+                              .block_tokens = block_tokens_,
+                              .scale = attention.scale,
+                              .block_mass = block_estimate_.as<float>(),
+                              .vertical = vertical_.as<float>(),
+                              .slash = slash_.as<float>(),
+                              .scratch = scratch_.data()});
+  if (status.ok()) status = backend_.Mark(kEstimated);
   if (status.ok()) {
     status = backend_.VerticalSlash({.vertical = vertical_.as<float>(),
                                      .slash = slash_.as<float>(),
@@ -165,6 +196,7 @@ absl::Status PatternSharing::Estimate(const kernels::AttentionParams& attention)
                                      .diagonals = diagonals_.as<uint32_t>(),
                                      .scratch = scratch_.data()});
   }
+  if (status.ok()) status = backend_.Mark(kSelected);
   // Sharing heads and pivots will not use theirs; one launch for all is cheaper than choosing.
   if (status.ok()) {
     status =
@@ -176,6 +208,7 @@ absl::Status PatternSharing::Estimate(const kernels::AttentionParams& attention)
                                       .num_heads = config_.num_heads,
                                       .blocks = figures_.as<int64_t>() + VerticalSlashSlot(0)});
   }
+  if (status.ok()) status = backend_.Mark(kExpanded);
   if (status.ok()) {
     status = backend_.Download(estimate_.data(), block_estimate_.data(),
                                config_.num_heads * num_blocks_ * sizeof(float));

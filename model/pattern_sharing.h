@@ -35,6 +35,15 @@
 
 namespace prefilld::model {
 
+// Where a layer's pattern time goes, in microseconds by the device's clock; host_us by the host's.
+struct PatternStages {
+  double estimate_us = 0.0;
+  double vertical_slash_us = 0.0;
+  double expand_us = 0.0;
+  double decide_us = 0.0;  // from then on until attention begins, pivots left out
+  double host_us = 0.0;    // of that, what the host computes
+};
+
 // The state of one prompt at a time and the device memory for the longest one, allocated by
 // Create. With W = words of a pattern row and n = blocks of the longest prompt that is, in bytes,
 // (num_heads + num_clusters) * n * W * 4 for patterns (8.4 MB each at 1M tokens and 128-token
@@ -58,6 +67,9 @@ class PatternSharing {
   // take a few host arrays of [num_heads] or [num_key_blocks] from the heap.
   absl::Status Attend(int layer, const kernels::AttentionParams& attention, LayerReport* report);
 
+  // Of the last Attend.
+  const PatternStages& stages() const { return stages_; }
+
  private:
   PatternSharing(Backend* backend, const ModelConfig* config, const HeadClusters* clusters,
                  int block_tokens)
@@ -66,6 +78,7 @@ class PatternSharing {
   absl::Status Allocate(int64_t max_tokens);
 
   // The stages of Attend, in order.
+  absl::Status MeasureStages(bool pivots_exist);
   absl::Status Estimate(const kernels::AttentionParams& attention);
   absl::Status AttendPivots(const kernels::AttentionParams& attention,
                             absl::Span<const int> pivots);
@@ -122,6 +135,8 @@ class PatternSharing {
   int64_t num_blocks_ = 0;
   std::vector<ClusterPivot> pivots_;  // [num_clusters]
   std::vector<int> no_clusters_;      // [H], for policy vertical_slash
+
+  PatternStages stages_;
 
   // Host copies, sized once.
   std::vector<float> estimate_;  // [H, n]

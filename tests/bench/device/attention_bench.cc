@@ -188,6 +188,11 @@ absl::Status BenchSharing(model::Backend& backend, AttentionData& data,
                 {"error", RelativeError(out, reference, backend.compute_dtype())},
                 {"pattern_ms", static_cast<double>(last.pattern_us) / 1e3},
                 {"attention_ms", static_cast<double>(last.attention_us) / 1e3},
+                {"estimate_ms", (*sharing)->stages().estimate_us / 1e3},
+                {"vertical_slash_ms", (*sharing)->stages().vertical_slash_us / 1e3},
+                {"expand_ms", (*sharing)->stages().expand_us / 1e3},
+                {"decide_ms", (*sharing)->stages().decide_us / 1e3},
+                {"host_ms", (*sharing)->stages().host_us / 1e3},
                 {"pivots", last.pivot_heads},
                 {"shared", last.shared_heads}};
     report->Add(std::move(row));
