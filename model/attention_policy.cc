@@ -54,6 +54,7 @@ absl::Status Validate(const AttentionOptions& options) {
   status.Update(CheckRange("coverage", options.coverage, 0.0f, 1.0f, true));
   status.Update(CheckNotNegative("min_budget_tokens", options.min_budget_tokens));
   status.Update(CheckNotNegative("crossover_tokens", options.crossover_tokens));
+  status.Update(CheckNotNegative("recall_audit_rows", options.recall_audit_rows));
   return status;
 }
 

@@ -25,6 +25,9 @@ struct AttentionOptions {
   int64_t min_budget_tokens = 128;  // floor of vertical-slash columns, and of diagonals
   bool same_layer_sharing = true;
   int64_t crossover_tokens = 4096;  // kAuto: dense below, share from here on
+  // Query blocks per layer whose true attention is computed beside the sparse run to measure the
+  // recall of every sparse head (model/recall_audit.h); 0: none. Changes no result.
+  int64_t recall_audit_rows = 0;
 };
 
 // INVALID_ARGUMENT names field, value and range. NaN is outside every range.

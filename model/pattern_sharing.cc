@@ -70,6 +70,10 @@ absl::Status PatternSharing::Allocate(int64_t max_tokens) {
     if (!allocated.ok()) return allocated.status();
     buffer = *std::move(allocated);
   }
+  absl::StatusOr<std::unique_ptr<RecallAudit>> audit =
+      RecallAudit::Create(&backend_, config_.num_heads);
+  if (!audit.ok()) return audit.status();
+  audit_ = *std::move(audit);
   pivots_.resize(clusters_.num_clusters);
   for (ClusterPivot& pivot : pivots_) {
     pivot.estimate.reserve(blocks);
@@ -140,9 +144,32 @@ absl::Status PatternSharing::Attend(int layer, const kernels::AttentionParams& a
   kernels::AttentionParams params = attention;
   params.work = work_.data();
   params.num_work = static_cast<int>(work_.size());
+  if (options_.recall_audit_rows > 0) {
+    if (absl::Status status = Audit(layer, params, roles, report); !status.ok()) return status;
+    report->audit_us = stopwatch.LapUs();
+  }
   absl::Status status = backend_.Attention(params);
   if (status.ok()) status = backend_.Synchronize();
   report->attention_us += stopwatch.LapUs();
+  return status;
+}
+
+absl::Status PatternSharing::Audit(int layer, const kernels::AttentionParams& attention,
+                                   absl::Span<const HeadRole> roles, LayerReport* report) {
+  std::vector<float> recall(attention.num_work);
+  // The estimate has been read; what it was written to is free.
+  absl::Status status = audit_->Measure(attention, layer, options_.recall_audit_rows,
+                                        {.block_mass = block_estimate_.as<float>(),
+                                         .vertical = vertical_.as<float>(),
+                                         .slash = slash_.as<float>(),
+                                         .scratch = scratch_.data()},
+                                        absl::MakeSpan(recall));
+  for (int i = 0; i < attention.num_work && status.ok(); ++i) {
+    const int head = attention.work[i].head;
+    const PatternSource source =
+        roles[head] == HeadRole::kShared ? PatternSource::kPivot : PatternSource::kVerticalSlash;
+    report->recall.push_back({layer, head, source, recall[i]});
+  }
   return status;
 }
 

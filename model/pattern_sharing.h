@@ -31,6 +31,7 @@
 #include "model/config.h"
 #include "model/head_clusters.h"
 #include "model/prefill_engine.h"
+#include "model/recall_audit.h"
 #include "model/sharing_decision.h"
 
 namespace prefilld::model {
@@ -86,6 +87,9 @@ class PatternSharing {
                              absl::Span<const int> pivots);
   absl::Status AssignPatterns(absl::Span<const int> cluster_of, absl::Span<const HeadRole> roles);
   void Summarize(absl::Span<const HeadRole> roles, LayerReport* report) const;
+  // Recall of what is about to run.
+  absl::Status Audit(int layer, const kernels::AttentionParams& attention,
+                     absl::Span<const HeadRole> roles, LayerReport* report);
 
   // Figures are measured into numbered slots, 2 H of them, and read back together.
   absl::Status Measure(const float* block_mass, const uint32_t* pattern, int slot);
@@ -128,6 +132,7 @@ class PatternSharing {
   // [2 H] mass as double and [2 H] blocks of measured patterns, then [H] blocks of the heads'
   // vertical-slash patterns, both int64.
   DeviceBuffer figures_;
+  std::unique_ptr<RecallAudit> audit_;
 
   // The prompt.
   AttentionOptions options_;

@@ -18,6 +18,7 @@
 #include "model/attention_policy.h"
 #include "model/backend.h"
 #include "model/config.h"
+#include "model/recall_audit.h"
 
 namespace prefilld::model {
 
@@ -32,6 +33,10 @@ struct LayerReport {
   int64_t compute_us = 0;
   int64_t attention_us = 0;
   int64_t pattern_us = 0;  // estimate, decide, build
+  // With AttentionOptions.recall_audit_rows: the heads that are not exact. Its time is part of
+  // compute_us alone.
+  std::vector<HeadRecall> recall;
+  int64_t audit_us = 0;
 };
 
 // Which part of a layer's KV, in which form.
