@@ -15,6 +15,7 @@
 #include "kernels/kv_pack.h"
 #include "kernels/layer_ops.h"
 #include "kernels/pattern.h"
+#include "kernels/pooled_mass.h"
 
 namespace prefilld::model {
 
@@ -92,6 +93,7 @@ class Backend {
   virtual absl::Status ExpandVerticalSlash(const kernels::ExpandVerticalSlashParams& params) = 0;
   virtual absl::Status SelectRows(const kernels::SelectRowsParams& params) = 0;
   virtual absl::Status MeasurePattern(const kernels::MeasurePatternParams& params) = 0;
+  virtual absl::Status PooledMass(const kernels::PooledMassParams& params) = 0;
 
   // Packs KV that earlier ops have completed (Synchronize has returned since) into host memory
   // from AllocateStaging; returns when the bytes are there. Thread-safe: runs beside ops, on a

@@ -13,6 +13,7 @@
 #include "kernels/cpu/kv_pack.h"
 #include "kernels/cpu/layer_ops.h"
 #include "kernels/cpu/pattern.h"
+#include "kernels/cpu/pooled_mass.h"
 #include "kernels/cpu/threads.h"
 
 namespace prefilld::model {
@@ -75,6 +76,9 @@ class CpuBackend final : public Backend {
   }
   absl::Status SelectRows(const kernels::SelectRowsParams& p) override {
     return Run(cpu::SelectRows, p);
+  }
+  absl::Status PooledMass(const kernels::PooledMassParams& p) override {
+    return Run(cpu::PooledMass, p);
   }
   absl::Status MeasurePattern(const kernels::MeasurePatternParams& p) override {
     return Run(cpu::MeasurePattern, p);

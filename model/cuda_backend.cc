@@ -19,6 +19,7 @@
 #include "kernels/cuda/layer_ops.h"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/pattern.h"
+#include "kernels/cuda/pooled_mass.h"
 #include "model/cuda_pack_lanes.h"
 #include "model/cuda_status.h"
 
@@ -78,6 +79,10 @@ class CudaBackend final : public Backend {
   }
   absl::Status MeasurePattern(const kernels::MeasurePatternParams& params) override {
     return Launch("measure pattern", cuda::LaunchMeasurePattern, params);
+  }
+  absl::Status PooledMass(const kernels::PooledMassParams& params) override {
+    return Launch("pooled mass", cuda::LaunchPooledMass, params, params.head_dim,
+                  params.block_tokens);
   }
   absl::Status PackKv(const kernels::PackKvParams& params) override;
 

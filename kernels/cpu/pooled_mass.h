@@ -1,0 +1,13 @@
+// The op of kernels/pooled_mass.h, plain.
+#ifndef PREFILLD_KERNELS_CPU_POOLED_MASS_H_
+#define PREFILLD_KERNELS_CPU_POOLED_MASS_H_
+
+#include "kernels/pooled_mass.h"
+
+namespace prefilld::kernels::cpu {
+
+void PooledMass(const PooledMassParams& params);
+
+}  // namespace prefilld::kernels::cpu
+
+#endif  // PREFILLD_KERNELS_CPU_POOLED_MASS_H_

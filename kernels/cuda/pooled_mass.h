@@ -1,0 +1,16 @@
+// The op of kernels/pooled_mass.h on CUDA. Plain: a baseline of the evaluation is not hurried.
+#ifndef PREFILLD_KERNELS_CUDA_POOLED_MASS_H_
+#define PREFILLD_KERNELS_CUDA_POOLED_MASS_H_
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/pooled_mass.h"
+
+namespace prefilld::kernels::cuda {
+
+// head_dim: a multiple of 32, at most 256.
+cudaError_t LaunchPooledMass(const PooledMassParams& params, cudaStream_t stream);
+
+}  // namespace prefilld::kernels::cuda
+
+#endif  // PREFILLD_KERNELS_CUDA_POOLED_MASS_H_
