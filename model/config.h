@@ -55,6 +55,9 @@ struct ModelConfig {
 // never ignored (sliding window, other activations, other head_dim, ...).
 absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& checkpoint_dir);
 
+// The longest prompt that the model's rotation is made for; beyond it answers are noise.
+int64_t PositionLimit(const ModelConfig& config);
+
 // The rotation of a prompt of `num_tokens`: [head_dim / 2] inverse frequencies in radians per
 // position, and the factor on cos and sin. The length matters to dynamic NTK alone, which
 // stretches the base for prompts past the original length.

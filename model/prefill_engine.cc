@@ -30,24 +30,6 @@ constexpr int64_t kKvStrideTokens = 128;
 
 int64_t RoundUp(int64_t n, int64_t multiple) { return kernels::CeilDiv(n, multiple) * multiple; }
 
-// The longest prompt that the model's rotation is made for; beyond it answers are noise.
-int64_t PositionLimit(const ModelConfig& config) {
-  switch (config.rope.kind) {
-    case RopeKind::kDefault:
-    case RopeKind::kLlama3:
-      return config.max_positions;
-    case RopeKind::kLinear:
-      return static_cast<int64_t>(static_cast<double>(config.max_positions) * config.rope.factor);
-    case RopeKind::kYarn:
-      return std::max(config.max_positions,
-                      static_cast<int64_t>(static_cast<double>(config.rope.original_max_positions) *
-                                           config.rope.factor));
-    case RopeKind::kDynamicNtk:
-      return INT64_MAX;  // stretches with the prompt
-  }
-  return config.max_positions;
-}
-
 absl::Status ValidateOptions(const EngineOptions& options) {
   if (options.max_tokens < 0) {
     return absl::InvalidArgumentError(

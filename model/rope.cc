@@ -100,6 +100,23 @@ double YarnAttentionFactor(const RopeConfig& rope) {
 
 }  // namespace
 
+int64_t PositionLimit(const ModelConfig& config) {
+  switch (config.rope.kind) {
+    case RopeKind::kDefault:
+    case RopeKind::kLlama3:
+      return config.max_positions;
+    case RopeKind::kLinear:
+      return static_cast<int64_t>(static_cast<double>(config.max_positions) * config.rope.factor);
+    case RopeKind::kYarn:
+      return std::max(config.max_positions,
+                      static_cast<int64_t>(static_cast<double>(config.rope.original_max_positions) *
+                                           config.rope.factor));
+    case RopeKind::kDynamicNtk:
+      return INT64_MAX;  // stretches with the prompt
+  }
+  return config.max_positions;
+}
+
 RopeTable MakeRopeTable(const ModelConfig& config, int64_t num_tokens) {
   const RopeConfig& rope = config.rope;
   RopeTable table;

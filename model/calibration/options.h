@@ -1,0 +1,29 @@
+// The command line of prefill-calibrate. Flags are read here and nowhere else.
+#ifndef PREFILLD_MODEL_CALIBRATION_OPTIONS_H_
+#define PREFILLD_MODEL_CALIBRATION_OPTIONS_H_
+
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "model/backend.h"
+#include "model/calibration/attention_recorder.h"
+
+namespace prefilld::model {
+
+struct CalibrateOptions {
+  std::string checkpoint_dir;
+  std::string out_dir;
+  std::vector<std::string> prompts;  // files and folders
+  int bos = 256;
+  DeviceChoice device = DeviceChoice::kAuto;
+  int cpu_threads = 0;
+  RecorderOptions recorder;  // max_tokens is left to the prompts
+};
+
+// INVALID_ARGUMENT lists every problem.
+absl::StatusOr<CalibrateOptions> OptionsFromCommandLine(int argc, char** argv);
+
+}  // namespace prefilld::model
+
+#endif  // PREFILLD_MODEL_CALIBRATION_OPTIONS_H_
