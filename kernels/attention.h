@@ -15,7 +15,8 @@ constexpr int64_t CeilDiv(int64_t n, int64_t block) { return (n + block - 1) / b
 
 // A pattern is a bitmap over (query block, key block): row r has PatternWords(num_key_blocks) 32-bit
 // words, bit c % 32 of word c / 32 says whether key block c is computed. Bits above the diagonal are
-// zero; the diagonal's own must be set in every row: kernels begin there, and mask there alone.
+// zero; the diagonal's own is computed whether it is set or not, so that every query sees a key: a
+// row of zeros is the diagonal alone.
 constexpr int64_t PatternWords(int64_t num_key_blocks) { return CeilDiv(num_key_blocks, 32); }
 
 // What to do for one query head.

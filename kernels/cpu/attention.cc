@@ -142,6 +142,7 @@ void AttendTile(const QueryTile& tile, const uint32_t* pattern, const uint32_t* 
   } else {
     for (int64_t word = 0; word <= query_block / 32; ++word) {
       uint32_t bits = pattern[word] | (last_row ? last_row[word] : 0);
+      if (word == query_block / 32) bits |= 1u << (query_block % 32);
       for (; bits != 0; bits &= bits - 1) {
         AttendBlock(tile, word * 32 + std::countr_zero(bits), s, nullptr);
       }

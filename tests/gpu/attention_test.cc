@@ -167,6 +167,20 @@ TEST_F(CudaAttentionOp, FullPatternAndBlockMassGiveTheBitsOfDense) {
   }
 }
 
+TEST_F(CudaAttentionOp, PatternWithoutBitsGivesTheBitsOfTheDiagonal) {
+  for (const AttentionPath path : kPaths) {
+    for (const int head_dim : {64, 128}) {
+      AttentionCase c = {"", 600, 700, 2, 1, head_dim, 128, Blocks::kDiagonalOnly};
+      DeviceAttention diagonal(c);
+      c.blocks = Blocks::kNoBits;
+      DeviceAttention empty(c);
+      diagonal.Run(path);
+      empty.Run(path);
+      EXPECT_EQ(empty.Out(), diagonal.Out()) << Name(path);
+    }
+  }
+}
+
 TEST_F(CudaAttentionOp, GivesTheSameBitsAgain) {
   for (const AttentionPath path : kPaths) {
     DeviceAttention first({"", 900, 900, 8, 2, 128, 128, Blocks::kMixed});

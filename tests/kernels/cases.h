@@ -15,6 +15,7 @@ enum class Blocks {
   kDenseWithMass,
   kRandom,        // random bits, block 0 and the diagonal
   kDiagonalOnly,  // as sparse as a row may be
+  kNoBits,        // rows of zeros: means the same
   kFull,          // every causal bit: equals dense
   kLastRow,       // random bits, the last row joined by another random set
   kMixed,         // dense, dense with mass and sparse heads in one call
@@ -56,6 +57,8 @@ inline const std::vector<AttentionCase>& AttentionCases() {
       {"SparseRandom", 1000, 1000, 4, 2, 64, 64, Blocks::kRandom},
       {"SparseRandomWideHeads", 900, 900, 2, 1, 128, 128, Blocks::kRandom},
       {"SparseDiagonal", 640, 640, 2, 1, 64, 128, Blocks::kDiagonalOnly},
+      {"SparseWithoutBits", 400, 700, 2, 1, 128, 128, Blocks::kNoBits},
+      {"SmallBlocksWithoutBits", 2200, 2200, 1, 1, 64, 64, Blocks::kNoBits},
       {"SparseFullEqualsDense", 577, 577, 2, 2, 64, 128, Blocks::kFull},
       {"LastRowJoined", 700, 700, 4, 2, 128, 128, Blocks::kLastRow},
       {"OneFullPatternWord", 2048, 2048, 1, 1, 64, 64, Blocks::kRandom},

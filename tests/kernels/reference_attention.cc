@@ -23,7 +23,7 @@ void Softmax(std::vector<double>& x) {
 
 bool IsChosen(const AttentionParams& p, const HeadWork& work, int64_t row, int64_t num_rows,
               int64_t block, int64_t num_key_blocks) {
-  if (work.pattern == nullptr) return true;
+  if (work.pattern == nullptr || block == num_key_blocks - num_rows + row) return true;
   const uint32_t bit = 1u << (block % 32);
   if (work.pattern[row * PatternWords(num_key_blocks) + block / 32] & bit) return true;
   return work.last_row != nullptr && row == num_rows - 1 && (work.last_row[block / 32] & bit);

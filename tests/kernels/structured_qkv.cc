@@ -136,6 +136,9 @@ AttentionData::AttentionData(const AttentionCase& c)
       case Blocks::kDiagonalOnly:
         patterns[i] = MakePattern(num_query_blocks, num_key_blocks, 0.0, seed);
         break;
+      case Blocks::kNoBits:
+        patterns[i].resize(static_cast<size_t>(num_query_blocks * PatternWords(num_key_blocks)));
+        break;
       case Blocks::kFull:
         patterns[i] = MakePattern(num_query_blocks, num_key_blocks, 1.0, seed);
         break;

@@ -27,7 +27,7 @@ __device__ __forceinline__ QueryTile locate_tile(const KernelParams& params, int
   return tile;
 }
 
-// Writes the words of the tile's pattern row, cut at the diagonal, for the whole CTA.
+// Writes the words of the tile's pattern row, which ends with the diagonal, for the whole CTA.
 __device__ __forceinline__ void load_pattern_row(uint32_t* words, const HeadWork& work,
                                                  const QueryTile& tile,
                                                  const KernelParams& params) {
@@ -39,7 +39,10 @@ __device__ __forceinline__ void load_pattern_row(uint32_t* words, const HeadWork
       word = work.pattern[static_cast<int64_t>(tile.row) * row_words + w];
       if (last && work.last_row != nullptr) word |= work.last_row[w];
     }
-    if (w == tile.block / 32) word &= (2u << (tile.block % 32)) - 1;
+    if (w == tile.block / 32) {
+      const uint32_t diagonal = 1u << (tile.block % 32);
+      word = (word | diagonal) & (2 * diagonal - 1);
+    }
     words[w] = word;
   }
 }

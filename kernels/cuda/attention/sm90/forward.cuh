@@ -8,9 +8,9 @@
 // warpgroup's matrix instructions: hence two consumers that take turns (kScheduler0/1), and the
 // next block's Q K^T is issued before this block's P V.
 //
-// Measured (H200): the assembler moves the wait for P V up, before the softmax. Pinning it behind the
-// softmax, so that a consumer overlaps with itself too, made dense attention 7 to 15 % slower: the
-// consumers' turns are enough, and early softmax only takes issue slots from the other one.
+// Measured (H200): the assembler moves the wait for P V up, before the softmax. Pinning it behind
+// the softmax, so that a consumer overlaps with itself too, made dense attention 7 to 15 % slower:
+// the consumers' turns are enough, and early softmax only takes issue slots from the other one.
 #ifndef PREFILLD_KERNELS_CUDA_ATTENTION_SM90_FORWARD_CUH_
 #define PREFILLD_KERNELS_CUDA_ATTENTION_SM90_FORWARD_CUH_
 
@@ -35,7 +35,7 @@ struct RingPosition {
   }
 };
 
-// Word `w` of a tile's row of its pattern; all causal blocks for a dense head.
+// Word `w` of a tile's row of its pattern, with its diagonal; all causal blocks for a dense head.
 __device__ inline uint32_t pattern_word(const Launch& launch, const HeadTask& task, int row,
                                         int diagonal, int w) {
   if (w >= launch.pattern_words) return 0;
@@ -44,6 +44,7 @@ __device__ inline uint32_t pattern_word(const Launch& launch, const HeadTask& ta
   if (task.pattern == nullptr) return causal;
   uint32_t word = task.pattern[static_cast<int64_t>(row) * launch.pattern_words + w];
   if (task.last_row != nullptr && row == launch.num_query_blocks - 1) word |= task.last_row[w];
+  if (w == diagonal / 32) word |= 1u << (diagonal % 32);
   return word & causal;
 }
 
