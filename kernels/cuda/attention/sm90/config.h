@@ -40,7 +40,7 @@ struct HeadTask {
 
 struct Launch {
   HeadTask tasks[kMaxWork];
-  // [num_tiles] tile ids (task * num_query_blocks + query block), heaviest first.
+  // [num_tiles] tile ids (task * num_query_blocks + query block), in the order of schedule.h.
   const uint32_t* order;
   int* next_tile;  // zero at the start
   // [gridDim.x, num_key_blocks, kTile]: weight of every (key block, query row) of the tile at hand.

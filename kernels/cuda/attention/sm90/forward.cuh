@@ -81,7 +81,7 @@ __device__ inline void produce(const Launch& launch, SharedStorage<kHeadDim>& sh
       }
       return;
     }
-    const int tile = launch.order == nullptr ? next : static_cast<int>(launch.order[next]);
+    const int tile = static_cast<int>(launch.order[next]);
     const int row = tile % launch.num_query_blocks;
     const HeadTask& task = launch.tasks[tile / launch.num_query_blocks];
     const int kv_head = task.head / launch.group;
