@@ -7,7 +7,7 @@
 #   synthetic  a Qwen2.5-7B-shaped checkpoint made here (15 GB in $TMPDIR; needs python3 with numpy): whole prefills of
 #              8k to 128k tokens, then 32k tokens through both processes
 #   million    one prefill of 1,000,000 tokens of that checkpoint
-# OUT_DIR gets JSON and logs. Exit status: number of failed steps.
+# OUT_DIR gets JSON and logs, in one file end_to_end.json. Exit status: number of failed steps.
 set -uo pipefail
 
 if (($# < 2)); then
@@ -75,7 +75,7 @@ run_tiny() {
         "$bin/prefill-cli" generate --worker="$worker" --text_file="$work/prompt.txt" --policy=$policy \
           --max_new_tokens=5 --json >"$work/answer.json" || return 1
         grep -q "$key" "$work/answer.json" && right=$((right + 1))
-        tr -d '\n' <"$work/answer.json" >>"$out/tiny.jsonl"
+        sed "1s/{/{\"expected\": \"$key\",/" "$work/answer.json" | tr -d '\n' >>"$out/tiny.jsonl"
         echo >>"$out/tiny.jsonl"
       done
       echo "tiny $tokens tokens $policy: $right of 10 right, $(grep -o '"density": *[0-9.e-]*' "$work/answer.json" | head -1)"
@@ -126,4 +126,5 @@ for name in "${steps[@]}"; do
     failed=$((failed + 1))
   fi
 done
+python3 tests/gpu/summarize_end_to_end.py "$out" || failed=$((failed + 1))
 exit "$failed"
