@@ -6,11 +6,6 @@
 
 namespace prefilld::kernels::cuda::device {
 
-// Address of shared memory as PTX takes it.
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
 // Copies 16 bytes, or writes 16 zeros where `valid` is false (`source` is not read then).
 __device__ __forceinline__ void copy_16_async(uint32_t destination, const void* source,
                                               bool valid) {

@@ -4,11 +4,9 @@
 
 #include <cstdint>
 
-namespace prefilld::kernels::cuda::device {
+#include "kernels/cuda/device/shared_address.cuh"
 
-__device__ inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+namespace prefilld::kernels::cuda::device {
 
 __device__ inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),

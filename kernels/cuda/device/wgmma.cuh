@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/device/mbarrier.cuh"
+#include "kernels/cuda/device/shared_address.cuh"
 
 namespace prefilld::kernels::cuda::device {
 

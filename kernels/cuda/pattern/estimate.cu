@@ -15,6 +15,7 @@
 #include "kernels/attention.h"
 #include "kernels/cuda/attention/sm80/tile.cuh"
 #include "kernels/cuda/device/arithmetic.cuh"
+#include "kernels/cuda/device/shared_address.cuh"
 #include "kernels/cuda/pattern.h"
 #include "kernels/cuda/pattern/estimate_plan.h"
 

@@ -7,6 +7,7 @@
 #include "kernels/cuda/attention/sm80/config.h"
 #include "kernels/cuda/attention/sm80/tile.cuh"
 #include "kernels/cuda/device/arithmetic.cuh"
+#include "kernels/cuda/device/shared_address.cuh"
 
 namespace prefilld::kernels::cuda::sm80 {
 

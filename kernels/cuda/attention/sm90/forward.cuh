@@ -16,6 +16,7 @@
 
 #include "kernels/cuda/attention/sm90/config.h"
 #include "kernels/cuda/attention/sm90/softmax.cuh"
+#include "kernels/cuda/device/arithmetic.cuh"
 #include "kernels/cuda/device/mbarrier.cuh"
 #include "kernels/cuda/device/tma.cuh"
 #include "kernels/cuda/device/wgmma.cuh"
@@ -219,6 +220,7 @@ class Consumer {
   }
 
   __device__ static void to_bf16(const float (&s)[64], uint32_t (&p)[8][4]) {
+    using namespace device;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       p[i][0] = pack_bf16(s[8 * i + 0], s[8 * i + 1]);
@@ -242,6 +244,7 @@ class Consumer {
 
   // Weight of one key block for each row, log2, against which the final log-sum is subtracted.
   __device__ void record(int ordinal, const Softmax& softmax, const float (&block_sum)[2]) {
+    using namespace device;
     const float sum0 = quad_sum(block_sum[0]), sum1 = quad_sum(block_sum[1]);
     const int second = thread_ % 4;  // two lanes of the quad write one row each
     if (second < 2) {

@@ -2,32 +2,11 @@
 #ifndef PREFILLD_KERNELS_CUDA_ATTENTION_SM90_SOFTMAX_CUH_
 #define PREFILLD_KERNELS_CUDA_ATTENTION_SM90_SOFTMAX_CUH_
 
-#include <cuda_bf16.h>
+#include <cmath>
 
-#include <cstdint>
+#include "kernels/cuda/device/arithmetic.cuh"
 
 namespace prefilld::kernels::cuda::sm90 {
-
-__device__ inline float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ inline float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__device__ inline float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-__device__ inline uint32_t pack_bf16(float low, float high) {
-  __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<uint32_t*>(&pair);
-}
 
 // Running state of a thread's two rows. Logits are in units of log2.
 struct Softmax {
@@ -43,16 +22,16 @@ struct Softmax {
       float m = s[2 * row];
 #pragma unroll
       for (int j = 0; j < 16; ++j) m = fmaxf(m, fmaxf(s[4 * j + 2 * row], s[4 * j + 2 * row + 1]));
-      const float new_max = fmaxf(max[row], quad_max(m) * scale_log2);
-      rescale[row] = exp2_approx(max[row] - new_max);
+      const float new_max = fmaxf(max[row], device::quad_max(m) * scale_log2);
+      rescale[row] = device::exp2_approx(max[row] - new_max);
       max[row] = new_max;
       float total = 0.0f;
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
         float& a = s[4 * j + 2 * row];
         float& b = s[4 * j + 2 * row + 1];
-        a = exp2_approx(fmaf(a, scale_log2, -new_max));
-        b = exp2_approx(fmaf(b, scale_log2, -new_max));
+        a = device::exp2_approx(fmaf(a, scale_log2, -new_max));
+        b = device::exp2_approx(fmaf(b, scale_log2, -new_max));
         total += a + b;
       }
       block_sum[row] = total;
