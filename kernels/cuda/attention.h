@@ -25,7 +25,7 @@ int64_t AttentionScratchBytes(const AttentionParams& params,
 cudaError_t LaunchAttention(const AttentionParams& params, void* scratch, cudaStream_t stream,
                             AttentionPath path = AttentionPath::kFastest);
 
-// head_dim 64, 128 or 256.
+// head_dim 64 or 128.
 cudaError_t LaunchPagedAttention(const PagedAttentionParams& params, cudaStream_t stream);
 
 }  // namespace prefilld::kernels::cuda

@@ -14,7 +14,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kTokensPerCta = 4;
-constexpr int kMaxHeadDim = 256;
 
 // cos and sin of position * inv_freq. The angle of a late position is large, so it is counted in
 // turns and whole turns are taken off in double precision; what is left is exact enough in fp32.
@@ -104,17 +103,20 @@ __device__ __forceinline__ void rotate_octets(const __nv_bfloat16* source, const
   store_octet(route.destination + kHalf + first, high);
 }
 
-// Number of this CTA's tokens; their scaled angles go to cos_sin[token * half + place(pair)].
-template <typename Place>
+// Number of this CTA's tokens; the scaled angles of their pairs go to cos_sin. Pair p of a token
+// lies at (p % 8) * kLanes + p / 8: neighbouring lanes read neighbours.
+template <int kLanes>
 __device__ __forceinline__ int compute_angles(const QkvRopeParams& params, int64_t first_token,
-                                              float2* cos_sin, Place place) {
-  const int half = params.head_dim / 2;
+                                              float2* cos_sin) {
+  constexpr int kHalf = 8 * kLanes;
   const int num_tokens =
       static_cast<int>(min(static_cast<int64_t>(kTokensPerCta), params.num_tokens - first_token));
-  for (int i = static_cast<int>(threadIdx.x); i < num_tokens * half; i += kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < num_tokens * kHalf; i += kThreads) {
+    const int token = i / kHalf;
+    const int pair = i % kHalf;
     const float2 turn =
-        rotation(params.first_position + first_token + i / half, params.inv_freq[i % half]);
-    cos_sin[i / half * half + place(i % half)] =
+        rotation(params.first_position + first_token + token, params.inv_freq[pair]);
+    cos_sin[token * kHalf + pair % 8 * kLanes + pair / 8] =
         make_float2(turn.x * params.attention_factor, turn.y * params.attention_factor);
   }
   __syncthreads();
@@ -125,11 +127,9 @@ __device__ __forceinline__ int compute_angles(const QkvRopeParams& params, int64
 template <int kLanes>
 __global__ void __launch_bounds__(kThreads) qkv_rope_kernel(QkvRopeParams params) {
   constexpr int kHalf = 8 * kLanes;
-  // Pair p of a token lies at (p % 8) * kLanes + p / 8: neighbouring lanes read neighbours.
   __shared__ float2 cos_sin[kTokensPerCta * kHalf];
   const int64_t first_token = static_cast<int64_t>(blockIdx.x) * kTokensPerCta;
-  const int num_tokens = compute_angles(params, first_token, cos_sin,
-                                        [](int pair) { return pair % 8 * kLanes + pair / 8; });
+  const int num_tokens = compute_angles<kLanes>(params, first_token, cos_sin);
   const int part = static_cast<int>(threadIdx.x) % kLanes;
   const int heads = params.num_heads + 2 * params.num_kv_heads;
   for (int i = static_cast<int>(threadIdx.x) / kLanes; i < num_tokens * heads;
@@ -143,54 +143,13 @@ __global__ void __launch_bounds__(kThreads) qkv_rope_kernel(QkvRopeParams params
   }
 }
 
-// Any even head_dim, one warp per head, one pair per lane at a time.
-__global__ void __launch_bounds__(kThreads) any_qkv_rope_kernel(QkvRopeParams params) {
-  __shared__ float2 cos_sin[kTokensPerCta * kMaxHeadDim / 2];
-  const int half = params.head_dim / 2;
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * kTokensPerCta;
-  const int num_tokens =
-      compute_angles(params, first_token, cos_sin, [](int pair) { return pair; });
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int heads = params.num_heads + 2 * params.num_kv_heads;
-  for (int i = static_cast<int>(threadIdx.x) / 32; i < num_tokens * heads; i += kThreads / 32) {
-    const int64_t token = first_token + i / heads;
-    const int head = i % heads;
-    const __nv_bfloat16* source =
-        static_cast<const __nv_bfloat16*>(params.qkv) + (token * heads + head) * params.head_dim;
-    const HeadRoute route = route_of(params, token, head);
-    float inverse_rms = 1.0f;
-    if (route.norm != nullptr) {
-      float sum = 0.0f;
-      for (int e = lane; e < params.head_dim; e += 32) {
-        sum += __bfloat162float(source[e]) * __bfloat162float(source[e]);
-      }
-      inverse_rms =
-          rsqrtf(device::warp_sum(sum) / static_cast<float>(params.head_dim) + params.norm_epsilon);
-    }
-    for (int pair = lane; pair < half; pair += 32) {
-      float x = __bfloat162float(source[pair]);
-      float y = __bfloat162float(source[half + pair]);
-      if (route.norm != nullptr) {
-        x *= inverse_rms * __bfloat162float(route.norm[pair]);
-        y *= inverse_rms * __bfloat162float(route.norm[half + pair]);
-      }
-      const float2 turn = route.rotate ? cos_sin[i / heads * half + pair] : make_float2(1.0f, 0.0f);
-      route.destination[pair] = __float2bfloat16_rn(x * turn.x - y * turn.y);
-      route.destination[half + pair] = __float2bfloat16_rn(y * turn.x + x * turn.y);
-    }
-  }
-}
-
 }  // namespace
 
 cudaError_t LaunchQkvRope(const QkvRopeParams& params, cudaStream_t stream) {
-  if (params.head_dim % 2 != 0 || params.head_dim > kMaxHeadDim) return cudaErrorInvalidValue;
+  if (params.head_dim != 64 && params.head_dim != 128) return cudaErrorInvalidValue;
   if (params.num_tokens == 0) return cudaSuccess;
   const int64_t ctas = (params.num_tokens + kTokensPerCta - 1) / kTokensPerCta;
-  const auto kernel = params.head_dim == 64    ? qkv_rope_kernel<4>
-                      : params.head_dim == 128 ? qkv_rope_kernel<8>
-                      : params.head_dim == 256 ? qkv_rope_kernel<16>
-                                               : any_qkv_rope_kernel;
+  const auto kernel = params.head_dim == 64 ? qkv_rope_kernel<4> : qkv_rope_kernel<8>;
   kernel<<<static_cast<unsigned>(ctas), kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }

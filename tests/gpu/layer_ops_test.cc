@@ -32,7 +32,7 @@ void ExpectClose(const std::vector<float>& actual, const std::vector<float>& exp
 class CudaLayerOps : public GpuTest {};
 
 TEST_F(CudaLayerOps, EmbeddingCopiesRows) {
-  for (const int64_t hidden : {7, 24, 3584}) {
+  for (const int64_t hidden : {8, 24, 3584}) {
     const std::vector<float> table = Normal(50 * hidden, 1);
     for (const int64_t n : {1, 100}) {
       std::vector<uint32_t> ids(static_cast<size_t>(n));
@@ -50,7 +50,7 @@ TEST_F(CudaLayerOps, EmbeddingCopiesRows) {
 }
 
 TEST_F(CudaLayerOps, RmsNormEqualsReferenceAlsoInPlace) {
-  for (const int64_t hidden : {1, 7, 64, 100, 3584, 8192}) {
+  for (const int64_t hidden : {8, 64, 104, 3584, 8192}) {
     const std::vector<float> x = Normal(5 * hidden, 1);
     const std::vector<float> weight = Normal(hidden, 2);
     const DeviceArray<Bf16> in_place(ToBf16(x));
@@ -64,7 +64,7 @@ TEST_F(CudaLayerOps, RmsNormEqualsReferenceAlsoInPlace) {
 }
 
 TEST_F(CudaLayerOps, SwiGluEqualsReferenceAlsoForLargeGates) {
-  for (const int64_t intermediate : {1, 15, 64, 333, 18944}) {
+  for (const int64_t intermediate : {8, 64, 336, 18944}) {
     std::vector<float> gate_up = Normal(3 * 2 * intermediate, 1);
     gate_up[0] = -1000.0f;
     gate_up[static_cast<size_t>(2 * intermediate)] = 1000.0f;
@@ -132,9 +132,9 @@ struct RopeCase {
 TEST_F(CudaLayerOps, QkvRopeEqualsReference) {
   const RopeCase cases[] = {
       {1, 0, 2, 1, 64, false, false},          {1, 4095, 7, 1, 64, true, true},
-      {31, 0, 4, 2, 128, true, false},         {33, 1000, 4, 4, 16, false, false},
+      {31, 0, 4, 2, 128, true, false},         {33, 1000, 4, 4, 64, false, false},
       {100, 1'000'000, 2, 2, 64, true, false}, {70, 16'000'000, 2, 1, 128, false, true},
-      {9, 5, 3, 1, 256, true, false},          {5, 70, 5, 1, 80, true, false},
+      {9, 5, 3, 1, 128, true, false},          {5, 70, 5, 1, 64, false, true},
   };
   for (const RopeCase& c : cases) {
     const std::vector<float> qkv =
@@ -184,6 +184,14 @@ TEST_F(CudaLayerOps, QkvRopeEqualsReference) {
     ExpectClose(FromBf16(device_k.Read()), k);
     EXPECT_EQ(FromBf16(device_v.Read()), v);
   }
+}
+
+TEST_F(CudaLayerOps, RefuseWhatTheyHaveNoKernelFor) {
+  EXPECT_EQ(cuda::LaunchEmbedding({.num_tokens = 1, .hidden = 12}, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(cuda::LaunchRmsNorm({.num_tokens = 1, .hidden = 12}, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(cuda::LaunchSwiGlu({.num_tokens = 1, .intermediate = 12}, nullptr),
+            cudaErrorInvalidValue);
+  EXPECT_EQ(cuda::LaunchQkvRope({.num_tokens = 1, .head_dim = 80}, nullptr), cudaErrorInvalidValue);
 }
 
 }  // namespace

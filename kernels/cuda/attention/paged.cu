@@ -210,8 +210,6 @@ cudaError_t LaunchPagedAttention(const PagedAttentionParams& params, cudaStream_
       return Launch<64>(params, stream);
     case 128:
       return Launch<128>(params, stream);
-    case 256:
-      return Launch<256>(params, stream);
     default:
       return cudaErrorInvalidValue;
   }
