@@ -36,13 +36,19 @@ DeviceBuffer::~DeviceBuffer() {
   if (data_ != nullptr) backend_->Free(kind_, data_, bytes_);
 }
 
+// A device whose attention works in the caller's memory alone.
+absl::Status Backend::ReserveAttention(const kernels::AttentionParams&, bool) {
+  return absl::OkStatus();
+}
+
 absl::StatusOr<double> Backend::TimeMs(absl::FunctionRef<absl::Status()> ops) {
   if (absl::Status status = Synchronize(); !status.ok()) return status;
   const auto start = std::chrono::steady_clock::now();
   absl::Status status = ops();
   if (status.ok()) status = Synchronize();
   if (!status.ok()) return status;
-  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
+      .count();
 }
 
 absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(DeviceChoice choice, int cpu_threads) {

@@ -86,6 +86,10 @@ class Backend {
   virtual absl::Status QkvRope(const kernels::QkvRopeParams& params) = 0;
   virtual absl::Status SwiGlu(const kernels::SwiGluParams& params) = 0;
   virtual absl::Status Attention(const kernels::AttentionParams& params) = 0;
+  // Allocates what Attention needs for all heads of this shape at most, with their block mass if it
+  // says so, so that no such call allocates; tensors and work are not read. A call that needs more
+  // allocates when it comes.
+  virtual absl::Status ReserveAttention(const kernels::AttentionParams& largest, bool block_mass);
   virtual absl::Status PagedAttention(const kernels::PagedAttentionParams& params) = 0;
 
   virtual absl::Status Estimate(const kernels::EstimateParams& params) = 0;

@@ -62,6 +62,7 @@ class CudaBackend final : public Backend {
     return Launch("swiglu", cuda::LaunchSwiGlu, params);
   }
   absl::Status Attention(const kernels::AttentionParams& params) override;
+  absl::Status ReserveAttention(const kernels::AttentionParams& largest, bool block_mass) override;
   absl::Status PagedAttention(const kernels::PagedAttentionParams& params) override {
     return Launch("paged attention", cuda::LaunchPagedAttention, params, params.head_dim);
   }
@@ -328,13 +329,20 @@ absl::Status CudaBackend::Linear(const kernels::LinearParams& params) {
 
 absl::Status CudaBackend::ReserveAttentionScratch(size_t bytes) {
   if (bytes <= attention_scratch_.bytes()) return absl::OkStatus();
-  // Allocates in the step path: the first time a call needs this much, never after. Freeing waits
-  // for the kernels that use the old memory.
+  // In the step path only if a call is larger than what was reserved. Freeing waits for the kernels
+  // that use the old memory.
   attention_scratch_ = DeviceBuffer();
   absl::StatusOr<DeviceBuffer> scratch = Allocate(bytes);
   if (!scratch.ok()) return scratch.status();
   attention_scratch_ = *std::move(scratch);
   return absl::OkStatus();
+}
+
+absl::Status CudaBackend::ReserveAttention(const kernels::AttentionParams& largest,
+                                           bool block_mass) {
+  if (absl::Status status = Fault(); !status.ok()) return status;
+  return ReserveAttentionScratch(
+      static_cast<size_t>(cuda::MaxAttentionScratchBytes(largest, block_mass)));
 }
 
 absl::Status CudaBackend::Attention(const kernels::AttentionParams& params) {

@@ -305,6 +305,16 @@ absl::Status AllocateWorkspace(const EngineOptions& options, EngineParts* parts)
   auto slots = KvSlots::Create(backend, options.kv_slots,
                                slot_elements * kernels::SizeOf(backend->compute_dtype()));
   if (!slots.ok()) return slots.status();
+  // Heads become pivots, of which block mass is asked, where there are clusters.
+  absl::Status status = backend->ReserveAttention({.num_queries = max_tokens,
+                                                   .num_keys = max_tokens,
+                                                   .kv_head_stride = max_tokens * config.head_dim,
+                                                   .num_heads = config.num_heads,
+                                                   .num_kv_heads = config.num_kv_heads,
+                                                   .head_dim = config.head_dim,
+                                                   .block_tokens = options.block_tokens},
+                                                  /*block_mass=*/!parts->clusters.empty());
+  if (!status.ok()) return status;
   parts->step = *std::move(step);
   parts->sharing = *std::move(sharing);
   parts->slots = *std::move(slots);

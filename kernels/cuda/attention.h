@@ -19,6 +19,10 @@ enum class AttentionPath { kFastest, kPortable };
 int64_t AttentionScratchBytes(const AttentionParams& params,
                               AttentionPath path = AttentionPath::kFastest);
 
+// The same for any work on the heads of this shape, with or without block mass. Not less than a
+// shorter prompt needs.
+int64_t MaxAttentionScratchBytes(const AttentionParams& shape, bool block_mass);
+
 // `scratch` is used until the launched kernels have finished. cudaErrorInvalidValue: a shape that
 // no kernel is built for (head_dim 64 or 128; block_tokens 64 or 128), block mass asked of a head
 // with a pattern, or scratch missing.

@@ -82,6 +82,41 @@ TEST_F(CudaBackend, NamesTheShapeThatItHasNoKernelFor) {
   EXPECT_TRUE(backend_->Synchronize().ok());
 }
 
+TEST_F(CudaBackend, AttentionWithinWhatWasReservedAllocatesNothing) {
+  constexpr int64_t kTokens = 2000;
+  constexpr int kHeads = 4;
+  kernels::AttentionParams params;
+  params.num_queries = params.num_keys = kTokens;
+  params.kv_head_stride = kTokens * 128;
+  params.num_heads = params.num_kv_heads = kHeads;
+  params.head_dim = 128;
+  const size_t before = backend_->allocated_bytes();
+  ASSERT_TRUE(backend_->ReserveAttention(params, /*block_mass=*/true).ok());
+  EXPECT_GT(backend_->allocated_bytes(), before);
+
+  const DeviceBuffer tensor = Allocate(kTokens * kHeads * 128 * sizeof(Bf16));
+  const DeviceBuffer out = Allocate(tensor.bytes());
+  const DeviceBuffer mass = Allocate(kHeads * 16 * 16 * sizeof(float));
+  params.q = params.k = params.v = tensor.data();
+  params.out = out.data();
+  kernels::HeadWork work[kHeads];
+  params.work = work;
+  params.num_work = kHeads;
+  const size_t reserved = backend_->allocated_bytes();
+  for (const bool block_mass : {false, true}) {
+    for (int head = 0; head < kHeads; ++head) {
+      work[head] = {.head = head,
+                    .block_mass = block_mass ? mass.as<float>() + head * 256 : nullptr};
+    }
+    for (const int64_t num_tokens : {int64_t{1}, int64_t{700}, kTokens}) {
+      params.num_queries = params.num_keys = num_tokens;
+      EXPECT_TRUE(backend_->Attention(params).ok());
+      EXPECT_EQ(backend_->allocated_bytes(), reserved) << num_tokens;
+    }
+  }
+  EXPECT_TRUE(backend_->Synchronize().ok());
+}
+
 TEST_F(CudaBackend, PacksFromSeveralThreadsBesideOps) {
   // 2 x 20 MB in fp32: more than one piece of the packing buffer.
   constexpr int64_t kTokens = 20000;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "kernels/cuda/attention/plan.h"
 #include "kernels/cuda/attention/sm80/config.h"
@@ -40,8 +41,8 @@ cudaError_t DescribeGpu(GpuTraits* gpu) {
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&gpu->num_multiprocessors, cudaDevAttrMultiProcessorCount,
-                                   device);
+    error =
+        cudaDeviceGetAttribute(&gpu->num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&gpu->compute_major, cudaDevAttrComputeCapabilityMajor, device);
@@ -88,6 +89,18 @@ int64_t AttentionScratchBytes(const AttentionParams& params, AttentionPath path)
     return static_cast<int64_t>(sm90::AttentionScratchBytes(params, gpu.num_multiprocessors));
   }
   return PortableScratchBytes(params, gpu.num_multiprocessors);
+}
+
+int64_t MaxAttentionScratchBytes(const AttentionParams& shape, bool block_mass) {
+  float mass;  // stands for the block mass that is asked for; nothing is written
+  std::vector<HeadWork> work(static_cast<size_t>(shape.num_heads));
+  for (int head = 0; head < shape.num_heads; ++head) {
+    work[static_cast<size_t>(head)] = {.head = head, .block_mass = block_mass ? &mass : nullptr};
+  }
+  AttentionParams all_heads = shape;
+  all_heads.work = work.data();
+  all_heads.num_work = shape.num_heads;
+  return AttentionScratchBytes(all_heads);
 }
 
 cudaError_t LaunchAttention(const AttentionParams& params, void* scratch, cudaStream_t stream,
