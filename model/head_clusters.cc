@@ -1,10 +1,13 @@
 #include "model/head_clusters.h"
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <map>
 #include <nlohmann/json.hpp>
 
 #include "absl/status/status.h"
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "model/config_fields.h"
 #include "model/strict_json.h"
@@ -15,6 +18,8 @@ namespace {
 using nlohmann::json;
 
 constexpr size_t kMaxFileBytes = size_t{16} << 20;
+constexpr int64_t kFormatVersion = 1;
+constexpr size_t kFingerprintDigits = 32;
 
 // Dense numbers for the clusters that share, in the order the file lists them.
 absl::StatusOr<std::map<std::string, int>> NumberSharedClusters(const json& file) {
@@ -81,6 +86,25 @@ absl::Status ReadThresholds(const json& file, HeadClusters& result) {
   return fields.Finish();
 }
 
+// The fields that say what kind of file this is, and for which model.
+absl::Status ReadProvenance(const json& file, HeadClusters& result) {
+  ConfigFields fields(file);
+  const int64_t version = fields.Integer("format_version", INT64_MIN, INT64_MAX, kFormatVersion);
+  if (version != kFormatVersion) {
+    fields.Refuse("format_version", absl::StrCat("unsupported; built for ", kFormatVersion));
+  }
+  result.model_fingerprint = fields.Text("model_fingerprint", "");
+  const bool is_fingerprint =
+      result.model_fingerprint.size() == kFingerprintDigits &&
+      std::all_of(result.model_fingerprint.begin(), result.model_fingerprint.end(),
+                  [](char c) { return absl::ascii_isdigit(c) || (c >= 'a' && c <= 'f'); });
+  if (fields.Has("model_fingerprint") && !is_fingerprint) {
+    fields.Refuse("model_fingerprint",
+                  absl::StrCat("is not ", kFingerprintDigits, " lower-case hexadecimal digits"));
+  }
+  return fields.status();
+}
+
 absl::StatusOr<HeadClusters> ReadClusters(const json& file, const ModelConfig& config) {
   absl::StatusOr<std::map<std::string, int>> number_of = NumberSharedClusters(file);
   if (!number_of.ok()) return number_of.status();
@@ -88,6 +112,7 @@ absl::StatusOr<HeadClusters> ReadClusters(const json& file, const ModelConfig& c
   const auto num_layers = static_cast<size_t>(config.num_layers);
   const auto num_heads = static_cast<size_t>(config.num_heads);
   HeadClusters result;
+  if (absl::Status s = ReadProvenance(file, result); !s.ok()) return s;
   result.num_clusters = static_cast<int>(number_of->size());
   result.cluster_of.assign(num_layers, std::vector<int>(num_heads, HeadClusters::kNoCluster));
   std::vector<std::vector<bool>> taken(num_layers, std::vector<bool>(num_heads, false));
@@ -115,6 +140,16 @@ absl::StatusOr<HeadClusters> LoadHeadClusters(const std::string& path, const Mod
     return absl::InvalidArgumentError(absl::StrCat(path, ": ", clusters.status().message()));
   }
   return clusters;
+}
+
+absl::Status CheckMadeFor(const HeadClusters& clusters, const std::string& fingerprint) {
+  if (clusters.model_fingerprint.empty() || clusters.model_fingerprint == fingerprint) {
+    return absl::OkStatus();
+  }
+  return absl::FailedPreconditionError(absl::StrCat(
+      "the head clusters were made for the model with fingerprint ", clusters.model_fingerprint,
+      ", but the one loaded has ", fingerprint,
+      "; calibrate it, or remove model_fingerprint from the file if its heads are the same"));
 }
 
 }  // namespace prefilld::model

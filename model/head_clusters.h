@@ -3,9 +3,12 @@
 // File format (JSON), that of the SharePrefill release with optional additions:
 //   {"clusters": {"<id>": [[layer, head], ...], ...},   groups of query heads
 //    "shared_clusters": ["<id>", ...],                  those that may share patterns
+//    "format_version": 1,                               optional; another one is refused
+//    "model_fingerprint": "<32 hexadecimal digits>",    optional; of the model it was made for
 //    "thresholds": {"gamma": g, "tau": t, "delta": d, "coverage": c}}   optional, tuned; any of
 //    them
-// Other keys may say where the file comes from and are not read.
+// Other keys may say where the file comes from and are not read. model/calibration makes such
+// files.
 #ifndef PREFILLD_MODEL_HEAD_CLUSTERS_H_
 #define PREFILLD_MODEL_HEAD_CLUSTERS_H_
 
@@ -13,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "model/config.h"
 
@@ -26,13 +30,18 @@ struct HeadClusters {
   std::vector<std::vector<int>> cluster_of;
   int num_clusters = 0;  // shared ones
   std::optional<float> gamma, tau, delta, coverage;
+  std::string model_fingerprint;  // empty: the file does not say
 
   bool empty() const { return num_clusters == 0; }
 };
 
-// INVALID_ARGUMENT: malformed JSON, a head outside the model, a head in two clusters, a shared
-// cluster that does not exist.
+// INVALID_ARGUMENT: malformed JSON, another format version, a head outside the model, a head in two
+// clusters, a shared cluster that does not exist.
 absl::StatusOr<HeadClusters> LoadHeadClusters(const std::string& path, const ModelConfig& config);
+
+// Which heads are alike is a property of the weights: FAILED_PRECONDITION names both fingerprints
+// when the file was made for another model than the one loaded (model/fingerprint.h).
+absl::Status CheckMadeFor(const HeadClusters& clusters, const std::string& fingerprint);
 
 }  // namespace prefilld::model
 

@@ -355,6 +355,9 @@ absl::StatusOr<std::unique_ptr<PrefillEngine>> CreatePrefillEngine(const EngineO
   if (!weights.ok()) return weights.status();
   parts->weights = *std::move(weights);
   info.fingerprint = parts->weights.fingerprint;
+  if (absl::Status status = CheckMadeFor(parts->clusters, info.fingerprint); !status.ok()) {
+    return status;
+  }
 
   if (absl::Status status = AllocateWorkspace(options, parts.get()); !status.ok()) return status;
   for (int head = 0; head < info.config.num_heads; ++head) {

@@ -3,6 +3,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "tests/model/temporary_folder.h"
 
 namespace prefilld::model {
@@ -53,6 +60,62 @@ TEST_F(HeadClustersTest, ReadsTheThresholdsThatAreThere) {
   EXPECT_EQ(clusters->gamma, 0.95f);
   EXPECT_EQ(clusters->coverage, 0.5f);
   EXPECT_FALSE(clusters->tau || clusters->delta);
+}
+
+TEST_F(HeadClustersTest, RefusesAFormatItDoesNotKnow) {
+  EXPECT_TRUE(Load(R"({"format_version": 1, "clusters": {}, "shared_clusters": []})").ok());
+  EXPECT_THAT(Refusal(R"({"format_version": 2, "clusters": {}, "shared_clusters": []})"),
+              HasSubstr("format_version 2 unsupported; built for 1"));
+  EXPECT_THAT(Refusal(R"({"format_version": "1", "clusters": {}, "shared_clusters": []})"),
+              HasSubstr("format_version \"1\" is not"));
+}
+
+TEST_F(HeadClustersTest, IsForTheModelItNames) {
+  const std::string ours(32, 'a'), other(32, 'b');
+  const auto named =
+      Load(R"({"model_fingerprint": ")" + ours + R"(", "clusters": {}, "shared_clusters": []})");
+  ASSERT_TRUE(named.ok()) << named.status();
+  EXPECT_TRUE(CheckMadeFor(*named, ours).ok());
+  const absl::Status mismatch = CheckMadeFor(*named, other);
+  EXPECT_EQ(mismatch.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(mismatch.message()), HasSubstr(ours));
+  EXPECT_THAT(std::string(mismatch.message()), HasSubstr(other));
+
+  const auto unnamed = Load(R"({"clusters": {}, "shared_clusters": []})");
+  ASSERT_TRUE(unnamed.ok());
+  EXPECT_TRUE(CheckMadeFor(*unnamed, other).ok());
+  EXPECT_THAT(Refusal(R"({"model_fingerprint": "3", "clusters": {}, "shared_clusters": []})"),
+              HasSubstr("model_fingerprint \"3\" is not 32 lower-case hexadecimal digits"));
+}
+
+// As the release writes it for a model of 32 layers of 32 heads: clusters out of order, named by
+// numbers from 1, some of them single, one of them shared.
+TEST_F(HeadClustersTest, ReadsAFileOfTheShapeThatTheReleaseHas) {
+  constexpr int kLayers = 32, kHeads = 32, kClusters = 44, kShared = 17;
+  config_.num_layers = kLayers;
+  config_.num_heads = kHeads;
+  const auto cluster_of = [](int head) { return 1 + head * 7919 % (2 * kClusters) % kClusters; };
+  std::map<int, std::vector<std::string>, std::greater<int>> heads_of;
+  for (int head = 0; head < kLayers * kHeads; ++head) {
+    heads_of[cluster_of(head)].push_back(
+        absl::StrCat("[", head / kHeads, ", ", head % kHeads, "]"));
+  }
+  std::vector<std::string> entries;
+  for (const auto& [id, heads] : heads_of) {
+    entries.push_back(absl::StrCat("\"", id, "\": [", absl::StrJoin(heads, ", "), "]"));
+  }
+  const std::string file = absl::StrCat("{\"clusters\": {", absl::StrJoin(entries, ", "),
+                                        "}, \"shared_clusters\": [\"", kShared, "\"]}");
+  const auto clusters = Load(file);
+  ASSERT_TRUE(clusters.ok()) << clusters.status();
+  EXPECT_EQ(clusters->num_clusters, 1);
+  for (int head = 0; head < kLayers * kHeads; ++head) {
+    EXPECT_EQ(clusters->cluster_of[head / kHeads][head % kHeads],
+              cluster_of(head) == kShared ? 0 : kNone);
+  }
+
+  config_.num_heads = 28;  // another model's shape
+  EXPECT_THAT(Refusal(file), HasSubstr("of a model with 32 layers of 28 heads"));
 }
 
 TEST_F(HeadClustersTest, RefusesHeadsOutsideTheModel) {
