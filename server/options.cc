@@ -51,9 +51,11 @@ ABSL_FLAG(int32_t, max_lanes, 16, "Parallel KV streams one request may use, 1 to
 ABSL_FLAG(int64_t, staging_bytes, int64_t{256} << 20,
           "Host memory for KV on its way to consumers; one request takes at most half.");
 ABSL_FLAG(int64_t, frame_bytes, int64_t{2} << 20, "KV payload of one message, 1 to 4 MiB.");
-ABSL_FLAG(std::vector<std::string>, deliver_to_allow, {},
-          "host:port patterns ('*' matches any run of characters) that requests may have their KV "
-          "pushed to, comma-separated. Empty: push is off.");
+ABSL_FLAG(
+    std::vector<std::string>, deliver_to_allow, {},
+    "host:port patterns that requests may have their KV pushed to, comma-separated. '*' stands "
+    "for any run of characters up to the next dot or colon: *.pods:50052, 10.2.*.*:50052. "
+    "Empty: push is off.");
 ABSL_FLAG(double, stall_timeout_s, 30, "A consumer that takes nothing for so long is cut off.");
 ABSL_FLAG(double, wedge_timeout_s, 300,
           "Liveness fails when no layer and no frame gets done for so long though work waits. "

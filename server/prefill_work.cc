@@ -8,7 +8,7 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "server/host_port.h"
+#include "proto/host_port.h"
 
 namespace prefilld::server {
 namespace {
@@ -187,16 +187,14 @@ absl::Status CheckDelivery(const v1::PrefillRequest& request, const RequestLimit
     return absl::InvalidArgumentError(absl::StrCat("deliver_to.address has ", address.size(),
                                                    " characters; at most ", kMaxAddressLength));
   }
-  const auto host_port = ParseHostPort(address);
-  if (!host_port.has_value() || host_port->port == 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("deliver_to.address \"", absl::CHexEscape(address), "\" is not host:port"));
+  if (auto problem = proto::DialAddressProblem("deliver_to.address", address)) {
+    return absl::InvalidArgumentError(*problem);
   }
-  const bool allowed =
-      std::any_of(limits.deliver_to_allow.begin(), limits.deliver_to_allow.end(),
-                  [&](const std::string& pattern) { return MatchesPattern(pattern, address); });
+  const bool allowed = std::any_of(
+      limits.deliver_to_allow.begin(), limits.deliver_to_allow.end(),
+      [&](const std::string& pattern) { return proto::AddressMatches(pattern, address); });
   if (!allowed) {
-    return absl::InvalidArgumentError(
+    return absl::PermissionDeniedError(
         absl::StrCat("deliver_to.address ", address, " is not on this server's allow-list"));
   }
   if (request.deliver_to().transfer_id().empty()) {

@@ -43,7 +43,8 @@ struct RequestLimits {
 };
 
 // INVALID_ARGUMENT names field, value and limit; FAILED_PRECONDITION: another model was asked for;
-// UNIMPLEMENTED: push, and the operator allows none. An empty request_id is replaced by a new one.
+// PERMISSION_DENIED: push to an address that the operator does not allow; UNIMPLEMENTED: push, and
+// the operator allows none. An empty request_id is replaced by a new one.
 absl::StatusOr<PrefillWork> ValidateRequest(const ::prefill::v1::PrefillRequest& request,
                                             const RequestLimits& limits);
 

@@ -4,10 +4,9 @@
 #include <fstream>
 #include <utility>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "server/host_port.h"
+#include "proto/host_port.h"
 
 namespace prefilld::server {
 namespace {
@@ -29,16 +28,18 @@ const char* DeviceName(model::DeviceChoice choice) {
 }
 
 void CheckAddresses(const ServerOptions& o, std::vector<std::string>& problems) {
-  if (!ParseHostPort(o.listen).has_value()) {
-    problems.push_back(absl::StrCat("--listen=", o.listen, " is not host:port"));
+  if (auto problem = proto::ListenAddressProblem("--listen", o.listen)) {
+    problems.push_back(*std::move(problem));
   }
-  if (!o.metrics_listen.empty() && !ParseHostPort(o.metrics_listen).has_value()) {
-    problems.push_back(absl::StrCat("--metrics_listen=", o.metrics_listen, " is not host:port"));
+  if (!o.metrics_listen.empty()) {
+    if (auto problem = proto::ListenAddressProblem("--metrics_listen", o.metrics_listen)) {
+      problems.push_back(*std::move(problem));
+    }
   }
   for (const std::string& pattern : o.deliver_to_allow) {
-    if (!absl::StrContains(pattern, ':')) {
-      problems.push_back(
-          absl::StrCat("--deliver_to_allow: '", pattern, "' is not a host:port pattern"));
+    if (!proto::IsAddressPattern(pattern)) {
+      problems.push_back(absl::StrCat("--deliver_to_allow: '", pattern,
+                                      "' is not a host:port pattern, such as *.pods:50052"));
     }
   }
 }

@@ -6,6 +6,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "proto/host_port.h"
 
 ABSL_FLAG(std::string, worker, "localhost:50052", "host:port of the decode worker (generate).");
 ABSL_FLAG(std::string, server, "localhost:50051", "host:port of prefilld (prefill, info).");
@@ -118,7 +119,14 @@ Command ReadCommand(const std::vector<char*>& positional, Problems& problems) {
   return ReadName("command", positional[1], kCommands, problems);
 }
 
-ChannelOptions ReadChannel(const std::string& address) {
+void CheckAddress(const char* flag, const std::string& address, Problems& problems) {
+  if (auto problem = proto::DialAddressProblem(flag, address)) {
+    problems.push_back(*std::move(problem));
+  }
+}
+
+ChannelOptions ReadChannel(const char* flag, const std::string& address, Problems& problems) {
+  CheckAddress(flag, address, problems);
   ChannelOptions channel;
   channel.address = address;
   if (absl::GetFlag(FLAGS_tls)) {
@@ -211,8 +219,8 @@ absl::StatusOr<CliOptions> OptionsFromCommandLine(int argc, char** argv) {
   Problems problems;
   CliOptions options;
   options.command = ReadCommand(positional, problems);
-  options.worker = ReadChannel(absl::GetFlag(FLAGS_worker));
-  options.server = ReadChannel(absl::GetFlag(FLAGS_server));
+  options.worker = ReadChannel("--worker", absl::GetFlag(FLAGS_worker), problems);
+  options.server = ReadChannel("--server", absl::GetFlag(FLAGS_server), problems);
   const double timeout_s = absl::GetFlag(FLAGS_timeout_s);
   if (!(timeout_s >= 0)) problems.push_back("--timeout_s must not be negative");
   if (timeout_s > 0) options.timeout = absl::Seconds(timeout_s);
@@ -233,6 +241,7 @@ absl::StatusOr<CliOptions> OptionsFromCommandLine(int argc, char** argv) {
   options.layer_stats = absl::GetFlag(FLAGS_layer_stats);
   options.deliver_to = absl::GetFlag(FLAGS_deliver_to);
   options.transfer_id = absl::GetFlag(FLAGS_transfer_id);
+  if (!options.deliver_to.empty()) CheckAddress("--deliver_to", options.deliver_to, problems);
   if (options.deliver_to.empty() != options.transfer_id.empty()) {
     problems.push_back("--deliver_to and --transfer_id belong together");
   }

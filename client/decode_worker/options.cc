@@ -1,12 +1,14 @@
 #include "client/decode_worker/options.h"
 
 #include <limits>
+#include <optional>
 
 #include "absl/flags/flag.h"
 #include "absl/flags/parse.h"
 #include "absl/flags/usage.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "proto/host_port.h"
 
 ABSL_FLAG(std::string, model, "", "Checkpoint folder, the same as prefilld's. Required.");
 ABSL_FLAG(std::string, device, "auto", "auto, cpu or cuda.");
@@ -55,6 +57,19 @@ using Problems = std::vector<std::string>;
 void CheckRange(const char* flag, int64_t value, int64_t low, int64_t high, Problems& problems) {
   if (value < low || value > high) {
     problems.push_back(absl::StrCat(flag, "=", value, " is outside ", low, " to ", high));
+  }
+}
+
+void CheckAddresses(const WorkerOptions& options, Problems& problems) {
+  const auto add = [&problems](std::optional<std::string> problem) {
+    if (problem.has_value()) problems.push_back(*std::move(problem));
+  };
+  add(proto::ListenAddressProblem("--listen", options.listen));
+  if (!options.metrics_listen.empty()) {
+    add(proto::ListenAddressProblem("--metrics_listen", options.metrics_listen));
+  }
+  if (!options.prefill.address.empty()) {
+    add(proto::DialAddressProblem("--prefill_address", options.prefill.address));
   }
 }
 
@@ -154,6 +169,7 @@ absl::StatusOr<WorkerOptions> OptionsFromCommandLine(int argc, char** argv) {
       ReadSeconds("--stall_timeout_s", absl::GetFlag(FLAGS_stall_timeout_s), problems);
   options.drain_timeout =
       ReadSeconds("--drain_timeout_s", absl::GetFlag(FLAGS_drain_timeout_s), problems);
+  CheckAddresses(options, problems);
   if (!problems.empty()) return absl::InvalidArgumentError(absl::StrJoin(problems, "; "));
   return options;
 }

@@ -132,7 +132,13 @@ INSTANTIATE_TEST_SUITE_P(
                    kInvalid, {"deliver_to.address", "20002", "256"}},
         BadRequest{"PushNotAllowed",
                    [](Request& r) { r.mutable_deliver_to()->set_address("evil.example:7000"); },
-                   kInvalid, {"deliver_to.address", "evil.example:7000", "allow-list"}},
+                   grpc::StatusCode::PERMISSION_DENIED,
+                   {"deliver_to.address", "evil.example:7000", "allow-list"}},
+        BadRequest{"PushToANameThatOnlyEndsAsAllowed",
+                   [](Request& r) {
+                     r.mutable_deliver_to()->set_address("worker-1.evil.example.pods:7000");
+                   },
+                   grpc::StatusCode::PERMISSION_DENIED, {"worker-1.evil.example.pods:7000"}},
         BadRequest{"PushWithoutTransferId",
                    [](Request& r) { r.mutable_deliver_to()->set_address("worker-1.pods:7000"); },
                    kInvalid, {"deliver_to.transfer_id", "empty"}},

@@ -1,11 +1,14 @@
-#include "server/host_port.h"
+#include "proto/host_port.h"
 
 #include <algorithm>
 
 #include "absl/strings/ascii.h"
+#include "absl/strings/escaping.h"
 #include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_replace.h"
 
-namespace prefilld::server {
+namespace prefilld::proto {
 namespace {
 
 bool IsHostName(absl::string_view host) {
@@ -18,6 +21,16 @@ bool IsIpv6(absl::string_view host) {
   return !host.empty() && std::all_of(host.begin(), host.end(), [](char c) {
     return absl::ascii_isxdigit(static_cast<unsigned char>(c)) || c == ':' || c == '.';
   });
+}
+
+bool EndsLabel(char c) { return c == '.' || c == ':'; }
+
+std::string NotAnAddress(absl::string_view setting, absl::string_view text,
+                         absl::string_view lowest_port) {
+  return absl::StrCat(setting, "=", absl::CHexEscape(text),
+                      " is not host:port: a name, an IPv4 address or an IPv6 address in brackets, "
+                      "then a port from ",
+                      lowest_port, " to 65535");
 }
 
 }  // namespace
@@ -40,20 +53,32 @@ std::optional<HostPort> ParseHostPort(absl::string_view text) {
   return result;
 }
 
-bool MatchesPattern(absl::string_view pattern, absl::string_view text) {
+std::optional<std::string> ListenAddressProblem(absl::string_view setting, absl::string_view text) {
+  if (ParseHostPort(text).has_value()) return std::nullopt;
+  return NotAnAddress(setting, text, "0 (any free port)");
+}
+
+std::optional<std::string> DialAddressProblem(absl::string_view setting, absl::string_view text) {
+  const std::optional<HostPort> address = ParseHostPort(text);
+  if (address.has_value() && address->port > 0) return std::nullopt;
+  return NotAnAddress(setting, text, "1");
+}
+
+bool AddressMatches(absl::string_view pattern, absl::string_view address) {
+  if (!ParseHostPort(address).has_value()) return false;
   // On a mismatch the last '*' takes one more character: linear space, no recursion.
-  size_t p = 0, t = 0;
-  size_t star = absl::string_view::npos, star_text = 0;
-  while (t < text.size()) {
+  size_t p = 0, a = 0;
+  size_t star = absl::string_view::npos, star_end = 0;
+  while (a < address.size()) {
     if (p < pattern.size() && pattern[p] == '*') {
       star = p++;
-      star_text = t;
-    } else if (p < pattern.size() && pattern[p] == text[t]) {
+      star_end = a;
+    } else if (p < pattern.size() && pattern[p] == address[a]) {
       ++p;
-      ++t;
-    } else if (star != absl::string_view::npos) {
+      ++a;
+    } else if (star != absl::string_view::npos && !EndsLabel(address[star_end])) {
       p = star + 1;
-      t = ++star_text;
+      a = ++star_end;
     } else {
       return false;
     }
@@ -62,4 +87,8 @@ bool MatchesPattern(absl::string_view pattern, absl::string_view text) {
   return p == pattern.size();
 }
 
-}  // namespace prefilld::server
+bool IsAddressPattern(absl::string_view pattern) {
+  return ParseHostPort(absl::StrReplaceAll(pattern, {{"*", "1"}})).has_value();
+}
+
+}  // namespace prefilld::proto

@@ -1,0 +1,34 @@
+// Network addresses as operators and requests write them: the form of DeliverTo.address and of
+// every flag that takes host:port.
+#ifndef PREFILLD_PROTO_HOST_PORT_H_
+#define PREFILLD_PROTO_HOST_PORT_H_
+
+#include <optional>
+#include <string>
+
+#include "absl/strings/string_view.h"
+
+namespace prefilld::proto {
+
+struct HostPort {
+  std::string host;  // a name, an IPv4 address, or an IPv6 address without its brackets
+  int port = 0;      // 0 to 65535
+};
+
+// "name:port", "1.2.3.4:port" or "[::1]:port"; nothing else (no schemes, no paths).
+std::optional<HostPort> ParseHostPort(absl::string_view text);
+
+// What is wrong with an address: `<setting>=<text> is not host:port ...`; nullopt: nothing. To
+// listen on, port 0 stands for any free one; nothing can be dialled there.
+std::optional<std::string> ListenAddressProblem(absl::string_view setting, absl::string_view text);
+std::optional<std::string> DialAddressProblem(absl::string_view setting, absl::string_view text);
+
+// True when `address` is host:port and `pattern` admits it. '*' in the pattern stands for any run
+// of characters within one label: it crosses neither a dot nor a colon.
+bool AddressMatches(absl::string_view pattern, absl::string_view address);
+// Whether any address can match.
+bool IsAddressPattern(absl::string_view pattern);
+
+}  // namespace prefilld::proto
+
+#endif  // PREFILLD_PROTO_HOST_PORT_H_
