@@ -118,14 +118,27 @@ class Manifests(unittest.TestCase):
             for budget in of_kind(resources, "PodDisruptionBudget"):
                 self.assertTrue(any(selects(budget["spec"]["selector"]["matchLabels"], d) for d in deployments))
 
-    def test_the_service_monitor_scrapes_a_port_of_the_service(self):
+    def test_the_service_monitor_scrapes_every_program(self):
         resources = kustomize.render(ROOT / KUSTOMIZATIONS[0])
         (monitor,) = of_kind(resources, "ServiceMonitor")
         wanted = monitor["spec"]["selector"]["matchLabels"]
         services = [s for s in of_kind(resources, "Service") if wanted.items() <= s["metadata"]["labels"].items()]
-        self.assertEqual(len(services), 1)
-        ports = {p["name"] for p in services[0]["spec"]["ports"]}
-        self.assertLessEqual({e["port"] for e in monitor["spec"]["endpoints"]}, ports)
+        for deployment in of_kind(resources, "Deployment"):
+            with self.subTest(deployment["metadata"]["name"]):
+                (service,) = [s for s in services if selects(s["spec"]["selector"], deployment)]
+                ports = {p["name"] for p in service["spec"]["ports"]}
+                self.assertLessEqual({e["port"] for e in monitor["spec"]["endpoints"]}, ports)
+
+    def test_every_port_is_one_that_the_program_listens_on(self):
+        for resources in self.for_each_kustomization():
+            for deployment in of_kind(resources, "Deployment"):
+                (container,) = pod_of(deployment)["containers"]
+                flags = {"grpc": "listen", "metrics": "metrics_listen"}
+                self.assertEqual({port["name"] for port in container["ports"]}, set(flags))
+                for port in container["ports"]:
+                    with self.subTest(f"{deployment['metadata']['name']} {port['name']}"):
+                        listens = flag_value(container, flags[port["name"]]) or ""
+                        self.assertEqual(listens, f"0.0.0.0:{port['containerPort']}")
 
     def test_pods_run_without_privileges(self):
         for resources in self.for_each_kustomization():
