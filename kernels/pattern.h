@@ -70,24 +70,28 @@ struct ExpandVerticalSlashParams {
   int64_t* blocks = nullptr;  // [num_heads]: bits set; may be null
 };
 
-// The pattern of a pivot: per row the smallest set of key blocks whose mass reaches gamma of the
+// Patterns from block mass: per row the smallest set of key blocks whose mass reaches gamma of the
 // row's (lowest index first among equals), plus block 0 and the diagonal.
 struct SelectRowsParams {
-  const float* block_mass = nullptr;  // [num_query_blocks, num_key_blocks], as attention writes it
-  int64_t num_query_blocks = 0;
+  // [num_heads, num_query_blocks, num_key_blocks], as attention or, for one row, the estimate
+  // writes it.
+  const float* block_mass = nullptr;
+  int64_t num_query_blocks = 0;  // the last ones of num_key_blocks
   int64_t num_key_blocks = 0;
   float gamma = 0.9f;
-  uint32_t* pattern = nullptr;  // [num_query_blocks, W]
+  uint32_t* pattern = nullptr;  // [num_heads, num_query_blocks, W]
+  int num_heads = 1;
 };
 
 // How much of a head's block mass a pattern holds, and how many blocks it has.
 struct MeasurePatternParams {
-  const float* block_mass = nullptr;  // [num_query_blocks, num_key_blocks]; null: count only
-  const uint32_t* pattern = nullptr;  // [num_query_blocks, W]
+  const float* block_mass = nullptr;   // [num_query_blocks, num_key_blocks]; null: count only
+  const uint32_t* pattern = nullptr;   // [num_query_blocks, W]
   const uint32_t* last_row = nullptr;  // [W], OR-ed into the last row; may be null
   int64_t num_query_blocks = 0;
   int64_t num_key_blocks = 0;
-  double* mass = nullptr;    // mean over the rows of the mass inside the pattern; null if no block_mass
+  double* mass =
+      nullptr;  // mean over the rows of the mass inside the pattern; null if no block_mass
   int64_t* blocks = nullptr;  // number of blocks
 };
 

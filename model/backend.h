@@ -68,6 +68,11 @@ class Backend {
   virtual absl::Status Upload(void* dst, const void* src, size_t bytes) = 0;
   // Device to host after all earlier ops; blocks.
   virtual absl::Status Download(void* dst, const void* src, size_t bytes) = 0;
+  // Starts a copy of what earlier ops leave in `src` to `dst`, host memory of AllocateStaging,
+  // beside the ops that follow; those must not write `src`. FinishDownloads waits for all such
+  // copies, and for no op behind the last of them.
+  virtual absl::Status StartDownload(void* dst, const void* src, size_t bytes) = 0;
+  virtual absl::Status FinishDownloads() = 0;
   // Waits for all earlier ops.
   virtual absl::Status Synchronize() = 0;
   // Marks the point behind all earlier ops, without waiting for it: marks are numbered 0 ..

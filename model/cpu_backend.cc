@@ -45,6 +45,10 @@ class CpuBackend final : public Backend {
   absl::Status Download(void* dst, const void* src, size_t bytes) override {
     return Copy(dst, src, bytes);
   }
+  absl::Status StartDownload(void* dst, const void* src, size_t bytes) override {
+    return Copy(dst, src, bytes);
+  }
+  absl::Status FinishDownloads() override { return absl::OkStatus(); }
   absl::Status Synchronize() override { return absl::OkStatus(); }
   absl::Status Mark(int mark) override {
     marks_[mark] = std::chrono::steady_clock::now();

@@ -43,6 +43,8 @@ class CudaBackend final : public Backend {
 
   absl::Status Upload(void* dst, const void* src, size_t bytes) override;
   absl::Status Download(void* dst, const void* src, size_t bytes) override;
+  absl::Status StartDownload(void* dst, const void* src, size_t bytes) override;
+  absl::Status FinishDownloads() override;
   absl::Status Synchronize() override;
   absl::Status Mark(int mark) override;
   absl::StatusOr<double> ElapsedUs(int from, int to) override;
@@ -109,6 +111,8 @@ class CudaBackend final : public Backend {
   const int device_;
   std::string device_name_;
   cudaStream_t stream_ = nullptr;  // of the ops
+  cudaStream_t download_stream_ = nullptr;
+  cudaEvent_t download_ready_ = nullptr;  // on stream_: its source is written
   cudaEvent_t marks_[kNumMarks] = {};
   cudaEvent_t timing_start_ = nullptr;
   cudaEvent_t timing_end_ = nullptr;
@@ -145,8 +149,15 @@ absl::Status CudaBackend::Initialize() {
                                                       "; 8.0 or newer is needed"));
   }
   device_name_ = properties.name;
-  if (absl::Status status =
-          Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+  for (cudaStream_t* stream : {&stream_, &download_stream_}) {
+    if (absl::Status status =
+            Check(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "cudaStreamCreate");
+        !status.ok()) {
+      return status;
+    }
+  }
+  if (absl::Status status = Check(
+          cudaEventCreateWithFlags(&download_ready_, cudaEventDisableTiming), "cudaEventCreate");
       !status.ok()) {
     return status;
   }
@@ -170,6 +181,11 @@ CudaBackend::~CudaBackend() {
   linear_.reset();
   linear_workspace_ = DeviceBuffer();
   attention_scratch_ = DeviceBuffer();
+  if (download_stream_ != nullptr) {
+    cudaStreamSynchronize(download_stream_);
+    cudaStreamDestroy(download_stream_);
+  }
+  if (download_ready_ != nullptr) cudaEventDestroy(download_ready_);
   for (cudaEvent_t mark : marks_) {
     if (mark != nullptr) cudaEventDestroy(mark);
   }
@@ -272,6 +288,21 @@ absl::Status CudaBackend::Download(void* dst, const void* src, size_t bytes) {
     if (absl::Status status = Check(error, "download"); !status.ok()) return status;
   }
   return Check(cudaStreamSynchronize(stream_), "download");
+}
+
+absl::Status CudaBackend::StartDownload(void* dst, const void* src, size_t bytes) {
+  if (absl::Status status = Fault(); !status.ok()) return status;
+  cudaError_t error = cudaEventRecord(download_ready_, stream_);
+  if (error == cudaSuccess) error = cudaStreamWaitEvent(download_stream_, download_ready_);
+  if (error == cudaSuccess) {
+    error = cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, download_stream_);
+  }
+  return Check(error, "download");
+}
+
+absl::Status CudaBackend::FinishDownloads() {
+  if (absl::Status status = Fault(); !status.ok()) return status;
+  return Check(cudaStreamSynchronize(download_stream_), "download");
 }
 
 absl::Status CudaBackend::Synchronize() {

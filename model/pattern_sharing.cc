@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 
 #include "model/stopwatch.h"
 
@@ -13,7 +14,16 @@ namespace {
 constexpr int64_t kPivotMassBytes = int64_t{64} << 20;
 
 // Points on the device's time line.
-enum Mark { kBegin, kEstimated, kSelected, kExpanded, kPivotsMeasured, kDecided };
+enum Mark {
+  kBegin,
+  kEstimated,
+  kSelected,
+  kPivotsBegin,
+  kPivotsAttended,
+  kDecided,
+  kAttentionBegins,
+  kAttended
+};
 
 int64_t CausalBlocks(int64_t num_blocks) { return num_blocks * (num_blocks + 1) / 2; }
 
@@ -70,6 +80,13 @@ absl::Status PatternSharing::Allocate(int64_t max_tokens) {
     if (!allocated.ok()) return allocated.status();
     buffer = *std::move(allocated);
   }
+  const std::pair<DeviceBuffer&, const DeviceBuffer&> host_copies[] = {
+      {estimate_, block_estimate_}, {last_rows_host_, last_rows_}, {figures_host_, figures_}};
+  for (const auto& [copy, original] : host_copies) {
+    absl::StatusOr<DeviceBuffer> allocated = backend_.AllocateStaging(original.bytes());
+    if (!allocated.ok()) return allocated.status();
+    copy = *std::move(allocated);
+  }
   absl::StatusOr<std::unique_ptr<RecallAudit>> audit =
       RecallAudit::Create(&backend_, config_.num_heads);
   if (!audit.ok()) return audit.status();
@@ -80,10 +97,7 @@ absl::Status PatternSharing::Allocate(int64_t max_tokens) {
     pivot.last_row.reserve(words);
   }
   no_clusters_.assign(heads, HeadClusters::kNoCluster);
-  estimate_.resize(heads * blocks);
-  last_rows_host_.resize(heads * words);
-  figures_host_.resize(kFiguresPerHead * heads);
-  head_blocks_.resize(heads);
+  roles_.resize(heads);
   work_.reserve(heads);
   return absl::OkStatus();
 }
@@ -97,96 +111,37 @@ void PatternSharing::StartPrompt(int64_t num_tokens, const AttentionOptions& opt
 
 absl::Status PatternSharing::Attend(int layer, const kernels::AttentionParams& attention,
                                     LayerReport* report) {
-  Stopwatch stopwatch;
-  if (absl::Status status = Estimate(attention); !status.ok()) return status;
-
   const absl::Span<const int> cluster_of = options_.policy == AttentionPolicy::kShare
                                                ? absl::MakeConstSpan(clusters_.cluster_of[layer])
                                                : absl::MakeConstSpan(no_clusters_);
-  const absl::Span<const float> estimate(estimate_.data(), config_.num_heads * num_blocks_);
-  Stopwatch host_stopwatch;
-  const std::vector<int> pivots = ChoosePivots(cluster_of, estimate, pivots_, options_);
-  int64_t host_us = host_stopwatch.LapUs();
-  report->pattern_us += stopwatch.LapUs();
-
-  const int64_t mass_floats = static_cast<int64_t>(pivot_mass_.bytes() / sizeof(float));
-  const size_t at_a_time =
-      static_cast<size_t>(std::max<int64_t>(1, mass_floats / (num_blocks_ * num_blocks_)));
-  for (size_t first = 0; first < pivots.size(); first += at_a_time) {
-    const auto batch = absl::MakeConstSpan(pivots).subspan(first, at_a_time);
-    if (absl::Status status = AttendPivots(attention, batch); !status.ok()) return status;
-    report->attention_us += stopwatch.LapUs();
-    if (absl::Status status = MeasurePivots(layer, cluster_of, batch); !status.ok()) return status;
-    report->pattern_us += stopwatch.LapUs();
+  const bool may_share = options_.coverage > 0.0f &&
+                         std::any_of(cluster_of.begin(), cluster_of.end(), [](int cluster) {
+                           return cluster != HeadClusters::kNoCluster;
+                         });
+  stages_ = {};
+  std::fill(roles_.begin(), roles_.end(), HeadRole::kVerticalSlash);
+  if (absl::Status status = Prepare(attention, may_share); !status.ok()) return status;
+  if (may_share) {
+    if (absl::Status status = Decide(layer, attention, cluster_of); !status.ok()) return status;
   }
-
-  if (!pivots.empty()) {
-    if (absl::Status status = backend_.Mark(kPivotsMeasured); !status.ok()) return status;
-  }
-  host_stopwatch.LapUs();
-  std::vector<HeadRole> roles(config_.num_heads, HeadRole::kPivot);
-  for (int head = 0; head < config_.num_heads; ++head) {
-    if (std::binary_search(pivots.begin(), pivots.end(), head)) continue;
-    const int cluster = cluster_of[head];
-    roles[head] =
-        DecideHead(layer, EstimateOf(head),
-                   cluster == HeadClusters::kNoCluster ? nullptr : &pivots_[cluster], options_);
-  }
-  if (absl::Status status = AssignPatterns(cluster_of, roles); !status.ok()) return status;
-  host_us += host_stopwatch.LapUs();
+  AssignWork(cluster_of);
   if (absl::Status status = backend_.Mark(kDecided); !status.ok()) return status;
-  Summarize(roles, report);
-  report->pattern_us += stopwatch.LapUs();
-  stages_.host_us = static_cast<double>(host_us);
-  if (absl::Status status = MeasureStages(pivots.empty()); !status.ok()) return status;
-
-  if (work_.empty()) return absl::OkStatus();
-  kernels::AttentionParams params = attention;
-  params.work = work_.data();
-  params.num_work = static_cast<int>(work_.size());
-  if (options_.recall_audit_rows > 0) {
-    if (absl::Status status = Audit(layer, params, roles, report); !status.ok()) return status;
-    report->audit_us = stopwatch.LapUs();
-  }
-  absl::Status status = backend_.Attention(params);
-  if (status.ok()) status = backend_.Synchronize();
-  report->attention_us += stopwatch.LapUs();
-  return status;
+  if (absl::Status status = AttendSparse(layer, attention, report); !status.ok()) return status;
+  return Report(cluster_of, may_share, report);
 }
 
-absl::Status PatternSharing::Audit(int layer, const kernels::AttentionParams& attention,
-                                   absl::Span<const HeadRole> roles, LayerReport* report) {
-  std::vector<float> recall(attention.num_work);
-  // The estimate has been read; what it was written to is free.
-  absl::Status status = audit_->Measure(attention, layer, options_.recall_audit_rows,
-                                        {.block_mass = block_estimate_.as<float>(),
-                                         .vertical = vertical_.as<float>(),
-                                         .slash = slash_.as<float>(),
-                                         .scratch = scratch_.data()},
-                                        absl::MakeSpan(recall));
-  for (int i = 0; i < attention.num_work && status.ok(); ++i) {
-    const int head = attention.work[i].head;
-    const PatternSource source =
-        roles[head] == HeadRole::kShared ? PatternSource::kPivot : PatternSource::kVerticalSlash;
-    report->recall.push_back({layer, head, source, recall[i]});
+absl::Status PatternSharing::Prepare(const kernels::AttentionParams& attention, bool may_share) {
+  absl::Status status = backend_.Mark(kBegin);
+  if (status.ok()) status = Estimate(attention);
+  // The host decides by it while the device goes on to the sets.
+  if (status.ok() && may_share) {
+    status = backend_.StartDownload(estimate_.data(), block_estimate_.data(),
+                                    config_.num_heads * num_blocks_ * sizeof(float));
   }
+  if (status.ok()) status = backend_.Mark(kEstimated);
+  if (status.ok()) status = SelectSets(may_share);
+  if (status.ok()) status = backend_.Mark(kSelected);
   return status;
-}
-
-absl::Status PatternSharing::MeasureStages(bool pivots_exist) {
-  const struct {
-    double& us;
-    Mark from, to;
-  } stages[] = {{stages_.estimate_us, kBegin, kEstimated},
-                {stages_.vertical_slash_us, kEstimated, kSelected},
-                {stages_.expand_us, kSelected, kExpanded},
-                {stages_.decide_us, pivots_exist ? kExpanded : kPivotsMeasured, kDecided}};
-  for (const auto& [us, from, to] : stages) {
-    const absl::StatusOr<double> elapsed = backend_.ElapsedUs(from, to);
-    if (!elapsed.ok()) return elapsed.status();
-    us = *elapsed;
-  }
-  return absl::OkStatus();
 }
 
 absl::Status PatternSharing::Estimate(const kernels::AttentionParams& attention) {
@@ -194,37 +149,35 @@ absl::Status PatternSharing::Estimate(const kernels::AttentionParams& attention)
   const int64_t query_offset = (attention.num_queries - num_queries) * config_.num_heads *
                                config_.head_dim *
                                static_cast<int64_t>(kernels::SizeOf(backend_.compute_dtype()));
-  absl::Status status = backend_.Mark(kBegin);
-  if (!status.ok()) return status;
-  status = backend_.Estimate({.q = static_cast<const char*>(attention.q) + query_offset,
-                              .k = attention.k,
-                              .num_queries = num_queries,
-                              .num_keys = num_tokens_,
-                              .kv_head_stride = attention.kv_head_stride,
-                              .num_heads = config_.num_heads,
-                              .num_kv_heads = config_.num_kv_heads,
-                              .head_dim = config_.head_dim,
-                              .block_tokens = block_tokens_,
-                              .scale = attention.scale,
-                              .block_mass = block_estimate_.as<float>(),
-                              .vertical = vertical_.as<float>(),
-                              .slash = slash_.as<float>(),
-                              .scratch = scratch_.data()});
-  if (status.ok()) status = backend_.Mark(kEstimated);
-  if (status.ok()) {
-    status = backend_.VerticalSlash({.vertical = vertical_.as<float>(),
-                                     .slash = slash_.as<float>(),
-                                     .num_keys = num_tokens_,
-                                     .num_heads = config_.num_heads,
-                                     .block_tokens = block_tokens_,
-                                     .gamma = options_.gamma,
-                                     .min_budget_tokens = options_.min_budget_tokens,
-                                     .columns = columns_.as<uint32_t>(),
-                                     .diagonals = diagonals_.as<uint32_t>(),
-                                     .scratch = scratch_.data()});
-  }
-  if (status.ok()) status = backend_.Mark(kSelected);
-  // Sharing heads and pivots will not use theirs; one launch for all is cheaper than choosing.
+  return backend_.Estimate({.q = static_cast<const char*>(attention.q) + query_offset,
+                            .k = attention.k,
+                            .num_queries = num_queries,
+                            .num_keys = num_tokens_,
+                            .kv_head_stride = attention.kv_head_stride,
+                            .num_heads = config_.num_heads,
+                            .num_kv_heads = config_.num_kv_heads,
+                            .head_dim = config_.head_dim,
+                            .block_tokens = block_tokens_,
+                            .scale = attention.scale,
+                            .block_mass = block_estimate_.as<float>(),
+                            .vertical = vertical_.as<float>(),
+                            .slash = slash_.as<float>(),
+                            .scratch = scratch_.data()});
+}
+
+// Of all heads, whatever they will turn out to do: one launch is cheaper than choosing, and the
+// device would only wait for the host's decisions.
+absl::Status PatternSharing::SelectSets(bool may_share) {
+  absl::Status status = backend_.VerticalSlash({.vertical = vertical_.as<float>(),
+                                                .slash = slash_.as<float>(),
+                                                .num_keys = num_tokens_,
+                                                .num_heads = config_.num_heads,
+                                                .block_tokens = block_tokens_,
+                                                .gamma = options_.gamma,
+                                                .min_budget_tokens = options_.min_budget_tokens,
+                                                .columns = columns_.as<uint32_t>(),
+                                                .diagonals = diagonals_.as<uint32_t>(),
+                                                .scratch = scratch_.data()});
   if (status.ok()) {
     status =
         backend_.ExpandVerticalSlash({.columns = columns_.as<uint32_t>(),
@@ -235,16 +188,45 @@ absl::Status PatternSharing::Estimate(const kernels::AttentionParams& attention)
                                       .num_heads = config_.num_heads,
                                       .blocks = figures_.as<int64_t>() + VerticalSlashSlot(0)});
   }
-  if (status.ok()) status = backend_.Mark(kExpanded);
-  if (status.ok()) {
-    status = backend_.Download(estimate_.data(), block_estimate_.data(),
-                               config_.num_heads * num_blocks_ * sizeof(float));
+  // Each head's own blocks of the last row, should it share.
+  if (status.ok() && may_share) {
+    status = backend_.SelectRows({.block_mass = block_estimate_.as<float>(),
+                                  .num_query_blocks = 1,
+                                  .num_key_blocks = num_blocks_,
+                                  .gamma = options_.gamma,
+                                  .pattern = last_rows_.as<uint32_t>(),
+                                  .num_heads = config_.num_heads});
   }
-  if (status.ok()) status = DownloadFigures();
-  if (!status.ok()) return status;
+  return status;
+}
+
+absl::Status PatternSharing::Decide(int layer, const kernels::AttentionParams& attention,
+                                    absl::Span<const int> cluster_of) {
+  if (absl::Status status = backend_.FinishDownloads(); !status.ok()) return status;
+  Stopwatch stopwatch;
+  const absl::Span<const float> estimate(estimate_.as<float>(), config_.num_heads * num_blocks_);
+  const std::vector<int> pivots = ChoosePivots(cluster_of, estimate, pivots_, options_);
+  stages_.host_us += static_cast<double>(stopwatch.LapUs());
+
+  const int64_t mass_floats = static_cast<int64_t>(pivot_mass_.bytes() / sizeof(float));
+  const size_t at_a_time =
+      static_cast<size_t>(std::max<int64_t>(1, mass_floats / (num_blocks_ * num_blocks_)));
+  for (size_t first = 0; first < pivots.size(); first += at_a_time) {
+    const auto batch = absl::MakeConstSpan(pivots).subspan(first, at_a_time);
+    if (absl::Status status = AttendPivots(attention, batch); !status.ok()) return status;
+    if (absl::Status status = MeasurePivots(layer, cluster_of, batch); !status.ok()) return status;
+  }
+
+  stopwatch.LapUs();
   for (int head = 0; head < config_.num_heads; ++head) {
-    head_blocks_[head] = figures_host_[VerticalSlashSlot(head)];
+    const int cluster = cluster_of[head];
+    if (std::binary_search(pivots.begin(), pivots.end(), head)) {
+      roles_[head] = HeadRole::kPivot;
+    } else if (cluster != HeadClusters::kNoCluster) {
+      roles_[head] = DecideHead(layer, EstimateOf(head), &pivots_[cluster], options_);
+    }
   }
+  stages_.host_us += static_cast<double>(stopwatch.LapUs());
   return absl::OkStatus();
 }
 
@@ -257,12 +239,15 @@ absl::Status PatternSharing::AttendPivots(const kernels::AttentionParams& attent
   kernels::AttentionParams params = attention;
   params.work = work_.data();
   params.num_work = static_cast<int>(work_.size());
-  if (absl::Status status = backend_.Attention(params); !status.ok()) return status;
-  return backend_.Synchronize();
+  absl::Status status = backend_.Mark(kPivotsBegin);
+  if (status.ok()) status = backend_.Attention(params);
+  if (status.ok()) status = backend_.Mark(kPivotsAttended);
+  return status;
 }
 
 absl::Status PatternSharing::MeasurePivots(int layer, absl::Span<const int> cluster_of,
                                            absl::Span<const int> pivots) {
+  const int64_t words = row_words();
   // Slot 2 i: the pattern of pivot i; slot 2 i + 1: its own vertical-slash set.
   for (size_t i = 0; i < pivots.size(); ++i) {
     const int slot = static_cast<int>(2 * i);
@@ -274,60 +259,140 @@ absl::Status PatternSharing::MeasurePivots(int layer, absl::Span<const int> clus
                                                .pattern = pattern});
     if (status.ok()) status = Measure(PivotMass(i), pattern, slot);
     if (status.ok()) status = Measure(PivotMass(i), VerticalSlashPattern(pivots[i]), slot + 1);
+    if (status.ok()) {
+      status =
+          backend_.StartDownload(last_rows_host_.as<uint32_t>() + i * words,
+                                 pattern + (num_blocks_ - 1) * words, words * sizeof(uint32_t));
+    }
     if (!status.ok()) return status;
   }
-  if (absl::Status status = DownloadFigures(); !status.ok()) return status;
+  absl::Status status = DownloadFigures();
+  if (status.ok()) status = backend_.FinishDownloads();
+  if (!status.ok()) return status;
+  const absl::StatusOr<double> attention_us = backend_.ElapsedUs(kPivotsBegin, kPivotsAttended);
+  if (!attention_us.ok()) return attention_us.status();
+  stages_.pivots_us += *attention_us;
 
   for (size_t i = 0; i < pivots.size(); ++i) {
     const int slot = static_cast<int>(2 * i);
-    const int cluster = cluster_of[pivots[i]];
     const absl::Span<const float> estimate = EstimateOf(pivots[i]);
-    ClusterPivot& pivot = pivots_[cluster];
+    const absl::Span<const uint32_t> last_row = HostLastRow(static_cast<int>(i));
+    ClusterPivot& pivot = pivots_[cluster_of[pivots[i]]];
     pivot.layer = layer;
     pivot.head = pivots[i];
     pivot.estimate.assign(estimate.begin(), estimate.end());
     pivot.worth_sharing = WorthSharing(Figures(slot), Figures(slot + 1), options_.coverage);
     pivot.pattern_blocks = Figures(slot).blocks;
-    pivot.last_row.resize(row_words());
-    absl::Status status = backend_.Download(pivot.last_row.data(),
-                                            PivotPattern(cluster) + (num_blocks_ - 1) * row_words(),
-                                            row_words() * sizeof(uint32_t));
-    if (!status.ok()) return status;
+    pivot.last_row.assign(last_row.begin(), last_row.end());
   }
   return absl::OkStatus();
 }
 
-absl::Status PatternSharing::AssignPatterns(absl::Span<const int> cluster_of,
-                                            absl::Span<const HeadRole> roles) {
-  const int64_t words = row_words();
-  bool any_shared = false;
+void PatternSharing::AssignWork(absl::Span<const int> cluster_of) {
   work_.clear();
   for (int head = 0; head < config_.num_heads; ++head) {
-    kernels::HeadWork work = {.head = head};
-    switch (roles[head]) {
+    switch (roles_[head]) {
       case HeadRole::kPivot:
-        head_blocks_[head] = CausalBlocks(num_blocks_);
-        continue;
+        break;
       case HeadRole::kVerticalSlash:
-        work.pattern = VerticalSlashPattern(head);
+        work_.push_back({.head = head, .pattern = VerticalSlashPattern(head)});
+        break;
+      case HeadRole::kShared:
+        work_.push_back({.head = head,
+                         .pattern = PivotPattern(cluster_of[head]),
+                         .last_row = last_rows_.as<uint32_t>() + head * row_words()});
+        break;
+    }
+  }
+}
+
+absl::Status PatternSharing::AttendSparse(int layer, const kernels::AttentionParams& attention,
+                                          LayerReport* report) {
+  kernels::AttentionParams params = attention;
+  params.work = work_.data();
+  params.num_work = static_cast<int>(work_.size());
+  if (options_.recall_audit_rows > 0 && !work_.empty()) {
+    Stopwatch stopwatch;
+    if (absl::Status status = Audit(layer, params, report); !status.ok()) return status;
+    report->audit_us = stopwatch.LapUs();
+  }
+  absl::Status status = backend_.Mark(kAttentionBegins);
+  if (status.ok() && !work_.empty()) status = backend_.Attention(params);
+  if (status.ok()) status = backend_.Mark(kAttended);
+  return status;
+}
+
+absl::Status PatternSharing::Audit(int layer, const kernels::AttentionParams& attention,
+                                   LayerReport* report) {
+  std::vector<float> recall(attention.num_work);
+  // The estimate has been read; what it was written to is free.
+  absl::Status status = audit_->Measure(attention, layer, options_.recall_audit_rows,
+                                        {.block_mass = block_estimate_.as<float>(),
+                                         .vertical = vertical_.as<float>(),
+                                         .slash = slash_.as<float>(),
+                                         .scratch = scratch_.data()},
+                                        absl::MakeSpan(recall));
+  for (int i = 0; i < attention.num_work && status.ok(); ++i) {
+    const int head = attention.work[i].head;
+    const PatternSource source =
+        roles_[head] == HeadRole::kShared ? PatternSource::kPivot : PatternSource::kVerticalSlash;
+    report->recall.push_back({layer, head, source, recall[i]});
+  }
+  return status;
+}
+
+absl::Status PatternSharing::Report(absl::Span<const int> cluster_of, bool may_share,
+                                    LayerReport* report) {
+  absl::Status status = DownloadFigures();
+  if (status.ok() && may_share) {
+    status = backend_.StartDownload(last_rows_host_.data(), last_rows_.data(),
+                                    config_.num_heads * row_words() * sizeof(uint32_t));
+  }
+  if (status.ok()) status = backend_.FinishDownloads();
+  if (status.ok()) status = MeasureTimes(report);
+  if (!status.ok()) return status;
+  int64_t blocks = 0;
+  for (int head = 0; head < config_.num_heads; ++head) {
+    switch (roles_[head]) {
+      case HeadRole::kPivot:
+        ++report->pivot_heads;
+        blocks += CausalBlocks(num_blocks_);
+        break;
+      case HeadRole::kVerticalSlash:
+        ++report->vertical_slash_heads;
+        blocks += figures_host_.as<int64_t>()[VerticalSlashSlot(head)];
         break;
       case HeadRole::kShared: {
-        any_shared = true;
+        ++report->shared_heads;
         const ClusterPivot& pivot = pivots_[cluster_of[head]];
-        const auto last_row = absl::MakeSpan(last_rows_host_).subspan(head * words, words);
-        std::fill(last_row.begin(), last_row.end(), 0u);
-        SelectBlocks(EstimateOf(head), options_.gamma, last_row);
-        head_blocks_[head] = pivot.pattern_blocks + CountNewBlocks(last_row, pivot.last_row);
-        work.pattern = PivotPattern(cluster_of[head]);
-        work.last_row = last_rows_.as<uint32_t>() + head * words;
+        blocks += pivot.pattern_blocks + CountNewBlocks(HostLastRow(head), pivot.last_row);
         break;
       }
     }
-    work_.push_back(work);
   }
-  if (!any_shared) return absl::OkStatus();
-  return backend_.Upload(last_rows_.data(), last_rows_host_.data(),
-                         config_.num_heads * words * sizeof(uint32_t));
+  report->density = static_cast<double>(blocks) / (static_cast<double>(CausalBlocks(num_blocks_)) *
+                                                   static_cast<double>(config_.num_heads));
+  return absl::OkStatus();
+}
+
+absl::Status PatternSharing::MeasureTimes(LayerReport* report) {
+  double attention_us = 0.0;
+  const struct {
+    Mark from, to;
+    double& us;
+  } stages[] = {{kBegin, kEstimated, stages_.estimate_us},
+                {kEstimated, kSelected, stages_.select_us},
+                {kSelected, kDecided, stages_.decide_us},
+                {kAttentionBegins, kAttended, attention_us}};
+  for (const auto& [from, to, us] : stages) {
+    const absl::StatusOr<double> elapsed = backend_.ElapsedUs(from, to);
+    if (!elapsed.ok()) return elapsed.status();
+    us = *elapsed;
+  }
+  stages_.decide_us -= stages_.pivots_us;
+  report->attention_us = std::llround(attention_us + stages_.pivots_us);
+  report->pattern_us = std::llround(stages_.estimate_us + stages_.select_us + stages_.decide_us);
+  return absl::OkStatus();
 }
 
 absl::Status PatternSharing::Measure(const float* block_mass, const uint32_t* pattern, int slot) {
@@ -340,32 +405,13 @@ absl::Status PatternSharing::Measure(const float* block_mass, const uint32_t* pa
 }
 
 absl::Status PatternSharing::DownloadFigures() {
-  return backend_.Download(figures_host_.data(), figures_.data(), figures_.bytes());
+  return backend_.StartDownload(figures_host_.data(), figures_.data(), figures_.bytes());
 }
 
 PatternFigures PatternSharing::Figures(int slot) const {
-  return {.mass = std::bit_cast<double>(figures_host_[MassSlot(slot)]),
-          .blocks = figures_host_[BlocksSlot(slot)]};
-}
-
-void PatternSharing::Summarize(absl::Span<const HeadRole> roles, LayerReport* report) const {
-  int64_t blocks = 0;
-  for (size_t head = 0; head < roles.size(); ++head) {
-    switch (roles[head]) {
-      case HeadRole::kPivot:
-        ++report->pivot_heads;
-        break;
-      case HeadRole::kShared:
-        ++report->shared_heads;
-        break;
-      case HeadRole::kVerticalSlash:
-        ++report->vertical_slash_heads;
-        break;
-    }
-    blocks += head_blocks_[head];
-  }
-  report->density = static_cast<double>(blocks) / (static_cast<double>(CausalBlocks(num_blocks_)) *
-                                                   static_cast<double>(roles.size()));
+  const int64_t* figures = figures_host_.as<int64_t>();
+  return {.mass = std::bit_cast<double>(figures[MassSlot(slot)]),
+          .blocks = figures[BlocksSlot(slot)]};
 }
 
 }  // namespace prefilld::model

@@ -36,13 +36,15 @@
 
 namespace prefilld::model {
 
-// Where a layer's pattern time goes, in microseconds by the device's clock; host_us by the host's.
+// Where the time of a layer goes, in microseconds by the device's clock; host_us by the host's.
 struct PatternStages {
   double estimate_us = 0.0;
-  double vertical_slash_us = 0.0;
-  double expand_us = 0.0;
-  double decide_us = 0.0;  // from then on until attention begins, pivots left out
-  double host_us = 0.0;    // of that, what the host computes
+  double select_us = 0.0;  // vertical-slash sets, their patterns, the blocks of the last row
+  // From then until the sparse heads can run: the rest of the host's decisions, and what measuring
+  // pivots takes.
+  double decide_us = 0.0;
+  double host_us = 0.0;    // what the host computes to decide, most of it beside select_us
+  double pivots_us = 0.0;  // attention of pivots
 };
 
 // The state of one prompt at a time and the device memory for the longest one, allocated by
@@ -63,9 +65,12 @@ class PatternSharing {
   void StartPrompt(int64_t num_tokens, const AttentionOptions& options);
 
   // Attention of one layer, layers ascending. `attention` describes the whole prompt's q, k, v and
-  // out, without work. Fills the report's head counts, density, and the times of attention and of
-  // patterns; waits for the device after each of these stages to tell them apart. The decisions
-  // take a few host arrays of [num_heads] or [num_key_blocks] from the heap.
+  // out, without work. Returns when it is done, and fills the report's head counts, density, and
+  // the times of attention and of patterns.
+  //
+  // Before, the host waits once for the device, to decide by the estimate, while the device goes on
+  // to the vertical-slash sets; and once more for every batch of new pivots. Not at all where no
+  // head of the layer can share. The decisions take a few arrays of [num_heads] from the heap.
   absl::Status Attend(int layer, const kernels::AttentionParams& attention, LayerReport* report);
 
   // Of the last Attend.
@@ -79,17 +84,23 @@ class PatternSharing {
   absl::Status Allocate(int64_t max_tokens);
 
   // The stages of Attend, in order.
-  absl::Status MeasureStages(bool pivots_exist);
+  absl::Status Prepare(const kernels::AttentionParams& attention, bool may_share);
+  absl::Status Decide(int layer, const kernels::AttentionParams& attention,
+                      absl::Span<const int> cluster_of);
+  void AssignWork(absl::Span<const int> cluster_of);
+  absl::Status AttendSparse(int layer, const kernels::AttentionParams& attention,
+                            LayerReport* report);
+  absl::Status Report(absl::Span<const int> cluster_of, bool may_share, LayerReport* report);
+
   absl::Status Estimate(const kernels::AttentionParams& attention);
+  absl::Status SelectSets(bool may_share);
   absl::Status AttendPivots(const kernels::AttentionParams& attention,
                             absl::Span<const int> pivots);
   absl::Status MeasurePivots(int layer, absl::Span<const int> cluster_of,
                              absl::Span<const int> pivots);
-  absl::Status AssignPatterns(absl::Span<const int> cluster_of, absl::Span<const HeadRole> roles);
-  void Summarize(absl::Span<const HeadRole> roles, LayerReport* report) const;
   // Recall of what is about to run.
-  absl::Status Audit(int layer, const kernels::AttentionParams& attention,
-                     absl::Span<const HeadRole> roles, LayerReport* report);
+  absl::Status Audit(int layer, const kernels::AttentionParams& attention, LayerReport* report);
+  absl::Status MeasureTimes(LayerReport* report);
 
   // Figures are measured into numbered slots, 2 H of them, and read back together.
   absl::Status Measure(const float* block_mass, const uint32_t* pattern, int slot);
@@ -112,7 +123,10 @@ class PatternSharing {
     return pivot_mass_.as<float>() + place * num_blocks_ * num_blocks_;
   }
   absl::Span<const float> EstimateOf(int head) const {
-    return absl::MakeConstSpan(estimate_).subspan(head * num_blocks_, num_blocks_);
+    return {estimate_.as<float>() + head * num_blocks_, static_cast<size_t>(num_blocks_)};
+  }
+  absl::Span<const uint32_t> HostLastRow(int place) const {
+    return {last_rows_host_.as<uint32_t>() + place * row_words(), static_cast<size_t>(row_words())};
   }
 
   Backend& backend_;
@@ -141,14 +155,15 @@ class PatternSharing {
   std::vector<ClusterPivot> pivots_;  // [num_clusters]
   std::vector<int> no_clusters_;      // [H], for policy vertical_slash
 
+  // The layer.
+  std::vector<HeadRole> roles_;          // [H]
+  std::vector<kernels::HeadWork> work_;  // of the launch being prepared
   PatternStages stages_;
 
-  // Host copies, sized once.
-  std::vector<float> estimate_;  // [H, n]
-  std::vector<uint32_t> last_rows_host_;
-  std::vector<int64_t> figures_host_;    // as figures_
-  std::vector<int64_t> head_blocks_;     // [H]: what each head of this layer computes
-  std::vector<kernels::HeadWork> work_;  // of the launch being prepared
+  // Copies in host memory.
+  DeviceBuffer estimate_;        // of block_estimate_
+  DeviceBuffer last_rows_host_;  // of last_rows_; at first, of the new pivots' last rows
+  DeviceBuffer figures_host_;
 };
 
 }  // namespace prefilld::model

@@ -64,10 +64,6 @@ struct PatternFigures {
 bool WorthSharing(const PatternFigures& pattern, const PatternFigures& vertical_slash,
                   float coverage);
 
-// Sets in `row` (zero on entry) the bits of the smallest set of blocks whose mass reaches gamma of
-// the sum, lowest index first among equals.
-void SelectBlocks(absl::Span<const float> mass, float gamma, absl::Span<uint32_t> row);
-
 }  // namespace prefilld::model
 
 #endif  // PREFILLD_MODEL_SHARING_DECISION_H_

@@ -111,11 +111,11 @@ void SelectRows(const SelectRowsParams& params) {
   // The only allocation: eight bytes per key block for each thread.
   std::vector<uint64_t> sets(static_cast<size_t>(num_key_blocks * omp_get_max_threads()));
 #pragma omp parallel for schedule(dynamic, 16)
-  for (int64_t row = 0; row < params.num_query_blocks; ++row) {
+  for (int64_t row = 0; row < params.num_heads * params.num_query_blocks; ++row) {
     uint64_t* set = &sets[omp_get_thread_num() * num_key_blocks];
     uint32_t* pattern = params.pattern + row * words;
     std::fill_n(pattern, words, 0u);
-    const int64_t block = first_block + row;
+    const int64_t block = first_block + row % params.num_query_blocks;
     const int64_t taken = SelectSmallestSet(params.block_mass + row * num_key_blocks, block + 1,
                                             params.gamma, 0, set);
     for (int64_t i = 0; i < taken; ++i) SetBit(pattern, IndexOf(set[i]));

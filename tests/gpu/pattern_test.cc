@@ -244,6 +244,26 @@ TEST_F(CudaPattern, SelectRowsEqualsReferenceWithAndWithoutTies) {
   }
 }
 
+TEST_F(CudaPattern, SelectRowsTakesHeadsOneAfterTheOther) {
+  constexpr int64_t kHeads = 3, kQueryBlocks = 5, kKeyBlocks = 70;
+  const int64_t words = kQueryBlocks * PatternWords(kKeyBlocks);
+  std::vector<float> mass;
+  for (uint32_t head = 0; head < kHeads; ++head) {
+    const std::vector<float> rows = MakeMasses(kQueryBlocks, kKeyBlocks, false, head);
+    mass.insert(mass.end(), rows.begin(), rows.end());
+  }
+  std::vector<uint32_t> expected(static_cast<size_t>(kHeads * words));
+  for (int head = 0; head < kHeads; ++head) {
+    reference::SelectRows({mass.data() + head * kQueryBlocks * kKeyBlocks, kQueryBlocks, kKeyBlocks,
+                           0.9f, expected.data() + head * words});
+  }
+  const DeviceArray<float> device_mass(mass);
+  const DeviceArray<uint32_t> actual(expected.size());
+  PREFILLD_ASSERT_CUDA(cuda::LaunchSelectRows(
+      {device_mass.data(), kQueryBlocks, kKeyBlocks, 0.9f, actual.data(), kHeads}, nullptr));
+  EXPECT_EQ(actual.Read(), expected);
+}
+
 TEST_F(CudaPattern, MeasurePatternEqualsReference) {
   for (const int64_t key_blocks : {1, 33, 70, 1100}) {
     for (const int64_t query_blocks : {int64_t{1}, key_blocks}) {

@@ -242,6 +242,23 @@ TEST(CpuSelectRows, EqualsReferenceWithAndWithoutTies) {
   }
 }
 
+TEST(CpuSelectRows, TakesHeadsOneAfterTheOther) {
+  constexpr int64_t kHeads = 3, kQueryBlocks = 5, kKeyBlocks = 70;
+  const int64_t words = kQueryBlocks * PatternWords(kKeyBlocks);
+  std::vector<float> mass;
+  for (uint32_t head = 0; head < kHeads; ++head) {
+    const std::vector<float> rows = MakeMasses(kQueryBlocks, kKeyBlocks, false, head);
+    mass.insert(mass.end(), rows.begin(), rows.end());
+  }
+  std::vector<uint32_t> actual(static_cast<size_t>(kHeads * words)), expected = actual;
+  cpu::SelectRows({mass.data(), kQueryBlocks, kKeyBlocks, 0.9f, actual.data(), kHeads});
+  for (int head = 0; head < kHeads; ++head) {
+    reference::SelectRows({mass.data() + head * kQueryBlocks * kKeyBlocks, kQueryBlocks, kKeyBlocks,
+                           0.9f, expected.data() + head * words});
+  }
+  EXPECT_EQ(actual, expected);
+}
+
 TEST(CpuMeasurePattern, EqualsReference) {
   for (const int64_t key_blocks : {1, 33, 70}) {
     for (const int64_t query_blocks : {int64_t{1}, key_blocks}) {

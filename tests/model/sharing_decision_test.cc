@@ -2,6 +2,8 @@
 
 #include <cmath>
 #include <limits>
+#include <numeric>
+#include <random>
 #include <vector>
 
 #include "gmock/gmock.h"
@@ -42,6 +44,33 @@ TEST(JensenShannonDistance, ZerosAreNoNaN) {
   const double distance = JensenShannonDistance({1.0f, 0.0f, 0.0f}, {0.5f, 0.5f, 0.0f});
   EXPECT_NEAR(distance, std::sqrt(0.2157615543388357), 1e-7);
   EXPECT_EQ(distance, JensenShannonDistance({0.5f, 0.5f, 0.0f}, {1.0f, 0.0f, 0.0f}));
+}
+
+// Masses over many orders of magnitude, zeros among them, of lengths that are no multiple of
+// anything.
+TEST(JensenShannonDistance, EqualsTheFormulaInDouble) {
+  std::mt19937 random(1);
+  std::exponential_distribution<double> exponential;
+  for (const size_t n : {1, 7, 8, 100, 1024, 8191}) {
+    for (const int power : {1, 4, 12}) {
+      std::vector<float> p(n), q(n);
+      for (std::vector<float>* mass : {&p, &q}) {
+        for (float& m : *mass) m = static_cast<float>(std::pow(exponential(random), power));
+        if (n > 3) (*mass)[random() % n] = 0.0f;
+        const double sum = std::accumulate(mass->begin(), mass->end(), 0.0);
+        for (float& m : *mass) m = static_cast<float>(m / sum);
+      }
+      double expected = 0.0;
+      for (size_t i = 0; i < n; ++i) {
+        const double m = 0.5 * (static_cast<double>(p[i]) + q[i]);
+        if (p[i] > 0) expected += 0.5 * p[i] * std::log(p[i] / m);
+        if (q[i] > 0) expected += 0.5 * q[i] * std::log(q[i] / m);
+      }
+      const double distance = JensenShannonDistance(p, q);
+      EXPECT_NEAR(distance * distance, expected, 2e-7) << n << " elements, power " << power;
+      EXPECT_EQ(distance, JensenShannonDistance(q, p));
+    }
+  }
 }
 
 TEST(DistanceFromUniform, GrowsWithSparsity) {
@@ -140,20 +169,6 @@ TEST(WorthSharing, WhenVerticalSlashCostsNotablyMore) {
   EXPECT_FALSE(WorthSharing(pattern, {.mass = 0.95, .blocks = 125}, 0.85f));
   EXPECT_TRUE(WorthSharing(pattern, {.mass = 0.95, .blocks = 126}, 0.85f));
   EXPECT_FALSE(WorthSharing(pattern, {.mass = 0.95, .blocks = 126}, 0.0f)) << "0 shares never";
-}
-
-TEST(SelectBlocks, SmallestSetThatReachesGammaLowestIndexFirst) {
-  std::vector<uint32_t> row(2, 0);
-  std::vector<float> mass(40, 0.0f);
-  mass[3] = 0.3f;
-  mass[5] = 0.3f;
-  mass[33] = 0.3f;
-  mass[39] = 0.1f;
-  SelectBlocks(mass, 0.55f, absl::MakeSpan(row));
-  EXPECT_THAT(row, ElementsAre((1u << 3) | (1u << 5), 0u));
-  row.assign(2, 0);
-  SelectBlocks(mass, 0.9f, absl::MakeSpan(row));
-  EXPECT_THAT(row, ElementsAre((1u << 3) | (1u << 5), 1u << 1));
 }
 
 }  // namespace

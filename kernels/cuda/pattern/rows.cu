@@ -12,12 +12,12 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kMeasureThreads = 1024;
 
-// One CTA per query block.
+// One CTA per query block. grid: (query blocks, heads).
 __global__ void __launch_bounds__(kThreads) select_rows_kernel(SelectRowsParams params) {
   using Search = SmallestSetSearch<kThreads>;
   __shared__ typename Search::Shared shared;
-  const int64_t row = blockIdx.x;
-  const int64_t diagonal = params.num_key_blocks - params.num_query_blocks + row;
+  const int64_t row = blockIdx.y * params.num_query_blocks + blockIdx.x;
+  const int64_t diagonal = params.num_key_blocks - params.num_query_blocks + blockIdx.x;
   const float* mass = params.block_mass + row * params.num_key_blocks;
   const SmallestSet set = Search(shared).find(mass, diagonal + 1, params.gamma, 0);
 
@@ -81,9 +81,10 @@ __global__ void __launch_bounds__(kMeasureThreads)
 }  // namespace
 
 cudaError_t LaunchSelectRows(const SelectRowsParams& params, cudaStream_t stream) {
-  if (params.num_query_blocks <= 0) return cudaErrorInvalidValue;
-  select_rows_kernel<<<static_cast<unsigned>(params.num_query_blocks), kThreads, 0, stream>>>(
-      params);
+  if (params.num_query_blocks <= 0 || params.num_heads <= 0) return cudaErrorInvalidValue;
+  const dim3 grid(static_cast<unsigned>(params.num_query_blocks),
+                  static_cast<unsigned>(params.num_heads));
+  select_rows_kernel<<<grid, kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 
