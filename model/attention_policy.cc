@@ -1,5 +1,7 @@
 #include "model/attention_policy.h"
 
+#include <string>
+
 #include "absl/strings/str_cat.h"
 
 namespace prefilld::model {
@@ -35,23 +37,35 @@ const char* Name(AttentionPolicy policy) {
       return "vertical_slash";
     case AttentionPolicy::kShare:
       return "share";
+    case AttentionPolicy::kBaselineQueryAware:
+      return "baseline_query_aware";
+    case AttentionPolicy::kBaselineRandom:
+      return "baseline_random";
     case AttentionPolicy::kAuto:
       return "auto";
   }
   return "?";
 }
 
+bool IsBaseline(AttentionPolicy policy) {
+  return policy == AttentionPolicy::kBaselineQueryAware ||
+         policy == AttentionPolicy::kBaselineRandom;
+}
+
 absl::Status Validate(const AttentionOptions& options) {
   if (options.policy > AttentionPolicy::kAuto) {
-    return absl::InvalidArgumentError(absl::StrCat("attention.policy ",
-                                                   static_cast<int>(options.policy),
-                                                   " is none of dense, vertical_slash, share, "
-                                                   "auto"));
+    std::string names;
+    for (const AttentionPolicy policy : kAttentionPolicies) {
+      absl::StrAppend(&names, names.empty() ? "" : ", ", Name(policy));
+    }
+    return absl::InvalidArgumentError(
+        absl::StrCat("attention.policy ", static_cast<int>(options.policy), " is none of ", names));
   }
   absl::Status status = CheckRange("gamma", options.gamma, 0.0f, 1.0f, /*lowest_allowed=*/false);
   status.Update(CheckRange("tau", options.tau, 0.0f, 1.0f, true));
   status.Update(CheckRange("delta", options.delta, 0.0f, 1.0f, true));
   status.Update(CheckRange("coverage", options.coverage, 0.0f, 1.0f, true));
+  status.Update(CheckRange("density", options.density, 0.0f, 1.0f, /*lowest_allowed=*/false));
   status.Update(CheckNotNegative("min_budget_tokens", options.min_budget_tokens));
   status.Update(CheckNotNegative("crossover_tokens", options.crossover_tokens));
   status.Update(CheckNotNegative("recall_audit_rows", options.recall_audit_rows));

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "model/baseline_attention.h"
 #include "model/head_clusters.h"
 #include "model/kv_slots.h"
 #include "model/layer_step.h"
@@ -60,6 +61,7 @@ struct EngineParts {
   HeadClusters clusters;
   std::unique_ptr<LayerStep> step;
   std::unique_ptr<PatternSharing> sharing;
+  std::unique_ptr<BaselineAttention> baseline;  // null: not asked for
   std::unique_ptr<KvSlots> slots;
   std::vector<kernels::HeadWork> dense_work;  // all heads
   std::atomic<bool> busy = false;             // a sequence exists
@@ -70,7 +72,11 @@ class Sequence final : public PrefillSequence {
   // `options` with the policy resolved. Clears parts->busy on destruction.
   Sequence(EngineParts* parts, absl::Span<const uint32_t> tokens, const AttentionOptions& options)
       : parts_(*parts), tokens_(tokens.begin(), tokens.end()), policy_(options.policy) {
-    if (policy_ != AttentionPolicy::kDense) parts_.sharing->StartPrompt(num_tokens(), options);
+    if (IsBaseline(policy_)) {
+      parts_.baseline->StartPrompt(num_tokens(), options);
+    } else if (policy_ != AttentionPolicy::kDense) {
+      parts_.sharing->StartPrompt(num_tokens(), options);
+    }
   }
 
   ~Sequence() override {
@@ -167,6 +173,7 @@ class Sequence final : public PrefillSequence {
         .block_tokens = parts_.block_tokens,
         .scale = 1.0f / std::sqrt(static_cast<float>(config().head_dim)),
     };
+    if (IsBaseline(policy_)) return parts_.baseline->Attend(next_layer_, attention, report);
     if (policy_ != AttentionPolicy::kDense) {
       return parts_.sharing->Attend(next_layer_, attention, report);
     }
@@ -225,6 +232,10 @@ class Engine final : public PrefillEngine {
                                                          const AttentionOptions& options) override {
     if (absl::Status status = CheckTokens(tokens); !status.ok()) return status;
     if (absl::Status status = Validate(options); !status.ok()) return status;
+    if (IsBaseline(options.policy) && parts_->baseline == nullptr) {
+      return absl::InvalidArgumentError(absl::StrCat("attention.policy ", Name(options.policy),
+                                                     " is a baseline; this engine has none"));
+    }
     if (parts_->busy.exchange(true)) {
       return absl::FailedPreconditionError("another sequence is running");
     }
@@ -300,6 +311,11 @@ absl::Status AllocateWorkspace(const EngineOptions& options, EngineParts* parts)
   auto sharing =
       PatternSharing::Create(backend, &config, &parts->clusters, max_tokens, options.block_tokens);
   if (!sharing.ok()) return sharing.status();
+  if (options.baselines) {
+    auto baseline = BaselineAttention::Create(backend, &config, max_tokens, options.block_tokens);
+    if (!baseline.ok()) return baseline.status();
+    parts->baseline = *std::move(baseline);
+  }
   const int64_t slot_elements =
       RoundUp(max_tokens, kKvStrideTokens) * config.num_kv_heads * config.head_dim;
   auto slots = KvSlots::Create(backend, options.kv_slots,

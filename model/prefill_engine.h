@@ -29,7 +29,8 @@ struct LayerReport {
   int pivot_heads = 0;
   int shared_heads = 0;
   int vertical_slash_heads = 0;
-  double density = 0.0;  // computed blocks / causal blocks over all heads; exact heads count as 1
+  int baseline_heads = 0;  // patterns of a baseline policy
+  double density = 0.0;    // computed blocks / causal blocks over all heads; exact heads count as 1
   int64_t compute_us = 0;
   int64_t attention_us = 0;
   int64_t pattern_us = 0;  // estimate, decide, build
@@ -108,6 +109,8 @@ struct EngineOptions {
   int64_t tile_tokens = 0;  // tokens per tile of the wide projections. 0: chosen per device
   int kv_slots = 3;
   int block_tokens = 128;  // of attention patterns: 64 or 128
+  // Reserves the memory that baseline policies take; without it Start refuses them.
+  bool baselines = false;
   // EngineInfo.default_attention is `attention`, with the thresholds that the cluster file brings,
   // with what the operator asked for by name. A request may override it in its turn.
   AttentionOptions attention;

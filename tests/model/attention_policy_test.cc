@@ -1,6 +1,7 @@
 #include "model/attention_policy.h"
 
 #include <limits>
+#include <string>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -14,8 +15,9 @@ TEST(ValidateAttention, DefaultsAreValid) { EXPECT_TRUE(Validate(AttentionOption
 
 TEST(ValidateAttention, EveryThresholdHasItsRange) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
-  for (float AttentionOptions::*field : {&AttentionOptions::gamma, &AttentionOptions::tau,
-                                         &AttentionOptions::delta, &AttentionOptions::coverage}) {
+  for (float AttentionOptions::*field :
+       {&AttentionOptions::gamma, &AttentionOptions::tau, &AttentionOptions::delta,
+        &AttentionOptions::coverage, &AttentionOptions::density}) {
     for (float value : {-0.01f, 1.01f, nan, std::numeric_limits<float>::infinity()}) {
       AttentionOptions options;
       options.*field = value;
@@ -25,8 +27,9 @@ TEST(ValidateAttention, EveryThresholdHasItsRange) {
     options.*field = 1.0f;
     EXPECT_TRUE(Validate(options).ok());
     options.*field = 0.0f;
-    EXPECT_EQ(Validate(options).ok(), field != &AttentionOptions::gamma)
-        << "a pattern without mass is no pattern";
+    EXPECT_EQ(Validate(options).ok(),
+              field != &AttentionOptions::gamma && field != &AttentionOptions::density)
+        << "a pattern without mass or without blocks is no pattern";
   }
 }
 
@@ -38,8 +41,18 @@ TEST(ValidateAttention, MessagesNameFieldValueAndRange) {
   options.min_budget_tokens = -1;
   EXPECT_THAT(Validate(options).message(), HasSubstr("attention.min_budget_tokens -1"));
   options = {};
+  options.recall_audit_rows = -1;
+  EXPECT_THAT(Validate(options).message(), HasSubstr("attention.recall_audit_rows -1"));
+  options = {};
   options.policy = static_cast<AttentionPolicy>(9);
   EXPECT_THAT(Validate(options).message(), HasSubstr("attention.policy 9"));
+}
+
+TEST(AttentionPolicyNames, SayWhichAreBaselines) {
+  for (const AttentionPolicy policy : kAttentionPolicies) {
+    EXPECT_EQ(IsBaseline(policy), std::string(Name(policy)).rfind("baseline_", 0) == 0)
+        << Name(policy);
+  }
 }
 
 TEST(ApplyOverrides, ReplacesWhatWasSaidAndNothingElse) {

@@ -334,6 +334,53 @@ TEST(PrefillEngine, OnePivotServesItsClusterInAllLayers) {
   }
 }
 
+TEST(PrefillEngine, BaselinePoliciesRunWhereRoomWasMadeForThem) {
+  const RandomCheckpoint checkpoint;
+  EngineOptions with_baselines = CpuEngine(checkpoint);
+  with_baselines.baselines = true;
+  const auto plain = Create(CpuEngine(checkpoint));
+  const auto engine = Create(with_baselines);
+  const auto tokens = RandomTokens(1000, 320);
+  for (const AttentionPolicy policy :
+       {AttentionPolicy::kBaselineQueryAware, AttentionPolicy::kBaselineRandom}) {
+    AttentionOptions options;
+    options.policy = policy;
+    options.tau = 1.0f;
+    const auto refused = plain->Start(tokens, options);
+    EXPECT_EQ(refused.status().code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(refused.status().message(), HasSubstr(Name(policy)));
+
+    const PromptRun run = RunPrompt(*engine, tokens, options);
+    for (const LayerReport& report : run.reports) {
+      EXPECT_EQ(report.baseline_heads, checkpoint.config().num_heads);
+      EXPECT_LE(report.density, 1.0);
+    }
+  }
+}
+
+TEST(PrefillEngine, AuditedPromptsGiveTheSameResultAndTheRecallOfEverySparseHead) {
+  const RandomCheckpoint checkpoint;
+  checkpoint.WriteFile("head_clusters.json", ClusterFile(checkpoint.config(), /*alone=*/false));
+  const auto engine = Create(CpuEngine(checkpoint));
+  const auto tokens = RandomTokens(1000, 320);
+  AttentionOptions options;
+  options.policy = AttentionPolicy::kShare;
+  options.gamma = 0.5f;
+  const PromptRun unseen = RunPrompt(*engine, tokens, options);
+  options.recall_audit_rows = 3;
+  const PromptRun audited = RunPrompt(*engine, tokens, options);
+  EXPECT_EQ(audited.logits, unseen.logits);
+  for (const LayerReport& report : audited.reports) {
+    EXPECT_EQ(static_cast<int>(report.recall.size()),
+              report.shared_heads + report.vertical_slash_heads);
+    for (const HeadRecall& head : report.recall) {
+      EXPECT_EQ(head.layer, report.layer);
+      EXPECT_GT(head.recall, 0.0f);
+      EXPECT_LE(head.recall, 1.0001f);
+    }
+  }
+}
+
 TEST(PrefillEngine, AutoIsDenseForShortPromptsAndForModelsWithoutClusters) {
   const RandomCheckpoint plain, clustered;
   clustered.WriteFile("head_clusters.json", ClusterFile(clustered.config(), /*alone=*/false));

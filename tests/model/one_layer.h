@@ -1,0 +1,56 @@
+// One layer of one prompt on the CPU, and what its heads ought to attend to.
+#ifndef PREFILLD_TESTS_MODEL_ONE_LAYER_H_
+#define PREFILLD_TESTS_MODEL_ONE_LAYER_H_
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels/attention.h"
+#include "model/backend.h"
+#include "model/config.h"
+#include "model/head_clusters.h"
+#include "tests/kernels/structured_qkv.h"
+
+namespace prefilld::model {
+
+// Heads of the four characters of structured_qkv.h by turns, over values that tell blocks apart:
+// token t's value is 1 at the number of its block and 0 elsewhere. So the output of a query says
+// which blocks were computed, and there may be as many blocks as head_dim.
+class OneLayer {
+ public:
+  static constexpr int kHeadDim = 64;
+  static constexpr int kBlockTokens = 64;
+  static constexpr int kNumHeads = 8;
+  static constexpr int kNumKvHeads = 2;
+
+  explicit OneLayer(int64_t num_tokens);
+
+  Backend& backend() { return *backend_; }
+  const ModelConfig& config() const { return config_; }
+  int64_t num_tokens() const { return num_tokens_; }
+  int64_t num_blocks() const { return kernels::CeilDiv(num_tokens_, kBlockTokens); }
+  std::vector<float>& q() { return qkv_.q; }  // [num_tokens, kNumHeads, kHeadDim]
+  std::vector<float>& k() { return qkv_.k; }  // [kNumKvHeads, num_tokens, kHeadDim]
+
+  // Attention in place on `out`, which is a copy of q().
+  kernels::AttentionParams Params(std::vector<float>* out);
+
+  // True mass of one query's attention by key block, in double precision.
+  std::vector<double> Mass(int64_t query, int head) const;
+
+  // Recall of every head by the definition, from what a run put out, over the queries of `rows`.
+  std::vector<double> RecallOf(const std::vector<float>& out,
+                               const std::vector<int64_t>& rows) const;
+  std::vector<int64_t> AllRows() const;
+
+ private:
+  const int64_t num_tokens_;
+  ModelConfig config_;
+  std::unique_ptr<Backend> backend_;
+  kernels::testing::Qkv qkv_;
+};
+
+}  // namespace prefilld::model
+
+#endif  // PREFILLD_TESTS_MODEL_ONE_LAYER_H_
