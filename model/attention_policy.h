@@ -9,9 +9,25 @@
 
 namespace prefilld::model {
 
-enum class AttentionPolicy : uint8_t { kDense, kVerticalSlash, kShare, kAuto };
+// The baselines are for evaluations (model/baseline_attention.h).
+enum class AttentionPolicy : uint8_t {
+  kDense,
+  kVerticalSlash,
+  kShare,
+  kBaselineQueryAware,
+  kBaselineRandom,
+  kAuto
+};
+
+inline constexpr AttentionPolicy kAttentionPolicies[] = {AttentionPolicy::kDense,
+                                                         AttentionPolicy::kVerticalSlash,
+                                                         AttentionPolicy::kShare,
+                                                         AttentionPolicy::kAuto,
+                                                         AttentionPolicy::kBaselineQueryAware,
+                                                         AttentionPolicy::kBaselineRandom};
 
 const char* Name(AttentionPolicy policy);
+bool IsBaseline(AttentionPolicy policy);
 
 // Thresholds of SharePrefill (arXiv 2505.19578) as model/pattern_sharing.h uses them; the
 // defaults are ours, tuned on the embedded model.
@@ -25,6 +41,7 @@ struct AttentionOptions {
   int64_t min_budget_tokens = 128;  // floor of vertical-slash columns, and of diagonals
   bool same_layer_sharing = true;
   int64_t crossover_tokens = 4096;  // kAuto: dense below, share from here on
+  float density = 0.2f;             // (0, 1], kBaselineRandom: share of each row's blocks
   // Query blocks per layer whose true attention is computed beside the sparse run to measure the
   // recall of every sparse head (model/recall_audit.h); 0: none. Changes no result.
   int64_t recall_audit_rows = 0;
