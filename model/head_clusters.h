@@ -5,13 +5,14 @@
 //    "shared_clusters": ["<id>", ...],                  those that may share patterns
 //    "format_version": 1,                               optional; another one is refused
 //    "model_fingerprint": "<32 hexadecimal digits>",    optional; of the model it was made for
-//    "thresholds": {"gamma": g, "tau": t, "delta": d, "coverage": c}}   optional, tuned; any of
-//    them
+//    "thresholds": {"gamma": g, "tau": t, "delta": d, "coverage": c,
+//                   "min_budget_tokens": m}}            optional, tuned; any of them
 // Other keys may say where the file comes from and are not read. model/calibration makes such
 // files.
 #ifndef PREFILLD_MODEL_HEAD_CLUSTERS_H_
 #define PREFILLD_MODEL_HEAD_CLUSTERS_H_
 
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
@@ -30,6 +31,7 @@ struct HeadClusters {
   std::vector<std::vector<int>> cluster_of;
   int num_clusters = 0;  // shared ones
   std::optional<float> gamma, tau, delta, coverage;
+  std::optional<int64_t> min_budget_tokens;
   std::string model_fingerprint;  // empty: the file does not say
 
   bool empty() const { return num_clusters == 0; }

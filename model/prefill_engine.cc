@@ -286,6 +286,7 @@ AttentionOptions DefaultAttention(const EngineOptions& options, const HeadCluste
   of_file.tau = clusters.tau;
   of_file.delta = clusters.delta;
   of_file.coverage = clusters.coverage;
+  of_file.min_budget_tokens = clusters.min_budget_tokens;
   return Apply(options.attention_overrides, Apply(of_file, options.attention));
 }
 

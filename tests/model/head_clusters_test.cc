@@ -54,11 +54,13 @@ TEST_F(HeadClustersTest, NumbersTheClustersThatShareAndLeavesOutTheOthers) {
 
 TEST_F(HeadClustersTest, ReadsTheThresholdsThatAreThere) {
   const auto clusters = Load(R"({"clusters": {}, "shared_clusters": [],
-    "thresholds": {"gamma": 0.95, "coverage": 0.5}, "model": "somewhere/something"})");
+    "thresholds": {"gamma": 0.95, "coverage": 0.5, "min_budget_tokens": 16},
+    "model": "somewhere/something"})");
   ASSERT_TRUE(clusters.ok()) << clusters.status();
   EXPECT_TRUE(clusters->empty());
   EXPECT_EQ(clusters->gamma, 0.95f);
   EXPECT_EQ(clusters->coverage, 0.5f);
+  EXPECT_EQ(clusters->min_budget_tokens, 16);
   EXPECT_FALSE(clusters->tau || clusters->delta);
 }
 
@@ -148,6 +150,9 @@ TEST_F(HeadClustersTest, RefusesMalformedFiles) {
               HasSubstr("thresholds.tau 1.5 is not a number in [0, 1]"));
   EXPECT_THAT(Refusal(R"({"clusters": {}, "shared_clusters": [], "thresholds": {"gamma": 0}})"),
               HasSubstr("thresholds.gamma 0 is not in (0, 1]"));
+  EXPECT_THAT(Refusal(R"({"clusters": {}, "shared_clusters": [],
+                          "thresholds": {"min_budget_tokens": -1}})"),
+              HasSubstr("thresholds.min_budget_tokens -1 is not an integer in [0, "));
   EXPECT_THAT(Refusal(R"({"clusters": {}, "shared_clusters": [], "thresholds": {"gama": 1}})"),
               HasSubstr("thresholds.gama 1 unsupported"));
 }
