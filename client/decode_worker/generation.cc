@@ -54,6 +54,22 @@ absl::Status ValidateId(const char* field, const std::string& id) {
                                                  " printable ASCII characters"));
 }
 
+int64_t BlocksNeeded(const WorkerContext& worker, const GenerateRequest& request) {
+  const int64_t block_tokens = worker.options->decoder.block_tokens;
+  const int64_t tokens = int64_t{request.token_ids_size()} + request.max_new_tokens();
+  return (tokens + block_tokens - 1) / block_tokens;
+}
+
+// Waiting helps a request that finds the pool full for the moment, and none that is larger than it.
+absl::Status CheckFitsPool(const WorkerContext& worker, const GenerateRequest& request) {
+  if (BlocksNeeded(worker, request) <= worker.pool->num_blocks()) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("token_ids has ", request.token_ids_size(), " tokens and max_new_tokens is ",
+                   request.max_new_tokens(), "; together at most ",
+                   worker.pool->num_blocks() * worker.options->decoder.block_tokens,
+                   " fit into this worker's KV pool"));
+}
+
 absl::Status ValidateRequest(const WorkerContext& worker, const GenerateRequest& request) {
   absl::Status ids = ValidateId("request_id", request.request_id());
   if (ids.ok()) ids = ValidateId("pushed_transfer_id", request.pushed_transfer_id());
@@ -73,6 +89,7 @@ absl::Status ValidateRequest(const WorkerContext& worker, const GenerateRequest&
     return absl::InvalidArgumentError(
         absl::StrCat("max_new_tokens is ", request.max_new_tokens(), ", allowed: 1 to ", limit));
   }
+  if (absl::Status fits = CheckFitsPool(worker, request); !fits.ok()) return fits;
   if (request.pushed_transfer_id().empty() && worker.prefill == nullptr) {
     return absl::FailedPreconditionError(
         "this worker calls no prefill server; pushed_transfer_id is needed");
@@ -252,10 +269,7 @@ class Generation : public KvSink {
 absl::Status Generate(const WorkerContext& worker, const GenerateRequest& request,
                       const CallFacts& facts, Cancellation& cancellation, EventWriter& writer) {
   if (absl::Status valid = ValidateRequest(worker, request); !valid.ok()) return valid;
-  const int64_t block_tokens = worker.options->decoder.block_tokens;
-  const int64_t tokens = int64_t{request.token_ids_size()} + request.max_new_tokens();
-  absl::StatusOr<KvReservation> reservation =
-      worker.pool->Reserve((tokens + block_tokens - 1) / block_tokens);
+  absl::StatusOr<KvReservation> reservation = worker.pool->Reserve(BlocksNeeded(worker, request));
   if (!reservation.ok()) return reservation.status();
   Generation generation(worker, request, facts, cancellation, writer, *std::move(reservation));
   return generation.Run();

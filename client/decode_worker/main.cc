@@ -1,10 +1,14 @@
 // prefilld-decode-worker: takes prompts, has them prefilled by prefilld, decodes over the cache
 // that comes back.
+#include <unistd.h>
+
+#include <atomic>
 #include <csignal>
 #include <cstdio>
 #include <fstream>
 #include <memory>
 #include <string>
+#include <thread>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -17,13 +21,10 @@
 #include "client/decode_worker/options.h"
 #include "client/decode_worker/pending_transfers.h"
 #include "client/decode_worker/receiver_service.h"
-#include "client/pem_file.h"
+#include "client/decode_worker/worker_server.h"
 #include "client/prefill_client.h"
-#include "grpcpp/ext/proto_server_reflection_plugin.h"
 #include "grpcpp/health_check_service_interface.h"
-#include "grpcpp/security/server_credentials.h"
 #include "grpcpp/server.h"
-#include "grpcpp/server_builder.h"
 #include "model/decoder.h"
 #include "spdlog/sinks/stdout_sinks.h"
 #include "spdlog/spdlog.h"
@@ -31,25 +32,7 @@
 namespace prefilld::client {
 namespace {
 
-// A prompt of a million token ids is about 5 MiB; frames are up to 64 MiB.
-constexpr int kMaxMessageBytes = 64 << 20;
-
-// A caller or a pushing server that vanished without a word is noticed within half a minute, and
-// clients may ping every 10 s.
-constexpr int kKeepaliveMs = 20'000;
-constexpr int kKeepaliveTimeoutMs = 10'000;
-constexpr int kMinClientPingMs = 5'000;
-
-void SetKeepalive(grpc::ServerBuilder& builder) {
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
-  builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
-  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
-                             kMinClientPingMs);
-}
-
-// Threads started later inherit the mask, so that only WaitForSignal sees the signals.
+// Threads started later inherit the mask, so that one thread at a time takes the signals.
 sigset_t BlockTerminationSignals() {
   sigset_t signals;
   sigemptyset(&signals);
@@ -61,6 +44,38 @@ sigset_t BlockTerminationSignals() {
   return signals;
 }
 
+// While it lives a signal ends the process at once: a model that loads can be neither broken off
+// nor drained.
+class ExitOnSignalWhileLoading {
+ public:
+  explicit ExitOnSignalWhileLoading(const sigset_t& signals)
+      : thread_([this, signals] { Run(signals); }) {}
+  ~ExitOnSignalWhileLoading() {
+    loaded_ = true;
+    thread_.join();
+  }
+
+ private:
+  void Run(const sigset_t& signals) {
+    constexpr timespec kPoll = {.tv_sec = 0, .tv_nsec = 20'000'000};
+    while (!loaded_) {
+      const int signal = sigtimedwait(&signals, nullptr, &kPoll);
+      if (signal <= 0) continue;
+      spdlog::info("signal {} while loading the model", signal);
+      _exit(EXIT_SUCCESS);
+    }
+  }
+
+  std::atomic<bool> loaded_ = false;
+  std::thread thread_;
+};
+
+absl::StatusOr<std::unique_ptr<model::Decoder>> LoadModel(const sigset_t& signals,
+                                                          const WorkerOptions& options) {
+  const ExitOnSignalWhileLoading exit_on_signal(signals);
+  return model::Decoder::Create(options.decoder);
+}
+
 void LogOptions(const WorkerOptions& options) {
   std::string text;
   for (const auto& [flag, value] : Describe(options)) absl::StrAppend(&text, " ", flag, "=", value);
@@ -70,44 +85,6 @@ void LogOptions(const WorkerOptions& options) {
 absl::StatusOr<std::unique_ptr<PrefillClient>> ConnectToPrefill(const ChannelOptions& options) {
   if (options.address.empty()) return nullptr;
   return PrefillClient::Create(options);
-}
-
-absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeCredentials(const ListenTls& tls) {
-  if (tls.cert_file.empty()) return grpc::InsecureServerCredentials();
-  const auto cert = ReadPemFile("--tls_cert", tls.cert_file);
-  if (!cert.ok()) return cert.status();
-  const auto key = ReadPemFile("--tls_key", tls.key_file);
-  if (!key.ok()) return key.status();
-  const auto client_ca = ReadPemFile("--tls_client_ca", tls.client_ca_file);
-  if (!client_ca.ok()) return client_ca.status();
-  grpc::SslServerCredentialsOptions ssl(
-      client_ca->empty() ? GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE
-                         : GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
-  ssl.pem_root_certs = *client_ca;
-  ssl.pem_key_cert_pairs.push_back({*key, *cert});
-  return grpc::SslServerCredentials(ssl);
-}
-
-absl::StatusOr<std::unique_ptr<grpc::Server>> StartServer(const WorkerOptions& options,
-                                                          GenerateService& generate,
-                                                          ReceiverService& receiver, int& port) {
-  const auto credentials = MakeCredentials(options.tls);
-  if (!credentials.ok()) return credentials.status();
-  grpc::EnableDefaultHealthCheckService(true);
-  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
-  grpc::ServerBuilder builder;
-  builder.AddListeningPort(options.listen, *credentials, &port);
-  builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
-  SetKeepalive(builder);
-  // Two workers on one port would share its connections at random.
-  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
-  builder.RegisterService(&generate);
-  builder.RegisterService(&receiver);
-  std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
-  if (server == nullptr || port == 0) {
-    return absl::UnavailableError(absl::StrCat("--listen=", options.listen, " cannot be bound"));
-  }
-  return server;
 }
 
 // Appears complete or not at all.
@@ -137,7 +114,7 @@ absl::Status Run(int argc, char** argv) {
   if (!options.ok()) return options.status();
   LogOptions(*options);
 
-  const auto decoder = model::Decoder::Create(options->decoder);
+  const auto decoder = LoadModel(signals, *options);
   if (!decoder.ok()) return decoder.status();
   const auto prefill = ConnectToPrefill(options->prefill);
   if (!prefill.ok()) return prefill.status();
@@ -153,13 +130,13 @@ absl::Status Run(int argc, char** argv) {
                             .prefill = prefill->get(),
                             .transfers = &transfers,
                             .metrics = &metrics});
-  ReceiverService receiver(&transfers);
+  ReceiverService receiver(&transfers, options->stall_timeout);
 
   absl::StatusOr<int> metrics_port = 0;
   if (!options->metrics_listen.empty()) metrics_port = metrics.Serve(options->metrics_listen);
   if (!metrics_port.ok()) return metrics_port.status();
   int port = 0;
-  const auto server = StartServer(*options, generate, receiver, port);
+  const auto server = StartWorkerServer(*options, generate, receiver, port);
   if (!server.ok()) return server.status();
   if (!options->port_file.empty()) {
     const absl::Status written = WritePortFile(options->port_file, port, *metrics_port);

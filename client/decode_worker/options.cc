@@ -44,7 +44,9 @@ ABSL_FLAG(int64_t, max_new_tokens_limit, 4096, "Greatest max_new_tokens a reques
 ABSL_FLAG(int32_t, max_requests, 64, "Requests at once, those waiting for prefill included.");
 ABSL_FLAG(double, transfer_timeout_s, 120,
           "A request that waits for a pushed cache ends when nothing came for so long.");
-ABSL_FLAG(double, stall_timeout_s, 30, "A caller that takes nothing for so long is cut off.");
+ABSL_FLAG(
+    double, stall_timeout_s, 30,
+    "A caller that takes nothing, or opens a push and sends nothing, for so long is cut off.");
 ABSL_FLAG(double, drain_timeout_s, 25,
           "After SIGTERM accepted requests get so long to finish. Less than the orchestrator's "
           "grace period.");

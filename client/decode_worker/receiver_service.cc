@@ -6,9 +6,12 @@
 #include <utility>
 
 #include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "client/cancellation.h"
 #include "client/grpc_status.h"
 #include "client/received_frame.h"
+#include "grpcpp/alarm.h"
 #include "spdlog/spdlog.h"
 
 namespace prefilld::client {
@@ -22,8 +25,14 @@ using ::prefill::v1::ReceiveResponse;
 // One pushed stream. Deletes itself when gRPC is done with it.
 class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
  public:
-  ReceiveCall(PendingTransfers* transfers, grpc::ByteBuffer* response)
-      : transfers_(transfers), response_(response) {
+  ReceiveCall(PendingTransfers* transfers, absl::Duration open_timeout, grpc::ByteBuffer* response)
+      : transfers_(transfers), response_(response), late_hook_(late_.get(), [this, open_timeout] {
+          Answer(absl::DeadlineExceededError(
+              absl::StrCat("no ReceiveOpen came within ", absl::FormatDuration(open_timeout))));
+        }) {
+    open_alarm_.Set(absl::ToChronoTime(absl::Now() + open_timeout), [late = late_](bool is_due) {
+      if (is_due) late->Cancel();
+    });
     StartRead(&message_);
   }
 
@@ -67,6 +76,7 @@ class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
         transfers_->Claim(open.transfer_id());
     if (!transfer.ok()) return transfer.status();
     transfer_ = *std::move(transfer);
+    open_alarm_.Cancel();
     // The waiting request may end while the sender is silent between two layers.
     abandoned_hook_.emplace(&transfer_->abandoned(), [this] {
       Answer(absl::CancelledError("the request that waited for this cache has ended"));
@@ -115,13 +125,18 @@ class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
   std::optional<PrefillResult> result_;
   std::atomic<bool> answered_ = false;
   std::optional<CancelHook> abandoned_hook_;
+
+  // Shared with the alarm, which may go off while this call goes.
+  const std::shared_ptr<Cancellation> late_ = std::make_shared<Cancellation>();
+  const CancelHook late_hook_;
+  grpc::Alarm open_alarm_;
 };
 
 }  // namespace
 
 grpc::ServerReadReactor<grpc::ByteBuffer>* ReceiverService::Receive(
     grpc::CallbackServerContext* context, grpc::ByteBuffer* response) {
-  return new ReceiveCall(transfers_, response);
+  return new ReceiveCall(transfers_, open_timeout_, response);
 }
 
 }  // namespace prefilld::client

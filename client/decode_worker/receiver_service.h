@@ -1,6 +1,7 @@
 #ifndef PREFILLD_CLIENT_DECODE_WORKER_RECEIVER_SERVICE_H_
 #define PREFILLD_CLIENT_DECODE_WORKER_RECEIVER_SERVICE_H_
 
+#include "absl/time/time.h"
 #include "client/decode_worker/pending_transfers.h"
 #include "grpcpp/support/byte_buffer.h"
 #include "grpcpp/support/server_callback.h"
@@ -13,13 +14,16 @@ namespace prefilld::client {
 class ReceiverService : public ::prefill::v1::KvReceiver::WithRawCallbackMethod_Receive<
                             ::prefill::v1::KvReceiver::Service> {
  public:
-  explicit ReceiverService(PendingTransfers* transfers) : transfers_(transfers) {}
+  // A stream that does not begin with its ReceiveOpen within `open_timeout` is ended.
+  ReceiverService(PendingTransfers* transfers, absl::Duration open_timeout)
+      : transfers_(transfers), open_timeout_(open_timeout) {}
 
   grpc::ServerReadReactor<grpc::ByteBuffer>* Receive(grpc::CallbackServerContext* context,
                                                      grpc::ByteBuffer* response) override;
 
  private:
   PendingTransfers* const transfers_;
+  const absl::Duration open_timeout_;
 };
 
 }  // namespace prefilld::client

@@ -95,6 +95,27 @@ TEST(Summary, TellsWhatAGenerationDid) {
   EXPECT_EQ(ToJson(generated)["prefill"]["density"], 0.345);
 }
 
+TEST(Summary, TellsTheRecallThatWasMeasured) {
+  ::prefill::v1::PrefillResult result;
+  EXPECT_EQ(Summary(result, TransferTimes()).find("recall"), std::string::npos);
+  auto& shared = *result.mutable_total()->mutable_recall()->mutable_shared();
+  shared.set_mean(0.9125);
+  shared.set_fifth_percentile(0.85);
+  shared.set_lowest(0.8);
+  shared.set_lowest_layer(5);
+  shared.set_lowest_head(2);
+  shared.add_heads(0.8f);
+  *result.add_layers() = result.total();
+  const std::string text = Summary(result, TransferTimes());
+  EXPECT_THAT(text, HasSubstr("shared: mean 0.912, 5th percentile 0.850, lowest 0.800 (layer 5, "
+                              "head 2)"));
+  EXPECT_EQ(text.find("baseline"), std::string::npos);
+  EXPECT_THAT(text, HasSubstr("lowest recall"));
+  const nlohmann::json json = ToJson(result, TransferTimes());
+  EXPECT_EQ(json["prefill"]["recall"]["shared"]["lowest_layer"], 5);
+  EXPECT_FALSE(json["prefill"]["recall"].contains("baseline"));
+}
+
 TEST(Summary, AnErrorIsOneLineWithItsStatusAndWhenToComeBack) {
   google::rpc::RetryInfo retry;
   retry.mutable_retry_delay()->set_seconds(2);

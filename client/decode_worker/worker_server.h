@@ -1,0 +1,31 @@
+#ifndef PREFILLD_CLIENT_DECODE_WORKER_WORKER_SERVER_H_
+#define PREFILLD_CLIENT_DECODE_WORKER_WORKER_SERVER_H_
+
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "client/decode_worker/options.h"
+
+namespace grpc {
+class Server;
+}
+
+namespace prefilld::client {
+
+class GenerateService;
+class ReceiverService;
+
+// Serves both, health and reflection at options.listen; `port` is the one that was bound. Sizes
+// and numbers of what callers may send are limited. INVALID_ARGUMENT: a TLS file cannot be read;
+// UNAVAILABLE: the address cannot be bound.
+absl::StatusOr<std::unique_ptr<grpc::Server>> StartWorkerServer(const WorkerOptions& options,
+                                                                GenerateService& generate,
+                                                                ReceiverService& receiver,
+                                                                int& port);
+
+// Calls that one connection may have open at once; more wait in the client.
+int MaxStreamsPerConnection(const WorkerOptions& options);
+
+}  // namespace prefilld::client
+
+#endif  // PREFILLD_CLIENT_DECODE_WORKER_WORKER_SERVER_H_
