@@ -1,10 +1,12 @@
 // prefilld: the disaggregated prefill server.
+#include <atomic>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <memory>
 #include <string>
+#include <thread>
 
 #include <pthread.h>
 #include <time.h>
@@ -22,7 +24,7 @@
 namespace prefilld::server {
 namespace {
 
-// Blocked in every thread, and taken by WaitForEnd alone: no handler, no races.
+// Blocked in every thread, and taken by one thread at a time: no handler, no races.
 sigset_t BlockSignals() {
   sigset_t signals;
   sigemptyset(&signals);
@@ -32,6 +34,37 @@ sigset_t BlockSignals() {
   // Writing to a connection whose peer is gone is an error code, not the end of the process.
   signal(SIGPIPE, SIG_IGN);
   return signals;
+}
+
+// While it lives a signal ends the process at once: a model that loads, which may take minutes, can
+// be neither broken off nor drained.
+class ExitOnSignalWhileLoading {
+ public:
+  explicit ExitOnSignalWhileLoading(const sigset_t& signals)
+      : thread_([this, signals] { Run(signals); }) {}
+  ~ExitOnSignalWhileLoading() {
+    loaded_ = true;
+    thread_.join();
+  }
+
+ private:
+  void Run(const sigset_t& signals) {
+    constexpr timespec kPoll = {.tv_sec = 0, .tv_nsec = 20'000'000};
+    while (!loaded_) {
+      if (sigtimedwait(&signals, nullptr, &kPoll) <= 0) continue;
+      LogEvent(LogLevel::kInfo, "ended", {{"while", "loading the model"}});
+      _exit(EXIT_SUCCESS);
+    }
+  }
+
+  std::atomic<bool> loaded_ = false;
+  std::thread thread_;
+};
+
+absl::StatusOr<std::unique_ptr<model::PrefillEngine>> LoadModel(const sigset_t& signals,
+                                                                const ServerOptions& options) {
+  const ExitOnSignalWhileLoading exit_on_signal(signals);
+  return model::CreatePrefillEngine(options.engine);
 }
 
 int Refuse(const char* step, const absl::Status& status) {
@@ -105,7 +138,7 @@ void ExitOnNextSignal(const sigset_t& signals) {
 }
 
 int Serve(const sigset_t& signals, const ServerOptions& options) {
-  auto engine = model::CreatePrefillEngine(options.engine);
+  auto engine = LoadModel(signals, options);
   if (!engine.ok()) return Refuse("load_model", engine.status());
   LogConfiguration(options, (*engine)->info());
 
