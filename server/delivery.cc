@@ -122,6 +122,16 @@ absl::Duration Delivery::StalledFor(absl::Time now) const {
   return longest;
 }
 
+LaneQueue::Taken Delivery::KvTaken(absl::Time now) const {
+  LaneQueue::Taken sum;
+  for (const LaneQueue* lane : kv_lanes_) {
+    const LaneQueue::Taken taken = lane->taken(now);
+    sum.payload_bytes += taken.payload_bytes;
+    sum.busy = std::max(sum.busy, taken.busy);
+  }
+  return sum;
+}
+
 Delivery::Sent Delivery::sent() const {
   absl::MutexLock lock(&mu_);
   return sent_;

@@ -60,6 +60,8 @@ class Delivery {
 
   // The longest time any stream has not taken the message it was given.
   absl::Duration StalledFor(absl::Time now) const;
+  // KV that all lanes have taken, and the longest that one of them was busy with it.
+  LaneQueue::Taken KvTaken(absl::Time now) const;
   Sent sent() const;
 
  private:

@@ -59,6 +59,8 @@ void LaneQueue::OnWriteDone(bool ok) {
   {
     absl::MutexLock lock(&mu_);
     writing_ = false;
+    taken_.busy += clock_.Now() - write_started_;
+    if (ok) taken_.payload_bytes += in_flight_bytes_;
     in_flight_.Clear();
     pending_bytes_ -= in_flight_bytes_;
     in_flight_bytes_ = 0;
@@ -115,6 +117,13 @@ bool LaneQueue::idle() const {
 absl::Duration LaneQueue::StalledFor(absl::Time now) const {
   absl::MutexLock lock(&mu_);
   return writing_ ? now - write_started_ : absl::ZeroDuration();
+}
+
+LaneQueue::Taken LaneQueue::taken(absl::Time now) const {
+  absl::MutexLock lock(&mu_);
+  Taken taken = taken_;
+  if (writing_) taken.busy += now - write_started_;
+  return taken;
 }
 
 }  // namespace prefilld::server

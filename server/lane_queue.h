@@ -55,6 +55,13 @@ class LaneQueue {
   // For how long the transport has not taken the message it was given; 0 when it has none.
   absl::Duration StalledFor(absl::Time now) const;
 
+  struct Taken {
+    size_t payload_bytes = 0;
+    absl::Duration busy;  // how long there was a message to take
+  };
+  // What the transport has taken so far.
+  Taken taken(absl::Time now) const;
+
  private:
   struct Pending {
     size_t payload_bytes;
@@ -73,6 +80,7 @@ class LaneQueue {
   bool writing_ ABSL_GUARDED_BY(mu_) = false;
   size_t in_flight_bytes_ ABSL_GUARDED_BY(mu_) = 0;
   absl::Time write_started_ ABSL_GUARDED_BY(mu_);
+  Taken taken_ ABSL_GUARDED_BY(mu_);  // by the writes that are done
   // Written under the lock when a write starts or is done; between the two it is the transport's.
   grpc::ByteBuffer in_flight_;
 };

@@ -57,6 +57,9 @@ ABSL_FLAG(
     "for any run of characters up to the next dot or colon: *.pods:50052, 10.2.*.*:50052. "
     "Empty: push is off.");
 ABSL_FLAG(double, stall_timeout_s, 30, "A consumer that takes nothing for so long is cut off.");
+ABSL_FLAG(double, min_consumer_mb_per_s, 50,
+          "A consumer that is slower, measured while it has KV to take and beyond its first "
+          "--stall_timeout_s, is cut off when other requests wait. 0: as slow as it likes.");
 ABSL_FLAG(double, wedge_timeout_s, 300,
           "Liveness fails when no layer and no frame gets done for so long though work waits. "
           "More than the longest layer takes, and more than --stall_timeout_s.");
@@ -135,6 +138,7 @@ ServerOptions ReadPlainValues() {
   options.frame_bytes = absl::GetFlag(FLAGS_frame_bytes);
   options.deliver_to_allow = absl::GetFlag(FLAGS_deliver_to_allow);
   options.stall_timeout = absl::Seconds(absl::GetFlag(FLAGS_stall_timeout_s));
+  options.min_consumer_mb_per_s = absl::GetFlag(FLAGS_min_consumer_mb_per_s);
   options.wedge_timeout = absl::Seconds(absl::GetFlag(FLAGS_wedge_timeout_s));
   options.drain_timeout = absl::Seconds(absl::GetFlag(FLAGS_drain_timeout_s));
   return options;

@@ -16,6 +16,7 @@ enum class Outcome : uint8_t {
   kDeadline,        // its deadline passed
   kCancelled,       // by the caller, or because its connection died
   kStalled,         // the consumer took nothing
+  kTooSlow,         // the consumer took little while others waited
   kLanesMissing,    // lanes were announced and not attached
   kReceiverFailed,  // the target of a push refused, failed or went away
   kDeviceFailed,    // in flight when the device failed
@@ -23,11 +24,11 @@ enum class Outcome : uint8_t {
   kInternal,        // the model gave no usable logits
 };
 
-inline constexpr std::array<Outcome, 13> kOutcomes = {
-    Outcome::kOk,           Outcome::kInvalid,        Outcome::kDuplicate,    Outcome::kQueueFull,
-    Outcome::kUnavailable,  Outcome::kDeadline,       Outcome::kCancelled,    Outcome::kStalled,
-    Outcome::kLanesMissing, Outcome::kReceiverFailed, Outcome::kDeviceFailed, Outcome::kShutDown,
-    Outcome::kInternal};
+inline constexpr std::array<Outcome, 14> kOutcomes = {
+    Outcome::kOk,          Outcome::kInvalid,      Outcome::kDuplicate,      Outcome::kQueueFull,
+    Outcome::kUnavailable, Outcome::kDeadline,     Outcome::kCancelled,      Outcome::kStalled,
+    Outcome::kTooSlow,     Outcome::kLanesMissing, Outcome::kReceiverFailed, Outcome::kDeviceFailed,
+    Outcome::kShutDown,    Outcome::kInternal};
 
 constexpr const char* Name(Outcome outcome) {
   switch (outcome) {
@@ -47,6 +48,8 @@ constexpr const char* Name(Outcome outcome) {
       return "cancelled";
     case Outcome::kStalled:
       return "stalled";
+    case Outcome::kTooSlow:
+      return "too_slow";
     case Outcome::kLanesMissing:
       return "lanes_missing";
     case Outcome::kReceiverFailed:

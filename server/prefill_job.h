@@ -28,6 +28,8 @@ struct JobTimeouts {
   absl::Duration stall = absl::Seconds(30);
   absl::Duration lane_attach = absl::Seconds(10);
   absl::Duration heartbeat = absl::Seconds(5);  // greatest silence of the control stream
+  // A consumer that others wait for takes at least so much, `stall` for its start apart. 0: any.
+  double min_consumer_bytes_per_s = 0;
 };
 
 // What has been measured of a request.
@@ -70,8 +72,9 @@ class PrefillJob {
   void OnResultSent();
   bool ended() const { return ended_.load(std::memory_order_acquire); }
 
-  // Aborts for a passed deadline, a stalled consumer, missing lanes; breaks a long silence.
-  void CheckTimers(const JobTimeouts& timeouts, int64_t queue_position);
+  // Aborts for a passed deadline, missing lanes, a consumer that stands still, or one that is slow
+  // while others wait; breaks a long silence.
+  void CheckTimers(const JobTimeouts& timeouts, int64_t queue_position, bool others_wait);
 
   Outcome outcome() const;           // after ended()
   absl::Status status() const;       // after ended()
@@ -81,6 +84,7 @@ class PrefillJob {
 
  private:
   void SendProgress(int64_t queue_position);
+  absl::Status CheckConsumerSpeed(const JobTimeouts& timeouts, absl::Time now) const;
   std::string Whereabouts() const;
 
   const PrefillWork work_;

@@ -99,14 +99,18 @@ std::shared_ptr<PrefillJob> Scheduler::Find(const std::string& id) const {
   return live == live_.end() ? nullptr : live->second;
 }
 
-std::vector<std::pair<std::shared_ptr<PrefillJob>, int64_t>> Scheduler::LiveJobs() const {
-  std::vector<std::pair<std::shared_ptr<PrefillJob>, int64_t>> jobs;
+std::vector<LiveJob> Scheduler::LiveJobs() const {
+  std::vector<LiveJob> jobs;
   absl::MutexLock lock(&mu_);
   for (const auto& [id, job] : live_) {
     const auto queued = std::find(queue_.begin(), queue_.end(), job);
-    const int64_t ahead =
-        queued == queue_.end() ? 0 : (queued - queue_.begin()) + (running_ != nullptr ? 1 : 0);
-    jobs.emplace_back(job, ahead);
+    LiveJob live{.job = job};
+    if (queued != queue_.end()) {
+      live.requests_ahead = (queued - queue_.begin()) + (running_ != nullptr ? 1 : 0);
+    } else {
+      live.others_wait = !queue_.empty() || (running_ != nullptr && running_ != job);
+    }
+    jobs.push_back(std::move(live));
   }
   return jobs;
 }
@@ -125,7 +129,7 @@ void Scheduler::Close(const std::string& reason) {
 }
 
 void Scheduler::AbortAll(Outcome outcome, const absl::Status& status) {
-  for (const auto& [job, ahead] : LiveJobs()) job->Abort(outcome, status);
+  for (const LiveJob& live : LiveJobs()) live.job->Abort(outcome, status);
 }
 
 bool Scheduler::AwaitIdle(absl::Duration timeout) {
@@ -208,7 +212,7 @@ absl::Status Scheduler::ComputeLayers(PrefillJob& job, model::PrefillSequence& s
     job.RecordStall(stalled);
     metrics_.CountStall(stalled);
 
-    job.CheckTimers(timeouts_, 0);
+    job.CheckTimers(timeouts_, /*queue_position=*/0, /*others_wait=*/false);
     if (job.ended()) return absl::OkStatus();
     const auto report = sequence.RunLayer();
     if (!report.ok()) return report.status();

@@ -41,6 +41,12 @@ struct QueueState {
   int64_t live_requests = 0;  // queued, running, or still being sent
 };
 
+struct LiveJob {
+  std::shared_ptr<PrefillJob> job;
+  int64_t requests_ahead = 0;
+  bool others_wait = false;  // for the compute or the staging that it may hold
+};
+
 // One prompt computes at a time, one layer per step; before each step the request's end is looked
 // for. Thread-safe.
 class Scheduler {
@@ -57,8 +63,7 @@ class Scheduler {
   void Retire(PrefillJob& job);
 
   std::shared_ptr<PrefillJob> Find(const std::string& id) const;  // null: no such live request
-  // Live jobs with the number of requests ahead of each.
-  std::vector<std::pair<std::shared_ptr<PrefillJob>, int64_t>> LiveJobs() const;
+  std::vector<LiveJob> LiveJobs() const;
   QueueState state() const;
 
   // From now on Submit answers UNAVAILABLE with this reason.

@@ -101,6 +101,7 @@ absl::StatusOr<std::unique_ptr<PrefillServer>> PrefillServer::Create(const Serve
   KeepGrpcInitialized();
   std::unique_ptr<PrefillServer> server(new PrefillServer(engine, clock));
   server->timeouts_.stall = options.stall_timeout;
+  server->timeouts_.min_consumer_bytes_per_s = options.min_consumer_mb_per_s * 1e6;
   server->metrics_ = std::make_unique<Metrics>(engine.info());
   if (absl::Status s = server->CreateStaging(options); !s.ok()) return s;
   server->CreateScheduler(options);

@@ -124,6 +124,10 @@ absl::Status Validate(const ServerOptions& o) {
   CheckSeconds("--stall_timeout_s", o.stall_timeout, 3600, problems);
   CheckSeconds("--wedge_timeout_s", o.wedge_timeout, 86400, problems);
   CheckSeconds("--drain_timeout_s", o.drain_timeout, 86400, problems);
+  if (!(o.min_consumer_mb_per_s >= 0 && o.min_consumer_mb_per_s <= 1e6)) {
+    problems.push_back(absl::StrCat("--min_consumer_mb_per_s=", o.min_consumer_mb_per_s,
+                                    " is outside 0 to 1000000"));
+  }
   if (o.wedge_timeout <= o.stall_timeout) {
     problems.push_back("--wedge_timeout_s must be more than --stall_timeout_s");
   }
@@ -151,6 +155,7 @@ std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o
           {"frame_bytes", absl::StrCat(o.frame_bytes)},
           {"deliver_to_allow", absl::StrJoin(o.deliver_to_allow, ",")},
           {"stall_timeout", absl::FormatDuration(o.stall_timeout)},
+          {"min_consumer_mb_per_s", absl::StrCat(o.min_consumer_mb_per_s)},
           {"wedge_timeout", absl::FormatDuration(o.wedge_timeout)},
           {"drain_timeout", absl::FormatDuration(o.drain_timeout)}};
 }

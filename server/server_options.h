@@ -56,6 +56,7 @@ struct ServerOptions {
   std::vector<std::string> deliver_to_allow;  // host:port patterns; empty: no push
 
   absl::Duration stall_timeout = absl::Seconds(30);
+  double min_consumer_mb_per_s = 50;  // of one that others wait for; 0: any
   absl::Duration wedge_timeout = absl::Seconds(300);
   absl::Duration drain_timeout = absl::Seconds(25);
 };

@@ -34,8 +34,8 @@ void Watchdog::Run() {
 }
 
 void Watchdog::LookAround() {
-  for (const auto& [job, ahead] : watched_.scheduler->LiveJobs()) {
-    job->CheckTimers(timeouts_, ahead);
+  for (const LiveJob& live : watched_.scheduler->LiveJobs()) {
+    live.job->CheckTimers(timeouts_, live.requests_ahead, live.others_wait);
   }
 
   const absl::Duration silence = watched_.scheduler->WithoutProgressFor(clock_.Now());

@@ -108,6 +108,28 @@ TEST_F(Failure, ASlowConsumerPausesTheComputeAndGetsEverything) {
   EXPECT_GT(Metric("prefilld_stall_seconds_total"), 0.01);
 }
 
+TEST_F(Failure, ASlowConsumerIsCutOffWhenOthersWait) {
+  StartServer();
+  const auto stub = NewStub();
+  OpenStream slow(*stub, LargePrompt());
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_staged_bytes") >= 4 << 20; }));
+  // A few frames every ten seconds: never at a standstill.
+  for (int i = 0; i < 6; ++i) {
+    for (int j = 0; j < 3; ++j) slow.ReadUntil(v1::PrefillEvent::kKvFrame);
+    absl::SleepFor(absl::Milliseconds(50));
+    clock_.Advance(absl::Seconds(10));
+  }
+  absl::SleepFor(absl::Milliseconds(50));
+  EXPECT_EQ(Metric("prefilld_live_requests"), 1);  // as long as nobody waits
+
+  EXPECT_NE(Prefill(PromptOf(100)).result(), nullptr);
+  const grpc::Status status = slow.Rest().status;
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::ABORTED) << status.error_message();
+  EXPECT_THAT(status.error_message(), HasSubstr("others wait; at least 50 MB/s after 30s"));
+  EXPECT_TRUE(EverythingIsFree());
+  EXPECT_EQ(Metric("prefilld_requests_total{outcome=\"too_slow\"}"), 1);
+}
+
 TEST_F(Failure, OfTheDeviceEndsEveryRequestWithUnavailable) {
   StartServer();
   engine_->HoldAfter(1);

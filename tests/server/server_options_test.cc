@@ -29,6 +29,7 @@ TEST(ServerOptions, EveryProblemIsListedWithItsFlagValueAndLimit) {
   options.max_lanes = 17;
   options.frame_bytes = 1000;
   options.stall_timeout = absl::Seconds(0);
+  options.min_consumer_mb_per_s = -1;
   options.attention.gamma = 1.5f;
   options.deliver_to_allow = {"everyone"};
   const absl::Status status = Validate(options);
@@ -37,8 +38,8 @@ TEST(ServerOptions, EveryProblemIsListedWithItsFlagValueAndLimit) {
        {"--model is required", "--listen=nowhere", "--metrics_listen=host:99999",
         "--tls_cert and --tls_key belong together", "--tls_cert=/does/not/exist.pem",
         "--queue_capacity=-1 is outside 0 to", "--max_lanes=17 is outside 1 to 16",
-        "--frame_bytes=1000 is outside 1048576 to 4194304", "--stall_timeout_s=0", "gamma 1.5",
-        "--deliver_to_allow: 'everyone'"}) {
+        "--frame_bytes=1000 is outside 1048576 to 4194304", "--stall_timeout_s=0",
+        "--min_consumer_mb_per_s=-1", "gamma 1.5", "--deliver_to_allow: 'everyone'"}) {
     EXPECT_THAT(std::string(status.message()), HasSubstr(part));
   }
 }
