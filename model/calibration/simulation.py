@@ -1,0 +1,149 @@
+"""What the server would do with a recorded prompt: the decisions of model/sharing_decision.h on the dumps.
+
+The maps are those of dense attention; under a sparse policy later layers see slightly other inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from dumps import BUDGETS, GAMMAS, Dump, js_distance, smallest_set
+
+VERTICAL_SLASH, PIVOT, SHARED = range(3)  # roles
+DEARER = 1.25  # so many more blocks vertical-slash may cost, since it follows each head by itself
+LARGE_MODEL_HEADS = 1024
+
+Group = tuple[int, ...]  # heads, ascending
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    gamma: float = 0.9
+    tau: float = 0.4
+    delta: float = 1.0  # 1: off
+    coverage: float = 0.85
+    min_budget_tokens: int = 128
+
+    @property
+    def at(self) -> tuple[int, int]:
+        """Where a dump has the vertical-slash sets: those of the nearest threshold that was kept."""
+        nearest = lambda values, value: int(np.abs(np.array(values) - value).argmin())  # noqa: E731
+        return nearest(BUDGETS, self.min_budget_tokens), nearest(GAMMAS, self.gamma)
+
+
+@dataclass
+class Served:
+    """A prompt's heads: role, recall and density of each, [heads]."""
+
+    role: np.ndarray
+    recall: np.ndarray
+    density: np.ndarray
+
+
+@dataclass(frozen=True)
+class OverPivot:
+    """A group's heads over the pattern of one of them; arrays are [heads of the group]."""
+
+    pattern_density: float
+    recall: np.ndarray
+    density: np.ndarray
+
+
+@lru_cache(maxsize=1 << 16)
+def over_pivot(dump: Dump, group: Group, pivot: int, gamma: float) -> OverPivot:
+    pattern = dump.pivot_pattern(pivot, gamma)
+    heads, last_row = list(group), dump.causal.last_row
+    added = smallest_set(dump.estimate[heads], gamma) & ~pattern[last_row]
+    held = dump.mass[heads][:, pattern].sum(1) + (dump.mass[heads][:, last_row] * added).sum(1)
+    return OverPivot(
+        pattern_density=float(pattern.mean()),
+        recall=held / dump.n,
+        density=(pattern.sum() + added.sum(1)) / len(pattern),
+    )
+
+
+@lru_cache(maxsize=1 << 16)
+def distances(dump: Dump, group: Group, pivot: int) -> np.ndarray:
+    return js_distance(dump.estimate[list(group)], dump.estimate[pivot])
+
+
+def serve_group(dump: Dump, group: Group, thresholds: Thresholds) -> Served:
+    """The heads of a group that may share, in its order."""
+    heads, (budget, gamma) = np.array(group), thresholds.at
+    served = Served(
+        role=np.full(len(group), VERTICAL_SLASH),
+        recall=dump.slash_recall[heads, budget, gamma],
+        density=dump.slash_density[heads, budget, gamma],
+    )
+    near_uniform = np.ones(len(group), bool)
+    if thresholds.delta < 1:
+        near_uniform = dump.from_uniform[heads] <= thresholds.delta
+    if not near_uniform.any() or thresholds.coverage <= 0:
+        return served
+    first = int(near_uniform.argmax())
+    pivot = group[first]
+    shared = over_pivot(dump, group, pivot, thresholds.gamma)
+    worth = thresholds.coverage >= 1 or (
+        dump.slash_recall[pivot, budget, gamma] < thresholds.coverage
+        or dump.slash_density[pivot, budget, gamma] > DEARER * shared.pattern_density
+    )
+    if worth:
+        joins = near_uniform & (distances(dump, group, pivot) < thresholds.tau)
+        served.role[joins] = SHARED
+        served.recall[joins], served.density[joins] = shared.recall[joins], shared.density[joins]
+    served.role[first], served.recall[first], served.density[first] = PIVOT, 1, 1
+    return served
+
+
+def serve(dump: Dump, groups: Iterable[Group], thresholds: Thresholds) -> Served:
+    """A whole prompt; `groups` are those that share."""
+    budget, gamma = thresholds.at
+    served = Served(
+        role=np.full(len(dump.mass), VERTICAL_SLASH),
+        recall=dump.slash_recall[:, budget, gamma].copy(),
+        density=dump.slash_density[:, budget, gamma].copy(),
+    )
+    for group in groups:
+        part, heads = serve_group(dump, group, thresholds), list(group)
+        served.role[heads], served.recall[heads], served.density[heads] = part.role, part.recall, part.density
+    return served
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Prompts together. Recall is of the heads that are not exact, low_ the 5th percentile over heads and prompts."""
+
+    density: float
+    density_among_1024: float  # the same pivots in a model of 1024 heads
+    recall: float
+    low_recall: float
+    shared_recall: float | None  # none: no head shares
+    low_shared_recall: float | None
+    pivots: float  # heads a prompt, as the next two
+    shared: float
+    vertical_slash: float
+
+
+def summarize(prompts: list[Served]) -> Summary:
+    role, recall, density = (
+        np.concatenate([getattr(p, name) for p in prompts]) for name in ("role", "recall", "density")
+    )
+    sparse, shared = role != PIVOT, role == SHARED
+    of_prompt = lambda chosen: float(chosen.sum()) / len(prompts)  # noqa: E731
+    pivots = of_prompt(~sparse)
+    among = max(LARGE_MODEL_HEADS, len(prompts[0].role))
+    return Summary(
+        density=float(density.mean()),
+        density_among_1024=float((pivots + (among - pivots) * density[sparse].mean()) / among),
+        recall=float(recall[sparse].mean()),
+        low_recall=float(np.percentile(recall[sparse], 5)),
+        shared_recall=float(recall[shared].mean()) if shared.any() else None,
+        low_shared_recall=float(np.percentile(recall[shared], 5)) if shared.any() else None,
+        pivots=pivots,
+        shared=of_prompt(shared),
+        vertical_slash=of_prompt(role == VERTICAL_SLASH),
+    )
