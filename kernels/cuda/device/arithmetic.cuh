@@ -55,6 +55,33 @@ __device__ __forceinline__ T warp_sum(T x) {
   for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
   return x;
 }
+
+// Sums of kCount values over the warp (kLanes lanes of it) with little more than kCount shuffles:
+// lane l gets the sum of value l / (32 / kCount). Every step leaves a lane with half of its values
+// and half as many lanes with the same ones.
+template <int kCount, int kLanes = 32>
+__device__ __forceinline__ float warp_sums(const float (&x)[kCount]) {
+  constexpr int kOther = kLanes / 2;
+  if constexpr (kCount == 1) {
+    float sum = x[0];
+#pragma unroll
+    for (int offset = kOther; offset > 0; offset /= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    }
+    return sum;
+  } else {
+    static_assert(kCount % 2 == 0 && kCount <= kLanes, "values halve with the lanes");
+    constexpr int kHalf = kCount / 2;
+    const bool upper = (threadIdx.x & kOther) != 0;
+    float half[kHalf];
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      half[i] = (upper ? x[i + kHalf] : x[i]) +
+                __shfl_xor_sync(0xffffffffu, upper ? x[i] : x[i + kHalf], kOther);
+    }
+    return warp_sums<kHalf, kOther>(half);
+  }
+}
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {

@@ -12,9 +12,10 @@
 
 namespace prefilld::kernels::cuda::sm90 {
 
-inline constexpr int kTile = 128;       // queries per tile and keys per block
-inline constexpr int kChunk = 64;       // head_dim elements per 128-byte swizzled row
-inline constexpr int kConsumers = 2;    // warpgroups of 64 query rows
+inline constexpr int kTile = 128;     // queries per tile and keys per block
+inline constexpr int kChunk = 64;     // head_dim elements per 128-byte swizzled row
+inline constexpr int kConsumers = 2;  // warpgroups of 64 query rows
+inline constexpr int kConsumerRows = kTile / kConsumers;
 inline constexpr int kWarpgroup = 128;  // threads
 inline constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 inline constexpr int kTileSlots = 2;  // query tiles in flight: the next one loads early
@@ -25,9 +26,8 @@ inline constexpr int kConsumerRegisters = 240;
 enum NamedBarrier : int {
   kScheduler0 = 1,  // consumer 0 may issue its matrix instructions
   kScheduler1 = 2,  // consumer 1 may
-  kConsumersMeet = 3,
-  kConsumer0 = 4,  // the four warps of one consumer
-  kConsumer1 = 5,
+  kConsumer0 = 3,   // the four warps of one consumer
+  kConsumer1 = 4,
 };
 
 // One head of the launch; pointers as in HeadWork.
@@ -43,7 +43,8 @@ struct Launch {
   // [num_tiles] tile ids (task * num_query_blocks + query block), in the order of schedule.h.
   const uint32_t* order;
   int* next_tile;  // zero at the start
-  // [gridDim.x, num_key_blocks, kTile]: weight of every (key block, query row) of the tile at hand.
+  // [gridDim.x, kConsumers, num_key_blocks, kConsumerRows]: weight of every (key block, query row)
+  // of the tile at hand.
   float* row_weights;
   int num_tiles;
   int num_query_blocks;

@@ -242,19 +242,27 @@ class Consumer {
     }
   }
 
-  // Weight of one key block for each row, log2, against which the final log-sum is subtracted.
-  __device__ void record(int ordinal, const Softmax& softmax, const float (&block_sum)[2]) {
+  // Where this consumer keeps the weights of its rows on the tile's key blocks.
+  __device__ float* row_weights() const {
+    return launch_.row_weights + (static_cast<int64_t>(blockIdx.x) * kConsumers + index_) *
+                                     launch_.num_key_blocks * kConsumerRows;
+  }
+
+  // Writes the weight of one key block for each row, log2, from which the final log-sum will be
+  // subtracted, and moves on to the next block. Called between the products, so that it costs no
+  // time: short, and without a branch, which would keep the assembler from mixing it with them.
+  __device__ void record(float*& weights, const Softmax& softmax, const float (&block_sum)[2]) {
     using namespace device;
-    const float sum0 = quad_sum(block_sum[0]), sum1 = quad_sum(block_sum[1]);
-    const int second = thread_ % 4;  // two lanes of the quad write one row each
-    if (second < 2) {
-      float* weights =
-          launch_.row_weights +
-          (static_cast<int64_t>(blockIdx.x) * launch_.num_key_blocks + ordinal) * kTile;
-      // Read once, at the end of the tile: not worth a place in L2 beside K and V.
-      __stcs(&weights[row_in_tile() + 8 * second],
-             second == 0 ? softmax.max[0] + __log2f(sum0) : softmax.max[1] + __log2f(sum1));
-    }
+    // The quad's two rows are summed at once: even lanes end up with the first, odd with the
+    // second.
+    const bool odd = thread_ % 2 != 0;
+    float sum = odd ? block_sum[1] : block_sum[0];
+    sum += __shfl_xor_sync(~0u, odd ? block_sum[0] : block_sum[1], 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    const float weight = (odd ? softmax.max[1] : softmax.max[0]) + log2_approx(sum);
+    // Read once, at the end of the tile: not worth a place in L2 beside K and V.
+    if (thread_ % 4 < 2) __stcs(weights, weight);
+    weights += kConsumerRows;
   }
 
   __device__ void arrive_empty(uint64_t* barrier) {
@@ -273,6 +281,7 @@ class Consumer {
     uint32_t p[8][4];
     float rescale[2], block_sum[2];
     Softmax softmax;
+    float* weights = row_weights() + row_in_tile() % kConsumerRows + 8 * (thread_ % 2);
 
     mbarrier_wait(&shared_.k_full[k_ring_.stage], k_ring_.parity);
     wgmma_fence();
@@ -290,12 +299,10 @@ class Consumer {
       named_barrier_sync(kScheduler0 + index_, kConsumers * kWarpgroup);
       wgmma_fence();
       issue_qk(s, q, shared_.k[k_ring_.stage]);
+      if constexpr (kBlockMass) record(weights, softmax, block_sum);  // of the previous block
       mbarrier_wait(&shared_.v_full[v_ring_.stage], v_ring_.parity);
       issue_pv(o, p, shared_.v[v_ring_.stage], i > 1);
       named_barrier_arrive(kScheduler0 + (1 - index_), kConsumers * kWarpgroup);
-      // The previous block's record: its shuffles and logarithms hide behind the products just
-      // issued.
-      if constexpr (kBlockMass) record(i - 1, softmax, block_sum);
       wgmma_wait<1>();
       keep_in_order(s);
       arrive_empty(&shared_.k_empty[k_ring_.stage]);
@@ -313,7 +320,7 @@ class Consumer {
     mbarrier_wait(&shared_.v_full[v_ring_.stage], v_ring_.parity);
     wgmma_fence();
     issue_pv(o, p, shared_.v[v_ring_.stage], num_blocks > 1);
-    if constexpr (kBlockMass) record(num_blocks - 1, softmax, block_sum);
+    if constexpr (kBlockMass) record(weights, softmax, block_sum);
     const float sum[2] = {quad_sum(softmax.sum[0]), quad_sum(softmax.sum[1])};
     wgmma_wait<0>();
     keep_in_order(o);
@@ -321,7 +328,7 @@ class Consumer {
     v_ring_.advance();
 
     store_output(o, sum, task.head, queries, slot);
-    if constexpr (kBlockMass) write_block_mass(task, row, queries, num_blocks, softmax, sum);
+    if constexpr (kBlockMass) add_block_mass(task, row, queries, num_blocks, softmax, sum);
   }
 
   // Normalises, and sends the tile out through the shared memory its queries came in.
@@ -359,63 +366,50 @@ class Consumer {
     mbarrier_arrive(&shared_.tile_empty[slot]);  // every thread has read the slot's tile_id
   }
 
-  // Mean over the tile's query rows of the probability on each key block.
-  __device__ void write_block_mass(const HeadTask& task, int row, const TileQueries& queries,
-                                   int num_blocks, const Softmax& softmax, const float (&sum)[2]) {
+  // Adds this consumer's part of the mean over the tile's query rows of the probability on each key
+  // block. Both consumers add to zeros, so that neither waits for the other and the sum does not
+  // depend on which comes first.
+  __device__ void add_block_mass(const HeadTask& task, int row, const TileQueries& queries,
+                                 int num_blocks, const Softmax& softmax, const float (&sum)[2]) {
     using namespace device;
     if (task.block_mass == nullptr) return;
+    float* log_sums = shared_.log_sum + index_ * kConsumerRows;
     if (thread_ % 4 < 2) {
-      const bool second =
-          thread_ % 4 == 1;  // a run-time index would put the arrays in local memory
-      shared_.log_sum[row_in_tile() + 8 * second] =
-          second ? softmax.max[1] + __log2f(sum[1]) : softmax.max[0] + __log2f(sum[0]);
+      const bool odd = thread_ % 2 != 0;  // a run-time index would put the arrays in local memory
+      const int my_row = row_in_tile() + 8 * odd;
+      const float log_sum =
+          odd ? softmax.max[1] + log2_approx(sum[1]) : softmax.max[0] + log2_approx(sum[0]);
+      // Rows without a query have no weight.
+      shared_.log_sum[my_row] = my_row < queries.rows ? log_sum : INFINITY;
     }
-    // Makes both consumers' log-sums and row weights visible to each other.
-    named_barrier_sync(kConsumersMeet, kConsumers * kWarpgroup);
-    const int diagonal = launch_.first_query_block + row;
+    // The warps of the consumer see each other's log-sums and row weights.
+    named_barrier_sync(kConsumer0 + index_, kWarpgroup);
     const int lane = thread_ % 32;
-    float log_sum[4];
-    bool valid[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      log_sum[i] = shared_.log_sum[lane * 4 + i];
-      valid[i] = lane * 4 + i < queries.rows;
-    }
+    const float2 log_sum = reinterpret_cast<const float2*>(log_sums)[lane];
+    const auto* weights = reinterpret_cast<const float2*>(row_weights()) + lane;
     const float inverse = 1.0f / static_cast<float>(queries.rows);
-    const float* weights =
-        launch_.row_weights + static_cast<int64_t>(blockIdx.x) * launch_.num_key_blocks * kTile;
-    float* out = task.block_mass + static_cast<int64_t>(row) * launch_.num_key_blocks;
-    const int warp = threadIdx.x / 32 - kWarpgroup / 32;
-    constexpr int kWarps = kConsumers * kWarpgroup / 32;
-    // Several loads in flight: the matrix units idle meanwhile.
-    constexpr int kLoads = 8;
-    for (int first = warp; first < num_blocks; first += kLoads * kWarps) {
-      float4 w[kLoads];
+    // A dense head's blocks come in order, the diagonal first.
+    float* out = task.block_mass + static_cast<int64_t>(row) * launch_.num_key_blocks +
+                 launch_.first_query_block + row;
+    constexpr int kBatch = 16;  // blocks under way at a time in each warp
+    constexpr int kWarps = kWarpgroup / 32;
+    for (int first = thread_ / 32 * kBatch; first < num_blocks; first += kWarps * kBatch) {
+      float2 weight[kBatch];
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j) {
-        const int i = min(first + j * kWarps, num_blocks - 1);
-        w[j] = __ldcs(reinterpret_cast<const float4*>(weights + static_cast<int64_t>(i) * kTile) +
-                      lane);
+      for (int j = 0; j < kBatch; ++j) {
+        weight[j] = __ldcs(weights + min(first + j, num_blocks - 1) * (kConsumerRows / 2));
       }
+      float mass[kBatch];
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j) {
-        float mass = 0.0f;
-        if (valid[0]) mass += exp2_approx(w[j].x - log_sum[0]);
-        if (valid[1]) mass += exp2_approx(w[j].y - log_sum[1]);
-        if (valid[2]) mass += exp2_approx(w[j].z - log_sum[2]);
-        if (valid[3]) mass += exp2_approx(w[j].w - log_sum[3]);
-#pragma unroll
-        for (int mask = 16; mask > 0; mask /= 2) mass += __shfl_xor_sync(~0u, mass, mask);
-        // A dense head's blocks come in order, the diagonal first.
-        const int i = first + j * kWarps;
-        if (lane == 0 && i < num_blocks) out[diagonal - i] = mass * inverse;
+      for (int j = 0; j < kBatch; ++j) {
+        mass[j] = exp2_approx(weight[j].x - log_sum.x) + exp2_approx(weight[j].y - log_sum.y);
       }
-    }
-    for (int c = diagonal + 1 + warp * 32 + lane; c < launch_.num_key_blocks; c += kWarps * 32) {
-      out[c] = 0.0f;
+      const float total = warp_sums(mass);
+      const int block = first + lane / 2;
+      if (lane % 2 == 0 && block < num_blocks) atomicAdd(out - block, total * inverse);
     }
     // The next tile overwrites the weights.
-    named_barrier_sync(kConsumersMeet, kConsumers * kWarpgroup);
+    named_barrier_sync(kConsumer0 + index_, kWarpgroup);
   }
 
   const Launch& launch_;

@@ -23,14 +23,18 @@ size_t SortBytes(int num_tiles) {
   return bytes;
 }
 
-// One warp per tile: sort key and tile id.
-__global__ void tile_keys_kernel(const __grid_constant__ Launch launch, uint32_t* keys,
-                                 uint32_t* ids) {
+// One warp per tile: sort key, tile id, and zeros for the block mass that consumers will add.
+__global__ void prepare_tiles_kernel(const __grid_constant__ Launch launch, uint32_t* keys,
+                                     uint32_t* ids) {
   const int tile = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
   const int lane = threadIdx.x % 32;
   if (tile >= launch.num_tiles) return;
   const int row = tile % launch.num_query_blocks;
   const HeadTask& task = launch.tasks[tile / launch.num_query_blocks];
+  if (task.block_mass != nullptr) {
+    float* mass = task.block_mass + static_cast<int64_t>(row) * launch.num_key_blocks;
+    for (int c = lane; c < launch.num_key_blocks; c += 32) mass[c] = 0.0f;
+  }
   int cost = launch.first_query_block + row + 1;
   if (task.pattern != nullptr) {
     const uint32_t* words = task.pattern + static_cast<int64_t>(row) * launch.pattern_words;
@@ -64,7 +68,7 @@ cudaError_t OrderTiles(Launch& launch, void* scratch, cudaStream_t stream) {
 
   constexpr int kThreads = 256;
   const int grid = (launch.num_tiles + kThreads / 32 - 1) / (kThreads / 32);
-  tile_keys_kernel<<<grid, kThreads, 0, stream>>>(launch, keys, ids);
+  prepare_tiles_kernel<<<grid, kThreads, 0, stream>>>(launch, keys, ids);
   if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   size_t sort_bytes = SortBytes(launch.num_tiles);
   return cub::DeviceRadixSort::SortPairs(base + 4 * array, sort_bytes, keys, sorted_keys, ids,
