@@ -41,9 +41,23 @@ cudaError_t CudaPackLanes::Pack(const kernels::PackKvParams& params) {
 
 cudaError_t CudaPackLanes::PackOnLane(const kernels::PackKvParams& params, Lane* lane) {
   if (lane->stream == nullptr) {
-    const cudaError_t error = cudaStreamCreateWithFlags(&lane->stream, cudaStreamNonBlocking);
+    int least_urgent, most_urgent;
+    cudaError_t error = cudaDeviceGetStreamPriorityRange(&least_urgent, &most_urgent);
+    if (error == cudaSuccess) {
+      error = cudaStreamCreateWithPriority(&lane->stream, cudaStreamNonBlocking, most_urgent);
+    }
     if (error != cudaSuccess) return error;
   }
+  if (params.dst_dtype == kernels::DType::kBf16) {
+    const cudaError_t error = kernels::cuda::CopyKvToHost(params, lane->stream);
+    return error == cudaSuccess ? cudaStreamSynchronize(lane->stream) : error;
+  }
+  return ConvertOnLane(params, lane);
+}
+
+// A kernel converts into the lane's memory. At the stream's priority its blocks go first wherever
+// an SM comes free, which between two tiles of a persistent kernel none does.
+cudaError_t CudaPackLanes::ConvertOnLane(const kernels::PackKvParams& params, Lane* lane) {
   // K and V of one block, and of one block alone.
   const auto pair_bytes = static_cast<size_t>(kernels::PackedBytes(params) / params.num_blocks);
   const size_t block_bytes = pair_bytes / 2;

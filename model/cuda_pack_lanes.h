@@ -13,7 +13,8 @@
 
 namespace prefilld::model {
 
-// A few streams with device memory to pack into. Thread-safe: a caller takes a free lane or waits.
+// A few streams, and device memory to convert into. KV that is wanted as it is, in bf16, goes by
+// the copy engines alone. Thread-safe: a caller takes a free lane or waits.
 class CudaPackLanes {
  public:
   CudaPackLanes() = default;
@@ -40,6 +41,7 @@ class CudaPackLanes {
   Lane* Acquire();
   void Release(Lane* lane);
   static cudaError_t PackOnLane(const kernels::PackKvParams& params, Lane* lane);
+  static cudaError_t ConvertOnLane(const kernels::PackKvParams& params, Lane* lane);
 
   absl::Mutex mu_;
   std::array<Lane, kLanes> lanes_;  // `busy` is guarded by mu_, the rest belongs to who set it

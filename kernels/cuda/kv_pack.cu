@@ -3,7 +3,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "kernels/cuda/device/arithmetic.cuh"
 
@@ -66,7 +68,69 @@ __global__ void __launch_bounds__(kThreads) pack_kv_kernel(PackKvParams params) 
   }
 }
 
+// Where the elements of one head go within its half, K or V, of params.dst: runs of `run` tokens,
+// one every `pitch` tokens' worth of elements.
+struct HeadRuns {
+  int64_t first;  // element of the head's first token
+  int64_t run;
+  int64_t pitch;
+};
+
+HeadRuns RunsOf(const PackKvParams& p, int head) {
+  const int64_t dim = p.head_dim;
+  if (p.order == KvOrder::kNhd) return {head * dim, 1, p.num_heads * dim};
+  return {head * p.block_tokens * dim, p.block_tokens, p.num_heads * p.block_tokens * dim};
+}
+
+// `tokens` tokens of one head from `source` to `destination`, the head's first element.
+cudaError_t CopyHead(const __nv_bfloat16* source, __nv_bfloat16* destination, const HeadRuns& runs,
+                     int64_t tokens, int head_dim, cudaStream_t stream) {
+  const auto token_bytes = static_cast<size_t>(head_dim) * sizeof(__nv_bfloat16);
+  const int64_t whole = tokens / runs.run;
+  const int64_t rest = tokens % runs.run;
+  const size_t run_bytes = static_cast<size_t>(runs.run) * token_bytes;
+  if (whole > 0) {
+    const cudaError_t error = cudaMemcpy2DAsync(
+        destination, static_cast<size_t>(runs.pitch) * sizeof(__nv_bfloat16), source, run_bytes,
+        run_bytes, static_cast<size_t>(whole), cudaMemcpyDeviceToHost, stream);
+    if (error != cudaSuccess) return error;
+  }
+  if (rest == 0) return cudaSuccess;
+  return cudaMemcpyAsync(destination + whole * runs.pitch, source + whole * runs.run * head_dim,
+                         static_cast<size_t>(rest) * token_bytes, cudaMemcpyDeviceToHost, stream);
+}
+
+// Zeroes the tokens [first, last) of one head.
+void ZeroHead(__nv_bfloat16* destination, const HeadRuns& runs, int64_t first, int64_t last,
+              int head_dim) {
+  for (int64_t token = first; token < last; ++token) {
+    std::memset(destination + token / runs.run * runs.pitch + token % runs.run * head_dim, 0,
+                static_cast<size_t>(head_dim) * sizeof(__nv_bfloat16));
+  }
+}
+
 }  // namespace
+
+cudaError_t CopyKvToHost(const PackKvParams& p, cudaStream_t stream) {
+  if (p.dst_dtype != DType::kBf16) return cudaErrorInvalidValue;
+  const int64_t wanted = p.num_blocks * p.block_tokens;
+  const int64_t first_token = p.first_block * p.block_tokens;
+  const int64_t present = std::clamp<int64_t>(p.num_tokens - first_token, 0, wanted);
+  auto* half = static_cast<__nv_bfloat16*>(p.dst);
+  for (const void* tensor : {p.k, p.v}) {
+    for (int head = 0; head < p.num_heads; ++head) {
+      const HeadRuns runs = RunsOf(p, head);
+      const auto* source = static_cast<const __nv_bfloat16*>(tensor) +
+                           (p.first_head + head) * p.kv_head_stride + first_token * p.head_dim;
+      const cudaError_t error =
+          CopyHead(source, half + runs.first, runs, present, p.head_dim, stream);
+      if (error != cudaSuccess) return error;
+      ZeroHead(half + runs.first, runs, present, wanted, p.head_dim);
+    }
+    half += wanted * p.num_heads * p.head_dim;
+  }
+  return cudaSuccess;
+}
 
 cudaError_t LaunchPackKv(const PackKvParams& params, cudaStream_t stream) {
   if (params.head_dim % 8 != 0) return cudaErrorInvalidValue;

@@ -1,5 +1,6 @@
 #include "kernels/cuda/kv_pack.h"
 
+#include <cstring>
 #include <vector>
 
 #include "tests/gpu/device_array.h"
@@ -45,6 +46,15 @@ TEST_P(CudaPackKv, GivesTheBytesOfTheReference) {
       p.dst = actual.data();
       PREFILLD_ASSERT_CUDA(cuda::LaunchPackKv(p, nullptr));
       EXPECT_EQ(actual.Read(), expected) << Name(dtype);
+      if (dtype != DType::kBf16) continue;
+      void* pinned = nullptr;
+      PREFILLD_ASSERT_CUDA(cudaMallocHost(&pinned, expected.size()));
+      std::memset(pinned, 0xff, expected.size());
+      p.dst = pinned;
+      PREFILLD_ASSERT_CUDA(cuda::CopyKvToHost(p, nullptr));
+      PREFILLD_ASSERT_CUDA(cudaStreamSynchronize(nullptr));
+      EXPECT_EQ(std::memcmp(pinned, expected.data(), expected.size()), 0) << "copied to the host";
+      PREFILLD_ASSERT_CUDA(cudaFreeHost(pinned));
     }
   }
 }
