@@ -17,6 +17,14 @@ namespace {
 constexpr absl::Duration kMinRetryDelay = absl::Seconds(1);
 constexpr absl::Duration kMaxRetryDelay = absl::Seconds(60);
 
+// A deadline is out of reach when it leaves less than this share of the time that the work takes
+// at the best speed of late.
+constexpr double kHopeless = 0.5;
+
+absl::Duration AtBest(const PromptSpeed& speed, const PrefillJob& job) {
+  return speed.AtBest(static_cast<int64_t>(job.work().tokens.size()), job.work().attention.policy);
+}
+
 }  // namespace
 
 Scheduler::Scheduler(model::PrefillEngine& engine, KvStream& stream, Metrics& metrics,
@@ -47,6 +55,7 @@ absl::Status Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
         absl::StrCat("request_id ", job->work().id, " is taken by a running request"));
   }
   if (absl::Status room = CheckRoom(num_tokens); !room.ok()) return room;
+  if (absl::Status deadline = CheckDeadline(*job); !deadline.ok()) return deadline;
 
   // An idle server has made no progress for a while; that is no wedge.
   if (queue_.empty() && running_ == nullptr) RecordProgress();
@@ -71,10 +80,26 @@ absl::Status Scheduler::CheckRoom(int64_t num_tokens) const {
   } else {
     return absl::OkStatus();
   }
-  const double speed = tokens_per_second_ > 0 ? tokens_per_second_ : 1000.0;
+  const double speed = speed_.latest() > 0 ? speed_.latest() : 1000.0;
   const absl::Duration delay = absl::Seconds(static_cast<double>(queued_tokens_) / speed);
   return WithRetryDelay(absl::ResourceExhaustedError(reason),
                         std::clamp(delay, kMinRetryDelay, kMaxRetryDelay));
+}
+
+// What is left of the running prompt is not counted: it may end at any moment.
+absl::Status Scheduler::CheckDeadline(const PrefillJob& job) const {
+  const absl::Duration time_left = job.time_left();
+  if (time_left == absl::InfiniteDuration()) return absl::OkStatus();
+  absl::Duration queue;
+  for (const auto& queued : queue_) queue += AtBest(speed_, *queued);
+  const absl::Duration compute = AtBest(speed_, job);
+  if (time_left >= kHopeless * (queue + compute)) return absl::OkStatus();
+  const auto rounded = [](absl::Duration d) {
+    return absl::FormatDuration(absl::Trunc(d, absl::Milliseconds(1)));
+  };
+  return absl::DeadlineExceededError(absl::StrCat(
+      "the deadline is in ", rounded(time_left), "; at the best speed of late the queue takes ",
+      rounded(queue), " and this prompt ", rounded(compute)));
 }
 
 void Scheduler::Retire(PrefillJob& job) {
@@ -205,12 +230,14 @@ void Scheduler::Compute(PrefillJob& job) {
 absl::Status Scheduler::ComputeLayers(PrefillJob& job, model::PrefillSequence& sequence) {
   const auto num_tokens = static_cast<int64_t>(job.work().tokens.size());
   const absl::Time started = clock_.Now();
+  absl::Duration waited;
   for (int layer = 0; layer < engine_.info().config.num_layers; ++layer) {
     const absl::Time ready = clock_.Now();
     if (absl::Status slot = stream_.WaitForSlot(); !slot.ok()) return slot;
     const absl::Duration stalled = clock_.Now() - ready;
     job.RecordStall(stalled);
     metrics_.CountStall(stalled);
+    waited += stalled;
 
     job.CheckTimers(timeouts_, /*queue_position=*/0, /*others_wait=*/false);
     if (job.ended()) return absl::OkStatus();
@@ -222,9 +249,9 @@ absl::Status Scheduler::ComputeLayers(PrefillJob& job, model::PrefillSequence& s
     stream_.LayerDone(layer);
   }
   const absl::Status status = ComputeFirstToken(job, sequence);
-  const double seconds = absl::ToDoubleSeconds(clock_.Now() - started);
+  const absl::Duration compute = clock_.Now() - started - waited;
   absl::MutexLock lock(&mu_);
-  if (seconds > 0) tokens_per_second_ = static_cast<double>(num_tokens) / seconds;
+  speed_.Record(num_tokens, job.work().attention.policy, compute);
   return status;
 }
 

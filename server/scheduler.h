@@ -18,6 +18,7 @@
 #include "absl/time/time.h"
 #include "server/clock.h"
 #include "server/prefill_job.h"
+#include "server/prompt_speed.h"
 
 namespace prefilld::model {
 class PrefillEngine;
@@ -57,7 +58,8 @@ class Scheduler {
   ~Scheduler();
 
   // Takes the job in and sends Accepted. RESOURCE_EXHAUSTED with a RetryInfo payload: the queue is
-  // full; ALREADY_EXISTS: a live request has this id; UNAVAILABLE: closed.
+  // full; DEADLINE_EXCEEDED: it is out of reach; ALREADY_EXISTS: a live request has this id;
+  // UNAVAILABLE: closed.
   absl::Status Submit(std::shared_ptr<PrefillJob> job);
   // The job's call is over; it leaves the queue if it is still there.
   void Retire(PrefillJob& job);
@@ -87,6 +89,7 @@ class Scheduler {
   absl::Status ComputeFirstToken(PrefillJob& job, model::PrefillSequence& sequence);
   void Fail(const absl::Status& cause);
   absl::Status CheckRoom(int64_t num_tokens) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status CheckDeadline(const PrefillJob& job) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   model::PrefillEngine& engine_;
   KvStream& stream_;
@@ -105,7 +108,7 @@ class Scheduler {
   int64_t queued_tokens_ ABSL_GUARDED_BY(mu_) = 0;
   std::shared_ptr<PrefillJob> running_ ABSL_GUARDED_BY(mu_);
   absl::flat_hash_map<std::string, std::shared_ptr<PrefillJob>> live_ ABSL_GUARDED_BY(mu_);
-  double tokens_per_second_ ABSL_GUARDED_BY(mu_) = 0;  // of the latest prompt; 0: none yet
+  PromptSpeed speed_ ABSL_GUARDED_BY(mu_);
 
   std::thread thread_;
 };

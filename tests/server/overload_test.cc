@@ -3,6 +3,7 @@
 
 #include "google/rpc/retry_info.pb.h"
 #include "google/rpc/status.pb.h"
+#include "server/prompt_speed.h"
 #include "tests/server/server_fixture.h"
 
 namespace prefilld::server {
@@ -148,6 +149,52 @@ TEST_F(Overload, EndsARunningRequestBetweenTwoLayersAtItsDeadline) {
   engine_->HoldAfter(-1);
   EXPECT_TRUE(EverythingIsFree());
   EXPECT_LE(engine_->layers_run(), 3);  // the one that was under way
+}
+
+TEST_F(Overload, RefusesADeadlineThatIsOutOfReachOnceItKnowsItsSpeed) {
+  StartServer();
+  const auto with_deadline = [this](int num_tokens, absl::Duration time) {
+    return OpenStream(*stub_, PromptOf(num_tokens), absl::Now() + time).Rest();
+  };
+  const auto refused = [&] { return Metric("prefilld_requests_total{outcome=\"deadline\"}"); };
+  // Nothing is known yet: it is tried.
+  engine_->set_layer_time(absl::Milliseconds(100));
+  EXPECT_EQ(with_deadline(20'000, absl::Milliseconds(300)).status.error_code(),
+            grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_EQ(engine_->started(), 1);
+  EXPECT_TRUE(Eventually([&] { return refused() == 1; }));
+  EXPECT_TRUE(EverythingIsFree());
+  engine_->set_layer_time(absl::Milliseconds(25));
+  for (int i = 0; i < PromptSpeed::kMinSamples; ++i) {
+    EXPECT_TRUE(Prefill(PromptOf(2000)).status.ok());  // 100 ms
+  }
+  const int started = engine_->started();
+  const grpc::Status status = with_deadline(20'000, absl::Milliseconds(400)).status;
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_THAT(status.error_message(), HasSubstr("at the best speed of late the queue takes 0 and"));
+  EXPECT_EQ(refused(), 2);
+  EXPECT_EQ(engine_->started(), started);
+  // In reach, and nothing is known of prompts so short.
+  EXPECT_TRUE(with_deadline(2000, absl::Seconds(10)).status.ok());
+  EXPECT_EQ(with_deadline(1500, absl::Milliseconds(80)).status.error_code(),
+            grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_TRUE(Eventually([&] { return engine_->started() == started + 2; }));
+}
+
+TEST_F(Overload, ADeadlineCoversTheQueueToo) {
+  StartServer();
+  engine_->set_layer_time(absl::Milliseconds(25));
+  for (int i = 0; i < PromptSpeed::kMinSamples; ++i) {
+    EXPECT_TRUE(Prefill(PromptOf(2000)).status.ok());  // 100 ms
+  }
+  const auto running = RunHeld(PromptOf(2000));
+  std::vector<std::unique_ptr<OpenStream>> queued;
+  for (int i = 0; i < 20; ++i) queued.push_back(Queue(PromptOf(2000)));  // 2 s
+  const grpc::Status status =
+      OpenStream(*stub_, PromptOf(2000), absl::Now() + absl::Milliseconds(500)).Rest().status;
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_THAT(status.error_message(), HasSubstr("the queue takes"));
+  engine_->HoldAfter(-1);
 }
 
 TEST_F(Overload, ASystemClockThatWasPutBackIsNoTimeOut) {
