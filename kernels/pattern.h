@@ -30,10 +30,10 @@ struct EstimateParams {
   float* slash = nullptr;       // [num_heads, num_keys]: per offset (query - key); sums to 1
   void* scratch = nullptr;      // EstimateScratchBytes() bytes
 };
-// Large enough for either backend: the maximum and sum of every row over each run of 256 keys, and
-// one float per key.
+// Large enough for every path of either backend: the maximum and sum of every row over each run of
+// 256 keys, and one float per key.
 constexpr int64_t EstimateScratchBytes(int num_heads, int64_t num_keys, int block_tokens) {
-  const int64_t row_runs = static_cast<int64_t>(block_tokens) * (CeilDiv(num_keys, 256) + 1);
+  const int64_t row_runs = static_cast<int64_t>(block_tokens) * (CeilDiv(num_keys, 256) + 3);
   return static_cast<int64_t>(sizeof(float)) * num_heads * (2 * row_runs + num_keys);
 }
 

@@ -69,7 +69,10 @@ class CudaBackend final : public Backend {
     return Launch("paged attention", cuda::LaunchPagedAttention, params, params.head_dim);
   }
   absl::Status Estimate(const kernels::EstimateParams& params) override {
-    return Launch("estimate", cuda::LaunchEstimate, params, params.head_dim, params.block_tokens);
+    const auto launch = +[](const kernels::EstimateParams& p, cudaStream_t stream) {
+      return cuda::LaunchEstimate(p, stream);
+    };
+    return Launch("estimate", launch, params, params.head_dim, params.block_tokens);
   }
   absl::Status VerticalSlash(const kernels::VerticalSlashParams& params) override {
     return Launch("vertical slash", cuda::LaunchVerticalSlash, params);

@@ -7,12 +7,15 @@
 
 #include <cuda_runtime_api.h>
 
+#include "kernels/cuda/attention.h"
 #include "kernels/pattern.h"
 
 namespace prefilld::kernels::cuda {
 
-// head_dim 64 or 128, block_tokens 64 or 128.
-cudaError_t LaunchEstimate(const EstimateParams& params, cudaStream_t stream);
+// head_dim 64 or 128, block_tokens 64 or 128. AttentionPath as for attention: the kernels of
+// pattern/sm90 on Hopper GPUs with block_tokens 128, those of pattern/sm80 otherwise.
+cudaError_t LaunchEstimate(const EstimateParams& params, cudaStream_t stream,
+                           AttentionPath path = AttentionPath::kFastest);
 cudaError_t LaunchVerticalSlash(const VerticalSlashParams& params, cudaStream_t stream);
 cudaError_t LaunchExpandVerticalSlash(const ExpandVerticalSlashParams& params, cudaStream_t stream);
 cudaError_t LaunchSelectRows(const SelectRowsParams& params, cudaStream_t stream);

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "kernels/attention.h"
@@ -16,11 +18,8 @@
 namespace prefilld::kernels::testing {
 namespace {
 
-class CudaEstimate : public GpuTestWithParam<EstimateCase> {};
-
-TEST_P(CudaEstimate, EqualsReference) {
-  const EstimateCase& c = GetParam();
-  const int64_t num_queries = std::min<int64_t>(c.block_tokens, c.num_keys);
+// The estimate of num_queries queries on both paths against the reference.
+void ExpectEstimateEqualsReference(const EstimateCase& c, int64_t num_queries) {
   const Qkv data = MakeQkv(num_queries, c.num_keys, c.num_heads, c.num_kv_heads, c.head_dim, 2);
   const auto scratch_bytes =
       static_cast<size_t>(EstimateScratchBytes(c.num_heads, c.num_keys, c.block_tokens));
@@ -38,46 +37,80 @@ TEST_P(CudaEstimate, EqualsReference) {
       static_cast<size_t>(c.num_heads * CeilDiv(c.num_keys, c.block_tokens)));
   std::vector<float> vertical(static_cast<size_t>(c.num_heads * c.num_keys));
   std::vector<float> slash(vertical.size());
-  std::vector<char> scratch(scratch_bytes);
   p.q = data.q.data();
   p.k = data.k.data();
   p.block_mass = block_mass.data();
   p.vertical = vertical.data();
   p.slash = slash.data();
-  p.scratch = scratch.data();
   reference::Estimate(p);
 
   const DeviceArray<Bf16> q(ToBf16(data.q)), k(ToBf16(data.k));
-  const DeviceArray<float> device_block_mass(block_mass.size()), device_vertical(vertical.size()),
-      device_slash(slash.size());
-  const DeviceArray<char> device_scratch(scratch_bytes);
   p.q = q.data();
   p.k = k.data();
-  p.block_mass = device_block_mass.data();
-  p.vertical = device_vertical.data();
-  p.slash = device_slash.data();
-  p.scratch = device_scratch.data();
-  PREFILLD_ASSERT_CUDA(cuda::LaunchEstimate(p, nullptr));
-  const auto expect_close = [](const std::vector<float>& actual,
-                               const std::vector<float>& expected) {
-    const Closeness closeness = Compare(actual.data(), expected.data(), actual.size());
-    EXPECT_EQ(closeness.wrong_non_finite, 0u);
-    // The products are exact; sums and exponentials are in fp32.
-    EXPECT_LT(closeness.relative, 1e-4) << closeness;
-  };
-  expect_close(device_block_mass.Read(), block_mass);
-  expect_close(device_vertical.Read(), vertical);
-  expect_close(device_slash.Read(), slash);
+  for (const cuda::AttentionPath path :
+       {cuda::AttentionPath::kFastest, cuda::AttentionPath::kPortable}) {
+    const std::string name = path == cuda::AttentionPath::kFastest ? "fastest" : "portable";
+    // What a kernel leaves out stays no number.
+    const std::vector<float> unset(vertical.size(), std::numeric_limits<float>::quiet_NaN());
+    const DeviceArray<float> device_block_mass(std::vector<float>(block_mass.size(), unset[0])),
+        device_vertical(unset), device_slash(unset);
+    const DeviceArray<char> device_scratch(scratch_bytes);
+    p.block_mass = device_block_mass.data();
+    p.vertical = device_vertical.data();
+    p.slash = device_slash.data();
+    p.scratch = device_scratch.data();
+    PREFILLD_ASSERT_CUDA(cuda::LaunchEstimate(p, nullptr, path));
+    const auto expect_close = [&](const char* what, const std::vector<float>& actual,
+                                  const std::vector<float>& expected) {
+      const Closeness closeness = Compare(actual.data(), expected.data(), actual.size());
+      EXPECT_EQ(closeness.wrong_non_finite, 0u) << what << ", " << name;
+      // The products are exact; sums and exponentials are in fp32.
+      EXPECT_LT(closeness.relative, 1e-4) << what << ", " << name << ": " << closeness;
+    };
+    expect_close("block mass", device_block_mass.Read(), block_mass);
+    expect_close("vertical", device_vertical.Read(), vertical);
+    expect_close("slash", device_slash.Read(), slash);
+  }
+}
+
+class CudaEstimate : public GpuTestWithParam<EstimateCase> {};
+
+TEST_P(CudaEstimate, EqualsReference) {
+  const EstimateCase& c = GetParam();
+  ExpectEstimateEqualsReference(c, std::min<int64_t>(c.block_tokens, c.num_keys));
 }
 
 INSTANTIATE_TEST_SUITE_P(Common, CudaEstimate, ::testing::ValuesIn(EstimateCases()),
                          CaseName<::testing::TestParamInfo<EstimateCase>>);
-// Chunks of more than the least number of keys.
+// Chunks of more than the least number of keys; more items than a GPU has multiprocessors.
 INSTANTIATE_TEST_SUITE_P(Large, CudaEstimate,
                          ::testing::Values(EstimateCase{"LongChunks", 33000, 2, 1, 128, 128},
+                                           EstimateCase{"ManyItems", 9000, 28, 4, 64, 128},
                                            EstimateCase{"LongChunksSmallBlocks", 20001, 2, 1, 64,
                                                         64}),
                          CaseName<::testing::TestParamInfo<EstimateCase>>);
+
+// More heads than one KV head has, groups of 16 blocks of the Hopper kernel with and without a
+// rest, and more of them than a GPU has multiprocessors.
+INSTANTIATE_TEST_SUITE_P(Groups, CudaEstimate,
+                         ::testing::Values(EstimateCase{"OneGroup", 2048, 4, 2, 128, 128},
+                                           EstimateCase{"OneKeyMore", 2049, 4, 2, 128, 128},
+                                           EstimateCase{"OneKeyLess", 4095, 2, 1, 64, 128}),
+                         CaseName<::testing::TestParamInfo<EstimateCase>>);
+
+class CudaPattern : public GpuTest {};
+
+// The recall audit asks for rows of blocks before the last, too, and a prompt's last block may hold
+// few queries.
+TEST_F(CudaPattern, EstimateOfFewQueriesEqualsReference) {
+  for (const int64_t num_keys : {200, 2048, 2100, 4200}) {
+    for (const int64_t num_queries : {1, 63, 64, 100}) {
+      SCOPED_TRACE(::testing::Message() << num_queries << " queries, " << num_keys << " keys");
+      ExpectEstimateEqualsReference({"", num_keys, 4, 2, 128, 128}, num_queries);
+      ExpectEstimateEqualsReference({"", num_keys, 2, 1, 64, 128}, num_queries);
+    }
+  }
+}
 
 // Masses of `num_heads` rows that sum to 1: a few large ones, many small ones; with `ties`, of
 // few distinct values.
@@ -103,8 +136,6 @@ std::vector<float> MakeMasses(int num_heads, int64_t n, bool ties, uint32_t seed
 // equal unless the running sum comes within rounding of the target: all mass of many distinct
 // values (gamma 1) asks for just that, so gamma 1 goes with few distinct values only.
 bool DecidedByRounding(bool ties, float gamma) { return gamma == 1.0f && !ties; }
-
-class CudaPattern : public GpuTest {};
 
 TEST_F(CudaPattern, VerticalSlashEqualsReferenceWithAndWithoutTies) {
   constexpr int kHeads = 3;

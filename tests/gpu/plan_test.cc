@@ -127,6 +127,23 @@ TEST(EstimatePlan, ScratchFitsTheContract) {
   }
 }
 
+TEST(EstimatePlan, HopperScratchFitsTheContract) {
+  for (const int num_heads : {1, 28}) {
+    for (int64_t num_keys = 1; num_keys < 3'000'000; num_keys += num_keys / 7 + 1) {
+      for (const int64_t num_queries : {int64_t{1}, std::min<int64_t>(num_keys, 128)}) {
+        const int groups = sm90::NumEstimateGroups(num_queries, num_keys);
+        const int64_t keys = int64_t{groups} * sm90::kEstimateGroupBlocks * sm90::kEstimateBlock;
+        EXPECT_GE(keys, num_keys);
+        EXPECT_GE(keys, num_keys - num_queries + sm90::kEstimateBlock) << "lowest offset missed";
+        EXPECT_LE(sm90::LayOutEstimateScratch(groups, num_heads).floats *
+                      static_cast<int64_t>(sizeof(float)),
+                  EstimateScratchBytes(num_heads, num_keys, 128))
+            << num_keys;
+      }
+    }
+  }
+}
+
 TEST(LinearShape, KnowsTheAlignmentOfAllOperands) {
   alignas(512) static char memory[1024];
   LinearParams params;

@@ -24,6 +24,15 @@ __device__ inline void tma_load_3d(void* dst, const CUtensorMap* map, uint64_t* 
       : "memory");
 }
 
+// `bytes` contiguous bytes; they and both addresses are multiples of 16.
+__device__ inline void bulk_load(void* dst, const void* src, uint32_t bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(dst)),
+      "l"(src), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
 // Out-of-range elements are not written.
 __device__ inline void tma_store_3d(const CUtensorMap* map, const void* src, int c0, int c1,
                                     int c2) {

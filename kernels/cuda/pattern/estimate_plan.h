@@ -1,4 +1,5 @@
-// How the estimate divides the keys among CTAs, and its scratch memory. Pure host functions.
+// How the estimate divides the keys among CTAs, and its scratch memory, on each path. Pure host
+// functions.
 #ifndef PREFILLD_KERNELS_CUDA_PATTERN_ESTIMATE_PLAN_H_
 #define PREFILLD_KERNELS_CUDA_PATTERN_ESTIMATE_PLAN_H_
 
@@ -47,6 +48,30 @@ constexpr EstimateScratch LayOutEstimateScratch(const EstimatePlan& plan, int nu
   return scratch;
 }
 
+namespace sm90 {
+
+inline constexpr int kEstimateBlock = 128;       // queries of an estimate, and keys of a block
+inline constexpr int kEstimateGroupBlocks = 16;  // blocks a CTA takes at a time, one per warp
+
+// Groups of blocks that cover all keys, and all offsets: a block's upper diagonals begin at the
+// offset first query - first key of the block, and some block's have to begin at or below 0.
+constexpr int NumEstimateGroups(int64_t num_queries, int64_t num_keys) {
+  const int64_t blocks = std::max(CeilDiv(num_keys, kEstimateBlock),
+                                  CeilDiv(num_keys - num_queries, kEstimateBlock) + 1);
+  return static_cast<int>(CeilDiv(blocks, kEstimateGroupBlocks));
+}
+
+// Each half of a group has its own sums of rows.
+constexpr EstimateScratch LayOutEstimateScratch(int num_groups, int num_heads) {
+  const int64_t head_rows = static_cast<int64_t>(num_heads) * kEstimateBlock;
+  EstimateScratch scratch;
+  scratch.row_lse = scratch.row_sums + 2 * 2 * head_rows * num_groups;
+  scratch.overhangs = scratch.row_lse + head_rows;
+  scratch.floats = scratch.overhangs + head_rows * (num_groups - 1);
+  return scratch;
+}
+
+}  // namespace sm90
 }  // namespace prefilld::kernels::cuda
 
 #endif  // PREFILLD_KERNELS_CUDA_PATTERN_ESTIMATE_PLAN_H_

@@ -5,6 +5,7 @@
 #include "kernels/cuda/attention/sm90/config.h"
 #include "kernels/cuda/attention/sm90/instances.h"
 #include "kernels/cuda/attention/sm90/schedule.h"
+#include "kernels/cuda/tensor_map.h"
 
 namespace prefilld::kernels::cuda::sm90 {
 namespace {
@@ -20,65 +21,37 @@ bool AnyBlockMass(const AttentionParams& p) {
                      [](const HeadWork& w) { return w.block_mass != nullptr; });
 }
 
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// Found at run time, so that the program links and starts without a driver.
-cudaError_t FindEncodeTiled(EncodeTiled* encode) {
-  static EncodeTiled found = nullptr;
-  if (found == nullptr) {
-    void* symbol = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000,
-                                                         cudaEnableDefault, &result);
-    if (error != cudaSuccess) return error;
-    if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-    found = reinterpret_cast<EncodeTiled>(symbol);
-  }
-  *encode = found;
-  return cudaSuccess;
-}
-
-// A bf16 tensor [dim2, dim1, dim0] of which boxes [box2, box1, 64] are copied.
-cudaError_t MakeMap(EncodeTiled encode, CUtensorMap* map, const void* data, uint64_t dim0,
-                    uint64_t dim1, uint64_t dim2, uint64_t stride1, uint64_t stride2, uint32_t box1,
-                    uint32_t box2) {
-  const cuuint64_t dims[3] = {dim0, dim1, dim2};
-  const cuuint64_t strides[2] = {stride1 * 2, stride2 * 2};  // bytes
-  const cuuint32_t box[3] = {kChunk, box1, box2};
-  const cuuint32_t element_strides[3] = {1, 1, 1};
-  const CUresult result =
-      encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(data), dims, strides, box,
-             element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
 cudaError_t MakeMaps(const AttentionParams& p, TensorMaps* maps) {
-  EncodeTiled encode = nullptr;
-  if (cudaError_t error = FindEncodeTiled(&encode); error != cudaSuccess) return error;
   const uint64_t d = p.head_dim;
-  cudaError_t error =
-      MakeMap(encode, &maps->q, p.q, d, p.num_heads, p.num_queries, d, d * p.num_heads, 1, kTile);
+  const uint64_t heads = p.num_heads;
+  const auto queries = [&](const void* data, int64_t num_queries, uint32_t rows) {
+    return TensorTiles{.data = data,
+                       .dims = {d, heads, static_cast<uint64_t>(num_queries)},
+                       .strides = {d, d * heads},
+                       .box1 = 1,
+                       .box2 = rows};
+  };
+  const auto keys = [&](const void* data) {
+    return TensorTiles{
+        .data = data,
+        .dims = {d, static_cast<uint64_t>(p.num_keys), static_cast<uint64_t>(p.num_kv_heads)},
+        .strides = {d, static_cast<uint64_t>(p.kv_head_stride)},
+        .box1 = kTile,
+        .box2 = 1};
+  };
   // A consumer stores its own half of a tile. A first tile that begins within a block is shorter:
   // its own map makes the copy engine drop the rest.
+  const int64_t first_rows =
+      std::min<int64_t>(kTile - (p.num_keys - p.num_queries) % kTile, p.num_queries);
+  cudaError_t error = MakeTensorMap(queries(p.q, p.num_queries, kTile), &maps->q);
   if (error == cudaSuccess) {
-    error = MakeMap(encode, &maps->out, p.out, d, p.num_heads, p.num_queries, d, d * p.num_heads, 1,
-                    kTile / kConsumers);
+    error = MakeTensorMap(queries(p.out, p.num_queries, kTile / kConsumers), &maps->out);
   }
   if (error == cudaSuccess) {
-    const int64_t first_rows =
-        std::min<int64_t>(kTile - (p.num_keys - p.num_queries) % kTile, p.num_queries);
-    error = MakeMap(encode, &maps->first_out, p.out, d, p.num_heads, first_rows, d, d * p.num_heads,
-                    1, kTile / kConsumers);
+    error = MakeTensorMap(queries(p.out, first_rows, kTile / kConsumers), &maps->first_out);
   }
-  if (error == cudaSuccess) {
-    error = MakeMap(encode, &maps->k, p.k, d, p.num_keys, p.num_kv_heads, d, p.kv_head_stride,
-                    kTile, 1);
-  }
-  if (error == cudaSuccess) {
-    error = MakeMap(encode, &maps->v, p.v, d, p.num_keys, p.num_kv_heads, d, p.kv_head_stride,
-                    kTile, 1);
-  }
+  if (error == cudaSuccess) error = MakeTensorMap(keys(p.k), &maps->k);
+  if (error == cudaSuccess) error = MakeTensorMap(keys(p.v), &maps->v);
   return error;
 }
 

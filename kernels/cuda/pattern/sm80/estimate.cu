@@ -16,10 +16,10 @@
 #include "kernels/cuda/attention/sm80/tile.cuh"
 #include "kernels/cuda/device/arithmetic.cuh"
 #include "kernels/cuda/device/shared_address.cuh"
-#include "kernels/cuda/pattern.h"
 #include "kernels/cuda/pattern/estimate_plan.h"
+#include "kernels/cuda/pattern/sm80/estimate.h"
 
-namespace prefilld::kernels::cuda {
+namespace prefilld::kernels::cuda::sm80 {
 namespace {
 
 constexpr int kKeyTile = 64;
@@ -75,13 +75,13 @@ __device__ __forceinline__ void for_each_tile(const KernelParams& params,
   const int num_tiles = static_cast<int>((end_key - first_key + kKeyTile - 1) / kKeyTile);
   const auto load_keys = [&](int tile) {
     const int64_t key = first_key + static_cast<int64_t>(tile) * kKeyTile;
-    sm80::load_tile_async<kKeyTile, Config::kHeadDim, kThreads>(
+    load_tile_async<kKeyTile, Config::kHeadDim, kThreads>(
         device::shared_address(shared.k[tile % 2]), k + key * Config::kHeadDim, Config::kHeadDim, 0,
         static_cast<int>(min(end_key - key, static_cast<int64_t>(kKeyTile))));
     device::commit_async_copies();
   };
 
-  sm80::load_tile_async<Config::kRows, Config::kHeadDim, kThreads>(
+  load_tile_async<Config::kRows, Config::kHeadDim, kThreads>(
       device::shared_address(shared.q),
       static_cast<const __nv_bfloat16*>(op.q) + static_cast<int64_t>(head) * Config::kHeadDim,
       static_cast<int64_t>(op.num_heads) * Config::kHeadDim, 0, static_cast<int>(op.num_queries));
@@ -92,7 +92,7 @@ __device__ __forceinline__ void for_each_tile(const KernelParams& params,
     __syncthreads();  // the tile is there, and all warps are done with the one before
     if (tile + 1 < num_tiles) load_keys(tile + 1);
     float s[Config::kRowTiles][kKeyTile / 8][4];
-    sm80::multiply_qk<Config::kHeadDim, Config::kRowTiles, kKeyTile>(
+    multiply_qk<Config::kHeadDim, Config::kRowTiles, kKeyTile>(
         s, device::shared_address(shared.q), first_row, device::shared_address(shared.k[tile % 2]));
     const int64_t tile_key = first_key + static_cast<int64_t>(tile) * kKeyTile;
     // Row i sees the keys of the tile up to last_key + i.
@@ -342,13 +342,6 @@ cudaError_t Launch(const KernelParams& params, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t LaunchEstimate(const EstimateParams& params, cudaStream_t stream) {
-  if ((params.head_dim != 64 && params.head_dim != 128) ||
-      (params.block_tokens != 64 && params.block_tokens != 128) || params.num_kv_heads <= 0 ||
-      params.num_heads % params.num_kv_heads != 0 || params.num_queries <= 0 ||
-      params.num_queries > params.block_tokens || params.num_queries > params.num_keys ||
-      params.scratch == nullptr) {
-    return cudaErrorInvalidValue;
-  }
   KernelParams kernel_params;
   kernel_params.op = params;
   kernel_params.plan = PlanEstimate(params.num_keys);
@@ -368,4 +361,4 @@ cudaError_t LaunchEstimate(const EstimateParams& params, cudaStream_t stream) {
                                     : Launch<Config<64, 64>>(kernel_params, stream);
 }
 
-}  // namespace prefilld::kernels::cuda
+}  // namespace prefilld::kernels::cuda::sm80
