@@ -73,7 +73,8 @@ absl::Status RecallAudit::Measure(const kernels::AttentionParams& attention, int
   }
   for (int i = 0; i < attention.num_work; ++i) {
     const double mean = mass_times_queries_[i] / static_cast<double>(num_queries);
-    recall[i] = attention.work[i].pattern == nullptr ? 1.0f : static_cast<float>(mean);
+    recall[i] =
+        attention.work[i].pattern == nullptr ? 1.0f : std::min(static_cast<float>(mean), 1.0f);
   }
   return absl::OkStatus();
 }

@@ -21,6 +21,12 @@ const std::vector<double> kTokens = {128,   512,   1024,   2048,   4096,   8192,
                                      32768, 65536, 131072, 262144, 524288, 1048576};
 const std::vector<double> kShares = {0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0};
 
+// Recall is interesting near 1.
+const std::vector<double> kRecalls = {0.3, 0.5,   0.6,  0.7,   0.75, 0.8,   0.85,
+                                      0.9, 0.925, 0.95, 0.975, 0.99, 0.999, 1.0};
+// By model::PatternSource.
+const std::vector<std::string> kSparseKinds = {"shared", "vertical_slash", "baseline"};
+
 // Lanes above are counted with the last.
 constexpr int kLanes = 16;
 
@@ -56,7 +62,8 @@ Metrics::Metrics(const model::EngineInfo& engine)
       policies_(NewCounters(*registry_, "prefilld_policy_requests_total",
                             "Requests that began to compute, by the attention policy that ran.",
                             "policy",
-                            std::vector<std::string>{"dense", "vertical_slash", "share"})),
+                            std::vector<std::string>{"dense", "vertical_slash", "share",
+                                                     "baseline_query_aware", "baseline_random"})),
       fallbacks_(NewCounter("prefilld_policy_fallbacks_total",
                             "Requests for which another policy ran than was asked for, policy "
                             "auto that ran dense included.")),
@@ -86,9 +93,14 @@ Metrics::Metrics(const model::EngineInfo& engine)
       computed_token_layers_(NewCounter("prefilld_step_tokens_total",
                                         "Prompt tokens times layers computed; divide by the "
                                         "number of layers for prompt tokens.")),
-      heads_(NewCounters(*registry_, "prefilld_heads_total",
-                         "Query heads computed, by what was done for them.", "kind",
-                         std::vector<std::string>{"dense", "pivot", "shared", "vertical_slash"})),
+      heads_(NewCounters(
+          *registry_, "prefilld_heads_total", "Query heads computed, by what was done for them.",
+          "kind",
+          std::vector<std::string>{"dense", "pivot", "shared", "vertical_slash", "baseline"})),
+      recall_audits_(NewCounter("prefilld_recall_audits_total",
+                                "Requests whose recall was measured, sparse ones alone.")),
+      recall_audit_time_(NewCounter("prefilld_recall_audit_seconds_total",
+                                    "Compute time that measuring recall took.")),
       lane_bytes_(NewCounters(*registry_, "prefilld_kv_bytes_total",
                               "KV payload handed to the transport.", "lane", LaneNames())),
       lane_frames_(NewCounters(*registry_, "prefilld_kv_frames_total",
@@ -118,6 +130,20 @@ Metrics::Metrics(const model::EngineInfo& engine)
             {"fingerprint", engine.fingerprint},
             {"device", engine.device_name}})
       .Set(1);
+  auto& recall = prometheus::BuildHistogram()
+                     .Name("prefilld_attention_recall")
+                     .Help(
+                         "Share of the true attention mass inside the pattern of a sparse head, "
+                         "of every head of the requests that are measured.")
+                     .Register(*registry_);
+  auto& lowest = prometheus::BuildGauge()
+                     .Name("prefilld_attention_recall_lowest")
+                     .Help("Recall of the worst head of the latest request that was measured.")
+                     .Register(*registry_);
+  for (const std::string& kind : kSparseKinds) {
+    recall_.push_back(&recall.Add({{"kind", kind}}, kRecalls));
+    lowest_recall_.push_back(&lowest.Add({{"kind", kind}}));
+  }
 }
 
 Metrics::~Metrics() = default;
@@ -164,6 +190,17 @@ void Metrics::CountRequest(PrefillJob& job) {
   density_.Observe(total.density());
   pattern_time_.Observe(static_cast<double>(total.pattern_us()) * 1e-6);
   if (compute > absl::ZeroDuration()) tokens_per_second_.Set(num_tokens / seconds(compute));
+  if (!total.has_recall()) return;
+  recall_audits_.Increment();
+  using model::PatternSource;
+  const auto set_lowest = [this](PatternSource source, const ::prefill::v1::RecallSummary& heads) {
+    if (heads.heads_size() > 0) {
+      lowest_recall_[static_cast<size_t>(source)]->Set(heads.lowest());
+    }
+  };
+  set_lowest(PatternSource::kPivot, total.recall().shared());
+  set_lowest(PatternSource::kVerticalSlash, total.recall().vertical_slash());
+  set_lowest(PatternSource::kBaseline, total.recall().baseline());
 }
 
 void Metrics::CountLayer(const model::LayerReport& report, int64_t num_tokens) {
@@ -174,6 +211,11 @@ void Metrics::CountLayer(const model::LayerReport& report, int64_t num_tokens) {
   heads_[1]->Increment(report.pivot_heads);
   heads_[2]->Increment(report.shared_heads);
   heads_[3]->Increment(report.vertical_slash_heads);
+  heads_[4]->Increment(report.baseline_heads);
+  for (const model::HeadRecall& head : report.recall) {
+    recall_[static_cast<size_t>(head.source)]->Observe(head.recall);
+  }
+  recall_audit_time_.Increment(static_cast<double>(report.audit_us) * 1e-6);
 }
 
 void Metrics::CountFrame(int lane, int64_t payload_bytes) {

@@ -75,7 +75,11 @@ class Metrics {
   prometheus::Histogram& step_time_;
   prometheus::Counter& computed_layers_;
   prometheus::Counter& computed_token_layers_;
-  std::vector<prometheus::Counter*> heads_;  // dense, pivot, shared, vertical_slash
+  std::vector<prometheus::Counter*> heads_;  // dense, pivot, shared, vertical_slash, baseline
+  prometheus::Counter& recall_audits_;
+  prometheus::Counter& recall_audit_time_;
+  std::vector<prometheus::Histogram*> recall_;     // by model::PatternSource
+  std::vector<prometheus::Gauge*> lowest_recall_;  // by model::PatternSource
 
   std::vector<prometheus::Counter*> lane_bytes_;
   std::vector<prometheus::Counter*> lane_frames_;

@@ -1,5 +1,7 @@
 #include "server/options.h"
 
+#include <algorithm>
+
 #include "absl/flags/flag.h"
 #include "absl/flags/parse.h"
 #include "absl/flags/usage.h"
@@ -30,8 +32,10 @@ ABSL_FLAG(std::string, log_format, "text", "text (key=value) or json, one event 
 ABSL_FLAG(std::optional<std::string>, policy, std::nullopt,
           "Default attention: dense, vertical_slash, share or auto. Not set, like the thresholds "
           "below: the head-cluster file's value, else the built-in one.");
-ABSL_FLAG(std::vector<std::string>, allowed_policies, {},
-          "Policies that requests may ask for, comma-separated. Empty: all.");
+ABSL_FLAG(
+    std::vector<std::string>, allowed_policies, {},
+    "Policies that requests may ask for, comma-separated. Empty: all but the baselines, which "
+    "are for evaluations: baseline_query_aware, baseline_random.");
 ABSL_FLAG(std::optional<float>, gamma, std::nullopt, "Mass that a pattern must cover, (0, 1].");
 ABSL_FLAG(std::optional<float>, tau, std::nullopt, "Distance below which heads share, [0, 1].");
 ABSL_FLAG(std::optional<float>, delta, std::nullopt,
@@ -43,6 +47,13 @@ ABSL_FLAG(std::optional<int64_t>, min_budget_tokens, std::nullopt,
           "Least number of columns, and of diagonals, that vertical-slash keeps.");
 ABSL_FLAG(std::optional<int64_t>, crossover_tokens, std::nullopt,
           "Policy auto is dense for prompts shorter than this.");
+ABSL_FLAG(double, recall_audit_fraction, 0,
+          "Share of the requests whose recall is measured, [0, 1]: how much of the true attention "
+          "mass the patterns hold.");
+ABSL_FLAG(
+    int64_t, recall_audit_rows, 8,
+    "Query blocks per layer that such a measurement looks at, and the most that a request may "
+    "ask for; each takes about 128 / tokens of the time of dense attention. 0: none.");
 
 ABSL_FLAG(int64_t, queue_capacity, 64, "Requests that may wait behind the running one.");
 ABSL_FLAG(int64_t, max_queued_tokens, 0,
@@ -94,11 +105,13 @@ void ReadNamedValues(ServerOptions& options, std::vector<std::string>& problems)
   }
   options.log_format = format == "json" ? LogFormat::kJson : LogFormat::kText;
 
-  constexpr absl::string_view kPolicies = "dense, vertical_slash, share, auto";
+  const std::string policies = absl::StrJoin(
+      model::kAttentionPolicies, ", ",
+      [](std::string* out, auto policy) { absl::StrAppend(out, model::Name(policy)); });
   if (const auto name = absl::GetFlag(FLAGS_policy); name.has_value()) {
     options.attention.policy = ParsePolicy(*name);
     if (!options.attention.policy.has_value()) {
-      problems.push_back(absl::StrCat("--policy=", *name, " is not one of ", kPolicies));
+      problems.push_back(absl::StrCat("--policy=", *name, " is not one of ", policies));
     }
   }
   const std::vector<std::string> allowed = absl::GetFlag(FLAGS_allowed_policies);
@@ -107,10 +120,11 @@ void ReadNamedValues(ServerOptions& options, std::vector<std::string>& problems)
     if (const auto policy = ParsePolicy(name); policy.has_value()) {
       options.attention.allowed.push_back(*policy);
     } else {
-      problems.push_back(
-          absl::StrCat("--allowed_policies: '", name, "' is not one of ", kPolicies));
+      problems.push_back(absl::StrCat("--allowed_policies: '", name, "' is not one of ", policies));
     }
   }
+  options.engine.baselines = std::any_of(options.attention.allowed.begin(),
+                                         options.attention.allowed.end(), model::IsBaseline);
 }
 
 ServerOptions ReadPlainValues() {
@@ -125,6 +139,8 @@ ServerOptions ReadPlainValues() {
   options.attention.coverage = absl::GetFlag(FLAGS_coverage);
   options.attention.min_budget_tokens = absl::GetFlag(FLAGS_min_budget_tokens);
   options.attention.crossover_tokens = absl::GetFlag(FLAGS_crossover_tokens);
+  options.recall_audit.fraction = absl::GetFlag(FLAGS_recall_audit_fraction);
+  options.recall_audit.rows = absl::GetFlag(FLAGS_recall_audit_rows);
   options.listen = absl::GetFlag(FLAGS_listen);
   options.metrics_listen = absl::GetFlag(FLAGS_metrics_listen);
   options.port_file = absl::GetFlag(FLAGS_port_file);

@@ -1,5 +1,7 @@
 #include "server/prefill_job.h"
 
+#include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -10,6 +12,22 @@ namespace {
 namespace v1 = ::prefill::v1;
 
 constexpr absl::Duration kClockSlack = absl::Milliseconds(50);
+
+void SetSummary(const std::vector<model::HeadRecall>& heads, model::PatternSource source,
+                v1::RecallSummary* (v1::RecallAudit::*mutable_summary)(), v1::RecallAudit& audit) {
+  std::vector<model::HeadRecall> of_source;
+  std::copy_if(heads.begin(), heads.end(), std::back_inserter(of_source),
+               [source](const model::HeadRecall& head) { return head.source == source; });
+  if (of_source.empty()) return;
+  const model::RecallSummary summary = model::Summarize(of_source);
+  v1::RecallSummary& proto = *(audit.*mutable_summary)();
+  proto.set_mean(summary.mean);
+  proto.set_fifth_percentile(summary.fifth_percentile);
+  proto.set_lowest(summary.lowest.recall);
+  proto.set_lowest_layer(summary.lowest.layer);
+  proto.set_lowest_head(summary.lowest.head);
+  for (const model::HeadRecall& head : of_source) proto.add_heads(head.recall);
+}
 
 v1::LayerStats ToProto(const model::LayerReport& report) {
   v1::LayerStats stats;
@@ -22,6 +40,16 @@ v1::LayerStats ToProto(const model::LayerReport& report) {
   stats.set_compute_us(report.compute_us);
   stats.set_attention_us(report.attention_us);
   stats.set_pattern_us(report.pattern_us);
+  stats.set_baseline_heads(report.baseline_heads);
+  if (!report.recall.empty()) {
+    using Audit = v1::RecallAudit;
+    Audit& audit = *stats.mutable_recall();
+    const std::vector<model::HeadRecall>& heads = report.recall;
+    SetSummary(heads, model::PatternSource::kPivot, &Audit::mutable_shared, audit);
+    SetSummary(heads, model::PatternSource::kVerticalSlash, &Audit::mutable_vertical_slash, audit);
+    SetSummary(heads, model::PatternSource::kBaseline, &Audit::mutable_baseline, audit);
+    audit.set_audit_us(report.audit_us);
+  }
   return stats;
 }
 
@@ -50,6 +78,9 @@ v1::LayerStats SumOf(const std::vector<model::LayerReport>& layers) {
     sum.compute_us += layer.compute_us;
     sum.attention_us += layer.attention_us;
     sum.pattern_us += layer.pattern_us;
+    sum.baseline_heads += layer.baseline_heads;
+    sum.recall.insert(sum.recall.end(), layer.recall.begin(), layer.recall.end());
+    sum.audit_us += layer.audit_us;
   }
   return ToProto(sum);
 }
@@ -165,10 +196,10 @@ absl::Status PrefillJob::CheckConsumerSpeed(const JobTimeouts& timeouts, absl::T
   const LaneQueue::Taken taken = delivery_.KvTaken(now);
   const auto bytes = static_cast<double>(taken.payload_bytes);
   if (taken.busy <= timeouts.stall + absl::Seconds(bytes / min_speed)) return absl::OkStatus();
-  return absl::AbortedError(
-      absl::StrCat("the consumer took ", bytes * 1e-6, " MB in ", absl::FormatDuration(taken.busy),
-                   " and others wait; at least ", min_speed * 1e-6, " MB/s after ",
-                   absl::FormatDuration(timeouts.stall), ", ", Whereabouts()));
+  return absl::AbortedError(absl::StrCat(
+      "the consumer took ", bytes * 1e-6, " MB in ", absl::FormatDuration(taken.busy),
+      " and others wait; at least ", min_speed * 1e-6, " MB/s after ",
+      absl::FormatDuration(timeouts.stall), ", ", Whereabouts()));
 }
 
 void PrefillJob::CheckTimers(const JobTimeouts& timeouts, int64_t queue_position,

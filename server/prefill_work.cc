@@ -35,9 +35,15 @@ absl::Status CheckId(const char* field, const std::string& id) {
   return absl::OkStatus();
 }
 
-std::string NewRequestId() {
+std::mt19937_64& Random() {
   static thread_local std::mt19937_64 random{std::random_device{}()};
-  return absl::StrFormat("%016x", random());
+  return random;
+}
+
+std::string NewRequestId() { return absl::StrFormat("%016x", Random()()); }
+
+bool Drawn(double probability) {
+  return std::uniform_real_distribution<>(0, 1)(Random()) < probability;
 }
 
 absl::Status CheckTokens(const v1::PrefillRequest& request, const model::EngineInfo& engine) {
@@ -132,6 +138,12 @@ absl::StatusOr<model::AttentionOptions> ResolveAttention(const v1::AttentionOpti
     case v1::ATTENTION_POLICY_AUTO:
       options.policy = model::AttentionPolicy::kAuto;
       break;
+    case v1::ATTENTION_POLICY_BASELINE_QUERY_AWARE:
+      options.policy = model::AttentionPolicy::kBaselineQueryAware;
+      break;
+    case v1::ATTENTION_POLICY_BASELINE_RANDOM:
+      options.policy = model::AttentionPolicy::kBaselineRandom;
+      break;
     default:
       return absl::InvalidArgumentError(
           absl::StrCat("attention.policy ", static_cast<int>(request.policy()),
@@ -151,6 +163,16 @@ absl::StatusOr<model::AttentionOptions> ResolveAttention(const v1::AttentionOpti
   if (request.has_coverage()) options.coverage = request.coverage();
   if (request.has_min_budget_tokens()) options.min_budget_tokens = request.min_budget_tokens();
   if (request.has_same_layer_sharing()) options.same_layer_sharing = request.same_layer_sharing();
+  if (request.has_density()) options.density = request.density();
+  if (!request.has_recall_audit_rows()) {
+    options.recall_audit_rows = Drawn(limits.recall_audit.fraction) ? limits.recall_audit.rows : 0;
+  } else if (request.recall_audit_rows() <= limits.recall_audit.rows) {
+    options.recall_audit_rows = request.recall_audit_rows();
+  } else {
+    return absl::InvalidArgumentError(absl::StrCat("attention.recall_audit_rows ",
+                                                   request.recall_audit_rows(), "; at most ",
+                                                   limits.recall_audit.rows));
+  }
   if (const absl::Status status = model::Validate(options); !status.ok()) return status;
   return options;
 }
@@ -285,6 +307,10 @@ v1::AttentionPolicy ToProto(model::AttentionPolicy policy) {
       return v1::ATTENTION_POLICY_VERTICAL_SLASH;
     case model::AttentionPolicy::kShare:
       return v1::ATTENTION_POLICY_SHARE;
+    case model::AttentionPolicy::kBaselineQueryAware:
+      return v1::ATTENTION_POLICY_BASELINE_QUERY_AWARE;
+    case model::AttentionPolicy::kBaselineRandom:
+      return v1::ATTENTION_POLICY_BASELINE_RANDOM;
     case model::AttentionPolicy::kAuto:
       return v1::ATTENTION_POLICY_AUTO;
   }

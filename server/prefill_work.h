@@ -12,6 +12,7 @@
 #include "model/prefill_engine.h"
 #include "model/sampling.h"
 #include "prefill/v1/prefill.pb.h"
+#include "server/server_options.h"
 
 namespace prefilld::server {
 
@@ -38,6 +39,7 @@ struct RequestLimits {
   const model::EngineInfo* engine = nullptr;
   model::AttentionOptions default_attention;
   std::vector<model::AttentionPolicy> allowed_policies;
+  RecallAuditLimits recall_audit;
   std::vector<std::string> deliver_to_allow;
   int max_lanes = 1;
 };

@@ -35,6 +35,14 @@ void LogRequest(PrefillJob& job) {
     fields.emplace_back("attention_ms", static_cast<double>(total.attention_us()) * 1e-3);
     fields.emplace_back("pattern_ms", static_cast<double>(total.pattern_us()) * 1e-3);
     fields.emplace_back("stall_ms", Milliseconds(stats.stalled));
+    if (total.has_recall()) {
+      const auto& audit = total.recall();
+      if (audit.has_shared()) fields.emplace_back("recall_shared", audit.shared().mean());
+      if (audit.has_vertical_slash()) {
+        fields.emplace_back("recall_vertical_slash", audit.vertical_slash().mean());
+      }
+      fields.emplace_back("audit_ms", static_cast<double>(audit.audit_us()) * 1e-3);
+    }
   }
   if (stats.first_token_at.has_value()) {
     fields.emplace_back("ttft_ms", Milliseconds(*stats.first_token_at - stats.accepted_at));

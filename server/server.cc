@@ -150,6 +150,7 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
   RequestLimits limits{.engine = &engine,
                        .default_attention = attention,
                        .allowed_policies = options.attention.allowed,
+                       .recall_audit = options.recall_audit,
                        .deliver_to_allow = options.deliver_to_allow,
                        .max_lanes = options.max_lanes};
   push_dialer_ = std::make_unique<PushDialer>(*std::move(push_credentials));

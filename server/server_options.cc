@@ -90,8 +90,7 @@ void CheckAttention(const AttentionDefaults& attention, std::vector<std::string>
 }  // namespace
 
 std::optional<model::AttentionPolicy> ParsePolicy(const std::string& name) {
-  for (const auto policy : {model::AttentionPolicy::kDense, model::AttentionPolicy::kVerticalSlash,
-                            model::AttentionPolicy::kShare, model::AttentionPolicy::kAuto}) {
+  for (const auto policy : model::kAttentionPolicies) {
     if (name == model::Name(policy)) return policy;
   }
   return std::nullopt;
@@ -116,6 +115,11 @@ absl::Status Validate(const ServerOptions& o) {
   CheckAddresses(o, problems);
   CheckTls(o.tls, problems);
   CheckAttention(o.attention, problems);
+  if (!(o.recall_audit.fraction >= 0 && o.recall_audit.fraction <= 1)) {
+    problems.push_back(
+        absl::StrCat("--recall_audit_fraction=", o.recall_audit.fraction, " is outside [0, 1]"));
+  }
+  CheckRange("--recall_audit_rows", o.recall_audit.rows, 0, 1024, problems);
   CheckRange("--queue_capacity", o.queue_capacity, 0, 1 << 20, problems);
   CheckRange("--max_queued_tokens", o.max_queued_tokens, 0, int64_t{1} << 36, problems);
   CheckRange("--max_lanes", o.max_lanes, 1, 16, problems);
@@ -148,6 +152,8 @@ std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o
                   : o.tls.client_ca.empty() ? "on"
                                             : "mutual"},
           {"allowed_policies", absl::StrJoin(allowed, ",")},
+          {"recall_audit_fraction", absl::StrCat(o.recall_audit.fraction)},
+          {"recall_audit_rows", absl::StrCat(o.recall_audit.rows)},
           {"queue_capacity", absl::StrCat(o.queue_capacity)},
           {"max_queued_tokens", absl::StrCat(o.max_queued_tokens)},
           {"max_lanes", absl::StrCat(o.max_lanes)},

@@ -25,9 +25,16 @@ struct AttentionDefaults {
   std::optional<float> coverage;
   std::optional<int64_t> min_budget_tokens;
   std::optional<int64_t> crossover_tokens;
+  // Baselines are for evaluations: an operator has to name them.
   std::vector<model::AttentionPolicy> allowed = {
       model::AttentionPolicy::kDense, model::AttentionPolicy::kVerticalSlash,
       model::AttentionPolicy::kShare, model::AttentionPolicy::kAuto};
+};
+
+// Requests whose recall is measured (model/recall_audit.h).
+struct RecallAuditLimits {
+  double fraction = 0.0;  // of the requests that do not ask; drawn at random
+  int64_t rows = 8;       // query blocks per layer for those, and the most that one may ask for
 };
 
 struct TlsFiles {
@@ -41,6 +48,7 @@ enum class LogFormat : uint8_t { kText, kJson };
 struct ServerOptions {
   model::EngineOptions engine;
   AttentionDefaults attention;
+  RecallAuditLimits recall_audit;
 
   std::string listen = "0.0.0.0:50051";         // port 0: any free one
   std::string metrics_listen = "0.0.0.0:9464";  // empty: no metrics endpoint
@@ -67,7 +75,7 @@ absl::Status Validate(const ServerOptions& options);
 // `base` with what the operator set.
 model::AttentionOptions Apply(const AttentionDefaults& defaults, model::AttentionOptions base);
 
-// "dense", "vertical_slash", "share" or "auto"; nullopt for anything else.
+// By model::Name; nullopt for anything else.
 std::optional<model::AttentionPolicy> ParsePolicy(const std::string& name);
 
 // The effective configuration as (flag, value) pairs, for the log.

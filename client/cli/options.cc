@@ -45,7 +45,8 @@ ABSL_FLAG(std::string, pushed_transfer_id, "",
           "generate: wait for a cache that `prefill --deliver_to` pushes under this id.");
 
 ABSL_FLAG(std::string, policy, "",
-          "Attention: dense, vertical_slash, share or auto. Empty: the server's default.");
+          "Attention: dense, vertical_slash, share or auto; where the server allows them, "
+          "baseline_query_aware and baseline_random. Empty: the server's default.");
 ABSL_FLAG(std::optional<float>, gamma, std::nullopt, "Mass that a pattern must cover, (0, 1].");
 ABSL_FLAG(std::optional<float>, tau, std::nullopt, "Distance below which heads share, [0, 1].");
 ABSL_FLAG(std::optional<float>, delta, std::nullopt,
@@ -57,6 +58,11 @@ ABSL_FLAG(std::optional<uint32_t>, min_budget_tokens, std::nullopt,
           "Least number of columns, and of diagonals, that vertical-slash keeps.");
 ABSL_FLAG(std::optional<bool>, same_layer_sharing, std::nullopt,
           "Heads may share a pivot of their own layer.");
+ABSL_FLAG(std::optional<float>, density, std::nullopt,
+          "Share of the blocks that baseline_random computes, (0, 1].");
+ABSL_FLAG(std::optional<uint32_t>, recall_audit_rows, std::nullopt,
+          "Measure on so many query blocks per layer how much of the true attention mass the "
+          "patterns hold. Not set: the server decides.");
 
 ABSL_FLAG(uint32_t, block_tokens, 16, "prefill: tokens per KV block: 16, 32, 64 or 128.");
 ABSL_FLAG(std::string, kv_order, "nhd", "prefill: order of the axes in a KV block: nhd or hnd.");
@@ -155,7 +161,9 @@ PromptSource ReadPrompt(Command command, Problems& problems) {
       {"dense", AttentionPolicy::ATTENTION_POLICY_DENSE},
       {"vertical_slash", AttentionPolicy::ATTENTION_POLICY_VERTICAL_SLASH},
       {"share", AttentionPolicy::ATTENTION_POLICY_SHARE},
-      {"auto", AttentionPolicy::ATTENTION_POLICY_AUTO}};
+      {"auto", AttentionPolicy::ATTENTION_POLICY_AUTO},
+      {"baseline_query_aware", AttentionPolicy::ATTENTION_POLICY_BASELINE_QUERY_AWARE},
+      {"baseline_random", AttentionPolicy::ATTENTION_POLICY_BASELINE_RANDOM}};
   ::prefill::v1::AttentionOptions attention;
   attention.set_policy(ReadName("--policy", absl::GetFlag(FLAGS_policy), kPolicies, problems));
   if (const auto value = absl::GetFlag(FLAGS_gamma)) attention.set_gamma(*value);
@@ -167,6 +175,10 @@ PromptSource ReadPrompt(Command command, Problems& problems) {
   }
   if (const auto value = absl::GetFlag(FLAGS_same_layer_sharing)) {
     attention.set_same_layer_sharing(*value);
+  }
+  if (const auto value = absl::GetFlag(FLAGS_density)) attention.set_density(*value);
+  if (const auto value = absl::GetFlag(FLAGS_recall_audit_rows)) {
+    attention.set_recall_audit_rows(*value);
   }
   return attention;
 }

@@ -15,6 +15,8 @@ using ::prefill::v1::AttentionPolicy;
 using ::prefill::v1::GenerateResult;
 using ::prefill::v1::LayerStats;
 using ::prefill::v1::PrefillResult;
+using ::prefill::v1::RecallAudit;
+using ::prefill::v1::RecallSummary;
 using ::prefill::v1::ServerInfo;
 
 const char* PolicyName(AttentionPolicy policy) {
@@ -27,6 +29,10 @@ const char* PolicyName(AttentionPolicy policy) {
       return "share";
     case AttentionPolicy::ATTENTION_POLICY_AUTO:
       return "auto";
+    case AttentionPolicy::ATTENTION_POLICY_BASELINE_QUERY_AWARE:
+      return "baseline_query_aware";
+    case AttentionPolicy::ATTENTION_POLICY_BASELINE_RANDOM:
+      return "baseline_random";
     default:
       return "unknown";
   }
@@ -70,10 +76,28 @@ std::string AttentionLine(const PrefillResult& prefill) {
   return Line(
       "attention",
       absl::StrFormat("%s, density %.1f %%; heads: %u dense, %u pivot, %u shared, "
-                      "%u vertical-slash; attention %s, patterns %s",
+                      "%u vertical-slash%s; attention %s, patterns %s",
                       PolicyName(prefill.policy()), 100 * total.density(), total.dense_heads(),
                       total.pivot_heads(), total.shared_heads(), total.vertical_slash_heads(),
+                      total.baseline_heads() == 0
+                          ? ""
+                          : absl::StrFormat(", %u baseline", total.baseline_heads()),
                       DurationText(total.attention_us()), DurationText(total.pattern_us())));
+}
+
+std::string RecallText(const char* kind, const RecallSummary& heads) {
+  if (heads.heads().empty()) return "";
+  return Line("recall",
+              absl::StrFormat("%s: mean %.3f, 5th percentile %.3f, lowest %.3f (layer %u, head %u)",
+                              kind, heads.mean(), heads.fifth_percentile(), heads.lowest(),
+                              heads.lowest_layer(), heads.lowest_head()));
+}
+
+std::string RecallLines(const PrefillResult& prefill) {
+  const RecallAudit& audit = prefill.total().recall();
+  return absl::StrCat(RecallText("shared", audit.shared()),
+                      RecallText("vertical-slash", audit.vertical_slash()),
+                      RecallText("baseline", audit.baseline()));
 }
 
 // The transfer lasts about as long as the compute it hides behind; that sets its rate.
@@ -93,30 +117,61 @@ std::string KvLine(const PrefillResult& prefill, uint64_t transfer_us, double ov
                   100 * overlap, DurationText(first_frame_us), layers_computed, num_layers));
 }
 
+std::string LowestRecallText(const LayerStats& layer) {
+  if (!layer.has_recall()) return "";
+  double lowest = 1;
+  const RecallAudit& audit = layer.recall();
+  for (const RecallSummary* heads : {&audit.shared(), &audit.vertical_slash(), &audit.baseline()}) {
+    if (!heads->heads().empty()) lowest = std::min(lowest, heads->lowest());
+  }
+  return absl::StrFormat("%15.3f", lowest);
+}
+
 std::string LayerTable(const PrefillResult& prefill) {
   if (prefill.layers().empty()) return "";
   std::string text =
-      absl::StrFormat("%5s %6s %6s %6s %6s %9s %10s %10s %10s\n", "layer", "dense", "pivot",
-                      "shared", "v-slsh", "density", "compute", "attention", "patterns");
+      absl::StrFormat("%5s %6s %6s %6s %6s %9s %10s %10s %10s%s\n", "layer", "dense", "pivot",
+                      "shared", "v-slsh", "density", "compute", "attention", "patterns",
+                      prefill.total().has_recall() ? "  lowest recall" : "");
   for (const LayerStats& layer : prefill.layers()) {
-    absl::StrAppendFormat(&text, "%5u %6u %6u %6u %6u %8.1f%% %10s %10s %10s\n", layer.layer(),
+    absl::StrAppendFormat(&text, "%5u %6u %6u %6u %6u %8.1f%% %10s %10s %10s%s\n", layer.layer(),
                           layer.dense_heads(), layer.pivot_heads(), layer.shared_heads(),
                           layer.vertical_slash_heads(), 100 * layer.density(),
                           DurationText(layer.compute_us()), DurationText(layer.attention_us()),
-                          DurationText(layer.pattern_us()));
+                          DurationText(layer.pattern_us()), LowestRecallText(layer));
   }
   return text;
 }
 
+json ToJson(const RecallSummary& heads) {
+  return {{"mean", heads.mean()},
+          {"fifth_percentile", heads.fifth_percentile()},
+          {"lowest", heads.lowest()},
+          {"lowest_layer", heads.lowest_layer()},
+          {"lowest_head", heads.lowest_head()},
+          {"heads", std::vector<float>(heads.heads().begin(), heads.heads().end())}};
+}
+
+json ToJson(const RecallAudit& audit) {
+  json object = {{"audit_us", audit.audit_us()}};
+  if (audit.has_shared()) object["shared"] = ToJson(audit.shared());
+  if (audit.has_vertical_slash()) object["vertical_slash"] = ToJson(audit.vertical_slash());
+  if (audit.has_baseline()) object["baseline"] = ToJson(audit.baseline());
+  return object;
+}
+
 json ToJson(const LayerStats& stats) {
-  return {{"dense_heads", stats.dense_heads()},
-          {"pivot_heads", stats.pivot_heads()},
-          {"shared_heads", stats.shared_heads()},
-          {"vertical_slash_heads", stats.vertical_slash_heads()},
-          {"density", stats.density()},
-          {"compute_us", stats.compute_us()},
-          {"attention_us", stats.attention_us()},
-          {"pattern_us", stats.pattern_us()}};
+  json object = {{"dense_heads", stats.dense_heads()},
+                 {"pivot_heads", stats.pivot_heads()},
+                 {"shared_heads", stats.shared_heads()},
+                 {"vertical_slash_heads", stats.vertical_slash_heads()},
+                 {"baseline_heads", stats.baseline_heads()},
+                 {"density", stats.density()},
+                 {"compute_us", stats.compute_us()},
+                 {"attention_us", stats.attention_us()},
+                 {"pattern_us", stats.pattern_us()}};
+  if (stats.has_recall()) object["recall"] = ToJson(stats.recall());
+  return object;
 }
 
 json ToJson(const PrefillResult& result) {
@@ -153,7 +208,7 @@ std::string Summary(const Generated& generated) {
   // The first token is prefill's.
   const uint64_t steps = result.num_tokens() - 1;
   return absl::StrCat(
-      PromptLine(prefill, result.ttft_us()), AttentionLine(prefill),
+      PromptLine(prefill, result.ttft_us()), AttentionLine(prefill), RecallLines(prefill),
       KvLine(prefill, result.kv_transfer_us(), result.kv_overlap(), result.first_frame_us(),
              result.layers_computed_at_first_frame(), generated.num_layers),
       Line("generated", absl::StrFormat("%u tokens, %.1f tokens/s, ended by %s",
@@ -165,7 +220,7 @@ std::string Summary(const Generated& generated) {
 
 std::string Summary(const PrefillResult& result, const TransferTimes& times) {
   return absl::StrCat(
-      PromptLine(result, times.total_us), AttentionLine(result),
+      PromptLine(result, times.total_us), AttentionLine(result), RecallLines(result),
       KvLine(result, times.last_frame_us - times.first_frame_us, times.overlap,
              times.first_frame_us, times.layers_computed_at_first_frame, times.num_layers),
       LayerTable(result));

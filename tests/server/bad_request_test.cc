@@ -120,6 +120,11 @@ INSTANTIATE_TEST_SUITE_P(
                    {"delta", "-0.5"}},
         BadRequest{"Coverage", [](Request& r) { r.mutable_attention()->set_coverage(2); }, kInvalid,
                    {"coverage", "2"}},
+        BadRequest{"Density", [](Request& r) { r.mutable_attention()->set_density(0); }, kInvalid,
+                   {"density", "0", "1"}},
+        BadRequest{"RecallAuditRows",
+                   [](Request& r) { r.mutable_attention()->set_recall_audit_rows(9); }, kInvalid,
+                   {"attention.recall_audit_rows", "9", "8"}},
         BadRequest{"TooManyLanes", [](Request& r) { r.set_num_lanes(5); }, kInvalid,
                    {"num_lanes", "5", "4"}},
         BadRequest{"PushAddress",
@@ -149,6 +154,21 @@ INSTANTIATE_TEST_SUITE_P(
                    },
                    kInvalid, {"num_lanes", "2", "deliver_to"}}),
     [](const auto& info) { return std::string(info.param.name); });
+
+class DefaultPolicies : public ServerFixture {};
+
+TEST_F(DefaultPolicies, LeaveOutTheBaselines) {
+  StartServer();
+  for (const auto policy :
+       {v1::ATTENTION_POLICY_BASELINE_QUERY_AWARE, v1::ATTENTION_POLICY_BASELINE_RANDOM}) {
+    v1::PrefillRequest request = PromptOf(10);
+    request.mutable_attention()->set_policy(policy);
+    const StreamContents contents = Prefill(request);
+    EXPECT_EQ(contents.status.error_code(), kInvalid);
+    EXPECT_THAT(contents.status.error_message(),
+                HasSubstr("is not allowed here; allowed: dense vertical_slash share auto"));
+  }
+}
 
 class PushSwitchedOff : public ServerFixture {};
 

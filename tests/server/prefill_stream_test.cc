@@ -136,6 +136,46 @@ TEST_F(PrefillStream, ResolvesPolicyAndThresholdsFromServerAndRequest) {
   EXPECT_EQ(engine_->last_attention().tau, 0.3f);
 }
 
+TEST_F(PrefillStream, ReportsTheRecallOfAuditedRequests) {
+  StartServer();
+  v1::PrefillRequest request = PromptOf(60);
+  request.mutable_attention()->set_policy(v1::ATTENTION_POLICY_SHARE);
+  EXPECT_FALSE(Prefill(request).result()->total().has_recall());
+  request.mutable_attention()->set_recall_audit_rows(3);
+  request.set_layer_stats(true);
+  const StreamContents contents = Prefill(request);
+  ASSERT_NE(contents.result(), nullptr);
+  EXPECT_EQ(engine_->last_attention().recall_audit_rows, 3);
+  const v1::RecallAudit& audit = contents.result()->total().recall();
+  EXPECT_FALSE(audit.has_vertical_slash());
+  EXPECT_FALSE(audit.has_baseline());
+  EXPECT_EQ(audit.audit_us(), 4 * 500);
+  EXPECT_EQ(audit.shared().heads_size(), 4 * 3);
+  EXPECT_NEAR(audit.shared().mean(), 0.76, 1e-6);
+  EXPECT_NEAR(audit.shared().fifth_percentile(), 0.6, 1e-6);
+  EXPECT_NEAR(audit.shared().lowest(), 0.6, 1e-6);
+  EXPECT_EQ(audit.shared().lowest_layer(), 3);
+  EXPECT_EQ(audit.shared().lowest_head(), 1);
+  EXPECT_NEAR(contents.result()->layers(0).recall().shared().lowest(), 0.9, 1e-6);
+
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_recall_audits_total") == 1; }));
+  EXPECT_EQ(Metric("prefilld_attention_recall_count{kind=\"shared\"}"), 12);
+  EXPECT_EQ(Metric("prefilld_attention_recall_bucket{kind=\"shared\",le=\"0.75\"}"), 6);
+  EXPECT_NEAR(Metric("prefilld_attention_recall_lowest{kind=\"shared\"}"), 0.6, 1e-6);
+  EXPECT_NEAR(Metric("prefilld_recall_audit_seconds_total"), 0.002, 1e-9);
+}
+
+TEST_F(PrefillStream, AuditsTheShareOfRequestsThatTheOperatorSet) {
+  options_.recall_audit = {.fraction = 1.0, .rows = 5};
+  StartServer();
+  v1::PrefillRequest request = PromptOf(60);
+  request.mutable_attention()->set_policy(v1::ATTENTION_POLICY_SHARE);
+  EXPECT_TRUE(Prefill(request).result()->total().has_recall());
+  EXPECT_EQ(engine_->last_attention().recall_audit_rows, 5);
+  request.mutable_attention()->set_recall_audit_rows(0);  // its own word counts
+  EXPECT_FALSE(Prefill(request).result()->total().has_recall());
+}
+
 TEST_F(PrefillStream, SamplesTheFirstTokenWithItsLogProbabilities) {
   StartServer();
   v1::PrefillRequest request = PromptOf(10);

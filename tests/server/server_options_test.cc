@@ -31,6 +31,7 @@ TEST(ServerOptions, EveryProblemIsListedWithItsFlagValueAndLimit) {
   options.stall_timeout = absl::Seconds(0);
   options.min_consumer_mb_per_s = -1;
   options.attention.gamma = 1.5f;
+  options.recall_audit = {.fraction = 1.5, .rows = -1};
   options.deliver_to_allow = {"everyone"};
   const absl::Status status = Validate(options);
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
@@ -39,7 +40,8 @@ TEST(ServerOptions, EveryProblemIsListedWithItsFlagValueAndLimit) {
         "--tls_cert and --tls_key belong together", "--tls_cert=/does/not/exist.pem",
         "--queue_capacity=-1 is outside 0 to", "--max_lanes=17 is outside 1 to 16",
         "--frame_bytes=1000 is outside 1048576 to 4194304", "--stall_timeout_s=0",
-        "--min_consumer_mb_per_s=-1", "gamma 1.5", "--deliver_to_allow: 'everyone'"}) {
+        "--min_consumer_mb_per_s=-1", "gamma 1.5", "--recall_audit_fraction=1.5 is outside [0, 1]",
+        "--recall_audit_rows=-1 is outside 0 to", "--deliver_to_allow: 'everyone'"}) {
     EXPECT_THAT(std::string(status.message()), HasSubstr(part));
   }
 }
@@ -79,6 +81,7 @@ TEST(ServerOptions, TheOperatorsWordOverridesTheCheckpoints) {
 
 TEST(ServerOptions, PoliciesGoByTheirNames) {
   EXPECT_EQ(ParsePolicy("vertical_slash"), model::AttentionPolicy::kVerticalSlash);
+  EXPECT_EQ(ParsePolicy("baseline_random"), model::AttentionPolicy::kBaselineRandom);
   EXPECT_EQ(ParsePolicy("Dense"), std::nullopt);
   EXPECT_EQ(ParsePolicy(""), std::nullopt);
 }
