@@ -35,7 +35,11 @@ DEFAULT_SETTINGS = [
     "dense",
     "vertical_slash:gamma=0.8/0.9/0.95/0.98",
     "share:gamma=0.8/0.9/0.95",
+    # Left out unless the server allows them (--allowed_policies).
+    "baseline_query_aware:tau=0.1/1.0,gamma=0.8/0.9/0.95",
+    "baseline_random:density=0.3",
 ]
+HEAD_COUNTS = ("dense_heads", "pivot_heads", "shared_heads", "vertical_slash_heads", "baseline_heads")
 TOP_LOGPROBS = 20  # the protocol's limit
 RETRIES = 8  # in a row, of one prompt, when the server is full or restarting
 
@@ -56,6 +60,9 @@ def read_arguments() -> argparse.Namespace:
                         help="text the model was trained on: its held-out part is used")  # fmt: skip
     parser.add_argument("--unseen_text", nargs="+", default=[], metavar="FOLDER", help="text it was not trained on")
     parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json; none: the embedded model's bytes")
+    parser.add_argument("--audit_every", type=int, default=10, metavar="N",
+                        help="measure recall on every Nth prompt; 0: on none")  # fmt: skip
+    parser.add_argument("--audit_rows", type=int, default=8, help="query blocks per layer that it looks at")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--concurrency", type=int, default=2, help="requests outstanding at once")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one prompt, waiting included")
@@ -71,21 +78,25 @@ def read_arguments() -> argparse.Namespace:
     return args
 
 
-def answer(worker: DecodeClient, prompt: prompts.Prompt, setting: settings.Setting, timeout: float):
+def answer(worker: DecodeClient, prompt: prompts.Prompt, setting: settings.Setting, audit_rows: int, timeout: float):
     """Tokens and the worker's GenerateResult."""
     sampling = Sampling(top_logprobs=TOP_LOGPROBS if prompt.task == prompts.TEXT else 0)
-    attention = Attention(**setting.fields())
+    attention = Attention(**setting.fields(), recall_audit_rows=audit_rows)
     with worker.generate(
         prompt.tokens, prompt.max_new_tokens, sampling=sampling, attention=attention, timeout=timeout
     ) as stream:
         return list(stream), stream.result
 
 
+def recall(audit) -> dict[str, list[float]]:
+    """Of every head that was sparse, by kind."""
+    kinds = {kind: getattr(audit, kind).heads for kind in scoring.SPARSE_KINDS}
+    return {kind: [round(value, 4) for value in heads] for kind, heads in kinds.items() if heads}
+
+
 def record(prompt: prompts.Prompt, setting: settings.Setting, tokens, result, codec, vocab_size: int) -> dict:
     total = result.prefill.total
-    kinds = {
-        name: getattr(total, name) for name in ("dense_heads", "pivot_heads", "shared_heads", "vertical_slash_heads")
-    }
+    kinds = {name: getattr(total, name) for name in HEAD_COUNTS}
     made = {
         "setting": setting.name,
         "task": prompt.task,
@@ -102,6 +113,7 @@ def record(prompt: prompts.Prompt, setting: settings.Setting, tokens, result, co
         "queue_us": result.prefill.queue_us,
         "attention_us": total.attention_us,
         "pattern_us": total.pattern_us,
+        **({"recall": recall(total.recall)} if total.HasField("recall") else {}),
     }
     if prompt.task == prompts.TEXT:
         logprob, reported = scoring.next_token_logprob(tokens[0].top_logprobs, prompt.next_token, vocab_size)
@@ -156,10 +168,14 @@ class Evaluation:
                 return None
             return next(self._jobs, None)
 
+    def _audit_rows(self, prompt: prompts.Prompt) -> int:
+        every = self._args.audit_every
+        return self._args.audit_rows if every and prompt.index % every == 0 else 0
+
     def _ask(self, worker: DecodeClient, prompt: prompts.Prompt, setting: settings.Setting):
         for attempt in range(RETRIES + 1):
             try:
-                return answer(worker, prompt, setting, self._args.timeout)
+                return answer(worker, prompt, setting, self._audit_rows(prompt), self._args.timeout)
             except grpc.RpcError as error:
                 passing = error.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
                 if not passing or attempt == RETRIES or self._stop.wait(retry_after(error) or 0.5 * 2**attempt):

@@ -22,7 +22,14 @@ import matplotlib.pyplot as plt  # noqa: E402
 import settings  # noqa: E402
 from matplotlib.ticker import PercentFormatter  # noqa: E402
 
-COLOURS = {"dense": "#444444", "vertical_slash": "#d1602a", "share": "#1f6fb4", "auto": "#3a8f5a"}
+COLOURS = {
+    "dense": "#444444",
+    "vertical_slash": "#d1602a",
+    "share": "#1f6fb4",
+    "auto": "#3a8f5a",
+    "baseline_query_aware": "#8a5ab0",
+    "baseline_random": "#a0a0a0",
+}
 MARKERS = "osD^vPX"
 SCORE_COLOURS = "RdYlGn"
 
@@ -76,7 +83,7 @@ def _grid(rows: int, columns: int, width: float = 2.9, height: float = 2.4):
 
 
 def score_against_density(summary: dict, folder: Path) -> None:
-    """Rows are lengths, columns tasks, the last one their mean; a line joins the settings that differ in gamma."""
+    """Rows are lengths, columns tasks, the last one their mean; a line joins the settings of one family."""
     cells = summary["tasks"] + [{**row, "task": "mean"} for row in summary["overall"]]
     lengths = sorted({c["length"] for c in cells})
     tasks = list(dict.fromkeys(c["task"] for c in cells))

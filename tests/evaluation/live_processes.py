@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "model" / "tiny"
 START_SECONDS = 60
+POLICIES = "dense,vertical_slash,share,auto,baseline_query_aware,baseline_random"
 
 
 def reason_to_skip() -> str | None:
@@ -34,7 +35,7 @@ class LiveProcesses:
     def __enter__(self) -> LiveProcesses:
         self._folder = tempfile.TemporaryDirectory(prefix="prefilld-live-")
         try:
-            self.server = self._start("prefilld", "--metrics_listen=")
+            self.server = self._start("prefilld", "--metrics_listen=", f"--allowed_policies={POLICIES}")
             self.worker = self._start("prefilld-decode-worker", f"--prefill_address={self.server}")
         except BaseException:
             self.__exit__()

@@ -161,6 +161,21 @@ class Live(unittest.TestCase):
         self.assertEqual(tokens[0].top_logprobs[0], (first.token_id, tokens[0].logprob))
         self.assertEqual(generation.result.num_tokens, len(tokens))
 
+    def test_recall_is_measured_when_asked_for(self):
+        prompt = [1 + i * i % 251 for i in range(1500)]
+        info = self.server.server_info()
+        for policy, kind in (("vertical_slash", "vertical_slash"), ("baseline_random", "baseline")):
+            with self.server.prefill(prompt, attention=Attention(policy, recall_audit_rows=4)) as stream:
+                stream.read_all()
+            audit = stream.result.total.recall
+            heads = getattr(audit, kind).heads
+            self.assertEqual(len(heads), info.num_layers * info.num_heads)
+            self.assertTrue(0 < min(heads) <= getattr(audit, kind).mean <= 1)
+            self.assertEqual(len(audit.shared.heads), 0)
+        with self.server.prefill(prompt, attention=Attention("vertical_slash")) as stream:
+            stream.read_all()
+        self.assertFalse(stream.result.total.HasField("recall"))
+
     def test_a_stop_token_ends_generation(self):
         with self.worker.generate(PROMPT, 8, ignore_eos=True) as generation:
             first = next(generation)

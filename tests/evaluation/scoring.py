@@ -11,7 +11,9 @@ import settings
 from prompts import TASKS, TEXT
 
 DENSE = "dense"
-BASELINE = "vertical_slash"
+SHARE = "share"
+COMPARED_WITH_SHARE = ("vertical_slash", "baseline_query_aware", "baseline_random")
+SPARSE_KINDS = ("shared", "vertical_slash", "baseline")  # of heads, as RecallAudit names them
 LARGE_MODEL_HEADS = 1024
 
 
@@ -60,6 +62,7 @@ def summarize(records: list[dict], setting_order: list[str]) -> dict:
         "overall": _overall(tasks),
         "text": [_text_cell(cells, cell) for cell in order if cell[1] == TEXT],
         "equal_density": _at_equal_density(tasks),
+        "recall": _recall(cells, order),
     }
 
 
@@ -67,6 +70,11 @@ def _cost(records: list[dict]) -> dict:
     def mean_of(field: str, digits: int) -> float:
         return round(fmean(r[field] for r in records), digits)
 
+    def milliseconds(field: str) -> float:
+        return round(median(r[field] for r in timed) / 1000, 2)
+
+    # Measuring recall takes time of its own.
+    timed = [r for r in records if "recall" not in r] or records
     large = [density_in_large_model(r["density"], r["heads"], r["pivot_heads"]) for r in records]
     return {
         "density": mean_of("density", 4),
@@ -74,10 +82,10 @@ def _cost(records: list[dict]) -> dict:
         "pivot_heads": mean_of("pivot_heads", 1),
         "shared_heads": mean_of("shared_heads", 1),
         "vertical_slash_heads": mean_of("vertical_slash_heads", 1),
-        "ttft_ms": round(median(r["ttft_us"] for r in records) / 1000, 2),
-        "compute_ms": round(median(r["compute_us"] for r in records) / 1000, 2),
-        "attention_ms": round(median(r["attention_us"] for r in records) / 1000, 2),
-        "pattern_ms": round(median(r["pattern_us"] for r in records) / 1000, 2),
+        "ttft_ms": milliseconds("ttft_us"),
+        "compute_ms": milliseconds("compute_us"),
+        "attention_ms": milliseconds("attention_us"),
+        "pattern_ms": milliseconds("pattern_us"),
     }
 
 
@@ -168,31 +176,63 @@ def interpolate(curve: list[tuple[float, float]], x: float) -> tuple[float, bool
 
 
 def _at_equal_density(tasks: list[dict]) -> list[dict]:
-    """Each share setting beside vertical-slash at the same density, read off the line between its settings."""
+    """Each share setting beside every other choice at the same density, read off the line between its settings."""
     curves = defaultdict(list)
     for cell in tasks:
-        if _policy(cell["setting"]) == BASELINE:
-            curves[cell["task"], cell["length"]].append((cell["density"], cell["score"]["value"]))
+        if _parsed(cell["setting"]).policy in COMPARED_WITH_SHARE:
+            family = _parsed(cell["setting"]).family
+            curves[cell["task"], cell["length"], family].append((cell["density"], cell["score"]["value"]))
     rows = []
-    for cell in tasks:
-        curve = curves.get((cell["task"], cell["length"]))
-        if _policy(cell["setting"]) != "share" or not curve:
-            continue
-        baseline, within = interpolate(curve, cell["density"])
-        rows.append(
-            {
-                "length": cell["length"],
-                "task": cell["task"],
-                "setting": cell["setting"],
-                "density": cell["density"],
-                "score": cell["score"]["value"],
-                "vertical_slash_score": round(baseline, 4),
-                "difference": round(cell["score"]["value"] - baseline, 4),
-                "within_curve": within,
-            }
-        )
+    for cell in (c for c in tasks if _parsed(c["setting"]).policy == SHARE):
+        for (task, length, family), curve in curves.items():
+            if (task, length) != (cell["task"], cell["length"]):
+                continue
+            score, within = interpolate(curve, cell["density"])
+            rows.append(
+                {
+                    "length": length,
+                    "task": task,
+                    "setting": cell["setting"],
+                    "density": cell["density"],
+                    "score": cell["score"]["value"],
+                    "beside": family,
+                    "beside_score": round(score, 4),
+                    "difference": round(cell["score"]["value"] - score, 4),
+                    "within_curve": within,
+                }
+            )
     return rows
 
 
-def _policy(setting: str) -> str:
-    return settings.parse(setting)[0].policy
+def percentile(values: list[float], share: float) -> float:
+    """The least value that at least `share` of the values do not exceed."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
+def _recall(cells, order: list[tuple[str, str, int]]) -> list[dict]:
+    """Per length, setting and kind of head: over all heads of all prompts that were measured."""
+    heads = defaultdict(list)
+    prompts = defaultdict(int)
+    for cell in order:
+        setting, _, length = cell
+        for record in (r for r in cells[cell].values() if "recall" in r):
+            for kind, values in record["recall"].items():
+                heads[length, setting, kind] += values
+                prompts[length, setting, kind] += 1
+    return [
+        {
+            "length": length,
+            "setting": setting,
+            "kind": kind,
+            "prompts": prompts[length, setting, kind],
+            "heads": len(values),
+            "mean": round(fmean(values), 4),
+            "fifth_percentile": round(percentile(values, 0.05), 4),
+            "lowest": round(min(values), 4),
+        }
+        for (length, setting, kind), values in heads.items()
+    ]
+
+
+def _parsed(name: str) -> settings.Setting:
+    return settings.parse(name)[0]

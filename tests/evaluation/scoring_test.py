@@ -64,7 +64,8 @@ class Settings(unittest.TestCase):
         self.assertEqual(names, ["share:gamma=0.8,tau=0.4", "share:gamma=0.9,tau=0.4"])
 
     def test_names_are_read_back(self):
-        for text in ("dense", "share:gamma=0.9,same_layer_sharing=false", "vertical_slash:min_budget_tokens=64"):
+        for text in ("dense", "share:gamma=0.9,same_layer_sharing=false", "baseline_random:density=0.2",
+                     "vertical_slash:min_budget_tokens=64"):  # fmt: skip
             (setting,) = settings.parse(text)
             self.assertEqual(setting.name, text)
             self.assertEqual(settings.parse(setting.name), [setting])
@@ -72,6 +73,7 @@ class Settings(unittest.TestCase):
     def test_family_leaves_gamma_out(self):
         (setting,) = settings.parse("share:gamma=0.9,tau=0.4")
         self.assertEqual(setting.family, "share:tau=0.4")
+        self.assertEqual(settings.parse("baseline_random:density=0.3")[0].family, "baseline_random")
 
     def test_errors_name_what_is_wrong(self):
         for text, part in (("shared", "shared"), ("share:gama=1", "gama"), ("share:gamma=high", "high"),
@@ -171,9 +173,44 @@ class Summary(unittest.TestCase):
 
     def test_share_stands_beside_vertical_slash_of_its_density(self):
         (row,) = [r for r in self.summary["equal_density"] if r["task"] == "pass_key"]
-        self.assertAlmostEqual(row["vertical_slash_score"], 0.6)
+        self.assertEqual(row["beside"], "vertical_slash")
+        self.assertAlmostEqual(row["beside_score"], 0.6)
         self.assertAlmostEqual(row["difference"], 0.35)
         self.assertTrue(row["within_curve"])
+
+    def test_each_family_of_baselines_is_a_curve(self):
+        records = [answered("share", 0, True, density=0.3)]
+        for setting, density, right in (
+            ("baseline_query_aware:gamma=0.8,tau=0.1", 0.2, False),
+            ("baseline_query_aware:gamma=0.9,tau=0.1", 0.4, True),
+            ("baseline_query_aware:gamma=0.9,tau=1.0", 0.3, True),
+            ("baseline_random:density=0.3", 0.3, False),
+        ):
+            records.append(answered(setting, 0, right, density=density))
+        rows = {r["beside"]: r for r in scoring.summarize(records, [])["equal_density"]}
+        self.assertEqual(rows["baseline_query_aware:tau=0.1"]["beside_score"], 0.5)
+        self.assertEqual(rows["baseline_query_aware:tau=1.0"]["beside_score"], 1.0)
+        self.assertEqual(rows["baseline_random"]["difference"], 1.0)
+
+    def test_recall_is_over_all_heads_of_all_measured_prompts(self):
+        recall = [{"shared": [0.9, 0.8], "vertical_slash": [0.7]}, {"shared": [1.0]}]
+        records = [answered("share", i, True, recall=r, compute_us=10**6) for i, r in enumerate(recall)]
+        records += [answered("share", 2, True), answered("share", 3, True, task="copy")]
+        summary = scoring.summarize(records, [])
+        rows = {r["kind"]: r for r in summary["recall"]}
+        self.assertEqual(rows["shared"]["heads"], 3)
+        self.assertEqual(rows["shared"]["prompts"], 2)
+        self.assertAlmostEqual(rows["shared"]["mean"], 0.9)
+        self.assertEqual(rows["shared"]["fifth_percentile"], 0.8)
+        self.assertEqual(rows["vertical_slash"]["lowest"], 0.7)
+        self.assertIn("5th percentile", table.render(summary))
+        # Times are those of the prompt that was not measured.
+        self.assertEqual(summary["tasks"][0]["compute_ms"], 1.0)
+
+    def test_percentile_is_one_of_the_values(self):
+        values = [float(i) for i in range(100, 0, -1)]
+        self.assertEqual(scoring.percentile(values, 0.05), 5.0)
+        self.assertEqual(scoring.percentile([2.0, 1.0], 0.05), 1.0)
 
     def test_a_prompt_noted_twice_counts_once(self):
         records = [answered("dense", 0, True), answered("dense", 0, True)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-POLICIES = ("dense", "vertical_slash", "share", "auto")
+POLICIES = ("dense", "vertical_slash", "share", "auto", "baseline_query_aware", "baseline_random")
+AMOUNTS = ("gamma", "density")  # how much is computed
 
 
 def _flag(text: str) -> bool:
@@ -19,6 +20,7 @@ THRESHOLDS = {
     "coverage": float,
     "min_budget_tokens": int,
     "same_layer_sharing": _flag,
+    "density": float,
 }
 
 
@@ -34,8 +36,8 @@ class Setting:
 
     @property
     def family(self) -> str:
-        """The name without gamma: the settings of one family are the points of one curve."""
-        rest = [t for t in self.thresholds if t[0] != "gamma"]
+        """The name without gamma or density: the settings of one family are the points of one curve."""
+        rest = [t for t in self.thresholds if t[0] not in AMOUNTS]
         return self.policy + ("" if not rest else ":" + self._listed(rest))
 
     @staticmethod

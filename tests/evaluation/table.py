@@ -82,12 +82,29 @@ def _equal_density(summary: dict) -> list[str]:
             str(r["length"]),
             f"{r['density']:.3f}",
             f"{100 * r['score']:.1f}",
-            f"{100 * r['vertical_slash_score']:.1f}" + ("" if r["within_curve"] else " (nearest)"),
+            r["beside"],
+            f"{100 * r['beside_score']:.1f}" + ("" if r["within_curve"] else " (nearest)"),
             f"{100 * r['difference']:+.1f}",
         ]
         for r in summary["equal_density"]
     ]
-    header = ["at equal density", "length", "density", "score", "vertical_slash", "difference"]
+    header = ["at equal density", "length", "density", "score", "beside", "its score", "difference"]
+    return _columns(header, rows) + [""]
+
+
+def _recall(summary: dict) -> list[str]:
+    rows = [
+        [
+            r["setting"],
+            str(r["length"]),
+            r["kind"],
+            str(r["prompts"]),
+            str(r["heads"]),
+            *(f"{r[name]:.3f}" for name in ("mean", "fifth_percentile", "lowest")),
+        ]
+        for r in summary["recall"]
+    ]
+    header = ["recall", "length", "heads", "prompts", "measured", "mean", "5th percentile", "lowest"]
     return _columns(header, rows) + [""]
 
 
@@ -99,4 +116,6 @@ def render(summary: dict) -> str:
         lines += _text(summary)
     if summary["equal_density"]:
         lines += _equal_density(summary)
+    if summary["recall"]:
+        lines += _recall(summary)
     return "\n".join(lines)

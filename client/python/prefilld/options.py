@@ -40,8 +40,10 @@ class Layout:
 class Attention:
     """How attention is computed; ranges and meaning stand at AttentionOptions in prefill.proto.
 
-    policy: "dense", "vertical_slash", "share", "auto"; None is the server's default, as is None
-    for each threshold.
+    policy: "dense", "vertical_slash", "share", "auto", or, where the server allows them,
+    "baseline_query_aware" and "baseline_random"; None is the server's default, as is None for each
+    of the others.
+    recall_audit_rows: query blocks per layer on which recall is measured; result.total.recall has it.
     """
 
     policy: str | None = None
@@ -51,6 +53,8 @@ class Attention:
     coverage: float | None = None
     min_budget_tokens: int | None = None
     same_layer_sharing: bool | None = None
+    density: float | None = None
+    recall_audit_rows: int | None = None
 
     def to_wire(self):
         fields = {name: value for name, value in vars(self).items() if value is not None}
