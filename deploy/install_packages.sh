@@ -15,7 +15,11 @@ packages=(
   libdnnl-dev libhwy-dev libxxhash-dev nlohmann-json3-dev
 )
 if [[ "${1:-}" == --tests ]]; then
-  packages+=(libgtest-dev libgmock-dev python3-venv)
+  packages+=(
+    libgtest-dev libgmock-dev
+    # the Python client, and the check of the Kubernetes manifests
+    python3-grpcio python3-protobuf python3-numpy python3-xxhash python3-venv
+  )
 elif [[ $# -gt 0 ]]; then
   echo "usage: $0 [--tests]" >&2
   exit 2

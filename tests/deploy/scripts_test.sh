@@ -26,6 +26,13 @@ for script in deploy/install_packages.sh deploy/quickstart.sh; do
   fi
 done
 
+# The tests of the Python client run where its dependencies are, and are skipped elsewhere.
+dependencies=$(sed -n 's/^dependencies = //p' client/python/pyproject.toml | grep -oE '"[a-z]+' | tr -d '"')
+[[ -n "$dependencies" ]] || fail "no dependencies in client/python/pyproject.toml"
+for dependency in $dependencies; do
+  grep -q "python3-$dependency " deploy/install_packages.sh || fail "python3-$dependency is not installed"
+done
+
 for bytes in 200 8191 16383; do
   prompt=$(deploy/pass_key_prompt.sh "$bytes" 58210 0.3 7 && echo .)
   prompt=${prompt%.}
