@@ -23,10 +23,13 @@ ABSL_FLAG(std::string, metrics_listen, "0.0.0.0:9464",
           "host:port of the Prometheus endpoint (/metrics). Empty: none.");
 ABSL_FLAG(std::string, port_file, "",
           "File to write 'grpc=<port>' and 'metrics=<port>' to once the server is ready.");
-ABSL_FLAG(std::string, tls_cert, "", "PEM certificate chain of the server. Empty: plain text.");
+ABSL_FLAG(std::string, tls_cert, "",
+          "PEM certificate chain of the server; pushes show it to their receivers, too, so where "
+          "those ask for one it must be valid for clients. Empty: plain text, pushes included.");
 ABSL_FLAG(std::string, tls_key, "", "PEM private key of --tls_cert.");
 ABSL_FLAG(std::string, tls_client_ca, "",
-          "PEM certificates that sign clients. Set: clients must present a certificate.");
+          "PEM certificates that sign clients, and the receivers of pushes. Set: clients must "
+          "present a certificate. Empty: pushes trust the system's certificates.");
 ABSL_FLAG(std::string, log_format, "text", "text (key=value) or json, one event per line.");
 
 ABSL_FLAG(std::optional<std::string>, policy, std::nullopt,

@@ -37,6 +37,7 @@ struct RecallAuditLimits {
   int64_t rows = 8;       // query blocks per layer for those, and the most that one may ask for
 };
 
+// For the calls that come in, and for pushes, which are calls that go out.
 struct TlsFiles {
   std::string certificate;  // PEM; empty: plain text
   std::string private_key;  // PEM
