@@ -1,4 +1,5 @@
 // Patterns from block mass, row by row, and what a pattern holds of it.
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels/attention.h"
@@ -10,7 +11,9 @@ namespace prefilld::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMeasureThreads = 1024;
+// Enough CTAs to read from memory at full speed.
+constexpr int64_t kMaxMeasureCtas = 256;
+constexpr int64_t kMeasureWordsPerCta = 64;
 
 // One CTA per query block. grid: (query blocks, heads).
 __global__ void __launch_bounds__(kThreads) select_rows_kernel(SelectRowsParams params) {
@@ -33,44 +36,57 @@ __global__ void __launch_bounds__(kThreads) select_rows_kernel(SelectRowsParams 
   }
 }
 
-// One CTA: even for a million tokens a pattern is 8 MB, and a pivot's attention over it takes some
-// thousand times as long. A second launch, to clear or to merge sums, would cost more at all usual
-// lengths. The mass is summed in fixed point: 48 fractional bits leave room for 2^15 rows.
-__global__ void __launch_bounds__(kMeasureThreads)
-    measure_pattern_kernel(MeasurePatternParams params) {
-  __shared__ uint64_t warp_mass[kMeasureThreads / 32];
-  __shared__ uint64_t warp_blocks[kMeasureThreads / 32];
+// A warp per word of the pattern, a lane per block: rows are read in whole. The mass is summed in
+// fixed point, 48 fractional bits leave room for 2^15 rows; so CTAs may add theirs in any order to
+// what the results' memory holds, zero at first. The last one to do so, which the upper 16 bits of
+// the blocks count, turns the sums into results.
+__global__ void __launch_bounds__(kThreads) measure_pattern_kernel(MeasurePatternParams params) {
+  constexpr int kWarps = kThreads / 32;
+  constexpr unsigned long long kArrival = 1ull << 48;
+  __shared__ unsigned long long warp_mass[kWarps];
+  __shared__ unsigned long long warp_blocks[kWarps];
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
   const int num_words = static_cast<int>((params.num_key_blocks + 31) / 32);
   const int64_t last_row_word = (params.num_query_blocks - 1) * num_words;
-  uint64_t mass = 0;
-  uint64_t blocks = 0;
-  for (int64_t i = threadIdx.x; i < params.num_query_blocks * num_words; i += kMeasureThreads) {
+  unsigned long long mass = 0;
+  unsigned long long blocks = 0;  // the same in all lanes
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
+#pragma unroll 4  // several loads in flight
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
+       i < params.num_query_blocks * num_words; i += stride) {
     uint32_t word = params.pattern[i];
     if (params.last_row != nullptr && i >= last_row_word)
       word |= params.last_row[i - last_row_word];
     blocks += __popc(word);
-    if (params.block_mass == nullptr) continue;
-    const float* word_mass =
-        params.block_mass + i / num_words * params.num_key_blocks + i % num_words * 32;
-    while (word != 0) {
-      mass += to_fixed(word_mass[__ffs(static_cast<int>(word)) - 1]) >> 4;
-      word &= word - 1;
-    }
+    if (params.block_mass == nullptr || (word >> lane & 1) == 0) continue;
+    mass +=
+        to_fixed(
+            params.block_mass[i / num_words * params.num_key_blocks + i % num_words * 32 + lane]) >>
+        4;
   }
   mass = device::warp_sum(mass);
-  blocks = device::warp_sum(blocks);
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
   if (lane == 0) {
     warp_mass[warp] = mass;
     warp_blocks[warp] = blocks;
   }
   __syncthreads();
-  if (warp != 0) return;
-  static_assert(kMeasureThreads / 32 == 32, "one warp adds up the warps' sums");
-  mass = device::warp_sum(warp_mass[lane]);
-  blocks = device::warp_sum(warp_blocks[lane]);
-  if (lane != 0) return;
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < kWarps; ++w) {
+    mass += warp_mass[w];
+    blocks += warp_blocks[w];
+  }
+  if (gridDim.x > 1) {
+    auto* all_mass = reinterpret_cast<unsigned long long*>(params.mass);
+    auto* all_blocks = reinterpret_cast<unsigned long long*>(params.blocks);
+    if (all_mass != nullptr) atomicAdd(all_mass, mass);
+    __threadfence();  // the mass arrives before its arrival is counted
+    const unsigned long long before = atomicAdd(all_blocks, blocks + kArrival);
+    if (before / kArrival + 1 < gridDim.x) return;
+    blocks += before % kArrival;
+    __threadfence();
+    if (all_mass != nullptr) mass = atomicAdd(all_mass, 0ull);
+  }
   *params.blocks = static_cast<int64_t>(blocks);
   if (params.block_mass != nullptr) {
     *params.mass =
@@ -90,7 +106,16 @@ cudaError_t LaunchSelectRows(const SelectRowsParams& params, cudaStream_t stream
 
 cudaError_t LaunchMeasurePattern(const MeasurePatternParams& params, cudaStream_t stream) {
   if (params.num_query_blocks <= 0) return cudaErrorInvalidValue;
-  measure_pattern_kernel<<<1, kMeasureThreads, 0, stream>>>(params);
+  const int64_t words = params.num_query_blocks * PatternWords(params.num_key_blocks);
+  const int64_t ctas = std::min(kMaxMeasureCtas, CeilDiv(words, kMeasureWordsPerCta));
+  if (ctas > 1) {
+    cudaError_t error = cudaMemsetAsync(params.blocks, 0, sizeof(*params.blocks), stream);
+    if (error == cudaSuccess && params.mass != nullptr) {
+      error = cudaMemsetAsync(params.mass, 0, sizeof(*params.mass), stream);
+    }
+    if (error != cudaSuccess) return error;
+  }
+  measure_pattern_kernel<<<static_cast<unsigned>(ctas), kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -36,13 +36,17 @@ struct SmallestSet {
 };
 
 // The search by one CTA of kThreads threads. All threads call it and get the same result.
-template <int kThreads>
+//
+// Masses are much alike: a warp's values fall into few bins, and additions to one bin wait for each
+// other. With kCopies of the histogram, neighbouring lanes add to different ones.
+template <int kThreads, int kCopies = 1>
 class SmallestSetSearch {
  public:
+  // The copies of a bin side by side, in different banks.
   struct Shared {
-    uint32_t sum_low[2048];
-    uint32_t sum_high[2048];
-    uint32_t count[2048];
+    uint32_t sum_low[2048 * kCopies];
+    uint32_t sum_high[2048 * kCopies];
+    uint32_t count[2048 * kCopies];
     uint64_t warp_sums[kThreads / 32];
     uint32_t warp_counts[kThreads / 32];
     uint64_t total;
@@ -80,7 +84,7 @@ class SmallestSetSearch {
       count_above = shared_.count_above;
     }
     // `prefix` is now the whole value, and the last bin holds the values equal to it.
-    const int64_t equals = shared_.count[shared_.bin];
+    const int64_t equals = bin_count(shared_.bin);
     const uint64_t value = to_fixed(__uint_as_float(prefix));
     int64_t needed = min_count - count_above;
     if (sum_above < target && value > 0) {
@@ -96,7 +100,7 @@ class SmallestSetSearch {
                                   int num_bins, bool first_level) {
     constexpr uint32_t kNone = 0xffffffffu;  // order_bits of no value
     __syncthreads();                         // readers of the histogram before are done
-    for (int i = static_cast<int>(threadIdx.x); i < num_bins; i += kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < num_bins * kCopies; i += kThreads) {
       shared_.sum_low[i] = 0;
       shared_.sum_high[i] = 0;
       shared_.count[i] = 0;
@@ -125,15 +129,28 @@ class SmallestSetSearch {
 
   // A 64-bit sum out of two native 32-bit additions: the carry follows from the old low word.
   __device__ __forceinline__ void add_to_bin(uint32_t bin, uint64_t value) {
+    const uint32_t place = bin * kCopies + threadIdx.x % kCopies;
     const uint32_t low = static_cast<uint32_t>(value);
-    const uint32_t old = atomicAdd(&shared_.sum_low[bin], low);
+    const uint32_t old = atomicAdd(&shared_.sum_low[place], low);
     const uint32_t high = static_cast<uint32_t>(value >> 32) + (old + low < old ? 1u : 0u);
-    if (high != 0) atomicAdd(&shared_.sum_high[bin], high);
-    atomicAdd(&shared_.count[bin], 1u);
+    if (high != 0) atomicAdd(&shared_.sum_high[place], high);
+    atomicAdd(&shared_.count[place], 1u);
   }
 
   __device__ __forceinline__ uint64_t bin_sum(int bin) const {
-    return static_cast<uint64_t>(shared_.sum_high[bin]) << 32 | shared_.sum_low[bin];
+    uint64_t sum = 0;
+#pragma unroll
+    for (int i = bin * kCopies; i < (bin + 1) * kCopies; ++i) {
+      sum += static_cast<uint64_t>(shared_.sum_high[i]) << 32 | shared_.sum_low[i];
+    }
+    return sum;
+  }
+
+  __device__ __forceinline__ uint32_t bin_count(int bin) const {
+    uint32_t count = 0;
+#pragma unroll
+    for (int i = bin * kCopies; i < (bin + 1) * kCopies; ++i) count += shared_.count[i];
+    return count;
   }
 
   // Inclusive sums over the threads in order.
@@ -181,7 +198,7 @@ class SmallestSetSearch {
     uint32_t run_count = 0;
     for (int i = 0; i < run; ++i) {
       run_sum += bin_sum(top - i);
-      run_count += shared_.count[top - i];
+      run_count += bin_count(top - i);
     }
     uint64_t sum = run_sum;
     uint32_t count = run_count;
@@ -194,7 +211,7 @@ class SmallestSetSearch {
         const uint64_t before = above;
         const int64_t number_before = number_above;
         above += bin_sum(top - i);
-        number_above += shared_.count[top - i];
+        number_above += bin_count(top - i);
         if (suffices()) {
           shared_.bin = top - i;
           shared_.sum_above = before;

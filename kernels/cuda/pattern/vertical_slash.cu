@@ -10,14 +10,16 @@ namespace prefilld::kernels::cuda {
 namespace {
 
 constexpr int kSelectThreads = 1024;
+using Search = SmallestSetSearch<kSelectThreads, /*kCopies=*/4>;
 constexpr int kExpandThreads = 256;
 
-// grid: (heads, columns or diagonals).
+// grid: (heads, columns or diagonals). Dynamic shared memory: the search's, then the words of a
+// row.
 __global__ void __launch_bounds__(kSelectThreads)
     vertical_slash_kernel(VerticalSlashParams params, int num_key_blocks) {
-  using Search = SmallestSetSearch<kSelectThreads>;
-  __shared__ typename Search::Shared shared;
-  extern __shared__ uint32_t words[];
+  extern __shared__ __align__(16) unsigned char memory[];
+  auto& shared = *reinterpret_cast<Search::Shared*>(memory);
+  auto* words = reinterpret_cast<uint32_t*>(memory + sizeof(Search::Shared));
   const bool diagonals = blockIdx.y == 1;
   const int64_t head = blockIdx.x;
   const float* mass = (diagonals ? params.slash : params.vertical) + head * params.num_keys;
@@ -100,8 +102,14 @@ __global__ void __launch_bounds__(kExpandThreads)
 cudaError_t LaunchVerticalSlash(const VerticalSlashParams& params, cudaStream_t stream) {
   if (params.num_heads <= 0 || params.num_keys <= 0) return cudaErrorInvalidValue;
   const int64_t num_key_blocks = CeilDiv(params.num_keys, params.block_tokens);
-  vertical_slash_kernel<<<dim3(params.num_heads, 2), kSelectThreads,
-                          PatternWords(num_key_blocks) * sizeof(uint32_t), stream>>>(
+  const auto shared_bytes =
+      static_cast<int>(sizeof(Search::Shared) + PatternWords(num_key_blocks) * sizeof(uint32_t));
+  if (cudaError_t error = cudaFuncSetAttribute(
+          vertical_slash_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+      error != cudaSuccess) {
+    return error;
+  }
+  vertical_slash_kernel<<<dim3(params.num_heads, 2), kSelectThreads, shared_bytes, stream>>>(
       params, static_cast<int>(num_key_blocks));
   return cudaGetLastError();
 }
