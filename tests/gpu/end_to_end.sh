@@ -85,18 +85,35 @@ run_tiny() {
 }
 
 make_checkpoint() {
-  [[ -s "$checkpoint/config.json" ]] || python3 model/synthetic/make_checkpoint.py qwen2.5-7b "$checkpoint" || return 1
-  [[ -s "$work/prompt.json" ]] || python3 model/synthetic/make_checkpoint.py qwen2.5-7b --prompt 1000000 >"$work/prompt.json"
+  [[ -s "$checkpoint/config.json" ]] || python3 model/synthetic/make_checkpoint.py qwen2.5-7b "$checkpoint"
+}
+
+# prompt TOKENS [SEED]: makes prompt.json.
+prompt() {
+  python3 model/synthetic/make_checkpoint.py qwen2.5-7b --prompt "$1" --seed "${2:-0}" >"$work/prompt.json"
+}
+
+# whole_prefill NAME TOKENS FLAGS…: the JSON of prefill-bench goes to OUT_DIR/prefill_NAME.json.
+whole_prefill() {
+  local name=$1 tokens=$2
+  shift 2
+  "$bin/prefill-bench" --mode=prefill --device=cuda --model="$checkpoint" --prompt="$work/prompt.json" \
+    --tokens="$tokens" --commit="${PREFILLD_COMMIT:-}" --json="$out/prefill_$name.json" "$@"
 }
 
 run_synthetic() {
   make_checkpoint || return 1
-  "$bin/prefill-bench" --mode=prefill --device=cuda --model="$checkpoint" --prompt="$work/prompt.json" \
-    --tokens=8192,32768,131072 --policies=dense,share,auto --runs=2 --commit="${PREFILLD_COMMIT:-}" \
-    --json="$out/prefill.json" || return 1
+  local tokens seed policy
+  for tokens in 8192 32768; do
+    prompt $tokens && whole_prefill $tokens $tokens --policies=dense,share,auto --runs=3 || return 1
+  done
+  prompt 131072 && whole_prefill 131072 131072 --policies=dense,share --runs=1 || return 1
+  for seed in 1 2; do  # what share computes depends on the prompt
+    prompt 131072 $seed && whole_prefill 131072_seed$seed 131072 --policies=share --runs=1 || return 1
+  done
   serve synthetic "$checkpoint" 32768 || return 1
-  python3 -c "import json,sys; print(*json.load(open(sys.argv[1]))[:32768])" "$work/prompt.json" >"$work/prompt.ids"
-  local policy
+  prompt 32768
+  python3 -c "import json,sys; print(*json.load(open(sys.argv[1])))" "$work/prompt.json" >"$work/prompt.ids"
   for policy in dense share share; do  # the first share meets the new length
     "$bin/prefill-cli" generate --worker=127.0.0.1:"$(port synthetic-worker grpc)" --token_ids_file="$work/prompt.ids" \
       --policy=$policy --max_new_tokens=16 --ignore_eos --json >"$out/synthetic_$policy.json" || return 1
@@ -108,8 +125,7 @@ run_synthetic() {
 
 run_million() {
   make_checkpoint || return 1
-  "$bin/prefill-bench" --mode=prefill --device=cuda --model="$checkpoint" --prompt="$work/prompt.json" --tokens=1000000 \
-    --policies=share --runs=1 --nowarm_up --commit="${PREFILLD_COMMIT:-}" --json="$out/million.json"
+  prompt 1000000 && whole_prefill 1000000 1000000 --policies=share --runs=1 --nowarm_up
 }
 
 failed=0
