@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 
 #include "model/stopwatch.h"
 
@@ -111,35 +110,36 @@ void PatternSharing::StartPrompt(int64_t num_tokens, const AttentionOptions& opt
 
 absl::Status PatternSharing::Attend(int layer, const kernels::AttentionParams& attention,
                                     LayerReport* report) {
-  const absl::Span<const int> cluster_of = options_.policy == AttentionPolicy::kShare
-                                               ? absl::MakeConstSpan(clusters_.cluster_of[layer])
-                                               : absl::MakeConstSpan(no_clusters_);
-  const bool may_share = options_.coverage > 0.0f &&
-                         std::any_of(cluster_of.begin(), cluster_of.end(), [](int cluster) {
-                           return cluster != HeadClusters::kNoCluster;
-                         });
+  cluster_of_ = options_.policy == AttentionPolicy::kShare
+                    ? absl::MakeConstSpan(clusters_.cluster_of[layer])
+                    : absl::MakeConstSpan(no_clusters_);
+  may_share_ = options_.coverage > 0.0f &&
+               std::any_of(cluster_of_.begin(), cluster_of_.end(),
+                           [](int cluster) { return cluster != HeadClusters::kNoCluster; });
   stages_ = {};
   std::fill(roles_.begin(), roles_.end(), HeadRole::kVerticalSlash);
-  if (absl::Status status = Prepare(attention, may_share); !status.ok()) return status;
-  if (may_share) {
-    if (absl::Status status = Decide(layer, attention, cluster_of); !status.ok()) return status;
+  // What the last layer's report would have waited for: its sources are written again.
+  if (absl::Status status = backend_.FinishDownloads(); !status.ok()) return status;
+  if (absl::Status status = Prepare(attention); !status.ok()) return status;
+  if (may_share_) {
+    if (absl::Status status = Decide(layer, attention); !status.ok()) return status;
   }
-  AssignWork(cluster_of);
+  AssignWork();
   if (absl::Status status = backend_.Mark(kDecided); !status.ok()) return status;
   if (absl::Status status = AttendSparse(layer, attention, report); !status.ok()) return status;
-  return Report(cluster_of, may_share, report);
+  return DownloadForReport();
 }
 
-absl::Status PatternSharing::Prepare(const kernels::AttentionParams& attention, bool may_share) {
+absl::Status PatternSharing::Prepare(const kernels::AttentionParams& attention) {
   absl::Status status = backend_.Mark(kBegin);
   if (status.ok()) status = Estimate(attention);
   // The host decides by it while the device goes on to the sets.
-  if (status.ok() && may_share) {
+  if (status.ok() && may_share_) {
     status = backend_.StartDownload(estimate_.data(), block_estimate_.data(),
                                     config_.num_heads * num_blocks_ * sizeof(float));
   }
   if (status.ok()) status = backend_.Mark(kEstimated);
-  if (status.ok()) status = SelectSets(may_share);
+  if (status.ok()) status = SelectSets();
   if (status.ok()) status = backend_.Mark(kSelected);
   return status;
 }
@@ -167,7 +167,7 @@ absl::Status PatternSharing::Estimate(const kernels::AttentionParams& attention)
 
 // Of all heads, whatever they will turn out to do: one launch is cheaper than choosing, and the
 // device would only wait for the host's decisions.
-absl::Status PatternSharing::SelectSets(bool may_share) {
+absl::Status PatternSharing::SelectSets() {
   absl::Status status = backend_.VerticalSlash({.vertical = vertical_.as<float>(),
                                                 .slash = slash_.as<float>(),
                                                 .num_keys = num_tokens_,
@@ -189,7 +189,7 @@ absl::Status PatternSharing::SelectSets(bool may_share) {
                                       .blocks = figures_.as<int64_t>() + VerticalSlashSlot(0)});
   }
   // Each head's own blocks of the last row, should it share.
-  if (status.ok() && may_share) {
+  if (status.ok() && may_share_) {
     status = backend_.SelectRows({.block_mass = block_estimate_.as<float>(),
                                   .num_query_blocks = 1,
                                   .num_key_blocks = num_blocks_,
@@ -200,12 +200,11 @@ absl::Status PatternSharing::SelectSets(bool may_share) {
   return status;
 }
 
-absl::Status PatternSharing::Decide(int layer, const kernels::AttentionParams& attention,
-                                    absl::Span<const int> cluster_of) {
+absl::Status PatternSharing::Decide(int layer, const kernels::AttentionParams& attention) {
   if (absl::Status status = backend_.FinishDownloads(); !status.ok()) return status;
   Stopwatch stopwatch;
   const absl::Span<const float> estimate(estimate_.as<float>(), config_.num_heads * num_blocks_);
-  const std::vector<int> pivots = ChoosePivots(cluster_of, estimate, pivots_, options_);
+  const std::vector<int> pivots = ChoosePivots(cluster_of_, estimate, pivots_, options_);
   stages_.host_us += static_cast<double>(stopwatch.LapUs());
 
   const int64_t mass_floats = static_cast<int64_t>(pivot_mass_.bytes() / sizeof(float));
@@ -214,12 +213,12 @@ absl::Status PatternSharing::Decide(int layer, const kernels::AttentionParams& a
   for (size_t first = 0; first < pivots.size(); first += at_a_time) {
     const auto batch = absl::MakeConstSpan(pivots).subspan(first, at_a_time);
     if (absl::Status status = AttendPivots(attention, batch); !status.ok()) return status;
-    if (absl::Status status = MeasurePivots(layer, cluster_of, batch); !status.ok()) return status;
+    if (absl::Status status = MeasurePivots(layer, batch); !status.ok()) return status;
   }
 
   stopwatch.LapUs();
   for (int head = 0; head < config_.num_heads; ++head) {
-    const int cluster = cluster_of[head];
+    const int cluster = cluster_of_[head];
     if (std::binary_search(pivots.begin(), pivots.end(), head)) {
       roles_[head] = HeadRole::kPivot;
     } else if (cluster != HeadClusters::kNoCluster) {
@@ -245,13 +244,12 @@ absl::Status PatternSharing::AttendPivots(const kernels::AttentionParams& attent
   return status;
 }
 
-absl::Status PatternSharing::MeasurePivots(int layer, absl::Span<const int> cluster_of,
-                                           absl::Span<const int> pivots) {
+absl::Status PatternSharing::MeasurePivots(int layer, absl::Span<const int> pivots) {
   const int64_t words = row_words();
   // Slot 2 i: the pattern of pivot i; slot 2 i + 1: its own vertical-slash set.
   for (size_t i = 0; i < pivots.size(); ++i) {
     const int slot = static_cast<int>(2 * i);
-    uint32_t* pattern = PivotPattern(cluster_of[pivots[i]]);
+    uint32_t* pattern = PivotPattern(cluster_of_[pivots[i]]);
     absl::Status status = backend_.SelectRows({.block_mass = PivotMass(i),
                                                .num_query_blocks = num_blocks_,
                                                .num_key_blocks = num_blocks_,
@@ -277,7 +275,7 @@ absl::Status PatternSharing::MeasurePivots(int layer, absl::Span<const int> clus
     const int slot = static_cast<int>(2 * i);
     const absl::Span<const float> estimate = EstimateOf(pivots[i]);
     const absl::Span<const uint32_t> last_row = HostLastRow(static_cast<int>(i));
-    ClusterPivot& pivot = pivots_[cluster_of[pivots[i]]];
+    ClusterPivot& pivot = pivots_[cluster_of_[pivots[i]]];
     pivot.layer = layer;
     pivot.head = pivots[i];
     pivot.estimate.assign(estimate.begin(), estimate.end());
@@ -288,7 +286,7 @@ absl::Status PatternSharing::MeasurePivots(int layer, absl::Span<const int> clus
   return absl::OkStatus();
 }
 
-void PatternSharing::AssignWork(absl::Span<const int> cluster_of) {
+void PatternSharing::AssignWork() {
   work_.clear();
   for (int head = 0; head < config_.num_heads; ++head) {
     switch (roles_[head]) {
@@ -299,7 +297,7 @@ void PatternSharing::AssignWork(absl::Span<const int> cluster_of) {
         break;
       case HeadRole::kShared:
         work_.push_back({.head = head,
-                         .pattern = PivotPattern(cluster_of[head]),
+                         .pattern = PivotPattern(cluster_of_[head]),
                          .last_row = last_rows_.as<uint32_t>() + head * row_words()});
         break;
     }
@@ -341,14 +339,17 @@ absl::Status PatternSharing::Audit(int layer, const kernels::AttentionParams& at
   return status;
 }
 
-absl::Status PatternSharing::Report(absl::Span<const int> cluster_of, bool may_share,
-                                    LayerReport* report) {
+absl::Status PatternSharing::DownloadForReport() {
   absl::Status status = DownloadFigures();
-  if (status.ok() && may_share) {
+  if (status.ok() && may_share_) {
     status = backend_.StartDownload(last_rows_host_.data(), last_rows_.data(),
                                     config_.num_heads * row_words() * sizeof(uint32_t));
   }
-  if (status.ok()) status = backend_.FinishDownloads();
+  return status;
+}
+
+absl::Status PatternSharing::Report(LayerReport* report) {
+  absl::Status status = backend_.FinishDownloads();
   if (status.ok()) status = MeasureTimes(report);
   if (!status.ok()) return status;
   int64_t blocks = 0;
@@ -364,7 +365,7 @@ absl::Status PatternSharing::Report(absl::Span<const int> cluster_of, bool may_s
         break;
       case HeadRole::kShared: {
         ++report->shared_heads;
-        const ClusterPivot& pivot = pivots_[cluster_of[head]];
+        const ClusterPivot& pivot = pivots_[cluster_of_[head]];
         blocks += pivot.pattern_blocks + CountNewBlocks(HostLastRow(head), pivot.last_row);
         break;
       }
@@ -390,8 +391,9 @@ absl::Status PatternSharing::MeasureTimes(LayerReport* report) {
     us = *elapsed;
   }
   stages_.decide_us -= stages_.pivots_us;
-  report->attention_us = std::llround(attention_us + stages_.pivots_us);
-  report->pattern_us = std::llround(stages_.estimate_us + stages_.select_us + stages_.decide_us);
+  report->attention_us = static_cast<int64_t>(attention_us + stages_.pivots_us);
+  report->pattern_us =
+      static_cast<int64_t>(stages_.estimate_us + stages_.select_us + stages_.decide_us);
   return absl::OkStatus();
 }
 

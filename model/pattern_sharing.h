@@ -65,15 +65,18 @@ class PatternSharing {
   void StartPrompt(int64_t num_tokens, const AttentionOptions& options);
 
   // Attention of one layer, layers ascending. `attention` describes the whole prompt's q, k, v and
-  // out, without work. Returns when it is done, and fills the report's head counts, density, and
-  // the times of attention and of patterns.
+  // out, without work. Returns when it is on its way; `report` gets what an audit finds.
   //
   // Before, the host waits once for the device, to decide by the estimate, while the device goes on
   // to the vertical-slash sets; and once more for every batch of new pivots. Not at all where no
   // head of the layer can share. The decisions take a few arrays of [num_heads] from the heap.
   absl::Status Attend(int layer, const kernels::AttentionParams& attention, LayerReport* report);
 
-  // Of the last Attend.
+  // Waits for the attention of the last Attend, and fills the report's head counts, density, and
+  // the times of attention and of patterns.
+  absl::Status Report(LayerReport* report);
+
+  // Of the last Report.
   const PatternStages& stages() const { return stages_; }
 
  private:
@@ -84,20 +87,18 @@ class PatternSharing {
   absl::Status Allocate(int64_t max_tokens);
 
   // The stages of Attend, in order.
-  absl::Status Prepare(const kernels::AttentionParams& attention, bool may_share);
-  absl::Status Decide(int layer, const kernels::AttentionParams& attention,
-                      absl::Span<const int> cluster_of);
-  void AssignWork(absl::Span<const int> cluster_of);
+  absl::Status Prepare(const kernels::AttentionParams& attention);
+  absl::Status Decide(int layer, const kernels::AttentionParams& attention);
+  void AssignWork();
   absl::Status AttendSparse(int layer, const kernels::AttentionParams& attention,
                             LayerReport* report);
-  absl::Status Report(absl::Span<const int> cluster_of, bool may_share, LayerReport* report);
+  absl::Status DownloadForReport();
 
   absl::Status Estimate(const kernels::AttentionParams& attention);
-  absl::Status SelectSets(bool may_share);
+  absl::Status SelectSets();
   absl::Status AttendPivots(const kernels::AttentionParams& attention,
                             absl::Span<const int> pivots);
-  absl::Status MeasurePivots(int layer, absl::Span<const int> cluster_of,
-                             absl::Span<const int> pivots);
+  absl::Status MeasurePivots(int layer, absl::Span<const int> pivots);
   // Recall of what is about to run.
   absl::Status Audit(int layer, const kernels::AttentionParams& attention, LayerReport* report);
   absl::Status MeasureTimes(LayerReport* report);
@@ -156,6 +157,8 @@ class PatternSharing {
   std::vector<int> no_clusters_;      // [H], for policy vertical_slash
 
   // The layer.
+  absl::Span<const int> cluster_of_;     // [H]
+  bool may_share_ = false;               // some head is in a cluster, and clusters may share
   std::vector<HeadRole> roles_;          // [H]
   std::vector<kernels::HeadWork> work_;  // of the launch being prepared
   PatternStages stages_;

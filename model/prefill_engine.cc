@@ -29,6 +29,9 @@ constexpr int64_t kCudaTileTokens = 8192;
 // KV heads start at multiples of this many tokens, so that a kernel may load whole tiles.
 constexpr int64_t kKvStrideTokens = 128;
 
+// Points on the device's time line, of a dense layer.
+enum Mark { kDenseBegins, kDenseDone };
+
 int64_t RoundUp(int64_t n, int64_t multiple) { return kernels::CeilDiv(n, multiple) * multiple; }
 
 absl::Status ValidateOptions(const EngineOptions& options) {
@@ -140,8 +143,8 @@ class Sequence final : public PrefillSequence {
     return RoundUp(num_tokens(), kKvStrideTokens) * config().head_dim;
   }
 
-  // Waits for the device three times a layer, to tell the stages' times apart and because PackKv
-  // asks for it at the end; some tens of microseconds of a layer of milliseconds.
+  // Waits for the device at the end, as PackKv asks for, and nowhere else but for decisions about
+  // patterns: what the stages took is known from marks on the device's time line.
   absl::Status ComputeLayer(const KvSlot& slot, LayerReport* report) {
     absl::Status status;
     if (next_layer_ == 0) status = parts_.step->Embed(tokens_, /*first_position=*/0, num_tokens());
@@ -151,10 +154,10 @@ class Sequence final : public PrefillSequence {
                                                           .head_stride = kv_head_stride(),
                                                           .token_stride = config().head_dim});
     }
-    if (status.ok()) status = parts_.backend->Synchronize();
     if (status.ok()) status = Attend(slot, report);
     if (status.ok()) status = parts_.step->AfterAttention(next_layer_);
     if (status.ok()) status = parts_.backend->Synchronize();
+    if (status.ok()) status = ReportAttention(report);
     return status;
   }
 
@@ -173,19 +176,31 @@ class Sequence final : public PrefillSequence {
         .block_tokens = parts_.block_tokens,
         .scale = 1.0f / std::sqrt(static_cast<float>(config().head_dim)),
     };
-    if (IsBaseline(policy_)) return parts_.baseline->Attend(next_layer_, attention, report);
+    if (IsBaseline(policy_)) {
+      // Takes its times by the host's clock.
+      absl::Status status = parts_.backend->Synchronize();
+      return status.ok() ? parts_.baseline->Attend(next_layer_, attention, report) : status;
+    }
     if (policy_ != AttentionPolicy::kDense) {
       return parts_.sharing->Attend(next_layer_, attention, report);
     }
     attention.work = parts_.dense_work.data();
     attention.num_work = static_cast<int>(parts_.dense_work.size());
-    Stopwatch stopwatch;
-    absl::Status status = parts_.backend->Attention(attention);
-    if (status.ok()) status = parts_.backend->Synchronize();
-    report->attention_us = stopwatch.LapUs();
+    absl::Status status = parts_.backend->Mark(kDenseBegins);
+    if (status.ok()) status = parts_.backend->Attention(attention);
+    if (status.ok()) status = parts_.backend->Mark(kDenseDone);
+    return status;
+  }
+
+  absl::Status ReportAttention(LayerReport* report) {
+    if (IsBaseline(policy_)) return absl::OkStatus();
+    if (policy_ != AttentionPolicy::kDense) return parts_.sharing->Report(report);
+    const absl::StatusOr<double> us = parts_.backend->ElapsedUs(kDenseBegins, kDenseDone);
+    if (!us.ok()) return us.status();
+    report->attention_us = static_cast<int64_t>(*us);
     report->dense_heads = config().num_heads;
     report->density = 1.0;
-    return status;
+    return absl::OkStatus();
   }
 
   absl::Status CheckSelection(const KvSelection& selection) const {

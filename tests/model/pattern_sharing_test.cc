@@ -65,6 +65,7 @@ class Layer {
       *report = LayerReport();
       out = q_;
       EXPECT_TRUE((*sharing)->Attend(layer, Params(&out), report).ok());
+      EXPECT_TRUE((*sharing)->Report(report).ok());
     }
     return out;
   }
@@ -326,6 +327,7 @@ TEST(PatternSharing, APromptInheritsNothingFromTheOneBefore) {
     sharing->StartPrompt(num_tokens, Options(AttentionPolicy::kShare));
     LayerReport report;
     ASSERT_TRUE(sharing->Attend(0, params, &report).ok());
+    ASSERT_TRUE(sharing->Report(&report).ok());
     EXPECT_EQ(report.pivot_heads, 1) << num_tokens;
   }
 }

@@ -30,6 +30,7 @@ AuditedRun Attend(OneLayer& layer, AttentionOptions options, const HeadClusters&
   EXPECT_TRUE(sharing.ok()) << sharing.status();
   (*sharing)->StartPrompt(layer.num_tokens(), options);
   EXPECT_TRUE((*sharing)->Attend(layer_index, layer.Params(&run.out), &run.report).ok());
+  EXPECT_TRUE((*sharing)->Report(&run.report).ok());
   return run;
 }
 

@@ -182,6 +182,7 @@ absl::Status BenchSharing(model::Backend& backend, AttentionData& data,
           return (*sharing)->Attend(layer, data.Params(), &last);
         },
         &row);
+    if (status.ok()) status = (*sharing)->Report(&last);
     if (status.ok()) status = backend.Download(out.data(), data.out.data(), out.size());
     if (!status.ok()) return status;
     row.more = {{"density", last.density},
