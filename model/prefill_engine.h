@@ -63,7 +63,7 @@ struct EngineInfo {
 
 // One prompt on its way through the layers. Its KV slots and its workspace belong to the engine;
 // destroying the sequence gives them back. RunLayer and FinalLogits are for the compute thread;
-// PackKv and ReleaseKv may be called by another thread beside them.
+// PackKv and ReleaseKv may be called by other threads beside them and each other.
 class PrefillSequence {
  public:
   virtual ~PrefillSequence() = default;

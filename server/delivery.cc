@@ -19,6 +19,7 @@ Delivery::Delivery(int num_lanes, bool pushes, const Clock& clock)
   }
   open_side_lanes_ = static_cast<int>(side_lanes_.size());
   sent_.frames_per_lane.assign(kv_lanes_.size(), 0);
+  next_sequence_.assign(kv_lanes_.size(), 0);
 }
 
 absl::StatusOr<LaneQueue*> Delivery::side_lane(uint32_t lane) {
@@ -44,11 +45,12 @@ int Delivery::SendFrame(FrameHeader header, StagingRing::Lease payload, size_t p
     absl::MutexLock lock(&mu_);
     lane = NextLane();
     header.lane = static_cast<uint32_t>(lane);
-    header.sequence = static_cast<uint64_t>(sent_.frames_per_lane[lane]++);
+    ++sent_.frames_per_lane[lane];
     sent_.bytes += static_cast<int64_t>(payload_bytes);
   }
   kv_lanes_[lane]->Push(payload_bytes,
                         [this, header, payload = std::move(payload), payload_bytes]() mutable {
+                          header.sequence = next_sequence_[header.lane]++;
                           header.sent_at_us = absl::ToInt64Microseconds(clock_.Now() - started_at_);
                           header.layers_computed = layers_computed_.load(std::memory_order_relaxed);
                           return EncodeFrame(header, std::move(payload), payload_bytes);

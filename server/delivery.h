@@ -75,6 +75,10 @@ class Delivery {
   std::vector<std::unique_ptr<LaneQueue>> side_lanes_;
   std::vector<LaneQueue*> kv_lanes_;
 
+  // One per lane, touched only while its queue makes a message, one at a time and in their order:
+  // several threads may hand frames to the same lane.
+  std::vector<uint64_t> next_sequence_;
+
   // Set before the first frame.
   absl::Time started_at_;
   std::atomic<uint32_t> layers_computed_ = 0;

@@ -6,17 +6,17 @@
 namespace prefilld::server {
 
 KvStream::KvStream(StagingRing& ring, int kv_slots, std::function<void(int, int64_t)> on_frame)
-    : ring_(ring),
-      kv_slots_(kv_slots),
-      on_frame_(std::move(on_frame)),
-      thread_([this] { Run(); }) {}
+    : ring_(ring), kv_slots_(kv_slots), on_frame_(std::move(on_frame)) {
+  const unsigned threads = std::clamp(std::thread::hardware_concurrency() / 4, 1u, 4u);
+  for (unsigned i = 0; i < threads; ++i) threads_.emplace_back([this] { Run(); });
+}
 
 KvStream::~KvStream() {
   {
     absl::MutexLock lock(&mu_);
     stop_ = true;
   }
-  thread_.join();
+  for (std::thread& thread : threads_) thread.join();
 }
 
 void KvStream::Begin(PrefillJob& job, model::PrefillSequence& sequence) {
@@ -25,25 +25,30 @@ void KvStream::Begin(PrefillJob& job, model::PrefillSequence& sequence) {
   sequence_ = &sequence;
 }
 
-// The packing thread lets go of a job that has ended within milliseconds, so the wait needs no
+// The packing threads let go of a job that has ended within milliseconds, so the wait needs no
 // second way out.
 absl::Status KvStream::WaitForSlot() {
   absl::MutexLock lock(&mu_);
-  const auto free_slot = [this]()
-                             ABSL_SHARED_LOCKS_REQUIRED(mu_) { return held_slots_ < kv_slots_; };
+  const auto free_slot = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+    return layers_.size() < static_cast<size_t>(kv_slots_);
+  };
   mu_.Await(absl::Condition(&free_slot));
   return status_;
 }
 
 void KvStream::LayerDone(int layer) {
   absl::MutexLock lock(&mu_);
-  ++held_slots_;
-  finished_layers_.push_back(layer);
+  const auto& layout = job_->work().layout;
+  if (layout.first_block() == layout.num_blocks()) {  // the consumer has every block already
+    sequence_->ReleaseKv(layer);
+    return;
+  }
+  layers_.push_back({layer, layout.first_block(), 0});
 }
 
 absl::Status KvStream::End() {
   absl::MutexLock lock(&mu_);
-  const auto packed = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) { return held_slots_ == 0; };
+  const auto packed = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) { return layers_.empty(); };
   mu_.Await(absl::Condition(&packed));
   job_ = nullptr;
   sequence_ = nullptr;
@@ -52,53 +57,73 @@ absl::Status KvStream::End() {
 
 void KvStream::Run() {
   const auto wake = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
-    return stop_ || !finished_layers_.empty();
+    return stop_ || std::any_of(layers_.begin(), layers_.end(), [this](const Layer& layer) {
+             return layer.next_block < job_->work().layout.num_blocks();
+           });
   };
   absl::MutexLock lock(&mu_);
   while (true) {
     mu_.Await(absl::Condition(&wake));
     if (stop_) return;
-    const int layer = finished_layers_.front();
-    finished_layers_.pop_front();
+    const Frame frame = TakeFrame();
     PrefillJob& job = *job_;
     model::PrefillSequence& sequence = *sequence_;
 
     mu_.Unlock();
-    const absl::Status status = PackLayer(job, sequence, layer);
-    sequence.ReleaseKv(layer);
+    const absl::Status status = PackFrame(job, sequence, frame);
     mu_.Lock();
 
     status_.Update(status);
-    --held_slots_;
+    FinishFrame(frame);
   }
 }
 
-// Stops early, with OK, when the job has ended.
-absl::Status KvStream::PackLayer(PrefillJob& job, model::PrefillSequence& sequence, int layer) {
-  const auto& layout = job.work().layout;
-  const int64_t block_bytes = BlockBytes(layout);
+KvStream::Frame KvStream::TakeFrame() {
+  const auto& layout = job_->work().layout;
   const int64_t blocks_per_frame =
-      std::max<int64_t>(1, static_cast<int64_t>(ring_.buffer_bytes()) / block_bytes);
+      std::max<int64_t>(1, static_cast<int64_t>(ring_.buffer_bytes()) / BlockBytes(layout));
+  Layer& layer = *std::find_if(layers_.begin(), layers_.end(), [&](const Layer& candidate) {
+    return candidate.next_block < layout.num_blocks();
+  });
+  const Frame frame = {
+      .layer = layer.index,
+      .first_block = layer.next_block,
+      .num_blocks = std::min<int64_t>(blocks_per_frame, layout.num_blocks() - layer.next_block)};
+  layer.next_block += frame.num_blocks;
+  ++layer.frames_underway;
+  return frame;
+}
 
-  for (int64_t block = layout.first_block(); block < layout.num_blocks();
-       block += blocks_per_frame) {
-    const int64_t num_blocks = std::min<int64_t>(blocks_per_frame, layout.num_blocks() - block);
-    StagingRing::Lease buffer = ring_.Acquire(job.credit(), [&job] { return job.ended(); });
-    if (!buffer || job.ended()) return absl::OkStatus();
+void KvStream::FinishFrame(const Frame& frame) {
+  const auto layer = std::find_if(layers_.begin(), layers_.end(), [&](const Layer& candidate) {
+    return candidate.index == frame.layer;
+  });
+  --layer->frames_underway;
+  if (layer->frames_underway > 0 || layer->next_block < job_->work().layout.num_blocks()) return;
+  sequence_->ReleaseKv(frame.layer);
+  layers_.erase(layer);
+}
 
-    const absl::Status packed =
-        sequence.PackKv(layer, SelectBlocks(layout, block, num_blocks), buffer.data());
-    if (!packed.ok()) return packed;
+// OK, without packing, when the job has ended.
+absl::Status KvStream::PackFrame(PrefillJob& job, model::PrefillSequence& sequence,
+                                 const Frame& frame) {
+  if (job.ended()) return absl::OkStatus();
+  StagingRing::Lease buffer = ring_.Acquire(job.credit(), [&job] { return job.ended(); });
+  if (!buffer || job.ended()) return absl::OkStatus();
 
-    const size_t payload_bytes = num_blocks * block_bytes;
-    FrameHeader header;
-    header.layer = static_cast<uint32_t>(layer);
-    header.first_block = static_cast<uint32_t>(block);
-    header.num_blocks = static_cast<uint32_t>(num_blocks);
-    header.checksum = Checksum(buffer.data(), payload_bytes);
-    const int lane = job.delivery().SendFrame(header, std::move(buffer), payload_bytes);
-    on_frame_(lane, static_cast<int64_t>(payload_bytes));
-  }
+  const auto& layout = job.work().layout;
+  const absl::Status packed = sequence.PackKv(
+      frame.layer, SelectBlocks(layout, frame.first_block, frame.num_blocks), buffer.data());
+  if (!packed.ok()) return packed;
+
+  const size_t payload_bytes = frame.num_blocks * BlockBytes(layout);
+  FrameHeader header;
+  header.layer = static_cast<uint32_t>(frame.layer);
+  header.first_block = static_cast<uint32_t>(frame.first_block);
+  header.num_blocks = static_cast<uint32_t>(frame.num_blocks);
+  header.checksum = Checksum(buffer.data(), payload_bytes);
+  const int lane = job.delivery().SendFrame(header, std::move(buffer), payload_bytes);
+  on_frame_(lane, static_cast<int64_t>(payload_bytes));
   return absl::OkStatus();
 }
 

@@ -6,6 +6,7 @@
 #include <deque>
 #include <functional>
 #include <thread>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
@@ -16,15 +17,19 @@
 
 namespace prefilld::server {
 
-// A packing thread and the ring it fills. One request at a time:
+// Packing threads and the ring they fill. One request at a time:
 //   Begin, (WaitForSlot, LayerDone)*, End
 // by the compute thread. Between Begin and End it borrows the job and the sequence.
+//
+// Each thread takes the next frame, packs it, sums it up and hands it to a lane; a lane that is
+// idle is written to right there, so that one thread alone would be the speed of all lanes. A
+// quarter of the cores does this, four threads at most.
 //
 // A request whose consumer is slow holds its credit of staging; then its finished layers keep their
 // KV slots, and WaitForSlot pauses the compute.
 class KvStream {
  public:
-  // on_frame(lane, payload_bytes) is called by the packing thread for each frame handed over.
+  // on_frame(lane, payload_bytes) is called by a packing thread for each frame handed over.
   KvStream(StagingRing& ring, int kv_slots, std::function<void(int, int64_t)> on_frame);
   ~KvStream();
 
@@ -37,8 +42,23 @@ class KvStream {
   absl::Status End();
 
  private:
+  // A finished layer until all of its frames are done with.
+  struct Layer {
+    int index;
+    int64_t next_block;   // the first that no thread has taken
+    int frames_underway;  // taken, not done
+  };
+
+  struct Frame {
+    int layer;
+    int64_t first_block;
+    int64_t num_blocks;
+  };
+
   void Run();
-  absl::Status PackLayer(PrefillJob& job, model::PrefillSequence& sequence, int layer);
+  Frame TakeFrame() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void FinishFrame(const Frame& frame) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status PackFrame(PrefillJob& job, model::PrefillSequence& sequence, const Frame& frame);
 
   StagingRing& ring_;
   const int kv_slots_;
@@ -47,12 +67,11 @@ class KvStream {
   absl::Mutex mu_;
   PrefillJob* job_ ABSL_GUARDED_BY(mu_) = nullptr;
   model::PrefillSequence* sequence_ ABSL_GUARDED_BY(mu_) = nullptr;
-  std::deque<int> finished_layers_ ABSL_GUARDED_BY(mu_);
-  int held_slots_ ABSL_GUARDED_BY(mu_) = 0;  // finished layers not yet released
+  std::deque<Layer> layers_ ABSL_GUARDED_BY(mu_);  // finished, not yet released; oldest first
   absl::Status status_ ABSL_GUARDED_BY(mu_);
   bool stop_ ABSL_GUARDED_BY(mu_) = false;
 
-  std::thread thread_;
+  std::vector<std::thread> threads_;
 };
 
 }  // namespace prefilld::server

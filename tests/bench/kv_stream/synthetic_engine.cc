@@ -1,6 +1,7 @@
 #include "tests/bench/kv_stream/synthetic_engine.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <utility>
 
@@ -26,11 +27,12 @@ class SyntheticSequence : public model::PrefillSequence {
     const size_t bytes = 2 * static_cast<size_t>(selection.num_blocks) * selection.block_tokens *
                          selection.num_heads * config_.head_dim * SizeOf(selection.dtype);
     // Walks through the buffer, so that the source is not in a cache.
+    size_t offset = offset_.fetch_add(bytes) % kv_.size();
     for (size_t done = 0; done < bytes;) {
-      const size_t chunk = std::min(bytes - done, kv_.size() - offset_);
-      std::memcpy(static_cast<uint8_t*>(dst) + done, kv_.data() + offset_, chunk);
+      const size_t chunk = std::min(bytes - done, kv_.size() - offset);
+      std::memcpy(static_cast<uint8_t*>(dst) + done, kv_.data() + offset, chunk);
       done += chunk;
-      offset_ = (offset_ + chunk) % kv_.size();
+      offset = (offset + chunk) % kv_.size();
     }
     return absl::OkStatus();
   }
@@ -46,7 +48,7 @@ class SyntheticSequence : public model::PrefillSequence {
  private:
   const model::ModelConfig& config_;
   const std::vector<uint8_t>& kv_;
-  size_t offset_ = 0;
+  std::atomic<size_t> offset_ = 0;
   int next_layer_ = 0;
 };
 
