@@ -1,0 +1,190 @@
+// What both passes of the Hopper estimate share: how the work is divided, shared memory, the
+// copying thread, and products of tiles.
+#ifndef PREFILLD_KERNELS_CUDA_PATTERN_SM90_TILES_CUH_
+#define PREFILLD_KERNELS_CUDA_PATTERN_SM90_TILES_CUH_
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "kernels/attention.h"
+#include "kernels/cuda/device/arithmetic.cuh"
+#include "kernels/cuda/device/mbarrier.cuh"
+#include "kernels/cuda/device/tma.cuh"
+#include "kernels/cuda/device/wgmma.cuh"
+#include "kernels/cuda/pattern/estimate_plan.h"
+#include "kernels/pattern.h"
+
+namespace prefilld::kernels::cuda::sm90::estimate {
+
+constexpr int kBlock = kEstimateBlock;
+constexpr int kChunk = 64;  // head_dim elements per 128-byte swizzled row
+constexpr int kWarpgroup = 128;
+constexpr int kConsumers = 4;
+constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
+constexpr int kThreads = (kConsumers + 1) * kWarpgroup;  // the last one copies
+// Of the 96 that a thread of so many has.
+constexpr int kProducerRegisters = 24;
+constexpr int kConsumerRegisters = 112;
+constexpr int kStepKeys = 16;
+constexpr int kSteps = kBlock / kStepKeys;
+constexpr int kTileRows = kConsumerWarps * kStepKeys;
+constexpr int kGroupKeys = kEstimateGroupBlocks * kBlock;
+constexpr int kQuerySlots = 2;  // the next head's queries load early
+static_assert(kConsumerWarps == kEstimateGroupBlocks, "each consumer warp has its own block");
+
+// Consumer w may issue its matrix instructions: kFirstTurn + w.
+constexpr int kFirstTurn = 1;
+
+struct Launch {
+  EstimateParams op;
+  float scale_log2;
+  int num_groups;
+  int num_items;
+  int num_key_blocks;
+  int64_t first_position;  // of the queries
+  float2* row_sums;        // [heads, 2 * num_groups, kBlock]: maximum (log2 scale) and sum
+  float* row_lse;          // [heads, kBlock]: log2 of (the whole row's sum * num_queries)
+  float* overhangs;        // [heads, num_groups - 1, kBlock]: lower diagonals of the last block
+};
+
+// Items are taken in this order, so that the heads of a KV head are under way together.
+struct Item {
+  __device__ Item(const Launch& launch, int number)
+      : head(number % launch.op.num_heads), group(number / launch.op.num_heads) {}
+  int head;
+  int group;
+};
+
+// The i-th item of this CTA.
+__device__ inline int item_number(int i) {
+  return static_cast<int>(blockIdx.x) + i * static_cast<int>(gridDim.x);
+}
+
+// Where use number `use` of a ring of kLength places is, and the parity its barriers have then.
+template <int kLength>
+struct RingPosition {
+  __device__ explicit RingPosition(int use) : place(use % kLength), parity(use / kLength % 2) {}
+  int place;
+  uint32_t parity;
+};
+
+template <int kHeadDim>
+struct SharedStorage {
+  static constexpr int kStages = kHeadDim == 128 ? 2 : 4;
+  static_assert(kSteps % (2 * kStages) == 0, "a step has the same place and parity in every item");
+  static constexpr int kChunks = kHeadDim / kChunk;
+
+  // [head_dim / 64][rows][64], 128-byte swizzle.
+  alignas(1024) __nv_bfloat16 q[kQuerySlots][kBlock * kHeadDim];
+  alignas(1024) __nv_bfloat16 k[kStages][kTileRows * kHeadDim];
+  alignas(16) float lse[kQuerySlots][kBlock];
+  // Of every warp's block: mass at query - key = i - kBlock, both counted from the first.
+  float diagonals[kConsumerWarps][2 * kBlock];
+  uint64_t q_full[kQuerySlots], q_empty[kQuerySlots];
+  // A tile comes and goes in quarters, 64 rows each.
+  uint64_t k_full[kStages][kConsumers], k_empty[kStages][kConsumers];
+  uint64_t diagonals_full[kConsumerWarps];
+};
+
+// The copying thread.
+template <int kHeadDim, bool kMass>
+__device__ inline void produce(const Launch& launch, SharedStorage<kHeadDim>& shared,
+                               const CUtensorMap& q_map, const CUtensorMap& k_map) {
+  using namespace device;
+  using Storage = SharedStorage<kHeadDim>;
+  constexpr uint32_t kQueryBytes = sizeof(shared.q[0]) + (kMass ? sizeof(shared.lse[0]) : 0);
+  constexpr uint32_t kQuarterBytes = sizeof(shared.k[0]) / kConsumers;
+  constexpr int kQuarterWarps = kConsumerWarps / kConsumers;
+  for (int i = 0; item_number(i) < launch.num_items; ++i) {
+    const Item item(launch, item_number(i));
+    const RingPosition<kQuerySlots> slot(i);
+    const int kv_head = item.head / (launch.op.num_heads / launch.op.num_kv_heads);
+    mbarrier_wait(&shared.q_empty[slot.place], slot.parity ^ 1);
+    uint64_t* q_full = &shared.q_full[slot.place];
+    mbarrier_arrive_expect(q_full, kQueryBytes);
+#pragma unroll
+    for (int c = 0; c < Storage::kChunks; ++c) {
+      tma_load_3d(shared.q[slot.place] + c * kBlock * kChunk, &q_map, q_full, c * kChunk, item.head,
+                  0);
+    }
+    if constexpr (kMass) {
+      bulk_load(shared.lse[slot.place], launch.row_lse + item.head * kBlock, sizeof(shared.lse[0]),
+                q_full);
+    }
+    for (int step = 0; step < kSteps; ++step) {
+      const RingPosition<Storage::kStages> ring(step);
+      for (int quarter = 0; quarter < kConsumers; ++quarter) {
+        uint64_t* full = &shared.k_full[ring.place][quarter];
+        mbarrier_wait(&shared.k_empty[ring.place][quarter], ring.parity ^ 1);
+        mbarrier_arrive_expect(full, kQuarterBytes);
+#pragma unroll
+        for (int w = 0; w < kQuarterWarps; ++w) {
+          const int block = quarter * kQuarterWarps + w;
+          const int key = item.group * kGroupKeys + block * kBlock + step * kStepKeys;
+#pragma unroll
+          for (int c = 0; c < Storage::kChunks; ++c) {
+            tma_load_3d(shared.k[ring.place] + (c * kTileRows + block * kStepKeys) * kChunk, &k_map,
+                        full, c * kChunk, key, kv_head);
+          }
+        }
+      }
+    }
+  }
+}
+
+// The compiler does not know that matrix instructions finish late: what they write must not be
+// touched before the wait that precedes this call.
+__device__ inline void keep_in_order(float (&x)[64]) {
+#pragma unroll
+  for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+
+// s = A B^T of 64 rows of one tile and 128 of another, which have kRowsA and kRowsB in all.
+template <int kHeadDim, int kRowsA, int kRowsB>
+__device__ inline void issue_product(float (&s)[64], const __nv_bfloat16* a,
+                                     const __nv_bfloat16* b) {
+  using namespace device;
+  constexpr uint32_t kUnit = 16;  // bytes that descriptors count in
+  const uint64_t a_tile = swizzled_tile_descriptor(a, 0);
+  const uint64_t b_tile = swizzled_tile_descriptor(b, 0);
+#pragma unroll
+  for (int c = 0; c < kHeadDim / kChunk; ++c) {
+#pragma unroll
+    for (int i = 0; i < kChunk / 16; ++i) {
+      wgmma_m64n128k16_ss(s, a_tile + (c * kRowsA * kChunk * 2 / kUnit + i * 2),
+                          b_tile + (c * kRowsB * kChunk * 2 / kUnit + i * 2), c + i > 0);
+    }
+  }
+  wgmma_commit();
+}
+
+// Where a consumer thread's logits lie: element 4 j + 2 h + e of a product is row 8 h + row of its
+// warp's 16, column 8 j + column + e. Made anew where it is used: what a loop would keep of it and
+// of what follows from it is registers that the second pass does not have.
+struct Place {
+  __device__ Place() {
+    const int thread = device::opaque(static_cast<int>(threadIdx.x));
+    warp = thread / 32;
+    consumer = thread / kWarpgroup;
+    row = thread % 32 / 4;
+    quad_lane = thread % 4;
+    column = 2 * quad_lane;
+  }
+  int warp;  // of all consumers'
+  int consumer;
+  int row;
+  int quad_lane;
+  int column;
+};
+
+// Keys up to which query i sees, less i, from `first_key` on. Far more than there are: no mask.
+__device__ inline int visible_keys(const Launch& launch, int64_t first_key) {
+  return static_cast<int>(
+      min(launch.first_position - first_key, static_cast<int64_t>(2 * kGroupKeys)));
+}
+
+}  // namespace prefilld::kernels::cuda::sm90::estimate
+
+#endif  // PREFILLD_KERNELS_CUDA_PATTERN_SM90_TILES_CUH_
