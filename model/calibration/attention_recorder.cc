@@ -113,8 +113,7 @@ absl::Status AttentionRecorder::Allocate(const Weights* weights) {
       {diagonals_, heads * words * int64_t{sizeof(uint32_t)}},
       {vertical_slash_patterns_, heads * blocks * words * int64_t{sizeof(uint32_t)}},
       {scratch_,
-       std::max(kernels::EstimateScratchBytes(config_.num_heads, tokens, options_.block_tokens),
-                kernels::VerticalSlashScratchBytes(config_.num_heads, tokens))},
+       kernels::EstimateScratchBytes(config_.num_heads, tokens, options_.block_tokens)},
       {block_mass_, std::clamp(kBlockMassBytes, mass_bytes, mass_bytes * heads)},
       {pattern_mass_, heads * int64_t{sizeof(double)}},
       {pattern_blocks_, heads * int64_t{sizeof(int64_t)}},
@@ -194,8 +193,7 @@ absl::Status AttentionRecorder::RecordEstimate(SafetensorsWriter& file) {
                                      .gamma = options_.gamma,
                                      .min_budget_tokens = options_.min_budget_tokens,
                                      .columns = columns_.as<uint32_t>(),
-                                     .diagonals = diagonals_.as<uint32_t>(),
-                                     .scratch = scratch_.data()});
+                                     .diagonals = diagonals_.as<uint32_t>()});
   }
   if (status.ok()) {
     status = backend_.ExpandVerticalSlash({.columns = columns_.as<uint32_t>(),

@@ -35,7 +35,8 @@ def read(path: Path, num_layers: int, num_heads: int) -> ClusterFile:
         for layer, head in clusters[name]:
             if not (0 <= layer < num_layers and 0 <= head < num_heads):
                 raise ValueError(
-                    f"{path}: cluster {name!r} has head {layer}.{head}, outside {num_layers} layers of {num_heads} heads"
+                    f"{path}: cluster {name!r} has head {layer}.{head}, "
+                    f"outside {num_layers} layers of {num_heads} heads"
                 )
             if (layer, head) in seen:
                 raise ValueError(f"{path}: head {layer}.{head} is in two clusters")

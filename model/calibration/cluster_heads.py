@@ -64,7 +64,8 @@ def form_groups(args: argparse.Namespace, parts: Parts, features: dict[Dump, np.
 
 
 def given_groups(file: ClusterFile, num_heads: int) -> dict[str, Group]:
-    return {name: tuple(sorted(layer * num_heads + head for layer, head in heads)) for name, heads in file.clusters.items()}
+    number = lambda heads: tuple(sorted(layer * num_heads + head for layer, head in heads))  # noqa: E731
+    return {name: number(heads) for name, heads in file.clusters.items()}
 
 
 def rows_to_compare(
@@ -82,7 +83,7 @@ def rows_to_compare(
     if given:
         named = given_groups(given, parts.judging[0].num_heads)
         known = {name: value for name, value in (given.thresholds or {}).items() if value is not None}
-        rows.append(judged(f"{args.clusters.name} as it is", [named[n] for n in given.shared], Thresholds(**known)))
+        rows.append(judged("the given file as it is", [named[n] for n in given.shared], Thresholds(**known)))
     return rows
 
 
@@ -102,7 +103,10 @@ def provenance(
         "recall_reached": chosen.reached,
         "pivot_cost": args.pivot_cost,
         "adjusted_rand_index": report.rounded(agreement),
-        "pattern_overlap": {domain: report.rounded(dict(zip(("within", "between"), o))) for domain, o in overlap.items()},
+        "pattern_overlap": {
+            domain: report.rounded({"within": within, "between": between})
+            for domain, (within, between) in overlap.items()
+        },
         "measured": {row.name: report.rounded(asdict(row.summary)) for row in rows},
     }
 
@@ -114,8 +118,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--recall", type=float, default=0.9, help="attention mass that sparse heads are to keep, mean")
     parser.add_argument("--coverage", type=float, default=0.85, help="below this, vertical-slash has failed a head")
     parser.add_argument("--pivot_cost", type=float, default=1.0,
-                        help="density that an exact head counts for; below 1: what would share in a model with more heads "
-                        "to a group")  # fmt: skip
+                        help="density that an exact head counts for; below 1: what would share in a model with more "
+                        "heads to a group")  # fmt: skip
     parser.add_argument("--cut", type=float, help="share of the largest distance; chosen when absent")
     parser.add_argument("--smallest", type=int, default=2, help="heads; smaller groups are noise")
     parser.add_argument("--clusters", type=Path, help="take the groups from this file")
@@ -136,7 +140,8 @@ def main() -> None:
     model, parts = dumps[0], Parts.of(dumps)
     grid = min(grouping.GRID, max(dump.n for dump in dumps))
     features = {dump: grouping.pooled_log_mass(dump, grid) for dump in dumps}
-    by_domain = {domain: [features[d] for d in dumps if d.domain == domain] for domain in sorted({d.domain for d in dumps})}
+    domains = sorted({dump.domain for dump in dumps})
+    by_domain = {domain: [features[d] for d in dumps if d.domain == domain] for domain in domains}
 
     given, cut = None, None
     if args.clusters:
@@ -152,10 +157,10 @@ def main() -> None:
     benefits = {name: tuning.benefit(parts.choosing, group, chosen.thresholds) for name, group in named.items()}
     report.show_groups(model, named, benefits, chosen)
 
-    agreement = grouping.stability(by_domain, max(2, len(groups))) if len(by_domain) > 1 and not given else {}
+    agreement = grouping.stability(by_domain, max(2, len(groups))) if len(domains) > 1 and not given else {}
     gamma = chosen.thresholds.gamma
-    judging = {domain: [d for d in parts.judging if d.domain == domain] for domain in by_domain}
-    overlap = {domain: grouping.pattern_overlap(judging[domain], groups, gamma) for domain in by_domain}
+    judging = {domain: [d for d in parts.judging if d.domain == domain] for domain in domains}
+    overlap = {domain: grouping.pattern_overlap(judging[domain], groups, gamma) for domain in domains}
     report.show_stability(agreement, overlap)
 
     rows = rows_to_compare(args, parts, groups, chosen, given)

@@ -4,9 +4,9 @@
     make_prompts.py --out PROMPTS --length 8192 --text prose=DOCS code=SOURCES
     make_prompts.py --out PROMPTS --length 32768 --text prose=DOCS code=SOURCES --tokenizer MODEL
 
-Without --tokenizer a prompt is a .txt for the embedded model, one token per byte. With it (a folder with tokenizer.json;
-needs the package tokenizers) a prompt is a .json with token ids, at most and nearly --length of them. Prompts of your own,
-from the traffic you serve, are better than these: any .json list of token ids will do.
+Without --tokenizer a prompt is a .txt for the embedded model, one token per byte. With it (a folder with
+tokenizer.json; needs the package tokenizers) a prompt is a .json with token ids, at most and nearly --length of them.
+Prompts of your own, from the traffic you serve, are better than these: any .json list of token ids will do.
 """
 
 from __future__ import annotations

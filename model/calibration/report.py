@@ -27,7 +27,12 @@ def progress(text: str) -> None:
 
 def rounded(values: dict) -> dict:
     """Numbers to four digits; NaN, which JSON has not, as null."""
-    fit = lambda v: None if isinstance(v, float) and math.isnan(v) else round(v, 4) if isinstance(v, float) else v  # noqa: E731
+
+    def fit(value):
+        if not isinstance(value, float):
+            return value
+        return None if math.isnan(value) else round(value, 4)
+
     return {name: fit(value) for name, value in values.items()}
 
 
@@ -45,8 +50,8 @@ def show_groups(model: Dump, groups: dict[str, Group], benefits: dict[str, Benef
         b = benefits[name]
         heads = " ".join(f"{h // model.num_heads}.{h % model.num_heads}" for h in group[:6])
         print(
-            f"{name:>5}  {b.heads:5}    {figure(b.recall)}    {figure(b.density)}     {figure(b.vertical_slash_density_at_recall)}"
-            f"                    {figure(b.vertical_slash_recall_at_member_density)}"
+            f"{name:>5}  {b.heads:5}    {figure(b.recall)}    {figure(b.density)}"
+            f"     {figure(b.vertical_slash_density_at_recall)}                    {figure(b.vertical_slash_recall_at_member_density)}"
             f"   {figure(b.vertical_slash_recall_at_member_density_worst)}"
             f"      {'shares' if group in chosen.shared else '      '}   {heads}{' …' if len(group) > 6 else ''}"
         )
@@ -65,17 +70,15 @@ def show_stability(agreement: dict[str, float], overlap: dict[str, tuple[float, 
 def show_rows(rows: list[Row], oracle: float, recall: float, prompts: int, held_out: bool) -> None:
     which = "that had no part in the choice" if held_out else "that the choice was made on"
     print(f"\nserved, by simulation on {prompts} prompts {which}; recall asked for: {recall}")
-    print("                                                                   of      all sparse      shared heads      heads")
-    print(
-        "                                 gamma   tau  delta floor  density 1024    recall   5 %    recall   5 %"
-        "      pivot shared v-s"
-    )
+    print(f"{'of':>69}      all sparse      shared heads      heads")
+    print(f"{'gamma   tau  delta floor  density 1024':>71}    recall   5 %    recall   5 %      pivot shared v-s")
     for row in rows:
         s, t = row.summary, row.thresholds
         print(
             f"  {row.name:<30} {t.gamma:5.3f} {t.tau:5.2f} {t.delta:6.2f} {t.min_budget_tokens:5}"
             f"    {s.density:5.3f} {s.density_among_1024:5.3f}    {s.recall:5.3f} {figure(s.low_recall)}"
-            f"     {figure(s.shared_recall)} {figure(s.low_shared_recall)}     {s.pivots:5.1f} {s.shared:6.1f} {s.vertical_slash:4.0f}"
+            f"     {figure(s.shared_recall)} {figure(s.low_shared_recall)}"
+            f"     {s.pivots:5.1f} {s.shared:6.1f} {s.vertical_slash:4.0f}"
         )
     print(f"  {'best blocks of every head':<30} {recall:5.3f}                       {oracle:5.3f}")
 

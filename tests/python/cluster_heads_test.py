@@ -173,7 +173,7 @@ class PlantedHeads(unittest.TestCase):
         written = json.loads(plain.read_text())
         self.assertEqual(set(written), {"clusters", "shared_clusters"})
         self.assertEqual(self.groups(written), {tuple(sorted((*TOPICS, LONERS[0]))), (2 * HEADS + 7,)})
-        self.assertIn("given.json as it is", printed)
+        self.assertIn("the given file as it is", printed)
 
     def test_refuses_heads_that_the_model_has_not(self):
         given = self.dumps / "given.json"
