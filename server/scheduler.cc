@@ -127,11 +127,15 @@ std::shared_ptr<PrefillJob> Scheduler::Find(const std::string& id) const {
 std::vector<LiveJob> Scheduler::LiveJobs() const {
   std::vector<LiveJob> jobs;
   absl::MutexLock lock(&mu_);
+  absl::flat_hash_map<const PrefillJob*, int64_t> requests_ahead;
+  for (const auto& job : queue_) {
+    const int64_t ahead = static_cast<int64_t>(requests_ahead.size()) + (running_ ? 1 : 0);
+    requests_ahead.emplace(job.get(), ahead);
+  }
   for (const auto& [id, job] : live_) {
-    const auto queued = std::find(queue_.begin(), queue_.end(), job);
     LiveJob live{.job = job};
-    if (queued != queue_.end()) {
-      live.requests_ahead = (queued - queue_.begin()) + (running_ != nullptr ? 1 : 0);
+    if (const auto queued = requests_ahead.find(job.get()); queued != requests_ahead.end()) {
+      live.requests_ahead = queued->second;
     } else {
       live.others_wait = !queue_.empty() || (running_ != nullptr && running_ != job);
     }
