@@ -132,9 +132,9 @@ int WaitForEnd(const sigset_t& signals, const PrefillServer& server) {
 
 // The second signal does not wait for anything.
 void ExitOnNextSignal(const sigset_t& signals) {
-  pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
   signal(SIGTERM, [](int) { _exit(EXIT_FAILURE); });
   signal(SIGINT, [](int) { _exit(EXIT_FAILURE); });
+  pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
 }
 
 int Serve(const sigset_t& signals, const ServerOptions& options) {

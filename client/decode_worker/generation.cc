@@ -211,6 +211,11 @@ class Generation : public KvSink {
     const absl::Time first_token_at = absl::Now();
     worker_.metrics->ObserveTimeToFirstToken(first_token_at - facts_.arrival);
     const auto& first_token = result.prefill().first_token();
+    if (first_token.token_id() >= worker_.decoder->config().vocab_size) {
+      return absl::DataLossError(absl::StrCat("the prefill's first token is ",
+                                              first_token.token_id(), ", the vocabulary has ",
+                                              worker_.decoder->config().vocab_size));
+    }
     if (absl::Status written = WriteToken(first_token, 0); !written.ok()) return written;
 
     DecodeRequest decode;

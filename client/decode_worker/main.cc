@@ -5,6 +5,7 @@
 #include <atomic>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <fstream>
 #include <memory>
 #include <string>
@@ -100,6 +101,13 @@ absl::Status WritePortFile(const std::string& path, int grpc_port, int metrics_p
   return absl::OkStatus();
 }
 
+// The second signal does not wait for anything.
+void ExitOnNextSignal(const sigset_t& signals) {
+  std::signal(SIGTERM, [](int) { _exit(EXIT_FAILURE); });
+  std::signal(SIGINT, [](int) { _exit(EXIT_FAILURE); });
+  pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
+}
+
 void DrainAndStop(grpc::Server& server, GenerateService& generate, absl::Duration timeout) {
   server.GetHealthCheckService()->SetServingStatus(false);
   const bool finished = generate.Drain(timeout);
@@ -136,7 +144,7 @@ absl::Status Run(int argc, char** argv) {
   if (!options->metrics_listen.empty()) metrics_port = metrics.Serve(options->metrics_listen);
   if (!metrics_port.ok()) return metrics_port.status();
   int port = 0;
-  const auto server = StartWorkerServer(*options, generate, receiver, port);
+  const auto server = StartWorkerServer(*options, (*decoder)->config(), generate, receiver, port);
   if (!server.ok()) return server.status();
   if (!options->port_file.empty()) {
     const absl::Status written = WritePortFile(options->port_file, port, *metrics_port);
@@ -148,6 +156,7 @@ absl::Status Run(int argc, char** argv) {
 
   int signal = 0;
   sigwait(&signals, &signal);
+  ExitOnNextSignal(signals);
   spdlog::info("signal {}: draining", signal);
   DrainAndStop(**server, generate, options->drain_timeout);
   return absl::OkStatus();

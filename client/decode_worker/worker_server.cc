@@ -1,5 +1,8 @@
 #include "client/decode_worker/worker_server.h"
 
+#include <algorithm>
+#include <limits>
+
 #include "absl/strings/str_cat.h"
 #include "client/decode_worker/generate_service.h"
 #include "client/decode_worker/receiver_service.h"
@@ -12,9 +15,6 @@
 
 namespace prefilld::client {
 namespace {
-
-// A prompt of a million token ids is about 5 MiB; frames are up to 64 MiB.
-constexpr int kMaxMessageBytes = 64 << 20;
 
 // A caller or a pushing server that vanished without a word is noticed within half a minute, and
 // clients may ping every 10 s.
@@ -49,10 +49,23 @@ absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeCredentials(const L
 
 }  // namespace
 
+int MaxMessageBytes(const WorkerOptions& options, const model::ModelConfig& model) {
+  constexpr int64_t kFrameBytes = int64_t{4} << 20;  // unless a single block has more
+  constexpr int64_t kTokenBytes = 5;                 // an id as varint
+  constexpr int64_t kOtherFields = int64_t{1} << 20;
+  const int64_t block_bytes = int64_t{2} * options.decoder.block_tokens * model.num_kv_heads *
+                              model.head_dim * static_cast<int64_t>(sizeof(float));
+  const int64_t payload =
+      std::max({kFrameBytes, block_bytes, 2 * kTokenBytes * options.decoder.pool_tokens});
+  return static_cast<int>(
+      std::min<int64_t>(payload + kOtherFields, std::numeric_limits<int32_t>::max()));
+}
+
 // A Generate and a Receive for every request that can run, probes, and as many refused ones.
 int MaxStreamsPerConnection(const WorkerOptions& options) { return 2 * options.max_requests + 64; }
 
 absl::StatusOr<std::unique_ptr<grpc::Server>> StartWorkerServer(const WorkerOptions& options,
+                                                                const model::ModelConfig& model,
                                                                 GenerateService& generate,
                                                                 ReceiverService& receiver,
                                                                 int& port) {
@@ -62,7 +75,7 @@ absl::StatusOr<std::unique_ptr<grpc::Server>> StartWorkerServer(const WorkerOpti
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   grpc::ServerBuilder builder;
   builder.AddListeningPort(options.listen, *credentials, &port);
-  builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
+  builder.SetMaxReceiveMessageSize(MaxMessageBytes(options, model));
   builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, MaxStreamsPerConnection(options));
   SetKeepalive(builder);
   // Two workers on one port would share its connections at random.

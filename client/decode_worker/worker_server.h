@@ -5,6 +5,7 @@
 
 #include "absl/status/statusor.h"
 #include "client/decode_worker/options.h"
+#include "model/config.h"
 
 namespace grpc {
 class Server;
@@ -15,13 +16,18 @@ namespace prefilld::client {
 class GenerateService;
 class ReceiverService;
 
-// Serves both, health and reflection at options.listen; `port` is the one that was bound. Sizes
-// and numbers of what callers may send are limited. INVALID_ARGUMENT: a TLS file cannot be read;
+// Serves both, health and reflection at options.listen; `port` is the one that was bound. Size and
+// number of what callers may send are limited. INVALID_ARGUMENT: a TLS file cannot be read;
 // UNAVAILABLE: the address cannot be bound.
 absl::StatusOr<std::unique_ptr<grpc::Server>> StartWorkerServer(const WorkerOptions& options,
+                                                                const model::ModelConfig& model,
                                                                 GenerateService& generate,
                                                                 ReceiverService& receiver,
                                                                 int& port);
+
+// Enough for a frame of the model's cache and for a prompt that fills the pool twice, so that a
+// prompt a good deal too long is told the limit.
+int MaxMessageBytes(const WorkerOptions& options, const model::ModelConfig& model);
 
 // Calls that one connection may have open at once; more wait in the client.
 int MaxStreamsPerConnection(const WorkerOptions& options);

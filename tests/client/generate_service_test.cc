@@ -76,6 +76,36 @@ TEST_F(WorkerServices, RefusesBadRequestsByFieldValueAndLimit) {
   refused(request, "pushed_transfer_id of 129 bytes");
 }
 
+TEST_F(WorkerServices, AMessageFarLargerThanItsPoolIsNotEvenRead) {
+  GenerateRequest request = Request();
+  const auto one_byte_each = [&request](int bytes) {
+    request.mutable_token_ids()->Resize(bytes, 1);
+    return request;
+  };
+  const int limit = MaxMessageBytes(options_, decoder_.config());
+  EXPECT_LT(limit, 6 << 20);
+  EXPECT_EQ(Generate(one_byte_each(limit - 100)).status.error_code(),
+            grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_EQ(Generate(one_byte_each(limit)).status.error_code(),
+            grpc::StatusCode::RESOURCE_EXHAUSTED);
+}
+
+TEST_F(WorkerServices, AFirstTokenOutsideTheVocabularyIsDataLoss) {
+  prefill_script_ = [](grpc::ServerContext&, const PrefillRequest&, PrefillWriter& writer) {
+    writer.Write(AcceptedEvent(SmallLayout(), 1));
+    for (uint32_t layer = 0; layer < 3; ++layer) {
+      writer.Write(FrameEvent(SmallLayout(), 0, layer, layer, 0, 3));
+    }
+    PrefillEvent result = ResultEvent({3});
+    result.mutable_result()->mutable_first_token()->set_token_id(100);
+    writer.Write(result);
+    return grpc::Status::OK;
+  };
+  const Reply reply = Generate(Request());
+  EXPECT_EQ(reply.status.error_code(), grpc::StatusCode::DATA_LOSS);
+  EXPECT_TRUE(reply.tokens.empty());
+}
+
 TEST_F(WorkerServices, WhatCanNeverFitIntoThePoolIsInvalid) {
   GenerateRequest request = Request(100);
   for (int i = 0; i < 116; ++i) request.add_token_ids(1);

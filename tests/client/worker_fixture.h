@@ -64,7 +64,7 @@ class WorkerServices : public ::testing::Test {
                                                                .metrics = &metrics_});
     receiver_ = std::make_unique<ReceiverService>(&transfers_, kOpenTimeout);
     int port = 0;
-    server_ = *StartWorkerServer(options_, *service_, *receiver_, port);
+    server_ = *StartWorkerServer(options_, decoder_.config(), *service_, *receiver_, port);
     channel_ =
         grpc::CreateChannel(absl::StrCat("127.0.0.1:", port), grpc::InsecureChannelCredentials());
     stub_ = DecodeService::NewStub(channel_);
