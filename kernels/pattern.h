@@ -52,12 +52,7 @@ struct VerticalSlashParams {
   int64_t min_budget_tokens = 0;
   uint32_t* columns = nullptr;    // [num_heads, W]: bit c, key block c in every row
   uint32_t* diagonals = nullptr;  // [num_heads, W]: bit j, key block r - j in every row r
-  void* scratch = nullptr;        // VerticalSlashScratchBytes() bytes
 };
-// Large enough for either backend: the CPU sorts two words per key and head.
-constexpr int64_t VerticalSlashScratchBytes(int num_heads, int64_t num_keys) {
-  return static_cast<int64_t>(sizeof(uint32_t)) * num_heads * (2 * num_keys + 8192);
-}
 
 // pattern[r] = columns | diagonals shifted to row r, cut at the diagonal, head by head.
 struct ExpandVerticalSlashParams {

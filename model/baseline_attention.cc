@@ -63,9 +63,7 @@ absl::Status BaselineAttention::Allocate(int64_t max_tokens) {
       {block_estimate_, heads * blocks * kFloat},
       {vertical_, heads * max_tokens * kFloat},
       {slash_, heads * max_tokens * kFloat},
-      {scratch_,
-       std::max(kernels::EstimateScratchBytes(config_.num_heads, max_tokens, block_tokens_),
-                kernels::VerticalSlashScratchBytes(config_.num_heads, max_tokens))},
+      {scratch_, kernels::EstimateScratchBytes(config_.num_heads, max_tokens, block_tokens_)},
       {columns_, heads * words * kWord},
       {diagonals_, heads * words * kWord},
       {patterns_, heads * blocks * words * kWord},
@@ -175,8 +173,7 @@ absl::Status BaselineAttention::ChooseVerticalSlash(const kernels::AttentionPara
                                      .gamma = options_.gamma,
                                      .min_budget_tokens = options_.min_budget_tokens,
                                      .columns = columns_.as<uint32_t>(),
-                                     .diagonals = diagonals_.as<uint32_t>(),
-                                     .scratch = scratch_.data()});
+                                     .diagonals = diagonals_.as<uint32_t>()});
   }
   if (status.ok()) {
     status = backend_.ExpandVerticalSlash({.columns = columns_.as<uint32_t>(),

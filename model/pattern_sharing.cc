@@ -52,8 +52,7 @@ absl::Status PatternSharing::Allocate(int64_t max_tokens) {
   const int64_t words = kernels::PatternWords(blocks);
   const int64_t mass_bytes = blocks * blocks * int64_t{sizeof(float)};
   const int64_t scratch_bytes =
-      std::max(kernels::EstimateScratchBytes(config_.num_heads, max_tokens, block_tokens_),
-               kernels::VerticalSlashScratchBytes(config_.num_heads, max_tokens));
+      kernels::EstimateScratchBytes(config_.num_heads, max_tokens, block_tokens_);
   const struct {
     DeviceBuffer& buffer;
     int64_t bytes;
@@ -176,8 +175,7 @@ absl::Status PatternSharing::SelectSets() {
                                                 .gamma = options_.gamma,
                                                 .min_budget_tokens = options_.min_budget_tokens,
                                                 .columns = columns_.as<uint32_t>(),
-                                                .diagonals = diagonals_.as<uint32_t>(),
-                                                .scratch = scratch_.data()});
+                                                .diagonals = diagonals_.as<uint32_t>()});
   if (status.ok()) {
     status =
         backend_.ExpandVerticalSlash({.columns = columns_.as<uint32_t>(),

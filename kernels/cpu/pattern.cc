@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <memory>
 #include <vector>
 
 namespace prefilld::kernels::cpu {
@@ -57,9 +58,12 @@ void VerticalSlash(const VerticalSlashParams& params) {
   const int64_t num_blocks = CeilDiv(n, block);
   const int64_t words = PatternWords(num_blocks);
   const int64_t floor = std::min(params.min_budget_tokens, n);
-#pragma omp parallel for schedule(dynamic, 1)
+  const int num_threads = std::min(omp_get_max_threads(), params.num_heads);
+  // The only allocation: eight bytes per key for each thread.
+  const auto sets = std::make_unique_for_overwrite<uint64_t[]>(num_threads * n);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
   for (int h = 0; h < params.num_heads; ++h) {
-    uint64_t* set = static_cast<uint64_t*>(params.scratch) + h * n;
+    uint64_t* set = &sets[omp_get_thread_num() * n];
     uint32_t* columns = params.columns + h * words;
     std::fill_n(columns, words, 0u);
     SetBit(columns, 0);

@@ -71,6 +71,32 @@ TEST_F(CudaBackend, UploadsFromPageableAndPinnedMemory) {
   }
 }
 
+TEST_F(CudaBackend, DownloadsBesideLaterOpsWhatEarlierOnesLeft) {
+  std::vector<uint32_t> values(1 << 20);
+  std::iota(values.begin(), values.end(), 1u);
+  const size_t bytes = values.size() * sizeof(uint32_t);
+  const DeviceBuffer device = Allocate(bytes);
+  absl::StatusOr<DeviceBuffer> staging = backend_->AllocateStaging(2 * bytes);
+  ASSERT_TRUE(staging.ok());
+  ASSERT_TRUE(backend_->Mark(0).ok());
+  for (const size_t place : {0, 1}) {
+    ASSERT_TRUE(backend_->Upload(device.data(), values.data(), bytes).ok());
+    ASSERT_TRUE(
+        backend_->StartDownload(staging->as<char>() + place * bytes, device.data(), bytes).ok());
+    ASSERT_TRUE(backend_->FinishDownloads().ok());
+    for (uint32_t& value : values) ++value;
+  }
+  ASSERT_TRUE(backend_->Mark(Backend::kNumMarks - 1).ok());
+  for (size_t i = 0; i < values.size(); ++i) {
+    ASSERT_EQ(staging->as<uint32_t>()[i], i + 1);
+    ASSERT_EQ(staging->as<uint32_t>()[values.size() + i], i + 2);
+  }
+  const absl::StatusOr<double> elapsed = backend_->ElapsedUs(0, Backend::kNumMarks - 1);
+  ASSERT_TRUE(elapsed.ok()) << elapsed.status();
+  EXPECT_GT(*elapsed, 0.0);
+  EXPECT_LT(*elapsed, 1e7);
+}
+
 TEST_F(CudaBackend, NamesTheShapeThatItHasNoKernelFor) {
   kernels::AttentionParams params;
   params.num_queries = params.num_keys = 1;

@@ -156,20 +156,16 @@ TEST_F(CudaPattern, VerticalSlashEqualsReferenceWithAndWithoutTies) {
           p.gamma = gamma;
           p.min_budget_tokens = budget;
           std::vector<uint32_t> columns(num_words), diagonals(num_words);
-          std::vector<char> scratch(
-              static_cast<size_t>(VerticalSlashScratchBytes(kHeads, num_keys)));
           p.vertical = vertical.data();
           p.slash = slash.data();
           p.columns = columns.data();
           p.diagonals = diagonals.data();
-          p.scratch = scratch.data();
           reference::VerticalSlash(p);
           const DeviceArray<uint32_t> device_columns(num_words), device_diagonals(num_words);
           p.vertical = device_vertical.data();
           p.slash = device_slash.data();
           p.columns = device_columns.data();
           p.diagonals = device_diagonals.data();
-          p.scratch = nullptr;
           PREFILLD_ASSERT_CUDA(cuda::LaunchVerticalSlash(p, nullptr));
           EXPECT_EQ(device_columns.Read(), columns)
               << num_keys << " keys, ties " << ties << ", gamma " << gamma << ", budget " << budget;

@@ -97,11 +97,8 @@ Selection RunVerticalSlash(void (*op)(const VerticalSlashParams&), VerticalSlash
   const int64_t words = PatternWords(CeilDiv(p.num_keys, p.block_tokens));
   Selection s{std::vector<uint32_t>(static_cast<size_t>(p.num_heads * words), ~0u),
               std::vector<uint32_t>(static_cast<size_t>(p.num_heads * words), ~0u)};
-  std::vector<char> scratch(
-      static_cast<size_t>(VerticalSlashScratchBytes(p.num_heads, p.num_keys)));
   p.columns = s.columns.data();
   p.diagonals = s.diagonals.data();
-  p.scratch = scratch.data();
   op(p);
   return s;
 }

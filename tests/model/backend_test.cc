@@ -73,6 +73,16 @@ TEST(CpuBackend, RunsAnOpOnUploadedMemory) {
   EXPECT_EQ(y, (std::vector<float>{7.0f, 6.0f}));
 }
 
+TEST(CpuBackend, MarksAreTimesInOrder) {
+  const std::unique_ptr<Backend> backend = MakeCpuBackend();
+  for (int mark : {0, 1, 2}) ASSERT_TRUE(backend->Mark(mark).ok());
+  const double first = *backend->ElapsedUs(0, 1);
+  EXPECT_GE(first, 0.0);
+  EXPECT_GE(*backend->ElapsedUs(0, 2), first);
+  ASSERT_TRUE(backend->Mark(0).ok());
+  EXPECT_LE(*backend->ElapsedUs(0, 2), 0.0) << "a mark may be set anew";
+}
+
 TEST(CreateBackend, RefusesANegativeNumberOfThreads) {
   EXPECT_EQ(CreateBackend(DeviceChoice::kCpu, -1).status().code(),
             absl::StatusCode::kInvalidArgument);
