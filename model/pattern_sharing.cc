@@ -113,8 +113,10 @@ absl::Status PatternSharing::Attend(int layer, const kernels::AttentionParams& a
                     ? absl::MakeConstSpan(clusters_.cluster_of[layer])
                     : absl::MakeConstSpan(no_clusters_);
   may_share_ = options_.coverage > 0.0f &&
-               std::any_of(cluster_of_.begin(), cluster_of_.end(),
-                           [](int cluster) { return cluster != HeadClusters::kNoCluster; });
+               std::any_of(cluster_of_.begin(), cluster_of_.end(), [this](int cluster) {
+                 return cluster != HeadClusters::kNoCluster &&
+                        (!pivots_[cluster].exists() || pivots_[cluster].worth_sharing);
+               });
   stages_ = {};
   std::fill(roles_.begin(), roles_.end(), HeadRole::kVerticalSlash);
   // What the last layer's report would have waited for: its sources are written again.
