@@ -83,10 +83,11 @@ def _equal_density(summary: dict) -> list[str]:
             f"{r['density']:.3f}",
             f"{100 * r['score']:.1f}",
             r["beside"],
-            f"{100 * r['beside_score']:.1f}" + ("" if r["within_curve"] else " (nearest)"),
+            f"{100 * r['beside_score']:.1f}",
             f"{100 * r['difference']:+.1f}",
         ]
         for r in summary["equal_density"]
+        if r["within_curve"]
     ]
     header = ["at equal density", "length", "density", "score", "beside", "its score", "difference"]
     return _columns(header, rows) + [""]
@@ -114,7 +115,7 @@ def render(summary: dict) -> str:
         lines += _scores(summary, length)
     if summary["text"]:
         lines += _text(summary)
-    if summary["equal_density"]:
+    if any(r["within_curve"] for r in summary["equal_density"]):
         lines += _equal_density(summary)
     if summary["recall"]:
         lines += _recall(summary)
