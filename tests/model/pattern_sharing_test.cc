@@ -203,6 +203,21 @@ TEST(PatternSharing, AClusterThatVerticalSlashCoversAtEqualCostDoesNotShare) {
   EXPECT_EQ(report.shared_heads, 3);
 }
 
+TEST(PatternSharing, ALayerWhoseClustersGainNothingIsVerticalSlashBitForBit) {
+  Layer layer(4096, std::vector<Structure>(kNumHeads, Structure::kSinkAndLocal), kSameTopics);
+  AttentionOptions options = Options(AttentionPolicy::kShare);
+  options.gamma = 1.0f;
+  LayerReport report;
+  const auto out = layer.Attend(options, &report, /*num_layers=*/2);
+  EXPECT_EQ(report.pivot_heads, 0);
+  EXPECT_EQ(report.shared_heads, 0);
+  EXPECT_EQ(report.vertical_slash_heads, kNumHeads);
+  options.policy = AttentionPolicy::kVerticalSlash;
+  LayerReport vertical_slash;
+  EXPECT_EQ(layer.Attend(options, &vertical_slash), out);
+  EXPECT_EQ(vertical_slash.density, report.density);
+}
+
 // A floor on the budget makes vertical-slash cover everything, at the cost of everything.
 TEST(PatternSharing, AClusterThatVerticalSlashCoversOnlyAtGreaterCostShares) {
   Layer layer(4096, kAllTopics, kSameTopics);
