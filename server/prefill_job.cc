@@ -196,10 +196,10 @@ absl::Status PrefillJob::CheckConsumerSpeed(const JobTimeouts& timeouts, absl::T
   const LaneQueue::Taken taken = delivery_.KvTaken(now);
   const auto bytes = static_cast<double>(taken.payload_bytes);
   if (taken.busy <= timeouts.stall + absl::Seconds(bytes / min_speed)) return absl::OkStatus();
-  return absl::AbortedError(absl::StrCat(
-      "the consumer took ", bytes * 1e-6, " MB in ", absl::FormatDuration(taken.busy),
-      " and others wait; at least ", min_speed * 1e-6, " MB/s after ",
-      absl::FormatDuration(timeouts.stall), ", ", Whereabouts()));
+  return absl::AbortedError(
+      absl::StrCat("the consumer took ", bytes * 1e-6, " MB in ", absl::FormatDuration(taken.busy),
+                   " and others wait; at least ", min_speed * 1e-6, " MB/s after ",
+                   absl::FormatDuration(timeouts.stall), ", ", Whereabouts()));
 }
 
 void PrefillJob::CheckTimers(const JobTimeouts& timeouts, int64_t queue_position,
@@ -225,8 +225,9 @@ void PrefillJob::CheckTimers(const JobTimeouts& timeouts, int64_t queue_position
           absl::AbortedError(absl::StrCat("not all of ", work_.num_lanes,
                                           " lanes were attached within ",
                                           absl::FormatDuration(timeouts.lane_attach))));
-  } else if (const absl::Status speed = CheckConsumerSpeed(timeouts, now);
-             others_wait && !speed.ok()) {
+  } else if (const absl::Status speed =
+                 others_wait ? CheckConsumerSpeed(timeouts, now) : absl::OkStatus();
+             !speed.ok()) {
     Abort(Outcome::kTooSlow, speed);
   } else if (now - last_event_at > timeouts.heartbeat && delivery_.control().idle()) {
     SendProgress(queue_position);
