@@ -30,7 +30,8 @@ std::shared_ptr<grpc::Channel> Dial(const std::string& address,
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
   // A connection per push, so that pushes to one worker do not share its throughput.
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-  return grpc::CreateCustomChannel(address, credentials, arguments);
+  // Without a scheme gRPC would take "unix:80" for the name of a socket.
+  return grpc::CreateCustomChannel(absl::StrCat("dns:///", address), credentials, arguments);
 }
 
 }  // namespace
