@@ -13,10 +13,10 @@ namespace prefilld::kernels {
 // Number of `block`-sized blocks that hold `n` elements.
 constexpr int64_t CeilDiv(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
-// A pattern is a bitmap over (query block, key block): row r has PatternWords(num_key_blocks) 32-bit
-// words, bit c % 32 of word c / 32 says whether key block c is computed. Bits above the diagonal are
-// zero; the diagonal's own is computed whether it is set or not, so that every query sees a key: a
-// row of zeros is the diagonal alone.
+// A pattern is a bitmap over (query block, key block): row r has PatternWords(num_key_blocks)
+// 32-bit words, bit c % 32 of word c / 32 says whether key block c is computed. Bits above the
+// diagonal are zero; the diagonal's own is computed whether it is set or not, so that every query
+// sees a key: a row of zeros is the diagonal alone.
 constexpr int64_t PatternWords(int64_t num_key_blocks) { return CeilDiv(num_key_blocks, 32); }
 
 // What to do for one query head.
@@ -52,10 +52,10 @@ struct AttentionParams {
   int64_t kv_head_stride = 0;  // elements between KV heads, >= num_keys * head_dim
   int num_heads = 0;
   int num_kv_heads = 0;
-  int head_dim = 0;                 // 64 or 128
-  int block_tokens = 128;           // of patterns and block mass: 64 or 128
-  float scale = 0.0f;               // of the logits, usually 1 / sqrt(head_dim)
-  const HeadWork* work = nullptr;   // [num_work], host memory; heads not named are not touched
+  int head_dim = 0;                // 64 or 128
+  int block_tokens = 128;          // of patterns and block mass: 64 or 128
+  float scale = 0.0f;              // of the logits, usually 1 / sqrt(head_dim)
+  const HeadWork* work = nullptr;  // [num_work], host memory; heads not named are not touched
   int num_work = 0;
 };
 
@@ -66,12 +66,12 @@ struct AttentionParams {
 // both block orders of the wire (NHD: token_stride = num_kv_heads * head_dim, head_stride =
 // head_dim; HND: token_stride = head_dim, head_stride = block_tokens * head_dim).
 struct PagedAttentionParams {
-  const void* q = nullptr;                // [num_heads, head_dim]
-  const void* k_pool = nullptr;           // [pool_blocks, block_stride elements]
-  const void* v_pool = nullptr;           // as k_pool
-  const int32_t* block_table = nullptr;   // [CeilDiv(num_keys, block_tokens)], device memory
-  void* out = nullptr;                    // [num_heads, head_dim]; may be q
-  int64_t num_keys = 0;                   // the new token's own key included
+  const void* q = nullptr;               // [num_heads, head_dim]
+  const void* k_pool = nullptr;          // [pool_blocks, block_stride elements]
+  const void* v_pool = nullptr;          // as k_pool
+  const int32_t* block_table = nullptr;  // [CeilDiv(num_keys, block_tokens)], device memory
+  void* out = nullptr;                   // [num_heads, head_dim]; may be q
+  int64_t num_keys = 0;                  // the new token's own key included
   int64_t block_stride = 0;
   int64_t head_stride = 0;
   int64_t token_stride = 0;

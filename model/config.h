@@ -22,14 +22,14 @@ struct RopeConfig {
   double theta = 10000.0;
   double factor = 1.0;
   int64_t original_max_positions = 0;  // dynamic NTK, llama3, YaRN
-  double low_freq_factor = 1.0;   // llama3
-  double high_freq_factor = 4.0;  // llama3
-  double beta_fast = 32.0;        // YaRN
-  double beta_slow = 1.0;         // YaRN
-  double mscale = 0.0;            // YaRN, 0: absent
-  double mscale_all_dim = 0.0;    // YaRN, 0: absent
-  double attention_factor = 0.0;  // YaRN, 0: absent, derived from factor
-  bool truncate = true;           // YaRN
+  double low_freq_factor = 1.0;        // llama3
+  double high_freq_factor = 4.0;       // llama3
+  double beta_fast = 32.0;             // YaRN
+  double beta_slow = 1.0;              // YaRN
+  double mscale = 0.0;                 // YaRN, 0: absent
+  double mscale_all_dim = 0.0;         // YaRN, 0: absent
+  double attention_factor = 0.0;       // YaRN, 0: absent, derived from factor
+  bool truncate = true;                // YaRN
 };
 
 struct ModelConfig {

@@ -1,4 +1,5 @@
-// From logits to a token. Host code, used by prefill for the first token and by decode for the rest.
+// From logits to a token. Host code, used by prefill for the first token and by decode for the
+// rest.
 #ifndef PREFILLD_MODEL_SAMPLING_H_
 #define PREFILLD_MODEL_SAMPLING_H_
 
