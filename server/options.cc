@@ -35,10 +35,9 @@ ABSL_FLAG(std::string, log_format, "text", "text (key=value) or json, one event 
 ABSL_FLAG(std::optional<std::string>, policy, std::nullopt,
           "Default attention: dense, vertical_slash, share or auto. Not set, like the thresholds "
           "below: the head-cluster file's value, else the built-in one.");
-ABSL_FLAG(
-    std::vector<std::string>, allowed_policies, {},
-    "Policies that requests may ask for, comma-separated. Empty: all but the baselines, which "
-    "are for evaluations: baseline_query_aware, baseline_random.");
+ABSL_FLAG(std::vector<std::string>, allowed_policies, {},
+          "Policies that requests may ask for, comma-separated. Empty: all but those for "
+          "evaluations, which are baseline_query_aware and baseline_random.");
 ABSL_FLAG(std::optional<float>, gamma, std::nullopt, "Mass that a pattern must cover, (0, 1].");
 ABSL_FLAG(std::optional<float>, tau, std::nullopt, "Distance below which heads share, [0, 1].");
 ABSL_FLAG(std::optional<float>, delta, std::nullopt,
