@@ -143,12 +143,33 @@ TEST_F(OverlapAndDrain, WhatDoesNotFinishWithinTheDrainTimeIsCancelled) {
                        {"--model=" + checkpoint_.dir(), "--device=cpu", "--cpu_threads=2",
                         "--prefill_address=" + prefilld_.address(), "--kv_pool_tokens=8192",
                         "--drain_timeout_s=0.2"});
+  bool told = false;
   const Generation running = Generate(worker.address(), DenseRequest(prompt_, 4000),
                                       [&](const GenerateEvent& event, auto&) {
-                                        if (event.has_progress()) worker.Signal(SIGTERM);
+                                        if (!event.has_progress() || told) return;
+                                        worker.Signal(SIGTERM);
+                                        told = true;
                                       });
   EXPECT_FALSE(running.status.ok());
   EXPECT_EQ(worker.Wait(absl::Seconds(20)), 0) << worker.stderr_text();
+}
+
+TEST_F(OverlapAndDrain, ASecondSignalEndsTheDecodeWorkerAtOnce) {
+  ServerProcess worker("prefilld-decode-worker",
+                       {"--model=" + checkpoint_.dir(), "--device=cpu", "--cpu_threads=2",
+                        "--prefill_address=" + prefilld_.address(), "--kv_pool_tokens=8192",
+                        "--drain_timeout_s=3600"});
+  bool told = false;
+  const Generation running = Generate(worker.address(), DenseRequest(prompt_, 4000),
+                                      [&](const GenerateEvent& event, auto&) {
+                                        if (!event.has_progress() || told) return;
+                                        worker.Signal(SIGTERM);
+                                        absl::SleepFor(absl::Milliseconds(100));
+                                        worker.Signal(SIGTERM);
+                                        told = true;
+                                      });
+  EXPECT_FALSE(running.status.ok());
+  EXPECT_EQ(worker.Wait(absl::Seconds(20)), 1) << worker.stderr_text();
 }
 
 TEST_F(OverlapAndDrain, IdleServersEndAtOnce) {
