@@ -149,7 +149,7 @@ class WorkerServices : public ::testing::Test {
   }
 
   void ExpectPoolFree() {
-    const absl::Time deadline = absl::Now() + absl::Seconds(5);
+    const absl::Time deadline = absl::Now() + absl::Seconds(20);
     while (pool_.free_blocks() < pool_.num_blocks() && absl::Now() < deadline) {
       absl::SleepFor(absl::Milliseconds(1));
     }
