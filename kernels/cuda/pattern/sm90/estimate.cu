@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         mbarrier_init(&shared.k_empty[i][quarter], Pass::kQuarters * kConsumerWarps / kConsumers);
       }
     }
-    for (int i = 0; i < kConsumerWarps; ++i) mbarrier_init(&shared.diagonals_full[i], 1);
+    for (int i = 0; i < kConsumerWarps; ++i) mbarrier_init(&shared.diagonals_full[i], 32);
     fence_mbarrier_init();
   }
   __syncthreads();

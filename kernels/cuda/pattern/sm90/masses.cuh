@@ -85,8 +85,8 @@ class Masses {
       write_diagonals(step);
     }
     const int lane = static_cast<int>(threadIdx.x) % 32;
+    device::mbarrier_arrive(&shared_.diagonals_full[place.warp]);
     __syncwarp();
-    if (lane == 0) device::mbarrier_arrive(&shared_.diagonals_full[place.warp]);
     write_block_mass(lane);
     write_slash(lane, RingPosition<1>(item_count).parity);
   }
@@ -187,8 +187,8 @@ class Masses {
       if (offset >= 0 && offset < launch_.op.num_keys) slash[offset] = sum;
       if (overhangs) overhang[i] = own[i];
     }
-    // The warp after this one has read its predecessor's diagonals before those are written again,
-    // a round of turns later.
+    // The warp after this one has read these diagonals before they are written again: that takes
+    // this warp eight steps, and after one step a round of turns has brought the other past here.
   }
 
   const Launch& launch_;
