@@ -11,11 +11,11 @@ constexpr int64_t kMinTokens = 1024;
 
 }  // namespace
 
-void PromptSpeed::Record(int64_t num_tokens, model::AttentionPolicy policy,
+void PromptSpeed::Record(absl::Time now, int64_t num_tokens, model::AttentionPolicy policy,
                          absl::Duration compute) {
   if (compute <= absl::ZeroDuration()) return;
   const double speed = static_cast<double>(num_tokens) / absl::ToDoubleSeconds(compute);
-  samples_.push_back({num_tokens, policy, speed});
+  samples_.push_back({now, num_tokens, policy, speed});
   if (samples_.size() > kMaxSamples) samples_.pop_front();
 }
 
@@ -23,12 +23,13 @@ double PromptSpeed::latest() const {
   return samples_.empty() ? 0 : samples_.back().tokens_per_second;
 }
 
-absl::Duration PromptSpeed::AtBest(int64_t num_tokens, model::AttentionPolicy policy) const {
+absl::Duration PromptSpeed::AtBest(absl::Time now, int64_t num_tokens,
+                                   model::AttentionPolicy policy) const {
   int known = 0;
   double best = 0;
   for (const Sample& sample : samples_) {
     if (sample.policy != policy || sample.num_tokens < kMinTokens ||
-        sample.num_tokens > num_tokens) {
+        sample.num_tokens > num_tokens || now - sample.at > kMaxAge) {
       continue;
     }
     ++known;

@@ -21,8 +21,9 @@ constexpr absl::Duration kMaxRetryDelay = absl::Seconds(60);
 // at the best speed of late.
 constexpr double kHopeless = 0.5;
 
-absl::Duration AtBest(const PromptSpeed& speed, const PrefillJob& job) {
-  return speed.AtBest(static_cast<int64_t>(job.work().tokens.size()), job.work().attention.policy);
+absl::Duration AtBest(const PromptSpeed& speed, absl::Time now, const PrefillJob& job) {
+  return speed.AtBest(now, static_cast<int64_t>(job.work().tokens.size()),
+                      job.work().attention.policy);
 }
 
 }  // namespace
@@ -90,9 +91,10 @@ absl::Status Scheduler::CheckRoom(int64_t num_tokens) const {
 absl::Status Scheduler::CheckDeadline(const PrefillJob& job) const {
   const absl::Duration time_left = job.time_left();
   if (time_left == absl::InfiniteDuration()) return absl::OkStatus();
+  const absl::Time now = clock_.Now();
   absl::Duration queue;
-  for (const auto& queued : queue_) queue += AtBest(speed_, *queued);
-  const absl::Duration compute = AtBest(speed_, job);
+  for (const auto& queued : queue_) queue += AtBest(speed_, now, *queued);
+  const absl::Duration compute = AtBest(speed_, now, job);
   if (time_left >= kHopeless * (queue + compute)) return absl::OkStatus();
   const auto rounded = [](absl::Duration d) {
     return absl::FormatDuration(absl::Trunc(d, absl::Milliseconds(1)));
@@ -220,7 +222,7 @@ void Scheduler::Compute(PrefillJob& job) {
   job.Start((*sequence)->policy());
   stream_.Begin(job, **sequence);
   absl::Status status = ComputeLayers(job, **sequence);
-  // The packing thread borrows the sequence until here.
+  // The packing threads borrow the sequence until here.
   status.Update(stream_.End());
   sequence->reset();
   if (!status.ok()) {
@@ -253,9 +255,9 @@ absl::Status Scheduler::ComputeLayers(PrefillJob& job, model::PrefillSequence& s
     stream_.LayerDone(layer);
   }
   const absl::Status status = ComputeFirstToken(job, sequence);
-  const absl::Duration compute = clock_.Now() - started - waited;
+  const absl::Time now = clock_.Now();
   absl::MutexLock lock(&mu_);
-  speed_.Record(num_tokens, job.work().attention.policy, compute);
+  speed_.Record(now, num_tokens, job.work().attention.policy, now - started - waited);
   return status;
 }
 
