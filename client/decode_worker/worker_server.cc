@@ -50,11 +50,13 @@ absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeCredentials(const L
 }  // namespace
 
 int MaxMessageBytes(const WorkerOptions& options, const model::ModelConfig& model) {
-  constexpr int64_t kFrameBytes = int64_t{4} << 20;  // unless a single block has more
-  constexpr int64_t kTokenBytes = 5;                 // an id as varint
+  // prefilld fills frames of 4 MiB at most, or of its largest block, whatever the blocks asked for.
+  constexpr int64_t kFrameBytes = int64_t{4} << 20;
+  constexpr int64_t kMaxBlockTokens = 128;
+  constexpr int64_t kTokenBytes = 5;  // an id as varint
   constexpr int64_t kOtherFields = int64_t{1} << 20;
-  const int64_t block_bytes = int64_t{2} * options.decoder.block_tokens * model.num_kv_heads *
-                              model.head_dim * static_cast<int64_t>(sizeof(float));
+  const int64_t block_bytes = 2 * kMaxBlockTokens * model.num_kv_heads * model.head_dim *
+                              static_cast<int64_t>(sizeof(float));
   const int64_t payload =
       std::max({kFrameBytes, block_bytes, 2 * kTokenBytes * options.decoder.pool_tokens});
   return static_cast<int>(
