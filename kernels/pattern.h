@@ -85,8 +85,8 @@ struct MeasurePatternParams {
   const uint32_t* last_row = nullptr;  // [W], OR-ed into the last row; may be null
   int64_t num_query_blocks = 0;
   int64_t num_key_blocks = 0;
-  double* mass =
-      nullptr;  // mean over the rows of the mass inside the pattern; null if no block_mass
+  // Mean over the rows of the mass inside the pattern; null if no block_mass.
+  double* mass = nullptr;
   int64_t* blocks = nullptr;  // number of blocks
 };
 

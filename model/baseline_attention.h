@@ -2,12 +2,12 @@
 // here is fast or safe enough to be a server's default.
 //
 //   baseline_query_aware  FlexPrefill (Lai et al., arXiv 2502.20766). The block means of queries
-//   and
-//                         keys predict the block mass (kernels/pooled_mass.h). Where the prediction
-//                         for the last row is nearer than tau to the head's true estimate, every
-//                         row takes the smallest set of blocks that holds gamma of it, with block 0
-//                         and the diagonal; the other heads are left to vertical-slash. The
-//                         article's tau is 0.1; tau 1 is query-aware for every head.
+//                         and keys predict the block mass (kernels/pooled_mass.h). Where the
+//                         prediction for the last row is nearer than tau to the head's true
+//                         estimate, every row takes the smallest set of blocks that holds gamma of
+//                         it, with block 0 and the diagonal; the other heads are left to
+//                         vertical-slash. The article's tau is 0.1; tau 1 is query-aware for every
+//                         head.
 //   baseline_random       Blocks at random, `density` of each row, with block 0 and the diagonal:
 //                         what any choice of blocks has to beat.
 #ifndef PREFILLD_MODEL_BASELINE_ATTENTION_H_

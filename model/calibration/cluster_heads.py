@@ -127,6 +127,8 @@ def read_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if not 0 < args.recall < 1:
         parser.error(f"--recall {args.recall} is outside (0, 1)")
+    if args.smallest < 2:
+        parser.error(f"--smallest {args.smallest} is below 2, and a head alone has nothing to share with")
     for name in ("coverage", "pivot_cost", "cut"):
         value = getattr(args, name)
         if value is not None and not 0 < value <= 1:
