@@ -90,6 +90,16 @@ TEST_F(WorkerServices, AMessageFarLargerThanItsPoolIsNotEvenRead) {
             grpc::StatusCode::RESOURCE_EXHAUSTED);
 }
 
+TEST(MaxMessageBytes, HasRoomForAFrameOfTheModelsLargestBlock) {
+  WorkerOptions options;
+  options.decoder.block_tokens = 16;
+  model::ModelConfig model;
+  model.num_kv_heads = 40;
+  model.head_dim = 128;
+  const int largest_block = 2 * 128 * 40 * 128 * static_cast<int>(sizeof(float));
+  EXPECT_GT(MaxMessageBytes(options, model), largest_block + 1000);
+}
+
 TEST_F(WorkerServices, AFirstTokenOutsideTheVocabularyIsDataLoss) {
   prefill_script_ = [](grpc::ServerContext&, const PrefillRequest&, PrefillWriter& writer) {
     writer.Write(AcceptedEvent(SmallLayout(), 1));
