@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <limits>
 #include <utility>
 
 #include <prometheus/exposer.h>
@@ -138,11 +139,15 @@ Metrics::Metrics(const model::EngineInfo& engine)
                      .Register(*registry_);
   auto& lowest = prometheus::BuildGauge()
                      .Name("prefilld_attention_recall_lowest")
-                     .Help("Recall of the worst head of the latest request that was measured.")
+                     .Help(
+                         "Recall of the worst head of the latest request that was measured; NaN "
+                         "before the first.")
                      .Register(*registry_);
   for (const std::string& kind : kSparseKinds) {
     recall_.push_back(&recall.Add({{"kind", kind}}, kRecalls));
     lowest_recall_.push_back(&lowest.Add({{"kind", kind}}));
+    // A 0 would set off an alarm before anything is measured.
+    lowest_recall_.back()->Set(std::numeric_limits<double>::quiet_NaN());
   }
 }
 
