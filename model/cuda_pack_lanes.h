@@ -26,7 +26,7 @@ class CudaPackLanes {
   cudaError_t Pack(const kernels::PackKvParams& params);
 
  private:
-  // Two lanes keep the copy engine busy while one of them packs.
+  // Two keep the copy engine busy; other threads sum up and send meanwhile.
   static constexpr int kLanes = 2;
   // Large enough that packing is a small part of the copy's time; a single larger block grows it.
   static constexpr size_t kPieceBytes = size_t{8} << 20;

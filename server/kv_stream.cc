@@ -5,10 +5,10 @@
 
 namespace prefilld::server {
 
-KvStream::KvStream(StagingRing& ring, int kv_slots, std::function<void(int, int64_t)> on_frame)
+KvStream::KvStream(StagingRing& ring, int kv_slots, int num_threads,
+                   std::function<void(int, int64_t)> on_frame)
     : ring_(ring), kv_slots_(kv_slots), on_frame_(std::move(on_frame)) {
-  const unsigned threads = std::clamp(std::thread::hardware_concurrency() / 4, 1u, 4u);
-  for (unsigned i = 0; i < threads; ++i) threads_.emplace_back([this] { Run(); });
+  for (int i = 0; i < num_threads; ++i) threads_.emplace_back([this] { Run(); });
 }
 
 KvStream::~KvStream() {
@@ -52,6 +52,7 @@ absl::Status KvStream::End() {
   mu_.Await(absl::Condition(&packed));
   job_ = nullptr;
   sequence_ = nullptr;
+  failed_ = false;
   return std::exchange(status_, absl::OkStatus());
 }
 
@@ -74,6 +75,7 @@ void KvStream::Run() {
     mu_.Lock();
 
     status_.Update(status);
+    if (!status_.ok()) failed_ = true;
     FinishFrame(frame);
   }
 }
@@ -104,12 +106,13 @@ void KvStream::FinishFrame(const Frame& frame) {
   layers_.erase(layer);
 }
 
-// OK, without packing, when the job has ended.
+// OK, without packing, when the job has ended or packing has failed.
 absl::Status KvStream::PackFrame(PrefillJob& job, model::PrefillSequence& sequence,
                                  const Frame& frame) {
-  if (job.ended()) return absl::OkStatus();
-  StagingRing::Lease buffer = ring_.Acquire(job.credit(), [&job] { return job.ended(); });
-  if (!buffer || job.ended()) return absl::OkStatus();
+  const auto over = [&] { return job.ended() || failed_; };
+  if (over()) return absl::OkStatus();
+  StagingRing::Lease buffer = ring_.Acquire(job.credit(), over);
+  if (!buffer || over()) return absl::OkStatus();
 
   const auto& layout = job.work().layout;
   const absl::Status packed = sequence.PackKv(

@@ -2,6 +2,7 @@
 #ifndef PREFILLD_SERVER_KV_STREAM_H_
 #define PREFILLD_SERVER_KV_STREAM_H_
 
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -22,15 +23,15 @@ namespace prefilld::server {
 // by the compute thread. Between Begin and End it borrows the job and the sequence.
 //
 // Each thread takes the next frame, packs it, sums it up and hands it to a lane; a lane that is
-// idle is written to right there, so that one thread alone would be the speed of all lanes. A
-// quarter of the cores does this, four threads at most.
+// idle is written to right there, so that one thread alone would be the speed of all lanes.
 //
 // A request whose consumer is slow holds its credit of staging; then its finished layers keep their
 // KV slots, and WaitForSlot pauses the compute.
 class KvStream {
  public:
   // on_frame(lane, payload_bytes) is called by a packing thread for each frame handed over.
-  KvStream(StagingRing& ring, int kv_slots, std::function<void(int, int64_t)> on_frame);
+  KvStream(StagingRing& ring, int kv_slots, int num_threads,
+           std::function<void(int, int64_t)> on_frame);
   ~KvStream();
 
   void Begin(PrefillJob& job, model::PrefillSequence& sequence);
@@ -69,6 +70,7 @@ class KvStream {
   model::PrefillSequence* sequence_ ABSL_GUARDED_BY(mu_) = nullptr;
   std::deque<Layer> layers_ ABSL_GUARDED_BY(mu_);  // finished, not yet released; oldest first
   absl::Status status_ ABSL_GUARDED_BY(mu_);
+  std::atomic<bool> failed_ = false;  // not OK; what is left is dropped
   bool stop_ ABSL_GUARDED_BY(mu_) = false;
 
   std::vector<std::thread> threads_;

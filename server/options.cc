@@ -64,6 +64,8 @@ ABSL_FLAG(int32_t, max_lanes, 16, "Parallel KV streams one request may use, 1 to
 ABSL_FLAG(int64_t, staging_bytes, int64_t{256} << 20,
           "Host memory for KV on its way to consumers; one request takes at most half.");
 ABSL_FLAG(int64_t, frame_bytes, int64_t{2} << 20, "KV payload of one message, 1 to 4 MiB.");
+ABSL_FLAG(int32_t, pack_threads, 0,
+          "Threads that pack, sum up and send KV. 0: a quarter of the cores, 1 to 4.");
 ABSL_FLAG(
     std::vector<std::string>, deliver_to_allow, {},
     "host:port patterns that requests may have their KV pushed to, comma-separated. '*' stands "
@@ -153,6 +155,7 @@ ServerOptions ReadPlainValues() {
   options.max_queued_tokens = absl::GetFlag(FLAGS_max_queued_tokens);
   options.max_lanes = absl::GetFlag(FLAGS_max_lanes);
   options.staging_bytes = absl::GetFlag(FLAGS_staging_bytes);
+  options.pack_threads = absl::GetFlag(FLAGS_pack_threads);
   options.frame_bytes = absl::GetFlag(FLAGS_frame_bytes);
   options.deliver_to_allow = absl::GetFlag(FLAGS_deliver_to_allow);
   options.stall_timeout = absl::Seconds(absl::GetFlag(FLAGS_stall_timeout_s));

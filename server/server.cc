@@ -1,6 +1,7 @@
 #include "server/server.h"
 
 #include <algorithm>
+#include <thread>
 #include <utility>
 
 #include <grpc/grpc.h>
@@ -128,7 +129,9 @@ absl::Status PrefillServer::CreateStaging(const ServerOptions& options) {
 }
 
 void PrefillServer::CreateScheduler(const ServerOptions& options) {
-  stream_ = std::make_unique<KvStream>(*ring_, engine_.kv_slots(),
+  const int quarter = static_cast<int>(std::thread::hardware_concurrency() / 4);
+  const int threads = options.pack_threads > 0 ? options.pack_threads : std::clamp(quarter, 1, 4);
+  stream_ = std::make_unique<KvStream>(*ring_, engine_.kv_slots(), threads,
                                        [this](int lane, int64_t payload_bytes) {
                                          metrics_->CountFrame(lane, payload_bytes);
                                          scheduler_->RecordProgress();

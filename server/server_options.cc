@@ -124,6 +124,7 @@ absl::Status Validate(const ServerOptions& o) {
   CheckRange("--max_queued_tokens", o.max_queued_tokens, 0, int64_t{1} << 36, problems);
   CheckRange("--max_lanes", o.max_lanes, 1, 16, problems);
   CheckRange("--frame_bytes", o.frame_bytes, kMiB, 4 * kMiB, problems);
+  CheckRange("--pack_threads", o.pack_threads, 0, 64, problems);
   CheckRange("--staging_bytes", o.staging_bytes, 4 * o.frame_bytes, int64_t{1} << 40, problems);
   CheckSeconds("--stall_timeout_s", o.stall_timeout, 3600, problems);
   CheckSeconds("--wedge_timeout_s", o.wedge_timeout, 86400, problems);
@@ -158,6 +159,7 @@ std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o
           {"max_queued_tokens", absl::StrCat(o.max_queued_tokens)},
           {"max_lanes", absl::StrCat(o.max_lanes)},
           {"staging_bytes", absl::StrCat(o.staging_bytes)},
+          {"pack_threads", absl::StrCat(o.pack_threads)},
           {"frame_bytes", absl::StrCat(o.frame_bytes)},
           {"deliver_to_allow", absl::StrJoin(o.deliver_to_allow, ",")},
           {"stall_timeout", absl::FormatDuration(o.stall_timeout)},

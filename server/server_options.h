@@ -62,6 +62,7 @@ struct ServerOptions {
   int max_lanes = 16;
   int64_t staging_bytes = int64_t{256} << 20;
   int64_t frame_bytes = int64_t{2} << 20;
+  int pack_threads = 0;  // that pack and send KV; 0: a quarter of the cores, 1 to 4
   std::vector<std::string> deliver_to_allow;  // host:port patterns; empty: no push
 
   absl::Duration stall_timeout = absl::Seconds(30);

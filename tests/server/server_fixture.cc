@@ -79,6 +79,7 @@ ServerFixture::ServerFixture() {
   options_.listen = "127.0.0.1:0";
   options_.metrics_listen = "";  // its server takes two seconds to stop
   options_.staging_bytes = 8 << 20;
+  options_.pack_threads = 4;  // whatever the machine has
   options_.frame_bytes = 1 << 20;
 }
 
