@@ -5,7 +5,7 @@
 
 namespace prefilld::integration {
 
-// A key and a self-signed certificate for localhost, made on the spot, in a folder that goes with
+// A key and a self-signed certificate for 127.0.0.1, made on the spot, in a folder that goes with
 // this object. Whoever trusts the certificate trusts its holder, as server and as client.
 class TestCertificate {
  public:

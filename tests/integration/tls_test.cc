@@ -24,7 +24,7 @@ class Tls : public ::testing::Test {
   std::vector<std::string> PrefilldFlags() const {
     std::vector<std::string> flags = ServerFlags(ours_, ours_);
     flags.insert(flags.end(), {"--model=" + checkpoint_.dir(), "--device=cpu",
-                               "--deliver_to_allow=localhost:*"});
+                               "--deliver_to_allow=127.0.0.1:*"});
     return flags;
   }
   std::vector<std::string> WorkerFlags() const {
@@ -32,15 +32,10 @@ class Tls : public ::testing::Test {
     flags.insert(
         flags.end(),
         {"--model=" + checkpoint_.dir(), "--device=cpu", "--kv_pool_tokens=1024",
-         "--prefill_address=" + Named(prefilld_), "--prefill_tls", "--lanes=2",
+         "--prefill_address=" + prefilld_.address(), "--prefill_tls", "--lanes=2",
          "--prefill_tls_ca=" + ours_.cert_file(), "--prefill_tls_cert=" + ours_.cert_file(),
          "--prefill_tls_key=" + ours_.key_file()});
     return flags;
-  }
-  // By the name in the certificate.
-  static std::string Named(const ServerProcess& server) {
-    const std::string address = server.address();
-    return "localhost" + address.substr(address.rfind(':'));
   }
   static std::vector<std::string> CliFlags(const TestCertificate& self,
                                            const TestCertificate& peer) {
@@ -70,22 +65,23 @@ class Tls : public ::testing::Test {
 };
 
 TEST_F(Tls, ThePulledCacheIsDecoded) {
-  const auto cli = RunCli({"generate", "--worker=" + Named(worker_)}, CliFlags(ours_, ours_));
+  const auto cli = RunCli({"generate", "--worker=" + worker_.address()}, CliFlags(ours_, ours_));
   EXPECT_EQ(cli->Wait(absl::ZeroDuration()), 0) << cli->stderr_text();
 }
 
 TEST_F(Tls, ThePushedCacheIsDecoded) {
   ChildProcess generate("prefill-cli", [&] {
     std::vector<std::string> args = CliFlags(ours_, ours_);
-    args.insert(args.begin(), {"generate", "--worker=" + Named(worker_), "--pushed_transfer_id=t"});
+    args.insert(args.begin(),
+                {"generate", "--worker=" + worker_.address(), "--pushed_transfer_id=t"});
     return args;
   }());
   // Until the worker waits for the transfer, pushing it is refused.
   int exit_code = -1;
   std::string error;
   for (int i = 0; i < 50 && exit_code != 0; ++i) {
-    const auto prefill = RunCli({"prefill", "--server=" + Named(prefilld_), "--kv_dtype=fp32",
-                                 "--deliver_to=" + Named(worker_), "--transfer_id=t"},
+    const auto prefill = RunCli({"prefill", "--server=" + prefilld_.address(), "--kv_dtype=fp32",
+                                 "--deliver_to=" + worker_.address(), "--transfer_id=t"},
                                 CliFlags(ours_, ours_));
     exit_code = *prefill->Wait(absl::ZeroDuration());
     error = prefill->stderr_text();
@@ -96,12 +92,12 @@ TEST_F(Tls, ThePushedCacheIsDecoded) {
 
 TEST_F(Tls, StrangersAndPlainTextAreTurnedAway) {
   const auto stranger =
-      RunCli({"prefill", "--server=" + Named(prefilld_)}, CliFlags(strangers_, ours_));
+      RunCli({"prefill", "--server=" + prefilld_.address()}, CliFlags(strangers_, ours_));
   EXPECT_EQ(stranger->Wait(absl::ZeroDuration()), 3) << stranger->stderr_text();
   const auto trusting_another =
-      RunCli({"prefill", "--server=" + Named(prefilld_)}, CliFlags(ours_, strangers_));
+      RunCli({"prefill", "--server=" + prefilld_.address()}, CliFlags(ours_, strangers_));
   EXPECT_EQ(trusting_another->Wait(absl::ZeroDuration()), 3);
-  const auto plain = RunCli({"info", "--server=" + Named(prefilld_)}, {});
+  const auto plain = RunCli({"info", "--server=" + prefilld_.address()}, {});
   EXPECT_EQ(plain->Wait(absl::ZeroDuration()), 3);
   EXPECT_THAT(plain->stderr_text(), HasSubstr("UNAVAILABLE"));
 }
