@@ -17,7 +17,7 @@ namespace prefilld::kernels {
 struct EstimateParams {
   const void* q = nullptr;  // [num_queries, num_heads, head_dim]: the last queries of the prompt
   const void* k = nullptr;  // [num_kv_heads, num_keys, head_dim], kv_head_stride between heads
-  int64_t num_queries = 0;  // min(B, num_keys)
+  int64_t num_queries = 0;  // 1 .. min(B, num_keys)
   int64_t num_keys = 0;
   int64_t kv_head_stride = 0;
   int num_heads = 0;
@@ -30,6 +30,26 @@ struct EstimateParams {
   float* slash = nullptr;       // [num_heads, num_keys]: per offset (query - key); sums to 1
   void* scratch = nullptr;      // EstimateScratchBytes() bytes
 };
+
+// The inputs of an estimate from queries [first, end) of `attention`, whose queries and keys are
+// those of the whole prompt, against the keys before `end`; at most a block of queries. The outputs
+// and scratch are left to set.
+inline EstimateParams EstimateInputs(const AttentionParams& attention, int64_t first, int64_t end,
+                                     DType dtype) {
+  const int64_t query_offset =
+      first * attention.num_heads * attention.head_dim * static_cast<int64_t>(SizeOf(dtype));
+  return {.q = static_cast<const char*>(attention.q) + query_offset,
+          .k = attention.k,
+          .num_queries = end - first,
+          .num_keys = end,
+          .kv_head_stride = attention.kv_head_stride,
+          .num_heads = attention.num_heads,
+          .num_kv_heads = attention.num_kv_heads,
+          .head_dim = attention.head_dim,
+          .block_tokens = attention.block_tokens,
+          .scale = attention.scale};
+}
+
 // Large enough for every path of either backend: the maximum and sum of every row over each run of
 // 256 keys, and one float per key.
 constexpr int64_t EstimateScratchBytes(int num_heads, int64_t num_keys, int block_tokens) {

@@ -85,23 +85,13 @@ absl::Status RecallAudit::MeasureRow(const kernels::AttentionParams& attention, 
   const int64_t num_blocks = kernels::CeilDiv(attention.num_keys, attention.block_tokens);
   const int64_t first = row * attention.block_tokens;
   const int64_t end = std::min(first + attention.block_tokens, attention.num_keys);
-  const int64_t query_offset = first * attention.num_heads * attention.head_dim *
-                               static_cast<int64_t>(kernels::SizeOf(backend_.compute_dtype()));
-  absl::Status status =
-      backend_.Estimate({.q = static_cast<const char*>(attention.q) + query_offset,
-                         .k = attention.k,
-                         .num_queries = end - first,
-                         .num_keys = end,
-                         .kv_head_stride = attention.kv_head_stride,
-                         .num_heads = attention.num_heads,
-                         .num_kv_heads = attention.num_kv_heads,
-                         .head_dim = attention.head_dim,
-                         .block_tokens = attention.block_tokens,
-                         .scale = attention.scale,
-                         .block_mass = buffers.block_mass,
-                         .vertical = buffers.vertical,
-                         .slash = buffers.slash,
-                         .scratch = buffers.scratch});
+  kernels::EstimateParams estimate =
+      kernels::EstimateInputs(attention, first, end, backend_.compute_dtype());
+  estimate.block_mass = buffers.block_mass;
+  estimate.vertical = buffers.vertical;
+  estimate.slash = buffers.slash;
+  estimate.scratch = buffers.scratch;
+  absl::Status status = backend_.Estimate(estimate);
   const int64_t pattern_offset = row * kernels::PatternWords(num_blocks);
   for (int i = 0; i < attention.num_work && status.ok(); ++i) {
     const kernels::HeadWork& work = attention.work[i];

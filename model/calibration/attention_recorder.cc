@@ -165,24 +165,14 @@ kernels::AttentionParams AttentionRecorder::Attention() const {
 
 absl::Status AttentionRecorder::RecordEstimate(SafetensorsWriter& file) {
   const kernels::AttentionParams attention = Attention();
-  const int64_t num_queries = std::min<int64_t>(options_.block_tokens, num_tokens_);
-  const int64_t query_offset = (num_tokens_ - num_queries) * config_.num_heads * config_.head_dim *
-                               static_cast<int64_t>(kernels::SizeOf(backend_.compute_dtype()));
-  absl::Status status =
-      backend_.Estimate({.q = static_cast<const char*>(attention.q) + query_offset,
-                         .k = attention.k,
-                         .num_queries = num_queries,
-                         .num_keys = num_tokens_,
-                         .kv_head_stride = attention.kv_head_stride,
-                         .num_heads = config_.num_heads,
-                         .num_kv_heads = config_.num_kv_heads,
-                         .head_dim = config_.head_dim,
-                         .block_tokens = options_.block_tokens,
-                         .scale = attention.scale,
-                         .block_mass = estimate_.as<float>(),
-                         .vertical = vertical_.as<float>(),
-                         .slash = slash_.as<float>(),
-                         .scratch = scratch_.data()});
+  const int64_t first = std::max<int64_t>(0, num_tokens_ - options_.block_tokens);
+  kernels::EstimateParams estimate =
+      kernels::EstimateInputs(attention, first, num_tokens_, backend_.compute_dtype());
+  estimate.block_mass = estimate_.as<float>();
+  estimate.vertical = vertical_.as<float>();
+  estimate.slash = slash_.as<float>();
+  estimate.scratch = scratch_.data();
+  absl::Status status = backend_.Estimate(estimate);
   if (status.ok()) {
     status = backend_.VerticalSlash({.vertical = vertical_.as<float>(),
                                      .slash = slash_.as<float>(),

@@ -41,7 +41,8 @@ struct GpuTraits {
   int compute_major = 0;
 };
 
-// Whether the call runs on the kernels of attention/sm90; wgmma exists on compute capability 9 alone.
+// Whether the call runs on the kernels of attention/sm90; wgmma exists on compute capability 9
+// alone.
 bool UseHopper(const AttentionParams& params, const GpuTraits& gpu, AttentionPath path);
 
 // Whether kernels exist for the call's shape and its heads' work is consistent.

@@ -9,7 +9,8 @@
 //
 // A CTA takes a head and a group of 16 key blocks at a time, one block for each consumer warp, and
 // goes through the blocks side by side, 16 keys of each in a step: a step's tile has 256 rows, 16
-// of every block, so that each warp gets 16 consecutive keys. No atomics: the same result every time.
+// of every block, so that each warp gets 16 consecutive keys. No atomics: the same result every
+// time.
 #include "kernels/cuda/pattern/sm90/estimate.h"
 
 #include <algorithm>
