@@ -1,4 +1,4 @@
-"""The embedded model in PyTorch: exactly Qwen3ForCausalLM, written so that attention is a parameter.
+"""Small decoders in PyTorch: exactly Qwen3ForCausalLM (the embedded model) or Qwen2ForCausalLM, with attention a parameter.
 
 Training passes flash attention, the reference policies pass their block-sparse attention, calibration looks at the maps.
 Weights of one kind are stacked over the layers, [num_layers, ...]: the optimizer then updates a kind in one go.
@@ -35,38 +35,48 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
-def before_attention(x, norm, wq, wk, wv, q_norm, k_norm, cos, sin, eps: float):
-    """x [N,D] -> q [N,H,d], k and v [N,Hkv,d]: norm, projections, q/k norm, rotation."""
-    head_dim = q_norm.shape[0]
-    h = rms_norm(x, norm, eps)
-    q = F.linear(h, wq.to(h.dtype)).unflatten(-1, (-1, head_dim))
-    k = F.linear(h, wk.to(h.dtype)).unflatten(-1, (-1, head_dim))
-    v = F.linear(h, wv.to(h.dtype)).unflatten(-1, (-1, head_dim))
-    return rotate(rms_norm(q, q_norm, eps), cos, sin), rotate(rms_norm(k, k_norm, eps), cos, sin), v
-
-
-def after_attention(x, attended, wo, norm, w_gate, w_up, w_down, eps: float):
-    """x [N,D], attended [N,H*d] -> x of the next layer: output projection, then the gated MLP."""
-    x = x + F.linear(attended, wo.to(x.dtype))
-    h = rms_norm(x, norm, eps)
-    h = F.silu(F.linear(h, w_gate.to(h.dtype))) * F.linear(h, w_up.to(h.dtype))
-    return x + F.linear(h, w_down.to(h.dtype))
-
-
-# our stacked name -> (name inside a Hugging Face layer)
+# A layer's tensors by our names, which are stacked over the layers, and by their names inside a Hugging Face layer.
 LAYER_TENSORS = {
-    "attention_norm": "input_layernorm",
-    "wq": "self_attn.q_proj",
-    "wk": "self_attn.k_proj",
-    "wv": "self_attn.v_proj",
-    "wo": "self_attn.o_proj",
-    "q_norm": "self_attn.q_norm",
-    "k_norm": "self_attn.k_norm",
-    "mlp_norm": "post_attention_layernorm",
-    "w_gate": "mlp.gate_proj",
-    "w_up": "mlp.up_proj",
-    "w_down": "mlp.down_proj",
+    "attention_norm": "input_layernorm.weight",
+    "wq": "self_attn.q_proj.weight",
+    "wk": "self_attn.k_proj.weight",
+    "wv": "self_attn.v_proj.weight",
+    "wo": "self_attn.o_proj.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+    "w_gate": "mlp.gate_proj.weight",
+    "w_up": "mlp.up_proj.weight",
+    "w_down": "mlp.down_proj.weight",
 }
+ARCHITECTURE_TENSORS = {
+    "Qwen3ForCausalLM": {"q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight"},
+    "Qwen2ForCausalLM": {"bq": "self_attn.q_proj.bias", "bk": "self_attn.k_proj.bias", "bv": "self_attn.v_proj.bias"},
+}
+
+# One layer's tensors by our names.
+Layer = dict[str, Tensor]
+
+
+def project(h: Tensor, layer: Layer, name: str, head_dim: int) -> Tensor:
+    """h [N,D] -> [N,heads,d]"""
+    bias = layer["b" + name].to(h.dtype) if "b" + name in layer else None
+    return F.linear(h, layer["w" + name].to(h.dtype), bias).unflatten(-1, (-1, head_dim))
+
+
+def before_attention(x: Tensor, layer: Layer, cos: Tensor, sin: Tensor, head_dim: int, eps: float):
+    """x [N,D] -> q [N,H,d], k and v [N,Hkv,d]: norm, projections, q/k norm where there is one, rotation."""
+    h = rms_norm(x, layer["attention_norm"], eps)
+    q, k, v = (project(h, layer, name, head_dim) for name in "qkv")
+    if "q_norm" in layer:
+        q, k = rms_norm(q, layer["q_norm"], eps), rms_norm(k, layer["k_norm"], eps)
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def after_attention(x: Tensor, attended: Tensor, layer: Layer, eps: float) -> Tensor:
+    """x [N,D], attended [N,H*d] -> x of the next layer: output projection, then the gated MLP."""
+    x = x + F.linear(attended, layer["wo"].to(x.dtype))
+    h = rms_norm(x, layer["mlp_norm"], eps)
+    h = F.silu(F.linear(h, layer["w_gate"].to(h.dtype))) * F.linear(h, layer["w_up"].to(h.dtype))
+    return x + F.linear(h, layer["w_down"].to(h.dtype))
 
 
 class Decoder(nn.Module):
@@ -74,6 +84,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype  # of activations; parameters stay fp32
+        (architecture,) = config["architectures"]
+        if architecture not in ARCHITECTURE_TENSORS:
+            raise ValueError(f"architecture {architecture!r} unknown; one of {', '.join(ARCHITECTURE_TENSORS)}")
+        self.layer_tensors = {**LAYER_TENSORS, **ARCHITECTURE_TENSORS[architecture]}
         layers, width, mlp = (config[k] for k in ("num_hidden_layers", "hidden_size", "intermediate_size"))
         self.head_dim = config["head_dim"]
         self.num_heads, self.num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -91,8 +105,11 @@ class Decoder(nn.Module):
         self.attention_norm, self.mlp_norm = gain(width), gain(width)
         self.wq, self.wk, self.wv = normal(q_width, width), normal(kv_width, width), normal(kv_width, width)
         self.wo = nn.Parameter(torch.zeros(layers, width, q_width))
-        # Unit vectors times gains bound the logits by sqrt(d) * gain^2: 1.5 gives 18, enough to be sharp over 32k keys.
-        self.q_norm, self.k_norm = gain(self.head_dim, 1.5), gain(self.head_dim, 1.5)
+        if "q_norm" in self.layer_tensors:
+            # Unit vectors times gains bound the logits by sqrt(d) * gain^2: 1.5 gives 18, enough to be sharp over 32k keys.
+            self.q_norm, self.k_norm = gain(self.head_dim, 1.5), gain(self.head_dim, 1.5)
+        else:
+            self.bq, self.bk, self.bv = gain(q_width, 0.0), gain(kv_width, 0.0), gain(kv_width, 0.0)
         self.w_gate, self.w_up = normal(mlp, width), normal(mlp, width)
         self.w_down = nn.Parameter(torch.zeros(layers, width, mlp))
         self.final_norm = nn.Parameter(torch.full((width,), 0.3))
@@ -116,16 +133,31 @@ class Decoder(nn.Module):
     def run(self, tokens: Tensor, attend: Attend, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length = tokens.shape
         x = F.embedding(tokens.flatten(), self.embedding).to(self.dtype)
-        weights = zip(*(getattr(self, name).unbind(0) for name in LAYER_TENSORS))
-        for layer, (norm, wq, wk, wv, wo, q_norm, k_norm, mlp_norm, gate, up, down) in enumerate(weights):
-            qkv = self.before_attention(x, norm, wq, wk, wv, q_norm, k_norm, cos, sin, self.eps)
+        stacks = [getattr(self, name).unbind(0) for name in self.layer_tensors]
+        for index, tensors in enumerate(zip(*stacks)):
+            layer = dict(zip(self.layer_tensors, tensors))
+            qkv = self.before_attention(x, layer, cos, sin, self.head_dim, self.eps)
             q, k, v = (t.view(batch, length, -1, self.head_dim).transpose(1, 2) for t in qkv)
-            attended = attend(layer, q, k, v).transpose(1, 2).reshape(batch * length, -1)
-            x = self.after_attention(x, attended, wo, mlp_norm, gate, up, down, self.eps)
+            attended = attend(index, q, k, v).transpose(1, 2).reshape(batch * length, -1)
+            x = self.after_attention(x, attended, layer, self.eps)
         return rms_norm(x, self.final_norm, self.eps).view(batch, length, -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.embedding.to(hidden.dtype)).float()
+
+    @torch.no_grad()
+    def bound_logits(self, limit: float = 2.0) -> None:
+        """Training without q/k norm: a head's query or key projection never exceeds `limit` times its initial size.
+
+        Nothing else bounds q·k then, and a few large steps would freeze a head on one key. Hidden states are normed, so
+        this is a bound: twice the initial size allows logits of some 45 for a key like the query, enough to be sharp.
+        """
+        if "q_norm" in self.layer_tensors:
+            return
+        for stack in (self.wq, self.wk):
+            heads = stack.unflatten(1, (-1, self.head_dim))  # [layers, heads, d, D]
+            size = heads.norm(dim=(-2, -1), keepdim=True)  # sqrt(d) at first
+            heads.mul_((limit * self.head_dim**0.5 / size).clamp_max(1))
 
     # --- Hugging Face folders ---
 
@@ -135,8 +167,8 @@ class Decoder(nn.Module):
         layers = self.config["num_hidden_layers"]
         named = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.final_norm}
         for layer in range(layers):
-            for ours, theirs in LAYER_TENSORS.items():
-                named[f"model.layers.{layer}.{theirs}.weight"] = getattr(self, ours)[layer]
+            for ours, theirs in self.layer_tensors.items():
+                named[f"model.layers.{layer}.{theirs}"] = getattr(self, ours)[layer]
         shards: list[dict[str, Tensor]] = [{} for _ in range(num_shards)]
         for key, value in named.items():
             layer = int(key.split(".")[2]) if ".layers." in key else (0 if "embed" in key else layers - 1)
@@ -152,7 +184,7 @@ class Decoder(nn.Module):
 
     @staticmethod
     def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> "Decoder":
-        """Reads what `export` wrote; for inference."""
+        """Reads what `export` wrote; for inference, until gradients are switched on."""
         model = Decoder(json.loads((folder / "config.json").read_text()), dtype)
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         tensors: dict[str, Tensor] = {}
@@ -162,6 +194,6 @@ class Decoder(nn.Module):
             model.embedding.copy_(tensors["model.embed_tokens.weight"])
             model.final_norm.copy_(tensors["model.norm.weight"])
             for layer in range(model.config["num_hidden_layers"]):
-                for ours, theirs in LAYER_TENSORS.items():
-                    getattr(model, ours)[layer].copy_(tensors[f"model.layers.{layer}.{theirs}.weight"])
+                for ours, theirs in model.layer_tensors.items():
+                    getattr(model, ours)[layer].copy_(tensors[f"model.layers.{layer}.{theirs}"])
         return model.to(device).requires_grad_(False).eval()

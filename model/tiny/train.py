@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Trains the embedded model in a few minutes on one GPU.
+"""Trains the embedded model, or one of another shape, in a few minutes on one GPU; or trains one further.
 
     train.py --text DOCS:3 SOURCES:2 --minutes 7 --out FOLDER
+    train.py --text DOCS:3 SOURCES:2 --minutes 5 --config second_shape.json --stages … --out FOLDER
+    train.py --text DOCS:3 SOURCES:2 --minutes 3 --start . --stages 2048:0:0,8192:0:0,32768:1:1 --muon_lr 0.004 --out FOLDER
 
 Retrieval over bytes is learnt in short sequences first, where answers are dense, and then stretched: the context grows
 when answers are right, at the latest when its share of the time is spent. The learning rate follows the clock too, so
@@ -109,7 +111,7 @@ class Muon:
             parameter.mul_(1 - lr * self.weight_decay).add_(update.to(parameter.dtype), alpha=-lr * scale)
 
 
-def rate(progress: float, warm_up: float = 0.01, decay_from: float = 0.4, least: float = 0.02) -> float:
+def rate(progress: float, warm_up: float, decay_from: float, least: float = 0.02) -> float:
     """Linear warm-up, constant, linear decay."""
     if progress < warm_up:
         return max(0.05, progress / warm_up)
@@ -193,7 +195,11 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, config: dict, feed: Feed, lengths: list[int]):
         self.args, self.feed, self.device = args, feed, args.device
         torch.manual_seed(args.seed)
-        self.model = Decoder(config, torch.bfloat16 if self.device == "cuda" else torch.float32).to(self.device)
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        if args.start:
+            self.model = Decoder.load(args.start, self.device, dtype).requires_grad_(True)
+        else:
+            self.model = Decoder(config, dtype).to(self.device)
         self.attend = {n: dense_causal for n in lengths}
         self.grade = grade
         table = lambda weights: torch.tensor([weights.get(k, 0.0) for k in range(5)], device=self.device)  # noqa: E731
@@ -239,19 +245,24 @@ class Trainer:
         return sums
 
     def update(self, progress: float) -> None:
-        factor = rate(progress)
+        factor = self.rate(progress)
         self.muon.step(self.args.muon_lr * factor)
         for group in self.adam.param_groups:
             group["lr"] = self.args.adam_lr * factor
         self.adam.step()
+        self.model.bound_logits()
         self.model.zero_grad(set_to_none=True)
+
+    def rate(self, progress: float) -> float:
+        return rate(progress, self.args.warm_up, self.args.decay_from)
 
     def save(self) -> None:
         self.model.export(self.args.out)
 
 
 def train(args: argparse.Namespace) -> None:
-    config = json.loads(args.config.read_text())
+    config_file = args.start / "config.json" if args.start else args.config
+    config = json.loads(config_file.read_text())
     stages = [(int(n), float(least), float(most)) for n, least, most in (s.split(":") for s in args.stages.split(","))]
     lengths = [s[0] for s in stages]
     text = corpus.load(args.text)
@@ -259,8 +270,8 @@ def train(args: argparse.Namespace) -> None:
     feed = Feed(text, lengths, args.tokens_per_step, args.workers)
     trainer = Trainer(args, config, feed, lengths)
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "generation_config.json"):
-        shutil.copy(args.config if name == "config.json" else HERE / name, args.out / name)
+    shutil.copy(config_file, args.out / "config.json")
+    shutil.copy(HERE / "generation_config.json", args.out)
     count = sum(p.numel() for p in trainer.model.parameters())
     print(f"{count / 1e6:.2f} M parameters, ready for compiling after {time.monotonic() - START:.0f} s", flush=True)
     trainer.prepare()
@@ -292,7 +303,7 @@ def train(args: argparse.Namespace) -> None:
             print(
                 f"{now - begin:5.0f} s  step {step:5d}  {lengths[at]:5d}  {trained / 1e6:6.1f} M  "
                 f"{(trained - recent) / seconds / 1e6:5.2f} M/s  text {nats / max(text_bytes, 1) / math.log(2):.3f} bpc  "
-                f"answers {answer_share:.3f}  stream {stream_right / max(stream_all, 1):.3f}  lr {rate(progress):.3f}  "
+                f"answers {answer_share:.3f}  stream {stream_right / max(stream_all, 1):.3f}  lr {trainer.rate(progress):.3f}  "
                 f"queue {feed.queue.qsize()}",
                 flush=True,
             )
@@ -313,15 +324,19 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the embedded model.")
+    parser = argparse.ArgumentParser(description="Train the embedded model, or one like it.")
     parser.add_argument("--text", nargs="+", required=True, metavar="FOLDER[:WEIGHT]")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=7.0, help="wall clock, from the start of the program")
-    parser.add_argument("--config", type=Path, default=HERE / "config.json")
+    beginning = parser.add_mutually_exclusive_group()
+    beginning.add_argument("--config", type=Path, default=HERE / "config.json", help="shape of a new model")
+    beginning.add_argument("--start", type=Path, metavar="FOLDER", help="go on from the weights of this one")
     parser.add_argument("--stages", default=STAGES, help="context:least:most share of the time at which it ends, …")
     parser.add_argument("--tokens_per_step", type=int, default=131072)
     parser.add_argument("--muon_lr", type=float, default=0.02)
     parser.add_argument("--adam_lr", type=float, default=0.003)
+    parser.add_argument("--warm_up", type=float, default=0.01, help="share of the time in which the rates rise")
+    parser.add_argument("--decay_from", type=float, default=0.4, help="share of the time after which they fall")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 3))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--log_every", type=int, default=20)
