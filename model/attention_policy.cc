@@ -62,6 +62,10 @@ absl::Status Validate(const AttentionOptions& options) {
         absl::StrCat("attention.policy ", static_cast<int>(options.policy), " is none of ", names));
   }
   absl::Status status = CheckRange("gamma", options.gamma, 0.0f, 1.0f, /*lowest_allowed=*/false);
+  if (options.vertical_slash_gamma) {
+    status.Update(CheckRange("vertical_slash_gamma", *options.vertical_slash_gamma, 0.0f, 1.0f,
+                             /*lowest_allowed=*/false));
+  }
   status.Update(CheckRange("tau", options.tau, 0.0f, 1.0f, true));
   status.Update(CheckRange("delta", options.delta, 0.0f, 1.0f, true));
   status.Update(CheckRange("coverage", options.coverage, 0.0f, 1.0f, true));
@@ -74,7 +78,13 @@ absl::Status Validate(const AttentionOptions& options) {
 
 AttentionOptions Apply(const AttentionOverrides& overrides, AttentionOptions options) {
   Override(overrides.policy, options.policy);
-  Override(overrides.gamma, options.gamma);
+  if (overrides.gamma) {
+    options.gamma = *overrides.gamma;
+    options.vertical_slash_gamma.reset();
+  }
+  if (overrides.vertical_slash_gamma) {
+    options.vertical_slash_gamma = overrides.vertical_slash_gamma;
+  }
   Override(overrides.tau, options.tau);
   Override(overrides.delta, options.delta);
   Override(overrides.coverage, options.coverage);

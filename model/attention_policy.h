@@ -34,6 +34,9 @@ bool IsBaseline(AttentionPolicy policy);
 struct AttentionOptions {
   AttentionPolicy policy = AttentionPolicy::kAuto;
   float gamma = 0.9f;  // (0, 1]: mass a pattern must cover
+  // (0, 1]: gamma of vertical-slash sets, whose columns and diagonals each reach it and together
+  // hold far more; absent: gamma. Whoever names gamma alone means both.
+  std::optional<float> vertical_slash_gamma;
   float tau = 0.4f;    // [0, 1]: a head shares when its distance to the pivot is below tau
   float delta = 1.0f;  // [0, 1]: a head farther than this from uniform does not share; 1: off
   float coverage =
@@ -50,10 +53,11 @@ struct AttentionOptions {
 // INVALID_ARGUMENT names field, value and range. NaN is outside every range.
 absl::Status Validate(const AttentionOptions& options);
 
-// What somebody asked for (an operator's flag, a request's field); absent: as it was.
+// What somebody asked for (an operator's flag, a request's field); absent: as it was, but for
+// vertical_slash_gamma, which goes with gamma.
 struct AttentionOverrides {
   std::optional<AttentionPolicy> policy;
-  std::optional<float> gamma, tau, delta, coverage;
+  std::optional<float> gamma, vertical_slash_gamma, tau, delta, coverage;
   std::optional<int64_t> min_budget_tokens;
   std::optional<bool> same_layer_sharing;
   std::optional<int64_t> crossover_tokens;

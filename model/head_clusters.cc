@@ -79,12 +79,16 @@ absl::Status ReadThresholds(const json& file, HeadClusters& result) {
     if (fields.Has(name)) threshold = static_cast<float>(value);
   };
   read("gamma", result.gamma);
+  read("vertical_slash_gamma", result.vertical_slash_gamma);
   read("tau", result.tau);
   read("delta", result.delta);
   read("coverage", result.coverage);
   const int64_t min_budget_tokens = fields.Integer("min_budget_tokens", 0, INT64_MAX, 0);
   if (fields.Has("min_budget_tokens")) result.min_budget_tokens = min_budget_tokens;
   if (result.gamma == 0.0f) fields.Refuse("gamma", "is not in (0, 1]");
+  if (result.vertical_slash_gamma == 0.0f) {
+    fields.Refuse("vertical_slash_gamma", "is not in (0, 1]");
+  }
   return fields.Finish();
 }
 

@@ -5,7 +5,7 @@
 //    "shared_clusters": ["<id>", ...],                  those that may share patterns
 //    "format_version": 1,                               optional; another one is refused
 //    "model_fingerprint": "<32 hexadecimal digits>",    optional; of the model it was made for
-//    "thresholds": {"gamma": g, "tau": t, "delta": d, "coverage": c,
+//    "thresholds": {"gamma": g, "vertical_slash_gamma": v, "tau": t, "delta": d, "coverage": c,
 //                   "min_budget_tokens": m}}            optional, tuned; any of them
 // Other keys may say where the file comes from and are not read. model/calibration makes such
 // files.
@@ -30,7 +30,7 @@ struct HeadClusters {
   // in no cluster and for heads of clusters that do not share.
   std::vector<std::vector<int>> cluster_of;
   int num_clusters = 0;  // shared ones
-  std::optional<float> gamma, tau, delta, coverage;
+  std::optional<float> gamma, vertical_slash_gamma, tau, delta, coverage;
   std::optional<int64_t> min_budget_tokens;
   std::string model_fingerprint;  // empty: the file does not say
 

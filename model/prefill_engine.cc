@@ -298,6 +298,7 @@ absl::StatusOr<HeadClusters> LoadClusters(const EngineOptions& options, const Mo
 AttentionOptions DefaultAttention(const EngineOptions& options, const HeadClusters& clusters) {
   AttentionOverrides of_file;
   of_file.gamma = clusters.gamma;
+  of_file.vertical_slash_gamma = clusters.vertical_slash_gamma;
   of_file.tau = clusters.tau;
   of_file.delta = clusters.delta;
   of_file.coverage = clusters.coverage;

@@ -39,6 +39,8 @@ ABSL_FLAG(std::vector<std::string>, allowed_policies, {},
           "Policies that requests may ask for, comma-separated. Empty: all but those for "
           "evaluations, which are baseline_query_aware and baseline_random.");
 ABSL_FLAG(std::optional<float>, gamma, std::nullopt, "Mass that a pattern must cover, (0, 1].");
+ABSL_FLAG(std::optional<float>, vertical_slash_gamma, std::nullopt,
+          "--gamma of vertical-slash alone, whose columns and diagonals each reach it, (0, 1].");
 ABSL_FLAG(std::optional<float>, tau, std::nullopt, "Distance below which heads share, [0, 1].");
 ABSL_FLAG(std::optional<float>, delta, std::nullopt,
           "Distance from uniform above which a head does not share, [0, 1]. 1: no such rule.");
@@ -139,6 +141,7 @@ ServerOptions ReadPlainValues() {
   options.engine.cpu_threads = absl::GetFlag(FLAGS_cpu_threads);
   options.engine.max_tokens = absl::GetFlag(FLAGS_max_prompt_tokens);
   options.attention.gamma = absl::GetFlag(FLAGS_gamma);
+  options.attention.vertical_slash_gamma = absl::GetFlag(FLAGS_vertical_slash_gamma);
   options.attention.tau = absl::GetFlag(FLAGS_tau);
   options.attention.delta = absl::GetFlag(FLAGS_delta);
   options.attention.coverage = absl::GetFlag(FLAGS_coverage);

@@ -157,12 +157,17 @@ absl::StatusOr<model::AttentionOptions> ResolveAttention(const v1::AttentionOpti
     return absl::InvalidArgumentError(absl::StrCat("attention.policy ", model::Name(options.policy),
                                                    " is not allowed here; allowed:", names));
   }
-  if (request.has_gamma()) options.gamma = request.gamma();
-  if (request.has_tau()) options.tau = request.tau();
-  if (request.has_delta()) options.delta = request.delta();
-  if (request.has_coverage()) options.coverage = request.coverage();
-  if (request.has_min_budget_tokens()) options.min_budget_tokens = request.min_budget_tokens();
-  if (request.has_same_layer_sharing()) options.same_layer_sharing = request.same_layer_sharing();
+  model::AttentionOverrides asked;
+  if (request.has_gamma()) asked.gamma = request.gamma();
+  if (request.has_vertical_slash_gamma()) {
+    asked.vertical_slash_gamma = request.vertical_slash_gamma();
+  }
+  if (request.has_tau()) asked.tau = request.tau();
+  if (request.has_delta()) asked.delta = request.delta();
+  if (request.has_coverage()) asked.coverage = request.coverage();
+  if (request.has_min_budget_tokens()) asked.min_budget_tokens = request.min_budget_tokens();
+  if (request.has_same_layer_sharing()) asked.same_layer_sharing = request.same_layer_sharing();
+  options = model::Apply(asked, options);
   if (request.has_density()) options.density = request.density();
   if (!request.has_recall_audit_rows()) {
     options.recall_audit_rows = Drawn(limits.recall_audit.fraction) ? limits.recall_audit.rows : 0;

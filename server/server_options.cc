@@ -97,14 +97,16 @@ std::optional<model::AttentionPolicy> ParsePolicy(const std::string& name) {
 }
 
 model::AttentionOptions Apply(const AttentionDefaults& defaults, model::AttentionOptions base) {
-  base.policy = defaults.policy.value_or(base.policy);
-  base.gamma = defaults.gamma.value_or(base.gamma);
-  base.tau = defaults.tau.value_or(base.tau);
-  base.delta = defaults.delta.value_or(base.delta);
-  base.coverage = defaults.coverage.value_or(base.coverage);
-  base.min_budget_tokens = defaults.min_budget_tokens.value_or(base.min_budget_tokens);
-  base.crossover_tokens = defaults.crossover_tokens.value_or(base.crossover_tokens);
-  return base;
+  model::AttentionOverrides overrides;
+  overrides.policy = defaults.policy;
+  overrides.gamma = defaults.gamma;
+  overrides.vertical_slash_gamma = defaults.vertical_slash_gamma;
+  overrides.tau = defaults.tau;
+  overrides.delta = defaults.delta;
+  overrides.coverage = defaults.coverage;
+  overrides.min_budget_tokens = defaults.min_budget_tokens;
+  overrides.crossover_tokens = defaults.crossover_tokens;
+  return model::Apply(overrides, base);
 }
 
 absl::Status Validate(const ServerOptions& o) {

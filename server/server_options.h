@@ -20,6 +20,7 @@ namespace prefilld::server {
 struct AttentionDefaults {
   std::optional<model::AttentionPolicy> policy;
   std::optional<float> gamma;
+  std::optional<float> vertical_slash_gamma;
   std::optional<float> tau;
   std::optional<float> delta;
   std::optional<float> coverage;

@@ -48,6 +48,8 @@ ABSL_FLAG(std::string, policy, "",
           "Attention: dense, vertical_slash, share or auto; where the server allows them, "
           "baseline_query_aware and baseline_random. Empty: the server's default.");
 ABSL_FLAG(std::optional<float>, gamma, std::nullopt, "Mass that a pattern must cover, (0, 1].");
+ABSL_FLAG(std::optional<float>, vertical_slash_gamma, std::nullopt,
+          "--gamma of vertical-slash alone, whose columns and diagonals each reach it, (0, 1].");
 ABSL_FLAG(std::optional<float>, tau, std::nullopt, "Distance below which heads share, [0, 1].");
 ABSL_FLAG(std::optional<float>, delta, std::nullopt,
           "Distance from uniform above which a head does not share, [0, 1]. 1: no such rule.");
@@ -167,6 +169,9 @@ PromptSource ReadPrompt(Command command, Problems& problems) {
   ::prefill::v1::AttentionOptions attention;
   attention.set_policy(ReadName("--policy", absl::GetFlag(FLAGS_policy), kPolicies, problems));
   if (const auto value = absl::GetFlag(FLAGS_gamma)) attention.set_gamma(*value);
+  if (const auto value = absl::GetFlag(FLAGS_vertical_slash_gamma)) {
+    attention.set_vertical_slash_gamma(*value);
+  }
   if (const auto value = absl::GetFlag(FLAGS_tau)) attention.set_tau(*value);
   if (const auto value = absl::GetFlag(FLAGS_delta)) attention.set_delta(*value);
   if (const auto value = absl::GetFlag(FLAGS_coverage)) attention.set_coverage(*value);

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 
 POLICIES = ("dense", "vertical_slash", "share", "auto", "baseline_query_aware", "baseline_random")
-AMOUNTS = ("gamma", "density")  # how much is computed
+AMOUNTS = ("gamma", "vertical_slash_gamma", "density")  # how much is computed
 
 
 def _flag(text: str) -> bool:
@@ -15,6 +15,7 @@ def _flag(text: str) -> bool:
 
 THRESHOLDS = {
     "gamma": float,
+    "vertical_slash_gamma": float,
     "tau": float,
     "delta": float,
     "coverage": float,
@@ -36,7 +37,7 @@ class Setting:
 
     @property
     def family(self) -> str:
-        """The name without gamma or density: the settings of one family are the points of one curve."""
+        """The name without gammas or density: the settings of one family are the points of one curve."""
         rest = [t for t in self.thresholds if t[0] not in AMOUNTS]
         return self.policy + ("" if not rest else ":" + self._listed(rest))
 

@@ -38,6 +38,10 @@ TEST(ValidateAttention, MessagesNameFieldValueAndRange) {
   options.tau = 2.0f;
   EXPECT_THAT(Validate(options).message(), HasSubstr("attention.tau 2 is outside [0, 1]"));
   options = {};
+  options.vertical_slash_gamma = 0.0f;
+  EXPECT_THAT(Validate(options).message(),
+              HasSubstr("attention.vertical_slash_gamma 0 is outside (0, 1]"));
+  options = {};
   options.min_budget_tokens = -1;
   EXPECT_THAT(Validate(options).message(), HasSubstr("attention.min_budget_tokens -1"));
   options = {};
@@ -63,6 +67,22 @@ TEST(ApplyOverrides, ReplacesWhatWasSaidAndNothingElse) {
   EXPECT_EQ(options.tau, 0.1f);
   EXPECT_FALSE(options.same_layer_sharing);
   EXPECT_EQ(options.gamma, AttentionOptions().gamma);
+}
+
+TEST(ApplyOverrides, GammaAloneIsThatOfVerticalSlashToo) {
+  AttentionOptions tuned;
+  tuned.gamma = 0.8f;
+  tuned.vertical_slash_gamma = 0.5f;
+  AttentionOverrides overrides;
+  overrides.tau = 0.1f;
+  EXPECT_EQ(Apply(overrides, tuned).vertical_slash_gamma, 0.5f);
+  overrides.vertical_slash_gamma = 0.6f;
+  EXPECT_EQ(Apply(overrides, tuned).vertical_slash_gamma, 0.6f);
+  overrides.gamma = 0.9f;
+  EXPECT_EQ(Apply(overrides, tuned).vertical_slash_gamma, 0.6f) << "both named";
+  overrides.vertical_slash_gamma.reset();
+  EXPECT_EQ(Apply(overrides, tuned).gamma, 0.9f);
+  EXPECT_EQ(Apply(overrides, tuned).vertical_slash_gamma, std::nullopt);
 }
 
 TEST(ResolvePolicy, AutoSharesFromTheCrossoverOnWhereThereAreClusters) {

@@ -49,16 +49,19 @@ TEST_F(HeadClustersTest, NumbersTheClustersThatShareAndLeavesOutTheOthers) {
   EXPECT_EQ(clusters->num_clusters, 2);
   EXPECT_THAT(clusters->cluster_of,
               ElementsAre(ElementsAre(1, kNone, kNone), ElementsAre(0, 0, 1)));
-  EXPECT_FALSE(clusters->gamma || clusters->tau || clusters->delta || clusters->coverage);
+  EXPECT_FALSE(clusters->gamma || clusters->vertical_slash_gamma || clusters->tau ||
+               clusters->delta || clusters->coverage);
 }
 
 TEST_F(HeadClustersTest, ReadsTheThresholdsThatAreThere) {
   const auto clusters = Load(R"({"clusters": {}, "shared_clusters": [],
-    "thresholds": {"gamma": 0.95, "coverage": 0.5, "min_budget_tokens": 16},
+    "thresholds": {"gamma": 0.95, "vertical_slash_gamma": 0.5, "coverage": 0.5,
+                   "min_budget_tokens": 16},
     "model": "somewhere/something"})");
   ASSERT_TRUE(clusters.ok()) << clusters.status();
   EXPECT_TRUE(clusters->empty());
   EXPECT_EQ(clusters->gamma, 0.95f);
+  EXPECT_EQ(clusters->vertical_slash_gamma, 0.5f);
   EXPECT_EQ(clusters->coverage, 0.5f);
   EXPECT_EQ(clusters->min_budget_tokens, 16);
   EXPECT_FALSE(clusters->tau || clusters->delta);
@@ -150,6 +153,9 @@ TEST_F(HeadClustersTest, RefusesMalformedFiles) {
               HasSubstr("thresholds.tau 1.5 is not a number in [0, 1]"));
   EXPECT_THAT(Refusal(R"({"clusters": {}, "shared_clusters": [], "thresholds": {"gamma": 0}})"),
               HasSubstr("thresholds.gamma 0 is not in (0, 1]"));
+  EXPECT_THAT(Refusal(R"({"clusters": {}, "shared_clusters": [],
+                          "thresholds": {"vertical_slash_gamma": 0}})"),
+              HasSubstr("thresholds.vertical_slash_gamma 0 is not in (0, 1]"));
   EXPECT_THAT(Refusal(R"({"clusters": {}, "shared_clusters": [],
                           "thresholds": {"min_budget_tokens": -1}})"),
               HasSubstr("thresholds.min_budget_tokens -1 is not an integer in [0, "));

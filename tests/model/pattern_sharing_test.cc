@@ -185,6 +185,31 @@ TEST(PatternSharing, AMemberThatLooksElsewhereTakesItsOwnPattern) {
   EXPECT_EQ(report.vertical_slash_heads, 1);
 }
 
+TEST(PatternSharing, VerticalSlashHasAGammaOfItsOwn) {
+  Layer layer(4096, kAllTopics, kSameTopics);
+  AttentionOptions options = Options(AttentionPolicy::kVerticalSlash);
+  options.min_budget_tokens = 0;
+  LayerReport plain, own;
+  options.gamma = 0.3f;
+  const auto low = layer.Attend(options, &plain);
+  options.gamma = 0.9f;
+  layer.Attend(options, &own);
+  EXPECT_GT(own.density, plain.density);
+  options.vertical_slash_gamma = 0.3f;
+  EXPECT_EQ(layer.Attend(options, &own), low);
+  EXPECT_EQ(own.density, plain.density);
+
+  // Patterns of pivots are cut at gamma still.
+  options = Options(AttentionPolicy::kShare);
+  const auto shared = layer.Attend(options, &plain);
+  options.vertical_slash_gamma = 0.3f;
+  EXPECT_EQ(layer.Attend(options, &own), shared);
+  EXPECT_EQ(own.shared_heads, 3);
+  options.gamma = 0.3f;
+  layer.Attend(options, &own);
+  EXPECT_LT(own.density, plain.density);
+}
+
 // At gamma 1 the pattern holds every block and so does vertical-slash, which then follows each
 // head by itself at no greater cost.
 TEST(PatternSharing, AClusterThatVerticalSlashCoversAtEqualCostDoesNotShare) {

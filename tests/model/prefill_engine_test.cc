@@ -270,12 +270,13 @@ TEST(PrefillEngine, OperatorsWordStandsOverTheClusterFilesOverTheDefault) {
   const RandomCheckpoint checkpoint;
   checkpoint.WriteFile("head_clusters.json", R"({
     "clusters": {"0": [[0, 0], [1, 0]]}, "shared_clusters": ["0"],
-    "thresholds": {"gamma": 0.8, "tau": 0.3}})");
+    "thresholds": {"gamma": 0.8, "vertical_slash_gamma": 0.5, "tau": 0.3}})");
   EngineOptions options = CpuEngine(checkpoint);
   options.attention_overrides.tau = 0.25f;
   const auto engine = Create(options);
   const AttentionOptions& attention = engine->info().default_attention;
   EXPECT_EQ(attention.gamma, 0.8f) << "of the cluster file";
+  EXPECT_EQ(attention.vertical_slash_gamma, 0.5f) << "of the cluster file";
   EXPECT_EQ(attention.tau, 0.25f) << "of the operator";
   EXPECT_EQ(attention.coverage, AttentionOptions().coverage) << "of the program";
 }

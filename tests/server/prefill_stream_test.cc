@@ -136,6 +136,21 @@ TEST_F(PrefillStream, ResolvesPolicyAndThresholdsFromServerAndRequest) {
   EXPECT_EQ(engine_->last_attention().tau, 0.3f);
 }
 
+TEST_F(PrefillStream, ARequestThatNamesGammaAloneMeansVerticalSlashToo) {
+  options_.attention.vertical_slash_gamma = 0.5f;
+  StartServer();
+  v1::PrefillRequest request = PromptOf(60);
+  ASSERT_TRUE(Prefill(request).status.ok());
+  EXPECT_EQ(engine_->last_attention().vertical_slash_gamma, 0.5f);
+  request.mutable_attention()->set_gamma(0.9f);
+  ASSERT_TRUE(Prefill(request).status.ok());
+  EXPECT_EQ(engine_->last_attention().vertical_slash_gamma, std::nullopt);
+  request.mutable_attention()->set_vertical_slash_gamma(0.7f);
+  ASSERT_TRUE(Prefill(request).status.ok());
+  EXPECT_EQ(engine_->last_attention().gamma, 0.9f);
+  EXPECT_EQ(engine_->last_attention().vertical_slash_gamma, 0.7f);
+}
+
 TEST_F(PrefillStream, ReportsTheRecallOfAuditedRequests) {
   StartServer();
   v1::PrefillRequest request = PromptOf(60);

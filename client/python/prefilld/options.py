@@ -48,6 +48,7 @@ class Attention:
 
     policy: str | None = None
     gamma: float | None = None
+    vertical_slash_gamma: float | None = None
     tau: float | None = None
     delta: float | None = None
     coverage: float | None = None
