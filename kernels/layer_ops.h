@@ -78,6 +78,17 @@ struct SwiGluParams {
   int64_t intermediate = 0;
 };
 
+// Log-probabilities, natural logarithm, that the logits of a row give to its target and to the
+// likeliest token. Exactly equal when the target is the likeliest, or one of several.
+struct TokenLogprobsParams {
+  const void* logits = nullptr;       // [num_tokens, vocab_size]
+  const uint32_t* targets = nullptr;  // [num_tokens], each < vocab_size
+  float* logprobs = nullptr;          // [num_tokens]
+  float* best_logprobs = nullptr;     // [num_tokens]
+  int64_t num_tokens = 0;
+  int64_t vocab_size = 0;
+};
+
 }  // namespace prefilld::kernels
 
 #endif  // PREFILLD_KERNELS_LAYER_OPS_H_

@@ -90,6 +90,7 @@ class Backend {
   virtual absl::Status Linear(const kernels::LinearParams& params) = 0;
   virtual absl::Status QkvRope(const kernels::QkvRopeParams& params) = 0;
   virtual absl::Status SwiGlu(const kernels::SwiGluParams& params) = 0;
+  virtual absl::Status TokenLogprobs(const kernels::TokenLogprobsParams& params) = 0;
   virtual absl::Status Attention(const kernels::AttentionParams& params) = 0;
   // Allocates what Attention needs for all heads of this shape at most, with their block mass if it
   // says so, so that no such call allocates; tensors and work are not read. A call that needs more

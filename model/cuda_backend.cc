@@ -63,6 +63,9 @@ class CudaBackend final : public Backend {
   absl::Status SwiGlu(const kernels::SwiGluParams& params) override {
     return Launch("swiglu", cuda::LaunchSwiGlu, params);
   }
+  absl::Status TokenLogprobs(const kernels::TokenLogprobsParams& params) override {
+    return Launch("token logprobs", cuda::LaunchTokenLogprobs, params);
+  }
   absl::Status Attention(const kernels::AttentionParams& params) override;
   absl::Status ReserveAttention(const kernels::AttentionParams& largest, bool block_mass) override;
   absl::Status PagedAttention(const kernels::PagedAttentionParams& params) override {

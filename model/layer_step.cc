@@ -190,4 +190,50 @@ absl::StatusOr<std::vector<float>> LayerStep::Logits() {
   return logits;
 }
 
+// In tiles of as many tokens as have room for their logits in what BeforeAttention and
+// AfterAttention hold wide tensors in: none of it is in use between them.
+absl::StatusOr<PromptLogprobs> LayerStep::LogprobsOf(absl::Span<const uint32_t> tokens) {
+  PromptLogprobs result;
+  const int64_t num_scored = num_tokens_ - 1;
+  const int64_t logits_bytes =
+      config_.vocab_size * static_cast<int64_t>(kernels::SizeOf(backend_.compute_dtype()));
+  const int64_t tile = std::min({tile_tokens_, static_cast<int64_t>(wide_.bytes()) / logits_bytes,
+                                 static_cast<int64_t>(gated_.bytes() / (2 * sizeof(float)))});
+  if (num_scored > 0 && tile < 1) {
+    return absl::ResourceExhaustedError(absl::StrCat("logits of ", config_.vocab_size,
+                                                     " tokens do not fit into the workspace of ",
+                                                     wide_.bytes(), " bytes"));
+  }
+  result.of_token.resize(num_scored);
+  result.of_best.resize(num_scored);
+  float* logprobs = gated_.as<float>();
+  for (int64_t first = 0; first < num_scored; first += tile) {
+    const int64_t count = std::min(tile, num_scored - first);
+    absl::Status status = RmsNorm(At(hidden_, first * config_.hidden), weights_.final_norm, count);
+    if (status.ok()) {
+      status = Linear(normed_.data(), weights_.head_data(), nullptr, wide_.data(), count,
+                      config_.hidden, config_.vocab_size, /*accumulate=*/false);
+    }
+    if (status.ok()) {
+      status = backend_.Upload(token_ids_.data(), &tokens[first + 1], count * sizeof(uint32_t));
+    }
+    if (status.ok()) {
+      status = backend_.TokenLogprobs({.logits = wide_.data(),
+                                       .targets = token_ids_.as<uint32_t>(),
+                                       .logprobs = logprobs,
+                                       .best_logprobs = logprobs + count,
+                                       .num_tokens = count,
+                                       .vocab_size = config_.vocab_size});
+    }
+    if (status.ok()) {
+      status = backend_.Download(&result.of_token[first], logprobs, count * sizeof(float));
+    }
+    if (status.ok()) {
+      status = backend_.Download(&result.of_best[first], logprobs + count, count * sizeof(float));
+    }
+    if (!status.ok()) return status;
+  }
+  return result;
+}
+
 }  // namespace prefilld::model

@@ -24,6 +24,13 @@ struct KvDestination {
   int64_t token_stride = 0;
 };
 
+// Natural logarithms of the probabilities that positions 0 .. n - 2 of n tokens give to the token
+// that follows, and to the likeliest one; equal where the token that follows is the likeliest.
+struct PromptLogprobs {
+  std::vector<float> of_token;  // entry i: of token i + 1
+  std::vector<float> of_best;
+};
+
 // The layer step, written once for all devices and for prefill and decode alike. One run is
 //   Embed, then per layer: BeforeAttention, the caller's attention from queries() to queries()
 //   (in place), AfterAttention, and at the end Logits.
@@ -50,6 +57,9 @@ class LayerStep {
 
   // Logits of the last token, [vocab_size].
   absl::StatusOr<std::vector<float>> Logits();
+
+  // What the hidden states say of every token of the run but the first; `tokens` are those of Embed.
+  absl::StatusOr<PromptLogprobs> LogprobsOf(absl::Span<const uint32_t> tokens);
 
   // [num_tokens, num_heads, head_dim] in device memory.
   void* queries() const { return queries_.data(); }

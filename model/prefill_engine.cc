@@ -129,11 +129,13 @@ class Sequence final : public PrefillSequence {
   void ReleaseKv(int layer) override { parts_.slots->Release(layer); }
 
   absl::StatusOr<std::vector<float>> FinalLogits() override {
-    if (next_layer_ < config().num_layers) {
-      return absl::FailedPreconditionError(absl::StrCat("logits asked for after ", next_layer_,
-                                                        " of ", config().num_layers, " layers"));
-    }
+    if (absl::Status status = CheckFinished(); !status.ok()) return status;
     return parts_.step->Logits();
+  }
+
+  absl::StatusOr<PromptLogprobs> Logprobs() override {
+    if (absl::Status status = CheckFinished(); !status.ok()) return status;
+    return parts_.step->LogprobsOf(tokens_);
   }
 
  private:
@@ -201,6 +203,12 @@ class Sequence final : public PrefillSequence {
     report->dense_heads = config().num_heads;
     report->density = 1.0;
     return absl::OkStatus();
+  }
+
+  absl::Status CheckFinished() const {
+    if (next_layer_ == config().num_layers) return absl::OkStatus();
+    return absl::FailedPreconditionError(absl::StrCat("logits asked for after ", next_layer_,
+                                                      " of ", config().num_layers, " layers"));
   }
 
   absl::Status CheckSelection(const KvSelection& selection) const {

@@ -18,6 +18,7 @@
 #include "model/attention_policy.h"
 #include "model/backend.h"
 #include "model/config.h"
+#include "model/layer_step.h"
 #include "model/recall_audit.h"
 
 namespace prefilld::model {
@@ -62,7 +63,7 @@ struct EngineInfo {
 };
 
 // One prompt on its way through the layers. Its KV slots and its workspace belong to the engine;
-// destroying the sequence gives them back. RunLayer and FinalLogits are for the compute thread;
+// destroying the sequence gives them back. RunLayer, FinalLogits and Logprobs are for the compute thread;
 // PackKv and ReleaseKv may be called by other threads beside them and each other.
 class PrefillSequence {
  public:
@@ -79,6 +80,9 @@ class PrefillSequence {
 
   // After the last layer: logits of the last position, [vocab_size].
   virtual absl::StatusOr<std::vector<float>> FinalLogits() = 0;
+  // After the last layer: how likely the model finds the prompt itself, token by token. On a GPU by
+  // logits rounded to bf16, as FinalLogits gives them.
+  virtual absl::StatusOr<PromptLogprobs> Logprobs() = 0;
 
   // The policy that runs: kAuto is resolved.
   virtual AttentionPolicy policy() const = 0;

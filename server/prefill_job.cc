@@ -145,6 +145,11 @@ void PrefillJob::RecordFirstToken(model::SampledToken token) {
   first_token_ = std::move(token);
 }
 
+void PrefillJob::RecordLogprobs(model::PromptLogprobs logprobs) {
+  absl::MutexLock lock(&mu_);
+  logprobs_ = std::move(logprobs);
+}
+
 void PrefillJob::Finish() {
   v1::PrefillResult result;
   {
@@ -160,6 +165,8 @@ void PrefillJob::Finish() {
       for (const auto& layer : stats_.layers) *result.add_layers() = ToProto(layer);
     }
     *result.mutable_first_token() = ToProto(first_token_);
+    result.mutable_prompt_logprobs()->Add(logprobs_.of_token.begin(), logprobs_.of_token.end());
+    result.mutable_best_logprobs()->Add(logprobs_.of_best.begin(), logprobs_.of_best.end());
   }
   result.set_num_tokens(work_.tokens.size());
   delivery_.SendResult(std::move(result));

@@ -62,6 +62,7 @@ class PrefillJob {
   void RecordLayer(const model::LayerReport& report);
   void RecordStall(absl::Duration stalled);
   void RecordFirstToken(model::SampledToken token);
+  void RecordLogprobs(model::PromptLogprobs logprobs);  // if asked for
   void Finish();
 
   // Ends the request unless it has ended: every stream ends with `status`, buffers come back.
@@ -98,6 +99,7 @@ class PrefillJob {
   mutable absl::Mutex mu_;
   JobStats stats_ ABSL_GUARDED_BY(mu_);
   model::SampledToken first_token_ ABSL_GUARDED_BY(mu_);
+  model::PromptLogprobs logprobs_ ABSL_GUARDED_BY(mu_);
   absl::Time last_event_at_ ABSL_GUARDED_BY(mu_);
   Outcome outcome_ ABSL_GUARDED_BY(mu_) = Outcome::kOk;
   absl::Status status_ ABSL_GUARDED_BY(mu_);

@@ -192,6 +192,14 @@ absl::StatusOr<model::SamplingOptions> ResolveSampling(const v1::Sampling& reque
   return options;
 }
 
+absl::Status CheckLogprobs(const v1::PrefillRequest& request) {
+  if (!request.prompt_logprobs() || request.token_ids_size() <= kMaxPromptLogprobsTokens) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(absl::StrCat("prompt_logprobs with ", request.token_ids_size(),
+                                                 " token_ids; at most ", kMaxPromptLogprobsTokens));
+}
+
 absl::Status CheckLanes(const v1::PrefillRequest& request, const RequestLimits& limits) {
   if (request.num_lanes() > static_cast<uint32_t>(limits.max_lanes)) {
     return absl::InvalidArgumentError(
@@ -250,6 +258,7 @@ absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
   if (!attention.ok()) return attention.status();
   auto sampling = ResolveSampling(request.sampling());
   if (!sampling.ok()) return sampling.status();
+  if (absl::Status status = CheckLogprobs(request); !status.ok()) return status;
   if (absl::Status status = CheckLanes(request, limits); !status.ok()) return status;
   if (absl::Status status = CheckDelivery(request, limits); !status.ok()) return status;
 
@@ -261,6 +270,7 @@ absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
   work.layout = *std::move(layout);
   work.num_lanes = request.num_lanes() == 0 ? 1 : static_cast<int>(request.num_lanes());
   work.layer_stats = request.layer_stats();
+  work.prompt_logprobs = request.prompt_logprobs();
   work.deliver_to = request.deliver_to();
   return work;
 }

@@ -24,6 +24,7 @@ struct PrefillWork {
   ::prefill::v1::KvLayout layout;  // every default resolved
   int num_lanes = 1;
   bool layer_stats = false;
+  bool prompt_logprobs = false;
   ::prefill::v1::DeliverTo deliver_to;  // address empty: the KV goes back on the call's streams
   absl::Time deadline = absl::InfiniteFuture();  // by the server's clock
   std::string peer;                              // for the log
@@ -49,6 +50,10 @@ struct RequestLimits {
 // the operator allows none. An empty request_id is replaced by a new one.
 absl::StatusOr<PrefillWork> ValidateRequest(const ::prefill::v1::PrefillRequest& request,
                                             const RequestLimits& limits);
+
+// Longest prompt whose log-probabilities fit, with room to spare, into a message of 4 MiB, which is
+// what gRPC clients take unless told otherwise.
+inline constexpr int kMaxPromptLogprobsTokens = 262144;
 
 // Bytes of one block of one layer, K and V.
 int64_t BlockBytes(const ::prefill::v1::KvLayout& layout);

@@ -254,11 +254,18 @@ absl::Status Scheduler::ComputeLayers(PrefillJob& job, model::PrefillSequence& s
     job.RecordLayer(*report);
     stream_.LayerDone(layer);
   }
-  const absl::Status status = ComputeFirstToken(job, sequence);
+  if (absl::Status token = ComputeFirstToken(job, sequence); !token.ok()) return token;
   const absl::Time now = clock_.Now();
-  absl::MutexLock lock(&mu_);
-  speed_.Record(now, num_tokens, job.work().attention.policy, now - started - waited);
-  return status;
+  {
+    absl::MutexLock lock(&mu_);
+    speed_.Record(now, num_tokens, job.work().attention.policy, now - started - waited);
+  }
+  if (!job.work().prompt_logprobs) return absl::OkStatus();
+  auto logprobs = sequence.Logprobs();
+  if (!logprobs.ok()) return logprobs.status();
+  job.RecordLogprobs(*std::move(logprobs));
+  RecordProgress();
+  return absl::OkStatus();
 }
 
 absl::Status Scheduler::ComputeFirstToken(PrefillJob& job, model::PrefillSequence& sequence) {

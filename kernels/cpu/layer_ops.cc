@@ -185,5 +185,18 @@ void Embedding(const EmbeddingParams& params) {
   }
 }
 
+void TokenLogprobs(const TokenLogprobsParams& params) {
+#pragma omp parallel for schedule(static) if (params.num_tokens > 1)
+  for (int64_t t = 0; t < params.num_tokens; ++t) {
+    const float* row = static_cast<const float*>(params.logits) + t * params.vocab_size;
+    const float best = *std::max_element(row, row + params.vocab_size);
+    double sum = 0.0;
+    for (int64_t i = 0; i < params.vocab_size; ++i) sum += std::exp(row[i] - best);
+    const auto log_sum = static_cast<float>(std::log(sum));
+    params.logprobs[t] = row[params.targets[t]] - best - log_sum;
+    params.best_logprobs[t] = -log_sum;
+  }
+}
+
 }  // namespace prefilld::kernels::cpu
 #endif

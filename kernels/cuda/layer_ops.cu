@@ -1,4 +1,5 @@
-// Embedding, RMSNorm and SwiGLU: each reads and writes its tensors once, 16 bytes a thread.
+// Embedding, RMSNorm and SwiGLU: each reads and writes its tensors once, 16 bytes a thread. And the
+// log-probabilities of tokens.
 #include "kernels/cuda/layer_ops.h"
 
 #include <cuda_bf16.h>
@@ -94,6 +95,38 @@ __global__ void __launch_bounds__(kThreads) swiglu_kernel(SwiGluParams params) {
   }
 }
 
+// One CTA per token. The second read of the row hits L2.
+__global__ void __launch_bounds__(kThreads) token_logprobs_kernel(TokenLogprobsParams params) {
+  __shared__ float warp_results[kThreads / 32];
+  const auto* logits = static_cast<const __nv_bfloat16*>(params.logits) +
+                       static_cast<int64_t>(blockIdx.x) * params.vocab_size;
+  const auto over_warps = [&](float of_warp, auto combine) {
+    __syncthreads();  // readers of the results before are done
+    if (threadIdx.x % 32 == 0) warp_results[threadIdx.x / 32] = of_warp;
+    __syncthreads();
+    float result = warp_results[0];
+#pragma unroll
+    for (int w = 1; w < kThreads / 32; ++w) result = combine(result, warp_results[w]);
+    return result;
+  };
+
+  float best = -INFINITY;
+  for (int64_t i = threadIdx.x; i < params.vocab_size; i += kThreads) {
+    best = fmaxf(best, __bfloat162float(logits[i]));
+  }
+  best = over_warps(device::warp_max(best), [](float a, float b) { return fmaxf(a, b); });
+  float sum = 0.0f;
+  for (int64_t i = threadIdx.x; i < params.vocab_size; i += kThreads) {
+    sum += __expf(__bfloat162float(logits[i]) - best);
+  }
+  sum = over_warps(device::warp_sum(sum), [](float a, float b) { return a + b; });
+  if (threadIdx.x != 0) return;
+  const float log_sum = logf(sum);
+  const float target = __bfloat162float(logits[params.targets[blockIdx.x]]);
+  params.logprobs[blockIdx.x] = target - best - log_sum;
+  params.best_logprobs[blockIdx.x] = -log_sum;
+}
+
 }  // namespace
 
 cudaError_t LaunchEmbedding(const EmbeddingParams& params, cudaStream_t stream) {
@@ -117,6 +150,13 @@ cudaError_t LaunchSwiGlu(const SwiGluParams& params, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((params.intermediate + kPerCta - 1) / kPerCta),
                   static_cast<unsigned>(std::min<int64_t>(params.num_tokens, 65535)));
   swiglu_kernel<<<grid, kThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchTokenLogprobs(const TokenLogprobsParams& params, cudaStream_t stream) {
+  if (params.vocab_size <= 0) return cudaErrorInvalidValue;
+  if (params.num_tokens == 0) return cudaSuccess;
+  token_logprobs_kernel<<<static_cast<unsigned>(params.num_tokens), kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

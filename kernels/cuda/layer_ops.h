@@ -13,6 +13,8 @@ namespace prefilld::kernels::cuda {
 cudaError_t LaunchEmbedding(const EmbeddingParams& params, cudaStream_t stream);
 cudaError_t LaunchRmsNorm(const RmsNormParams& params, cudaStream_t stream);
 cudaError_t LaunchSwiGlu(const SwiGluParams& params, cudaStream_t stream);
+// Any vocab_size.
+cudaError_t LaunchTokenLogprobs(const TokenLogprobsParams& params, cudaStream_t stream);
 
 // head_dim 64 or 128; strides are multiples of 8.
 cudaError_t LaunchQkvRope(const QkvRopeParams& params, cudaStream_t stream);

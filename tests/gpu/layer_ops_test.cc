@@ -1,5 +1,6 @@
 #include "kernels/cuda/layer_ops.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -76,6 +77,32 @@ TEST_F(CudaLayerOps, SwiGluEqualsReferenceAlsoForLargeGates) {
         cuda::LaunchSwiGlu({device_gate_up.data(), y.data(), 3, intermediate}, nullptr));
     reference::SwiGlu({gate_up.data(), expected.data(), 3, intermediate});
     ExpectClose(FromBf16(y.Read()), expected);
+  }
+}
+
+TEST_F(CudaLayerOps, TokenLogprobsEqualReferenceForAnyVocabulary) {
+  for (const int64_t vocab_size : {1, 2, 31, 264, 5001, 151936}) {
+    std::vector<float> logits = Normal(4 * vocab_size, 1);
+    for (float& logit : logits) logit *= 10.0f;
+    logits[0] = 3008.0f;  // its exponential overflows
+    logits = FromBf16(ToBf16(logits));
+    const auto last = static_cast<uint32_t>(vocab_size - 1);
+    const std::vector<uint32_t> targets = {0, last, last / 2, 0};
+    const DeviceArray<Bf16> device_logits(ToBf16(logits));
+    const DeviceArray<uint32_t> device_targets(targets);
+    const DeviceArray<float> out(8);
+    std::vector<float> expected(8);
+    PREFILLD_ASSERT_CUDA(cuda::LaunchTokenLogprobs(
+        {device_logits.data(), device_targets.data(), out.data(), out.data() + 4, 4, vocab_size},
+        nullptr));
+    reference::TokenLogprobs(
+        {logits.data(), targets.data(), expected.data(), expected.data() + 4, 4, vocab_size});
+    const std::vector<float> actual = out.Read();
+    for (size_t i = 0; i < 8; ++i) {
+      EXPECT_NEAR(actual[i], expected[i], 1e-4f * std::max(1.0f, std::abs(expected[i])))
+          << vocab_size << ", " << i;
+    }
+    EXPECT_EQ(actual[0], actual[4]) << "the likeliest token is the target";
   }
 }
 

@@ -142,5 +142,30 @@ TEST(CpuSwiGlu, EqualsReferenceAlsoForLargeGates) {
   }
 }
 
+TEST(CpuTokenLogprobs, EqualsReferenceAlsoForLargeLogits) {
+  for (const int64_t vocab_size : {1, 2, 15, 264, 5000}) {
+    std::vector<float> logits = Random(4 * vocab_size, 1);
+    for (float& logit : logits) logit *= 30.0f;
+    logits[0] = 3000.0f;  // its exponential overflows
+    const std::vector<uint32_t> targets = {0, static_cast<uint32_t>(vocab_size - 1),
+                                           static_cast<uint32_t>(vocab_size / 2), 0};
+    const auto run = [&](void (*op)(const TokenLogprobsParams&)) {
+      std::vector<float> out(8, 7.0f);
+      op({logits.data(), targets.data(), out.data(), out.data() + 4, 4, vocab_size});
+      return out;
+    };
+    ExpectClose(run(cpu::TokenLogprobs), run(reference::TokenLogprobs));
+  }
+}
+
+TEST(CpuTokenLogprobs, AreExactlyEqualWhereTheTargetIsTheLikeliest) {
+  std::vector<float> logits = Random(64 * 100, 3);
+  std::vector<uint32_t> targets(64, 41);
+  for (int64_t t = 0; t < 64; ++t) logits[static_cast<size_t>(t * 100 + 41)] = t % 2 ? 9.0f : -9.0f;
+  std::vector<float> logprobs(64), best(64);
+  cpu::TokenLogprobs({logits.data(), targets.data(), logprobs.data(), best.data(), 64, 100});
+  for (size_t t = 0; t < 64; ++t) EXPECT_EQ(logprobs[t] == best[t], t % 2 == 1) << t;
+}
+
 }  // namespace
 }  // namespace prefilld::kernels::testing

@@ -95,6 +95,17 @@ void SwiGlu(const SwiGluParams& p) {
   }
 }
 
+void TokenLogprobs(const TokenLogprobsParams& p) {
+  for (int64_t t = 0; t < p.num_tokens; ++t) {
+    const float* row = static_cast<const float*>(p.logits) + t * p.vocab_size;
+    long double sum = 0.0L;
+    for (int64_t i = 0; i < p.vocab_size; ++i) sum += std::exp(static_cast<long double>(row[i]));
+    const long double log_sum = std::log(sum);
+    p.logprobs[t] = static_cast<float>(row[p.targets[t]] - log_sum);
+    p.best_logprobs[t] = static_cast<float>(*std::max_element(row, row + p.vocab_size) - log_sum);
+  }
+}
+
 uint16_t ToBf16(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   if (std::isnan(x)) return static_cast<uint16_t>(bits >> 16 | 0x40);

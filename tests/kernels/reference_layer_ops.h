@@ -12,6 +12,7 @@ void RmsNorm(const RmsNormParams& params);
 void Linear(const LinearParams& params);
 void QkvRope(const QkvRopeParams& params);
 void SwiGlu(const SwiGluParams& params);
+void TokenLogprobs(const TokenLogprobsParams& params);
 void PackKv(const PackKvParams& params);
 
 // Round to nearest even; a NaN stays a NaN.

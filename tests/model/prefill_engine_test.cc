@@ -215,6 +215,50 @@ TEST_F(PrefillEngineTest, StepsOutOfOrderAreRefused) {
   EXPECT_TRUE(sequence.FinalLogits().ok());
 }
 
+// In tiles of 16 tokens, of which the last is not full.
+TEST_F(PrefillEngineTest, LogprobsAreThoseOfTheLogitsOfEveryBeginning) {
+  EngineOptions options = CpuEngine(checkpoint_);
+  options.tile_tokens = 16;
+  const auto engine = Create(options);
+  const std::vector<uint32_t> tokens = RandomTokens(40, 320);
+  auto started = engine->Start(tokens, Dense());
+  ASSERT_TRUE(started.ok());
+  EXPECT_FALSE((*started)->Logprobs().ok()) << "layers are missing";
+  for (int layer = 0; layer < checkpoint_.config().num_layers; ++layer) {
+    ASSERT_TRUE((*started)->RunLayer().ok());
+    (*started)->ReleaseKv(layer);
+  }
+  const auto logprobs = (*started)->Logprobs();
+  ASSERT_TRUE(logprobs.ok()) << logprobs.status();
+  started->reset();
+  ASSERT_EQ(logprobs->of_token.size(), tokens.size() - 1);
+  ASSERT_EQ(logprobs->of_best.size(), tokens.size() - 1);
+  for (const size_t length :
+       {size_t{1}, size_t{2}, size_t{15}, size_t{16}, size_t{17}, size_t{39}}) {
+    const std::vector<float> logits =
+        RunPrompt(*engine, {tokens.begin(), tokens.begin() + length}, Dense()).logits;
+    double sum = 0.0;
+    for (const float logit : logits) sum += std::exp(static_cast<double>(logit));
+    const double best = *std::max_element(logits.begin(), logits.end());
+    EXPECT_NEAR(logprobs->of_token[length - 1], logits[tokens[length]] - std::log(sum), 1e-4)
+        << length;
+    EXPECT_NEAR(logprobs->of_best[length - 1], best - std::log(sum), 1e-4) << length;
+  }
+}
+
+TEST_F(PrefillEngineTest, APromptOfOneTokenHasNoLogprobs) {
+  const auto engine = Create(CpuEngine(checkpoint_));
+  auto started = engine->Start({7}, Dense());
+  ASSERT_TRUE(started.ok());
+  for (int layer = 0; layer < checkpoint_.config().num_layers; ++layer) {
+    ASSERT_TRUE((*started)->RunLayer().ok());
+    (*started)->ReleaseKv(layer);
+  }
+  const auto logprobs = (*started)->Logprobs();
+  ASSERT_TRUE(logprobs.ok()) << logprobs.status();
+  EXPECT_TRUE(logprobs->of_token.empty());
+}
+
 TEST_F(PrefillEngineTest, PackingOutsideThePromptIsRefused) {
   const auto engine = Create(CpuEngine(checkpoint_));
   auto started = engine->Start(RandomTokens(100, 320), Dense());

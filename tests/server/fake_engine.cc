@@ -113,6 +113,16 @@ class FakeSequence final : public model::PrefillSequence {
     return logits;
   }
 
+  // Of entry i: minus i for the token, half of it for the likeliest.
+  absl::StatusOr<model::PromptLogprobs> Logprobs() override {
+    model::PromptLogprobs logprobs;
+    for (int64_t i = 0; i + 1 < num_tokens_; ++i) {
+      logprobs.of_token.push_back(-static_cast<float>(i));
+      logprobs.of_best.push_back(-0.5f * static_cast<float>(i));
+    }
+    return logprobs;
+  }
+
   model::AttentionPolicy policy() const override { return policy_; }
 
  private:

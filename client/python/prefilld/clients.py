@@ -157,10 +157,15 @@ class PrefillClient(_Client):
         request_id: str = "",
         model_fingerprint: str = "",
         layer_stats: bool = False,
+        prompt_logprobs: bool = False,
         timeout: float | None = None,
         on_progress: Callable | None = None,
     ) -> PrefillStream:
         """Runs one prompt; returns once the server has accepted it.
+
+        With prompt_logprobs, result.prompt_logprobs[i] is the natural log-probability of tokens[i + 1]
+        and result.best_logprobs[i] that of the likeliest token there: equal where the prompt goes on
+        as greedy decoding would have.
 
         on_progress(Progress) is called after each layer and while the request waits, from within
         the iteration. Raises grpc.RpcError with the server's status, which PrefillService in
@@ -176,6 +181,7 @@ class PrefillClient(_Client):
             sampling=sampling.to_wire(),
             num_lanes=1,
             layer_stats=layer_stats,
+            prompt_logprobs=prompt_logprobs,
         )
         call = self._stub.Prefill(request, timeout=timeout)
         first = next(call, None)

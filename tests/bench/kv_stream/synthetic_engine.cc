@@ -43,6 +43,10 @@ class SyntheticSequence : public model::PrefillSequence {
     return std::vector<float>(config_.vocab_size, 0.0f);
   }
 
+  absl::StatusOr<model::PromptLogprobs> Logprobs() override {
+    return absl::UnimplementedError("there is no model");
+  }
+
   model::AttentionPolicy policy() const override { return model::AttentionPolicy::kDense; }
 
  private:
