@@ -255,6 +255,7 @@ def main() -> int:
             "seed": args.seed,
             "depths": args.depths,
             "text": args.text + args.unseen_text,
+            "text_digest": prompts.digest(text),
         }
         journal = Journal(args.out, subject)
         source = prompts.Prompts(codec, text, args.depths, args.seed, info.max_prompt_tokens)

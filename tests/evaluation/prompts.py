@@ -6,6 +6,7 @@ an interrupted run goes on with the same ones. Standard library only, save for r
 
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +142,14 @@ class Prompts:
 
     def _random(self, task: str, length: int, index: int) -> random.Random:
         return random.Random(f"{self._seed} {task} {length} {index}")
+
+
+def digest(text: corpus.Corpus | None) -> str:
+    """Says whether two evaluations drew their prompts from the same text."""
+    whole = hashlib.sha256()
+    for blob, weight in zip(text.blobs, text.weights) if text else ():
+        whole.update(f"{weight} {len(blob)} ".encode() + blob)
+    return whole.hexdigest()[:16] if text else ""
 
 
 def load_text(trained_on: list[str], unseen: list[str]) -> corpus.Corpus | None:

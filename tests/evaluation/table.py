@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def _columns(header: list[str], rows: list[list[str]]) -> list[str]:
+def columns(header: list[str], rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     line = lambda row: "  ".join(  # noqa: E731
         cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
@@ -45,7 +45,7 @@ def _scores(summary: dict, length: int) -> list[str]:
         for c in cells.values()
         if c["policies_run"] != [c["setting"].partition(":")[0]]
     ]
-    return _columns(header, rows) + [*other, f"percent right [95 % interval]; up to {prompts} prompts a cell", ""]
+    return columns(header, rows) + [*other, f"percent right [95 % interval]; up to {prompts} prompts a cell", ""]
 
 
 def _text(summary: dict) -> list[str]:
@@ -72,7 +72,7 @@ def _text(summary: dict) -> list[str]:
         "outside top",
         "density",
     ]
-    return _columns(header, rows) + [""]
+    return columns(header, rows) + [""]
 
 
 def _equal_density(summary: dict) -> list[str]:
@@ -90,7 +90,7 @@ def _equal_density(summary: dict) -> list[str]:
         if r["within_curve"]
     ]
     header = ["at equal density", "length", "density", "score", "beside", "its score", "difference"]
-    return _columns(header, rows) + [""]
+    return columns(header, rows) + [""]
 
 
 def _recall(summary: dict) -> list[str]:
@@ -106,7 +106,7 @@ def _recall(summary: dict) -> list[str]:
         for r in summary["recall"]
     ]
     header = ["recall", "length", "heads", "prompts", "measured", "mean", "5th percentile", "lowest"]
-    return _columns(header, rows) + [""]
+    return columns(header, rows) + [""]
 
 
 def render(summary: dict) -> str:
