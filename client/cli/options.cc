@@ -74,6 +74,7 @@ ABSL_FLAG(uint32_t, num_heads, 0, "prefill: number of KV heads wanted. 0: the re
 ABSL_FLAG(uint32_t, first_block, 0, "prefill: first KV block wanted.");
 ABSL_FLAG(uint32_t, lanes, 1, "prefill: connections for the KV, 1 to 16.");
 ABSL_FLAG(bool, layer_stats, false, "prefill: report every layer.");
+ABSL_FLAG(bool, prompt_logprobs, false, "prefill: report how likely the model finds the prompt.");
 ABSL_FLAG(std::string, deliver_to, "",
           "prefill: have the KV pushed to this decode worker (host:port) instead of here.");
 ABSL_FLAG(std::string, transfer_id, "", "prefill: the pushed_transfer_id it waits under.");
@@ -256,6 +257,7 @@ absl::StatusOr<CliOptions> OptionsFromCommandLine(int argc, char** argv) {
   options.layout = ReadLayout(problems);
   options.lanes = absl::GetFlag(FLAGS_lanes);
   options.layer_stats = absl::GetFlag(FLAGS_layer_stats);
+  options.prompt_logprobs = absl::GetFlag(FLAGS_prompt_logprobs);
   options.deliver_to = absl::GetFlag(FLAGS_deliver_to);
   options.transfer_id = absl::GetFlag(FLAGS_transfer_id);
   if (!options.deliver_to.empty()) CheckAddress("--deliver_to", options.deliver_to, problems);

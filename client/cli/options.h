@@ -50,6 +50,7 @@ struct CliOptions {
   ::prefill::v1::KvLayoutRequest layout;
   uint32_t lanes = 1;
   bool layer_stats = false;
+  bool prompt_logprobs = false;
   std::string deliver_to;
   std::string transfer_id;
 };

@@ -1,6 +1,7 @@
 #include "client/cli/summary.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -100,6 +101,20 @@ std::string RecallLines(const PrefillResult& prefill) {
                       RecallText("baseline", audit.baseline()));
 }
 
+std::string LikelihoodLine(const PrefillResult& prefill) {
+  const int count = prefill.prompt_logprobs_size();
+  if (count == 0) return "";
+  double sum = 0.0;
+  int expected = 0;
+  for (int i = 0; i < count; ++i) {
+    sum += prefill.prompt_logprobs(i);
+    if (prefill.prompt_logprobs(i) == prefill.best_logprobs(i)) ++expected;
+  }
+  return Line("likelihood",
+              absl::StrFormat("perplexity %.4g over %s tokens; %.1f %% are the likeliest",
+                              std::exp(-sum / count), CountText(count), 100.0 * expected / count));
+}
+
 // The transfer lasts about as long as the compute it hides behind; that sets its rate.
 std::string KvLine(const PrefillResult& prefill, uint64_t transfer_us, double overlap,
                    uint64_t first_frame_us, uint32_t layers_computed, uint32_t num_layers) {
@@ -188,6 +203,10 @@ json ToJson(const PrefillResult& result) {
     object["layers"].push_back(ToJson(layer));
     object["layers"].back()["layer"] = layer.layer();
   }
+  if (result.prompt_logprobs_size() > 0) {
+    object["prompt_logprobs"] = result.prompt_logprobs();
+    object["best_logprobs"] = result.best_logprobs();
+  }
   return object;
 }
 
@@ -221,6 +240,7 @@ std::string Summary(const Generated& generated) {
 std::string Summary(const PrefillResult& result, const TransferTimes& times) {
   return absl::StrCat(
       PromptLine(result, times.total_us), AttentionLine(result), RecallLines(result),
+      LikelihoodLine(result),
       KvLine(result, times.last_frame_us - times.first_frame_us, times.overlap,
              times.first_frame_us, times.layers_computed_at_first_frame, times.num_layers),
       LayerTable(result));

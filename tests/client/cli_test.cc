@@ -116,6 +116,17 @@ TEST(Summary, TellsTheRecallThatWasMeasured) {
   EXPECT_FALSE(json["prefill"]["recall"].contains("baseline"));
 }
 
+TEST(Summary, TellsHowLikelyThePromptIs) {
+  ::prefill::v1::PrefillResult result;
+  EXPECT_EQ(Summary(result, TransferTimes()).find("perplexity"), std::string::npos);
+  for (const float logprob : {-1.0f, -2.0f, -3.0f, -6.0f}) {
+    result.add_prompt_logprobs(logprob);
+    result.add_best_logprobs(-1.0f);
+  }
+  EXPECT_THAT(Summary(result, TransferTimes()),
+              HasSubstr("perplexity 20.09 over 4 tokens; 25.0 % are the likeliest"));
+}
+
 TEST(Summary, AnErrorIsOneLineWithItsStatusAndWhenToComeBack) {
   google::rpc::RetryInfo retry;
   retry.mutable_retry_delay()->set_seconds(2);
