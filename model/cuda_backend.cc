@@ -174,6 +174,11 @@ absl::Status CudaBackend::Initialize() {
       return status;
     }
   }
+  if (absl::Status status = Check(pack_lanes_.Reserve(), "reserving memory to pack KV");
+      !status.ok()) {
+    return status;
+  }
+  allocated_bytes_ += CudaPackLanes::kReservedBytes;
   absl::StatusOr<DeviceBuffer> workspace = Allocate(cuda::LinearLauncher::kWorkspaceBytes);
   if (!workspace.ok()) return workspace.status();
   linear_workspace_ = *std::move(workspace);

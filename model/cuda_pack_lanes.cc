@@ -13,6 +13,27 @@ CudaPackLanes::~CudaPackLanes() {
   }
 }
 
+cudaError_t CudaPackLanes::Reserve() {
+  int least_urgent, most_urgent;
+  cudaError_t error = cudaDeviceGetStreamPriorityRange(&least_urgent, &most_urgent);
+  for (Lane& lane : lanes_) {
+    if (error == cudaSuccess) {
+      error = cudaStreamCreateWithPriority(&lane.stream, cudaStreamNonBlocking, most_urgent);
+    }
+    if (error == cudaSuccess) error = Grow(kPieceBytes, &lane);
+  }
+  return error;
+}
+
+cudaError_t CudaPackLanes::Grow(size_t bytes, Lane* lane) {
+  if (lane->device != nullptr) cudaFree(lane->device);
+  lane->device = nullptr;
+  lane->bytes = 0;
+  const cudaError_t error = cudaMalloc(&lane->device, bytes);
+  if (error == cudaSuccess) lane->bytes = bytes;
+  return error;
+}
+
 CudaPackLanes::Lane* CudaPackLanes::Acquire() {
   const auto find_free = [this] {
     return std::find_if(lanes_.begin(), lanes_.end(), [](const Lane& lane) { return !lane.busy; });
@@ -34,20 +55,12 @@ cudaError_t CudaPackLanes::Pack(const kernels::PackKvParams& params) {
   Lane* lane = Acquire();
   const cudaError_t error = PackOnLane(params, lane);
   // Pieces before the one that failed may still be on their way into params.dst.
-  if (error != cudaSuccess && lane->stream != nullptr) cudaStreamSynchronize(lane->stream);
+  if (error != cudaSuccess) cudaStreamSynchronize(lane->stream);
   Release(lane);
   return error;
 }
 
 cudaError_t CudaPackLanes::PackOnLane(const kernels::PackKvParams& params, Lane* lane) {
-  if (lane->stream == nullptr) {
-    int least_urgent, most_urgent;
-    cudaError_t error = cudaDeviceGetStreamPriorityRange(&least_urgent, &most_urgent);
-    if (error == cudaSuccess) {
-      error = cudaStreamCreateWithPriority(&lane->stream, cudaStreamNonBlocking, most_urgent);
-    }
-    if (error != cudaSuccess) return error;
-  }
   if (params.dst_dtype == kernels::DType::kBf16) {
     const cudaError_t error = kernels::cuda::CopyKvToHost(params, lane->stream);
     return error == cudaSuccess ? cudaStreamSynchronize(lane->stream) : error;
@@ -61,15 +74,8 @@ cudaError_t CudaPackLanes::ConvertOnLane(const kernels::PackKvParams& params, La
   // K and V of one block, and of one block alone.
   const auto pair_bytes = static_cast<size_t>(kernels::PackedBytes(params) / params.num_blocks);
   const size_t block_bytes = pair_bytes / 2;
-  const size_t bytes = std::max(kPieceBytes, pair_bytes);
-  if (lane->bytes < bytes) {
-    if (lane->device != nullptr) cudaFree(lane->device);
-    lane->bytes = 0;
-    if (cudaError_t error = cudaMalloc(&lane->device, bytes); error != cudaSuccess) {
-      lane->device = nullptr;
-      return error;
-    }
-    lane->bytes = bytes;
+  if (lane->bytes < pair_bytes) {
+    if (cudaError_t error = Grow(pair_bytes, lane); error != cudaSuccess) return error;
   }
 
   const auto piece_blocks = static_cast<int64_t>(lane->bytes / pair_bytes);

@@ -17,20 +17,26 @@ namespace prefilld::model {
 // the copy engines alone. Thread-safe: a caller takes a free lane or waits.
 class CudaPackLanes {
  public:
+  // Two keep the copy engine busy; other threads sum up and send meanwhile.
+  static constexpr int kLanes = 2;
+  // Large enough that packing is a small part of the copy's time. K and V of one block of 64 heads
+  // of 128 in fp32 fill it; of a model with more, a block grows it.
+  static constexpr size_t kPieceBytes = size_t{8} << 20;
+  static constexpr size_t kReservedBytes = kLanes * kPieceBytes;
+
   CudaPackLanes() = default;
   CudaPackLanes(const CudaPackLanes&) = delete;
   CudaPackLanes& operator=(const CudaPackLanes&) = delete;
   ~CudaPackLanes();
 
+  // Takes all memory that packing needs, kReservedBytes, so that none is asked for on a full device
+  // later. Before the first Pack, on the device that packs.
+  cudaError_t Reserve();
+
   // Packs into params.dst in pinned host memory; returns when the bytes are there.
   cudaError_t Pack(const kernels::PackKvParams& params);
 
  private:
-  // Two keep the copy engine busy; other threads sum up and send meanwhile.
-  static constexpr int kLanes = 2;
-  // Large enough that packing is a small part of the copy's time; a single larger block grows it.
-  static constexpr size_t kPieceBytes = size_t{8} << 20;
-
   struct Lane {
     cudaStream_t stream = nullptr;
     void* device = nullptr;
@@ -40,6 +46,7 @@ class CudaPackLanes {
 
   Lane* Acquire();
   void Release(Lane* lane);
+  static cudaError_t Grow(size_t bytes, Lane* lane);
   static cudaError_t PackOnLane(const kernels::PackKvParams& params, Lane* lane);
   static cudaError_t ConvertOnLane(const kernels::PackKvParams& params, Lane* lane);
 
