@@ -85,18 +85,12 @@ double RelativeError(const std::vector<uint8_t>& out, const std::vector<uint8_t>
   return std::sqrt(error / norm);
 }
 
-absl::StatusOr<Row> MeasureWork(model::Backend& backend, const AttentionData& data,
-                                std::string what, const std::vector<HeadWork>& work, double tflop,
-                                int runs) {
+absl::Status Attend(model::Backend& backend, const AttentionData& data,
+                    const std::vector<HeadWork>& work) {
   kernels::AttentionParams params = data.Params();
   params.work = work.data();
   params.num_work = static_cast<int>(work.size());
-  Row row{.what = std::move(what), .shape = Shape(data)};
-  row.tflop = tflop;
-  absl::Status status = Measure(
-      backend, runs, [&] { return backend.Attention(params); }, &row);
-  if (!status.ok()) return status;
-  return row;
+  return backend.Attention(params);
 }
 
 }  // namespace
@@ -104,46 +98,42 @@ absl::StatusOr<Row> MeasureWork(model::Backend& backend, const AttentionData& da
 absl::Status BenchAttention(model::Backend& backend, const AttentionData& data,
                             const std::vector<int>& densities, int runs, Report* report) {
   const int64_t n = CeilDiv(data.num_tokens, kBlock), row_words = PatternWords(n);
-  std::vector<HeadWork> work(data.num_heads);
-  for (int head = 0; head < data.num_heads; ++head) work[head].head = head;
-  const std::vector<HeadWork> dense_work = work;
-  const auto measure_dense = [&](const char* what) {
-    return MeasureWork(backend, data, what, dense_work, CausalTflop(data), runs);
-  };
-  const absl::StatusOr<Row> dense = measure_dense("attention dense");
-  if (!dense.ok()) return dense.status();
-  report->Add(*dense);
+  std::vector<HeadWork> dense_work(data.num_heads), mass_work(data.num_heads);
+  Row dense{.what = "attention dense", .shape = Shape(data), .tflop = CausalTflop(data)};
   {
     absl::StatusOr<model::DeviceBuffer> mass =
         backend.Allocate(data.num_heads * n * n * sizeof(float));
     if (!mass.ok()) return mass.status();
     for (int head = 0; head < data.num_heads; ++head) {
-      work[head].block_mass = mass->as<float>() + head * n * n;
+      dense_work[head].head = head;
+      mass_work[head] = {.head = head, .block_mass = mass->as<float>() + head * n * n};
     }
-    absl::StatusOr<Row> row =
-        MeasureWork(backend, data, "attention dense, block mass", work, CausalTflop(data), runs);
-    if (!row.ok()) return row.status();
-    // The clock falls while the card warms up: beside dense attention before and after.
-    const absl::StatusOr<Row> again = measure_dense("attention dense, again");
-    if (!again.ok()) return again.status();
-    row->more = {{"vs_dense", 2.0 * row->median_ms / (dense->median_ms + again->median_ms)}};
-    report->Add(*std::move(row));
-    report->Add(*again);
+    Row with_mass{
+        .what = "attention dense, block mass", .shape = Shape(data), .tflop = CausalTflop(data)};
+    absl::Status status = MeasureInTurns(
+        backend, runs, [&] { return Attend(backend, data, dense_work); }, &dense,
+        [&] { return Attend(backend, data, mass_work); }, &with_mass);
+    if (!status.ok()) return status;
+    with_mass.more = {{"vs_dense", with_mass.median_ms / dense.median_ms}};
+    report->Add(dense);
+    report->Add(std::move(with_mass));
   }
   for (int density : densities) {
     absl::StatusOr<RandomPatterns> patterns = MakePatterns(backend, data, density / 100.0);
     if (!patterns.ok()) return patterns.status();
+    std::vector<HeadWork> work(data.num_heads);
     for (int head = 0; head < data.num_heads; ++head) {
       work[head] = {.head = head, .pattern = patterns->words.as<uint32_t>() + head * n * row_words};
     }
-    const double tflop =
+    Row row{.what = absl::StrCat("attention block-sparse ", density, " %"), .shape = Shape(data)};
+    row.tflop =
         4.0 * kBlock * kBlock * data.head_dim * static_cast<double>(patterns->blocks) / 1e12;
-    absl::StatusOr<Row> row = MeasureWork(
-        backend, data, absl::StrCat("attention block-sparse ", density, " %"), work, tflop, runs);
-    if (!row.ok()) return row.status();
-    row->more = {{"density", patterns->density},
-                 {"vs_linear", row->median_ms / (patterns->density * dense->median_ms)}};
-    report->Add(*std::move(row));
+    absl::Status status = Measure(
+        backend, runs, [&] { return Attend(backend, data, work); }, &row);
+    if (!status.ok()) return status;
+    row.more = {{"density", patterns->density},
+                {"vs_linear", row.median_ms / (patterns->density * dense.median_ms)}};
+    report->Add(std::move(row));
   }
   return absl::OkStatus();
 }

@@ -39,6 +39,11 @@ struct LayerShape {
 absl::Status BenchLayerOps(model::Backend& backend, const LayerShape& shape, int64_t num_tokens,
                            int runs, Report* report);
 
+// The linear layers of a whole prefill and nothing else, back to back, in tiles of tokens: what the
+// library's matrix products alone take at the clock that so long a run leaves the card.
+absl::Status BenchLinears(model::Backend& backend, const LayerShape& shape, int num_layers,
+                          int64_t num_tokens, int64_t tile_tokens, Report* report);
+
 // Whole prefills of a prompt with one policy; KV is released unread.
 absl::Status BenchPrefill(model::PrefillEngine& engine, const std::vector<uint32_t>& tokens,
                           const model::AttentionOptions& options, bool warm_up, int runs,

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <random>
+#include <tuple>
 
 #include "absl/strings/str_format.h"
 #include "tests/bench/device/benches.h"
@@ -138,6 +139,60 @@ absl::Status BenchLayerOps(model::Backend& backend, const LayerShape& shape, int
                     shape.hidden, false, true);
   }
   return status;
+}
+
+absl::Status BenchLinears(model::Backend& backend, const LayerShape& shape, int num_layers,
+                          int64_t num_tokens, int64_t tile_tokens, Report* report) {
+  const int64_t q_width = int64_t{shape.num_heads} * shape.head_dim;
+  const int64_t qkv_width = q_width + 2 * int64_t{shape.num_kv_heads} * shape.head_dim;
+  struct Product {
+    int64_t in, out;
+    bool accumulate;
+    model::DeviceBuffer x, w, y;
+  };
+  Product products[] = {{shape.hidden, qkv_width, false, {}, {}, {}},
+                        {q_width, shape.hidden, true, {}, {}, {}},
+                        {shape.hidden, 2 * shape.intermediate, false, {}, {}, {}},
+                        {shape.intermediate, shape.hidden, true, {}, {}, {}}};
+  double weights = 0.0;
+  for (Product& product : products) {
+    weights += static_cast<double>(product.in * product.out);
+    const std::tuple<model::DeviceBuffer&, int64_t, float> tensors[] = {
+        {product.x, tile_tokens * product.in, 1.0f},
+        {product.w, product.out * product.in, 0.02f},
+        {product.y, tile_tokens * product.out, 1.0f}};
+    for (const auto& [buffer, size, scale] : tensors) {
+      absl::StatusOr<model::DeviceBuffer> filled = Random(backend, size, scale);
+      if (!filled.ok()) return filled.status();
+      buffer = *std::move(filled);
+    }
+  }
+  const auto run = [&](int layers) {
+    absl::Status status;
+    for (int layer = 0; layer < layers; ++layer) {
+      for (const Product& product : products) {
+        for (int64_t first = 0; first < num_tokens && status.ok(); first += tile_tokens) {
+          status = backend.Linear({.x = product.x.data(),
+                                   .w = product.w.data(),
+                                   .y = product.y.data(),
+                                   .num_tokens = std::min(tile_tokens, num_tokens - first),
+                                   .in_features = product.in,
+                                   .out_features = product.out,
+                                   .accumulate = product.accumulate});
+        }
+      }
+    }
+    return status;
+  };
+  if (absl::Status status = run(1); !status.ok()) return status;
+  const absl::StatusOr<double> ms = backend.TimeMs([&] { return run(num_layers); });
+  if (!ms.ok()) return ms.status();
+  Row row{.what = "all linears of a prefill",
+          .shape = absl::StrFormat("%d tokens, %d layers", num_tokens, num_layers)};
+  row.median_ms = row.min_ms = row.max_ms = *ms;
+  row.tflop = 2.0 * weights * num_layers * static_cast<double>(num_tokens) / 1e12;
+  report->Add(std::move(row));
+  return absl::OkStatus();
 }
 
 }  // namespace prefilld::bench

@@ -2,6 +2,7 @@
 //
 //   prefill-bench --mode=attention [--tokens=…] [--qkv=FOLDER [--clusters=FILE]]
 //   prefill-bench --mode=layer [--tokens=…]
+//   prefill-bench --mode=linears [--tokens=…] [--layers=28]
 //   prefill-bench --mode=prefill --model=FOLDER --prompt=TOKENS.json [--policies=dense,share]
 #include <cstdio>
 #include <fstream>
@@ -16,7 +17,7 @@
 #include "absl/strings/str_cat.h"
 #include "tests/bench/device/benches.h"
 
-ABSL_FLAG(std::string, mode, "attention", "attention, layer or prefill.");
+ABSL_FLAG(std::string, mode, "attention", "attention, layer, linears or prefill.");
 ABSL_FLAG(std::string, device, "auto", "auto, cpu or cuda.");
 ABSL_FLAG(std::vector<std::string>, tokens, {"8192"}, "Prompt lengths, comma-separated.");
 ABSL_FLAG(int32_t, heads, 28, "Query heads, for modes attention and layer.");
@@ -24,6 +25,8 @@ ABSL_FLAG(int32_t, kv_heads, 4, "KV heads, likewise.");
 ABSL_FLAG(int32_t, head_dim, 128, "Likewise.");
 ABSL_FLAG(int64_t, hidden, 3584, "For mode layer.");
 ABSL_FLAG(int64_t, intermediate, 18944, "For mode layer.");
+ABSL_FLAG(int32_t, layers, 28, "For mode linears.");
+ABSL_FLAG(int64_t, tile_tokens, 8192, "For mode linears: tokens a product takes at a time.");
 ABSL_FLAG(std::vector<std::string>, densities, (std::vector<std::string>{"5", "10", "20", "40"}),
           "Percentages of random patterns, for mode attention.");
 ABSL_FLAG(std::string, qkv, "",
@@ -121,8 +124,12 @@ absl::Status RunLayer(model::Backend& backend, Report* report) {
                             .num_heads = absl::GetFlag(FLAGS_heads),
                             .num_kv_heads = absl::GetFlag(FLAGS_kv_heads),
                             .head_dim = absl::GetFlag(FLAGS_head_dim)};
+  const bool whole = absl::GetFlag(FLAGS_mode) == "linears";
   for (int64_t length : *lengths) {
-    absl::Status status = BenchLayerOps(backend, shape, length, absl::GetFlag(FLAGS_runs), report);
+    absl::Status status =
+        whole ? BenchLinears(backend, shape, absl::GetFlag(FLAGS_layers), length,
+                             absl::GetFlag(FLAGS_tile_tokens), report)
+              : BenchLayerOps(backend, shape, length, absl::GetFlag(FLAGS_runs), report);
     if (!status.ok()) return status;
   }
   return absl::OkStatus();
@@ -175,11 +182,11 @@ absl::Status Run() {
   const std::string mode = absl::GetFlag(FLAGS_mode);
   if (mode == "prefill") {
     status = RunPrefill(*device, &report);
-  } else if (mode == "attention" || mode == "layer") {
+  } else if (mode == "attention" || mode == "layer" || mode == "linears") {
     absl::StatusOr<std::unique_ptr<model::Backend>> backend = model::CreateBackend(*device, 0);
     if (!backend.ok()) return backend.status();
     report.Fact("device", (*backend)->device_name());
-    status = mode == "layer" ? RunLayer(**backend, &report) : RunAttention(**backend, &report);
+    status = mode == "attention" ? RunAttention(**backend, &report) : RunLayer(**backend, &report);
   } else {
     return absl::InvalidArgumentError(absl::StrCat("--mode ", mode, " unknown"));
   }

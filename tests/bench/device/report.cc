@@ -51,6 +51,17 @@ absl::Status Report::WriteJson(const std::string& path) const {
   return absl::OkStatus();
 }
 
+namespace {
+
+void SetTimes(std::vector<double> times, Row* row) {
+  std::sort(times.begin(), times.end());
+  row->median_ms = times[times.size() / 2];
+  row->min_ms = times.front();
+  row->max_ms = times.back();
+}
+
+}  // namespace
+
 absl::Status Measure(model::Backend& backend, int runs, absl::FunctionRef<absl::Status()> ops,
                      Row* row) {
   std::vector<double> times;
@@ -59,10 +70,25 @@ absl::Status Measure(model::Backend& backend, int runs, absl::FunctionRef<absl::
     if (!ms.ok()) return ms.status();
     if (i >= 0) times.push_back(*ms);
   }
-  std::sort(times.begin(), times.end());
-  row->median_ms = times[times.size() / 2];
-  row->min_ms = times.front();
-  row->max_ms = times.back();
+  SetTimes(std::move(times), row);
+  return absl::OkStatus();
+}
+
+absl::Status MeasureInTurns(model::Backend& backend, int runs,
+                            absl::FunctionRef<absl::Status()> first_ops, Row* first,
+                            absl::FunctionRef<absl::Status()> second_ops, Row* second) {
+  std::vector<double> first_times, second_times;
+  for (int i = -2; i < runs; ++i) {
+    const absl::StatusOr<double> first_ms = backend.TimeMs(first_ops);
+    if (!first_ms.ok()) return first_ms.status();
+    const absl::StatusOr<double> second_ms = backend.TimeMs(second_ops);
+    if (!second_ms.ok()) return second_ms.status();
+    if (i < 0) continue;
+    first_times.push_back(*first_ms);
+    second_times.push_back(*second_ms);
+  }
+  SetTimes(std::move(first_times), first);
+  SetTimes(std::move(second_times), second);
   return absl::OkStatus();
 }
 

@@ -48,6 +48,11 @@ class Report {
 absl::Status Measure(model::Backend& backend, int runs, absl::FunctionRef<absl::Status()> ops,
                      Row* row);
 
+// The same of two rivals in turns, so that a card that gets warm and slow does so for both.
+absl::Status MeasureInTurns(model::Backend& backend, int runs,
+                            absl::FunctionRef<absl::Status()> first_ops, Row* first,
+                            absl::FunctionRef<absl::Status()> second_ops, Row* second);
+
 }  // namespace prefilld::bench
 
 #endif  // PREFILLD_TESTS_BENCH_DEVICE_REPORT_H_
