@@ -9,11 +9,12 @@
 
 namespace prefilld::kernels::cuda {
 
-// A bf16 tensor [dims[2], dims[1], dims[0]] of which boxes [box2, box1, 64] are copied.
+// A bf16 tensor [dims[2], dims[1], dims[0]] of which boxes [box2, box1, 64] are copied; with a
+// fourth dimension, [dims[3], dims[2], dims[1], dims[0]] and boxes [1, box2, box1, 64].
 struct TensorTiles {
   const void* data = nullptr;  // aligned to 16 bytes
-  uint64_t dims[3] = {};       // innermost first
-  uint64_t strides[2] = {};    // elements between steps along dims[1] and dims[2]; multiples of 8
+  uint64_t dims[4] = {};       // innermost first; dims[3] 0: there are three
+  uint64_t strides[3] = {};    // elements between steps along dims[1], .. ; multiples of 8
   uint32_t box1 = 1;
   uint32_t box2 = 1;
 };

@@ -15,6 +15,9 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
+// A value that all lanes of the warp have, in a form that lets the compiler know it.
+__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 // 2^x to about 2 ulp; denormal results are zero.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

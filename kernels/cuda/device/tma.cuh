@@ -24,6 +24,15 @@ __device__ inline void tma_load_3d(void* dst, const CUtensorMap* map, uint64_t* 
       : "memory");
 }
 
+__device__ inline void tma_load_4d(void* dst, const CUtensorMap* map, uint64_t* barrier, int c0,
+                                   int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(dst)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
 // `bytes` contiguous bytes; they and both addresses are multiples of 16.
 __device__ inline void bulk_load(void* dst, const void* src, uint32_t bytes, uint64_t* barrier) {
   asm volatile(

@@ -43,14 +43,14 @@ __device__ inline void consume(const Launch& launch, typename Pass::Storage& sha
     for (int step = 0; step < kSteps; ++step) {
       const RingPosition<Storage::kStages> ring(step);
       float s[64];
+      const Operands tiles = Pass::operands(shared.q[slot.place], shared.k[ring.place]);
 #pragma unroll
       for (int q = 0; q < Pass::kQuarters; ++q) {
         mbarrier_wait(&shared.k_full[ring.place][pass.first_quarter() + q], ring.parity);
       }
       named_barrier_sync(turn(0), 2 * kWarpgroup);
       wgmma_fence();
-      pass.issue(s, shared.q[slot.place], shared.k[ring.place]);
-      named_barrier_arrive(turn(1), 2 * kWarpgroup);
+      Pass::issue(s, tiles, [&] { named_barrier_arrive(turn(1), 2 * kWarpgroup); });
       wgmma_wait<0>();
       keep_in_order(s);
       if (first_lane) {
@@ -70,8 +70,7 @@ __device__ inline void consume(const Launch& launch, typename Pass::Storage& sha
 template <typename Pass, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 1)
     estimate_kernel(const __grid_constant__ Launch launch,
-                    const __grid_constant__ CUtensorMap q_map,
-                    const __grid_constant__ CUtensorMap k_map) {
+                    const __grid_constant__ TensorMaps maps) {
   using namespace device;
   using Storage = SharedStorage<kHeadDim>;
   extern __shared__ __align__(1024) unsigned char memory[];
@@ -98,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     register_decrease<kProducerRegisters>();
     if (threadIdx.x == kConsumers * kWarpgroup) {
-      produce<kHeadDim, Pass::kMass>(launch, shared, q_map, k_map);
+      produce<kHeadDim, Pass::kMass>(launch, shared, maps);
     }
   }
 }
@@ -148,8 +147,8 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 template <typename Pass, int kHeadDim>
-cudaError_t LaunchPass(const Launch& launch, const CUtensorMap& q_map, const CUtensorMap& k_map,
-                       int num_sms, cudaStream_t stream) {
+cudaError_t LaunchPass(const Launch& launch, const TensorMaps& maps, int num_sms,
+                       cudaStream_t stream) {
   auto kernel = estimate_kernel<Pass, kHeadDim>;
   constexpr int kSharedBytes = sizeof(SharedStorage<kHeadDim>);
   static_assert(kSharedBytes <= 227 * 1024, "an SM has 227 KiB of shared memory for one block");
@@ -158,23 +157,50 @@ cudaError_t LaunchPass(const Launch& launch, const CUtensorMap& q_map, const CUt
       error != cudaSuccess) {
     return error;
   }
-  kernel<<<std::min(num_sms, launch.num_items), kThreads, kSharedBytes, stream>>>(launch, q_map,
-                                                                                  k_map);
+  kernel<<<std::min(num_sms, launch.num_items), kThreads, kSharedBytes, stream>>>(launch, maps);
   return cudaGetLastError();
 }
 
 template <int kHeadDim>
-cudaError_t LaunchKernels(const Launch& launch, const CUtensorMap& q_map, const CUtensorMap& k_map,
-                          int num_sms, cudaStream_t stream) {
-  cudaError_t error =
-      LaunchPass<RowSums<kHeadDim>, kHeadDim>(launch, q_map, k_map, num_sms, stream);
+cudaError_t LaunchKernels(const Launch& launch, const TensorMaps& maps, int num_sms,
+                          cudaStream_t stream) {
+  cudaError_t error = LaunchPass<RowSums<kHeadDim>, kHeadDim>(launch, maps, num_sms, stream);
   if (error != cudaSuccess) return error;
   merge_row_sums_kernel<<<launch.op.num_heads, kMergeParts * kBlock, 0, stream>>>(launch);
-  error = LaunchPass<Masses<kHeadDim>, kHeadDim>(launch, q_map, k_map, num_sms, stream);
+  error = LaunchPass<Masses<kHeadDim>, kHeadDim>(launch, maps, num_sms, stream);
   if (error != cudaSuccess || launch.num_groups == 1) return error;
   add_overhangs_kernel<<<dim3(launch.num_groups - 1, launch.op.num_heads), kBlock, 0, stream>>>(
       launch);
   return cudaGetLastError();
+}
+
+cudaError_t MakeTensorMaps(const EstimateParams& p, TensorMaps* maps) {
+  const uint64_t d = p.head_dim;
+  const uint64_t heads = p.num_heads;
+  const uint64_t keys = p.num_keys;
+  const uint64_t kv_heads = p.num_kv_heads;
+  const uint64_t kv_head_stride = p.kv_head_stride;
+  cudaError_t error = MakeTensorMap({.data = p.q,
+                                     .dims = {d, heads, static_cast<uint64_t>(p.num_queries)},
+                                     .strides = {d, d * heads},
+                                     .box1 = 1,
+                                     .box2 = kBlock},
+                                    &maps->q);
+  if (error != cudaSuccess) return error;
+  error = MakeTensorMap({.data = p.k,
+                         .dims = {d, keys, kv_heads},
+                         .strides = {d, kv_head_stride},
+                         .box1 = kStepKeys,
+                         .box2 = 1},
+                        &maps->k);
+  // With fewer keys than a block has, there is none to describe, and none is copied.
+  if (error != cudaSuccess || keys < kBlock) return error;
+  return MakeTensorMap({.data = p.k,
+                        .dims = {d, kBlock, keys / kBlock, kv_heads},
+                        .strides = {d, kBlock * d, kv_head_stride},
+                        .box1 = kStepKeys,
+                        .box2 = kQuarterBlocks},
+                       &maps->k_blocks);
 }
 
 }  // namespace
@@ -196,34 +222,17 @@ cudaError_t LaunchEstimate(const EstimateParams& p, int num_sms, cudaStream_t st
   launch.num_groups = NumEstimateGroups(p.num_queries, p.num_keys);
   launch.num_items = launch.num_groups * p.num_heads;
   launch.num_key_blocks = static_cast<int>(CeilDiv(p.num_keys, kBlock));
-  launch.first_position = p.num_keys - p.num_queries;
+  launch.first_position = static_cast<int>(p.num_keys - p.num_queries);
   const EstimateScratch scratch = LayOutEstimateScratch(launch.num_groups, p.num_heads);
   float* floats = static_cast<float*>(p.scratch);
   launch.row_sums = reinterpret_cast<float2*>(floats + scratch.row_sums);
   launch.row_lse = floats + scratch.row_lse;
   launch.overhangs = floats + scratch.overhangs;
 
-  const uint64_t d = p.head_dim;
-  const uint64_t heads = p.num_heads;
-  CUtensorMap q_map, k_map;
-  cudaError_t error = MakeTensorMap({.data = p.q,
-                                     .dims = {d, heads, static_cast<uint64_t>(p.num_queries)},
-                                     .strides = {d, d * heads},
-                                     .box1 = 1,
-                                     .box2 = kBlock},
-                                    &q_map);
-  if (error == cudaSuccess) {
-    error = MakeTensorMap(
-        {.data = p.k,
-         .dims = {d, static_cast<uint64_t>(p.num_keys), static_cast<uint64_t>(p.num_kv_heads)},
-         .strides = {d, static_cast<uint64_t>(p.kv_head_stride)},
-         .box1 = kStepKeys,
-         .box2 = 1},
-        &k_map);
-  }
-  if (error != cudaSuccess) return error;
-  return p.head_dim == 128 ? LaunchKernels<128>(launch, q_map, k_map, num_sms, stream)
-                           : LaunchKernels<64>(launch, q_map, k_map, num_sms, stream);
+  TensorMaps maps{};
+  if (cudaError_t error = MakeTensorMaps(p, &maps); error != cudaSuccess) return error;
+  return p.head_dim == 128 ? LaunchKernels<128>(launch, maps, num_sms, stream)
+                           : LaunchKernels<64>(launch, maps, num_sms, stream);
 }
 
 }  // namespace prefilld::kernels::cuda::sm90

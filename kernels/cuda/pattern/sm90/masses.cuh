@@ -3,8 +3,7 @@
 // Rows of the product are keys, columns the queries. A key's mass is then a sum along a row. A
 // diagonal, on which query - key is constant, runs through the registers of a thread from step to
 // step: the thread adds up a window of 34 partial sums, of which each step completes four, and only
-// those are added up over the warp's lanes. The window and the logits leave no register to spare: a
-// few words of what is needed once per step are kept in local memory.
+// those are added up over the warp's lanes. The window and the logits leave no register to spare.
 #ifndef PREFILLD_KERNELS_CUDA_PATTERN_SM90_MASSES_CUH_
 #define PREFILLD_KERNELS_CUDA_PATTERN_SM90_MASSES_CUH_
 
@@ -35,9 +34,12 @@ class Masses {
     }
   }
 
-  __device__ void issue(float (&s)[64], const __nv_bfloat16* q, const __nv_bfloat16* k) const {
-    const Place place;
-    issue_product<kHeadDim, kTileRows, kBlock>(s, k + place.consumer * 64 * kChunk, q);
+  __device__ static Operands operands(const __nv_bfloat16* q, const __nv_bfloat16* k) {
+    return {k + Place().consumer * 64 * kChunk, q};
+  }
+  template <typename PassTurn>
+  __device__ static void issue(float (&s)[64], const Operands& tiles, const PassTurn& pass_turn) {
+    issue_product<kHeadDim, kTileRows, kBlock>(s, tiles, pass_turn);
   }
 
   __device__ void add(float (&s)[64], int step, int slot) {
@@ -97,7 +99,7 @@ class Masses {
   static constexpr int kWindow = 17;
 
   __device__ int block() const { return group_ * kEstimateGroupBlocks + Place().warp; }
-  __device__ int64_t first_key() const { return static_cast<int64_t>(block()) * kBlock; }
+  __device__ int first_key() const { return block() * kBlock; }
 
   __device__ static void mask(float (&s)[64], int step, int visible) {
     const Place place;
@@ -117,7 +119,7 @@ class Masses {
     sum += __shfl_xor_sync(~0u, odd ? key_mass[0] : key_mass[1], 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
     if (place.quad_lane > 1) return;
-    const int64_t key = first_key() + step * kStepKeys + place.row + (odd ? 8 : 0);
+    const int key = first_key() + step * kStepKeys + place.row + (odd ? 8 : 0);
     if (key < launch_.op.num_keys) {
       launch_.op.vertical[head_ * launch_.op.num_keys + key] = sum;
     }
@@ -174,7 +176,7 @@ class Masses {
     if (has_previous) device::mbarrier_wait(&shared_.diagonals_full[place.warp - 1], parity);
     const float* own = shared_.diagonals[place.warp];
     const float* previous = shared_.diagonals[has_previous ? place.warp - 1 : 0];
-    const int64_t first_offset = launch_.first_position - first_key();
+    const int first_offset = launch_.first_position - first_key();
     float* slash = launch_.op.slash + head_ * launch_.op.num_keys;
     float* overhang = launch_.overhangs +
                       (static_cast<int64_t>(head_) * (launch_.num_groups - 1) + group_) * kBlock;
@@ -183,7 +185,7 @@ class Masses {
     for (int i = lane; i < kBlock; i += 32) {
       const float lower = previous[i];
       const float sum = own[kBlock + i] + (has_previous ? lower : 0.0f);
-      const int64_t offset = first_offset + i;
+      const int offset = first_offset + i;
       if (offset >= 0 && offset < launch_.op.num_keys) slash[offset] = sum;
       if (overhangs) overhang[i] = own[i];
     }

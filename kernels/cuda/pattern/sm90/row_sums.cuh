@@ -23,15 +23,18 @@ class RowSums {
     const Place place;
     item_head_ = item.head;
     chunk_ = 2 * item.group + place.consumer / 2;
-    visible_ = visible_keys(launch_, static_cast<int64_t>(item.group) * kGroupKeys);
+    visible_ = visible_keys(launch_, item.group * kGroupKeys);
     max_[0] = max_[1] = -INFINITY;
     sum_[0] = sum_[1] = 0.0f;
   }
 
-  __device__ void issue(float (&s)[64], const __nv_bfloat16* q, const __nv_bfloat16* k) const {
+  __device__ static Operands operands(const __nv_bfloat16* q, const __nv_bfloat16* k) {
     const Place place;
-    issue_product<kHeadDim, kBlock, kTileRows>(s, q + place.consumer % 2 * 64 * kChunk,
-                                               k + place.consumer / 2 * kTileRows / 2 * kChunk);
+    return {q + place.consumer % 2 * 64 * kChunk, k + place.consumer / 2 * kTileRows / 2 * kChunk};
+  }
+  template <typename PassTurn>
+  __device__ static void issue(float (&s)[64], const Operands& tiles, const PassTurn& pass_turn) {
+    issue_product<kHeadDim, kBlock, kTileRows>(s, tiles, pass_turn);
   }
 
   __device__ void add(float (&s)[64], int step, int) {

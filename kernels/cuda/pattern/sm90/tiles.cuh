@@ -31,6 +31,7 @@ constexpr int kStepKeys = 16;
 constexpr int kSteps = kBlock / kStepKeys;
 constexpr int kTileRows = kConsumerWarps * kStepKeys;
 constexpr int kGroupKeys = kEstimateGroupBlocks * kBlock;
+constexpr int kQuarterBlocks = kEstimateGroupBlocks / kConsumers;
 constexpr int kQuerySlots = 2;  // the next head's queries load early
 static_assert(kConsumerWarps == kEstimateGroupBlocks, "each consumer warp has its own block");
 
@@ -43,10 +44,17 @@ struct Launch {
   int num_groups;
   int num_items;
   int num_key_blocks;
-  int64_t first_position;  // of the queries
-  float2* row_sums;        // [heads, 2 * num_groups, kBlock]: maximum (log2 scale) and sum
-  float* row_lse;          // [heads, kBlock]: log2 of (the whole row's sum * num_queries)
-  float* overhangs;        // [heads, num_groups - 1, kBlock]: lower diagonals of the last block
+  int first_position;  // of the queries
+  float2* row_sums;    // [heads, 2 * num_groups, kBlock]: maximum (log2 scale) and sum
+  float* row_lse;      // [heads, kBlock]: log2 of (the whole row's sum * num_queries)
+  float* overhangs;    // [heads, num_groups - 1, kBlock]: lower diagonals of the last block
+};
+
+struct TensorMaps {
+  CUtensorMap q;
+  // K by blocks, of which it holds the whole ones; and by keys.
+  CUtensorMap k_blocks;
+  CUtensorMap k;
 };
 
 // Items are taken in this order, so that the heads of a KV head are under way together.
@@ -88,26 +96,61 @@ struct SharedStorage {
   uint64_t diagonals_full[kConsumerWarps];
 };
 
+// Keys 16 step .. of the blocks of a quarter of the tile, and of all chunks of head_dim.
+//
+// The thread that copies is one of an SM whose issue slots the consumers fill: an instruction for
+// every block, 32 a step, took it longer than the consumers need for the step. So one copies the
+// keys of the four blocks. It must not where the last key lies inside one of them: what is beyond
+// may be no memory at all, and of keys the tensor has the exact number only when it is not divided
+// into blocks.
+template <int kHeadDim>
+__device__ inline void copy_quarter(const TensorMaps& maps, const Item& item, int kv_head, int step,
+                                    int quarter, bool whole_blocks, __nv_bfloat16* tile,
+                                    uint64_t* full) {
+  constexpr int kChunks = kHeadDim / kChunk;
+  const int first_block = quarter * kQuarterBlocks;
+  if (whole_blocks) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      device::tma_load_4d(tile + (c * kTileRows + first_block * kStepKeys) * kChunk, &maps.k_blocks,
+                          full, c * kChunk, step * kStepKeys,
+                          item.group * kEstimateGroupBlocks + first_block, kv_head);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int block = first_block; block < first_block + kQuarterBlocks; ++block) {
+    const int key = item.group * kGroupKeys + block * kBlock + step * kStepKeys;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      device::tma_load_3d(tile + (c * kTileRows + block * kStepKeys) * kChunk, &maps.k, full,
+                          c * kChunk, key, kv_head);
+    }
+  }
+}
+
 // The copying thread.
 template <int kHeadDim, bool kMass>
 __device__ inline void produce(const Launch& launch, SharedStorage<kHeadDim>& shared,
-                               const CUtensorMap& q_map, const CUtensorMap& k_map) {
+                               const TensorMaps& maps) {
   using namespace device;
   using Storage = SharedStorage<kHeadDim>;
   constexpr uint32_t kQueryBytes = sizeof(shared.q[0]) + (kMass ? sizeof(shared.lse[0]) : 0);
   constexpr uint32_t kQuarterBytes = sizeof(shared.k[0]) / kConsumers;
-  constexpr int kQuarterWarps = kConsumerWarps / kConsumers;
   for (int i = 0; item_number(i) < launch.num_items; ++i) {
     const Item item(launch, item_number(i));
     const RingPosition<kQuerySlots> slot(i);
     const int kv_head = item.head / (launch.op.num_heads / launch.op.num_kv_heads);
+    // A group that the keys end in has a block that they end in, unless blocks divide them.
+    const bool whole_blocks = launch.op.num_keys % kBlock == 0 ||
+                              int64_t{item.group + 1} * kGroupKeys <= launch.op.num_keys;
     mbarrier_wait(&shared.q_empty[slot.place], slot.parity ^ 1);
     uint64_t* q_full = &shared.q_full[slot.place];
     mbarrier_arrive_expect(q_full, kQueryBytes);
 #pragma unroll
     for (int c = 0; c < Storage::kChunks; ++c) {
-      tma_load_3d(shared.q[slot.place] + c * kBlock * kChunk, &q_map, q_full, c * kChunk, item.head,
-                  0);
+      tma_load_3d(shared.q[slot.place] + c * kBlock * kChunk, &maps.q, q_full, c * kChunk,
+                  item.head, 0);
     }
     if constexpr (kMass) {
       bulk_load(shared.lse[slot.place], launch.row_lse + item.head * kBlock, sizeof(shared.lse[0]),
@@ -115,20 +158,13 @@ __device__ inline void produce(const Launch& launch, SharedStorage<kHeadDim>& sh
     }
     for (int step = 0; step < kSteps; ++step) {
       const RingPosition<Storage::kStages> ring(step);
+#pragma unroll 1
       for (int quarter = 0; quarter < kConsumers; ++quarter) {
         uint64_t* full = &shared.k_full[ring.place][quarter];
         mbarrier_wait(&shared.k_empty[ring.place][quarter], ring.parity ^ 1);
         mbarrier_arrive_expect(full, kQuarterBytes);
-#pragma unroll
-        for (int w = 0; w < kQuarterWarps; ++w) {
-          const int block = quarter * kQuarterWarps + w;
-          const int key = item.group * kGroupKeys + block * kBlock + step * kStepKeys;
-#pragma unroll
-          for (int c = 0; c < Storage::kChunks; ++c) {
-            tma_load_3d(shared.k[ring.place] + (c * kTileRows + block * kStepKeys) * kChunk, &k_map,
-                        full, c * kChunk, key, kv_head);
-          }
-        }
+        copy_quarter<kHeadDim>(maps, item, kv_head, step, quarter, whole_blocks,
+                               shared.k[ring.place], full);
       }
     }
   }
@@ -141,21 +177,33 @@ __device__ inline void keep_in_order(float (&x)[64]) {
   for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
 
-// s = A B^T of 64 rows of one tile and 128 of another, which have kRowsA and kRowsB in all.
-template <int kHeadDim, int kRowsA, int kRowsB>
-__device__ inline void issue_product(float (&s)[64], const __nv_bfloat16* a,
-                                     const __nv_bfloat16* b) {
+// Where the tiles of a product start, as its instructions' descriptors say it. Made before a
+// warpgroup's turn at the tensor cores: they stand still for every instruction that the turn begins
+// with.
+struct Operands {
+  __device__ Operands(const __nv_bfloat16* a_tile, const __nv_bfloat16* b_tile)
+      : a(device::uniform(static_cast<uint32_t>(device::swizzled_tile_descriptor(a_tile, 0)))),
+        b(device::uniform(static_cast<uint32_t>(device::swizzled_tile_descriptor(b_tile, 0)))) {}
+  uint32_t a;  // the lower words: the upper ones are alike
+  uint32_t b;
+};
+
+// s = A B^T of 64 rows of one tile and 128 of another, which have kRowsA and kRowsB in all. Calls
+// pass_turn halfway: the next warpgroup starts while the tensor cores still have something to do.
+template <int kHeadDim, int kRowsA, int kRowsB, typename PassTurn>
+__device__ inline void issue_product(float (&s)[64], const Operands& tiles,
+                                     const PassTurn& pass_turn) {
   using namespace device;
   constexpr uint32_t kUnit = 16;  // bytes that descriptors count in
-  const uint64_t a_tile = swizzled_tile_descriptor(a, 0);
-  const uint64_t b_tile = swizzled_tile_descriptor(b, 0);
+  constexpr int kInstructions = kHeadDim / 16;
+  const uint64_t upper = swizzled_tile_descriptor(nullptr, 0) & ~uint64_t{0xffffffff};
 #pragma unroll
-  for (int c = 0; c < kHeadDim / kChunk; ++c) {
-#pragma unroll
-    for (int i = 0; i < kChunk / 16; ++i) {
-      wgmma_m64n128k16_ss(s, a_tile + (c * kRowsA * kChunk * 2 / kUnit + i * 2),
-                          b_tile + (c * kRowsB * kChunk * 2 / kUnit + i * 2), c + i > 0);
-    }
+  for (int n = 0; n < kInstructions; ++n) {
+    const int chunk = n / (kChunk / 16);
+    const uint32_t column = n % (kChunk / 16) * 2;
+    wgmma_m64n128k16_ss(s, upper | (tiles.a + (chunk * kRowsA * kChunk * 2 / kUnit + column)),
+                        upper | (tiles.b + (chunk * kRowsB * kChunk * 2 / kUnit + column)), n > 0);
+    if (n + 1 == kInstructions / 2) pass_turn();
   }
   wgmma_commit();
 }
@@ -165,11 +213,11 @@ __device__ inline void issue_product(float (&s)[64], const __nv_bfloat16* a,
 // of what follows from it is registers that the second pass does not have.
 struct Place {
   __device__ Place() {
-    const int thread = device::opaque(static_cast<int>(threadIdx.x));
-    warp = thread / 32;
-    consumer = thread / kWarpgroup;
-    row = thread % 32 / 4;
-    quad_lane = thread % 4;
+    const auto thread = static_cast<unsigned>(device::opaque(static_cast<int>(threadIdx.x)));
+    warp = static_cast<int>(thread / 32);
+    consumer = static_cast<int>(thread / kWarpgroup);
+    row = static_cast<int>(thread % 32 / 4);
+    quad_lane = static_cast<int>(thread % 4);
     column = 2 * quad_lane;
   }
   int warp;  // of all consumers'
@@ -179,10 +227,9 @@ struct Place {
   int column;
 };
 
-// Keys up to which query i sees, less i, from `first_key` on. Far more than there are: no mask.
-__device__ inline int visible_keys(const Launch& launch, int64_t first_key) {
-  return static_cast<int>(
-      min(launch.first_position - first_key, static_cast<int64_t>(2 * kGroupKeys)));
+// Keys up to which query i sees, less i, from `first_key` on.
+__device__ inline int visible_keys(const Launch& launch, int first_key) {
+  return launch.first_position - first_key;
 }
 
 }  // namespace prefilld::kernels::cuda::sm90::estimate
