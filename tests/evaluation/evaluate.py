@@ -12,7 +12,6 @@ this folder explains them. Needs the Python client (grpcio, protobuf, numpy, xxh
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 import threading
@@ -234,7 +233,7 @@ def write_summary(args: argparse.Namespace, info, records: list[dict]) -> None:
         "seed": args.seed,
         **scoring.summarize(records, [s.name for s in args.settings]),
     }
-    (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (args.out / "summary.json").write_text(table.as_json(summary))
     text = f"{info.model_name} on {info.device}\n\n{table.render(summary)}"
     (args.out / "table.txt").write_text(text + "\n")
     print(text)

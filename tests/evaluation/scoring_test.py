@@ -216,6 +216,11 @@ class Summary(unittest.TestCase):
         records = [answered("dense", 0, True), answered("dense", 0, True)]
         self.assertEqual(scoring.summarize(records, ["dense"])["tasks"][0]["prompts"], 1)
 
+    def test_a_file_has_a_line_per_cell(self):
+        text = table.as_json({"model": "tiny", **self.summary})
+        self.assertEqual(json.loads(text), {"model": "tiny", **self.summary})
+        self.assertEqual(sum('"by_depth"' in line for line in text.splitlines()), len(self.summary["tasks"]))
+
     def test_table_shows_every_setting(self):
         text = table.render(self.summary)
         for name in ("dense", "vertical_slash:gamma=0.8", "share:gamma=0.9", "pass_key", "copy", "held-out text"):

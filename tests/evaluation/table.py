@@ -1,6 +1,8 @@
-"""The summary as text for a terminal."""
+"""The summary as text: a table for a terminal, and JSON with a line per cell for a file."""
 
 from __future__ import annotations
+
+import json
 
 
 def columns(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -120,3 +122,13 @@ def render(summary: dict) -> str:
     if summary["recall"]:
         lines += _recall(summary)
     return "\n".join(lines)
+
+
+def as_json(summary: dict) -> str:
+    parts = []
+    for name, value in summary.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value:
+            text = "[\n" + ",\n".join(f"  {json.dumps(cell)}" for cell in value) + "\n ]"
+        parts.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
