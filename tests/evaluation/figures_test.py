@@ -1,0 +1,68 @@
+"""The pictures of a summary. Needs matplotlib; exit code 77 (skipped, for CTest) without it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+import scoring
+
+if importlib.util.find_spec("matplotlib") is None:
+    sys.exit(77)
+
+import curves  # noqa: E402
+import figures  # noqa: E402
+
+DENSITY = {"dense": 1.0, "share:gamma=0.3": 0.1, "share:gamma=0.5": 0.2, "share:gamma=0.7": 0.3,
+           "vertical_slash:gamma=0.3": 0.05, "vertical_slash:gamma=0.6": 0.22, "baseline_random:density=0.3": 0.3}  # fmt: skip
+FEW_RIGHT = {"share:gamma=0.3", "baseline_random:density=0.3"}
+
+
+def summary() -> dict:
+    records = []
+    for setting, density in DENSITY.items():
+        common = {"setting": setting, "density": density, "policy": setting.partition(":")[0], "heads": 64,
+                  "pivot_heads": 4, "shared_heads": 12, "vertical_slash_heads": 48, "ttft_us": 1, "compute_us": 1,
+                  "attention_us": 1, "pattern_us": 1}  # fmt: skip
+        for length in (8192, 16384):
+            for index in range(6):
+                right = setting not in FEW_RIGHT or index < 3
+                depth = index % 3 / 2
+                common.update(length=length, index=index)
+                records.append({**common, "task": "pass_key", "depth": depth, "right": right})
+                logprob = -1 - density * index / 10
+                records.append({**common, "task": "text", "depth": None, "logprob": logprob, "reported": True})
+    return scoring.summarize(records, list(DENSITY))
+
+
+class Pictures(unittest.TestCase):
+    def test_the_sparsest_share_that_keeps_the_answers_stands_beside_others_of_its_density(self):
+        names = ["dense", "share:gamma=0.5", "vertical_slash:gamma=0.6", "baseline_random:density=0.3"]
+        self.assertEqual(curves.compared_settings(summary()), names)
+
+    def test_one_command_draws_every_picture_of_a_summary(self):
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "summary.json"
+            file.write_text(json.dumps(summary()))
+            program = [sys.executable, "-B", figures.__file__, "--summary", str(file), "--out", folder]
+            subprocess.run(program, check=True, capture_output=True)
+            texts = {p.stem: p.read_text() for p in Path(folder).glob("*.svg")}
+        self.assertEqual(set(texts), {"score_against_density", "needle_depths", "perplexity"})
+        for words in ("pass key", "vertical-slash", "8k tokens"):
+            self.assertIn(words, texts["score_against_density"])
+        self.assertIn("γ 0.5", texts["needle_depths"])
+
+    def test_a_summary_without_depths_has_no_needle_picture(self):
+        short = summary()
+        for cell in short["tasks"]:
+            del cell["by_depth"]
+        self.assertEqual([name for name, _ in curves.draw(short)], ["score_against_density", "perplexity"])
+
+
+if __name__ == "__main__":
+    unittest.main()
