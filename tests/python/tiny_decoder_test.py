@@ -1,0 +1,90 @@
+"""The trainer's decoder, in both shapes. Needs PyTorch and safetensors; exit code 77 (skipped, for CTest) without them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+if not all(importlib.util.find_spec(name) for name in ("torch", "safetensors")):
+    sys.exit(77)
+
+TINY = Path(__file__).parents[2] / "model" / "tiny"
+sys.path.insert(0, str(TINY))
+
+import torch  # noqa: E402
+from decoder import Decoder  # noqa: E402
+
+CONFIGS = {name: json.loads((TINY / f"{name}.json").read_text()) for name in ("config", "second_shape")}
+
+
+def made(name: str) -> Decoder:
+    """With every tensor away from where training starts it."""
+    torch.manual_seed(1)
+    model = Decoder({**CONFIGS[name], "num_hidden_layers": 2}, torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+            parameter.copy_(parameter.bfloat16())
+    return model.requires_grad_(False)
+
+
+def logits(model: Decoder) -> torch.Tensor:
+    return model.logits(model(torch.arange(40)[None]))
+
+
+class TinyDecoder(unittest.TestCase):
+    def test_what_is_exported_loads_again(self):
+        for name in CONFIGS:
+            model = made(name)
+            with tempfile.TemporaryDirectory() as folder:
+                model.export(Path(folder))
+                (Path(folder) / "config.json").write_text(json.dumps(model.config))
+                again = Decoder.load(Path(folder), dtype=torch.float32)
+            torch.testing.assert_close(logits(again), logits(model), msg=name)
+
+    def test_every_tensor_matters(self):
+        for name in CONFIGS:
+            model = made(name)
+            before = logits(model)
+            for tensor in model.layer_tensors:
+                stack = getattr(model, tensor)
+                kept = stack[0].clone()
+                stack[0] += 0.1 * torch.randn_like(kept)
+                self.assertGreater((logits(model) - before).abs().max().item(), 1e-4, f"{name} {tensor}")
+                stack[0] = kept
+
+    def test_no_position_sees_later_ones(self):
+        for name in CONFIGS:
+            model, ids = made(name), torch.arange(40)[None]
+            torch.testing.assert_close(model(ids)[:, :20], model(ids[:, :20]), msg=name)
+
+    def test_projections_stay_bounded_where_no_norm_bounds_the_logits(self):
+        model = made("second_shape")
+        values = model.wv.clone()
+        model.wq *= 100
+        model.wk[:, 128:] *= 100  # one head of two
+        small = model.wk[:, :128].clone()
+        model.bound_logits(limit=2)
+        sizes = model.wq.unflatten(1, (-1, 128)).norm(dim=(-2, -1))
+        torch.testing.assert_close(sizes, torch.full_like(sizes, 2 * 128**0.5), rtol=1e-4, atol=0)
+        torch.testing.assert_close(model.wk[:, :128], small)
+        torch.testing.assert_close(model.wv, values)
+
+    def test_a_norm_needs_no_bound(self):
+        model = made("config")
+        model.wq *= 100
+        before = model.wq.clone()
+        model.bound_logits()
+        torch.testing.assert_close(model.wq, before)
+
+    def test_other_architectures_are_refused(self):
+        with self.assertRaisesRegex(ValueError, "GPT2LMHeadModel"):
+            Decoder({**CONFIGS["config"], "architectures": ["GPT2LMHeadModel"]})
+
+
+if __name__ == "__main__":
+    unittest.main()
