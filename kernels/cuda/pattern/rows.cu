@@ -17,10 +17,11 @@ constexpr int64_t kMeasureWordsPerCta = 64;
 
 // One CTA per query block. grid: (query blocks, heads).
 __global__ void __launch_bounds__(kThreads) select_rows_kernel(SelectRowsParams params) {
-  using Search = SmallestSetSearch<kThreads>;
+  using Search = SmallestSetSearch<kThreads, /*kCopies=*/8>;
   __shared__ typename Search::Shared shared;
   const int64_t row = blockIdx.y * params.num_query_blocks + blockIdx.x;
-  const int64_t diagonal = params.num_key_blocks - params.num_query_blocks + blockIdx.x;
+  const auto diagonal =
+      static_cast<int>(params.num_key_blocks - params.num_query_blocks + blockIdx.x);
   const float* mass = params.block_mass + row * params.num_key_blocks;
   const SmallestSet set = Search(shared).find(mass, diagonal + 1, params.gamma, 0);
 
@@ -28,7 +29,7 @@ __global__ void __launch_bounds__(kThreads) select_rows_kernel(SelectRowsParams 
   const int num_words = static_cast<int>((params.num_key_blocks + 31) / 32);
   uint32_t* words = params.pattern + row * num_words;
   for (int w = static_cast<int>(threadIdx.x) / 32; w < num_words; w += kThreads / 32) {
-    const int64_t block = static_cast<int64_t>(w) * 32 + lane;
+    const int block = w * 32 + lane;
     const bool chosen =
         block <= diagonal && (block == 0 || block == diagonal || set.contains(mass[block], block));
     const uint32_t word = __ballot_sync(0xffffffffu, chosen);

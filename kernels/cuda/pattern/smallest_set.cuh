@@ -12,7 +12,11 @@
 #ifndef PREFILLD_KERNELS_CUDA_PATTERN_SMALLEST_SET_CUH_
 #define PREFILLD_KERNELS_CUDA_PATTERN_SMALLEST_SET_CUH_
 
+#include <climits>
 #include <cstdint>
+
+#include "kernels/cuda/device/arithmetic.cuh"
+#include "kernels/cuda/device/cluster.cuh"
 
 namespace prefilld::kernels::cuda {
 
@@ -26,218 +30,271 @@ __device__ __forceinline__ uint32_t order_bits(float value) {
 }
 
 struct SmallestSet {
-  uint32_t last = 0;        // order_bits of the smallest member
-  int64_t last_index = -1;  // of the members equal to it, the highest index
+  uint32_t last = 0;    // order_bits of the smallest member
+  int last_index = -1;  // of the members equal to it, the highest index
 
-  __device__ __forceinline__ bool contains(float value, int64_t index) const {
+  __device__ __forceinline__ bool contains(float value, int index) const {
     const uint32_t bits = order_bits(value);
     return bits > last || (bits == last && index <= last_index);
   }
 };
 
-// The search by one CTA of kThreads threads. All threads call it and get the same result.
+// The search by a cluster of CTAs, each of which has a share of the values, in order of rank; by
+// one CTA if it is in no cluster. All threads of the cluster call it.
 //
-// Masses are much alike: a warp's values fall into few bins, and additions to one bin wait for each
-// other. With kCopies of the histogram, neighbouring lanes add to different ones.
-template <int kThreads, int kCopies = 1>
+// Digits have eight bits, so that the first one is a float's exponent: within a bin, fixed-point
+// values are integers of 24 bits with a common factor, and two 32-bit additions in shared memory
+// add one to a bin and count it. Masses are much alike and fall into few bins; additions to one bin
+// would wait for each other. With kCopies of the histogram, neighbouring lanes add to different
+// ones, in different banks.
+template <int kThreads, int kCopies>
 class SmallestSetSearch {
  public:
-  // The copies of a bin side by side, in different banks.
+  static constexpr int kBins = 256;
+
   struct Shared {
-    uint32_t sum_low[2048 * kCopies];
-    uint32_t sum_high[2048 * kCopies];
-    uint32_t count[2048 * kCopies];
+    // The copies of a bin side by side. A value's lower kLowBits are added up in the lower part of
+    // `low`, the upper part counts the values.
+    uint32_t low[kBins * kCopies];
+    uint32_t high[kBins * kCopies];
+    // The CTA's values by bins, for the cluster to read. It may still read those of one level while
+    // the next level's are written.
+    uint64_t sums[2][kBins];
+    uint32_t counts[2][kBins];
     uint64_t warp_sums[kThreads / 32];
     uint32_t warp_counts[kThreads / 32];
-    uint64_t total;
     int bin;  // where the prefix ends; -1 when all values together do not suffice
     uint64_t sum_above;
-    int64_t count_above;
-    int64_t index;
+    uint32_t count_above;
+    int index;
   };
 
   __device__ explicit SmallestSetSearch(Shared& shared) : shared_(shared) {}
 
-  // The smallest set of values[0, n) that holds gamma of their sum and at least min_count of them;
-  // all of them if no smaller set does. The values sum to less than 2^11.
-  __device__ SmallestSet find(const float* values, int64_t n, float gamma, int64_t min_count) {
-    // 31 bits of a non-negative float in digits of 11, 10 and 10.
-    uint32_t prefix = 0;
+  // The smallest set of the cluster's values that holds gamma of their sum and at least min_count
+  // of them; all of them if no smaller set does. `values` [n] are this CTA's, and indices in the
+  // result are those of `values`. The cluster's are fewer than 2^31 and sum to less than 2^11.
+  //
+  // No CTA may end before cluster_sync() afterwards: others still read its shared memory.
+  __device__ SmallestSet find(const float* values, int n, float gamma, int64_t min_count) {
+    const auto least_count = static_cast<uint32_t>(min(min_count, int64_t{UINT_MAX}));
+    for (int i = static_cast<int>(threadIdx.x); i < kBins * kCopies; i += kThreads) {
+      shared_.low[i] = 0;
+      shared_.high[i] = 0;
+    }
+    __syncthreads();
+    uint32_t prefix = 0;  // the digits known of the last member's key
     uint64_t target = 0;
     uint64_t sum_above = 0;
-    int64_t count_above = 0;
+    uint32_t count_above = 0;
 #pragma unroll 1
-    for (int level = 0; level < 3; ++level) {
-      const int shift = 20 - 10 * level;
-      const int num_bins = level == 0 ? 2048 : 1024;
-      build_histogram(values, n, prefix, shift, num_bins, level == 0);
+    for (int level = 0; level < kLevels; ++level) {
+      build_histogram(values, n, prefix, level);
+      device::cluster_sync();
+      const BinRun run = add_up_to_bin(level);
       if (level == 0) {
-        add_up_total();
         target = static_cast<uint64_t>(
-            ceil(static_cast<double>(gamma) * static_cast<double>(shared_.total)));
-        if (target == 0 && min_count == 0) return {0xffffffffu, -1};
+            ceil(static_cast<double>(gamma) * static_cast<double>(run.total)));
+        if (target == 0 && least_count == 0) return {UINT_MAX, -1};
       }
-      find_bin(num_bins, sum_above, count_above, target, min_count);
-      if (shared_.bin < 0) return {0, INT64_MAX};
-      prefix = prefix * num_bins + static_cast<uint32_t>(shared_.bin);
+      find_bin(run, sum_above, count_above, target, least_count);
+      if (shared_.bin < 0) return {0, INT_MAX};
+      prefix = prefix << 8 | static_cast<uint32_t>(shared_.bin);
       sum_above = shared_.sum_above;
       count_above = shared_.count_above;
     }
-    // `prefix` is now the whole value, and the last bin holds the values equal to it.
-    const int64_t equals = bin_count(shared_.bin);
-    const uint64_t value = to_fixed(__uint_as_float(prefix));
-    int64_t needed = min_count - count_above;
+    // `prefix` is now the whole key, and the last bin holds the values equal to it.
+    const uint32_t last = prefix >> 1;
+    const uint64_t value = to_fixed(__uint_as_float(last));
+    int64_t needed = static_cast<int64_t>(least_count) - count_above;
     if (sum_above < target && value > 0) {
       const int64_t for_sum = static_cast<int64_t>((target - sum_above + value - 1) / value);
       needed = max(needed, for_sum);
     }
-    if (needed >= equals) return {prefix, INT64_MAX};
-    return {prefix, index_of_equal(values, n, prefix, needed)};
+    const uint32_t* own_equals = &shared_.counts[(kLevels - 1) % 2][shared_.bin];
+    for (int rank = 0; rank < device::cluster_rank(); ++rank) {
+      needed -= *device::cluster_shared(own_equals, rank);
+    }
+    if (needed <= 0) return {last, -1};
+    if (needed >= *own_equals) return {last, INT_MAX};
+    return {last, index_of_equal(values, n, last, static_cast<int>(needed))};
   }
 
  private:
-  __device__ void build_histogram(const float* values, int64_t n, uint32_t prefix, int shift,
-                                  int num_bins, bool first_level) {
-    constexpr uint32_t kNone = 0xffffffffu;  // order_bits of no value
-    __syncthreads();                         // readers of the histogram before are done
-    for (int i = static_cast<int>(threadIdx.x); i < num_bins * kCopies; i += kThreads) {
-      shared_.sum_low[i] = 0;
-      shared_.sum_high[i] = 0;
-      shared_.count[i] = 0;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kLevels = 4;
+  static constexpr int kThreadsPerBin = kThreads / kBins;
+  static_assert(kThreads % kBins == 0 && kCopies % kThreadsPerBin == 0,
+                "the threads divide the bins' copies among them");
+  static_assert(kThreads % kCopies == 0, "every copy gets the same number of values");
+  // How many values of 24 bits a copy can take before it has to be emptied.
+  static constexpr int kLowBits = 5;
+  static constexpr int kCountShift = 18;
+  static constexpr int kCopyValues = 1 << 13;
+  static_assert(((1ull << kLowBits) - 1) * kCopyValues < 1ull << kCountShift &&
+                    uint64_t{kCopyValues} << kCountShift < 1ull << 32 &&
+                    ((1ull << (24 - kLowBits)) - 1) * kCopyValues < 1ull << 32,
+                "sums and count have room");
+
+  // What the bins from the top down to this thread's hold; and all of them.
+  struct BinRun {
+    uint64_t bin_sum;
+    uint32_t bin_count;
+    uint64_t sum;
+    uint32_t count;
+    uint64_t total;
+  };
+
+  // A float's order bits, doubled: four digits of eight bits, the first one the exponent.
+  static __device__ __forceinline__ uint32_t key_of(uint32_t bits) { return bits << 1; }
+  // The first exponent of which fixed-point values have a factor: 2^(exponent - kUnitExponent).
+  static constexpr uint32_t kUnitExponent = 127 - 52 + 23;
+
+  // to_fixed() without that factor.
+  static __device__ __forceinline__ uint32_t integer_of(uint32_t bits) {
+    return bits >> 23 >= kUnitExponent ? (bits & 0x7fffff) | 0x800000
+                                       : __float2uint_rn(__uint_as_float(bits) * 0x1p52f);
+  }
+
+  __device__ void build_histogram(const float* values, int n, uint32_t prefix, int level) {
+    const int bin = static_cast<int>(threadIdx.x) / kThreadsPerBin;
+    uint64_t sum = 0;
+    uint32_t count = 0;
+    constexpr int kRun = kCopyValues * kCopies;
+    for (int begin = 0; begin < n; begin += kRun) {
+      add_values(values + begin, min(n - begin, kRun), prefix, 24 - 8 * level);
+      __syncthreads();
+      empty_bin(bin, sum, count);
+      __syncthreads();
     }
-    __syncthreads();
-    const int digit_bits = num_bins == 2048 ? 11 : 10;
-    // Several loads in flight: one CTA alone has to draw on L2.
-    constexpr int kLoads = 8;
-    for (int64_t first = threadIdx.x; first < n; first += kLoads * kThreads) {
+#pragma unroll
+    for (int offset = 1; offset < kThreadsPerBin; offset *= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+      count += __shfl_xor_sync(0xffffffffu, count, offset);
+    }
+    if (threadIdx.x % kThreadsPerBin != 0) return;
+    const uint32_t exponent = level == 0 ? static_cast<uint32_t>(bin) : prefix >> 8 * (level - 1);
+    shared_.sums[level % 2][bin] = sum << (max(exponent, kUnitExponent) - kUnitExponent);
+    shared_.counts[level % 2][bin] = count;
+  }
+
+  __device__ __forceinline__ void add_values(const float* values, int n, uint32_t prefix,
+                                             int shift) {
+    constexpr uint32_t kNone = 0xffffffffu;  // order_bits of no value
+    constexpr int kLoads = 16;               // in flight: few CTAs have to draw on L2
+    for (int first = static_cast<int>(threadIdx.x); first < n; first += kLoads * kThreads) {
       uint32_t bits[kLoads];
 #pragma unroll
       for (int j = 0; j < kLoads; ++j) {
-        const int64_t i = first + j * kThreads;
+        const int i = first + j * kThreads;
         bits[j] = i < n ? order_bits(values[i]) : kNone;
       }
 #pragma unroll
       for (int j = 0; j < kLoads; ++j) {
-        if (bits[j] == kNone || (!first_level && (bits[j] >> shift >> digit_bits) != prefix)) {
-          continue;
+        const uint32_t digits = key_of(bits[j]) >> shift;
+        if (bits[j] == kNone || digits >> 8 != prefix) continue;
+        const uint32_t place = digits % kBins * kCopies + threadIdx.x % kCopies;
+        const uint32_t integer = integer_of(bits[j]);
+        atomicAdd(&shared_.low[place], 1u << kCountShift | integer % (1u << kLowBits));
+        atomicAdd(&shared_.high[place], integer >> kLowBits);
+      }
+    }
+  }
+
+  // Moves this thread's part of a bin's copies to its sums. Lanes start at different copies, that
+  // is in different banks.
+  __device__ __forceinline__ void empty_bin(int bin, uint64_t& sum, uint32_t& count) {
+    const int part = static_cast<int>(threadIdx.x) % kThreadsPerBin;
+#pragma unroll
+    for (int i = 0; i < kCopies / kThreadsPerBin; ++i) {
+      const int place = bin * kCopies + ((bin + i) * kThreadsPerBin + part) % kCopies;
+      const uint32_t low = shared_.low[place];
+      sum += (static_cast<uint64_t>(shared_.high[place]) << kLowBits) + low % (1u << kCountShift);
+      count += low >> kCountShift;
+      shared_.low[place] = 0;
+      shared_.high[place] = 0;
+    }
+  }
+
+  // Thread t < kBins takes the t-th bin from the top, of all CTAs. The others get the total.
+  __device__ BinRun add_up_to_bin(int level) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int lane = thread % 32;
+    BinRun run{};
+    if (thread < kBins) {
+      for (int rank = 0; rank < device::cluster_size(); ++rank) {
+        const int bin = kBins - 1 - thread;
+        run.bin_sum += *device::cluster_shared(&shared_.sums[level % 2][bin], rank);
+        run.bin_count += *device::cluster_shared(&shared_.counts[level % 2][bin], rank);
+      }
+      run.sum = run.bin_sum;
+      run.count = run.bin_count;
+#pragma unroll
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const uint64_t other_sum = __shfl_up_sync(0xffffffffu, run.sum, offset);
+        const uint32_t other_count = __shfl_up_sync(0xffffffffu, run.count, offset);
+        if (lane >= offset) {
+          run.sum += other_sum;
+          run.count += other_count;
         }
-        add_to_bin((bits[j] >> shift) & (num_bins - 1), to_fixed(__uint_as_float(bits[j])));
+      }
+      if (lane == 31) {
+        shared_.warp_sums[thread / 32] = run.sum;
+        shared_.warp_counts[thread / 32] = run.count;
       }
     }
+    if (thread == 0) shared_.bin = -1;
     __syncthreads();
-  }
-
-  // A 64-bit sum out of two native 32-bit additions: the carry follows from the old low word.
-  __device__ __forceinline__ void add_to_bin(uint32_t bin, uint64_t value) {
-    const uint32_t place = bin * kCopies + threadIdx.x % kCopies;
-    const uint32_t low = static_cast<uint32_t>(value);
-    const uint32_t old = atomicAdd(&shared_.sum_low[place], low);
-    const uint32_t high = static_cast<uint32_t>(value >> 32) + (old + low < old ? 1u : 0u);
-    if (high != 0) atomicAdd(&shared_.sum_high[place], high);
-    atomicAdd(&shared_.count[place], 1u);
-  }
-
-  __device__ __forceinline__ uint64_t bin_sum(int bin) const {
-    uint64_t sum = 0;
 #pragma unroll
-    for (int i = bin * kCopies; i < (bin + 1) * kCopies; ++i) {
-      sum += static_cast<uint64_t>(shared_.sum_high[i]) << 32 | shared_.sum_low[i];
-    }
-    return sum;
-  }
-
-  __device__ __forceinline__ uint32_t bin_count(int bin) const {
-    uint32_t count = 0;
-#pragma unroll
-    for (int i = bin * kCopies; i < (bin + 1) * kCopies; ++i) count += shared_.count[i];
-    return count;
-  }
-
-  // Inclusive sums over the threads in order.
-  __device__ __forceinline__ void scan(uint64_t& sum, uint32_t& count) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const uint64_t other_sum = __shfl_up_sync(0xffffffffu, sum, offset);
-      const uint32_t other_count = __shfl_up_sync(0xffffffffu, count, offset);
-      if (lane >= offset) {
-        sum += other_sum;
-        count += other_count;
+    for (int warp = 0; warp < kBins / 32; ++warp) {
+      run.total += shared_.warp_sums[warp];
+      if (warp < thread / 32) {
+        run.sum += shared_.warp_sums[warp];
+        run.count += shared_.warp_counts[warp];
       }
     }
-    if (lane == 31) {
-      shared_.warp_sums[warp] = sum;
-      shared_.warp_counts[warp] = count;
-    }
-    __syncthreads();
-    for (int w = 0; w < warp; ++w) {
-      sum += shared_.warp_sums[w];
-      count += shared_.warp_counts[w];
-    }
-    __syncthreads();  // the warps' sums may be overwritten
-  }
-
-  __device__ void add_up_total() {
-    uint64_t sum = 0;
-    uint32_t count = 0;
-    for (int i = static_cast<int>(threadIdx.x); i < 2048; i += kThreads) sum += bin_sum(i);
-    scan(sum, count);
-    if (threadIdx.x == kThreads - 1) shared_.total = sum;
-    __syncthreads();
+    return run;
   }
 
   // Finds the bin, counted from the top, with which sum and count first suffice.
-  __device__ void find_bin(int num_bins, uint64_t sum_above, int64_t count_above, uint64_t target,
-                           int64_t min_count) {
-    if (threadIdx.x == 0) shared_.bin = -1;
-    // Thread t takes the t-th run of bins from the top.
-    const int run = num_bins / kThreads;
-    const int top = num_bins - 1 - static_cast<int>(threadIdx.x) * run;
-    uint64_t run_sum = 0;
-    uint32_t run_count = 0;
-    for (int i = 0; i < run; ++i) {
-      run_sum += bin_sum(top - i);
-      run_count += bin_count(top - i);
-    }
-    uint64_t sum = run_sum;
-    uint32_t count = run_count;
-    scan(sum, count);
-    uint64_t above = sum_above + sum - run_sum;
-    int64_t number_above = count_above + count - run_count;
-    const auto suffices = [&] { return above >= target && number_above >= min_count; };
-    if (!suffices()) {
-      for (int i = 0; i < run; ++i) {
-        const uint64_t before = above;
-        const int64_t number_before = number_above;
-        above += bin_sum(top - i);
-        number_above += bin_count(top - i);
-        if (suffices()) {
-          shared_.bin = top - i;
-          shared_.sum_above = before;
-          shared_.count_above = number_before;
-          break;
-        }
-      }
+  __device__ void find_bin(const BinRun& run, uint64_t sum_above, uint32_t count_above,
+                           uint64_t target, uint32_t least_count) {
+    const uint64_t sum = sum_above + run.sum;
+    const uint32_t count = count_above + run.count;
+    const auto suffices = [&](uint64_t s, uint32_t c) { return s >= target && c >= least_count; };
+    if (threadIdx.x < kBins && suffices(sum, count) &&
+        !suffices(sum - run.bin_sum, count - run.bin_count)) {
+      shared_.bin = kBins - 1 - static_cast<int>(threadIdx.x);
+      shared_.sum_above = sum - run.bin_sum;
+      shared_.count_above = count - run.bin_count;
     }
     __syncthreads();
   }
 
-  // Index of the k-th value, k >= 1, whose order_bits equal `bits`.
-  __device__ int64_t index_of_equal(const float* values, int64_t n, uint32_t bits, int64_t k) {
-    const int64_t run = (n + kThreads - 1) / kThreads;
-    const int64_t begin = min(n, run * static_cast<int64_t>(threadIdx.x));
-    const int64_t end = min(n, begin + run);
-    uint32_t count = 0;
-    for (int64_t i = begin; i < end; ++i) count += order_bits(values[i]) == bits ? 1u : 0u;
-    const uint32_t own = count;
-    uint64_t unused = 0;
-    scan(unused, count);
-    int64_t left = k - static_cast<int64_t>(count - own);
-    if (left >= 1 && left <= static_cast<int64_t>(own)) {
-      for (int64_t i = begin; i < end; ++i) {
-        if (order_bits(values[i]) == bits && --left == 0) shared_.index = i;
-      }
+  // Index of the k-th value, k >= 1, whose order_bits equal `bits`; there are as many. Only where
+  // the set ends amid equal values.
+  __device__ int index_of_equal(const float* values, int n, uint32_t bits, int k) {
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int run = (n + kThreads - 1) / kThreads * 32;  // values of one warp
+    const int begin = min(n, warp * run);
+    const int end = min(n, begin + run);
+    int count = 0;
+#pragma unroll 8
+    for (int i = begin + lane; i < end; i += 32) count += order_bits(values[i]) == bits ? 1 : 0;
+    count = device::warp_sum(count);
+    if (lane == 0) shared_.warp_counts[warp] = static_cast<uint32_t>(count);
+    __syncthreads();
+    for (int w = 0; w < warp; ++w) k -= static_cast<int>(shared_.warp_counts[w]);
+    for (int first = begin; k >= 1 && k <= count && first < end; first += 32) {
+      const int i = first + lane;
+      const bool equal = i < end && order_bits(values[i]) == bits;
+      const uint32_t lanes = __ballot_sync(0xffffffffu, equal);
+      if (equal && __popc(lanes & ((2u << lane) - 1)) == k) shared_.index = i;
+      const int found = __popc(lanes);
+      if (found >= k) break;
+      k -= found;
+      count -= found;
     }
     __syncthreads();
     return shared_.index;
