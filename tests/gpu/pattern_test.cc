@@ -177,6 +177,58 @@ TEST_F(CudaPattern, VerticalSlashEqualsReferenceWithAndWithoutTies) {
   }
 }
 
+// Columns and diagonals of `num_heads` heads against the reference.
+void ExpectVerticalSlashEqualsReference(int num_heads, int64_t num_keys, bool ties, float gamma) {
+  const std::vector<float> vertical = MakeMasses(num_heads, num_keys, ties, 3);
+  const std::vector<float> slash = MakeMasses(num_heads, num_keys, ties, 4);
+  VerticalSlashParams p;
+  p.num_keys = num_keys;
+  p.num_heads = num_heads;
+  p.gamma = gamma;
+  p.min_budget_tokens = 1000;
+  const auto num_words =
+      static_cast<size_t>(num_heads * PatternWords(CeilDiv(num_keys, p.block_tokens)));
+  std::vector<uint32_t> columns(num_words), diagonals(num_words);
+  p.vertical = vertical.data();
+  p.slash = slash.data();
+  p.columns = columns.data();
+  p.diagonals = diagonals.data();
+  reference::VerticalSlash(p);
+  const DeviceArray<float> device_vertical(vertical), device_slash(slash);
+  const DeviceArray<uint32_t> device_columns(num_words), device_diagonals(num_words);
+  p.vertical = device_vertical.data();
+  p.slash = device_slash.data();
+  p.columns = device_columns.data();
+  p.diagonals = device_diagonals.data();
+  PREFILLD_ASSERT_CUDA(cuda::LaunchVerticalSlash(p, nullptr));
+  EXPECT_EQ(device_columns.Read(), columns);
+  EXPECT_EQ(device_diagonals.Read(), diagonals);
+}
+
+// On a GPU of 132 multiprocessors these numbers of heads get clusters of 1, 2, 4 and 8 CTAs.
+TEST_F(CudaPattern, VerticalSlashOfClustersOfEverySizeEqualsReference) {
+  for (const int num_heads : {80, 30, 14, 3}) {
+    for (const int64_t num_keys : {65536, 66049}) {
+      for (const bool ties : {false, true}) {
+        SCOPED_TRACE(::testing::Message()
+                     << num_heads << " heads, " << num_keys << " keys, ties " << ties);
+        ExpectVerticalSlashEqualsReference(num_heads, num_keys, ties, 0.7f);
+      }
+    }
+  }
+}
+
+// A CTA's histogram has room for 2^18 masses. Here eight CTAs, of one head, have more; masses of
+// few values fill some bins up.
+TEST_F(CudaPattern, VerticalSlashOfMoreKeysThanHistogramsTakeEqualsReference) {
+  for (const int64_t num_keys : {int64_t{8} << 18, (int64_t{8} << 18) + 1, int64_t{2300001}}) {
+    for (const bool ties : {false, true}) {
+      SCOPED_TRACE(::testing::Message() << num_keys << " keys, ties " << ties);
+      ExpectVerticalSlashEqualsReference(1, num_keys, ties, 0.9f);
+    }
+  }
+}
+
 TEST_F(CudaPattern, AmongEqualMassesTheLowestIndexWins) {
   const DeviceArray<float> mass(std::vector<float>(4096, 1.0f / 4096));
   const DeviceArray<uint32_t> columns(1), diagonals(1);

@@ -8,6 +8,7 @@
 #include "kernels/cuda/attention/plan.h"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/pattern/estimate_plan.h"
+#include "kernels/cuda/pattern/vertical_slash_plan.h"
 #include "kernels/pattern.h"
 
 namespace prefilld::kernels::cuda {
@@ -156,6 +157,17 @@ TEST(LinearShape, KnowsTheAlignmentOfAllOperands) {
   params.bias = memory + 2;
   EXPECT_EQ(ShapeOf(params).alignment, 2u);
   EXPECT_TRUE(ShapeOf(params).bias);
+}
+
+TEST(VerticalSlashClusterSize, FillsTheMultiprocessorsOnceAndSplitsNoFewKeys) {
+  constexpr int kSms = 132;
+  EXPECT_EQ(VerticalSlashClusterSize(28, 131072, kSms), 2);
+  EXPECT_EQ(VerticalSlashClusterSize(32, 131072, kSms), 2);
+  EXPECT_EQ(VerticalSlashClusterSize(34, 131072, kSms), 1);
+  EXPECT_EQ(VerticalSlashClusterSize(14, 131072, kSms), 4);
+  EXPECT_EQ(VerticalSlashClusterSize(1, 131072, kSms), 8);
+  EXPECT_EQ(VerticalSlashClusterSize(1, 16384, kSms), 2);
+  EXPECT_EQ(VerticalSlashClusterSize(1, 16383, kSms), 1);
 }
 
 }  // namespace
