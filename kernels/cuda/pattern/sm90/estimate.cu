@@ -96,8 +96,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     consume<Pass>(launch, shared);
   } else {
     register_decrease<kProducerRegisters>();
-    if (threadIdx.x == kConsumers * kWarpgroup) {
-      produce<kHeadDim, Pass::kMass>(launch, shared, maps);
+    if (threadIdx.x % 32 == 0) {
+      produce<kHeadDim, Pass::kMass>(launch, shared, maps,
+                                     static_cast<int>(threadIdx.x / 32 - kConsumerWarps));
     }
   }
 }

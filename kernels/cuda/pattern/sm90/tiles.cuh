@@ -1,5 +1,5 @@
 // What both passes of the Hopper estimate share: how the work is divided, shared memory, the
-// copying thread, and products of tiles.
+// copying threads, and products of tiles.
 #ifndef PREFILLD_KERNELS_CUDA_PATTERN_SM90_TILES_CUH_
 #define PREFILLD_KERNELS_CUDA_PATTERN_SM90_TILES_CUH_
 
@@ -23,7 +23,7 @@ constexpr int kChunk = 64;  // head_dim elements per 128-byte swizzled row
 constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 4;
 constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
-constexpr int kThreads = (kConsumers + 1) * kWarpgroup;  // the last one copies
+constexpr int kThreads = (kConsumers + 1) * kWarpgroup;  // the last one's warps copy
 // Of the 96 that a thread of so many has.
 constexpr int kProducerRegisters = 24;
 constexpr int kConsumerRegisters = 112;
@@ -34,6 +34,7 @@ constexpr int kGroupKeys = kEstimateGroupBlocks * kBlock;
 constexpr int kQuarterBlocks = kEstimateGroupBlocks / kConsumers;
 constexpr int kQuerySlots = 2;  // the next head's queries load early
 static_assert(kConsumerWarps == kEstimateGroupBlocks, "each consumer warp has its own block");
+static_assert(kConsumers == kWarpgroup / 32, "a warp copies each quarter of the tile");
 
 // Consumer w may issue its matrix instructions: kFirstTurn + w.
 constexpr int kFirstTurn = 1;
@@ -98,11 +99,9 @@ struct SharedStorage {
 
 // Keys 16 step .. of the blocks of a quarter of the tile, and of all chunks of head_dim.
 //
-// The thread that copies is one of an SM whose issue slots the consumers fill: an instruction for
-// every block, 32 a step, took it longer than the consumers need for the step. So one copies the
-// keys of the four blocks. It must not where the last key lies inside one of them: what is beyond
-// may be no memory at all, and of keys the tensor has the exact number only when it is not divided
-// into blocks.
+// One instruction copies the keys of all four blocks: the consumers leave few issue slots. It must
+// not where the last key lies inside one of them: what is beyond may be no memory at all, and only
+// when it is not divided into blocks does the tensor end with that key.
 template <int kHeadDim>
 __device__ inline void copy_quarter(const TensorMaps& maps, const Item& item, int kv_head, int step,
                                     int quarter, bool whole_blocks, __nv_bfloat16* tile,
@@ -129,10 +128,11 @@ __device__ inline void copy_quarter(const TensorMaps& maps, const Item& item, in
   }
 }
 
-// The copying thread.
+// A copying thread: there is one for each quarter of the tile, in warps of their own. That of the
+// first also copies the queries.
 template <int kHeadDim, bool kMass>
 __device__ inline void produce(const Launch& launch, SharedStorage<kHeadDim>& shared,
-                               const TensorMaps& maps) {
+                               const TensorMaps& maps, int quarter) {
   using namespace device;
   using Storage = SharedStorage<kHeadDim>;
   constexpr uint32_t kQueryBytes = sizeof(shared.q[0]) + (kMass ? sizeof(shared.lse[0]) : 0);
@@ -144,28 +144,28 @@ __device__ inline void produce(const Launch& launch, SharedStorage<kHeadDim>& sh
     // A group that the keys end in has a block that they end in, unless blocks divide them.
     const bool whole_blocks = launch.op.num_keys % kBlock == 0 ||
                               int64_t{item.group + 1} * kGroupKeys <= launch.op.num_keys;
-    mbarrier_wait(&shared.q_empty[slot.place], slot.parity ^ 1);
-    uint64_t* q_full = &shared.q_full[slot.place];
-    mbarrier_arrive_expect(q_full, kQueryBytes);
+    if (quarter == 0) {
+      mbarrier_wait(&shared.q_empty[slot.place], slot.parity ^ 1);
+      uint64_t* full = &shared.q_full[slot.place];
+      mbarrier_arrive_expect(full, kQueryBytes);
 #pragma unroll
-    for (int c = 0; c < Storage::kChunks; ++c) {
-      tma_load_3d(shared.q[slot.place] + c * kBlock * kChunk, &maps.q, q_full, c * kChunk,
-                  item.head, 0);
+      for (int c = 0; c < Storage::kChunks; ++c) {
+        tma_load_3d(shared.q[slot.place] + c * kBlock * kChunk, &maps.q, full, c * kChunk,
+                    item.head, 0);
+      }
+      if constexpr (kMass) {
+        bulk_load(shared.lse[slot.place], launch.row_lse + item.head * kBlock,
+                  sizeof(shared.lse[0]), full);
+      }
     }
-    if constexpr (kMass) {
-      bulk_load(shared.lse[slot.place], launch.row_lse + item.head * kBlock, sizeof(shared.lse[0]),
-                q_full);
-    }
+#pragma unroll 1
     for (int step = 0; step < kSteps; ++step) {
       const RingPosition<Storage::kStages> ring(step);
-#pragma unroll 1
-      for (int quarter = 0; quarter < kConsumers; ++quarter) {
-        uint64_t* full = &shared.k_full[ring.place][quarter];
-        mbarrier_wait(&shared.k_empty[ring.place][quarter], ring.parity ^ 1);
-        mbarrier_arrive_expect(full, kQuarterBytes);
-        copy_quarter<kHeadDim>(maps, item, kv_head, step, quarter, whole_blocks,
-                               shared.k[ring.place], full);
-      }
+      uint64_t* full = &shared.k_full[ring.place][quarter];
+      mbarrier_wait(&shared.k_empty[ring.place][quarter], ring.parity ^ 1);
+      mbarrier_arrive_expect(full, kQuarterBytes);
+      copy_quarter<kHeadDim>(maps, item, kv_head, step, quarter, whole_blocks, shared.k[ring.place],
+                             full);
     }
   }
 }
@@ -209,11 +209,11 @@ __device__ inline void issue_product(float (&s)[64], const Operands& tiles,
 }
 
 // Where a consumer thread's logits lie: element 4 j + 2 h + e of a product is row 8 h + row of its
-// warp's 16, column 8 j + column + e. Made anew where it is used: what a loop would keep of it and
-// of what follows from it is registers that the second pass does not have.
+// warp's 16, column 8 j + column + e. Made anew where it is used, not kept: the second pass has no
+// registers to spare.
 struct Place {
   __device__ Place() {
-    const auto thread = static_cast<unsigned>(device::opaque(static_cast<int>(threadIdx.x)));
+    const unsigned thread = threadIdx.x;
     warp = static_cast<int>(thread / 32);
     consumer = static_cast<int>(thread / kWarpgroup);
     row = static_cast<int>(thread % 32 / 4);
