@@ -22,36 +22,39 @@ constexpr int kExpandThreads = 256;
 // Indices are 32 bits wide, and may pass the end by some rounds of a CTA's threads.
 constexpr int64_t kMaxKeys = int64_t{1} << 30;
 
-// Sets the blocks of columns, or of diagonals, [first, first + n) that are in the set.
+// Sets the blocks of the columns, or of the diagonals, among [first, first + n) that are in the
+// set.
 __device__ void choose_blocks(const VerticalSlashParams& params, bool diagonals, const float* mass,
                               int first, int n, const SmallestSet& set, int num_blocks,
                               uint32_t* words) {
-  const auto choose = [&](int block) {
-    // Most blocks are chosen many times over, and additions to one word wait for each other.
-    const uint32_t bit = 1u << (block % 32);
-    if ((words[block / 32] & bit) == 0) atomicOr(&words[block / 32], bit);
-  };
+  const auto choose = [&](int block) { atomicOr(&words[block / 32], 1u << (block % 32)); };
   const int thread = static_cast<int>(threadIdx.x);
-  // Of the thread's next index, so that only the first one is divided.
+  const int lane = thread % 32;
+  // Where the thread's next index lies; only the first one is divided.
   int block = (first + thread) / params.block_tokens;
   int rest = (first + thread) % params.block_tokens;
   const int step_blocks = kSelectThreads / params.block_tokens;
   const int step_rest = kSelectThreads % params.block_tokens;
   constexpr int kLoads = 16;  // in flight
-  for (int begin = thread; begin < n; begin += kLoads * kSelectThreads) {
+  for (int begin = 0; begin < n; begin += kLoads * kSelectThreads) {
     float values[kLoads];
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
-      const int i = begin + j * kSelectThreads;
+      const int i = begin + j * kSelectThreads + thread;
       values[j] = i < n ? mass[i] : 0.0f;
     }
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
-      const int i = begin + j * kSelectThreads;
-      if (i < n && set.contains(values[j], i)) {
-        choose(block);
+      const int i = begin + j * kSelectThreads + thread;
+      const bool chosen = i < n && set.contains(values[j], i);
+      // Lanes have consecutive indices, and of those in one block the first that is chosen does it:
+      // additions to one word would wait for each other.
+      const uint32_t below_in_block = (1u << lane) - (1u << (lane - min(lane, rest)));
+      if ((__ballot_sync(~0u, chosen) & below_in_block) == 0 && chosen) choose(block);
+      if (diagonals) {
         // A diagonal between two block diagonals crosses both.
-        if (diagonals && rest != 0 && block + 1 < num_blocks) choose(block + 1);
+        const bool crosses = chosen && rest != 0 && block + 1 < num_blocks;
+        if ((__ballot_sync(~0u, crosses) & below_in_block) == 0 && crosses) choose(block + 1);
       }
       block += step_blocks;
       rest += step_rest;

@@ -103,17 +103,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-constexpr int kMergeParts = 8;
+constexpr int kMergeRows = 32;
+constexpr int kMergeParts = 16;
 
-// One CTA per head; a thread merges every eighth chunk of a row.
-__global__ void __launch_bounds__(kMergeParts* kBlock)
+// grid: (runs of kMergeRows rows, heads); a thread merges every kMergeParts-th chunk of a row.
+__global__ void __launch_bounds__(kMergeParts* kMergeRows)
     merge_row_sums_kernel(const __grid_constant__ Launch launch) {
-  __shared__ float2 parts[kMergeParts][kBlock];
-  const int row = static_cast<int>(threadIdx.x) % kBlock;
-  const int part = static_cast<int>(threadIdx.x) / kBlock;
+  __shared__ float2 parts[kMergeParts][kMergeRows];
+  const int run_row = static_cast<int>(threadIdx.x) % kMergeRows;
+  const int part = static_cast<int>(threadIdx.x) / kMergeRows;
+  const int row = static_cast<int>(blockIdx.x) * kMergeRows + run_row;
+  const int64_t head = blockIdx.y;
   const int num_chunks = 2 * launch.num_groups;
-  const float2* row_sums =
-      launch.row_sums + static_cast<int64_t>(blockIdx.x) * num_chunks * kBlock + row;
+  const float2* row_sums = launch.row_sums + head * num_chunks * kBlock + row;
   const auto merge = [](float2& a, float2 b) {
     const float max = fmaxf(a.x, b.x);
     if (max == -INFINITY) return;
@@ -121,18 +123,18 @@ __global__ void __launch_bounds__(kMergeParts* kBlock)
     a.x = max;
   };
   float2 sum = make_float2(-INFINITY, 0.0f);
-#pragma unroll 4
+#pragma unroll 8
   for (int chunk = part; chunk < num_chunks; chunk += kMergeParts) {
     merge(sum, row_sums[static_cast<int64_t>(chunk) * kBlock]);
   }
-  parts[part][row] = sum;
+  parts[part][run_row] = sum;
   __syncthreads();
   if (part != 0) return;
 #pragma unroll
-  for (int i = 1; i < kMergeParts; ++i) merge(sum, parts[i][row]);
+  for (int i = 1; i < kMergeParts; ++i) merge(sum, parts[i][run_row]);
   // With the share of one row in the mean; rows that hold no query get no mass.
   const float num_queries = static_cast<float>(launch.op.num_queries);
-  launch.row_lse[blockIdx.x * kBlock + row] =
+  launch.row_lse[head * kBlock + row] =
       row < launch.op.num_queries ? sum.x + device::log2_approx(sum.y * num_queries) : INFINITY;
 }
 
@@ -167,7 +169,8 @@ cudaError_t LaunchKernels(const Launch& launch, const TensorMaps& maps, int num_
                           cudaStream_t stream) {
   cudaError_t error = LaunchPass<RowSums<kHeadDim>, kHeadDim>(launch, maps, num_sms, stream);
   if (error != cudaSuccess) return error;
-  merge_row_sums_kernel<<<launch.op.num_heads, kMergeParts * kBlock, 0, stream>>>(launch);
+  merge_row_sums_kernel<<<dim3(kBlock / kMergeRows, launch.op.num_heads), kMergeParts * kMergeRows,
+                          0, stream>>>(launch);
   error = LaunchPass<Masses<kHeadDim>, kHeadDim>(launch, maps, num_sms, stream);
   if (error != cudaSuccess || launch.num_groups == 1) return error;
   add_overhangs_kernel<<<dim3(launch.num_groups - 1, launch.op.num_heads), kBlock, 0, stream>>>(
