@@ -1,9 +1,9 @@
 // Vertical-slash sets, and patterns from them.
 //
 // At 28 heads and 128k keys there are 56 sets of 131072 masses, 29 MB in L2. A cluster of two CTAs
-// finds a set: 112 of 132 SMs read 262 KB each, five times, 4 us a time at what an SM draws from
-// L2, and add each mass once to a histogram, 4096 shared-memory atomics a warp slot without
-// conflicts, 5-10 us. With what four levels take to exchange their histograms: 35 us expected.
+// finds a set: 112 of 132 SMs read 262 KB each five times, 4 us a time at what an SM draws from L2,
+// and add every mass once to a histogram, 4096 shared-memory atomics of a warp, 5 to 10 us without
+// conflicts. With the exchange of histograms after each of four digits: 35 us expected.
 #include <climits>
 #include <cstdint>
 
@@ -88,7 +88,6 @@ __global__ void __launch_bounds__(kSelectThreads)
     words[w] = w == 0 ? 1u : 0u;  // column 0, or the main diagonal
   }
   const SmallestSet set = Search(shared).find(mass, n, params.gamma, params.min_budget_tokens);
-  __syncthreads();
   choose_blocks(params, diagonals, mass, first, n, set, num_blocks, words);
   device::cluster_sync();
   uint32_t* destination = (diagonals ? params.diagonals : params.columns) + head * num_words;
