@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+import benefit
 import cluster_file
 import dumps as recorded
 import grouping
@@ -33,7 +34,7 @@ PAPER = Thresholds(gamma=0.9, tau=0.2, delta=0.3)
 
 @dataclass
 class Parts:
-    """Prompts apart by what they are for; each domain deals out its own in turn."""
+    """Prompts apart by what they are for; each domain deals out its own in turn, the shorter ones first."""
 
     forming: list[Dump]  # the groups
     choosing: list[Dump]  # what shares, and the thresholds
@@ -43,7 +44,7 @@ class Parts:
     def of(dumps: list[Dump]) -> Parts:
         parts = Parts([], [], [])
         for domain, count in Counter(d.domain for d in dumps).items():
-            prompts = [d for d in dumps if d.domain == domain]
+            prompts = sorted((d for d in dumps if d.domain == domain), key=lambda d: d.num_tokens)
             if count < 2:
                 raise ValueError(f"domain {domain!r} has one prompt; two are needed, three are better")
             parts.forming += prompts[::3] if count > 2 else prompts[:1]
@@ -58,9 +59,17 @@ def form_groups(args: argparse.Namespace, parts: Parts, features: dict[Dump, np.
     for cut in [args.cut] if args.cut else CUTS:
         report.progress(f"cut at {cut:.2f} of the largest distance")
         groups = grouping.groups_of(grouping.cut_at(tree, cut), args.smallest)
-        if tuning.patterns_hold(parts.forming, groups, args.recall):
+        if benefit.patterns_hold(parts.forming, groups, args.recall):
             break
     return groups, cut
+
+
+def apart(named: dict[str, Group], shared: list[Group], smallest: int) -> dict[str, Group]:
+    """The parts that share, and what is left of the groups that they were found in."""
+    taken = {head for part in shared for head in part}
+    rest = (tuple(head for head in group if head not in taken) for group in named.values())
+    groups = [*shared, *(group for group in rest if len(group) >= smallest)]
+    return {str(number): group for number, group in enumerate(groups)}
 
 
 def given_groups(file: ClusterFile, num_heads: int) -> dict[str, Group]:
@@ -69,11 +78,11 @@ def given_groups(file: ClusterFile, num_heads: int) -> dict[str, Group]:
 
 
 def rows_to_compare(
-    args: argparse.Namespace, parts: Parts, groups: list[Group], chosen: tuning.Choice, given: ClusterFile | None
+    goal: tuning.Goal, parts: Parts, groups: list[Group], chosen: tuning.Choice, given: ClusterFile | None
 ) -> list[report.Row]:
     """The choice beside its alternatives, all judged on prompts that had no part in it."""
     judged = lambda name, shared, t: report.Row(name, t, tuning.judge(parts.judging, shared, t))  # noqa: E731
-    alone = tuning.vertical_slash_alone(parts.choosing, args.recall)
+    alone = tuning.vertical_slash_alone(parts.choosing, goal)
     rows = [
         judged("written", chosen.shared, chosen.thresholds),
         judged("vertical-slash alone", [], alone.thresholds),
@@ -100,7 +109,9 @@ def provenance(
         "groups": args.clusters.name if args.clusters else "average linkage of principal components of log block mass",
         "cut": cut,
         "recall": args.recall,
+        "low_recall": args.low_recall,
         "recall_reached": chosen.reached,
+        "price_of_recall": round(chosen.prices.recall, 4),
         "pivot_cost": args.pivot_cost,
         "adjusted_rand_index": report.rounded(agreement),
         "pattern_overlap": {
@@ -116,6 +127,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("dumps", nargs="+", type=Path, help="files of prefill-calibrate, or folders of them")
     parser.add_argument("--out", type=Path, required=True, help="the cluster file")
     parser.add_argument("--recall", type=float, default=0.9, help="attention mass that sparse heads are to keep, mean")
+    parser.add_argument("--low_recall", type=float, help="the same at the 5th percentile; 0.1 less when absent")
     parser.add_argument("--coverage", type=float, default=0.85, help="below this, vertical-slash has failed a head")
     parser.add_argument("--pivot_cost", type=float, default=1.0,
                         help="density that an exact head counts for; below 1: what would share in a model with more "
@@ -127,6 +139,10 @@ def read_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if not 0 < args.recall < 1:
         parser.error(f"--recall {args.recall} is outside (0, 1)")
+    if args.low_recall is None:
+        args.low_recall = max(0.0, round(args.recall - 0.1, 4))
+    if not 0 <= args.low_recall <= args.recall:
+        parser.error(f"--low_recall {args.low_recall} is outside [0, --recall {args.recall}]")
     if args.smallest < 2:
         parser.error(f"--smallest {args.smallest} is below 2, and a head alone has nothing to share with")
     for name in ("coverage", "pivot_cost", "cut"):
@@ -152,20 +168,27 @@ def main() -> None:
     else:
         formed, cut = form_groups(args, parts, features)
         named = {str(number): group for number, group in enumerate(formed)}
-    groups = list(named.values())
 
+    goal = tuning.Goal(args.recall, args.low_recall, args.coverage, args.pivot_cost)
     tuning_done = lambda done: report.progress(f"tuning {done:.0%}")  # noqa: E731
-    chosen = tuning.tune(parts.choosing, groups, args.recall, args.coverage, args.pivot_cost, progress=tuning_done)
-    benefits = {name: tuning.benefit(parts.choosing, group, chosen.thresholds) for name, group in named.items()}
+    chosen = tuning.tune(parts.choosing, list(named.values()), goal, whole=bool(given), progress=tuning_done)
+    formed_groups = len(named)
+    if not given:
+        named = apart(named, chosen.shared, args.smallest)
+    groups = list(named.values())
+    benefits = {
+        name: benefit.benefit(parts.choosing, group, chosen.thresholds, chosen.prices)
+        for name, group in named.items()
+    }
     report.show_groups(model, named, benefits, chosen)
 
-    agreement = grouping.stability(by_domain, max(2, len(groups))) if len(domains) > 1 and not given else {}
+    agreement = grouping.stability(by_domain, max(2, formed_groups)) if len(domains) > 1 and not given else {}
     gamma = chosen.thresholds.gamma
     judging = {domain: [d for d in parts.judging if d.domain == domain] for domain in domains}
     overlap = {domain: grouping.pattern_overlap(judging[domain], groups, gamma) for domain in domains}
     report.show_stability(agreement, overlap)
 
-    rows = rows_to_compare(args, parts, groups, chosen, given)
+    rows = rows_to_compare(goal, parts, groups, chosen, given)
     held_out = parts.judging is not parts.choosing
     report.show_rows(rows, tuning.oracle_density(parts.judging, args.recall), args.recall, len(parts.judging), held_out)
     report.show_verdict(chosen, args.recall)
@@ -175,7 +198,8 @@ def main() -> None:
     if args.plain:
         cluster_file.write(args.out, file)
         return
-    file.thresholds, file.fingerprint = report.rounded(asdict(chosen.thresholds)), model.fingerprint
+    thresholds = {name: value for name, value in asdict(chosen.thresholds).items() if value is not None}
+    file.thresholds, file.fingerprint = report.rounded(thresholds), model.fingerprint
     calibration = provenance(args, dumps, cut, chosen, rows, agreement, overlap)
     cluster_file.write(args.out, file, calibration, {name: report.rounded(asdict(b)) for name, b in benefits.items()})
 

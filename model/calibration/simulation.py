@@ -23,6 +23,7 @@ Group = tuple[int, ...]  # heads, ascending
 @dataclass(frozen=True)
 class Thresholds:
     gamma: float = 0.9
+    vertical_slash_gamma: float | None = None  # none: gamma
     tau: float = 0.4
     delta: float = 1.0  # 1: off
     coverage: float = 0.85
@@ -32,7 +33,7 @@ class Thresholds:
     def at(self) -> tuple[int, int]:
         """Where a dump has the vertical-slash sets: those of the nearest threshold that was kept."""
         nearest = lambda values, value: int(np.abs(np.array(values) - value).argmin())  # noqa: E731
-        return nearest(BUDGETS, self.min_budget_tokens), nearest(GAMMAS, self.gamma)
+        return nearest(BUDGETS, self.min_budget_tokens), nearest(GAMMAS, self.vertical_slash_gamma or self.gamma)
 
 
 @dataclass

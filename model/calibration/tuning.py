@@ -4,77 +4,32 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from benefit import Prices, benefit, parts_that_save, price_of_recall, shared_heads_hold
 from dumps import BUDGETS, GAMMAS, Dump
-from simulation import PIVOT, SHARED, Group, Summary, Thresholds, over_pivot, serve, serve_group, summarize
+from simulation import SHARED, Group, Summary, Thresholds, serve, summarize
 
-TAUS = (0.4, 0.3, 0.5, 0.2, 0.6, 0.1)  # of equals the first is taken
+# Of equals the first is taken.
+PATTERN_GAMMAS = (0.9, 0.95, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+TAUS = (0.4, 0.3, 0.5, 0.2, 0.6, 0.1)
 DELTAS = (1.0, 0.5, 0.3)
-LOWEST_GAMMA = 0.5
-# Slack of the 5th percentile below the recall asked for; and of shared heads below gamma, mean and percentile.
-LOW_SLACK, SHARED_SLACK, LOW_SHARED_SLACK = 0.10, 0.03, 0.10
+SLASH_GAMMAS = [float(g) for g in GAMMAS if 0.4 <= g < 1]
 
 
 @dataclass(frozen=True)
-class Benefit:
-    """A group of heads if it shares, mean over its heads and prompts. Exact heads have recall 1 and density 1."""
+class Goal:
+    """What the sparse heads are to keep, over heads and prompts; and what decides on sharing."""
 
-    heads: int
-    shared: float  # share of the members that found the pivot near enough
     recall: float
-    density: float
-    exact: float  # share of exact heads: pivots
-    member_recall: float  # of the members that shared
-    member_density: float
-    vertical_slash_recall: float  # of the same heads, at the same thresholds
-    vertical_slash_density: float
-    vertical_slash_density_at_recall: float  # what `recall` costs with vertical-slash, with the least floor
-    vertical_slash_recall_at_member_density: float  # what `member_density` buys, head by head
-    vertical_slash_recall_at_member_density_worst: float
+    low_recall: float  # 5th percentile
+    coverage: float
+    pivot_cost: float = 1.0  # density that an exact head counts for
 
-    def wins(self, coverage: float, pivot_cost: float) -> bool:
-        """Sharing costs fewer blocks than vertical-slash for the same recall, the pivot's pass included, and at the
-        members' cost vertical-slash fails one of them."""
-        return (
-            self.shared > 0
-            and self.density - (1 - pivot_cost) * self.exact < self.vertical_slash_density_at_recall
-            and self.vertical_slash_recall_at_member_density_worst < coverage
-        )
-
-
-def benefit(dumps: list[Dump], group: Group, thresholds: Thresholds) -> Benefit:
-    heads, (budget, gamma) = list(group), thresholds.at
-    prompts = [serve_group(dump, group, thresholds) for dump in dumps]
-    recall, density, role = (np.array([getattr(p, name) for p in prompts]) for name in ("recall", "density", "role"))
-    shared = role == SHARED
-    of_shared = lambda values: float(values[shared].mean()) if shared.any() else float("nan")  # noqa: E731
-    # [budgets, gammas]; the least floor buys most recall per block.
-    curves_recall = np.mean([d.slash_recall[heads].mean(0) for d in dumps], axis=0)
-    curves_density = np.mean([d.slash_density[heads].mean(0) for d in dumps], axis=0)
-    rival = np.array(
-        [
-            [np.interp(cost, d.slash_density[h, 0], d.slash_recall[h, 0]) for h, cost in zip(heads, p.density)]
-            for d, p in zip(dumps, prompts)
-        ]
-    )
-    of_head = [rival[shared[:, i], i].mean() for i in range(len(heads)) if shared[:, i].any()]
-    return Benefit(
-        heads=len(heads),
-        shared=float(shared.sum()) / max(1, shared.size - len(dumps)),
-        recall=float(recall.mean()),
-        density=float(density.mean()),
-        exact=float((role == PIVOT).mean()),
-        member_recall=of_shared(recall),
-        member_density=of_shared(density),
-        vertical_slash_recall=float(curves_recall[budget, gamma]),
-        vertical_slash_density=float(curves_density[budget, gamma]),
-        vertical_slash_density_at_recall=float(np.interp(recall.mean(), curves_recall[0], curves_density[0])),
-        vertical_slash_recall_at_member_density=of_shared(rival),
-        vertical_slash_recall_at_member_density_worst=float(min(of_head, default=1.0)),
-    )
+    def reached_by(self, found: Summary) -> bool:
+        return found.recall >= self.recall and found.low_recall >= self.low_recall
 
 
 @dataclass(frozen=True)
@@ -82,70 +37,72 @@ class Choice:
     thresholds: Thresholds
     shared: list[Group]
     summary: Summary  # on the prompts that it was chosen on
-    reached: bool  # the recall asked for
-    cost: float  # density, exact heads counted as pivot_cost
+    reached: bool  # the goal
+    prices: Prices  # where vertical-slash alone reaches it
 
     def better_than(self, other: Choice) -> bool:
         if self.reached != other.reached:
             return self.reached
-        return self.cost < other.cost if self.reached else self.summary.recall > other.summary.recall
+        if self.reached:
+            return self.summary.density < other.summary.density
+        return self.summary.recall > other.summary.recall
 
 
 def judge(dumps: list[Dump], shared: list[Group], thresholds: Thresholds) -> Summary:
     return summarize([serve(dump, shared, thresholds) for dump in dumps])
 
 
-def shared_heads_hold(mean: float, low: float, gamma: float) -> bool:
-    """What heads must keep over another's pattern: mean, and 5th percentile."""
-    return mean >= gamma - SHARED_SLACK and low >= gamma - LOW_SHARED_SLACK
+def members_hold(dumps: list[Dump], shared: list[Group], thresholds: Thresholds) -> bool:
+    prompts = [serve(dump, shared, thresholds) for dump in dumps]
+    recall, role = (np.array([getattr(p, name) for p in prompts]) for name in ("recall", "role"))
+    return shared_heads_hold(dumps, recall, role == SHARED, thresholds.gamma)
 
 
-def patterns_hold(dumps: list[Dump], groups: list[Group], gamma: float) -> bool:
-    """Whether all heads of each group could share the pattern of its first one."""
-    if not groups:
-        return True
-    recall = np.concatenate([over_pivot(d, group, group[0], gamma).recall[1:] for d in dumps for group in groups])
-    return shared_heads_hold(float(recall.mean()), float(np.percentile(recall, 5)), gamma)
+def tune_vertical_slash(dumps: list[Dump], shared: list[Group], thresholds: Thresholds, goal: Goal) -> Choice:
+    """gamma and floor of vertical-slash of the lowest density that reaches the goal; where none does, those with the
+    highest recall."""
+    best: Choice | None = None
+    for gamma, budget in itertools.product(SLASH_GAMMAS, BUDGETS):
+        tried = replace(thresholds, vertical_slash_gamma=gamma, min_budget_tokens=budget)
+        found = judge(dumps, shared, tried)
+        prices = Prices(price_of_recall(dumps, tried), goal.pivot_cost)
+        choice = Choice(tried, shared, found, goal.reached_by(found), prices)
+        if best is None or choice.better_than(best):
+            best = choice
+    return best
 
 
-def reaches(found: Summary, recall: float, gamma: float) -> bool:
-    """All sparse heads against the recall asked for, the shared ones against gamma as well."""
-    if found.recall < recall or found.low_recall < recall - LOW_SLACK:
-        return False
-    return found.shared_recall is None or shared_heads_hold(found.shared_recall, found.low_shared_recall, gamma)
+def vertical_slash_alone(dumps: list[Dump], goal: Goal) -> Choice:
+    return tune_vertical_slash(dumps, [], Thresholds(gamma=goal.recall, coverage=goal.coverage), goal)
 
 
 def tune(
     dumps: list[Dump],
     groups: list[Group],
-    recall: float,
-    coverage: float,
-    pivot_cost: float = 1.0,
-    taus: tuple[float, ...] = TAUS,
-    deltas: tuple[float, ...] = DELTAS,
-    budgets: tuple[int, ...] = BUDGETS,
+    goal: Goal,
+    whole: bool,
     progress: Callable[[float], None] = lambda done: None,
 ) -> Choice:
-    """The thresholds, and the groups that win at them, of the lowest cost that reaches `recall`; where none does, those
-    with the highest recall."""
-    gammas = [float(g) for g in GAMMAS if LOWEST_GAMMA <= g < 1]
-    best: Choice | None = None
-    for done, gamma in enumerate(gammas):
-        for tau, delta, budget in itertools.product(taus, deltas, budgets):
-            thresholds = Thresholds(gamma, tau, delta, coverage, budget)
-            shared = [g for g in groups if benefit(dumps, g, thresholds).wins(coverage, pivot_cost)]
-            found = judge(dumps, shared, thresholds)
-            cost = found.density - (1 - pivot_cost) * found.pivots / len(dumps[0].mass)
-            choice = Choice(thresholds, shared, found, reaches(found, recall, gamma), cost)
-            if best is None or choice.better_than(best):
-                best = choice
-        progress((done + 1) / len(gammas))
-    return best
-
-
-def vertical_slash_alone(dumps: list[Dump], recall: float) -> Choice:
-    """The cheapest thresholds at which vertical-slash reaches `recall` without any sharing."""
-    return tune(dumps, [], recall, coverage=0.0, taus=(0.0,), deltas=(1.0,))
+    """Vertical-slash first, since most heads are left to it; then what shares, and at which gamma, tau and delta, by what
+    it saves; then vertical-slash again, now that some heads share. `whole`: a group shares as it is or not at all;
+    otherwise the parts of it that save something do."""
+    alone = vertical_slash_alone(dumps, goal)
+    best, most = alone, 0.0
+    for done, gamma in enumerate(PATTERN_GAMMAS):
+        for tau, delta in itertools.product(TAUS, DELTAS):
+            tried = replace(alone.thresholds, gamma=gamma, tau=tau, delta=delta)
+            parts = groups
+            if not whole:
+                parts = [part for group in groups for part in parts_that_save(dumps, group, tried, alone.prices)]
+            benefits = {part: benefit(dumps, part, tried, alone.prices) for part in parts}
+            shared = [part for part in parts if benefits[part].wins(goal.coverage)]
+            saved = sum(benefits[part].saved for part in shared)
+            if saved > most and members_hold(dumps, shared, tried):
+                best, most = replace(alone, thresholds=tried, shared=shared), saved
+        progress((done + 1) / len(PATTERN_GAMMAS))
+    if not best.shared:
+        return alone
+    return replace(tune_vertical_slash(dumps, best.shared, best.thresholds, goal), prices=alone.prices)
 
 
 def oracle_density(dumps: list[Dump], gamma: float) -> float:

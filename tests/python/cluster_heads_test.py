@@ -28,10 +28,12 @@ except ImportError as missing:
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "model" / "calibration"))
+import benefit  # noqa: E402
 import cluster_file  # noqa: E402
 import cluster_heads  # noqa: E402
 import dumps as recorded  # noqa: E402
 import grouping  # noqa: E402
+import simulation  # noqa: E402
 
 PROGRAMS = Path(sys.argv.pop()) if len(sys.argv) > 1 else None
 LAYERS, HEADS, BLOCK, BLOCKS = 3, 8, 64, 32
@@ -153,9 +155,39 @@ class PlantedHeads(unittest.TestCase):
         self.assertTrue(calibration["recall_reached"])
         self.assertGreaterEqual(calibration["measured"]["written"]["recall"], 0.9)
         self.assertGreater(calibration["measured"]["written"]["shared"], 0)
-        for name in ("gamma", "tau", "delta", "coverage"):
+        for name in ("gamma", "vertical_slash_gamma", "tau", "delta", "coverage"):
             self.assertTrue(0 < thresholds[name] <= 1, name)
         self.assertIn(thresholds["min_budget_tokens"], recorded.BUDGETS)
+
+    def test_of_a_group_only_the_heads_that_another_pattern_serves_share(self):
+        dumps = recorded.load([self.dumps])
+        thresholds, prices = simulation.Thresholds(gamma=0.9, tau=1.0), benefit.Prices(recall=1.5, pivot=0.1)
+        mixed = tuple(sorted((*TOPICS, *STRIDED, *LONERS)))
+        parts = benefit.parts_that_save(dumps, mixed, thresholds, prices)
+        self.assertIn(TOPICS, parts)
+        self.assertIn(STRIDED, parts)
+        self.assertFalse(set(LONERS) & {head for part in parts for head in part})
+        dear = benefit.Prices(recall=1.5, pivot=len(TOPICS))
+        self.assertEqual(benefit.parts_that_save(dumps, TOPICS, thresholds, dear), [])
+
+    def test_shared_heads_have_to_hold_at_every_length(self):
+        short, long = (mock.Mock(num_tokens=tokens) for tokens in (8192, 16384))
+        recall, shared = np.array([[0.95], [0.95], [0.95], [0.7]]), np.ones((4, 1), bool)
+        self.assertTrue(benefit.shared_heads_hold([short] * 3, recall[:3], shared[:3], 0.9))
+        self.assertFalse(benefit.shared_heads_hold([short] * 3 + [long], recall, shared, 0.9))
+        shared[3] = False
+        self.assertTrue(benefit.shared_heads_hold([short] * 3 + [long], recall, shared, 0.9))
+
+    def test_vertical_slash_has_a_gamma_of_its_own_and_patterns_keep_theirs(self):
+        dump = recorded.load([self.dumps])[0]
+        served = lambda **gammas: simulation.serve(  # noqa: E731
+            dump, [TOPICS], simulation.Thresholds(tau=1.0, coverage=1.0, min_budget_tokens=16, **gammas)
+        )
+        plain, own = served(gamma=0.9), served(gamma=0.9, vertical_slash_gamma=0.5)
+        alone = plain.role == simulation.VERTICAL_SLASH
+        np.testing.assert_array_equal(own.density[alone], served(gamma=0.5).density[alone])
+        self.assertLess(own.density[alone].mean(), plain.density[alone].mean())
+        np.testing.assert_array_equal(own.density[~alone], plain.density[~alone])
 
     def test_says_what_model_it_is_for_and_that_domains_agree(self):
         self.assertEqual(self.written["format_version"], 1)
