@@ -44,8 +44,8 @@ __device__ inline const T* cluster_shared(const T* own, int rank) {
 __device__ inline void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
   if (cluster_size() > 1) {
-    asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive;" ::: "memory");
+    asm volatile("barrier.cluster.wait;" ::: "memory");
     return;
   }
 #endif
