@@ -207,13 +207,11 @@ void ExpectVerticalSlashEqualsReference(int num_heads, int64_t num_keys, bool ti
 
 // On a GPU of 132 multiprocessors these numbers of heads get clusters of 1, 2, 4 and 8 CTAs.
 TEST_F(CudaPattern, VerticalSlashOfClustersOfEverySizeEqualsReference) {
-  for (const int num_heads : {80, 30, 14, 3}) {
-    for (const int64_t num_keys : {65536, 66049}) {
-      for (const bool ties : {false, true}) {
-        SCOPED_TRACE(::testing::Message()
-                     << num_heads << " heads, " << num_keys << " keys, ties " << ties);
-        ExpectVerticalSlashEqualsReference(num_heads, num_keys, ties, 0.7f);
-      }
+  constexpr int64_t kNumKeys = 66049;  // no multiple of a warp or a block
+  for (const int num_heads : {70, 30, 14, 3}) {
+    for (const bool ties : {false, true}) {
+      SCOPED_TRACE(::testing::Message() << num_heads << " heads, ties " << ties);
+      ExpectVerticalSlashEqualsReference(num_heads, kNumKeys, ties, 0.7f);
     }
   }
 }
