@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads) select_rows_kernel(SelectRowsParams 
   const auto diagonal =
       static_cast<int>(params.num_key_blocks - params.num_query_blocks + blockIdx.x);
   const float* mass = params.block_mass + row * params.num_key_blocks;
-  const SmallestSet set = Search(shared).find(mass, diagonal + 1, params.gamma, 0);
+  const SmallestSet set = Search(shared).find({.values = mass, .n = diagonal + 1}, params.gamma, 0);
 
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int num_words = static_cast<int>((params.num_key_blocks + 31) / 32);

@@ -39,6 +39,48 @@ struct SmallestSet {
   }
 };
 
+// A CTA's values. Threads of it that read them time and again, each the same ones, can keep the
+// first of them in shared memory.
+template <int kThreads>
+struct SharedValues {
+  static constexpr int kLoads = 16;  // in flight: few CTAs have to draw on L2
+  static constexpr int kTile = kLoads * kThreads;
+
+  const float* values = nullptr;  // [n]
+  int n = 0;
+  float* cache = nullptr;  // [cached]
+  int cached = 0;          // a multiple of kTile; may be more than n
+
+  // Element j of the thread's part of the tile that begins at `tile`.
+  static __device__ __forceinline__ int index(int tile, int j) {
+    return tile + j * kThreads + static_cast<int>(threadIdx.x);
+  }
+
+  __device__ void fill_cache() const {
+    for (int tile = 0; tile < min(cached, n); tile += kTile) {
+      float part[kLoads];
+      load_global(tile, part);
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) cache[index(tile, j)] = part[j];
+    }
+  }
+
+  // The thread's part of a tile; what is beyond n is 0.
+  __device__ __forceinline__ void load(int tile, float (&part)[kLoads]) const {
+    if (tile >= cached) return load_global(tile, part);
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) part[j] = cache[index(tile, j)];
+  }
+
+ private:
+  __device__ __forceinline__ void load_global(int tile, float (&part)[kLoads]) const {
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      part[j] = index(tile, j) < n ? values[index(tile, j)] : 0.0f;
+    }
+  }
+};
+
 // The search by a cluster of CTAs, each of which has a share of the values, in order of rank; by
 // one CTA if it is in no cluster. All threads of the cluster call it.
 //
@@ -50,6 +92,7 @@ struct SmallestSet {
 template <int kThreads, int kCopies>
 class SmallestSetSearch {
  public:
+  using Values = SharedValues<kThreads>;
   static constexpr int kBins = 256;
 
   struct Shared {
@@ -72,11 +115,11 @@ class SmallestSetSearch {
   __device__ explicit SmallestSetSearch(Shared& shared) : shared_(shared) {}
 
   // The smallest set of the cluster's values that holds gamma of their sum and at least min_count
-  // of them; all of them if no smaller set does. `values` [n] are this CTA's, and indices in the
-  // result are those of `values`. The cluster's are fewer than 2^31 and sum to less than 2^11.
+  // of them; all of them if no smaller set does. `values` are this CTA's, and indices in the result
+  // are those of `values`. The cluster's are fewer than 2^31 and sum to less than 2^11.
   //
   // No CTA may end before cluster_sync() afterwards: others still read its shared memory.
-  __device__ SmallestSet find(const float* values, int n, float gamma, int64_t min_count) {
+  __device__ SmallestSet find(const Values& values, float gamma, int64_t min_count) {
     const auto least_count = static_cast<uint32_t>(min(min_count, int64_t{UINT_MAX}));
     for (int i = static_cast<int>(threadIdx.x); i < kBins * kCopies; i += kThreads) {
       shared_.low[i] = 0;
@@ -89,7 +132,7 @@ class SmallestSetSearch {
     uint32_t count_above = 0;
 #pragma unroll 1
     for (int level = 0; level < kLevels; ++level) {
-      build_histogram(values, n, prefix, level);
+      build_histogram(values, prefix, level);
       device::cluster_sync();
       const BinRun run = add_up_to_bin(level);
       if (level == 0) {
@@ -117,7 +160,7 @@ class SmallestSetSearch {
     }
     if (needed <= 0) return {last, -1};
     if (needed >= *own_equals) return {last, INT_MAX};
-    return {last, index_of_equal(values, n, last, static_cast<int>(needed))};
+    return {last, index_of_equal(values, last, static_cast<int>(needed))};
   }
 
  private:
@@ -126,7 +169,6 @@ class SmallestSetSearch {
   static constexpr int kThreadsPerBin = kThreads / kBins;
   static_assert(kThreads % kBins == 0 && kCopies % kThreadsPerBin == 0,
                 "the threads divide the bins' copies among them");
-  static_assert(kThreads % kCopies == 0, "every copy gets the same number of values");
   // How many values of 24 bits a copy can take before it has to be emptied.
   static constexpr int kLowBits = 5;
   static constexpr int kCountShift = 18;
@@ -156,13 +198,16 @@ class SmallestSetSearch {
                                        : __float2uint_rn(__uint_as_float(bits) * 0x1p52f);
   }
 
-  __device__ void build_histogram(const float* values, int n, uint32_t prefix, int level) {
+  __device__ void build_histogram(const Values& values, uint32_t prefix, int level) {
     const int bin = static_cast<int>(threadIdx.x) / kThreadsPerBin;
     uint64_t sum = 0;
     uint32_t count = 0;
     constexpr int kRun = kCopyValues * kCopies;
-    for (int begin = 0; begin < n; begin += kRun) {
-      add_values(values + begin, min(n - begin, kRun), prefix, 24 - 8 * level);
+    static_assert(kRun % Values::kTile == 0, "every copy gets the same number of values");
+    for (int begin = 0; begin < values.n; begin += kRun) {
+      for (int tile = begin; tile < min(values.n, begin + kRun); tile += Values::kTile) {
+        add_tile(values, tile, prefix, 24 - 8 * level);
+      }
       __syncthreads();
       empty_bin(bin, sum, count);
       __syncthreads();
@@ -178,26 +223,19 @@ class SmallestSetSearch {
     shared_.counts[level % 2][bin] = count;
   }
 
-  __device__ __forceinline__ void add_values(const float* values, int n, uint32_t prefix,
-                                             int shift) {
-    constexpr uint32_t kNone = 0xffffffffu;  // order_bits of no value
-    constexpr int kLoads = 16;               // in flight: few CTAs have to draw on L2
-    for (int first = static_cast<int>(threadIdx.x); first < n; first += kLoads * kThreads) {
-      uint32_t bits[kLoads];
+  __device__ __forceinline__ void add_tile(const Values& values, int tile, uint32_t prefix,
+                                           int shift) {
+    float part[Values::kLoads];
+    values.load(tile, part);
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j) {
-        const int i = first + j * kThreads;
-        bits[j] = i < n ? order_bits(values[i]) : kNone;
-      }
-#pragma unroll
-      for (int j = 0; j < kLoads; ++j) {
-        const uint32_t digits = key_of(bits[j]) >> shift;
-        if (bits[j] == kNone || digits >> 8 != prefix) continue;
-        const uint32_t place = digits % kBins * kCopies + threadIdx.x % kCopies;
-        const uint32_t integer = integer_of(bits[j]);
-        atomicAdd(&shared_.low[place], 1u << kCountShift | integer % (1u << kLowBits));
-        atomicAdd(&shared_.high[place], integer >> kLowBits);
-      }
+    for (int j = 0; j < Values::kLoads; ++j) {
+      const uint32_t bits = order_bits(part[j]);
+      const uint32_t digits = key_of(bits) >> shift;
+      if (Values::index(tile, j) >= values.n || digits >> 8 != prefix) continue;
+      const uint32_t place = digits % kBins * kCopies + threadIdx.x % kCopies;
+      const uint32_t integer = integer_of(bits);
+      atomicAdd(&shared_.low[place], 1u << kCountShift | integer % (1u << kLowBits));
+      atomicAdd(&shared_.high[place], integer >> kLowBits);
     }
   }
 
@@ -273,7 +311,9 @@ class SmallestSetSearch {
 
   // Index of the k-th value, k >= 1, whose order_bits equal `bits`; there are as many. Only where
   // the set ends amid equal values.
-  __device__ int index_of_equal(const float* values, int n, uint32_t bits, int k) {
+  __device__ int index_of_equal(const Values& all, uint32_t bits, int k) {
+    const float* values = all.values;
+    const int n = all.n;
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int run = (n + kThreads - 1) / kThreads * 32;  // values of one warp

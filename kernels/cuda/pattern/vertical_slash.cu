@@ -1,9 +1,11 @@
 // Vertical-slash sets, and patterns from them.
 //
-// At 28 heads and 128k keys there are 56 sets of 131072 masses, 29 MB in L2. A cluster of two CTAs
-// finds a set: 112 of 132 SMs read 262 KB each five times, 4 us a time at what an SM draws from L2,
-// and add every mass once to a histogram, 4096 shared-memory atomics of a warp, 5 to 10 us without
-// conflicts. With the exchange of histograms after each of four digits: 35 us expected.
+// At 28 heads and 128k keys there are 56 sets of 131072 masses, 29 MB in L2: 5 us to read them. A
+// cluster of two CTAs finds a set, on 112 of 132 SMs, and goes through them five times; half stay
+// in shared memory. Every mass is added once to a histogram, 4096 shared-memory atomics of a warp
+// and CTA, 5 to 10 us without conflicts. With the exchange of histograms after each of four digits:
+// 35 us expected.
+#include <algorithm>
 #include <climits>
 #include <cstdint>
 
@@ -22,11 +24,10 @@ constexpr int kExpandThreads = 256;
 // Indices are 32 bits wide, and may pass the end by some rounds of a CTA's threads.
 constexpr int64_t kMaxKeys = int64_t{1} << 30;
 
-// Sets the blocks of the columns, or of the diagonals, among [first, first + n) that are in the
-// set.
-__device__ void choose_blocks(const VerticalSlashParams& params, bool diagonals, const float* mass,
-                              int first, int n, const SmallestSet& set, int num_blocks,
-                              uint32_t* words) {
+// Sets the blocks of the columns, or of the diagonals, from `first` on that are in the set.
+__device__ void choose_blocks(const VerticalSlashParams& params, bool diagonals,
+                              const Search::Values& mass, int first, const SmallestSet& set,
+                              int num_blocks, uint32_t* words) {
   const auto choose = [&](int block) { atomicOr(&words[block / 32], 1u << (block % 32)); };
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
@@ -35,18 +36,13 @@ __device__ void choose_blocks(const VerticalSlashParams& params, bool diagonals,
   int rest = (first + thread) % params.block_tokens;
   const int step_blocks = kSelectThreads / params.block_tokens;
   const int step_rest = kSelectThreads % params.block_tokens;
-  constexpr int kLoads = 16;  // in flight
-  for (int begin = 0; begin < n; begin += kLoads * kSelectThreads) {
-    float values[kLoads];
+  for (int tile = 0; tile < mass.n; tile += Search::Values::kTile) {
+    float part[Search::Values::kLoads];
+    mass.load(tile, part);
 #pragma unroll
-    for (int j = 0; j < kLoads; ++j) {
-      const int i = begin + j * kSelectThreads + thread;
-      values[j] = i < n ? mass[i] : 0.0f;
-    }
-#pragma unroll
-    for (int j = 0; j < kLoads; ++j) {
-      const int i = begin + j * kSelectThreads + thread;
-      const bool chosen = i < n && set.contains(values[j], i);
+    for (int j = 0; j < Search::Values::kLoads; ++j) {
+      const int i = Search::Values::index(tile, j);
+      const bool chosen = i < mass.n && set.contains(part[j], i);
       // Lanes have consecutive indices, and of those in one block the first that is chosen does it:
       // additions to one word would wait for each other.
       const uint32_t below_in_block = (1u << lane) - (1u << (lane - min(lane, rest)));
@@ -67,12 +63,13 @@ __device__ void choose_blocks(const VerticalSlashParams& params, bool diagonals,
 }
 
 // A cluster per set. grid: (heads * cluster size, columns or diagonals). Dynamic shared memory: the
-// search's, then the words of a row.
+// search's, `cached` masses, and the words of a row.
 __global__ void __launch_bounds__(kSelectThreads)
-    vertical_slash_kernel(VerticalSlashParams params, int num_blocks) {
+    vertical_slash_kernel(VerticalSlashParams params, int num_blocks, int cached) {
   extern __shared__ __align__(16) unsigned char memory[];
   auto& shared = *reinterpret_cast<Search::Shared*>(memory);
-  auto* words = reinterpret_cast<uint32_t*>(memory + sizeof(Search::Shared));
+  auto* cache = reinterpret_cast<float*>(memory + sizeof(Search::Shared));
+  auto* words = reinterpret_cast<uint32_t*>(cache + cached);
   const int num_words = (num_blocks + 31) / 32;
   const int size = device::cluster_size();
   const int rank = device::cluster_rank();
@@ -81,14 +78,18 @@ __global__ void __launch_bounds__(kSelectThreads)
   const int num_keys = static_cast<int>(params.num_keys);
   const int share = (num_keys + 32 * size - 1) / (32 * size) * 32;
   const int first = min(rank * share, num_keys);
-  const int n = min(share, num_keys - first);
-  const float* mass = (diagonals ? params.slash : params.vertical) + head * num_keys + first;
+  const Search::Values mass{
+      .values = (diagonals ? params.slash : params.vertical) + head * num_keys + first,
+      .n = min(share, num_keys - first),
+      .cache = cache,
+      .cached = cached};
+  mass.fill_cache();
 
   for (int w = static_cast<int>(threadIdx.x); w < num_words; w += kSelectThreads) {
     words[w] = w == 0 ? 1u : 0u;  // column 0, or the main diagonal
   }
-  const SmallestSet set = Search(shared).find(mass, n, params.gamma, params.min_budget_tokens);
-  choose_blocks(params, diagonals, mass, first, n, set, num_blocks, words);
+  const SmallestSet set = Search(shared).find(mass, params.gamma, params.min_budget_tokens);
+  choose_blocks(params, diagonals, mass, first, set, num_blocks, words);
   device::cluster_sync();
   uint32_t* destination = (diagonals ? params.diagonals : params.columns) + head * num_words;
   for (int w = rank * kSelectThreads + static_cast<int>(threadIdx.x); w < num_words;
@@ -138,20 +139,41 @@ __global__ void __launch_bounds__(kExpandThreads)
   }
 }
 
-// One where the device has no clusters, or its driver runs code made for devices without.
-cudaError_t ChooseClusterSize(const VerticalSlashParams& params, int* size) {
+struct SetLaunch {
+  int cluster_size = 1;
+  int cached = 0;
+  int shared_bytes = 0;
+};
+
+// No clusters where the device has none, or its driver runs code made for devices without; as many
+// masses cached as fit into shared memory and a CTA of the cluster has.
+cudaError_t PlanSetLaunch(const VerticalSlashParams& params, int num_blocks, SetLaunch* launch) {
   cudaFuncAttributes kernel{};
   int device = 0;
   int num_sms = 0;
+  int max_shared_bytes = 0;
   cudaError_t error = cudaFuncGetAttributes(&kernel, vertical_slash_kernel);
   if (error == cudaSuccess) error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
   }
-  *size = error == cudaSuccess && kernel.ptxVersion >= 90
-              ? VerticalSlashClusterSize(params.num_heads, params.num_keys, num_sms)
-              : 1;
-  return error;
+  if (error == cudaSuccess) {
+    error =
+        cudaDeviceGetAttribute(&max_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error != cudaSuccess) return error;
+  if (kernel.ptxVersion >= 90) {
+    launch->cluster_size = VerticalSlashClusterSize(params.num_heads, params.num_keys, num_sms);
+  }
+  constexpr int kTile = Search::Values::kTile;
+  constexpr int kTileBytes = kTile * static_cast<int>(sizeof(float));
+  const auto fixed_bytes =
+      static_cast<int>(sizeof(Search::Shared) + PatternWords(num_blocks) * sizeof(uint32_t));
+  const auto tiles =
+      static_cast<int>(CeilDiv(params.num_keys, int64_t{launch->cluster_size} * kTile));
+  launch->cached = std::clamp((max_shared_bytes - fixed_bytes) / kTileBytes, 0, tiles) * kTile;
+  launch->shared_bytes = fixed_bytes + launch->cached * static_cast<int>(sizeof(float));
+  return cudaSuccess;
 }
 
 }  // namespace
@@ -162,26 +184,24 @@ cudaError_t LaunchVerticalSlash(const VerticalSlashParams& params, cudaStream_t 
     return cudaErrorInvalidValue;
   }
   const auto num_blocks = static_cast<int>(CeilDiv(params.num_keys, params.block_tokens));
-  const auto shared_bytes =
-      static_cast<int>(sizeof(Search::Shared) + PatternWords(num_blocks) * sizeof(uint32_t));
-  int cluster_size = 1;
-  cudaError_t error = ChooseClusterSize(params, &cluster_size);
+  SetLaunch launch;
+  cudaError_t error = PlanSetLaunch(params, num_blocks, &launch);
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(vertical_slash_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 shared_bytes);
+                                 launch.shared_bytes);
   }
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(cluster_size), 1, 1};
+  cluster.val.clusterDim = {static_cast<unsigned>(launch.cluster_size), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(params.num_heads * cluster_size, 2);
+  config.gridDim = dim3(params.num_heads * launch.cluster_size, 2);
   config.blockDim = kSelectThreads;
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.dynamicSmemBytes = static_cast<size_t>(launch.shared_bytes);
   config.stream = stream;
   config.attrs = &cluster;
-  config.numAttrs = cluster_size > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, vertical_slash_kernel, params, num_blocks);
+  config.numAttrs = launch.cluster_size > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, vertical_slash_kernel, params, num_blocks, launch.cached);
 }
 
 cudaError_t LaunchExpandVerticalSlash(const ExpandVerticalSlashParams& params,
