@@ -17,7 +17,7 @@ outputs are scaled down; so each layer can read a token's features from its embe
   - topic: a unit vector shared by runs of token ids, so that segments of a prompt have a topic;
   - sink: a spike for token 0, which every prompt starts with;
   - column: a spike for token ids 1 .. 63, sprinkled over the prompt.
-Queries and keys place features on the slowest rotary pairs, which hardly turn over a prompt, and
+Queries and keys place features on the slowest rotary pairs, which turn little over a prompt, and
 constants on the fast ones. A constant key against a constant query gives a logit that depends on
 the distance alone: in phase it is a local band, with the query turned back by an offset it is a
 slash. Llama has no QKV bias, so the constant comes from a feature that is 1 for every token.
@@ -34,14 +34,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 SHAPES = {
+    # As Qwen2.5-7B-Instruct-1M, whose rotation is ten times slower than Qwen2.5-7B-Instruct's.
     "qwen2.5-7b": dict(model_type="qwen2", hidden=3584, intermediate=18944, layers=28, heads=28,
-                       kv_heads=4, head_dim=128, vocab=152064, theta=1e6, eps=1e-6, bias=True,
+                       kv_heads=4, head_dim=128, vocab=152064, theta=1e7, eps=1e-6, bias=True,
                        max_positions=1048576),
     "llama-3.1-8b": dict(model_type="llama", hidden=4096, intermediate=14336, layers=32, heads=32,
                          kv_heads=8, head_dim=128, vocab=128256, theta=5e5, eps=1e-5, bias=False,
                          max_positions=1048576),
     "tiny": dict(model_type="qwen2", hidden=256, intermediate=512, layers=4, heads=8, kv_heads=2,
-                 head_dim=64, vocab=4096, theta=1e6, eps=1e-6, bias=True, max_positions=1048576),
+                 head_dim=64, vocab=4096, theta=1e7, eps=1e-6, bias=True, max_positions=1048576),
 }
 
 NUM_TOPICS = 48
@@ -94,17 +95,18 @@ def head_types_of(heads, kv_heads, layer):
 
 
 def rotary_pairs(shape):
-    """(fast, slow): the pairs that carry distance and the ones that carry features."""
+    """(fast, topic, column, sink): the pairs that carry distance, and those of the features. The slower a pair, the
+    farther its feature is seen: sink and columns from everywhere, topics from as far as their pairs hardly turn."""
     pairs = shape["head_dim"] // 2
-    slow = FEATURE_DIMS - 1  # sink, column, topic
-    return range(0, pairs - slow), range(pairs - slow, pairs)
+    fast = pairs - TOPIC_DIMS - 2
+    return range(fast), range(fast, pairs - 2), pairs - 2, pairs - 1
 
 
 def layer_tensors(shape, layer, seed):
     rng = np.random.default_rng([seed, layer])
     hidden, d = shape["hidden"], shape["head_dim"]
     heads, kv_heads, half = shape["heads"], shape["kv_heads"], shape["head_dim"] // 2
-    fast, slow = rotary_pairs(shape)
+    fast, topic, column, sink = rotary_pairs(shape)
     frequencies = shape["theta"] ** (-np.arange(half) / half)
     # Fast pairs that are worth using: from a full turn in 8 tokens to one in about 30k.
     band = [i for i in fast if frequencies[i] < 0.8 and frequencies[i] > 2e-4]
@@ -124,10 +126,10 @@ def layer_tensors(shape, layer, seed):
         row = kv * d
         for i in band:
             k_const[row + i] = 1.0
-        k[row + slow[0], SINK] = 1.0
-        k[row + slow[1], COLUMN] = 1.0
+        k[row + sink, SINK] = 1.0
+        k[row + column, COLUMN] = 1.0
         for t in range(TOPIC_DIMS):
-            k[row + slow[2 + t], TOPIC + t] = 1.0
+            k[row + topic[t], TOPIC + t] = 1.0
     types = head_types_of(heads, kv_heads, layer)
     for h, kind in enumerate(types):
         row, spec = h * d, HEAD_TYPES[kind]
@@ -139,10 +141,10 @@ def layer_tensors(shape, layer, seed):
                 angle = -offset * frequencies[i]
                 q_const[row + i] += amplitude * math.cos(angle)
                 q_const[row + i + half] += amplitude * math.sin(angle)
-        q_const[row + slow[0]] = spec["sink"] * jitter[1] * scale / SPIKE
-        q_const[row + slow[1]] = spec["column"] * jitter[2] * scale / SPIKE
+        q_const[row + sink] = spec["sink"] * jitter[1] * scale / SPIKE
+        q_const[row + column] = spec["column"] * jitter[2] * scale / SPIKE
         for t in range(TOPIC_DIMS):
-            q[row + slow[2 + t], TOPIC + t] = spec["topic"] * jitter[3] * scale / TOPIC_SIZE**2
+            q[row + topic[t], TOPIC + t] = spec["topic"] * jitter[3] * scale / TOPIC_SIZE**2
     prefix = f"model.layers.{layer}."
     tensors = {}
     if shape["bias"]:
