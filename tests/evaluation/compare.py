@@ -22,6 +22,7 @@ from statistics import fmean
 
 import intervals
 import journal
+import scoring
 from intervals import Estimate
 from prompts import TEXT
 from table import columns
@@ -74,7 +75,7 @@ def load(path: Path) -> Evaluation:
 
 def check_same_questions(first: Evaluation, second: Evaluation) -> None:
     """ValueError where they did not ask the same model the same; where text lies does not matter, what it says does."""
-    for name in ("model_fingerprint", "seed", "depths", "text_digest"):
+    for name in ("model_fingerprint", "seed", "depths", "asked_within", "text_digest"):
         here, there = first.subject.get(name), second.subject.get(name)
         if here is not None and there is not None and here != there:
             raise ValueError(f"{name} {here!r} in {first.path}, but {there!r} in {second.path}")
@@ -94,18 +95,19 @@ def _paired(cell: Cell, first: dict[int, dict], second: dict[int, dict]) -> Row 
     if not pairs:
         return None
     for here, there in pairs:
-        if (here["depth"], here.get("answer")) != (there["depth"], there.get("answer")):
+        if any(here.get(name) != there.get(name) for name in ("depth", "answer", "asked_at", "asked", "bytes")):
             raise ValueError(f"{cell}: prompt {here['index']} is not the same in both")
-    field = "logprob" if cell[2] == TEXT else "right"
-    values = [(here[field], there[field]) for here, there in pairs]
+    sides = list(zip(*pairs))
     if cell[2] == TEXT:
-        values = [(-here, -there) for here, there in values]
-        difference, same = intervals.mean([here - there for here, there in values]), None
+        values = [[scoring.nats_per_token(record) for record in side] for side in sides]
+        means = [fmean(side) for side in values]
+        difference = intervals.mean([here - there for here, there in zip(*values)])
     else:
-        difference = intervals.paired_difference(values)
-        same = fmean(here["generated"] == there["generated"] for here, there in pairs)
-    density, other = (fmean(record["density"] for record in side) for side in zip(*pairs))
-    means = (fmean(side) for side in zip(*values))
+        means = [scoring.score(side).value for side in sides]
+        difference = scoring.difference(pairs)
+    generated = [here["generated"] == there["generated"] for here, there in pairs if "generated" in here]
+    density, other = (fmean(record["density"] for record in side) for side in sides)
+    same = fmean(generated) if generated else None
     return Row(cell, len(pairs), *means, difference, density, density - other, same)
 
 
@@ -114,8 +116,7 @@ def _summed(evaluation: Evaluation, cell: Cell) -> dict:
     if evaluation.summary is not None:
         return evaluation.summary[cell]
     records = list(evaluation.records[cell].values())
-    score = intervals.proportion(sum(r["right"] for r in records), len(records))
-    return {"prompts": len(records), "score": vars(score), "density": fmean(r["density"] for r in records)}
+    return {"prompts": len(records), "score": vars(scoring.score(records)), "density": fmean(r["density"] for r in records)}
 
 
 def _independent(cell: Cell, first: dict, second: dict) -> Row:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import compare
 
-SUBJECT = {"model_fingerprint": "m", "device": "cpu", "seed": 1, "depths": 11, "text": [], "text_digest": ""}
+SUBJECT = {"model_fingerprint": "m", "device": "cpu", "seed": 1, "depths": 11, "asked_within": [0.35, 0.9], "text": [], "text_digest": ""}
 
 
 def answered(index: int, right: bool, density: float = 0.25, **other) -> dict:
@@ -76,12 +76,27 @@ class Comparing(unittest.TestCase):
         self.assertTrue(row.agrees(0.02))
 
     def test_text_is_compared_in_nats(self):
-        text = lambda i, logprob: answered(i, None, task="text", logprob=logprob, depth=None)  # noqa: E731
-        first = [text(i, -1.0 - i / 10) for i in range(20)]
-        second = [text(i, -1.2 - i / 10 + i / 1e4) for i in range(20)]
+        def text(index: int, nats: float) -> dict:
+            return answered(index, False, task="text", depth=None, nats=[nats * 5] * 8, part_tokens=[5] * 8, bytes=40)
+
+        first = [text(i, 1.0 + i / 10) for i in range(20)]
+        second = [text(i, 1.2 + i / 10 - i / 1e4) for i in range(20)]
         (row,) = self.rows(self.folder("a", first), self.folder("b", second))
         self.assertAlmostEqual(row.difference.value, -0.2, places=2)
         self.assertFalse(row.agrees(0.01))
+
+    def test_answers_within_a_prompt_are_compared_by_what_was_right(self):
+        def within(index: int, right: int) -> dict:
+            record = answered(index, False, task="interleaved", depth=None, asked=10)
+            del record["generated"]
+            return {**record, "right": right}
+
+        first, second = [within(i, 9) for i in range(20)], [within(i, 9 - i % 2) for i in range(20)]
+        (row,) = self.rows(self.folder("a", first), self.folder("b", second))
+        self.assertAlmostEqual(row.first, 0.9)
+        self.assertAlmostEqual(row.difference.value, 0.05)
+        self.assertGreater(row.difference.low, 0)
+        self.assertIsNone(row.same_answers)
 
     def test_beside_a_summary_intervals_are_wider(self):
         first = self.folder("a", [answered(i, i >= 4) for i in range(40)])
@@ -93,7 +108,7 @@ class Comparing(unittest.TestCase):
 
     def test_another_model_or_seed_is_refused(self):
         first = compare.load(self.folder("a", [answered(0, True)]))
-        for name, value in (("model_fingerprint", "other"), ("seed", 2), ("depths", 5), ("text_digest", "f")):
+        for name, value in (("model_fingerprint", "other"), ("seed", 2), ("depths", 5), ("asked_within", [0, 1]), ("text_digest", "f")):
             second = compare.load(self.folder(name, [answered(0, True)], **{name: value}))
             with self.assertRaisesRegex(ValueError, name):
                 compare.check_same_questions(first, second)

@@ -19,6 +19,10 @@ class Estimate:
     def rounded(self, digits: int = 4) -> dict[str, float]:
         return {name: round(number, digits) for name, number in vars(self).items()}
 
+    def clipped(self, low: float, high: float) -> Estimate:
+        """With its interval cut to what is possible."""
+        return Estimate(self.value, max(low, self.low), min(high, self.high))
+
 
 def proportion(right: int, count: int) -> Estimate:
     """Wilson score interval."""
@@ -46,10 +50,25 @@ def paired_difference(pairs: Sequence[tuple[bool, bool]]) -> Estimate:
     return Estimate(value, min(value, max(-1.0, p - q - half)), max(value, min(1.0, p - q + half)))
 
 
+def student_t(freedom: int) -> float:
+    """The 97.5 % point of Student's t: exact for one and two degrees of freedom, else to 0.2 % (Abramowitz and Stegun 26.7.5)."""
+    if freedom == 1:
+        return math.tan(0.475 * math.pi)
+    if freedom == 2:
+        return 0.95 * math.sqrt(2 / (1 - 0.95**2))
+    terms = (
+        (Z**3 + Z) / 4,
+        (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96,
+        (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384,
+        (79 * Z**9 + 776 * Z**7 + 1482 * Z**5 - 1920 * Z**3 - 945 * Z) / 92160,
+    )
+    return Z + sum(term / freedom**power for power, term in enumerate(terms, 1))
+
+
 def mean(values: Sequence[float]) -> Estimate:
-    """Normal interval; a single value has no spread, and its interval is all numbers."""
-    centre = fmean(values)
-    half = Z * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    """Student's interval; a single value has no spread, and its interval is all numbers."""
+    centre, count = fmean(values), len(values)
+    half = student_t(count - 1) * stdev(values) / math.sqrt(count) if count > 1 else math.inf
     return Estimate(centre, centre - half, centre + half)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 
 Key = tuple[str, str, int, int]  # setting, task, length, index
@@ -14,7 +13,7 @@ def key_of(record: dict) -> Key:
 
 
 class Journal:
-    """Thread-safe. Raises ValueError when the folder holds an evaluation of something else."""
+    """Raises ValueError when the folder holds an evaluation of something else."""
 
     def __init__(self, folder: Path, subject: dict):
         """subject: what makes results comparable (model, seed, depths); kept beside them."""
@@ -26,29 +25,28 @@ class Journal:
         # A line cut off by a kill goes; its prompt runs again.
         path.write_text("".join(json.dumps(r) + "\n" for r in self.records))
         self._file = path.open("a")
-        self._mutex = threading.Lock()
 
     @staticmethod
     def _check_subject(path: Path, subject: dict) -> None:
         if not path.exists():
             path.write_text(json.dumps(subject, indent=1) + "\n")
             return
-        for name, value in json.loads(path.read_text()).items():
-            if subject.get(name) != value:
+        held = json.loads(path.read_text())
+        for name in {**held, **subject}:
+            here, there = subject.get(name), held.get(name)
+            if here != there:
                 raise ValueError(
-                    f"{path.parent} holds results with {name} {value!r}, this run has {subject.get(name)!r}; "
-                    "take another --out"
+                    f"{path.parent} holds results with {name} {there!r}, this run has {here!r}; take another --out"
                 )
 
     def has(self, key: Key) -> bool:
         return key in self._keys
 
     def add(self, record: dict) -> None:
-        with self._mutex:
-            self.records.append(record)
-            self._keys.add(key_of(record))
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+        self.records.append(record)
+        self._keys.add(key_of(record))
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
 
     def close(self) -> None:
         self._file.close()

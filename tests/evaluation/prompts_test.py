@@ -5,7 +5,9 @@ import re
 import tempfile
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
 
+import graded
 import more_tasks
 import prompts
 import tasks
@@ -13,8 +15,8 @@ import tasks
 LENGTHS = (1024, 2048, 5000)
 
 
-def text_of(prompt):
-    return bytes(prompt.tokens[1:]).decode()
+def text_of(tokens):
+    return bytes(tokens[1:]).decode()
 
 
 class Made(unittest.TestCase):
@@ -22,7 +24,7 @@ class Made(unittest.TestCase):
         self.source = prompts.Prompts(prompts.ByteCodec(), None, depths=5, seed=3, limit=8192)
 
     def test_every_task_has_its_exact_length_at_every_depth(self):
-        for task in prompts.TASKS:
+        for task in prompts.AT_THE_END:
             for length in LENGTHS:
                 for index in range(5):
                     prompt = self.source.make(task, length, index)
@@ -30,28 +32,120 @@ class Made(unittest.TestCase):
                     self.assertEqual(prompt.tokens[0], tasks.BOS)
                     self.assertEqual(prompt.max_new_tokens, len(prompt.answer))
 
-    def test_the_longest_prompt_leaves_room_for_its_answer(self):
-        for task in prompts.TASKS:
+    def test_the_longest_prompt_leaves_room_for_an_answer_that_is_generated(self):
+        for task in prompts.AT_THE_END:
             prompt = self.source.make(task, 8192, 0)
             self.assertEqual(len(prompt.tokens), 8192 - prompts.ANSWER_ROOM)
             self.assertLessEqual(prompt.max_new_tokens, prompts.ANSWER_ROOM)
+        self.assertEqual(len(self.source.make("pass_key_within", 8192, 0).tokens), 8192)
 
     def test_depths_run_from_start_to_end_and_begin_again(self):
-        depths = [self.source.depth("pass_key", i) for i in range(6)]
-        self.assertEqual(depths, [0, 0.25, 0.5, 0.75, 1, 0])
+        self.assertEqual([self.source.depth(i) for i in range(6)], [0, 0.25, 0.5, 0.75, 1, 0])
 
     def test_needles_lie_at_their_depth(self):
         for index, depth in enumerate((0, 0.25, 0.5, 0.75, 1)):
-            text = text_of(self.source.make("pass_key", 4096, index))
+            text = text_of(self.source.make("pass_key", 4096, index).tokens)
             self.assertAlmostEqual(text.index("The pass key is") / len(text), depth, delta=0.03)
+
+    def test_every_task_counts_in_one_mean(self):
+        self.assertEqual({t: prompts.group(t) for t in ("copy", "copy_within", "interleaved", "text")},
+                         {"copy": "end", "copy_within": "within", "interleaved": "within", "text": None})  # fmt: skip
 
     def test_prompts_repeat_and_differ_by_index_and_seed(self):
         other = prompts.Prompts(prompts.ByteCodec(), None, depths=5, seed=4, limit=8192)
-        for task in prompts.TASKS:
-            first = self.source.make(task, 1024, 0)
-            self.assertEqual(first, self.source.make(task, 1024, 0))
-            self.assertNotEqual(first.tokens, self.source.make(task, 1024, 5).tokens)
-            self.assertNotEqual(first.tokens, other.make(task, 1024, 0).tokens)
+        for task in (t for t in prompts.TASKS if t != prompts.TEXT):
+            first = self.source.make(task, 2048, 0)
+            self.assertEqual(first, self.source.make(task, 2048, 0))
+            self.assertNotEqual(first.tokens, self.source.make(task, 2048, 5).tokens)
+            self.assertNotEqual(first.tokens, other.make(task, 2048, 0).tokens)
+
+
+class AskedWithin(unittest.TestCase):
+    def setUp(self):
+        self.source = prompts.Prompts(prompts.ByteCodec(), None, depths=5, seed=3, limit=8192)
+
+    def test_every_task_has_its_exact_length_wherever_it_is_asked(self):
+        for task in prompts.WITHIN:
+            for length in (2048, 5000):
+                for index in range(20):
+                    self.assertEqual(len(self.source.make(task, length, index).tokens), length, task)
+
+    def test_the_span_is_the_answer_between_its_question_and_eos(self):
+        for task in prompts.WITHIN:
+            for index in range(10):
+                prompt = self.source.make(task, 2048, index)
+                ((begin, end),) = prompt.spans
+                before, answer = tasks.decode(prompt.tokens[1:begin]), tasks.decode(prompt.tokens[begin:end])
+                self.assertEqual(prompt.tokens[end], tasks.EOS)
+                self.assertEqual(prompt.tokens.count(tasks.EOS), 1)
+                self.assertIn(answer, before)  # it can be looked up
+                self.assertAlmostEqual(begin / 2048, prompt.asked_at, delta=0.001)
+
+    def test_needles_lie_at_their_depth_before_the_question(self):
+        for index, depth in enumerate((0, 0.25, 0.5, 0.75, 1)):
+            prompt = self.source.make("pass_key_within", 8192, index)
+            place = text_of(prompt.tokens[: prompt.spans[0][0]]).index("The pass key is")
+            self.assertAlmostEqual(place / prompt.spans[0][0], depth, delta=0.04)
+
+    def test_questions_are_spread_evenly_at_every_depth(self):
+        for remainder in range(5):
+            places = sorted(self.source.make("copy_within", 2048, i).asked_at for i in range(remainder, 200, 5))
+            gaps = [b - a for a, b in zip([graded.EARLIEST, *places], [*places, graded.LATEST])]
+            self.assertEqual(len(set(places)), 40)
+            self.assertLess(max(gaps), 0.05)  # 40 even steps would be 0.014
+
+    def test_text_goes_on_after_the_question(self):
+        for index in range(50):
+            prompt = self.source.make("key_value_within", 2048, index)
+            self.assertGreater(2048 - prompt.spans[0][1], 150)
+
+    def test_interleaved_spans_are_values_stated_before(self):
+        prompt = self.source.make(prompts.INTERLEAVED, 4096, 0)
+        self.assertGreater(len(prompt.tokens), 4096 - 20)
+        self.assertLessEqual(len(prompt.tokens), 4096)
+        self.assertGreater(len(prompt.spans), 50)
+        for begin, end in prompt.spans:
+            line = tasks.decode(prompt.tokens[begin - 12 : end])  # key 4f9a2c: 58210
+            self.assertIn(line, tasks.decode(prompt.tokens[1:begin]))
+
+    def test_too_short_is_said(self):
+        with self.assertRaisesRegex(ValueError, "too short"):
+            graded.asked_within(tasks.pass_key, random.Random(1), 1000, tasks.sentence_filler, 0.5, 0.999)
+
+
+class WordsAsTokens(unittest.TestCase):
+    """TokenizerCodec.fit_graded() over a tokenizer made here: a token is a word with the blank before it, after one BOS."""
+
+    class Tokenizer:
+        def encode(self, text):
+            words = list(re.finditer(r" ?[^ \n]+|\n| ", text))
+            return SimpleNamespace(ids=[0, *(hash(w[0]) for w in words)], offsets=[(0, 0), *(w.span() for w in words)])
+
+    def setUp(self):
+        self.codec = prompts.TokenizerCodec.__new__(prompts.TokenizerCodec)
+        self.codec._tokenizer = self.Tokenizer()
+
+    def spans(self, text, *spans):
+        ids, made = self.codec.fit_graded(lambda size: graded.Graded(text, spans), len(self.Tokenizer().encode(text.decode()).ids))
+        return made
+
+    def test_a_token_with_part_of_the_answer_is_graded(self):
+        text = b"The key is 48213\nand so on"
+        self.assertEqual(self.spans(text, (11, 16)), ((4, 5),))
+        self.assertEqual(self.spans(text, (8, 16)), ((3, 5),))
+        self.assertEqual(self.spans(text, (21, 26)), ((7, 9),))  # to the end
+
+    def test_characters_of_several_bytes_do_not_move_spans(self):
+        text = "Größe, Öl: the key is 48213\n".encode()
+        begin = text.index(b"48213")
+        self.assertEqual(self.spans(text, (begin, begin + 5)), ((6, 7),))
+
+    def test_prompts_are_at_most_and_nearly_the_length(self):
+        source = prompts.Prompts(self.codec, None, depths=3, seed=1, limit=8192)
+        for task in ("pass_key_within", prompts.INTERLEAVED):
+            prompt = source.make(task, 1000, 1)
+            self.assertTrue(990 <= len(prompt.tokens) <= 1000, len(prompt.tokens))
+            self.assertTrue(all(0 < begin < end <= len(prompt.tokens) for begin, end in prompt.spans))
 
 
 class MoreTasks(unittest.TestCase):
@@ -81,7 +175,7 @@ class MoreTasks(unittest.TestCase):
             self.assertIn(cue + example.answer, example.prompt)
 
     def test_too_short_is_said(self):
-        for task in prompts.TASKS.values():
+        for task in prompts.AT_THE_END.values():
             with self.assertRaisesRegex(ValueError, "too short"):
                 task(random.Random(1), 60, tasks.sentence_filler, 0.5)
 
@@ -97,15 +191,14 @@ class HeldOutText(unittest.TestCase):
                 b"".join(text[i : i + 60] + b"\n" for i in range(0, 3000, 60))
             )
 
-    def test_next_token_follows_the_prompt_in_the_text(self):
+    def test_prompts_are_the_text_itself(self):
         text = prompts.load_text([], [self.folder])
         source = prompts.Prompts(prompts.ByteCodec(), text, depths=3, seed=1, limit=8192)
         whole = b"\n".join(text.blobs).replace(b"\xff", b"\n")
         for index in range(8):
             prompt = source.make(prompts.TEXT, 400, index)
-            self.assertEqual(len(prompt.tokens), 400)
-            seen = bytes(prompt.tokens[-60:]) + bytes([prompt.next_token])
-            self.assertIn(seen, whole)
+            self.assertEqual((len(prompt.tokens), prompt.text_bytes), (400, 399))
+            self.assertIn(bytes(prompt.tokens[-60:]), whole)
 
     def test_no_text_is_none(self):
         self.assertIsNone(prompts.load_text([], []))

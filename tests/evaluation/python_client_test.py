@@ -98,6 +98,15 @@ class Frames(unittest.TestCase):
             self.check.finish(wire.PrefillResult(frames_per_lane=[1]))
 
 
+    def test_a_prompt_left_ungraded_is_seen(self):
+        for given in ({}, {"prompt_logprobs": [-1.0] * 39}, {"prompt_logprobs": [-1.0] * 39, "best_logprobs": [-1.0] * 38}):
+            check = TransferCheck(self.layout, prompt_logprobs=True)
+            check.take(self.frame())
+            check.take(self.frame(layer=1, sequence=1))
+            with self.assertRaisesRegex(TransferError, "39 are due"):
+                check.finish(wire.PrefillResult(frames_per_lane=[2], **given))
+
+
 class Live(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -176,6 +185,23 @@ class Live(unittest.TestCase):
             stream.read_all()
         self.assertFalse(stream.result.total.HasField("recall"))
 
+    def test_a_prompt_is_graded_as_greedy_decoding_goes_on(self):
+        with self.worker.generate(PROMPT, 12, attention=Attention("dense"), ignore_eos=True) as generation:
+            generated = [token for token in generation]
+        tokens = [*PROMPT, *(t.id for t in generated), (generated[0].id + 1) % 256]
+        no_cache = Layout(first_block=-(-len(tokens) // 16))
+        with self.server.prefill(
+            tokens, layout=no_cache, attention=Attention("dense"), prompt_logprobs=True
+        ) as stream:
+            self.assertEqual(list(stream), [])
+        own, best = (np.array(getattr(stream.result, n)) for n in ("prompt_logprobs", "best_logprobs"))
+        self.assertEqual((own.shape, best.shape), ((len(tokens) - 1,), (len(tokens) - 1,)))
+        likeliest = own == best
+        self.assertTrue(likeliest[len(PROMPT) - 1 : -1].all())
+        self.assertFalse(likeliest[: len(PROMPT) - 1].all())
+        np.testing.assert_allclose(own[len(PROMPT) - 1 : -1], [t.logprob for t in generated], atol=0.05)
+        self.assertTrue((best >= own).all() and (best <= 0).all())
+
     def test_a_stop_token_ends_generation(self):
         with self.worker.generate(PROMPT, 8, ignore_eos=True) as generation:
             first = next(generation)
@@ -228,17 +254,21 @@ class Live(unittest.TestCase):
     def test_evaluation_scores_every_setting_and_resumes(self):
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "results"
-            few = ("--tasks", "pass_key", "text", "--lengths", "400", "9000000", "--prompts", "2", "--depths", "2",
-                   "--settings", "dense", "share:gamma=0.9", "--unseen_text", str(live_processes.MODEL))  # fmt: skip
+            few = ("--tasks", "pass_key", "pass_key_within", "interleaved", "text", "--lengths", "700", "9000000",
+                   "--prompts", "2", "--depths", "2", "--settings", "dense", "share:gamma=0.9",
+                   "--unseen_text", str(live_processes.MODEL))  # fmt: skip
             first = self.evaluate(out, *few)
             self.assertEqual(first.returncode, 0, first.stderr)
             self.assertIn("left out: 9000000 tokens", first.stderr)
             summary = json.loads((out / "summary.json").read_text())
-            cells = {(c["setting"], c["prompts"], c["score"]["value"]) for c in summary["tasks"]}
-            self.assertEqual(cells, {("dense", 2, 1.0), ("share:gamma=0.9", 2, 1.0)})
-            self.assertEqual([c["prompts"] for c in summary["text"]], [2, 2])
+            found = {(c["setting"], c["task"]) for c in summary["tasks"] if c["score"]["value"] > 0.9}
+            tasks = ("pass_key", "pass_key_within", "interleaved")
+            self.assertEqual(found, {(s, t) for s in ("dense", "share:gamma=0.9") for t in tasks})
+            for cell in summary["text"]:
+                self.assertEqual(cell["prompts"], 2)
+                self.assertTrue(1 < cell["bits_per_byte"] < 6, cell)
             again = self.evaluate(out, *few)
-            self.assertIn("8 of 8 prompts were done before", again.stderr)
+            self.assertIn("16 of 16 prompts were done before", again.stderr)
             self.assertEqual(json.loads((out / "summary.json").read_text()), summary)
             other = self.evaluate(out, *few, "--seed", "2")
             self.assertEqual(other.returncode, 1)

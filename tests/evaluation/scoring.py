@@ -8,31 +8,41 @@ from statistics import fmean, median
 
 import intervals
 import settings
-from prompts import TASKS, TEXT
+from intervals import Estimate
+from prompts import TASKS, TEXT, group
 
 DENSE = "dense"
 SHARE = "share"
 COMPARED_WITH_SHARE = ("vertical_slash", "baseline_query_aware", "baseline_random")
 SPARSE_KINDS = ("shared", "vertical_slash", "baseline")  # of heads, as RecallAudit names them
 LARGE_MODEL_HEADS = 1024
+TEXT_PARTS = 8  # of a text, alike in length, of which each has its perplexity
 
 
 def is_right(answer: bytes, generated: bytes) -> bool:
     return generated.startswith(answer)
 
 
-def next_token_logprob(top: list[tuple[int, float]], token: int, vocab_size: int) -> tuple[float, bool]:
-    """(natural log-probability of `token`, whether it is among the reported ones).
+def _share_right(record: dict) -> float:
+    return record["right"] / record.get("asked", 1)
 
-    What the reported tokens leave of the mass is spread evenly over the others. That is a
-    distribution too, so its perplexity is a proper score: an upper bound of the model's own on
-    average, and the same construction for every setting.
-    """
-    for candidate, logprob in top:
-        if candidate == token:
-            return logprob, True
-    left = max(1e-7, 1 - sum(math.exp(logprob) for _, logprob in top))
-    return math.log(left / (vocab_size - len(top))), False
+
+def score(records: list[dict]) -> Estimate:
+    """Share of questions answered. Those of one prompt are not independent: several count as one mean per prompt."""
+    if all(r.get("asked", 1) == 1 for r in records):
+        return intervals.proportion(sum(r["right"] for r in records), len(records))
+    return intervals.mean([_share_right(r) for r in records]).clipped(0, 1)
+
+
+def difference(pairs: list[tuple[dict, dict]]) -> Estimate:
+    """Of score(), first minus second, on the same prompts."""
+    if all(r.get("asked", 1) == 1 for pair in pairs for r in pair):
+        return intervals.paired_difference([(bool(a["right"]), bool(b["right"])) for a, b in pairs])
+    return intervals.mean([_share_right(a) - _share_right(b) for a, b in pairs]).clipped(-1, 1)
+
+
+def nats_per_token(record: dict) -> float:
+    return sum(record["nats"]) / sum(record["part_tokens"])
 
 
 def density_in_large_model(density: float, heads: int, pivots: int) -> float:
@@ -54,14 +64,16 @@ def summarize(records: list[dict], setting_order: list[str]) -> dict:
     for record in records:
         cells[record["setting"], record["task"], record["length"]][record["index"]] = record
     rank = {name: i for i, name in enumerate(setting_order)}
-    task_rank = {name: i for i, name in enumerate((*TASKS, TEXT))}
+    task_rank = {name: i for i, name in enumerate(TASKS)}
     order = sorted(cells, key=lambda c: (c[2], rank.get(c[0], len(rank)), c[0], task_rank[c[1]]))
     tasks = [_task_cell(cells, cell) for cell in order if cell[1] != TEXT]
+    overall = _overall(tasks)
+    means = [{**row, "task": f"mean, {row['asked']}"} for row in overall if row["tasks"] > 1]
     return {
         "tasks": tasks,
-        "overall": _overall(tasks),
+        "overall": overall,
         "text": [_text_cell(cells, cell) for cell in order if cell[1] == TEXT],
-        "equal_density": _at_equal_density(tasks),
+        "equal_density": _at_equal_density(tasks + means),
         "recall": _recall(cells, order),
     }
 
@@ -70,8 +82,9 @@ def _cost(records: list[dict]) -> dict:
     def mean_of(field: str, digits: int) -> float:
         return round(fmean(r[field] for r in records), digits)
 
-    def milliseconds(field: str) -> float:
-        return round(median(r[field] for r in timed) / 1000, 2)
+    def milliseconds(field: str) -> float | None:
+        values = [r[field] for r in timed if field in r]
+        return round(median(values) / 1000, 2) if values else None
 
     # Measuring recall takes time of its own.
     timed = [r for r in records if "recall" not in r] or records
@@ -89,28 +102,29 @@ def _cost(records: list[dict]) -> dict:
     }
 
 
-def _pairs(cells, cell, field: str) -> list[tuple]:
-    """(this setting's, dense's) on the prompts that both have done."""
+def _pairs(cells, cell) -> list[tuple[dict, dict]]:
+    """(this setting's, dense's) on the prompts that both have done; none for dense itself."""
     setting, task, length = cell
     here, dense = cells[cell], cells.get((DENSE, task, length), {})
-    return [(here[i][field], dense[i][field]) for i in here if i in dense]
+    return [] if setting == DENSE else [(here[i], dense[i]) for i in here if i in dense]
 
 
 def _task_cell(cells, cell) -> dict:
     setting, task, length = cell
     records = list(cells[cell].values())
-    right = sum(r["right"] for r in records)
     by_depth = defaultdict(list)
-    for record in records:
+    for record in (r for r in records if r["depth"] is not None):
         by_depth[record["depth"]].append(record["right"])
-    pairs = _pairs(cells, cell, "right")
+    pairs = _pairs(cells, cell)
     return {
         "length": length,
         "setting": setting,
         "task": task,
+        "asked": group(task),
         "prompts": len(records),
-        "score": intervals.proportion(right, len(records)).rounded(),
-        "minus_dense": intervals.paired_difference(pairs).rounded() if pairs and setting != DENSE else None,
+        "questions": sum(r.get("asked", 1) for r in records),
+        "score": score(records).rounded(),
+        "minus_dense": difference(pairs).rounded() if pairs else None,
         "policies_run": sorted({r["policy"] for r in records}),
         "by_depth": [{"depth": d, "prompts": len(r), "right": sum(r)} for d, r in sorted(by_depth.items())],
         **_cost(records),
@@ -120,21 +134,38 @@ def _task_cell(cells, cell) -> dict:
 def _text_cell(cells, cell) -> dict:
     setting, _, length = cell
     records = list(cells[cell].values())
-    nats = intervals.mean([-r["logprob"] for r in records])
-    pairs = _pairs(cells, cell, "logprob")
-    ratio = None
-    if pairs and setting != DENSE:
-        worse = intervals.mean([dense - here for here, dense in pairs])
-        ratio = intervals.Estimate(*(_exp(x) for x in (worse.value, worse.low, worse.high))).rounded()
+    nats = intervals.mean([nats_per_token(r) for r in records])
+    pairs = _pairs(cells, cell)
+    parts = range(TEXT_PARTS)
     return {
         "length": length,
         "setting": setting,
         "prompts": len(records),
-        "perplexity": intervals.Estimate(*(_exp(x) for x in (nats.value, nats.low, nats.high))).rounded(),
-        "perplexity_to_dense": ratio,
-        "not_among_reported": round(fmean(not r["reported"] for r in records), 4),
+        "perplexity": _exponential(nats).rounded(),
+        "bits_per_byte": round(sum(sum(r["nats"]) for r in records) / sum(r["bytes"] for r in records) / math.log(2), 4),
+        "perplexity_to_dense": _to_dense([nats_per_token(a) - nats_per_token(b) for a, b in pairs]),
+        "by_part": [
+            {
+                "perplexity": _exponential(intervals.mean([_nats_in(r, part) for r in records])).rounded(),
+                "to_dense": _to_dense([_nats_in(a, part) - _nats_in(b, part) for a, b in pairs]),
+            }
+            for part in parts
+        ],
         **_cost(records),
     }
+
+
+def _nats_in(record: dict, part: int) -> float:
+    return record["nats"][part] / record["part_tokens"][part]
+
+
+def _to_dense(nats: list[float]) -> dict | None:
+    """The ratio of perplexities, from the differences text by text."""
+    return _exponential(intervals.mean(nats)).rounded() if nats else None
+
+
+def _exponential(nats: Estimate) -> Estimate:
+    return Estimate(*(_exp(x) for x in (nats.value, nats.low, nats.high)))
 
 
 def _exp(x: float) -> float:
@@ -142,24 +173,25 @@ def _exp(x: float) -> float:
 
 
 def _overall(tasks: list[dict]) -> list[dict]:
-    """Mean over the tasks, each counting alike, per length and setting."""
+    """Mean over the tasks of one group, each counting alike, per length and setting."""
     groups = defaultdict(list)
     for cell in tasks:
-        groups[cell["length"], cell["setting"]].append(cell)
+        groups[cell["length"], cell["setting"], cell["asked"]].append(cell)
     rows = []
-    for (length, setting), cells in groups.items():
-        scores = [intervals.Estimate(**c["score"]) for c in cells]
-        differences = [intervals.Estimate(**c["minus_dense"]) for c in cells if c["minus_dense"]]
+    for (length, setting, asked), cells in groups.items():
+        scores = [Estimate(**c["score"]) for c in cells]
+        differences = [Estimate(**c["minus_dense"]) for c in cells if c["minus_dense"]]
         rows.append(
             {
                 "length": length,
                 "setting": setting,
+                "asked": asked,
                 "tasks": len(cells),
                 "score": intervals.mean_of(scores).rounded(),
                 "minus_dense": intervals.mean_of(differences).rounded() if differences else None,
                 "density": round(fmean(c["density"] for c in cells), 4),
                 "density_among_1024_heads": round(fmean(c["density_among_1024_heads"] for c in cells), 4),
-                "ttft_ms": round(fmean(c["ttft_ms"] for c in cells), 2),
+                "compute_ms": round(fmean(c["compute_ms"] for c in cells), 2),
             }
         )
     return rows

@@ -51,6 +51,10 @@ class Intervals(unittest.TestCase):
     def test_mean_of_one_value_knows_nothing(self):
         self.assertEqual(intervals.mean([2.0]), intervals.Estimate(2.0, -math.inf, math.inf))
 
+    def test_students_points_agree_with_the_tables(self):
+        for freedom, point in ((1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (10, 2.228), (199, 1.972)):
+            self.assertAlmostEqual(intervals.student_t(freedom) / point, 1, delta=0.002)
+
     def test_mean_over_tasks_is_narrower_than_each(self):
         one = intervals.Estimate(0.5, 0.4, 0.6)
         made = intervals.mean_of([one] * 4)
@@ -91,23 +95,23 @@ class Scores(unittest.TestCase):
         self.assertFalse(scoring.is_right(b"123", b"0123"))
         self.assertFalse(scoring.is_right(b"123", b"12"))
 
-    def test_reported_token_has_its_own_probability(self):
-        self.assertEqual(scoring.next_token_logprob([(7, -0.1), (8, -3.0)], 8, 100), (-3.0, True))
+    def test_questions_of_one_prompt_count_as_one_mean(self):
+        # 90 % of 400 questions, but half of the prompts have all right: a spread that 400 independent ones would hide.
+        records = [answered("dense", i, 40 if i < 5 else 32, asked=40) for i in range(10)]
+        made = scoring.score(records)
+        self.assertAlmostEqual(made.value, 0.9)
+        self.assertAlmostEqual(made.high - made.value, 2.262 * 0.1054 / math.sqrt(10), places=3)
+        self.assertEqual(scoring.score(records[:1]), intervals.Estimate(1.0, 0.0, 1.0))
 
-    def test_other_tokens_share_what_is_left(self):
-        top = [(1, math.log(0.5)), (2, math.log(0.3))]
-        logprob, reported = scoring.next_token_logprob(top, 9, 12)
-        self.assertFalse(reported)
-        self.assertAlmostEqual(math.exp(logprob), 0.2 / 10)
+    def test_differences_of_many_questions_are_taken_prompt_by_prompt(self):
+        pairs = [(answered("share", i, 30 + i, asked=40), answered("dense", i, 32 + i, asked=40)) for i in range(8)]
+        made = scoring.difference(pairs)
+        self.assertAlmostEqual(made.value, -0.05)
+        self.assertAlmostEqual(made.low, -0.05)  # the prompts differ, the settings alike on each
 
-    def test_probabilities_over_the_vocabulary_sum_to_one(self):
-        top = [(1, math.log(0.5)), (2, math.log(0.3))]
-        total = sum(math.exp(scoring.next_token_logprob(top, token, 12)[0]) for token in range(12))
-        self.assertAlmostEqual(total, 1)
-
-    def test_rounding_above_one_leaves_a_finite_loss(self):
-        logprob, _ = scoring.next_token_logprob([(1, 1e-7)], 2, 264)
-        self.assertTrue(math.isfinite(logprob))
+    def test_one_question_a_prompt_has_wilsons_interval_wherever_it_stands(self):
+        records = [answered("dense", i, int(i < 15), asked=1) for i in range(20)]
+        self.assertEqual(scoring.score(records), intervals.proportion(15, 20))
 
     def test_pivots_weigh_less_among_1024_heads(self):
         # 6 pivots and 58 heads of density 0.25.
@@ -136,9 +140,12 @@ class Summary(unittest.TestCase):
         records += [answered("share:gamma=0.9", i, i < 19, density=0.3, pivot_heads=6) for i in range(20)]
         records += [answered("dense", i, True, task="copy") for i in range(20)]
         records += [answered("share:gamma=0.9", i, i < 15, task="copy", density=0.5) for i in range(20)]
+        records += [answered("dense", i, 9, task="interleaved", asked=10) for i in range(20)]
+        records += [answered("share:gamma=0.9", i, 8, task="interleaved", asked=10, density=0.2) for i in range(20)]
         for i in range(20):
-            records.append(answered("dense", i, None, task="text", logprob=-1.0 - i / 100, reported=True))
-            records.append(answered("share:gamma=0.9", i, None, task="text", logprob=-1.01 - i / 100, reported=i > 0))
+            for setting, worse in (("dense", 0), ("share:gamma=0.9", 0.01)):
+                nats = [10 * (1 + i / 100 + worse)] * 7 + [10 * (1 + i / 100)]
+                records.append(answered(setting, i, None, task="text", nats=nats, part_tokens=[10] * 8, bytes=160))
         self.summary = scoring.summarize(records, ["dense", "vertical_slash:gamma=0.8", "share:gamma=0.9"])
         self.tasks = {(c["setting"], c["task"]): c for c in self.summary["tasks"]}
 
@@ -157,19 +164,34 @@ class Summary(unittest.TestCase):
         self.assertEqual([d["right"] for d in depths], [7, 6, 6])  # index 19 is wrong
 
     def test_overall_counts_every_task_alike(self):
-        row = next(r for r in self.summary["overall"] if r["setting"] == "share:gamma=0.9")
+        rows = {(r["setting"], r["asked"]): r for r in self.summary["overall"]}
+        row = rows["share:gamma=0.9", "end"]
         self.assertEqual(row["tasks"], 2)
         self.assertAlmostEqual(row["score"]["value"], (0.95 + 0.75) / 2)
         self.assertAlmostEqual(row["minus_dense"]["value"], -0.15)
         self.assertAlmostEqual(row["density"], 0.4)
 
+    def test_what_is_asked_within_has_a_mean_of_its_own(self):
+        rows = {(r["setting"], r["asked"]): r for r in self.summary["overall"]}
+        row = rows["share:gamma=0.9", "within"]
+        self.assertEqual((row["tasks"], row["score"]["value"], row["density"]), (1, 0.8, 0.2))
+        self.assertAlmostEqual(row["minus_dense"]["value"], -0.1)
+        cell = self.tasks["dense", "interleaved"]
+        self.assertEqual((cell["prompts"], cell["questions"]), (20, 200))
+
     def test_perplexity_is_compared_prompt_by_prompt(self):
         cell = next(c for c in self.summary["text"] if c["setting"] == "share:gamma=0.9")
         ratio = cell["perplexity_to_dense"]
-        # Every prompt is worse by 0.01 nats: no spread, though the texts differ.
-        self.assertAlmostEqual(ratio["value"], math.exp(0.01), places=4)
+        # Every text is worse by 0.01 nats but in its last eighth: no spread, though the texts differ.
+        self.assertAlmostEqual(ratio["value"], math.exp(0.01 * 7 / 8), places=4)
         self.assertAlmostEqual(ratio["high"] - ratio["low"], 0, places=4)
-        self.assertEqual(cell["not_among_reported"], 0.05)
+        self.assertEqual([round(p["to_dense"]["value"], 4) for p in cell["by_part"]], [1.0101] * 7 + [1.0])
+
+    def test_bits_are_of_bytes_not_of_tokens(self):
+        cell = next(c for c in self.summary["text"] if c["setting"] == "dense")
+        self.assertAlmostEqual(cell["perplexity"]["value"], math.exp(1.095), places=3)
+        self.assertAlmostEqual(cell["bits_per_byte"], 1.095 / 2 / math.log(2), places=3)
+        self.assertIsNone(cell["perplexity_to_dense"])
 
     def test_share_stands_beside_vertical_slash_of_its_density(self):
         (row,) = [r for r in self.summary["equal_density"] if r["task"] == "pass_key"]
@@ -177,6 +199,14 @@ class Summary(unittest.TestCase):
         self.assertAlmostEqual(row["beside_score"], 0.6)
         self.assertAlmostEqual(row["difference"], 0.35)
         self.assertTrue(row["within_curve"])
+
+    def test_the_mean_over_tasks_stands_beside_others_too(self):
+        records = []
+        for task in ("pass_key", "copy"):
+            records += [answered("vertical_slash", 0, 0, task=task, density=0.3)]
+            records += [answered("share", 0, 1, task=task, density=0.3)]
+        rows = scoring.summarize(records, [])["equal_density"]
+        self.assertEqual({r["task"]: r["difference"] for r in rows}, {"pass_key": 1, "copy": 1, "mean, end": 1})
 
     def test_each_family_of_baselines_is_a_curve(self):
         records = [answered("share", 0, True, density=0.3)]
@@ -223,8 +253,18 @@ class Summary(unittest.TestCase):
 
     def test_table_shows_every_setting(self):
         text = table.render(self.summary)
-        for name in ("dense", "vertical_slash:gamma=0.8", "share:gamma=0.9", "pass_key", "copy", "held-out text"):
+        for name in ("dense", "vertical_slash:gamma=0.8", "share:gamma=0.9", "pass_key", "copy", "held-out text",
+                     "interleaved", "2048 tokens, asked within"):  # fmt: skip
             self.assertIn(name, text)
+
+    def test_the_two_means_and_perplexity_are_one_row(self):
+        row = next(line for line in table.render(self.summary).splitlines() if line.startswith("share:gamma=0.9"))
+        for number in ("85.0 [", "-15.0 [", "0.400", "80.0 [", "-10.0 [", "0.200", "1.0088 ["):
+            self.assertIn(number, row)
+
+    def test_text_alone_has_a_table(self):
+        records = [answered("dense", 0, None, task="text", nats=[1.0] * 8, part_tokens=[1] * 8, bytes=8)]
+        self.assertIn("held-out text", table.render(scoring.summarize(records, [])))
 
 
 class Resuming(unittest.TestCase):
@@ -256,6 +296,11 @@ class Resuming(unittest.TestCase):
         self.journal(model="a")
         with self.assertRaisesRegex(ValueError, "model"):
             self.journal(model="b")
+
+    def test_a_folder_of_other_questions_is_refused(self):
+        self.journal(model="a")
+        with self.assertRaisesRegex(ValueError, "asked_within"):
+            self.journal(model="a", asked_within=[0.35, 0.9])
 
     def test_subject_is_kept_for_the_reader(self):
         self.journal(model="a", seed=1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+ASKED = {"end": "asked at the end", "within": "asked within"}
+
 
 def columns(header: list[str], rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
@@ -21,11 +23,34 @@ def _points(estimate: dict | None, sign: str = "") -> str:
     return f"{value:{sign}.1f} [{low:{sign}.0f}, {high:{sign}.0f}]"
 
 
-def _scores(summary: dict, length: int) -> list[str]:
-    cells = {(c["setting"], c["task"]): c for c in summary["tasks"] if c["length"] == length}
-    names = list(dict.fromkeys(c["task"] for c in summary["tasks"]))
+def _overview(summary: dict) -> list[str]:
+    """The two means side by side, and perplexity."""
+    groups = {(r["length"], r["setting"], r["asked"]): r for r in summary["overall"]}
+    text = {(c["length"], c["setting"]): c["perplexity_to_dense"] for c in summary["text"]}
     rows = []
-    for row in (r for r in summary["overall"] if r["length"] == length):
+    for length, setting in dict.fromkeys([*((n, s) for n, s, _ in groups), *text]):
+        cells = []
+        for asked in ASKED:
+            row = groups.get((length, setting, asked))
+            density = f"{row['density']:.3f}" if row else ""
+            cells += [_points(row["score"]), _points(row["minus_dense"], "+"), density] if row else [""] * 3
+        ratio = text.get((length, setting))
+        rows.append([setting, str(length), *cells, _ratio(ratio)])
+    grouped = [title for asked in ASKED.values() for title in (asked, "- dense", "density")]
+    header = ["mean over tasks", "length", *grouped, "perplexity / dense"]
+    return columns(header, rows) + ["percent right [95 % interval]", ""]
+
+
+def _ratio(estimate: dict | None) -> str:
+    return "{value:.4f} [{low:.4f}, {high:.4f}]".format(**estimate) if estimate else ""
+
+
+def _scores(summary: dict, length: int, asked: str) -> list[str]:
+    chosen = [c for c in summary["tasks"] if c["asked"] == asked]
+    cells = {(c["setting"], c["task"]): c for c in chosen if c["length"] == length}
+    names = list(dict.fromkeys(c["task"] for c in chosen))
+    rows = []
+    for row in (r for r in summary["overall"] if (r["length"], r["asked"]) == (length, asked)):
         own = [cells.get((row["setting"], name)) for name in names]
         rows.append(
             [
@@ -37,11 +62,15 @@ def _scores(summary: dict, length: int) -> list[str]:
                 f"{row['density_among_1024_heads']:.3f}",
                 f"{sum(c['pivot_heads'] for c in own if c) / row['tasks']:.1f}",
                 f"{sum(c['shared_heads'] for c in own if c) / row['tasks']:.1f}",
-                f"{row['ttft_ms']:.0f}",
+                f"{row['compute_ms']:.1f}",
             ]
         )
-    prompts = max((c["prompts"] for c in cells.values()), default=0)
-    header = [f"{length} tokens", *names, "mean", "- dense", "density", "of 1024", "pivots", "shared", "TTFT ms"]
+    if not rows:
+        return []
+    prompts = max(c["prompts"] for c in cells.values())
+    title = f"{length} tokens, {ASKED[asked]}"
+    columns_of_tasks = [name.removesuffix("_within") for name in names]
+    header = [title, *columns_of_tasks, "mean", "- dense", "density", "of 1024", "pivots", "shared", "compute ms"]
     other = [
         f"{c['setting']} {c['task']}: the server ran {', '.join(c['policies_run'])}"
         for c in cells.values()
@@ -51,30 +80,24 @@ def _scores(summary: dict, length: int) -> list[str]:
 
 
 def _text(summary: dict) -> list[str]:
+    """Whole texts, and the ratio in each part of them."""
+    parts = max(len(c["by_part"]) for c in summary["text"])
     rows = [
         [
             c["setting"],
             str(c["length"]),
             str(c["prompts"]),
             f"{c['perplexity']['value']:.3f}",
-            f"{c['perplexity_to_dense']['value']:.4f}" if c["perplexity_to_dense"] else "",
-            "{low:.4f} - {high:.4f}".format(**c["perplexity_to_dense"]) if c["perplexity_to_dense"] else "",
-            f"{100 * c['not_among_reported']:.1f} %",
+            f"{c['bits_per_byte']:.4f}",
+            _ratio(c["perplexity_to_dense"]),
+            *(f"{part['to_dense']['value']:.4f}" if part["to_dense"] else "" for part in c["by_part"]),
             f"{c['density']:.3f}",
         ]
         for c in summary["text"]
     ]
-    header = [
-        "held-out text",
-        "position",
-        "prompts",
-        "perplexity",
-        "/ dense",
-        "95 % interval",
-        "outside top",
-        "density",
-    ]
-    return columns(header, rows) + [""]
+    numbers = [f"{part}/{parts}" for part in range(1, parts + 1)]
+    header = ["held-out text", "length", "texts", "perplexity", "bits per byte", "/ dense", *numbers, "density"]
+    return columns(header, rows) + [f"{numbers[0]} is the first part of a text: perplexity there / that of dense", ""]
 
 
 def _equal_density(summary: dict) -> list[str]:
@@ -112,9 +135,10 @@ def _recall(summary: dict) -> list[str]:
 
 
 def render(summary: dict) -> str:
-    lines: list[str] = []
+    lines = _overview(summary)
     for length in sorted({r["length"] for r in summary["overall"]}):
-        lines += _scores(summary, length)
+        for asked in ASKED:
+            lines += _scores(summary, length, asked)
     if summary["text"]:
         lines += _text(summary)
     if any(r["within_curve"] for r in summary["equal_density"]):

@@ -89,14 +89,14 @@ class PrefillStream(_Stream):
     result: the PrefillResult message, once the iteration has ended; None before.
     """
 
-    def __init__(self, call, accepted, on_progress: Callable | None):
+    def __init__(self, call, accepted, prompt_logprobs: bool, on_progress: Callable | None):
         super().__init__(call)
         self.request_id: str = accepted.request_id
         self.queue_position: int = accepted.queue_position
         self.layout = accepted.layout
         self.result = None
         self._on_progress = on_progress
-        self._check = TransferCheck(accepted.layout)
+        self._check = TransferCheck(accepted.layout, prompt_logprobs)
         self._blocks = self._receive()
 
     def __iter__(self) -> Iterator[KvBlocks]:
@@ -165,7 +165,7 @@ class PrefillClient(_Client):
 
         With prompt_logprobs, result.prompt_logprobs[i] is the natural log-probability of tokens[i + 1]
         and result.best_logprobs[i] that of the likeliest token there: equal where the prompt goes on
-        as greedy decoding would have.
+        as greedy decoding would have. numpy.array(result.prompt_logprobs) copies them at once.
 
         on_progress(Progress) is called after each layer and while the request waits, from within
         the iteration. Raises grpc.RpcError with the server's status, which PrefillService in
@@ -193,7 +193,7 @@ class PrefillClient(_Client):
         except TransferError:
             call.cancel()
             raise
-        return PrefillStream(call, first.accepted, on_progress)
+        return PrefillStream(call, first.accepted, prompt_logprobs, on_progress)
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,10 @@ def check_layout(layout, wished, num_tokens: int, fingerprint: str) -> None:
 class TransferCheck:
     """Takes the frames of one lane: numbered without gaps, in place, whole, undamaged, each block once."""
 
-    def __init__(self, layout):
+    def __init__(self, layout, prompt_logprobs: bool = False):
+        """prompt_logprobs: whether the result is due to grade the prompt."""
         self._layout = layout
+        self._num_logprobs = layout.num_tokens - 1 if prompt_logprobs else 0
         self._shape = block_shape(layout)
         self._dtype = element_type(layout)
         self._arrived = np.zeros((layout.num_layers, layout.num_blocks), bool)
@@ -124,6 +126,9 @@ class TransferCheck:
         missing = int((~self._arrived).sum())
         if missing:
             raise _loss(f"{missing} blocks were never sent, though the server says it is done")
+        for name in ("prompt_logprobs", "best_logprobs"):
+            if len(getattr(result, name)) != self._num_logprobs:
+                raise _loss(f"{len(getattr(result, name))} {name} arrived; {self._num_logprobs} are due")
 
 
 def _loss(message: str) -> TransferError:

@@ -1,0 +1,106 @@
+"""Processes that ask, one prompt at a time each, so that no interpreter lock is between the server and its load."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+
+import grpc
+
+import prompts
+import settings
+from asking import Asker, Asking
+
+PromptKey = tuple[str, int, int]  # task, length, index
+Job = tuple[PromptKey, settings.Setting]
+
+
+class Refused(Exception):
+    """What the server answered, or what went wrong in a process."""
+
+
+class Crew:
+    """`with Crew(...) as crew: for record in crew.records(jobs): ...`; leaving ends the processes.
+
+    Each has its own prompts, for they are a pure function of their key: only keys and records
+    travel. Settings of one prompt go to one process, which makes it once.
+    """
+
+    def __init__(self, size: int, source: prompts.Prompts, codec, asking: Asking):
+        context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
+        self._processes, self._idle = [], []
+        for _ in range(size):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(there, source, codec, asking), daemon=True)
+            process.start()
+            there.close()  # so that its end is seen here
+            self._processes.append(process)
+            self._idle.append(here)
+        self._stopping = False
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+
+    def stop(self) -> None:
+        """Starts no other prompt; records() ends once those under way are finished."""
+        self._stopping = True
+
+    def records(self, jobs: Iterable[tuple[PromptKey, list[settings.Setting]]]) -> Iterator[dict]:
+        """As they are finished. Raises Refused, and starts nothing else, when one fails."""
+        groups = iter(jobs)
+        left: dict[Connection, Iterator[Job]] = {}
+
+        def start_next(connection: Connection) -> bool:
+            while not self._stopping:
+                if job := next(left.get(connection, iter(())), None):
+                    connection.send(job)
+                    return True
+                if (group := next(groups, None)) is None:
+                    return False
+                key, named = group
+                left[connection] = iter([(key, setting) for setting in named])
+            return False
+
+        busy = {connection for connection in self._idle if start_next(connection)}
+        while busy:
+            for connection in wait(busy):
+                try:
+                    answer = connection.recv()
+                except EOFError:
+                    raise Refused("a process of this evaluation was killed") from None
+                if isinstance(answer, str):
+                    raise Refused(answer)
+                if not start_next(connection):
+                    busy.remove(connection)
+                yield answer
+
+
+def _work(connection: Connection, source: prompts.Prompts, codec, asking: Asking) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+    made = None
+    with Asker(asking, codec) as asker:
+        while True:
+            try:
+                key, setting = connection.recv()
+            except EOFError:  # the main process is gone
+                return
+            try:
+                if made is None or (made.task, made.length, made.index) != key:
+                    made = source.make(*key)
+                answer = asker.ask(made, setting)
+            except grpc.RpcError as error:
+                answer = f"{error.code().name}: {error.details()}"
+            except ValueError as error:
+                answer = str(error)
+            except Exception:
+                answer = traceback.format_exc()
+            connection.send(answer)
