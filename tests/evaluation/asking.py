@@ -73,7 +73,7 @@ class Asker:
             for _ in stream:
                 pass
             result = stream.result
-        graded = _text(prompt, result) if prompt.task == prompts.TEXT else _within(prompt, result)
+        graded = grade_text(prompt, result) if prompt.task == prompts.TEXT else grade_within(prompt, result)
         return {**_common(prompt, setting, result), **graded}
 
     def _generate(self, prompt: prompts.Prompt, setting: settings.Setting, attention: Attention) -> dict:
@@ -119,13 +119,13 @@ def _recall(audit) -> dict[str, list[float]]:
     return {kind: [round(value, 4) for value in heads] for kind, heads in kinds.items() if heads}
 
 
-def _within(prompt: prompts.Prompt, result) -> dict:
+def grade_within(prompt: prompts.Prompt, result) -> dict:
     own, best = result.prompt_logprobs, result.best_logprobs  # entry i is of token i + 1
     right = [own[begin - 1 : end - 1] == best[begin - 1 : end - 1] for begin, end in prompt.spans]
     return {"asked_at": prompt.asked_at, "right": sum(right), "asked": len(right)}
 
 
-def _text(prompt: prompts.Prompt, result) -> dict:
+def grade_text(prompt: prompts.Prompt, result) -> dict:
     parts = np.array_split(np.array(result.prompt_logprobs, np.float64), scoring.TEXT_PARTS)
     return {
         "nats": [round(-float(part.sum()), 4) for part in parts],

@@ -24,8 +24,10 @@ if SKIPPED:
     print(f"skipped: {SKIPPED}")
     sys.exit(77)
 
+import asking  # noqa: E402
 import grpc  # noqa: E402
 import numpy as np  # noqa: E402
+import prompts  # noqa: E402
 import xxhash  # noqa: E402
 from prefilld import (
     Attention,
@@ -105,6 +107,30 @@ class Frames(unittest.TestCase):
             check.take(self.frame(layer=1, sequence=1))
             with self.assertRaisesRegex(TransferError, "39 are due"):
                 check.finish(wire.PrefillResult(frames_per_lane=[2], **given))
+
+
+class Grading(unittest.TestCase):
+    """What evaluate.py makes of a graded prompt of 20 tokens with answers at 5 to 8 and 12 to 13."""
+
+    PROMPT = prompts.Prompt("interleaved", 20, 0, [256] * 20, spans=((5, 8), (12, 13)), text_bytes=19)
+
+    def right(self, *unlikely):
+        own = [-1.0 - (token in unlikely) for token in range(1, 20)]
+        result = wire.PrefillResult(prompt_logprobs=own, best_logprobs=[-1.0] * 19)
+        return asking.grade_within(self.PROMPT, result)["right"]
+
+    def test_an_answer_is_right_when_all_its_tokens_are_likeliest(self):
+        self.assertEqual(self.right(), 2)
+        self.assertEqual(self.right(4, 8, 11, 13), 2)  # beside the answers
+        for token in (5, 6, 7, 12):
+            self.assertEqual(self.right(token), 1, token)
+        self.assertEqual(self.right(5, 6, 12), 0)
+
+    def test_every_token_of_a_text_but_the_first_counts_in_one_part(self):
+        result = wire.PrefillResult(prompt_logprobs=[-float(token) for token in range(1, 20)])
+        made = asking.grade_text(self.PROMPT, result)
+        self.assertEqual((sum(made["part_tokens"]), sum(made["nats"])), (19, 190))
+        self.assertEqual((len(made["nats"]), made["nats"][0], made["bytes"]), (8, 1 + 2 + 3, 19))
 
 
 class Live(unittest.TestCase):
