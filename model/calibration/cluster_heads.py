@@ -111,7 +111,6 @@ def provenance(
         "recall": args.recall,
         "low_recall": args.low_recall,
         "recall_reached": chosen.reached,
-        "price_of_recall": round(chosen.prices.recall, 4),
         "pivot_cost": args.pivot_cost,
         "adjusted_rand_index": report.rounded(agreement),
         "pattern_overlap": {
@@ -176,9 +175,9 @@ def main() -> None:
     if not given:
         named = apart(named, chosen.shared, args.smallest)
     groups = list(named.values())
+    prices = tuning.prices_at(parts.choosing, chosen, goal)
     benefits = {
-        name: benefit.benefit(parts.choosing, group, chosen.thresholds, chosen.prices)
-        for name, group in named.items()
+        name: benefit.benefit(parts.choosing, group, chosen.thresholds, prices) for name, group in named.items()
     }
     report.show_groups(model, named, benefits, chosen)
 

@@ -38,13 +38,13 @@ class Choice:
     shared: list[Group]
     summary: Summary  # on the prompts that it was chosen on
     reached: bool  # the goal
-    prices: Prices  # where vertical-slash alone reaches it
+    cost: float  # density, exact heads counted as the goal says
 
     def better_than(self, other: Choice) -> bool:
         if self.reached != other.reached:
             return self.reached
         if self.reached:
-            return self.summary.density < other.summary.density
+            return self.cost < other.cost
         return self.summary.recall > other.summary.recall
 
 
@@ -65,8 +65,8 @@ def tune_vertical_slash(dumps: list[Dump], shared: list[Group], thresholds: Thre
     for gamma, budget in itertools.product(SLASH_GAMMAS, BUDGETS):
         tried = replace(thresholds, vertical_slash_gamma=gamma, min_budget_tokens=budget)
         found = judge(dumps, shared, tried)
-        prices = Prices(price_of_recall(dumps, tried), goal.pivot_cost)
-        choice = Choice(tried, shared, found, goal.reached_by(found), prices)
+        cost = found.density - (1 - goal.pivot_cost) * found.pivots / len(dumps[0].mass)
+        choice = Choice(tried, shared, found, goal.reached_by(found), cost)
         if best is None or choice.better_than(best):
             best = choice
     return best
@@ -76,6 +76,28 @@ def vertical_slash_alone(dumps: list[Dump], goal: Goal) -> Choice:
     return tune_vertical_slash(dumps, [], Thresholds(gamma=goal.recall, coverage=goal.coverage), goal)
 
 
+def prices_at(dumps: list[Dump], choice: Choice, goal: Goal) -> Prices:
+    return Prices(price_of_recall(dumps, choice.thresholds), goal.pivot_cost)
+
+
+def most_saving(
+    dumps: list[Dump], groups: list[Group], thresholds: Thresholds, prices: Prices, whole: bool
+) -> tuple[Thresholds, list[Group]]:
+    """tau and delta at which sharing saves most, and what shares then."""
+    best, most = (thresholds, []), 0.0
+    for tau, delta in itertools.product(TAUS, DELTAS):
+        tried = replace(thresholds, tau=tau, delta=delta)
+        parts = groups
+        if not whole:
+            parts = [part for group in groups for part in parts_that_save(dumps, group, tried, prices)]
+        benefits = {part: benefit(dumps, part, tried, prices) for part in parts}
+        shared = [part for part in parts if benefits[part].wins(thresholds.coverage)]
+        saved = sum(benefits[part].saved for part in shared)
+        if saved > most and members_hold(dumps, shared, tried):
+            best, most = (tried, shared), saved
+    return best
+
+
 def tune(
     dumps: list[Dump],
     groups: list[Group],
@@ -83,26 +105,19 @@ def tune(
     whole: bool,
     progress: Callable[[float], None] = lambda done: None,
 ) -> Choice:
-    """Vertical-slash first, since most heads are left to it; then what shares, and at which gamma, tau and delta, by what
-    it saves; then vertical-slash again, now that some heads share. `whole`: a group shares as it is or not at all;
-    otherwise the parts of it that save something do."""
-    alone = vertical_slash_alone(dumps, goal)
-    best, most = alone, 0.0
+    """Vertical-slash first, since most heads are left to it; then, for every gamma of patterns, what shares by what it
+    saves, and vertical-slash again, now that those heads share. The cheapest of these. `whole`: a group shares as it is
+    or not at all; otherwise the parts of it that save something do."""
+    best = alone = vertical_slash_alone(dumps, goal)
+    prices = prices_at(dumps, alone, goal)
     for done, gamma in enumerate(PATTERN_GAMMAS):
-        for tau, delta in itertools.product(TAUS, DELTAS):
-            tried = replace(alone.thresholds, gamma=gamma, tau=tau, delta=delta)
-            parts = groups
-            if not whole:
-                parts = [part for group in groups for part in parts_that_save(dumps, group, tried, alone.prices)]
-            benefits = {part: benefit(dumps, part, tried, alone.prices) for part in parts}
-            shared = [part for part in parts if benefits[part].wins(goal.coverage)]
-            saved = sum(benefits[part].saved for part in shared)
-            if saved > most and members_hold(dumps, shared, tried):
-                best, most = replace(alone, thresholds=tried, shared=shared), saved
+        tried, shared = most_saving(dumps, groups, replace(alone.thresholds, gamma=gamma), prices, whole)
+        if shared:
+            choice = tune_vertical_slash(dumps, shared, tried, goal)
+            if choice.better_than(best):
+                best = choice
         progress((done + 1) / len(PATTERN_GAMMAS))
-    if not best.shared:
-        return alone
-    return replace(tune_vertical_slash(dumps, best.shared, best.thresholds, goal), prices=alone.prices)
+    return best
 
 
 def oracle_density(dumps: list[Dump], gamma: float) -> float:
