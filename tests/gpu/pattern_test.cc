@@ -216,6 +216,11 @@ TEST_F(CudaPattern, VerticalSlashOfClustersOfEverySizeEqualsReference) {
   }
 }
 
+// Small enough for racecheck: eight CTAs search each set.
+TEST_F(CudaPattern, VerticalSlashOfOneHeadEqualsReference) {
+  ExpectVerticalSlashEqualsReference(1, 131073, /*ties=*/false, 0.7f);
+}
+
 // A CTA's histogram has room for 2^18 masses. Here eight CTAs, of one head, have more; masses of
 // few values fill some bins up.
 TEST_F(CudaPattern, VerticalSlashOfMoreKeysThanHistogramsTakeEqualsReference) {

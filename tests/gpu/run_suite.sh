@@ -63,7 +63,7 @@ run_sanitizer() {
       filter='*'
       [[ $subject == attention ]] &&
         filter='Common/*AboveA*:Common/*Mass*:Common/*Offset*:Common/*LastRow*:Common/*Ratio*:Common/*Blocks*:Large/*Tiles*-*Refuses*'
-      [[ $subject == pattern ]] && filter='*-Large/*:*VerticalSlashEquals*:*MeasurePattern*:*FewQueries*'
+      [[ $subject == pattern ]] && filter='*-Large/*:*VerticalSlashEquals*:*OfClusters*:*MoreKeys*:*MeasurePattern*:*FewQueries*'
       [[ $tool == racecheck && $subject == layer_ops ]] && filter='*-*Linear*'  # not our kernels
       step "$tool.$subject" compute-sanitizer --tool "$tool" --error-exitcode 9 \
         --report-api-errors no --kernel-name kernel_substring=prefilld \
