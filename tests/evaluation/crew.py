@@ -46,7 +46,7 @@ class Crew:
 
     def __exit__(self, *_) -> None:
         for process in self._processes:
-            process.terminate()
+            process.kill()
         for process in self._processes:
             process.join()
 
@@ -85,7 +85,8 @@ class Crew:
 
 
 def _work(connection: Connection, source: prompts.Prompts, codec, asking: Asking) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # they reach the whole group; the main process decides
     made = None
     with Asker(asking, codec) as asker:
         while True:

@@ -10,6 +10,7 @@ import settings
 from matplotlib.ticker import MultipleLocator, PercentFormatter
 from scoring import DENSE, SHARE
 from settings import THRESHOLDS
+from table import ASKED
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLOURS = {
@@ -31,8 +32,12 @@ WITHIN = 0.01  # of dense: what counts as having kept the answers
 def draw(summary: dict) -> Iterator[tuple[str, plt.Figure]]:
     if summary["tasks"]:
         yield "score_against_density", score_against_density(summary)
-        if any("by_depth" in c for c in summary["tasks"]):
-            yield "needle_depths", needle_depths(summary)
+    for asked in ASKED:
+        cells = [c for c in summary["tasks"] if c["asked"] == asked]
+        if cells:
+            yield f"scores_{asked}", scores_by_task(summary, asked)
+        if any(c.get("by_depth") for c in cells):
+            yield f"needle_depths_{asked}", needle_depths(summary, asked)
     if any(c["perplexity_to_dense"] for c in summary["text"]):
         yield "perplexity", perplexity(summary)
 
@@ -54,7 +59,7 @@ def _in_legend(name: str) -> str:
 
 
 def _task(name: str) -> str:
-    return name.replace("_", " ")
+    return name.removesuffix("_within").replace("_", " ")
 
 
 def _length(tokens: int) -> str:
@@ -94,27 +99,48 @@ def _grid(rows: int, columns: int, width: float, height: float):
 
 
 def score_against_density(summary: dict) -> plt.Figure:
-    """Rows are lengths, columns tasks, the last one their mean; a line joins the settings of one family."""
-    cells = list(summary["tasks"])
+    """Means over tasks: a row for each place where it is asked, a column per length."""
+    rows = summary["overall"]
+    groups, lengths = [a for a in ASKED if any(r["asked"] == a for r in rows)], sorted({r["length"] for r in rows})
+    panels = {(r, c): [] for r in range(len(groups)) for c in range(len(lengths))}
+    for row in rows:
+        panels[groups.index(row["asked"]), lengths.index(row["length"])].append(row)
+    named = [ASKED[a] for a in groups]
+    return _panels(panels, named, [f"{_length(n)} tokens" for n in lengths], "Right answers, mean over tasks,")
+
+
+def scores_by_task(summary: dict, asked: str) -> plt.Figure:
+    """Rows are lengths, columns the tasks of one group, the last one their mean."""
+    cells = [c for c in summary["tasks"] if c["asked"] == asked]
     tasks = _in_order(c["task"] for c in cells)
     if len(tasks) > 1:
-        cells += [{**row, "task": "mean"} for row in summary["overall"]]
+        cells += [{**row, "task": "mean"} for row in summary["overall"] if row["asked"] == asked]
         tasks.append("mean")
     lengths = sorted({c["length"] for c in cells})
-    points = defaultdict(list)
+    panels = {(r, c): [] for r in range(len(lengths)) for c in range(len(tasks))}
     for cell in cells:
-        points[cell["length"], cell["task"], _parsed(cell["setting"]).family].append(cell)
-    styles = _styles(_in_order(family for _, _, family in points))
-    figure, axes = _grid(len(lengths), len(tasks), 2.3, 1.9)
-    for (length, task, family), curve in points.items():
-        _draw_curve(axes[lengths.index(length)][tasks.index(task)], family, curve, styles[family])
-    for row, length in zip(axes, lengths):
-        row[0].set_ylabel(f"{_length(length)} tokens")
-        row[0].yaxis.set_major_formatter(PercentFormatter(1))
-        for axis in row:
-            axis.grid(color="#dddddd", linewidth=0.6)
-    for axis, task in zip(axes[0], tasks):
-        axis.set_title(_task(task), fontsize=10)
+        panels[lengths.index(cell["length"]), tasks.index(cell["task"])].append(cell)
+    named = [f"{_length(n)} tokens" for n in lengths]
+    return _panels(panels, named, [_task(t) for t in tasks], f"Right answers, {ASKED[asked]},")
+
+
+def _panels(panels: dict[tuple[int, int], list[dict]], rows: list[str], columns: list[str], title: str) -> plt.Figure:
+    """A panel each of score against density; a line joins the settings of one family."""
+    cells = [cell for panel in panels.values() for cell in panel]
+    styles = _styles(_in_order(_parsed(c["setting"]).family for c in cells))
+    figure, axes = _grid(len(rows), len(columns), 2.3, 1.9)
+    for (row, column), panel in panels.items():
+        families = defaultdict(list)
+        for cell in panel:
+            families[_parsed(cell["setting"]).family].append(cell)
+        for family, curve in families.items():
+            _draw_curve(axes[row][column], family, curve, styles[family])
+        axes[row][column].grid(color="#dddddd", linewidth=0.6)
+    for line, name in zip(axes, rows):
+        line[0].set_ylabel(name)
+        line[0].yaxis.set_major_formatter(PercentFormatter(1))
+    for axis, name in zip(axes[0], columns):
+        axis.set_title(name, fontsize=10)
     for axis in axes[-1]:
         axis.set_xlabel("density")
     sparse = [c["density"] for c in cells if c["setting"] != DENSE]
@@ -123,7 +149,7 @@ def score_against_density(summary: dict) -> plt.Figure:
     axes[0][0].xaxis.set_major_locator(MultipleLocator(0.1))
     handles = {label: h for a in axes.flat for h, label in zip(*a.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.suptitle("Right answers against density (computed / causal blocks); bars: 95 %", fontsize=11)
+    figure.suptitle(f"{title} against density (computed / causal blocks); bars: 95 %", fontsize=11)
     return figure
 
 
@@ -162,10 +188,11 @@ def compared_settings(summary: dict) -> list[str]:
     return sorted(nearest, key=lambda n: policies.index(_parsed(n).policy))
 
 
-def needle_depths(summary: dict) -> plt.Figure:
+def needle_depths(summary: dict, asked: str) -> plt.Figure:
     """Rows are tasks, columns settings of about one density; in each, the needle's depth against the prompt's length."""
     names = compared_settings(summary)
-    cells = {(c["task"], c["setting"], c["length"]): c for c in summary["tasks"]}
+    chosen = [c for c in summary["tasks"] if c["asked"] == asked and c.get("by_depth")]
+    cells = {(c["task"], c["setting"], c["length"]): c for c in chosen}
     tasks = _in_order(task for task, _, _ in cells)
     lengths = sorted({length for _, _, length in cells})
     depths = sorted({d["depth"] for c in cells.values() for d in c["by_depth"]})
@@ -181,14 +208,15 @@ def needle_depths(summary: dict) -> plt.Figure:
             axis.tick_params(labelsize=8, length=2)
         row[0].set_ylabel(f"{_task(task)}\ndepth", fontsize=9)
     for axis, name in zip(axes[0], names):
-        rows = [r["density"] for r in summary["overall"] if r["setting"] == name]
+        rows = [r["density"] for r in summary["overall"] if (r["setting"], r["asked"]) == (name, asked)]
         policy, thresholds = _label(name)
         own = thresholds + "\n" if thresholds and _parsed(name).policy != "baseline_random" else ""
         axis.set_title(f"{policy}\n{own}density {sum(rows) / len(rows):.2f}", fontsize=8)
     bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1), shrink=0.6, pad=0.01)
     bar.set_label("right answers", fontsize=9)
     bar.ax.tick_params(labelsize=8)
-    figure.suptitle("Where the needle lies (0 %: start of the prompt) against prompt length in tokens", fontsize=11)
+    until = "its end" if asked == "end" else "the question"
+    figure.suptitle(f"Where the needle lies (from the prompt's start to {until}) against length in tokens", fontsize=11)
     return figure
 
 
@@ -200,22 +228,25 @@ def _right(cell: dict | None, depth: float) -> float:
 
 
 def perplexity(summary: dict) -> plt.Figure:
+    """A panel per length: perplexity against dense in each part of the text."""
     cells = [c for c in summary["text"] if c["perplexity_to_dense"]]
-    names = _in_order(c["setting"] for c in cells)
-    lengths = sorted({c["length"] for c in cells})
+    names, lengths = _in_order(c["setting"] for c in cells), sorted({c["length"] for c in cells})
     styles = _styles(names)
-    figure, axis = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
-    for place, name in enumerate(names):
-        points = sorted((c for c in cells if c["setting"] == name), key=lambda c: c["length"])
-        ratios = [p["perplexity_to_dense"] for p in points]
+    figure, axes = _grid(1, len(lengths), 2.8, 2.4)
+    for cell in cells:
+        axis, place = axes[0][lengths.index(cell["length"])], names.index(cell["setting"])
+        ratios = [part["to_dense"] for part in cell["by_part"]]
         bars = [[r["value"] - r["low"] for r in ratios], [r["high"] - r["value"] for r in ratios]]
         apart = 0.7 / len(names) * (place - (len(names) - 1) / 2)  # intervals beside each other, not on top
-        axis.errorbar([lengths.index(p["length"]) + apart for p in points], [r["value"] for r in ratios], bars,
-                      label=_in_legend(name), markersize=4, elinewidth=0.8, **{**styles[name], "linestyle": ""})  # fmt: skip
-    axis.axhline(1, color=COLOURS[DENSE], linewidth=1)
-    axis.set_xticks(range(len(lengths)), [_length(n) for n in lengths])
-    axis.set_xlabel("position in held-out text")
-    axis.set_ylabel("perplexity / dense")
-    axis.grid(color="#dddddd", linewidth=0.6, axis="y")
-    axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        axis.errorbar([part + 1 + apart for part in range(len(ratios))], [r["value"] for r in ratios], bars,
+                      label=_in_legend(cell["setting"]), markersize=3, elinewidth=0.7,
+                      **{**styles[cell["setting"]], "linestyle": ""})  # fmt: skip
+    for axis, length in zip(axes[0], lengths):
+        axis.axhline(1, color=COLOURS[DENSE], linewidth=1)
+        axis.grid(color="#dddddd", linewidth=0.6, axis="y")
+        axis.set_title(f"{_length(length)} tokens", fontsize=10)
+        axis.set_xlabel(f"part of the text, of {len(cells[0]['by_part'])}")
+    axes[0][0].set_ylabel("perplexity / dense")
+    handles = {label: h for a in axes.flat for h, label in zip(*a.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure

@@ -20,6 +20,7 @@ import figures  # noqa: E402
 
 DENSITY = {"dense": 1.0, "share:gamma=0.3": 0.1, "share:gamma=0.5": 0.2, "share:gamma=0.7": 0.3,
            "vertical_slash:gamma=0.3": 0.05, "vertical_slash:gamma=0.6": 0.22, "baseline_random:density=0.3": 0.3}  # fmt: skip
+NAMES = {"score_against_density", "scores_end", "scores_within", "needle_depths_end", "needle_depths_within", "perplexity"}
 FEW_RIGHT = {"share:gamma=0.3", "baseline_random:density=0.3"}
 
 
@@ -35,8 +36,10 @@ def summary() -> dict:
                 depth = index % 3 / 2
                 common.update(length=length, index=index)
                 records.append({**common, "task": "pass_key", "depth": depth, "right": right})
-                logprob = -1 - density * index / 10
-                records.append({**common, "task": "text", "depth": None, "logprob": logprob, "reported": True})
+                records.append({**common, "task": "pass_key_within", "depth": depth, "right": right, "asked": 1})
+                records.append({**common, "task": "interleaved", "depth": None, "right": 3 + right, "asked": 4})
+                nats = {"nats": [1 + density * index / 10] * 8, "part_tokens": [1] * 8, "bytes": 8}
+                records.append({**common, "task": "text", "depth": None, **nats})
     return scoring.summarize(records, list(DENSITY))
 
 
@@ -52,16 +55,20 @@ class Pictures(unittest.TestCase):
             program = [sys.executable, "-B", figures.__file__, "--summary", str(file), "--out", folder]
             subprocess.run(program, check=True, capture_output=True)
             texts = {p.stem: p.read_text() for p in Path(folder).glob("*.svg")}
-        self.assertEqual(set(texts), {"score_against_density", "needle_depths", "perplexity"})
-        for words in ("pass key", "vertical-slash", "8k tokens"):
+        self.assertEqual(set(texts), NAMES)
+        for words in ("asked at the end", "asked within", "vertical-slash", "8k tokens"):
             self.assertIn(words, texts["score_against_density"])
-        self.assertIn("γ 0.5", texts["needle_depths"])
+        self.assertIn("interleaved", texts["scores_within"])
+        self.assertNotIn("interleaved", texts["scores_end"])
+        self.assertNotIn("interleaved", texts["needle_depths_within"])  # it has no needle
+        self.assertIn("γ 0.5", texts["needle_depths_end"])
 
     def test_a_summary_without_depths_has_no_needle_picture(self):
         short = summary()
         for cell in short["tasks"]:
             del cell["by_depth"]
-        self.assertEqual([name for name, _ in curves.draw(short)], ["score_against_density", "perplexity"])
+        drawn = {name for name, _ in curves.draw(short)}
+        self.assertEqual(drawn, {n for n in NAMES if not n.startswith("needle")})
 
 
 if __name__ == "__main__":
