@@ -6,7 +6,7 @@ is graded inside the prompt, which prefilld does alone: no cache is sent.
 
 from __future__ import annotations
 
-import threading
+import time
 from dataclasses import dataclass
 
 import grpc
@@ -54,7 +54,7 @@ class Asker:
                 passing = error.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
                 if not passing or attempt == RETRIES:
                     raise
-                threading.Event().wait(retry_after(error) or 0.5 * 2**attempt)
+                time.sleep(retry_after(error) or 0.5 * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
 
     def _ask_once(self, prompt: prompts.Prompt, setting: settings.Setting) -> dict:

@@ -116,7 +116,8 @@ def _summed(evaluation: Evaluation, cell: Cell) -> dict:
     if evaluation.summary is not None:
         return evaluation.summary[cell]
     records = list(evaluation.records[cell].values())
-    return {"prompts": len(records), "score": vars(scoring.score(records)), "density": fmean(r["density"] for r in records)}
+    density = fmean(r["density"] for r in records)
+    return {"prompts": len(records), "score": vars(scoring.score(records)), "density": density}
 
 
 def _independent(cell: Cell, first: dict, second: dict) -> Row:

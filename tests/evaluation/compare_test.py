@@ -11,7 +11,8 @@ from pathlib import Path
 
 import compare
 
-SUBJECT = {"model_fingerprint": "m", "device": "cpu", "seed": 1, "depths": 11, "asked_within": [0.35, 0.9], "text": [], "text_digest": ""}
+SUBJECT = {"model_fingerprint": "m", "device": "cpu", "seed": 1, "depths": 11, "asked_within": [0.35, 0.9],
+           "text": [], "text_digest": ""}  # fmt: skip
 
 
 def answered(index: int, right: bool, density: float = 0.25, **other) -> dict:
@@ -108,7 +109,8 @@ class Comparing(unittest.TestCase):
 
     def test_another_model_or_seed_is_refused(self):
         first = compare.load(self.folder("a", [answered(0, True)]))
-        for name, value in (("model_fingerprint", "other"), ("seed", 2), ("depths", 5), ("asked_within", [0, 1]), ("text_digest", "f")):
+        others = {"model_fingerprint": "other", "seed": 2, "depths": 5, "asked_within": [0, 1], "text_digest": "f"}
+        for name, value in others.items():
             second = compare.load(self.folder(name, [answered(0, True)], **{name: value}))
             with self.assertRaisesRegex(ValueError, name):
                 compare.check_same_questions(first, second)

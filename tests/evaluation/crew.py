@@ -15,7 +15,7 @@ import settings
 from asking import Asker, Asking
 
 PromptKey = tuple[str, int, int]  # task, length, index
-Job = tuple[PromptKey, settings.Setting]
+Job = tuple[PromptKey, list[settings.Setting]]  # all that one prompt is still to be asked under
 
 
 class Refused(Exception):
@@ -25,8 +25,8 @@ class Refused(Exception):
 class Crew:
     """`with Crew(...) as crew: for record in crew.records(jobs): ...`; leaving ends the processes.
 
-    Each has its own prompts, for they are a pure function of their key: only keys and records
-    travel. Settings of one prompt go to one process, which makes it once.
+    Each makes its own prompts, which are a pure function of their key: only keys and records
+    travel. A job is one process's, which makes its prompt once.
     """
 
     def __init__(self, size: int, source: prompts.Prompts, codec, asking: Asking):
@@ -54,21 +54,21 @@ class Crew:
         """Starts no other prompt; records() ends once those under way are finished."""
         self._stopping = True
 
-    def records(self, jobs: Iterable[tuple[PromptKey, list[settings.Setting]]]) -> Iterator[dict]:
+    def records(self, jobs: Iterable[Job]) -> Iterator[dict]:
         """As they are finished. Raises Refused, and starts nothing else, when one fails."""
-        groups = iter(jobs)
-        left: dict[Connection, Iterator[Job]] = {}
+        jobs = iter(jobs)
+        left: dict[Connection, Job] = {}
 
         def start_next(connection: Connection) -> bool:
-            while not self._stopping:
-                if job := next(left.get(connection, iter(())), None):
-                    connection.send(job)
-                    return True
-                if (group := next(groups, None)) is None:
+            if self._stopping:
+                return False
+            if not left.get(connection, (None, []))[1]:
+                if (job := next(jobs, None)) is None:
                     return False
-                key, named = group
-                left[connection] = iter([(key, setting) for setting in named])
-            return False
+                left[connection] = job[0], list(job[1])
+            key, under = left[connection]
+            connection.send((key, under.pop(0)))
+            return True
 
         busy = {connection for connection in self._idle if start_next(connection)}
         while busy:

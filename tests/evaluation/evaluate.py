@@ -27,7 +27,7 @@ import scoring
 import settings
 import table
 from asking import Asking
-from crew import Crew, PromptKey, Refused
+from crew import Crew, Job, PromptKey, Refused
 from journal import Journal
 from prefilld import PrefillClient
 from prefilld.wire import enum_name
@@ -88,14 +88,13 @@ def questions(args: argparse.Namespace) -> Iterator[PromptKey]:
                     yield task, length, index
 
 
-def pending(args: argparse.Namespace, journal: Journal) -> list[tuple[PromptKey, list[settings.Setting]]]:
-    """What is not done, all settings of a prompt together."""
+def pending(args: argparse.Namespace, journal: Journal) -> list[Job]:
+    """What is not done."""
     named = [(key, [s for s in args.settings if not journal.has((s.name, *key))]) for key in questions(args)]
     return [(key, left) for key, left in named if left]
 
 
-def evaluate(args: argparse.Namespace, crew: Crew, journal: Journal) -> None:
-    jobs = pending(args, journal)
+def evaluate(args: argparse.Namespace, jobs: list[Job], crew: Crew, journal: Journal) -> None:
     total = sum(len(args.settings) for _ in questions(args))
     progress = Progress(total, total - sum(len(left) for _, left in jobs))
     end = time.monotonic() + args.seconds
@@ -167,8 +166,9 @@ def main() -> int:
         source = prompts.Prompts(codec, text, args.depths, args.seed, info.max_prompt_tokens)
         asking = Asking(args.server, args.worker, args.timeout, args.audit_every, args.audit_rows)
         try:
-            with Crew(args.concurrency, source, codec, asking) as crew:
-                evaluate(args, crew, journal)
+            jobs = pending(args, journal)
+            with Crew(min(args.concurrency, len(jobs)), source, codec, asking) as crew:
+                evaluate(args, jobs, crew, journal)
         finally:
             if journal.records:
                 write_summary(args, info, journal.records)

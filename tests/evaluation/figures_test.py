@@ -20,7 +20,8 @@ import figures  # noqa: E402
 
 DENSITY = {"dense": 1.0, "share:gamma=0.3": 0.1, "share:gamma=0.5": 0.2, "share:gamma=0.7": 0.3,
            "vertical_slash:gamma=0.3": 0.05, "vertical_slash:gamma=0.6": 0.22, "baseline_random:density=0.3": 0.3}  # fmt: skip
-NAMES = {"score_against_density", "scores_end", "scores_within", "needle_depths_end", "needle_depths_within", "perplexity"}
+NAMES = {"score_against_density", "scores_end", "scores_within", "needle_depths_end", "needle_depths_within",
+         "perplexity"}  # fmt: skip
 FEW_RIGHT = {"share:gamma=0.3", "baseline_random:density=0.3"}
 
 

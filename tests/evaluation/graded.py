@@ -1,7 +1,7 @@
 """Prompts that are graded inside: text in which some stretches must be what greedy decoding would have written.
 
 A question at the end of a prompt is asked by its last rows, which every policy treats with most care. Here the
-question stands before the end, as the earlier turns of a conversation do: its answer follows at once, then text goes on.
+question stands before the end, as the earlier turns of a conversation do: its answer follows, then text goes on.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Graded:
 def asked_within(
     task: Task, rng: random.Random, size: int, filler: tasks.Filler, depth: float, asked_at: float
 ) -> Graded:
-    """`size` ids, BOS included, of which the question ends at `asked_at`; `depth` is the needle's in what stands before."""
+    """`size` ids, BOS included; the question ends at `asked_at`, and in what stands before the needle lies at `depth`."""
     example = task(rng, round(asked_at * size), filler, depth)
     answered = example.prompt + example.answer + AFTER_ANSWER
     rest = size - 1 - len(answered)

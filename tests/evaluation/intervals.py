@@ -51,7 +51,7 @@ def paired_difference(pairs: Sequence[tuple[bool, bool]]) -> Estimate:
 
 
 def student_t(freedom: int) -> float:
-    """The 97.5 % point of Student's t: exact for one and two degrees of freedom, else to 0.2 % (Abramowitz and Stegun 26.7.5)."""
+    """The 97.5 % point of Student's t, to 0.2 %: Abramowitz and Stegun 26.7.5, which needs three degrees of freedom."""
     if freedom == 1:
         return math.tan(0.475 * math.pi)
     if freedom == 2:

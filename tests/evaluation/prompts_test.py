@@ -114,7 +114,7 @@ class AskedWithin(unittest.TestCase):
 
 
 class WordsAsTokens(unittest.TestCase):
-    """TokenizerCodec.fit_graded() over a tokenizer made here: a token is a word with the blank before it, after one BOS."""
+    """TokenizerCodec.fit_graded() over a tokenizer made here: a token is a word with the blank before it; BOS first."""
 
     class Tokenizer:
         def encode(self, text):
@@ -126,8 +126,8 @@ class WordsAsTokens(unittest.TestCase):
         self.codec._tokenizer = self.Tokenizer()
 
     def spans(self, text, *spans):
-        ids, made = self.codec.fit_graded(lambda size: graded.Graded(text, spans), len(self.Tokenizer().encode(text.decode()).ids))
-        return made
+        length = len(self.Tokenizer().encode(text.decode()).ids)
+        return self.codec.fit_graded(lambda size: graded.Graded(text, spans), length)[1]
 
     def test_a_token_with_part_of_the_answer_is_graded(self):
         text = b"The key is 48213\nand so on"

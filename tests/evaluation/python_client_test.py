@@ -8,6 +8,7 @@ Exit code 77 (skipped, for CTest) without the client's packages or the weights o
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -101,7 +102,8 @@ class Frames(unittest.TestCase):
 
 
     def test_a_prompt_left_ungraded_is_seen(self):
-        for given in ({}, {"prompt_logprobs": [-1.0] * 39}, {"prompt_logprobs": [-1.0] * 39, "best_logprobs": [-1.0] * 38}):
+        own, short = {"prompt_logprobs": [-1.0] * 39}, {"best_logprobs": [-1.0] * 38}
+        for given in ({}, own, {**own, **short}):
             check = TransferCheck(self.layout, prompt_logprobs=True)
             check.take(self.frame())
             check.take(self.frame(layer=1, sequence=1))
@@ -272,10 +274,19 @@ class Live(unittest.TestCase):
             time.sleep(0.02)
         self.assertEqual(self.server.server_info().running_requests, 0)
 
-    def evaluate(self, out, *arguments):
+    def evaluate(self, out, *arguments, until=None):
+        """Ctrl-C comes once until() holds."""
         command = [sys.executable, "-B", Path(__file__).with_name("evaluate.py"), "--out", out,
                    "--server", self.processes.server, "--worker", self.processes.worker, *arguments]  # fmt: skip
-        return subprocess.run(command, env={**os.environ, "PYTHONPATH": str(CLIENT)}, text=True, capture_output=True)
+        environment = {**os.environ, "PYTHONPATH": str(CLIENT)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        with subprocess.Popen(command, env=environment, **pipes) as process:
+            while until and not until() and process.poll() is None:
+                time.sleep(0.02)
+            if until:
+                os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all its processes
+            out, error = process.communicate()
+        return subprocess.CompletedProcess(command, process.returncode, out, error)
 
     def test_evaluation_scores_every_setting_and_resumes(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -299,6 +310,27 @@ class Live(unittest.TestCase):
             other = self.evaluate(out, *few, "--seed", "2")
             self.assertEqual(other.returncode, 1)
             self.assertIn("seed", other.stderr)
+
+    def test_an_interrupted_evaluation_keeps_what_is_finished(self):
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "results"
+            many = ("--tasks", "pass_key_within", "--lengths", "700", "--prompts", "5000", "--settings", "dense")
+            journal = out / "results.jsonl"
+            run = self.evaluate(out, *many, until=lambda: journal.exists() and journal.stat().st_size)
+            self.assertEqual(run.returncode, 0, run.stderr)
+            self.assertIn("goes on later", run.stderr)
+            done = len(journal.read_text().splitlines())
+            self.assertTrue(1 <= done < 5_000)
+            cells = json.loads((out / "summary.json").read_text())["tasks"]
+            self.assertEqual(sum(c["prompts"] for c in cells), done)
+
+    def test_a_refused_request_ends_the_evaluation_and_says_why(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for task in ("pass_key", "pass_key_within"):
+                few = ("--tasks", task, "--lengths", "700", "--prompts", "1", "--settings", "share:gamma=7")
+                run = self.evaluate(Path(folder) / task, *few)
+                self.assertEqual(run.returncode, 1)
+                self.assertRegex(run.stderr, "INVALID_ARGUMENT.*gamma")
 
 
 if __name__ == "__main__":

@@ -136,20 +136,20 @@ def _text_cell(cells, cell) -> dict:
     records = list(cells[cell].values())
     nats = intervals.mean([nats_per_token(r) for r in records])
     pairs = _pairs(cells, cell)
-    parts = range(TEXT_PARTS)
+    bits = sum(sum(r["nats"]) for r in records) / math.log(2)
     return {
         "length": length,
         "setting": setting,
         "prompts": len(records),
         "perplexity": _exponential(nats).rounded(),
-        "bits_per_byte": round(sum(sum(r["nats"]) for r in records) / sum(r["bytes"] for r in records) / math.log(2), 4),
+        "bits_per_byte": round(bits / sum(r["bytes"] for r in records), 4),
         "perplexity_to_dense": _to_dense([nats_per_token(a) - nats_per_token(b) for a, b in pairs]),
         "by_part": [
             {
                 "perplexity": _exponential(intervals.mean([_nats_in(r, part) for r in records])).rounded(),
                 "to_dense": _to_dense([_nats_in(a, part) - _nats_in(b, part) for a, b in pairs]),
             }
-            for part in parts
+            for part in range(TEXT_PARTS)
         ],
         **_cost(records),
     }
