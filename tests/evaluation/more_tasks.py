@@ -14,7 +14,7 @@ hide = tasks._hide  # the one way needles are put into filler
 HOPS = 2
 CHAINS = 3
 PASSAGE_BYTES = 120
-CUE_BYTES = 40
+CUE_BYTES = 40  # at most: cue and answer end between words, where tokenizers part text too
 COPIED_BYTES = 20
 
 
@@ -52,14 +52,15 @@ def copy(rng: random.Random, length: int, filler: tasks.Filler, depth: float) ->
     be had only by looking it up.
     """
     passage = tasks.sentence_filler(rng, PASSAGE_BYTES).replace(b"\n", b" ")
-    cue = b"\n" + passage[:CUE_BYTES]
+    split = passage.rindex(b" ", 0, CUE_BYTES) + 1
+    cue, answer = b"\n" + passage[:split], passage[split : passage.rindex(b" ", split, split + COPIED_BYTES)]
     room = length - 1 - len(cue) - len(passage) - 2
     if room < 0:
         raise ValueError(f"length {length} is too short for a passage and its copy")
     text = filler(rng, room)
     cut = round(depth * room)
     body = text[:cut] + b"\n" + passage + b"\n" + text[cut:]
-    return tasks.Example("copy", body + cue, passage[CUE_BYTES:][:COPIED_BYTES], depth)
+    return tasks.Example("copy", body + cue, answer, depth)
 
 
 TASKS = {"variable_tracking": variable_tracking, "copy": copy}

@@ -167,12 +167,15 @@ class MoreTasks(unittest.TestCase):
                 self.assertLess(text.index(f"VAR {name} ="), place)
 
     def test_copy_goes_on_as_its_passage_did(self):
-        for depth in (0, 0.5, 1):
-            example = more_tasks.copy(random.Random(1), 2048, tasks.sentence_filler, depth)
+        for seed in range(30):
+            example = more_tasks.copy(random.Random(seed), 2048, tasks.sentence_filler, seed % 3 / 2)
             cue = example.prompt[example.prompt.rindex(b"\n") + 1 :]
-            self.assertEqual(len(cue), more_tasks.CUE_BYTES)
+            self.assertTrue(more_tasks.CUE_BYTES / 2 < len(cue) <= more_tasks.CUE_BYTES, cue)
             self.assertEqual(example.prompt.count(cue), 2)
-            self.assertIn(cue + example.answer, example.prompt)
+            # Both end between words.
+            self.assertTrue(cue.endswith(b" "))
+            self.assertIn(cue + example.answer + b" ", example.prompt)
+            self.assertTrue(len(example.answer) > more_tasks.COPIED_BYTES / 3, example.answer)
 
     def test_too_short_is_said(self):
         for task in prompts.AT_THE_END.values():
