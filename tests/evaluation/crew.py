@@ -31,14 +31,14 @@ class Crew:
 
     def __init__(self, size: int, source: prompts.Prompts, codec, asking: Asking):
         context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
-        self._processes, self._idle = [], []
+        self._processes, self._connections = [], []
         for _ in range(size):
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(there, source, codec, asking), daemon=True)
             process.start()
             there.close()  # so that its end is seen here
             self._processes.append(process)
-            self._idle.append(here)
+            self._connections.append(here)
         self._stopping = False
 
     def __enter__(self) -> Crew:
@@ -70,7 +70,7 @@ class Crew:
             connection.send((key, under.pop(0)))
             return True
 
-        busy = {connection for connection in self._idle if start_next(connection)}
+        busy = {connection for connection in self._connections if start_next(connection)}
         while busy:
             for connection in wait(busy):
                 try:
