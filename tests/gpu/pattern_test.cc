@@ -5,10 +5,12 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
 #include "kernels/attention.h"
+#include "kernels/cuda/pattern/vertical_slash_plan.h"
 #include "tests/gpu/device_array.h"
 #include "tests/kernels/cases.h"
 #include "tests/kernels/closeness.h"
@@ -18,7 +20,21 @@
 namespace prefilld::kernels::testing {
 namespace {
 
-// The estimate of num_queries queries on both paths against the reference.
+// Keys of [num_kv_heads, num_keys, head_dim] with `padding` of no number behind those of every
+// head.
+std::vector<float> Padded(const std::vector<float>& k, const EstimateCase& c, int64_t padding) {
+  const int64_t length = c.num_keys * c.head_dim;
+  std::vector<float> padded;
+  for (int head = 0; head < c.num_kv_heads; ++head) {
+    padded.insert(padded.end(), k.begin() + head * length, k.begin() + (head + 1) * length);
+    padded.insert(padded.end(), static_cast<size_t>(padding * c.head_dim),
+                  std::numeric_limits<float>::quiet_NaN());
+  }
+  return padded;
+}
+
+// The estimate of num_queries queries on both paths against the reference. Keys lie as a prefill
+// has them: with room behind each head's, which nobody may read.
 void ExpectEstimateEqualsReference(const EstimateCase& c, int64_t num_queries) {
   const Qkv data = MakeQkv(num_queries, c.num_keys, c.num_heads, c.num_kv_heads, c.head_dim, 2);
   const auto scratch_bytes =
@@ -26,7 +42,9 @@ void ExpectEstimateEqualsReference(const EstimateCase& c, int64_t num_queries) {
   EstimateParams p;
   p.num_queries = num_queries;
   p.num_keys = c.num_keys;
-  p.kv_head_stride = c.num_keys * c.head_dim;
+  constexpr int64_t kPadding = 24;
+  const std::vector<float> keys = Padded(data.k, c, kPadding);
+  p.kv_head_stride = (c.num_keys + kPadding) * c.head_dim;
   p.num_heads = c.num_heads;
   p.num_kv_heads = c.num_kv_heads;
   p.head_dim = c.head_dim;
@@ -38,13 +56,13 @@ void ExpectEstimateEqualsReference(const EstimateCase& c, int64_t num_queries) {
   std::vector<float> vertical(static_cast<size_t>(c.num_heads * c.num_keys));
   std::vector<float> slash(vertical.size());
   p.q = data.q.data();
-  p.k = data.k.data();
+  p.k = keys.data();
   p.block_mass = block_mass.data();
   p.vertical = vertical.data();
   p.slash = slash.data();
   reference::Estimate(p);
 
-  const DeviceArray<Bf16> q(ToBf16(data.q)), k(ToBf16(data.k));
+  const DeviceArray<Bf16> q(ToBf16(data.q)), k(ToBf16(keys));
   p.q = q.data();
   p.k = k.data();
   for (const cuda::AttentionPath path :
@@ -94,6 +112,7 @@ INSTANTIATE_TEST_SUITE_P(Large, CudaEstimate,
 // rest, and more of them than a GPU has multiprocessors.
 INSTANTIATE_TEST_SUITE_P(Groups, CudaEstimate,
                          ::testing::Values(EstimateCase{"OneGroup", 2048, 4, 2, 128, 128},
+                                           EstimateCase{"OneBlockMore", 2176, 4, 2, 128, 128},
                                            EstimateCase{"OneKeyMore", 2049, 4, 2, 128, 128},
                                            EstimateCase{"OneKeyLess", 4095, 2, 1, 64, 128}),
                          CaseName<::testing::TestParamInfo<EstimateCase>>);
@@ -205,14 +224,21 @@ void ExpectVerticalSlashEqualsReference(int num_heads, int64_t num_keys, bool ti
   EXPECT_EQ(device_diagonals.Read(), diagonals);
 }
 
-// On a GPU of 132 multiprocessors these numbers of heads get clusters of 1, 2, 4 and 8 CTAs.
 TEST_F(CudaPattern, VerticalSlashOfClustersOfEverySizeEqualsReference) {
   constexpr int64_t kNumKeys = 66049;  // no multiple of a warp or a block
+  int num_sms = 0;
+  PREFILLD_ASSERT_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0));
+  std::set<int> sizes;
+  // On 132 multiprocessors: 1, 2, 4 and 8 CTAs.
   for (const int num_heads : {70, 30, 14, 3}) {
+    sizes.insert(cuda::VerticalSlashClusterSize(num_heads, kNumKeys, num_sms));
     for (const bool ties : {false, true}) {
       SCOPED_TRACE(::testing::Message() << num_heads << " heads, ties " << ties);
       ExpectVerticalSlashEqualsReference(num_heads, kNumKeys, ties, 0.7f);
     }
+  }
+  if (num_sms >= 132) {
+    EXPECT_EQ(sizes, (std::set<int>{1, 2, 4, 8}));
   }
 }
 

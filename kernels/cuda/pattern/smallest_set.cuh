@@ -39,10 +39,10 @@ struct SmallestSet {
   }
 };
 
-// A CTA's values. Threads of it that read them time and again, each the same ones, can keep the
-// first of them in shared memory.
+// A CTA's values. Its threads read them time and again and can keep the first of them in shared
+// memory: each writes and reads its own ones, so that no barrier is needed.
 template <int kThreads>
-struct SharedValues {
+struct CachedValues {
   static constexpr int kLoads = 16;  // in flight: few CTAs have to draw on L2
   static constexpr int kTile = kLoads * kThreads;
 
@@ -92,7 +92,7 @@ struct SharedValues {
 template <int kThreads, int kCopies>
 class SmallestSetSearch {
  public:
-  using Values = SharedValues<kThreads>;
+  using Values = CachedValues<kThreads>;
   static constexpr int kBins = 256;
 
   struct Shared {

@@ -3,8 +3,7 @@
 // At 28 heads and 128k keys there are 56 sets of 131072 masses, 29 MB in L2: 5 us to read them. A
 // cluster of two CTAs finds a set, on 112 of 132 SMs, and goes through them five times; half stay
 // in shared memory. Every mass is added once to a histogram, 4096 shared-memory atomics of a warp
-// and CTA, 5 to 10 us without conflicts. With the exchange of histograms after each of four digits:
-// 35 us expected.
+// and CTA, 5 to 10 us without conflicts.
 #include <algorithm>
 #include <climits>
 #include <cstdint>
@@ -145,8 +144,32 @@ struct SetLaunch {
   int shared_bytes = 0;
 };
 
-// No clusters where the device has none, or its driver runs code made for devices without; as many
-// masses cached as fit into shared memory and a CTA of the cluster has.
+// The launch as the runtime takes it, which points to what it holds.
+class LaunchConfig {
+ public:
+  LaunchConfig(const SetLaunch& launch, int num_heads, cudaStream_t stream) {
+    cluster_.id = cudaLaunchAttributeClusterDimension;
+    cluster_.val.clusterDim = {static_cast<unsigned>(launch.cluster_size), 1, 1};
+    config_.gridDim = dim3(num_heads * launch.cluster_size, 2);
+    config_.blockDim = kSelectThreads;
+    config_.dynamicSmemBytes = static_cast<size_t>(launch.shared_bytes);
+    config_.stream = stream;
+    config_.attrs = &cluster_;
+    config_.numAttrs = launch.cluster_size > 1 ? 1 : 0;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+  LaunchConfig& operator=(const LaunchConfig&) = delete;
+
+  const cudaLaunchConfig_t* get() const { return &config_; }
+
+ private:
+  cudaLaunchAttribute cluster_{};
+  cudaLaunchConfig_t config_{};
+};
+
+// No clusters where the device has none, or its driver runs code made for devices without, nor such
+// as find no room in any part of it; as many masses cached as fit into shared memory and a CTA of
+// the cluster has.
 cudaError_t PlanSetLaunch(const VerticalSlashParams& params, int num_blocks, SetLaunch* launch) {
   cudaFuncAttributes kernel{};
   int device = 0;
@@ -169,11 +192,20 @@ cudaError_t PlanSetLaunch(const VerticalSlashParams& params, int num_blocks, Set
   constexpr int kTileBytes = kTile * static_cast<int>(sizeof(float));
   const auto fixed_bytes =
       static_cast<int>(sizeof(Search::Shared) + PatternWords(num_blocks) * sizeof(uint32_t));
-  const auto tiles =
-      static_cast<int>(CeilDiv(params.num_keys, int64_t{launch->cluster_size} * kTile));
-  launch->cached = std::clamp((max_shared_bytes - fixed_bytes) / kTileBytes, 0, tiles) * kTile;
-  launch->shared_bytes = fixed_bytes + launch->cached * static_cast<int>(sizeof(float));
-  return cudaSuccess;
+  for (;; launch->cluster_size /= 2) {
+    const auto tiles =
+        static_cast<int>(CeilDiv(params.num_keys, int64_t{launch->cluster_size} * kTile));
+    const int cached_tiles = std::clamp((max_shared_bytes - fixed_bytes) / kTileBytes, 0, tiles);
+    launch->cached = cached_tiles * kTile;
+    launch->shared_bytes = fixed_bytes + launch->cached * static_cast<int>(sizeof(float));
+    error = cudaFuncSetAttribute(vertical_slash_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 launch->shared_bytes);
+    if (error != cudaSuccess || launch->cluster_size == 1) return error;
+    int clusters_at_once = 0;
+    const LaunchConfig config(*launch, params.num_heads, /*stream=*/nullptr);
+    error = cudaOccupancyMaxActiveClusters(&clusters_at_once, vertical_slash_kernel, config.get());
+    if (error != cudaSuccess || clusters_at_once > 0) return error;
+  }
 }
 
 }  // namespace
@@ -185,23 +217,11 @@ cudaError_t LaunchVerticalSlash(const VerticalSlashParams& params, cudaStream_t 
   }
   const auto num_blocks = static_cast<int>(CeilDiv(params.num_keys, params.block_tokens));
   SetLaunch launch;
-  cudaError_t error = PlanSetLaunch(params, num_blocks, &launch);
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(vertical_slash_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 launch.shared_bytes);
+  if (cudaError_t error = PlanSetLaunch(params, num_blocks, &launch); error != cudaSuccess) {
+    return error;
   }
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(launch.cluster_size), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(params.num_heads * launch.cluster_size, 2);
-  config.blockDim = kSelectThreads;
-  config.dynamicSmemBytes = static_cast<size_t>(launch.shared_bytes);
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = launch.cluster_size > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, vertical_slash_kernel, params, num_blocks, launch.cached);
+  const LaunchConfig config(launch, params.num_heads, stream);
+  return cudaLaunchKernelEx(config.get(), vertical_slash_kernel, params, num_blocks, launch.cached);
 }
 
 cudaError_t LaunchExpandVerticalSlash(const ExpandVerticalSlashParams& params,

@@ -99,9 +99,9 @@ struct SharedStorage {
 
 // Keys 16 step .. of the blocks of a quarter of the tile, and of all chunks of head_dim.
 //
-// One instruction copies the keys of all four blocks: the consumers leave few issue slots. It must
-// not where the last key lies inside one of them: what is beyond may be no memory at all, and only
-// when it is not divided into blocks does the tensor end with that key.
+// One instruction copies the keys of all four blocks: the consumers leave few issue slots. The map
+// by blocks holds whole blocks only; a group with a partial last block is copied by keys, and TMA
+// fills in zeros beyond the last one.
 template <int kHeadDim>
 __device__ inline void copy_quarter(const TensorMaps& maps, const Item& item, int kv_head, int step,
                                     int quarter, bool whole_blocks, __nv_bfloat16* tile,
