@@ -48,6 +48,8 @@ struct AttentionOptions {
   // Query blocks per layer whose true attention is computed beside the sparse run to measure the
   // recall of every sparse head (model/recall_audit.h); 0: none. Changes no result.
   int64_t recall_audit_rows = 0;
+
+  float gamma_of_vertical_slash() const { return vertical_slash_gamma.value_or(gamma); }
 };
 
 // INVALID_ARGUMENT names field, value and range. NaN is outside every range.

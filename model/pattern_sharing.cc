@@ -165,7 +165,7 @@ absl::Status PatternSharing::SelectSets() {
                               .num_keys = num_tokens_,
                               .num_heads = config_.num_heads,
                               .block_tokens = block_tokens_,
-                              .gamma = options_.vertical_slash_gamma.value_or(options_.gamma),
+                              .gamma = options_.gamma_of_vertical_slash(),
                               .min_budget_tokens = options_.min_budget_tokens,
                               .columns = columns_.as<uint32_t>(),
                               .diagonals = diagonals_.as<uint32_t>()});

@@ -87,7 +87,7 @@ void LogConfiguration(const ServerOptions& options, const model::EngineInfo& eng
             {"max_prompt_tokens", engine.max_tokens},
             {"policy", model::Name(attention.policy)},
             {"gamma", attention.gamma},
-            {"vertical_slash_gamma", attention.vertical_slash_gamma.value_or(attention.gamma)},
+            {"vertical_slash_gamma", attention.gamma_of_vertical_slash()},
             {"tau", attention.tau},
             {"delta", attention.delta},
             {"coverage", attention.coverage},

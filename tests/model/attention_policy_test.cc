@@ -85,6 +85,14 @@ TEST(ApplyOverrides, GammaAloneIsThatOfVerticalSlashToo) {
   EXPECT_EQ(Apply(overrides, tuned).vertical_slash_gamma, std::nullopt);
 }
 
+TEST(AttentionOptions, VerticalSlashHasItsOwnGammaOrTheCommonOne) {
+  AttentionOptions options;
+  options.gamma = 0.8f;
+  EXPECT_EQ(options.gamma_of_vertical_slash(), 0.8f);
+  options.vertical_slash_gamma = 0.5f;
+  EXPECT_EQ(options.gamma_of_vertical_slash(), 0.5f);
+}
+
 TEST(ResolvePolicy, AutoSharesFromTheCrossoverOnWhereThereAreClusters) {
   AttentionOptions options;
   options.crossover_tokens = 1000;

@@ -136,6 +136,17 @@ TEST(BaselineAttention, HeadsThatBlockMeansDoNotPredictAreLeftToVerticalSlash) {
   EXPECT_EQ(run.report.vertical_slash_heads + run.report.baseline_heads, OneLayer::kNumHeads);
 }
 
+TEST(BaselineAttention, WhatIsLeftToVerticalSlashFollowsItsGamma) {
+  OneLayer layer(3000);
+  AttentionOptions options = Options(AttentionPolicy::kBaselineQueryAware);
+  options.tau = 0.0f;
+  options.min_budget_tokens = 0;
+  options.gamma = 0.9f;
+  const double common = Attend(layer, options).report.density;
+  options.vertical_slash_gamma = 0.1f;
+  EXPECT_LT(Attend(layer, options).report.density, 0.9 * common);
+}
+
 TEST(BaselineAttention, IsAuditedLikeTheOthers) {
   OneLayer layer(1200);
   for (const AttentionPolicy policy :
