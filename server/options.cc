@@ -38,9 +38,12 @@ ABSL_FLAG(std::optional<std::string>, policy, std::nullopt,
 ABSL_FLAG(std::vector<std::string>, allowed_policies, {},
           "Policies that requests may ask for, comma-separated. Empty: all but those for "
           "evaluations, which are baseline_query_aware and baseline_random.");
-ABSL_FLAG(std::optional<float>, gamma, std::nullopt, "Mass that a pattern must cover, (0, 1].");
+ABSL_FLAG(std::optional<float>, gamma, std::nullopt,
+          "Mass that a pattern must cover, (0, 1]. Named, it is --vertical_slash_gamma as well, "
+          "unless that is named too.");
 ABSL_FLAG(std::optional<float>, vertical_slash_gamma, std::nullopt,
-          "--gamma of vertical-slash alone, whose columns and diagonals each reach it, (0, 1].");
+          "--gamma of vertical-slash alone, whose columns and diagonals each reach it, (0, 1]. "
+          "Absent: --gamma if that is named, else the head clusters' or the built-in one.");
 ABSL_FLAG(std::optional<float>, tau, std::nullopt, "Distance below which heads share, [0, 1].");
 ABSL_FLAG(std::optional<float>, delta, std::nullopt,
           "Distance from uniform above which a head does not share, [0, 1]. 1: no such rule.");
@@ -122,16 +125,16 @@ void ReadNamedValues(ServerOptions& options, std::vector<std::string>& problems)
     }
   }
   const std::vector<std::string> allowed = absl::GetFlag(FLAGS_allowed_policies);
-  if (!allowed.empty()) options.attention.allowed.clear();
+  if (!allowed.empty()) options.allowed_policies.clear();
   for (const std::string& name : allowed) {
     if (const auto policy = ParsePolicy(name); policy.has_value()) {
-      options.attention.allowed.push_back(*policy);
+      options.allowed_policies.push_back(*policy);
     } else {
       problems.push_back(absl::StrCat("--allowed_policies: '", name, "' is not one of ", policies));
     }
   }
-  options.engine.baselines = std::any_of(options.attention.allowed.begin(),
-                                         options.attention.allowed.end(), model::IsBaseline);
+  options.engine.baselines = std::any_of(options.allowed_policies.begin(),
+                                         options.allowed_policies.end(), model::IsBaseline);
 }
 
 ServerOptions ReadPlainValues() {

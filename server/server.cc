@@ -84,7 +84,7 @@ v1::ServerInfo DescribeServer(const ServerOptions& options, const model::EngineI
   info.set_max_prompt_tokens(engine.max_tokens);
   info.set_max_lanes(options.max_lanes);
   info.set_default_policy(ToProto(attention.policy));
-  for (const auto policy : options.attention.allowed) info.add_allowed_policies(ToProto(policy));
+  for (const auto policy : options.allowed_policies) info.add_allowed_policies(ToProto(policy));
   info.set_crossover_tokens(attention.crossover_tokens);
   info.set_queue_capacity(options.queue_capacity);
   for (const uint32_t id : engine.config.eos_token_ids) info.add_eos_token_ids(id);
@@ -152,7 +152,7 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
   const model::AttentionOptions attention = Apply(options.attention, engine.default_attention);
   RequestLimits limits{.engine = &engine,
                        .default_attention = attention,
-                       .allowed_policies = options.attention.allowed,
+                       .allowed_policies = options.allowed_policies,
                        .recall_audit = options.recall_audit,
                        .deliver_to_allow = options.deliver_to_allow,
                        .max_lanes = options.max_lanes};

@@ -76,13 +76,13 @@ void CheckSeconds(const char* flag, absl::Duration value, double high,
   }
 }
 
-void CheckAttention(const AttentionDefaults& attention, std::vector<std::string>& problems) {
-  const absl::Status status = model::Validate(Apply(attention, model::AttentionOptions()));
+void CheckAttention(const ServerOptions& o, std::vector<std::string>& problems) {
+  const absl::Status status = model::Validate(Apply(o.attention, model::AttentionOptions()));
   if (!status.ok()) problems.push_back(absl::StrCat("attention flags: ", status.message()));
-  const auto& allowed = attention.allowed;
-  if (attention.policy.has_value() &&
-      std::find(allowed.begin(), allowed.end(), *attention.policy) == allowed.end()) {
-    problems.push_back(absl::StrCat("--policy=", model::Name(*attention.policy),
+  const auto& allowed = o.allowed_policies;
+  if (o.attention.policy.has_value() &&
+      std::find(allowed.begin(), allowed.end(), *o.attention.policy) == allowed.end()) {
+    problems.push_back(absl::StrCat("--policy=", model::Name(*o.attention.policy),
                                     " is not among --allowed_policies"));
   }
 }
@@ -96,19 +96,6 @@ std::optional<model::AttentionPolicy> ParsePolicy(const std::string& name) {
   return std::nullopt;
 }
 
-model::AttentionOptions Apply(const AttentionDefaults& defaults, model::AttentionOptions base) {
-  model::AttentionOverrides overrides;
-  overrides.policy = defaults.policy;
-  overrides.gamma = defaults.gamma;
-  overrides.vertical_slash_gamma = defaults.vertical_slash_gamma;
-  overrides.tau = defaults.tau;
-  overrides.delta = defaults.delta;
-  overrides.coverage = defaults.coverage;
-  overrides.min_budget_tokens = defaults.min_budget_tokens;
-  overrides.crossover_tokens = defaults.crossover_tokens;
-  return model::Apply(overrides, base);
-}
-
 absl::Status Validate(const ServerOptions& o) {
   std::vector<std::string> problems;
   if (o.engine.checkpoint_dir.empty()) problems.push_back("--model is required");
@@ -116,7 +103,7 @@ absl::Status Validate(const ServerOptions& o) {
   CheckRange("--max_prompt_tokens", o.engine.max_tokens, 0, int64_t{1} << 24, problems);
   CheckAddresses(o, problems);
   CheckTls(o.tls, problems);
-  CheckAttention(o.attention, problems);
+  CheckAttention(o, problems);
   if (!(o.recall_audit.fraction >= 0 && o.recall_audit.fraction <= 1)) {
     problems.push_back(
         absl::StrCat("--recall_audit_fraction=", o.recall_audit.fraction, " is outside [0, 1]"));
@@ -144,7 +131,7 @@ absl::Status Validate(const ServerOptions& o) {
 
 std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o) {
   std::vector<std::string> allowed;
-  for (const auto policy : o.attention.allowed) allowed.push_back(model::Name(policy));
+  for (const auto policy : o.allowed_policies) allowed.push_back(model::Name(policy));
   return {{"model", o.engine.checkpoint_dir},
           {"device", DeviceName(o.engine.device)},
           {"cpu_threads", absl::StrCat(o.engine.cpu_threads)},

@@ -15,23 +15,6 @@
 
 namespace prefilld::server {
 
-// The operator's word on attention; what is not set is the engine's default (which may come from
-// the checkpoint's head clusters).
-struct AttentionDefaults {
-  std::optional<model::AttentionPolicy> policy;
-  std::optional<float> gamma;
-  std::optional<float> vertical_slash_gamma;
-  std::optional<float> tau;
-  std::optional<float> delta;
-  std::optional<float> coverage;
-  std::optional<int64_t> min_budget_tokens;
-  std::optional<int64_t> crossover_tokens;
-  // Baselines are for evaluations: an operator has to name them.
-  std::vector<model::AttentionPolicy> allowed = {
-      model::AttentionPolicy::kDense, model::AttentionPolicy::kVerticalSlash,
-      model::AttentionPolicy::kShare, model::AttentionPolicy::kAuto};
-};
-
 // Requests whose recall is measured (model/recall_audit.h).
 struct RecallAuditLimits {
   double fraction = 0.0;  // of the requests that do not ask; drawn at random
@@ -49,7 +32,12 @@ enum class LogFormat : uint8_t { kText, kJson };
 
 struct ServerOptions {
   model::EngineOptions engine;
-  AttentionDefaults attention;
+  // What is not set is the engine's default, which may come from the checkpoint's head clusters.
+  model::AttentionOverrides attention;
+  // Baselines are for evaluations: an operator has to name them.
+  std::vector<model::AttentionPolicy> allowed_policies = {
+      model::AttentionPolicy::kDense, model::AttentionPolicy::kVerticalSlash,
+      model::AttentionPolicy::kShare, model::AttentionPolicy::kAuto};
   RecallAuditLimits recall_audit;
 
   std::string listen = "0.0.0.0:50051";         // port 0: any free one
@@ -74,9 +62,6 @@ struct ServerOptions {
 
 // All problems of `options` in one INVALID_ARGUMENT, separated by "; ".
 absl::Status Validate(const ServerOptions& options);
-
-// `base` with what the operator set.
-model::AttentionOptions Apply(const AttentionDefaults& defaults, model::AttentionOptions base);
 
 // By model::Name; nullopt for anything else.
 std::optional<model::AttentionPolicy> ParsePolicy(const std::string& name);

@@ -26,7 +26,7 @@ class BadRequestTest : public ServerFixture, public ::testing::WithParamInterfac
   BadRequestTest() {
     engine_options_.max_tokens = 1000;
     options_.max_lanes = 4;
-    options_.attention.allowed = {model::AttentionPolicy::kDense, model::AttentionPolicy::kAuto};
+    options_.allowed_policies = {model::AttentionPolicy::kDense, model::AttentionPolicy::kAuto};
     options_.deliver_to_allow = {"worker-*.pods:7000"};
   }
 };

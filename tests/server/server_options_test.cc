@@ -55,7 +55,7 @@ TEST(ServerOptions, RefusesContradictions) {
   EXPECT_THAT(std::string(Validate(options).message()), HasSubstr("--wedge_timeout_s must be"));
   options = ValidOptions();
   options.attention.policy = model::AttentionPolicy::kShare;
-  options.attention.allowed = {model::AttentionPolicy::kDense};
+  options.allowed_policies = {model::AttentionPolicy::kDense};
   EXPECT_THAT(std::string(Validate(options).message()), HasSubstr("--policy=share"));
   options = ValidOptions();
   options.staging_bytes = options.frame_bytes;
@@ -63,20 +63,6 @@ TEST(ServerOptions, RefusesContradictions) {
   options = ValidOptions();
   options.stall_timeout = absl::Seconds(std::numeric_limits<double>::quiet_NaN());
   EXPECT_FALSE(Validate(options).ok());
-}
-
-TEST(ServerOptions, TheOperatorsWordOverridesTheCheckpoints) {
-  model::AttentionOptions tuned;
-  tuned.gamma = 0.95f;
-  tuned.tau = 0.2f;
-  AttentionDefaults defaults;
-  EXPECT_EQ(Apply(defaults, tuned).gamma, 0.95f);
-  defaults.gamma = 0.8f;
-  defaults.policy = model::AttentionPolicy::kDense;
-  const model::AttentionOptions applied = Apply(defaults, tuned);
-  EXPECT_EQ(applied.gamma, 0.8f);
-  EXPECT_EQ(applied.tau, 0.2f);
-  EXPECT_EQ(applied.policy, model::AttentionPolicy::kDense);
 }
 
 TEST(ServerOptions, PoliciesGoByTheirNames) {
