@@ -45,12 +45,13 @@ absl::Status LayerStep::Allocate(int64_t max_tokens) {
   if (status.ok()) status = allocate(queries_, max_tokens, q_width, element);
   if (status.ok()) status = allocate(normed_, tile_tokens_, config_.hidden, element);
   if (status.ok()) {
-    status = allocate(wide_, tile_tokens_, std::max(qkv_width, 2 * config_.intermediate), element);
+    const int64_t width = std::max(qkv_width, 2 * config_.intermediate);
+    status = allocate(wide_, 1, std::max(tile_tokens_ * width, config_.vocab_size), element);
   }
   if (status.ok()) status = allocate(gated_, tile_tokens_, config_.intermediate, element);
   if (status.ok()) status = allocate(token_ids_, tile_tokens_, 1, sizeof(uint32_t));
   if (status.ok()) status = allocate(inv_freq_, 1, config_.head_dim / 2, sizeof(float));
-  if (status.ok()) status = allocate(logits_, 1, config_.vocab_size, element);
+  if (status.ok()) status = allocate(logprobs_, 2, tile_tokens_, sizeof(float));
   return status;
 }
 
@@ -172,19 +173,19 @@ absl::StatusOr<std::vector<float>> LayerStep::Logits() {
   absl::Status status = RmsNorm(At(hidden_, (num_tokens_ - 1) * config_.hidden),
                                 weights_.final_norm, /*num_tokens=*/1);
   if (status.ok()) {
-    status = Linear(normed_.data(), weights_.head_data(), nullptr, logits_.data(), 1,
-                    config_.hidden, config_.vocab_size, /*accumulate=*/false);
+    status = Linear(normed_.data(), weights_.head_data(), nullptr, wide_.data(), 1, config_.hidden,
+                    config_.vocab_size, /*accumulate=*/false);
   }
   if (!status.ok()) return status;
 
   std::vector<float> logits(config_.vocab_size);
   if (backend_.compute_dtype() == kernels::DType::kFp32) {
-    status = backend_.Download(logits.data(), logits_.data(), logits.size() * sizeof(float));
+    status = backend_.Download(logits.data(), wide_.data(), logits.size() * sizeof(float));
     if (!status.ok()) return status;
     return logits;
   }
   std::vector<uint16_t> bf16(config_.vocab_size);
-  status = backend_.Download(bf16.data(), logits_.data(), bf16.size() * sizeof(uint16_t));
+  status = backend_.Download(bf16.data(), wide_.data(), bf16.size() * sizeof(uint16_t));
   if (!status.ok()) return status;
   std::transform(bf16.begin(), bf16.end(), logits.begin(), Bf16ToFloat);
   return logits;
@@ -192,22 +193,21 @@ absl::StatusOr<std::vector<float>> LayerStep::Logits() {
 
 // In tiles of as many tokens as have room for their logits in what BeforeAttention and
 // AfterAttention hold wide tensors in: none of it is in use between them.
-absl::StatusOr<PromptLogprobs> LayerStep::LogprobsOf(absl::Span<const uint32_t> tokens) {
+absl::StatusOr<PromptLogprobs> LayerStep::LogprobsOf(absl::Span<const uint32_t> tokens,
+                                                     absl::FunctionRef<bool()> go_on) {
   PromptLogprobs result;
   const int64_t num_scored = num_tokens_ - 1;
   const int64_t logits_bytes =
       config_.vocab_size * static_cast<int64_t>(kernels::SizeOf(backend_.compute_dtype()));
-  const int64_t tile = std::min({tile_tokens_, static_cast<int64_t>(wide_.bytes()) / logits_bytes,
-                                 static_cast<int64_t>(gated_.bytes() / (2 * sizeof(float)))});
-  if (num_scored > 0 && tile < 1) {
-    return absl::ResourceExhaustedError(absl::StrCat("logits of ", config_.vocab_size,
-                                                     " tokens do not fit into the workspace of ",
-                                                     wide_.bytes(), " bytes"));
-  }
+  const int64_t tile = std::min(tile_tokens_, static_cast<int64_t>(wide_.bytes()) / logits_bytes);
   result.of_token.resize(num_scored);
   result.of_best.resize(num_scored);
-  float* logprobs = gated_.as<float>();
+  auto* logprobs = logprobs_.as<float>();
   for (int64_t first = 0; first < num_scored; first += tile) {
+    if (!go_on()) {
+      return absl::CancelledError(
+          absl::StrCat("stopped after ", first, " of ", num_scored, " log-probabilities"));
+    }
     const int64_t count = std::min(tile, num_scored - first);
     absl::Status status = RmsNorm(At(hidden_, first * config_.hidden), weights_.final_norm, count);
     if (status.ok()) {

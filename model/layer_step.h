@@ -6,11 +6,13 @@
 #include <memory>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "model/backend.h"
 #include "model/config.h"
+#include "model/prompt_logprobs.h"
 #include "model/weights.h"
 
 namespace prefilld::model {
@@ -24,16 +26,9 @@ struct KvDestination {
   int64_t token_stride = 0;
 };
 
-// Natural logarithms of the probabilities that positions 0 .. n - 2 of n tokens give to the token
-// that follows, and to the likeliest one; equal where the token that follows is the likeliest.
-struct PromptLogprobs {
-  std::vector<float> of_token;  // entry i: of token i + 1
-  std::vector<float> of_best;
-};
-
 // The layer step, written once for all devices and for prefill and decode alike. One run is
 //   Embed, then per layer: BeforeAttention, the caller's attention from queries() to queries()
-//   (in place), AfterAttention, and at the end Logits.
+//   (in place), AfterAttention, and at the end Logits and LogprobsOf, in any order.
 // Holds the activations of one sequence: hidden states and queries for all tokens, everything
 // wider for one tile of tokens at a time. All memory is allocated by Create. Not thread-safe.
 class LayerStep {
@@ -58,8 +53,11 @@ class LayerStep {
   // Logits of the last token, [vocab_size].
   absl::StatusOr<std::vector<float>> Logits();
 
-  // What the hidden states say of every token of the run but the first; `tokens` are those of Embed.
-  absl::StatusOr<PromptLogprobs> LogprobsOf(absl::Span<const uint32_t> tokens);
+  // What the hidden states say of every token of the run but the first; `tokens` are those of
+  // Embed. Asks `go_on` before each tile, none of which takes longer than the gate and up
+  // projections of a layer's: CANCELLED as soon as it says no.
+  absl::StatusOr<PromptLogprobs> LogprobsOf(absl::Span<const uint32_t> tokens,
+                                            absl::FunctionRef<bool()> go_on);
 
   // [num_tokens, num_heads, head_dim] in device memory.
   void* queries() const { return queries_.data(); }
@@ -90,11 +88,11 @@ class LayerStep {
   DeviceBuffer hidden_;     // [max_tokens, hidden]
   DeviceBuffer queries_;    // [max_tokens, num_heads * head_dim]
   DeviceBuffer normed_;     // [tile_tokens, hidden]
-  DeviceBuffer wide_;       // [tile_tokens, qkv width or 2 * intermediate]
+  DeviceBuffer wide_;       // [tile_tokens, qkv width or 2 * intermediate]; at least [vocab_size]
   DeviceBuffer gated_;      // [tile_tokens, intermediate]
   DeviceBuffer token_ids_;  // [tile_tokens]
   DeviceBuffer inv_freq_;   // [head_dim / 2]
-  DeviceBuffer logits_;     // [vocab_size]
+  DeviceBuffer logprobs_;   // [2, tile_tokens]: of tokens, of the likeliest
 
   int64_t num_tokens_ = 0;
   int64_t first_position_ = 0;

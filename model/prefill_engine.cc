@@ -133,9 +133,9 @@ class Sequence final : public PrefillSequence {
     return parts_.step->Logits();
   }
 
-  absl::StatusOr<PromptLogprobs> Logprobs() override {
+  absl::StatusOr<PromptLogprobs> Logprobs(absl::FunctionRef<bool()> go_on) override {
     if (absl::Status status = CheckFinished(); !status.ok()) return status;
-    return parts_.step->LogprobsOf(tokens_);
+    return parts_.step->LogprobsOf(tokens_, go_on);
   }
 
  private:

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
@@ -18,7 +19,7 @@
 #include "model/attention_policy.h"
 #include "model/backend.h"
 #include "model/config.h"
-#include "model/layer_step.h"
+#include "model/prompt_logprobs.h"
 #include "model/recall_audit.h"
 
 namespace prefilld::model {
@@ -63,8 +64,8 @@ struct EngineInfo {
 };
 
 // One prompt on its way through the layers. Its KV slots and its workspace belong to the engine;
-// destroying the sequence gives them back. RunLayer, FinalLogits and Logprobs are for the compute thread;
-// PackKv and ReleaseKv may be called by other threads beside them and each other.
+// destroying the sequence gives them back. RunLayer, FinalLogits and Logprobs are for the compute
+// thread; PackKv and ReleaseKv may be called by other threads beside them and each other.
 class PrefillSequence {
  public:
   virtual ~PrefillSequence() = default;
@@ -81,8 +82,9 @@ class PrefillSequence {
   // After the last layer: logits of the last position, [vocab_size].
   virtual absl::StatusOr<std::vector<float>> FinalLogits() = 0;
   // After the last layer: how likely the model finds the prompt itself, token by token. On a GPU by
-  // logits rounded to bf16, as FinalLogits gives them.
-  virtual absl::StatusOr<PromptLogprobs> Logprobs() = 0;
+  // logits rounded to bf16, as FinalLogits gives them. Long beside a layer's step, so `go_on` is
+  // asked before each part of it: CANCELLED as soon as it says no.
+  virtual absl::StatusOr<PromptLogprobs> Logprobs(absl::FunctionRef<bool()> go_on) = 0;
 
   // The policy that runs: kAuto is resolved.
   virtual AttentionPolicy policy() const = 0;

@@ -87,6 +87,9 @@ void Delivery::SendResult(v1::PrefillResult result) {
     result_ = result;
   }
   if (pushes_) {
+    // The receiver goes on from the cache; how likely the prompt is, the caller asked.
+    result.clear_prompt_logprobs();
+    result.clear_best_logprobs();
     v1::ReceiveRequest last;
     *last.mutable_result() = std::move(result);
     side_lanes_[0]->Close([message = EncodeMessage(last)]() { return message; });

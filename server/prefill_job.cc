@@ -145,8 +145,9 @@ void PrefillJob::RecordFirstToken(model::SampledToken token) {
   first_token_ = std::move(token);
 }
 
-void PrefillJob::RecordLogprobs(model::PromptLogprobs logprobs) {
+void PrefillJob::RecordLogprobs(model::PromptLogprobs logprobs, absl::Duration took) {
   absl::MutexLock lock(&mu_);
+  stats_.logprobs = took;
   logprobs_ = std::move(logprobs);
 }
 
@@ -165,8 +166,11 @@ void PrefillJob::Finish() {
       for (const auto& layer : stats_.layers) *result.add_layers() = ToProto(layer);
     }
     *result.mutable_first_token() = ToProto(first_token_);
-    result.mutable_prompt_logprobs()->Add(logprobs_.of_token.begin(), logprobs_.of_token.end());
-    result.mutable_best_logprobs()->Add(logprobs_.of_best.begin(), logprobs_.of_best.end());
+    const model::PromptLogprobs logprobs = std::exchange(logprobs_, {});
+    result.mutable_prompt_logprobs()->Add(logprobs.of_token.begin(), logprobs.of_token.end());
+    result.mutable_best_logprobs()->Add(logprobs.of_best.begin(), logprobs.of_best.end());
+    result.set_logprobs_us(
+        absl::ToInt64Microseconds(stats_.logprobs.value_or(absl::ZeroDuration())));
   }
   result.set_num_tokens(work_.tokens.size());
   delivery_.SendResult(std::move(result));

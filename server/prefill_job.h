@@ -40,6 +40,7 @@ struct JobStats {
   std::optional<model::AttentionPolicy> policy;  // the one that ran
   std::vector<model::LayerReport> layers;        // computed so far
   absl::Duration stalled;                        // compute waited for the consumer
+  std::optional<absl::Duration> logprobs;        // of the prompt took, if asked for
 };
 
 // A request ends once: by Abort, whoever finds a reason first, or with its result sent.
@@ -62,7 +63,7 @@ class PrefillJob {
   void RecordLayer(const model::LayerReport& report);
   void RecordStall(absl::Duration stalled);
   void RecordFirstToken(model::SampledToken token);
-  void RecordLogprobs(model::PromptLogprobs logprobs);  // if asked for
+  void RecordLogprobs(model::PromptLogprobs logprobs, absl::Duration took);  // if asked for
   void Finish();
 
   // Ends the request unless it has ended: every stream ends with `status`, buffers come back.

@@ -48,6 +48,9 @@ void LogRequest(PrefillJob& job) {
     fields.emplace_back("ttft_ms", Milliseconds(*stats.first_token_at - stats.accepted_at));
     fields.emplace_back("tail_ms", Milliseconds(stats.accepted_at + age - *stats.first_token_at));
   }
+  if (stats.logprobs.has_value()) {
+    fields.emplace_back("logprobs_ms", Milliseconds(*stats.logprobs));
+  }
   fields.emplace_back("total_ms", Milliseconds(age));
   fields.emplace_back("kv_bytes", sent.bytes);
   fields.emplace_back("lanes", static_cast<int64_t>(work.num_lanes));

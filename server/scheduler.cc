@@ -260,12 +260,7 @@ absl::Status Scheduler::ComputeLayers(PrefillJob& job, model::PrefillSequence& s
     absl::MutexLock lock(&mu_);
     speed_.Record(now, num_tokens, job.work().attention.policy, now - started - waited);
   }
-  if (!job.work().prompt_logprobs) return absl::OkStatus();
-  auto logprobs = sequence.Logprobs();
-  if (!logprobs.ok()) return logprobs.status();
-  job.RecordLogprobs(*std::move(logprobs));
-  RecordProgress();
-  return absl::OkStatus();
+  return job.work().prompt_logprobs ? ComputeLogprobs(job, sequence) : absl::OkStatus();
 }
 
 absl::Status Scheduler::ComputeFirstToken(PrefillJob& job, model::PrefillSequence& sequence) {
@@ -278,6 +273,23 @@ absl::Status Scheduler::ComputeFirstToken(PrefillJob& job, model::PrefillSequenc
   } else {
     job.Abort(Outcome::kInternal, token.status());
   }
+  RecordProgress();
+  return absl::OkStatus();
+}
+
+// OK also when the job ended on the way, as between layers.
+absl::Status Scheduler::ComputeLogprobs(PrefillJob& job, model::PrefillSequence& sequence) {
+  const auto go_on = [&] {
+    RecordProgress();
+    job.CheckTimers(timeouts_, /*queue_position=*/0, /*others_wait=*/false);
+    return !job.ended();
+  };
+  const absl::Time started = clock_.Now();
+  if (!go_on()) return absl::OkStatus();
+  auto logprobs = sequence.Logprobs(go_on);
+  if (absl::IsCancelled(logprobs.status())) return absl::OkStatus();
+  if (!logprobs.ok()) return logprobs.status();
+  job.RecordLogprobs(*std::move(logprobs), clock_.Now() - started);
   RecordProgress();
   return absl::OkStatus();
 }

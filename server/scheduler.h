@@ -48,8 +48,8 @@ struct LiveJob {
   bool others_wait = false;  // for the compute or the staging that it may hold
 };
 
-// One prompt computes at a time, one layer per step; before each step the request's end is looked
-// for. Thread-safe.
+// One prompt computes at a time, one layer per step, at the end maybe its log-probabilities in
+// small steps; before each step the request's end is looked for. Thread-safe.
 class Scheduler {
  public:
   Scheduler(model::PrefillEngine& engine, KvStream& stream, Metrics& metrics, const Clock& clock,
@@ -87,6 +87,7 @@ class Scheduler {
   void Compute(PrefillJob& job);
   absl::Status ComputeLayers(PrefillJob& job, model::PrefillSequence& sequence);
   absl::Status ComputeFirstToken(PrefillJob& job, model::PrefillSequence& sequence);
+  absl::Status ComputeLogprobs(PrefillJob& job, model::PrefillSequence& sequence);
   void Fail(const absl::Status& cause);
   absl::Status CheckRoom(int64_t num_tokens) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status CheckDeadline(const PrefillJob& job) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);

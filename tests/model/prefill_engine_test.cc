@@ -216,25 +216,50 @@ TEST_F(PrefillEngineTest, StepsOutOfOrderAreRefused) {
 }
 
 // In tiles of 16 tokens, of which the last is not full.
-TEST_F(PrefillEngineTest, LogprobsAreThoseOfTheLogitsOfEveryBeginning) {
-  EngineOptions options = CpuEngine(checkpoint_);
-  options.tile_tokens = 16;
-  const auto engine = Create(options);
-  const std::vector<uint32_t> tokens = RandomTokens(40, 320);
-  auto started = engine->Start(tokens, Dense());
-  ASSERT_TRUE(started.ok());
-  EXPECT_FALSE((*started)->Logprobs().ok()) << "layers are missing";
-  for (int layer = 0; layer < checkpoint_.config().num_layers; ++layer) {
-    ASSERT_TRUE((*started)->RunLayer().ok());
-    (*started)->ReleaseKv(layer);
+std::unique_ptr<PrefillSequence> RunLayers(PrefillEngine& engine,
+                                           const std::vector<uint32_t>& tokens) {
+  auto sequence = engine.Start(tokens, Dense());
+  EXPECT_TRUE(sequence.ok()) << sequence.status();
+  for (int layer = 0; layer < engine.info().config.num_layers; ++layer) {
+    EXPECT_TRUE((*sequence)->RunLayer().ok());
+    (*sequence)->ReleaseKv(layer);
   }
-  const auto logprobs = (*started)->Logprobs();
+  return *std::move(sequence);
+}
+
+bool Always() { return true; }
+
+struct LogprobsCase {
+  const char* name;
+  int64_t vocab_size;
+  int64_t tile_tokens;
+  int64_t max_tokens;
+  int num_tiles;  // of a prompt of max_tokens
+};
+
+class PrefillEngineLogprobs : public ::testing::TestWithParam<LogprobsCase> {};
+
+TEST_P(PrefillEngineLogprobs, AreThoseOfTheLogitsOfEveryBeginning) {
+  const LogprobsCase& c = GetParam();
+  ModelConfig config = SmallRandomConfig();
+  config.vocab_size = c.vocab_size;
+  const RandomCheckpoint checkpoint(config);
+  EngineOptions options = CpuEngine(checkpoint);
+  options.tile_tokens = c.tile_tokens;
+  options.max_tokens = c.max_tokens;
+  const auto engine = Create(options);
+  const std::vector<uint32_t> tokens = RandomTokens(c.max_tokens, c.vocab_size);
+  auto sequence = RunLayers(*engine, tokens);
+  int num_tiles = 0;
+  const auto logprobs = sequence->Logprobs([&num_tiles] { return ++num_tiles > 0; });
   ASSERT_TRUE(logprobs.ok()) << logprobs.status();
-  started->reset();
+  sequence.reset();
+  EXPECT_EQ(num_tiles, c.num_tiles);
   ASSERT_EQ(logprobs->of_token.size(), tokens.size() - 1);
   ASSERT_EQ(logprobs->of_best.size(), tokens.size() - 1);
   for (const size_t length :
        {size_t{1}, size_t{2}, size_t{15}, size_t{16}, size_t{17}, size_t{39}}) {
+    if (length >= tokens.size()) continue;
     const std::vector<float> logits =
         RunPrompt(*engine, {tokens.begin(), tokens.begin() + length}, Dense()).logits;
     double sum = 0.0;
@@ -246,15 +271,38 @@ TEST_F(PrefillEngineTest, LogprobsAreThoseOfTheLogitsOfEveryBeginning) {
   }
 }
 
+// 512 elements of wide activations a token: 2 tokens of 16 have room for their 3000 logits.
+INSTANTIATE_TEST_SUITE_P(
+    Tiles, PrefillEngineLogprobs,
+    ::testing::Values(LogprobsCase{"AsWideAsALayers", 320, 16, 40, 3},
+                      LogprobsCase{"NarrowedByTheVocabulary", 3000, 16, 40, 20},
+                      LogprobsCase{"OfATokenWhoseLogitsOutgrowATile", 3000, 512, 3, 2}),
+    [](const auto& info) { return std::string(info.param.name); });
+
+TEST_F(PrefillEngineTest, LogprobsStopWhenToldTo) {
+  EngineOptions options = CpuEngine(checkpoint_);
+  options.tile_tokens = 16;
+  const auto engine = Create(options);
+  const auto sequence = RunLayers(*engine, RandomTokens(100, 320));
+  const auto logits = sequence->FinalLogits();
+  int asked = 0;
+  EXPECT_TRUE(absl::IsCancelled(sequence->Logprobs([&asked] { return ++asked < 3; }).status()));
+  EXPECT_EQ(asked, 3);
+  EXPECT_TRUE(sequence->Logprobs(Always).ok());
+  EXPECT_EQ(*sequence->FinalLogits(), *logits) << "the hidden states are as they were";
+}
+
+TEST_F(PrefillEngineTest, LogprobsNeedAllLayers) {
+  const auto engine = Create(CpuEngine(checkpoint_));
+  auto started = engine->Start(RandomTokens(40, 320), Dense());
+  ASSERT_TRUE(started.ok());
+  ASSERT_TRUE((*started)->RunLayer().ok());
+  EXPECT_EQ((*started)->Logprobs(Always).status().code(), absl::StatusCode::kFailedPrecondition);
+}
+
 TEST_F(PrefillEngineTest, APromptOfOneTokenHasNoLogprobs) {
   const auto engine = Create(CpuEngine(checkpoint_));
-  auto started = engine->Start({7}, Dense());
-  ASSERT_TRUE(started.ok());
-  for (int layer = 0; layer < checkpoint_.config().num_layers; ++layer) {
-    ASSERT_TRUE((*started)->RunLayer().ok());
-    (*started)->ReleaseKv(layer);
-  }
-  const auto logprobs = (*started)->Logprobs();
+  const auto logprobs = RunLayers(*engine, {7})->Logprobs(Always);
   ASSERT_TRUE(logprobs.ok()) << logprobs.status();
   EXPECT_TRUE(logprobs->of_token.empty());
 }

@@ -2,9 +2,6 @@
 #include <thread>
 
 #include <gmock/gmock.h>
-#include <grpcpp/completion_queue.h>
-#include <grpcpp/create_channel.h>
-#include <grpcpp/generic/generic_stub.h>
 
 #include "absl/strings/str_cat.h"
 #include "tests/server/server_fixture.h"
@@ -16,32 +13,9 @@ using ::testing::HasSubstr;
 
 class Failure : public ServerFixture {
  protected:
-  // One grpc.health.v1.Health/Check by hand: "serving", "not_serving", or the call's error.
-  std::string HealthOf(const std::string& service) const;
   // Larger than what the sockets of an idle reader take in.
   v1::PrefillRequest LargePrompt() { return PromptOf(40'000); }
 };
-
-std::string Failure::HealthOf(const std::string& service) const {
-  grpc::GenericStub stub(grpc::CreateChannel(address(), grpc::InsecureChannelCredentials()));
-  grpc::ClientContext context;
-  grpc::CompletionQueue queue;
-  // HealthCheckRequest{service = 1}, HealthCheckResponse{status = 1: 1 serving, 2 not}.
-  const grpc::Slice slice(absl::StrCat("\n", std::string(1, service.size()), service));
-  auto call = stub.PrepareUnaryCall(&context, "/grpc.health.v1.Health/Check",
-                                    grpc::ByteBuffer(&slice, 1), &queue);
-  call->StartCall();
-  grpc::ByteBuffer response;
-  grpc::Status status;
-  void* tag = nullptr;
-  bool ok = false;
-  call->Finish(&response, &status, &queue);
-  queue.Next(&tag, &ok);
-  if (!status.ok()) return absl::StrCat("error ", status.error_code());
-  grpc::Slice bytes;
-  EXPECT_TRUE(response.DumpToSingleSlice(&bytes).ok());
-  return bytes.size() == 2 && bytes.begin()[1] == 1 ? "serving" : "not_serving";
-}
 
 TEST_F(Failure, CancelStopsAtTheNextLayerAndFreesEverything) {
   StartServer();

@@ -114,7 +114,17 @@ class FakeSequence final : public model::PrefillSequence {
   }
 
   // Of entry i: minus i for the token, half of it for the likeliest.
-  absl::StatusOr<model::PromptLogprobs> Logprobs() override {
+  absl::StatusOr<model::PromptLogprobs> Logprobs(absl::FunctionRef<bool()> go_on) override {
+    for (int part = 0; part < FakeEngine::kLogprobsParts; ++part) {
+      if (!go_on()) return absl::CancelledError("stopped");
+      absl::MutexLock lock(&engine_->mu_);
+      const auto may_run = [this, part]() ABSL_SHARED_LOCKS_REQUIRED(engine_->mu_) {
+        return engine_->hold_logprobs_after_ < 0 || part < engine_->hold_logprobs_after_;
+      };
+      engine_->mu_.Await(absl::Condition(&may_run));
+      if (part == 1 && !engine_->logprobs_error_.ok()) return engine_->logprobs_error_;
+      ++engine_->logprobs_parts_;
+    }
     model::PromptLogprobs logprobs;
     for (int64_t i = 0; i + 1 < num_tokens_; ++i) {
       logprobs.of_token.push_back(-static_cast<float>(i));
@@ -169,6 +179,16 @@ void FakeEngine::FailPacking(absl::Status status) {
 void FakeEngine::HoldAfter(int layers) {
   absl::MutexLock lock(&mu_);
   hold_after_ = layers;
+}
+
+void FakeEngine::HoldLogprobsAfter(int parts) {
+  absl::MutexLock lock(&mu_);
+  hold_logprobs_after_ = parts;
+}
+
+void FakeEngine::FailLogprobs(absl::Status status) {
+  absl::MutexLock lock(&mu_);
+  logprobs_error_ = std::move(status);
 }
 
 std::vector<uint32_t> FakeEngine::last_tokens() const {

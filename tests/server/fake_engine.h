@@ -38,12 +38,19 @@ class FakeEngine final : public model::PrefillEngine {
   // No sequence gets past its first `layers` layers until the next call. -1: no limit.
   void HoldAfter(int layers);
   void set_logits_are_nan(bool nan) { logits_are_nan_ = nan; }
+  // Log-probabilities are computed in kLogprobsParts; none gets past its first `parts` until the
+  // next call. -1: no limit.
+  static constexpr int kLogprobsParts = 4;
+  void HoldLogprobsAfter(int parts);
+  // From now on their second part fails.
+  void FailLogprobs(absl::Status status);
 
-  int started() const { return started_; }        // sequences, ever
-  int alive() const { return alive_; }            // sequences
-  int layers_run() const { return layers_run_; }  // over all sequences
-  int most_held() const { return most_held_; }    // unreleased layers at once
-  std::vector<uint32_t> last_tokens() const;      // of the latest sequence
+  int started() const { return started_; }                // sequences, ever
+  int alive() const { return alive_; }                    // sequences
+  int layers_run() const { return layers_run_; }          // over all sequences
+  int most_held() const { return most_held_; }            // unreleased layers at once
+  int logprobs_parts() const { return logprobs_parts_; }  // over all sequences
+  std::vector<uint32_t> last_tokens() const;              // of the latest sequence
   model::AttentionOptions last_attention() const;
 
   const model::EngineInfo& info() const override { return info_; }
@@ -61,6 +68,7 @@ class FakeEngine final : public model::PrefillEngine {
   std::unique_ptr<model::Backend> memory_;  // for staging alone
 
   std::atomic<int> started_ = 0, alive_ = 0, layers_run_ = 0, held_ = 0, most_held_ = 0;
+  std::atomic<int> logprobs_parts_ = 0;
   std::atomic<bool> logits_are_nan_ = false;
   mutable absl::Mutex mu_;
   absl::Duration layer_time_ ABSL_GUARDED_BY(mu_);
@@ -68,6 +76,8 @@ class FakeEngine final : public model::PrefillEngine {
   absl::Status layer_error_ ABSL_GUARDED_BY(mu_);
   absl::Status pack_error_ ABSL_GUARDED_BY(mu_);
   int hold_after_ ABSL_GUARDED_BY(mu_) = -1;
+  int hold_logprobs_after_ ABSL_GUARDED_BY(mu_) = -1;
+  absl::Status logprobs_error_ ABSL_GUARDED_BY(mu_);
   std::vector<uint32_t> last_tokens_ ABSL_GUARDED_BY(mu_);
   model::AttentionOptions last_attention_ ABSL_GUARDED_BY(mu_);
 };

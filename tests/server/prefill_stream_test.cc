@@ -3,7 +3,6 @@
 #include <map>
 
 #include "gmock/gmock.h"
-#include "server/prefill_work.h"
 #include "tests/server/server_fixture.h"
 
 namespace prefilld::server {
@@ -151,30 +150,6 @@ TEST_F(PrefillStream, ARequestThatNamesGammaAloneMeansVerticalSlashToo) {
   ASSERT_TRUE(Prefill(request).status.ok());
   EXPECT_EQ(engine_->last_attention().gamma, 0.9f);
   EXPECT_EQ(engine_->last_attention().vertical_slash_gamma, 0.7f);
-}
-
-TEST_F(PrefillStream, TellsTheLogprobsOfThePromptWhenAskedTo) {
-  StartServer();
-  v1::PrefillRequest request = PromptOf(5);
-  const StreamContents without = Prefill(request);
-  ASSERT_NE(without.result(), nullptr);
-  EXPECT_EQ(without.result()->prompt_logprobs_size(), 0);
-  request.set_prompt_logprobs(true);
-  const StreamContents with = Prefill(request);
-  ASSERT_NE(with.result(), nullptr);
-  EXPECT_THAT(with.result()->prompt_logprobs(), testing::ElementsAre(0.0f, -1.0f, -2.0f, -3.0f));
-  EXPECT_THAT(with.result()->best_logprobs(), testing::ElementsAre(0.0f, -0.5f, -1.0f, -1.5f));
-}
-
-TEST_F(PrefillStream, RefusesLogprobsThatWouldNotFitIntoAMessage) {
-  StartServer();
-  v1::PrefillRequest request = PromptOf(kMaxPromptLogprobsTokens + 1);
-  request.set_prompt_logprobs(true);
-  const StreamContents contents = Prefill(request);
-  EXPECT_EQ(contents.status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
-  EXPECT_THAT(contents.status.error_message(),
-              testing::AllOf(testing::HasSubstr("prompt_logprobs"), testing::HasSubstr("262145"),
-                             testing::HasSubstr("262144")));
 }
 
 TEST_F(PrefillStream, ReportsTheRecallOfAuditedRequests) {

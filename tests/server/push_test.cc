@@ -129,6 +129,24 @@ TEST_F(Push, BringsOpenFramesAndResultToTheReceiverAndProgressToTheCaller) {
   EXPECT_TRUE(EverythingIsFree());
 }
 
+TEST_F(Push, TellsLogprobsToTheCallerAlone) {
+  StartServer();
+  FakeReceiver receiver;
+  v1::PrefillRequest request = PromptTo(receiver, 100);
+  request.set_prompt_logprobs(true);
+  const StreamContents contents = Prefill(request);
+  ASSERT_NE(contents.result(), nullptr) << contents.status.error_message();
+  EXPECT_EQ(contents.result()->prompt_logprobs_size(), 99);
+  EXPECT_EQ(contents.result()->best_logprobs_size(), 99);
+  const std::vector<v1::ReceiveRequest> messages = receiver.messages();
+  ASSERT_TRUE(messages.back().has_result());
+  const v1::PrefillResult& received = messages.back().result();
+  EXPECT_EQ(received.prompt_logprobs_size(), 0);
+  EXPECT_EQ(received.best_logprobs_size(), 0);
+  EXPECT_EQ(received.first_token().token_id(), contents.result()->first_token().token_id());
+  EXPECT_EQ(received.frames_per_lane_size(), contents.result()->frames_per_lane_size());
+}
+
 struct Refusal {
   FakeReceiver::Behaviour behaviour;
   grpc::StatusCode code;

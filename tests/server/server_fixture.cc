@@ -4,7 +4,9 @@
 #include <set>
 #include <utility>
 
+#include <grpcpp/completion_queue.h>
 #include <grpcpp/create_channel.h>
+#include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/security/credentials.h>
 #include <prometheus/registry.h>
 #include <prometheus/text_serializer.h>
@@ -94,7 +96,10 @@ void ServerFixture::StartServer() {
 }
 
 void ServerFixture::StopServer() {
-  if (engine_ != nullptr) engine_->HoldAfter(-1);
+  if (engine_ != nullptr) {
+    engine_->HoldAfter(-1);
+    engine_->HoldLogprobsAfter(-1);
+  }
   server_.reset();
 }
 
@@ -122,6 +127,27 @@ double ServerFixture::Metric(const std::string& series) const {
     }
   }
   return 0;
+}
+
+std::string ServerFixture::HealthOf(const std::string& service) const {
+  grpc::GenericStub stub(grpc::CreateChannel(address(), grpc::InsecureChannelCredentials()));
+  grpc::ClientContext context;
+  grpc::CompletionQueue queue;
+  // HealthCheckRequest{service = 1}, HealthCheckResponse{status = 1: 1 serving, 2 not}.
+  const grpc::Slice slice(absl::StrCat("\n", std::string(1, service.size()), service));
+  auto call = stub.PrepareUnaryCall(&context, "/grpc.health.v1.Health/Check",
+                                    grpc::ByteBuffer(&slice, 1), &queue);
+  call->StartCall();
+  grpc::ByteBuffer response;
+  grpc::Status status;
+  void* tag = nullptr;
+  bool ok = false;
+  call->Finish(&response, &status, &queue);
+  queue.Next(&tag, &ok);
+  if (!status.ok()) return absl::StrCat("error ", status.error_code());
+  grpc::Slice bytes;
+  EXPECT_TRUE(response.DumpToSingleSlice(&bytes).ok());
+  return bytes.size() == 2 && bytes.begin()[1] == 1 ? "serving" : "not_serving";
 }
 
 bool ServerFixture::EverythingIsFree() {

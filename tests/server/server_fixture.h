@@ -93,6 +93,8 @@ class ServerFixture : public ::testing::Test {
   StreamContents Prefill(const v1::PrefillRequest& request);
   // The value of a series as Prometheus scrapes it: `name` or `name{label="value"}`. 0: absent.
   double Metric(const std::string& series) const;
+  // One grpc.health.v1.Health/Check by hand: "serving", "not_serving", or the call's error.
+  std::string HealthOf(const std::string& service) const;
   // All that a request holds has come back.
   bool EverythingIsFree();
 

@@ -43,7 +43,7 @@ class SyntheticSequence : public model::PrefillSequence {
     return std::vector<float>(config_.vocab_size, 0.0f);
   }
 
-  absl::StatusOr<model::PromptLogprobs> Logprobs() override {
+  absl::StatusOr<model::PromptLogprobs> Logprobs(absl::FunctionRef<bool()>) override {
     return absl::UnimplementedError("there is no model");
   }
 
