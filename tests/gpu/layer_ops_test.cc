@@ -84,9 +84,13 @@ TEST_F(CudaLayerOps, TokenLogprobsEqualReferenceForAnyVocabulary) {
   for (const int64_t vocab_size : {1, 2, 31, 264, 5001, 151936}) {
     std::vector<float> logits = Normal(4 * vocab_size, 1);
     for (float& logit : logits) logit *= 10.0f;
-    logits[0] = 3008.0f;  // its exponential overflows
-    logits = FromBf16(ToBf16(logits));
     const auto last = static_cast<uint32_t>(vocab_size - 1);
+    logits[0] = 3008.0f;  // its exponential overflows
+    // Above all others: one by the least that bf16 can tell, and two that are equal.
+    logits[vocab_size] = 59.75f;
+    logits[vocab_size + last] = 60.0f;
+    logits[3 * vocab_size] = logits[3 * vocab_size + last] = 60.0f;
+    logits = FromBf16(ToBf16(logits));
     const std::vector<uint32_t> targets = {0, last, last / 2, 0};
     const DeviceArray<Bf16> device_logits(ToBf16(logits));
     const DeviceArray<uint32_t> device_targets(targets);
@@ -102,7 +106,13 @@ TEST_F(CudaLayerOps, TokenLogprobsEqualReferenceForAnyVocabulary) {
       EXPECT_NEAR(actual[i], expected[i], 1e-4f * std::max(1.0f, std::abs(expected[i])))
           << vocab_size << ", " << i;
     }
-    EXPECT_EQ(actual[0], actual[4]) << "the likeliest token is the target";
+    for (const size_t row : {0, 1, 3}) {
+      EXPECT_EQ(actual[row], actual[4 + row]) << "the target is the likeliest, row " << row;
+    }
+    if (vocab_size > 1) {
+      EXPECT_LT(actual[1], -0.5f) << "a sum that is not exact";
+      EXPECT_LT(actual[3], -0.5f);
+    }
   }
 }
 

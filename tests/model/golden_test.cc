@@ -1,5 +1,5 @@
 // Prefill with dense attention equals Hugging Face transformers: every layer's K and V, and the
-// logits.
+// logits. The log-probabilities of the prompt are those of such logits.
 //
 //   golden_test [--device=cpu|cuda] [--goldens=DIR]
 //
@@ -12,6 +12,7 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -177,6 +178,32 @@ void CheckLayer(PrefillEngine& engine, PrefillSequence& sequence, int layer, int
   }
 }
 
+std::vector<uint32_t> TokensOf(const GoldenFile& golden, int64_t num_tokens) {
+  const auto prompt = golden.Get(absl::StrCat(num_tokens, ".prompt"));
+  return {prompt.begin(), prompt.end()};
+}
+
+AttentionOptions Dense() {
+  AttentionOptions options;
+  options.policy = AttentionPolicy::kDense;
+  return options;
+}
+
+// Null when a layer fails, which fails the test.
+std::unique_ptr<PrefillSequence> RunLayers(PrefillEngine& engine,
+                                           absl::Span<const uint32_t> tokens) {
+  auto sequence = engine.Start(tokens, Dense());
+  EXPECT_TRUE(sequence.ok()) << sequence.status();
+  if (!sequence.ok()) return nullptr;
+  for (int layer = 0; layer < engine.info().config.num_layers; ++layer) {
+    const auto report = (*sequence)->RunLayer();
+    EXPECT_TRUE(report.ok()) << report.status();
+    if (!report.ok()) return nullptr;
+    (*sequence)->ReleaseKv(layer);
+  }
+  return *std::move(sequence);
+}
+
 TEST_P(GoldenTest, EqualsTransformers) {
   const int64_t num_tokens = GetParam().num_tokens;
   GoldenModel& model = Model(GetParam().case_name);
@@ -184,11 +211,7 @@ TEST_P(GoldenTest, EqualsTransformers) {
   const std::unique_ptr<PrefillEngine>& engine = *model.engine();
   const GoldenFile& golden = model.golden();
 
-  const auto prompt = golden.Get(absl::StrCat(num_tokens, ".prompt"));
-  const std::vector<uint32_t> tokens(prompt.begin(), prompt.end());
-  AttentionOptions dense;
-  dense.policy = AttentionPolicy::kDense;
-  auto sequence = engine->Start(tokens, dense);
+  auto sequence = engine->Start(TokensOf(golden, num_tokens), Dense());
   ASSERT_TRUE(sequence.ok()) << sequence.status();
   for (int layer = 0; layer < engine->info().config.num_layers; ++layer) {
     const auto report = (*sequence)->RunLayer();
@@ -199,6 +222,39 @@ TEST_P(GoldenTest, EqualsTransformers) {
   const auto logits = (*sequence)->FinalLogits();
   ASSERT_TRUE(logits.ok()) << logits.status();
   ExpectClose(*logits, golden.Get(absl::StrCat(num_tokens, ".logits")), "logits");
+}
+
+// What one run says of every position is what runs that end there say in their logits.
+TEST_P(GoldenTest, LogprobsAreThoseOfTheBeginningsLogits) {
+  const double tolerance = device == DeviceChoice::kCpu ? 1e-3 : 5e-2;
+  GoldenModel& model = Model(GetParam().case_name);
+  ASSERT_TRUE(model.engine().ok()) << model.engine().status();
+  PrefillEngine& engine = **model.engine();
+  if (engine.info().config.rope.kind == RopeKind::kDynamicNtk) {
+    GTEST_SKIP() << "a beginning is rotated otherwise than the whole";
+  }
+  const std::vector<uint32_t> tokens = TokensOf(model.golden(), GetParam().num_tokens);
+  auto sequence = RunLayers(engine, tokens);
+  ASSERT_NE(sequence, nullptr);
+  const auto logprobs = sequence->Logprobs([] { return true; });
+  ASSERT_TRUE(logprobs.ok()) << logprobs.status();
+  sequence.reset();
+  ASSERT_EQ(logprobs->of_token.size(), tokens.size() - 1);
+  ASSERT_EQ(logprobs->of_best.size(), tokens.size() - 1);
+  for (const size_t length : std::set<size_t>{1, tokens.size() / 2, tokens.size() - 1}) {
+    if (length < 1 || length >= tokens.size()) continue;
+    sequence = RunLayers(engine, absl::MakeConstSpan(tokens).first(length));
+    ASSERT_NE(sequence, nullptr);
+    const auto logits = sequence->FinalLogits();
+    ASSERT_TRUE(logits.ok()) << logits.status();
+    sequence.reset();
+    const double best = *std::max_element(logits->begin(), logits->end());
+    double sum = 0;
+    for (const float logit : *logits) sum += std::exp(logit - best);
+    const double of_token = (*logits)[tokens[length]] - best - std::log(sum);
+    EXPECT_NEAR(logprobs->of_token[length - 1], of_token, tolerance) << length;
+    EXPECT_NEAR(logprobs->of_best[length - 1], -std::log(sum), tolerance) << length;
+  }
 }
 
 // Evaluated after the flags are read.
