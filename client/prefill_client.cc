@@ -28,6 +28,18 @@ constexpr uint32_t kMaxLanes = 16;
 constexpr char kPrefillMethod[] = "/prefill.v1.PrefillService/Prefill";
 constexpr char kAttachLaneMethod[] = "/prefill.v1.PrefillService/AttachLane";
 
+// As many as asked for, whichever way the cache went.
+absl::Status CheckLogprobs(const PrefillRequest& request, const PrefillResult& result) {
+  const int due = request.prompt_logprobs() ? request.token_ids_size() - 1 : 0;
+  for (const auto& [field, values] : {std::pair("prompt_logprobs", &result.prompt_logprobs()),
+                                      std::pair("best_logprobs", &result.best_logprobs())}) {
+    if (values->size() == due) continue;
+    return absl::DataLossError(
+        absl::StrCat(values->size(), " ", field, " arrived; ", due, " are due"));
+  }
+  return absl::OkStatus();
+}
+
 // One Prefill call. The calling thread reads lane 0, which carries everything that is no frame;
 // further lanes are read by threads that live from Accepted to the end of their streams.
 class PrefillCall {
@@ -47,6 +59,7 @@ class PrefillCall {
     if (!request_.has_deliver_to()) {
       if (absl::Status complete = check_->Finish(*result_); !complete.ok()) return complete;
     }
+    if (absl::Status graded = CheckLogprobs(request_, *result_); !graded.ok()) return graded;
     return *std::move(result_);
   }
 

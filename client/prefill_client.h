@@ -48,8 +48,9 @@ class PrefillClient {
   // Runs one prompt and returns when the whole cache has gone to `sink`, or with the reason why
   // not: the server's status (see PrefillService), CANCELLED, the sink's error, and
   //   FAILED_PRECONDITION  the server answered with another layout than asked for
-  //   DATA_LOSS            a frame is damaged, missing, or not what the layout promises, or the
-  //                        stream ended without a result
+  //   DATA_LOSS            a frame is damaged, missing, or not what the layout promises, the
+  //                        stream ended without a result, or its log-probabilities are not as
+  //                        many as asked for
   // With num_lanes > 1 each lane has a connection and a thread of its own. With deliver_to the
   // frames go elsewhere and the sink sees progress alone.
   absl::StatusOr<::prefill::v1::PrefillResult> Prefill(const ::prefill::v1::PrefillRequest& request,

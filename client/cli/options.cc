@@ -47,9 +47,12 @@ ABSL_FLAG(std::string, pushed_transfer_id, "",
 ABSL_FLAG(std::string, policy, "",
           "Attention: dense, vertical_slash, share or auto; where the server allows them, "
           "baseline_query_aware and baseline_random. Empty: the server's default.");
-ABSL_FLAG(std::optional<float>, gamma, std::nullopt, "Mass that a pattern must cover, (0, 1].");
+ABSL_FLAG(std::optional<float>, gamma, std::nullopt,
+          "Mass that a pattern must cover, (0, 1]. Named, it is --vertical_slash_gamma as well, "
+          "unless that is named too.");
 ABSL_FLAG(std::optional<float>, vertical_slash_gamma, std::nullopt,
-          "--gamma of vertical-slash alone, whose columns and diagonals each reach it, (0, 1].");
+          "--gamma of vertical-slash alone, whose columns and diagonals each reach it, (0, 1]. "
+          "Absent: --gamma if that is named, else the server's.");
 ABSL_FLAG(std::optional<float>, tau, std::nullopt, "Distance below which heads share, [0, 1].");
 ABSL_FLAG(std::optional<float>, delta, std::nullopt,
           "Distance from uniform above which a head does not share, [0, 1]. 1: no such rule.");
@@ -74,7 +77,8 @@ ABSL_FLAG(uint32_t, num_heads, 0, "prefill: number of KV heads wanted. 0: the re
 ABSL_FLAG(uint32_t, first_block, 0, "prefill: first KV block wanted.");
 ABSL_FLAG(uint32_t, lanes, 1, "prefill: connections for the KV, 1 to 16.");
 ABSL_FLAG(bool, layer_stats, false, "prefill: report every layer.");
-ABSL_FLAG(bool, prompt_logprobs, false, "prefill: report how likely the model finds the prompt.");
+ABSL_FLAG(bool, prompt_logprobs, false,
+          "prefill: report how likely the model finds the prompt; the result waits for it.");
 ABSL_FLAG(std::string, deliver_to, "",
           "prefill: have the KV pushed to this decode worker (host:port) instead of here.");
 ABSL_FLAG(std::string, transfer_id, "", "prefill: the pushed_transfer_id it waits under.");

@@ -105,14 +105,14 @@ std::string LikelihoodLine(const PrefillResult& prefill) {
   const int count = prefill.prompt_logprobs_size();
   if (count == 0) return "";
   double sum = 0.0;
-  int expected = 0;
+  int likeliest = 0;
   for (int i = 0; i < count; ++i) {
     sum += prefill.prompt_logprobs(i);
-    if (prefill.prompt_logprobs(i) == prefill.best_logprobs(i)) ++expected;
+    if (prefill.prompt_logprobs(i) == prefill.best_logprobs(i)) ++likeliest;
   }
   return Line("likelihood",
               absl::StrFormat("perplexity %.4g over %s tokens; %.1f %% are the likeliest",
-                              std::exp(-sum / count), CountText(count), 100.0 * expected / count));
+                              std::exp(-sum / count), CountText(count), 100.0 * likeliest / count));
 }
 
 // The transfer lasts about as long as the compute it hides behind; that sets its rate.
@@ -206,6 +206,7 @@ json ToJson(const PrefillResult& result) {
   if (result.prompt_logprobs_size() > 0) {
     object["prompt_logprobs"] = result.prompt_logprobs();
     object["best_logprobs"] = result.best_logprobs();
+    object["logprobs_us"] = result.logprobs_us();
   }
   return object;
 }

@@ -125,6 +125,8 @@ TEST(Summary, TellsHowLikelyThePromptIs) {
   }
   EXPECT_THAT(Summary(result, TransferTimes()),
               HasSubstr("perplexity 20.09 over 4 tokens; 25.0 % are the likeliest"));
+  result.set_logprobs_us(1234);
+  EXPECT_EQ(ToJson(result, TransferTimes())["prefill"]["logprobs_us"], 1234);
 }
 
 TEST(Summary, AnErrorIsOneLineWithItsStatusAndWhenToComeBack) {

@@ -145,6 +145,33 @@ TEST(PrefillClient, AStreamThatEndsWithoutResultIsDataLoss) {
   EXPECT_THAT(result.status().message(), HasSubstr("without a result"));
 }
 
+TEST(PrefillClient, RefusesMoreOrFewerLogprobsThanAskedFor) {
+  PrefillEvent last = ResultEvent({0});
+  ScriptedServer server(
+      [&last](grpc::ServerContext&, const PrefillRequest& request, PrefillWriter& writer) {
+        KvLayout layout = SmallLayout();
+        layout.set_first_block(request.layout().first_block());
+        writer.Write(AcceptedEvent(layout, 1));
+        writer.Write(last);
+        return grpc::Status::OK;
+      });
+  PrefillRequest request = SmallRequest();
+  request.mutable_layout()->set_first_block(3);  // no frames
+  const auto call = [&](bool prompt_logprobs) {
+    request.set_prompt_logprobs(prompt_logprobs);
+    RecordingSink sink;
+    return Call(server, sink, request).status();
+  };
+  EXPECT_TRUE(call(false).ok()) << call(false);
+  EXPECT_EQ(call(true).code(), absl::StatusCode::kDataLoss);
+  EXPECT_EQ(call(true).message(), "0 prompt_logprobs arrived; 39 are due");
+  for (int i = 0; i < 39; ++i) last.mutable_result()->add_prompt_logprobs(-1.0f);
+  EXPECT_EQ(call(true).message(), "0 best_logprobs arrived; 39 are due");
+  for (int i = 0; i < 39; ++i) last.mutable_result()->add_best_logprobs(-1.0f);
+  EXPECT_TRUE(call(true).ok()) << call(true);
+  EXPECT_EQ(call(false).message(), "39 prompt_logprobs arrived; 0 are due");
+}
+
 TEST(PrefillClient, TheServersStatusComesThrough) {
   ScriptedServer server([](grpc::ServerContext&, const PrefillRequest&, PrefillWriter&) {
     return grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "queue full", "details");

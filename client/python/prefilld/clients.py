@@ -165,7 +165,9 @@ class PrefillClient(_Client):
 
         With prompt_logprobs, result.prompt_logprobs[i] is the natural log-probability of tokens[i + 1]
         and result.best_logprobs[i] that of the likeliest token there: equal where the prompt goes on
-        as greedy decoding would have. numpy.array(result.prompt_logprobs) copies them at once.
+        as greedy decoding would have. On a GPU they come from logits rounded to bf16, so that several
+        tokens may count as the likeliest. The result, and with it the first token, comes after that
+        pass, which takes result.logprobs_us. numpy.array(result.prompt_logprobs) copies them at once.
 
         on_progress(Progress) is called after each layer and while the request waits, from within
         the iteration. Raises grpc.RpcError with the server's status, which PrefillService in

@@ -42,7 +42,7 @@ class Attention:
 
     policy: "dense", "vertical_slash", "share", "auto", or, where the server allows them,
     "baseline_query_aware" and "baseline_random"; None is the server's default, as is None for each
-    of the others.
+    of the others, but that a gamma without vertical_slash_gamma is that of vertical-slash as well.
     recall_audit_rows: query blocks per layer on which recall is measured; result.total.recall has it.
     """
 
