@@ -42,7 +42,11 @@ def _overview(summary: dict) -> list[str]:
 
 
 def _ratio(estimate: dict | None) -> str:
-    return "{value:.4f} [{low:.4f}, {high:.4f}]".format(**estimate) if estimate else ""
+    if not estimate:
+        return ""
+    # Of two or three texts the interval may be as wide as the world.
+    interval = "[{low:.4f}, {high:.4f}]".format(**estimate) if estimate["high"] < 100 else "[?]"
+    return f"{estimate['value']:.4f} {interval}"
 
 
 def _scores(summary: dict, length: int, asked: str) -> list[str]:
