@@ -137,7 +137,7 @@ TEST_F(PromptLogprobs, AreProgressPartByPart) {
     absl::SleepFor(absl::Milliseconds(60));
     EXPECT_EQ(HealthOf("liveness"), "serving") << part;
   }
-  clock_.Advance(options_.wedge_timeout * 0.6);
+  clock_.Advance(options_.wedge_timeout * 1.1);
   EXPECT_TRUE(Eventually([&] { return HealthOf("liveness") == "not_serving"; }));
   engine_->HoldLogprobsAfter(-1);
   EXPECT_NE(graded.Rest().result(), nullptr);
