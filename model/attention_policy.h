@@ -30,7 +30,7 @@ const char* Name(AttentionPolicy policy);
 bool IsBaseline(AttentionPolicy policy);
 
 // Thresholds of SharePrefill (arXiv 2505.19578) as model/pattern_sharing.h uses them; the
-// defaults are ours, tuned on the embedded model.
+// defaults are ours, for a model whose head-cluster file names none.
 struct AttentionOptions {
   AttentionPolicy policy = AttentionPolicy::kAuto;
   float gamma = 0.9f;  // (0, 1]: mass a pattern must cover

@@ -29,8 +29,8 @@ class CudaPackLanes {
   CudaPackLanes& operator=(const CudaPackLanes&) = delete;
   ~CudaPackLanes();
 
-  // Takes all memory that packing needs, kReservedBytes, so that none is asked for on a full device
-  // later. Before the first Pack, on the device that packs.
+  // Takes the memory that packing needs, kReservedBytes, so that none is asked for on a full device
+  // later but for blocks larger than a piece. Before the first Pack, on the device that packs.
   cudaError_t Reserve();
 
   // Packs into params.dst in pinned host memory; returns when the bytes are there.

@@ -191,8 +191,8 @@ absl::StatusOr<std::vector<float>> LayerStep::Logits() {
   return logits;
 }
 
-// In tiles of as many tokens as have room for their logits in what BeforeAttention and
-// AfterAttention hold wide tensors in: none of it is in use between them.
+// In tiles of as many tokens as wide_ has room for their logits: it holds nothing between
+// BeforeAttention and AfterAttention, nor after the last layer.
 absl::StatusOr<PromptLogprobs> LayerStep::LogprobsOf(absl::Span<const uint32_t> tokens,
                                                      absl::FunctionRef<bool()> go_on) {
   PromptLogprobs result;

@@ -159,16 +159,15 @@ absl::Status PatternSharing::Estimate(const kernels::AttentionParams& attention)
 // Of all heads, whatever they will turn out to do: one launch is cheaper than choosing, and the
 // device would only wait for the host's decisions.
 absl::Status PatternSharing::SelectSets() {
-  absl::Status status =
-      backend_.VerticalSlash({.vertical = vertical_.as<float>(),
-                              .slash = slash_.as<float>(),
-                              .num_keys = num_tokens_,
-                              .num_heads = config_.num_heads,
-                              .block_tokens = block_tokens_,
-                              .gamma = options_.gamma_of_vertical_slash(),
-                              .min_budget_tokens = options_.min_budget_tokens,
-                              .columns = columns_.as<uint32_t>(),
-                              .diagonals = diagonals_.as<uint32_t>()});
+  absl::Status status = backend_.VerticalSlash({.vertical = vertical_.as<float>(),
+                                                .slash = slash_.as<float>(),
+                                                .num_keys = num_tokens_,
+                                                .num_heads = config_.num_heads,
+                                                .block_tokens = block_tokens_,
+                                                .gamma = options_.gamma_of_vertical_slash(),
+                                                .min_budget_tokens = options_.min_budget_tokens,
+                                                .columns = columns_.as<uint32_t>(),
+                                                .diagonals = diagonals_.as<uint32_t>()});
   if (status.ok()) {
     status =
         backend_.ExpandVerticalSlash({.columns = columns_.as<uint32_t>(),

@@ -285,7 +285,6 @@ absl::Status Scheduler::ComputeLogprobs(PrefillJob& job, model::PrefillSequence&
     return !job.ended();
   };
   const absl::Time started = clock_.Now();
-  if (!go_on()) return absl::OkStatus();
   auto logprobs = sequence.Logprobs(go_on);
   if (absl::IsCancelled(logprobs.status())) return absl::OkStatus();
   if (!logprobs.ok()) return logprobs.status();

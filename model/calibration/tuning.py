@@ -121,5 +121,5 @@ def tune(
 
 
 def oracle_density(dumps: list[Dump], gamma: float) -> float:
-    """Mean density of every head's own smallest pattern that holds gamma: what no choice of blocks can beat."""
+    """Mean density when every row of every head keeps gamma with the fewest blocks; gamma in the mean can cost less."""
     return float(np.mean([d.pivot_pattern(head, gamma).mean() for d in dumps for head in range(len(d.mass))]))
