@@ -156,57 +156,11 @@ std::vector<float> MakeMasses(int num_heads, int64_t n, bool ties, uint32_t seed
 // values (gamma 1) asks for just that, so gamma 1 goes with few distinct values only.
 bool DecidedByRounding(bool ties, float gamma) { return gamma == 1.0f && !ties; }
 
-TEST_F(CudaPattern, VerticalSlashEqualsReferenceWithAndWithoutTies) {
-  constexpr int kHeads = 3;
-  for (const int64_t num_keys : {1, 64, 65, 700, 5000, 9000, 100000}) {
-    const auto num_words =
-        static_cast<size_t>(kHeads * PatternWords(CeilDiv(num_keys, int64_t{64})));
-    for (const bool ties : {false, true}) {
-      const std::vector<float> vertical = MakeMasses(kHeads, num_keys, ties, 1);
-      const std::vector<float> slash = MakeMasses(kHeads, num_keys, ties, 2);
-      const DeviceArray<float> device_vertical(vertical), device_slash(slash);
-      for (const float gamma : {0.3f, 0.9f, 0.999f, 1.0f}) {
-        if (DecidedByRounding(ties, gamma)) continue;
-        for (const int64_t budget : {0, 100, 1000000}) {
-          VerticalSlashParams p;
-          p.num_keys = num_keys;
-          p.num_heads = kHeads;
-          p.block_tokens = 64;
-          p.gamma = gamma;
-          p.min_budget_tokens = budget;
-          std::vector<uint32_t> columns(num_words), diagonals(num_words);
-          p.vertical = vertical.data();
-          p.slash = slash.data();
-          p.columns = columns.data();
-          p.diagonals = diagonals.data();
-          reference::VerticalSlash(p);
-          const DeviceArray<uint32_t> device_columns(num_words), device_diagonals(num_words);
-          p.vertical = device_vertical.data();
-          p.slash = device_slash.data();
-          p.columns = device_columns.data();
-          p.diagonals = device_diagonals.data();
-          PREFILLD_ASSERT_CUDA(cuda::LaunchVerticalSlash(p, nullptr));
-          EXPECT_EQ(device_columns.Read(), columns)
-              << num_keys << " keys, ties " << ties << ", gamma " << gamma << ", budget " << budget;
-          EXPECT_EQ(device_diagonals.Read(), diagonals)
-              << num_keys << " keys, ties " << ties << ", gamma " << gamma << ", budget " << budget;
-        }
-      }
-    }
-  }
-}
-
-// Columns and diagonals of `num_heads` heads against the reference.
-void ExpectVerticalSlashEqualsReference(int num_heads, int64_t num_keys, bool ties, float gamma) {
-  const std::vector<float> vertical = MakeMasses(num_heads, num_keys, ties, 3);
-  const std::vector<float> slash = MakeMasses(num_heads, num_keys, ties, 4);
-  VerticalSlashParams p;
-  p.num_keys = num_keys;
-  p.num_heads = num_heads;
-  p.gamma = gamma;
-  p.min_budget_tokens = 1000;
+// Columns and diagonals of p, whose pointers are not set, against the reference.
+void ExpectVerticalSlashEqualsReference(VerticalSlashParams p, const std::vector<float>& vertical,
+                                        const std::vector<float>& slash) {
   const auto num_words =
-      static_cast<size_t>(num_heads * PatternWords(CeilDiv(num_keys, p.block_tokens)));
+      static_cast<size_t>(p.num_heads * PatternWords(CeilDiv(p.num_keys, p.block_tokens)));
   std::vector<uint32_t> columns(num_words), diagonals(num_words);
   p.vertical = vertical.data();
   p.slash = slash.data();
@@ -222,6 +176,41 @@ void ExpectVerticalSlashEqualsReference(int num_heads, int64_t num_keys, bool ti
   PREFILLD_ASSERT_CUDA(cuda::LaunchVerticalSlash(p, nullptr));
   EXPECT_EQ(device_columns.Read(), columns);
   EXPECT_EQ(device_diagonals.Read(), diagonals);
+}
+
+TEST_F(CudaPattern, VerticalSlashEqualsReferenceWithAndWithoutTies) {
+  constexpr int kHeads = 3;
+  for (const int64_t num_keys : {1, 64, 65, 700, 5000, 9000, 100000}) {
+    for (const bool ties : {false, true}) {
+      const std::vector<float> vertical = MakeMasses(kHeads, num_keys, ties, 1);
+      const std::vector<float> slash = MakeMasses(kHeads, num_keys, ties, 2);
+      for (const float gamma : {0.3f, 0.9f, 0.999f, 1.0f}) {
+        if (DecidedByRounding(ties, gamma)) continue;
+        for (const int64_t budget : {0, 100, 1000000}) {
+          SCOPED_TRACE(::testing::Message() << num_keys << " keys, ties " << ties << ", gamma "
+                                            << gamma << ", budget " << budget);
+          VerticalSlashParams p;
+          p.num_keys = num_keys;
+          p.num_heads = kHeads;
+          p.block_tokens = 64;
+          p.gamma = gamma;
+          p.min_budget_tokens = budget;
+          ExpectVerticalSlashEqualsReference(p, vertical, slash);
+        }
+      }
+    }
+  }
+}
+
+// Of heads with masses made here, in blocks of the default size.
+void ExpectVerticalSlashEqualsReference(int num_heads, int64_t num_keys, bool ties, float gamma) {
+  VerticalSlashParams p;
+  p.num_keys = num_keys;
+  p.num_heads = num_heads;
+  p.gamma = gamma;
+  p.min_budget_tokens = 1000;
+  ExpectVerticalSlashEqualsReference(p, MakeMasses(num_heads, num_keys, ties, 3),
+                                     MakeMasses(num_heads, num_keys, ties, 4));
 }
 
 TEST_F(CudaPattern, VerticalSlashOfClustersOfEverySizeEqualsReference) {
