@@ -48,15 +48,16 @@ struct LinearParams {
 // i + head_dim / 2), and writes queries, keys and values where attention and the KV plane want
 // them.
 //
-// Token t of the call has absolute position first_position + t. Angles are position *
-// inv_freq[i] in double precision or equivalent (a 1M-token prompt exhausts fp32), cos and sin
-// scaled by attention_factor (YaRN).
+// Token t of the call has absolute position positions[t], or first_position + t where that is null.
+// Angles are position * inv_freq[i] in double precision or equivalent (a 1M-token prompt exhausts
+// fp32), cos and sin scaled by attention_factor (YaRN).
 struct QkvRopeParams {
-  const void* qkv = nullptr;        // [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
-  const void* q_norm = nullptr;     // [head_dim], null: no normalisation
-  const void* k_norm = nullptr;     // [head_dim], null: no normalisation
-  const float* inv_freq = nullptr;  // [head_dim / 2], device memory
-  void* q = nullptr;                // [num_tokens, num_heads, head_dim]
+  const void* qkv = nullptr;           // [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
+  const void* q_norm = nullptr;        // [head_dim], null: no normalisation
+  const void* k_norm = nullptr;        // [head_dim], null: no normalisation
+  const float* inv_freq = nullptr;     // [head_dim / 2], device memory
+  const int32_t* positions = nullptr;  // [num_tokens], device memory; null: first_position counts
+  void* q = nullptr;                   // [num_tokens, num_heads, head_dim]
   void* k = nullptr;  // strided: kv head h, token t at h * kv_head_stride + t * kv_token_stride
   void* v = nullptr;  // as k
   int64_t num_tokens = 0;

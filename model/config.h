@@ -66,6 +66,8 @@ struct RopeTable {
   float attention_factor = 1.0f;
 };
 RopeTable MakeRopeTable(const ModelConfig& config, int64_t num_tokens);
+// Whether a prompt of `num_tokens` has the table of every shorter one.
+bool HasCommonRopeTable(const ModelConfig& config, int64_t num_tokens);
 
 }  // namespace prefilld::model
 

@@ -186,7 +186,9 @@ absl::StatusOr<std::vector<float>> PagedDecoder::Step(uint32_t token, int64_t po
     if (status.ok()) status = step_->AfterAttention(layer);
   }
   if (!status.ok()) return status;
-  return step_->Logits();
+  absl::StatusOr<std::vector<std::vector<float>>> logits = step_->Logits();
+  if (!logits.ok()) return logits.status();
+  return std::move(logits->front());
 }
 
 absl::Status PagedDecoder::Attend(const LayerPool& pool, int64_t num_keys, void* queries) {

@@ -50,6 +50,7 @@ absl::Status LayerStep::Allocate(int64_t max_tokens) {
   }
   if (status.ok()) status = allocate(gated_, tile_tokens_, config_.intermediate, element);
   if (status.ok()) status = allocate(token_ids_, tile_tokens_, 1, sizeof(uint32_t));
+  if (status.ok()) status = allocate(positions_, max_tokens, 1, sizeof(int32_t));
   if (status.ok()) status = allocate(inv_freq_, 1, config_.head_dim / 2, sizeof(float));
   if (status.ok()) status = allocate(logprobs_, 2, tile_tokens_, sizeof(float));
   return status;
@@ -68,9 +69,27 @@ absl::Status LayerStep::SetRotation(int64_t rope_tokens) {
 
 absl::Status LayerStep::Embed(absl::Span<const uint32_t> tokens, int64_t first_position,
                               int64_t rope_tokens) {
-  num_tokens_ = static_cast<int64_t>(tokens.size());
+  places_.assign(1, {0, static_cast<int64_t>(tokens.size())});
   first_position_ = first_position;
   absl::Status status = SetRotation(rope_tokens);
+  return status.ok() ? EmbedTokens(tokens) : status;
+}
+
+absl::Status LayerStep::Embed(const PackedPrompts& prompts, int64_t rope_tokens) {
+  if (prompts.count() == 1) return Embed(prompts.tokens(), /*first_position=*/0, rope_tokens);
+  places_.assign(prompts.places().begin(), prompts.places().end());
+  absl::Status status = SetRotation(rope_tokens);
+  if (status.ok()) {
+    const std::vector<int32_t> positions = prompts.Positions();
+    status =
+        backend_.Upload(positions_.data(), positions.data(), positions.size() * sizeof(int32_t));
+  }
+  return status.ok() ? EmbedTokens(prompts.tokens()) : status;
+}
+
+absl::Status LayerStep::EmbedTokens(absl::Span<const uint32_t> tokens) {
+  num_tokens_ = static_cast<int64_t>(tokens.size());
+  absl::Status status;
   for (int64_t first = 0; first < num_tokens_ && status.ok(); first += tile_tokens_) {
     const int64_t count = std::min(tile_tokens_, num_tokens_ - first);
     status = backend_.Upload(token_ids_.data(), &tokens[first], count * sizeof(uint32_t));
@@ -84,10 +103,11 @@ absl::Status LayerStep::Embed(absl::Span<const uint32_t> tokens, int64_t first_p
   return status;
 }
 
-absl::Status LayerStep::RmsNorm(const void* x, const DeviceBuffer& weight, int64_t num_tokens) {
+absl::Status LayerStep::RmsNorm(const void* x, const DeviceBuffer& weight, int64_t num_tokens,
+                                int64_t to) {
   return backend_.RmsNorm({.x = x,
                            .weight = weight.data(),
-                           .y = normed_.data(),
+                           .y = At(normed_, to * config_.hidden),
                            .num_tokens = num_tokens,
                            .hidden = config_.hidden,
                            .epsilon = static_cast<float>(config_.rms_norm_epsilon)});
@@ -110,6 +130,7 @@ absl::Status LayerStep::BeforeAttention(int layer, const KvDestination& kv) {
   const LayerWeights& weights = weights_.layers[layer];
   const int64_t q_width = static_cast<int64_t>(config_.num_heads) * config_.head_dim;
   const int64_t qkv_width = q_width + 2 * int64_t{config_.num_kv_heads} * config_.head_dim;
+  const int32_t* positions = places_.size() > 1 ? positions_.as<int32_t>() : nullptr;
   for (int64_t first = 0; first < num_tokens_; first += tile_tokens_) {
     const int64_t count = std::min(tile_tokens_, num_tokens_ - first);
     absl::Status status = RmsNorm(At(hidden_, first * config_.hidden), weights.input_norm, count);
@@ -122,6 +143,7 @@ absl::Status LayerStep::BeforeAttention(int layer, const KvDestination& kv) {
                                  .q_norm = weights.q_norm.data(),
                                  .k_norm = weights.k_norm.data(),
                                  .inv_freq = inv_freq_.as<float>(),
+                                 .positions = positions ? positions + first : nullptr,
                                  .q = At(queries_, first * q_width),
                                  .k = At(kv.k, first * kv.token_stride),
                                  .v = At(kv.v, first * kv.token_stride),
@@ -169,37 +191,55 @@ absl::Status LayerStep::AfterAttention(int layer) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::vector<float>> LayerStep::Logits() {
-  absl::Status status = RmsNorm(At(hidden_, (num_tokens_ - 1) * config_.hidden),
-                                weights_.final_norm, /*num_tokens=*/1);
-  if (status.ok()) {
-    status = Linear(normed_.data(), weights_.head_data(), nullptr, wide_.data(), 1, config_.hidden,
-                    config_.vocab_size, /*accumulate=*/false);
-  }
-  if (!status.ok()) return status;
+// As many as wide_ has room for: it holds nothing between BeforeAttention and AfterAttention, nor
+// after the last layer.
+int64_t LayerStep::LogitsPerTile() const {
+  const int64_t logits_bytes =
+      config_.vocab_size * static_cast<int64_t>(kernels::SizeOf(backend_.compute_dtype()));
+  return std::min(tile_tokens_, static_cast<int64_t>(wide_.bytes()) / logits_bytes);
+}
 
-  std::vector<float> logits(config_.vocab_size);
-  if (backend_.compute_dtype() == kernels::DType::kFp32) {
-    status = backend_.Download(logits.data(), wide_.data(), logits.size() * sizeof(float));
+absl::StatusOr<std::vector<std::vector<float>>> LayerStep::Logits() {
+  std::vector<std::vector<float>> logits;
+  const auto num_prompts = static_cast<int64_t>(places_.size());
+  const int64_t tile = LogitsPerTile();
+  for (int64_t first = 0; first < num_prompts; first += tile) {
+    const int64_t count = std::min(tile, num_prompts - first);
+    absl::Status status;
+    for (int64_t i = 0; i < count && status.ok(); ++i) {
+      const PromptPlace& place = places_[first + i];
+      const int64_t last = place.first + place.count - 1;
+      status = RmsNorm(At(hidden_, last * config_.hidden), weights_.final_norm, 1, /*to=*/i);
+    }
+    if (status.ok()) {
+      status = Linear(normed_.data(), weights_.head_data(), nullptr, wide_.data(), count,
+                      config_.hidden, config_.vocab_size, /*accumulate=*/false);
+    }
+    for (int64_t i = 0; i < count && status.ok(); ++i) {
+      logits.emplace_back(config_.vocab_size);
+      status = DownloadAsFloat(At(wide_, i * config_.vocab_size), logits.back());
+    }
     if (!status.ok()) return status;
-    return logits;
   }
-  std::vector<uint16_t> bf16(config_.vocab_size);
-  status = backend_.Download(bf16.data(), wide_.data(), bf16.size() * sizeof(uint16_t));
-  if (!status.ok()) return status;
-  std::transform(bf16.begin(), bf16.end(), logits.begin(), Bf16ToFloat);
   return logits;
 }
 
-// In tiles of as many tokens as wide_ has room for their logits: it holds nothing between
-// BeforeAttention and AfterAttention, nor after the last layer.
-absl::StatusOr<PromptLogprobs> LayerStep::LogprobsOf(absl::Span<const uint32_t> tokens,
+absl::Status LayerStep::DownloadAsFloat(const void* from, std::vector<float>& to) {
+  if (backend_.compute_dtype() == kernels::DType::kFp32) {
+    return backend_.Download(to.data(), from, to.size() * sizeof(float));
+  }
+  std::vector<uint16_t> bf16(to.size());
+  absl::Status status = backend_.Download(bf16.data(), from, bf16.size() * sizeof(uint16_t));
+  std::transform(bf16.begin(), bf16.end(), to.begin(), Bf16ToFloat);
+  return status;
+}
+
+absl::StatusOr<PromptLogprobs> LayerStep::LogprobsOf(int prompt, absl::Span<const uint32_t> tokens,
                                                      absl::FunctionRef<bool()> go_on) {
   PromptLogprobs result;
-  const int64_t num_scored = num_tokens_ - 1;
-  const int64_t logits_bytes =
-      config_.vocab_size * static_cast<int64_t>(kernels::SizeOf(backend_.compute_dtype()));
-  const int64_t tile = std::min(tile_tokens_, static_cast<int64_t>(wide_.bytes()) / logits_bytes);
+  const PromptPlace& place = places_[prompt];
+  const int64_t num_scored = place.count - 1;
+  const int64_t tile = LogitsPerTile();
   result.of_token.resize(num_scored);
   result.of_best.resize(num_scored);
   auto* logprobs = logprobs_.as<float>();
@@ -209,7 +249,8 @@ absl::StatusOr<PromptLogprobs> LayerStep::LogprobsOf(absl::Span<const uint32_t> 
           absl::StrCat("stopped after ", first, " of ", num_scored, " log-probabilities"));
     }
     const int64_t count = std::min(tile, num_scored - first);
-    absl::Status status = RmsNorm(At(hidden_, first * config_.hidden), weights_.final_norm, count);
+    absl::Status status =
+        RmsNorm(At(hidden_, (place.first + first) * config_.hidden), weights_.final_norm, count);
     if (status.ok()) {
       status = Linear(normed_.data(), weights_.head_data(), nullptr, wide_.data(), count,
                       config_.hidden, config_.vocab_size, /*accumulate=*/false);

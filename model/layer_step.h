@@ -12,6 +12,7 @@
 #include "absl/types/span.h"
 #include "model/backend.h"
 #include "model/config.h"
+#include "model/packed_prompts.h"
 #include "model/prompt_logprobs.h"
 #include "model/weights.h"
 
@@ -29,8 +30,8 @@ struct KvDestination {
 // The layer step, written once for all devices and for prefill and decode alike. One run is
 //   Embed, then per layer: BeforeAttention, the caller's attention from queries() to queries()
 //   (in place), AfterAttention, and at the end Logits and LogprobsOf, in any order.
-// Holds the activations of one sequence: hidden states and queries for all tokens, everything
-// wider for one tile of tokens at a time. All memory is allocated by Create. Not thread-safe.
+// Holds the activations of one run: hidden states and queries for all tokens, everything wider for
+// one tile of tokens at a time. All device memory is allocated by Create. Not thread-safe.
 class LayerStep {
  public:
   // `backend`, `config` and `weights` are borrowed and outlive the step.
@@ -39,10 +40,13 @@ class LayerStep {
                                                            const Weights* weights,
                                                            int64_t max_tokens, int64_t tile_tokens);
 
-  // Starts over with these tokens, at most max_tokens of them, the first at `first_position`.
-  // `rope_tokens` is the length of the prompt that the rotation is made for.
+  // Starts over with these tokens of one prompt, at most max_tokens of them, the first at
+  // `first_position`. `rope_tokens` is the length of the prompt that the rotation is made for.
   absl::Status Embed(absl::Span<const uint32_t> tokens, int64_t first_position,
                      int64_t rope_tokens);
+  // Starts over with whole prompts that one rotation fits, at most max_tokens in all, padding
+  // included.
+  absl::Status Embed(const PackedPrompts& prompts, int64_t rope_tokens);
 
   // Norm, projection, rotation: fills queries() and the keys and values of all tokens.
   absl::Status BeforeAttention(int layer, const KvDestination& kv);
@@ -50,13 +54,13 @@ class LayerStep {
   // Output projection and MLP, each added to the hidden states.
   absl::Status AfterAttention(int layer);
 
-  // Logits of the last token, [vocab_size].
-  absl::StatusOr<std::vector<float>> Logits();
+  // Logits of every prompt's last token, [prompts of the run][vocab_size].
+  absl::StatusOr<std::vector<std::vector<float>>> Logits();
 
-  // What the hidden states say of every token of the run but the first; `tokens` are those of
-  // Embed. Asks `go_on` before each tile, none of which takes longer than the gate and up
-  // projections of a layer's: CANCELLED as soon as it says no.
-  absl::StatusOr<PromptLogprobs> LogprobsOf(absl::Span<const uint32_t> tokens,
+  // What the hidden states say of every token of a prompt but its first; `tokens` are the prompt's.
+  // Asks `go_on` before each tile, none of which takes longer than the gate and up projections of a
+  // layer's: CANCELLED as soon as it says no.
+  absl::StatusOr<PromptLogprobs> LogprobsOf(int prompt, absl::Span<const uint32_t> tokens,
                                             absl::FunctionRef<bool()> go_on);
 
   // [num_tokens, num_heads, head_dim] in device memory.
@@ -69,7 +73,12 @@ class LayerStep {
 
   absl::Status Allocate(int64_t max_tokens);
   absl::Status SetRotation(int64_t rope_tokens);
-  absl::Status RmsNorm(const void* x, const DeviceBuffer& weight, int64_t num_tokens);
+  absl::Status EmbedTokens(absl::Span<const uint32_t> tokens);
+  int64_t LogitsPerTile() const;
+  absl::Status DownloadAsFloat(const void* from, std::vector<float>& to);
+  // Into normed_, from its row `to` on.
+  absl::Status RmsNorm(const void* x, const DeviceBuffer& weight, int64_t num_tokens,
+                       int64_t to = 0);
   absl::Status Linear(const void* x, const void* w, const DeviceBuffer* bias, void* y,
                       int64_t num_tokens, int64_t in_features, int64_t out_features,
                       bool accumulate);
@@ -91,11 +100,14 @@ class LayerStep {
   DeviceBuffer wide_;       // [tile_tokens, qkv width or 2 * intermediate]; at least [vocab_size]
   DeviceBuffer gated_;      // [tile_tokens, intermediate]
   DeviceBuffer token_ids_;  // [tile_tokens]
+  DeviceBuffer positions_;  // [max_tokens] int32, of several prompts
   DeviceBuffer inv_freq_;   // [head_dim / 2]
   DeviceBuffer logprobs_;   // [2, tile_tokens]: of tokens, of the likeliest
 
+  // The run.
   int64_t num_tokens_ = 0;
-  int64_t first_position_ = 0;
+  int64_t first_position_ = 0;       // of one prompt
+  std::vector<PromptPlace> places_;  // several: positions_ holds
   RopeTable rotation_;
   int64_t rope_tokens_ = 0;  // what rotation_ was made for; 0: nothing yet
 };

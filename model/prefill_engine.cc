@@ -11,6 +11,7 @@
 #include "model/head_clusters.h"
 #include "model/kv_slots.h"
 #include "model/layer_step.h"
+#include "model/packed_prompts.h"
 #include "model/pattern_sharing.h"
 #include "model/stopwatch.h"
 #include "model/weights.h"
@@ -22,10 +23,14 @@ constexpr int64_t kDefaultMaxTokens = 131072;
 // Far above any device's memory, and low enough that kernels may count positions as int and no size
 // of the workspace overflows.
 constexpr int64_t kMaxPositions = int64_t{1} << 28;
+// A batch's pattern grows with the square: here it takes 2 MiB, or 8 of blocks of 64 tokens.
+constexpr int64_t kMaxBatchTokens = int64_t{1} << 19;
 // Wide enough to saturate the GEMMs of the device, narrow enough that the wide activations stay
 // small beside the hidden states (CUDA) or in the cache (CPU).
 constexpr int64_t kCpuTileTokens = 512;
 constexpr int64_t kCudaTileTokens = 8192;
+// One full tile: by then a GPU's GEMMs gain nothing from more tokens.
+constexpr int64_t kCudaBatchTokens = kCudaTileTokens;
 // KV heads start at multiples of this many tokens, so that a kernel may load whole tiles.
 constexpr int64_t kKvStrideTokens = 128;
 
@@ -43,6 +48,11 @@ absl::Status ValidateOptions(const EngineOptions& options) {
     return absl::InvalidArgumentError(
         absl::StrCat("tile_tokens ", options.tile_tokens, " is negative"));
   }
+  if (options.max_batch_tokens &&
+      (*options.max_batch_tokens < 0 || *options.max_batch_tokens > kMaxBatchTokens)) {
+    return absl::InvalidArgumentError(absl::StrCat("max_batch_tokens ", *options.max_batch_tokens,
+                                                   " is outside 0 to ", kMaxBatchTokens));
+  }
   if (options.kv_slots < 2) {
     return absl::InvalidArgumentError(absl::StrCat("kv_slots ", options.kv_slots,
                                                    " is below 2: one layer leaves while the next "
@@ -55,9 +65,10 @@ absl::Status ValidateOptions(const EngineOptions& options) {
   return absl::OkStatus();
 }
 
-// What a running prompt uses. Everything is allocated when the engine is created.
+// What a running sequence uses. Everything is allocated when the engine is created.
 struct EngineParts {
   int block_tokens = 0;
+  int64_t max_batch_tokens = 0;
   EngineInfo info;
   std::unique_ptr<Backend> backend;  // before all that lives in its memory
   Weights weights;
@@ -66,15 +77,18 @@ struct EngineParts {
   std::unique_ptr<PatternSharing> sharing;
   std::unique_ptr<BaselineAttention> baseline;  // null: not asked for
   std::unique_ptr<KvSlots> slots;
+  DeviceBuffer batch_pattern;                 // of the largest batch
   std::vector<kernels::HeadWork> dense_work;  // all heads
+  std::vector<kernels::HeadWork> batch_work;  // all heads, by batch_pattern
   std::atomic<bool> busy = false;             // a sequence exists
 };
 
 class Sequence final : public PrefillSequence {
  public:
-  // `options` with the policy resolved. Clears parts->busy on destruction.
-  Sequence(EngineParts* parts, absl::Span<const uint32_t> tokens, const AttentionOptions& options)
-      : parts_(*parts), tokens_(tokens.begin(), tokens.end()), policy_(options.policy) {
+  // `options` with the policy resolved, dense for several prompts. Clears parts->busy on
+  // destruction.
+  Sequence(EngineParts* parts, PackedPrompts prompts, const AttentionOptions& options)
+      : parts_(*parts), prompts_(std::move(prompts)), policy_(options.policy) {
     if (IsBaseline(policy_)) {
       parts_.baseline->StartPrompt(num_tokens(), options);
     } else if (policy_ != AttentionPolicy::kDense) {
@@ -111,10 +125,13 @@ class Sequence final : public PrefillSequence {
     absl::StatusOr<KvSlot> slot = parts_.slots->Computed(layer);
     if (!slot.ok()) return slot.status();
     if (absl::Status status = CheckSelection(selection); !status.ok()) return status;
-    return parts_.backend->PackKv({.k = slot->k,
-                                   .v = slot->v,
+    const PromptPlace& place = prompts_.places()[selection.prompt];
+    const int64_t first_byte = place.first * config().head_dim *
+                               static_cast<int64_t>(kernels::SizeOf(parts_.info.native_dtype));
+    return parts_.backend->PackKv({.k = static_cast<const char*>(slot->k) + first_byte,
+                                   .v = static_cast<const char*>(slot->v) + first_byte,
                                    .kv_head_stride = kv_head_stride(),
-                                   .num_tokens = num_tokens(),
+                                   .num_tokens = place.count,
                                    .first_block = selection.first_block,
                                    .num_blocks = selection.num_blocks,
                                    .block_tokens = selection.block_tokens,
@@ -128,28 +145,40 @@ class Sequence final : public PrefillSequence {
 
   void ReleaseKv(int layer) override { parts_.slots->Release(layer); }
 
-  absl::StatusOr<std::vector<float>> FinalLogits() override {
+  absl::StatusOr<std::vector<std::vector<float>>> FinalLogits() override {
     if (absl::Status status = CheckFinished(); !status.ok()) return status;
     return parts_.step->Logits();
   }
 
-  absl::StatusOr<PromptLogprobs> Logprobs(absl::FunctionRef<bool()> go_on) override {
+  absl::StatusOr<PromptLogprobs> Logprobs(int prompt, absl::FunctionRef<bool()> go_on) override {
     if (absl::Status status = CheckFinished(); !status.ok()) return status;
-    return parts_.step->LogprobsOf(tokens_, go_on);
+    if (absl::Status status = CheckPrompt(prompt); !status.ok()) return status;
+    return parts_.step->LogprobsOf(prompt, prompts_.tokens_of(prompt), go_on);
   }
 
  private:
   const ModelConfig& config() const { return parts_.info.config; }
-  int64_t num_tokens() const { return static_cast<int64_t>(tokens_.size()); }
+  bool is_batch() const { return prompts_.count() > 1; }
+  // Of all prompts, padding between them included.
+  int64_t num_tokens() const { return static_cast<int64_t>(prompts_.tokens().size()); }
   int64_t kv_head_stride() const {
     return RoundUp(num_tokens(), kKvStrideTokens) * config().head_dim;
+  }
+
+  absl::Status Begin() {
+    // One rotation fits all prompts of a batch.
+    absl::Status status = parts_.step->Embed(prompts_, prompts_.places().front().count);
+    if (!status.ok() || !is_batch()) return status;
+    const std::vector<uint32_t> pattern = prompts_.Pattern(parts_.block_tokens);
+    return parts_.backend->Upload(parts_.batch_pattern.data(), pattern.data(),
+                                  pattern.size() * sizeof(uint32_t));
   }
 
   // Waits for the device at the end, as PackKv asks for, and nowhere else but for decisions about
   // patterns: what the stages took is known from marks on the device's time line.
   absl::Status ComputeLayer(const KvSlot& slot, LayerReport* report) {
     absl::Status status;
-    if (next_layer_ == 0) status = parts_.step->Embed(tokens_, /*first_position=*/0, num_tokens());
+    if (next_layer_ == 0) status = Begin();
     if (status.ok()) {
       status = parts_.step->BeforeAttention(next_layer_, {.k = slot.k,
                                                           .v = slot.v,
@@ -186,8 +215,9 @@ class Sequence final : public PrefillSequence {
     if (policy_ != AttentionPolicy::kDense) {
       return parts_.sharing->Attend(next_layer_, attention, report);
     }
-    attention.work = parts_.dense_work.data();
-    attention.num_work = static_cast<int>(parts_.dense_work.size());
+    const auto& work = is_batch() ? parts_.batch_work : parts_.dense_work;
+    attention.work = work.data();
+    attention.num_work = static_cast<int>(work.size());
     absl::Status status = parts_.backend->Mark(kDenseBegins);
     if (status.ok()) status = parts_.backend->Attention(attention);
     if (status.ok()) status = parts_.backend->Mark(kDenseDone);
@@ -211,13 +241,21 @@ class Sequence final : public PrefillSequence {
                                                       " of ", config().num_layers, " layers"));
   }
 
+  absl::Status CheckPrompt(int prompt) const {
+    if (prompt >= 0 && prompt < prompts_.count()) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        absl::StrCat("prompt ", prompt, " is outside the batch of ", prompts_.count()));
+  }
+
   absl::Status CheckSelection(const KvSelection& selection) const {
+    if (absl::Status status = CheckPrompt(selection.prompt); !status.ok()) return status;
     const int block_tokens = selection.block_tokens;
     if (block_tokens != 16 && block_tokens != 32 && block_tokens != 64 && block_tokens != 128) {
       return absl::InvalidArgumentError(absl::StrCat("kv.block_tokens ", block_tokens,
                                                      " unsupported; built for 16, 32, 64, 128"));
     }
-    const int64_t blocks = kernels::CeilDiv(num_tokens(), block_tokens);
+    const int64_t blocks =
+        kernels::CeilDiv(prompts_.places()[selection.prompt].count, block_tokens);
     if (selection.first_block < 0 || selection.num_blocks < 1 ||
         selection.num_blocks > blocks - selection.first_block) {
       return absl::InvalidArgumentError(absl::StrCat("kv.first_block ", selection.first_block,
@@ -234,7 +272,7 @@ class Sequence final : public PrefillSequence {
   }
 
   EngineParts& parts_;
-  const std::vector<uint32_t> tokens_;
+  const PackedPrompts prompts_;
   const AttentionPolicy policy_;
   int next_layer_ = 0;
   absl::Status failure_;  // of a layer: the hidden states are lost with it
@@ -251,24 +289,66 @@ class Engine final : public PrefillEngine {
     return parts_->backend->AllocateStaging(bytes);
   }
 
-  absl::StatusOr<std::unique_ptr<PrefillSequence>> Start(absl::Span<const uint32_t> tokens,
-                                                         const AttentionOptions& options) override {
-    if (absl::Status status = CheckTokens(tokens); !status.ok()) return status;
-    if (absl::Status status = Validate(options); !status.ok()) return status;
-    if (IsBaseline(options.policy) && parts_->baseline == nullptr) {
-      return absl::InvalidArgumentError(absl::StrCat("attention.policy ", Name(options.policy),
-                                                     " is a baseline; this engine has none"));
+  int64_t max_batch_tokens() const override { return parts_->max_batch_tokens; }
+  int64_t BatchTokens(int64_t num_tokens, const AttentionOptions& options) const override {
+    const int64_t padded = PackedPrompts::PaddedTokens(num_tokens);
+    const bool fits = padded <= parts_->max_batch_tokens &&
+                      Resolve(options, num_tokens) == AttentionPolicy::kDense &&
+                      HasCommonRopeTable(parts_->info.config, num_tokens);
+    return fits ? padded : 0;
+  }
+
+  absl::StatusOr<std::unique_ptr<PrefillSequence>> Start(
+      absl::Span<const PromptInput> prompts) override {
+    std::vector<absl::Span<const uint32_t>> tokens;
+    for (const PromptInput& prompt : prompts) {
+      if (absl::Status status = CheckPrompt(prompt); !status.ok()) return status;
+      tokens.push_back(prompt.tokens);
     }
+    if (absl::Status status = CheckBatch(prompts); !status.ok()) return status;
     if (parts_->busy.exchange(true)) {
       return absl::FailedPreconditionError("another sequence is running");
     }
-    AttentionOptions resolved = options;
-    resolved.policy = ResolvePolicy(options, static_cast<int64_t>(tokens.size()),
-                                    parts_->block_tokens, !parts_->clusters.empty());
-    return std::make_unique<Sequence>(parts_.get(), tokens, resolved);
+    AttentionOptions resolved = prompts.front().attention;
+    resolved.policy = Resolve(resolved, static_cast<int64_t>(tokens.front().size()));
+    return std::make_unique<Sequence>(parts_.get(), PackedPrompts(tokens), resolved);
   }
 
  private:
+  AttentionPolicy Resolve(const AttentionOptions& options, int64_t num_tokens) const {
+    return ResolvePolicy(options, num_tokens, parts_->block_tokens, !parts_->clusters.empty());
+  }
+
+  absl::Status CheckPrompt(const PromptInput& prompt) const {
+    if (absl::Status status = CheckTokens(prompt.tokens); !status.ok()) return status;
+    if (absl::Status status = Validate(prompt.attention); !status.ok()) return status;
+    if (!IsBaseline(prompt.attention.policy) || parts_->baseline != nullptr) {
+      return absl::OkStatus();
+    }
+    return absl::InvalidArgumentError(absl::StrCat("attention.policy ",
+                                                   Name(prompt.attention.policy),
+                                                   " is a baseline; this engine has none"));
+  }
+
+  absl::Status CheckBatch(absl::Span<const PromptInput> prompts) const {
+    if (prompts.empty()) return absl::InvalidArgumentError("a batch of no prompts");
+    if (prompts.size() == 1) return absl::OkStatus();
+    int64_t sum = 0;
+    for (const PromptInput& prompt : prompts) {
+      const auto num_tokens = static_cast<int64_t>(prompt.tokens.size());
+      const int64_t taken = BatchTokens(num_tokens, prompt.attention);
+      if (taken == 0) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("a prompt of ", num_tokens, " tokens with attention.policy ",
+                         Name(prompt.attention.policy), " runs alone, not in a batch"));
+      }
+      sum += taken;
+    }
+    if (sum <= parts_->max_batch_tokens) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrCat("a batch of ", sum, " tokens; at most ",
+                                                   parts_->max_batch_tokens, ", padding included"));
+  }
+
   absl::Status CheckTokens(absl::Span<const uint32_t> tokens) const {
     const int64_t vocab_size = parts_->info.config.vocab_size;
     if (tokens.empty() || static_cast<int64_t>(tokens.size()) > parts_->info.max_tokens) {
@@ -322,16 +402,32 @@ absl::StatusOr<int64_t> MaxTokens(const EngineOptions& options, const ModelConfi
                                                  " is above the model's ", limit, " positions"));
 }
 
-// The device memory of a running prompt.
+// Every head looks at one pattern, which is uploaded with each batch.
+absl::Status AllocateBatchPattern(EngineParts* parts) {
+  if (parts->max_batch_tokens == 0) return absl::OkStatus();
+  const int64_t blocks = kernels::CeilDiv(parts->max_batch_tokens, parts->block_tokens);
+  auto pattern =
+      parts->backend->Allocate(blocks * kernels::PatternWords(blocks) * sizeof(uint32_t));
+  if (!pattern.ok()) return pattern.status();
+  parts->batch_pattern = *std::move(pattern);
+  for (kernels::HeadWork work : parts->dense_work) {
+    work.pattern = parts->batch_pattern.as<uint32_t>();
+    parts->batch_work.push_back(work);
+  }
+  return absl::OkStatus();
+}
+
+// The device memory of a running sequence.
 absl::Status AllocateWorkspace(const EngineOptions& options, EngineParts* parts) {
   const ModelConfig& config = parts->info.config;
   Backend* backend = parts->backend.get();
-  const int64_t max_tokens = parts->info.max_tokens;
+  const int64_t max_tokens = parts->info.max_tokens;  // of one prompt
+  const int64_t all_tokens = std::max(max_tokens, parts->max_batch_tokens);
   int64_t tile_tokens = options.tile_tokens;
   if (tile_tokens == 0) {
     tile_tokens = parts->info.device_name == "cpu" ? kCpuTileTokens : kCudaTileTokens;
   }
-  auto step = LayerStep::Create(backend, &config, &parts->weights, max_tokens, tile_tokens);
+  auto step = LayerStep::Create(backend, &config, &parts->weights, all_tokens, tile_tokens);
   if (!step.ok()) return step.status();
   auto sharing =
       PatternSharing::Create(backend, &config, &parts->clusters, max_tokens, options.block_tokens);
@@ -342,14 +438,14 @@ absl::Status AllocateWorkspace(const EngineOptions& options, EngineParts* parts)
     parts->baseline = *std::move(baseline);
   }
   const int64_t slot_elements =
-      RoundUp(max_tokens, kKvStrideTokens) * config.num_kv_heads * config.head_dim;
+      RoundUp(all_tokens, kKvStrideTokens) * config.num_kv_heads * config.head_dim;
   auto slots = KvSlots::Create(backend, options.kv_slots,
                                slot_elements * kernels::SizeOf(backend->compute_dtype()));
   if (!slots.ok()) return slots.status();
   // Heads become pivots, of which block mass is asked, where there are clusters.
-  absl::Status status = backend->ReserveAttention({.num_queries = max_tokens,
-                                                   .num_keys = max_tokens,
-                                                   .kv_head_stride = max_tokens * config.head_dim,
+  absl::Status status = backend->ReserveAttention({.num_queries = all_tokens,
+                                                   .num_keys = all_tokens,
+                                                   .kv_head_stride = all_tokens * config.head_dim,
                                                    .num_heads = config.num_heads,
                                                    .num_kv_heads = config.num_kv_heads,
                                                    .head_dim = config.head_dim,
@@ -359,7 +455,7 @@ absl::Status AllocateWorkspace(const EngineOptions& options, EngineParts* parts)
   parts->step = *std::move(step);
   parts->sharing = *std::move(sharing);
   parts->slots = *std::move(slots);
-  return absl::OkStatus();
+  return AllocateBatchPattern(parts);
 }
 
 }  // namespace
@@ -400,10 +496,12 @@ absl::StatusOr<std::unique_ptr<PrefillEngine>> CreatePrefillEngine(const EngineO
     return status;
   }
 
-  if (absl::Status status = AllocateWorkspace(options, parts.get()); !status.ok()) return status;
   for (int head = 0; head < info.config.num_heads; ++head) {
     parts->dense_work.push_back({.head = head});
   }
+  const bool is_cpu = info.device_name == "cpu";
+  parts->max_batch_tokens = options.max_batch_tokens.value_or(is_cpu ? 0 : kCudaBatchTokens);
+  if (absl::Status status = AllocateWorkspace(options, parts.get()); !status.ok()) return status;
   return std::make_unique<Engine>(std::move(parts));
 }
 

@@ -1,4 +1,5 @@
-// Layer-major prefill: one prompt, one layer at a time, the layer's KV handed out as it is done.
+// Layer-major prefill: a prompt, or a batch of short ones, one layer at a time, the layer's KV
+// handed out as it is done.
 //
 // An interface so that the server's behaviour can be tested against a fake; the real engine comes
 // from CreatePrefillEngine.
@@ -7,6 +8,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -24,7 +26,8 @@
 
 namespace prefilld::model {
 
-// What was done for one layer. Head counts add up to num_heads.
+// What was done for one layer. Head counts add up to num_heads, and are those of every prompt of a
+// batch; times are the batch's.
 struct LayerReport {
   int layer = 0;
   int dense_heads = 0;
@@ -44,6 +47,7 @@ struct LayerReport {
 
 // Which part of a layer's KV, in which form.
 struct KvSelection {
+  int prompt = 0;  // of the batch
   int64_t first_block = 0;
   int64_t num_blocks = 0;
   int block_tokens = 16;
@@ -63,9 +67,10 @@ struct EngineInfo {
   AttentionOptions default_attention;
 };
 
-// One prompt on its way through the layers. Its KV slots and its workspace belong to the engine;
-// destroying the sequence gives them back. RunLayer, FinalLogits and Logprobs are for the compute
-// thread; PackKv and ReleaseKv may be called by other threads beside them and each other.
+// A prompt, or a batch of them packed into one sequence, on its way through the layers. Its KV
+// slots and its workspace belong to the engine; destroying the sequence gives them back. RunLayer,
+// FinalLogits and Logprobs are for the compute thread; PackKv and ReleaseKv may be called by other
+// threads beside them and each other.
 class PrefillSequence {
  public:
   virtual ~PrefillSequence() = default;
@@ -77,17 +82,22 @@ class PrefillSequence {
 
   // Writes PackedBytes() of a finished layer to `dst`, memory from AllocateStaging.
   virtual absl::Status PackKv(int layer, const KvSelection& selection, void* dst) = 0;
-  virtual void ReleaseKv(int layer) = 0;
+  virtual void ReleaseKv(int layer) = 0;  // of all prompts
 
-  // After the last layer: logits of the last position, [vocab_size].
-  virtual absl::StatusOr<std::vector<float>> FinalLogits() = 0;
-  // After the last layer: how likely the model finds the prompt itself, token by token. On a GPU by
+  // After the last layer: logits of every prompt's last position, [num_prompts][vocab_size].
+  virtual absl::StatusOr<std::vector<std::vector<float>>> FinalLogits() = 0;
+  // After the last layer: how likely the model finds a prompt itself, token by token. On a GPU by
   // logits rounded to bf16, as FinalLogits gives them. Long beside a layer's step, so `go_on` is
   // asked before each part of it: CANCELLED as soon as it says no.
-  virtual absl::StatusOr<PromptLogprobs> Logprobs(absl::FunctionRef<bool()> go_on) = 0;
+  virtual absl::StatusOr<PromptLogprobs> Logprobs(int prompt, absl::FunctionRef<bool()> go_on) = 0;
 
-  // The policy that runs: kAuto is resolved.
+  // The policy that runs: kAuto is resolved. Of several prompts: dense.
   virtual AttentionPolicy policy() const = 0;
+};
+
+struct PromptInput {
+  absl::Span<const uint32_t> tokens;
+  AttentionOptions attention;
 };
 
 class PrefillEngine {
@@ -98,10 +108,24 @@ class PrefillEngine {
   virtual int kv_slots() const = 0;  // at least 2
   virtual size_t allocated_bytes() const = 0;
 
-  // Takes 1 .. max_tokens ids, each < vocab_size (checked: INVALID_ARGUMENT), and valid options.
+  // Prompts that are computed together take at most so many tokens. 0: none are.
+  virtual int64_t max_batch_tokens() const = 0;
+  // What such a prompt takes of them, padding included. 0: it runs alone, for it is too long, not
+  // dense, or rotated in a way of its own.
+  virtual int64_t BatchTokens(int64_t num_tokens, const AttentionOptions& options) const = 0;
+
+  // Takes prompts of 1 .. max_tokens ids, each < vocab_size, with valid options, and several if
+  // BatchTokens is above 0 for each and max_batch_tokens() at most in all (checked:
+  // INVALID_ARGUMENT). What comes out of a prompt is, but for rounding, what it gives alone.
   // One sequence at a time: FAILED_PRECONDITION while another one exists.
   virtual absl::StatusOr<std::unique_ptr<PrefillSequence>> Start(
-      absl::Span<const uint32_t> tokens, const AttentionOptions& options) = 0;
+      absl::Span<const PromptInput> prompts) = 0;
+  // One prompt alone.
+  absl::StatusOr<std::unique_ptr<PrefillSequence>> Start(absl::Span<const uint32_t> tokens,
+                                                         const AttentionOptions& options) {
+    const PromptInput prompt = {tokens, options};
+    return Start(absl::MakeConstSpan(&prompt, 1));
+  }
 
   virtual absl::StatusOr<DeviceBuffer> AllocateStaging(size_t bytes) = 0;
 };
@@ -113,6 +137,9 @@ struct EngineOptions {
   int cpu_threads = 0;      // 0: all cores
   int64_t max_tokens = 0;   // longest prompt; fixes the workspace. 0: min(max_positions, 131072)
   int64_t tile_tokens = 0;  // tokens per tile of the wide projections. 0: chosen per device
+  // Of prompts computed together, see PrefillEngine; the workspace has room for so many. 0: none
+  // are. Absent: 8192 on CUDA; none on the CPU, whose cores one short prompt fills.
+  std::optional<int64_t> max_batch_tokens;
   int kv_slots = 3;
   int block_tokens = 128;  // of attention patterns: 64 or 128
   // Reserves the memory that baseline policies take; without it Start refuses them.

@@ -117,6 +117,11 @@ int64_t PositionLimit(const ModelConfig& config) {
   return config.max_positions;
 }
 
+bool HasCommonRopeTable(const ModelConfig& config, int64_t num_tokens) {
+  return config.rope.kind != RopeKind::kDynamicNtk ||
+         num_tokens <= config.rope.original_max_positions;
+}
+
 RopeTable MakeRopeTable(const ModelConfig& config, int64_t num_tokens) {
   const RopeConfig& rope = config.rope;
   RopeTable table;

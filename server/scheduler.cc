@@ -267,7 +267,7 @@ absl::Status Scheduler::ComputeFirstToken(PrefillJob& job, model::PrefillSequenc
   const auto logits = sequence.FinalLogits();
   if (!logits.ok()) return logits.status();
   const auto num_tokens = static_cast<int64_t>(job.work().tokens.size());
-  auto token = model::Sample(*logits, job.work().sampling, num_tokens);
+  auto token = model::Sample(logits->front(), job.work().sampling, num_tokens);
   if (token.ok()) {
     job.RecordFirstToken(*std::move(token));
   } else {
@@ -285,7 +285,7 @@ absl::Status Scheduler::ComputeLogprobs(PrefillJob& job, model::PrefillSequence&
     return !job.ended();
   };
   const absl::Time started = clock_.Now();
-  auto logprobs = sequence.Logprobs(go_on);
+  auto logprobs = sequence.Logprobs(/*prompt=*/0, go_on);
   if (absl::IsCancelled(logprobs.status())) return absl::OkStatus();
   if (!logprobs.ok()) return logprobs.status();
   job.RecordLogprobs(*std::move(logprobs), clock_.Now() - started);

@@ -106,6 +106,18 @@ void ComputeAngles(const QkvRopeParams& p, int64_t first_position, int64_t num_t
   }
 }
 
+int64_t PositionOf(const QkvRopeParams& p, int64_t token) {
+  return p.positions != nullptr ? p.positions[token] : p.first_position + token;
+}
+
+// The first token in (begin, end) whose position does not follow the one before, or `end`.
+int64_t EndOfRun(const QkvRopeParams& p, int64_t begin, int64_t end) {
+  if (p.positions == nullptr) return end;
+  int64_t token = begin + 1;
+  while (token < end && p.positions[token] == p.positions[token - 1] + 1) ++token;
+  return token;
+}
+
 // to = rotation of from by the angles; from may be to.
 void RotateHead(const float* from, const float* cos, const float* sin, int half, float* to) {
   const F32 d;
@@ -135,10 +147,15 @@ void QkvRopeTokens(const QkvRopeParams& p) {
 #pragma omp parallel for schedule(static) if (num_tasks > 1)
   for (int64_t task = 0; task < num_tasks; ++task) {
     Angles angles;
-    const int64_t begin = task * kTokensPerTask;
-    const int64_t end = std::min(begin + kTokensPerTask, p.num_tokens);
-    ComputeAngles(p, p.first_position + begin, end - begin, angles);
+    const int64_t end = std::min((task + 1) * kTokensPerTask, p.num_tokens);
+    int64_t begin = task * kTokensPerTask;
+    int64_t run_end = begin;  // tokens of consecutive positions share their angles' computation
     for (int64_t t = begin; t < end; ++t) {
+      if (t == run_end) {
+        begin = t;
+        run_end = EndOfRun(p, begin, end);
+        ComputeAngles(p, PositionOf(p, begin), run_end - begin, angles);
+      }
       const float* cos = angles.cos + (t - begin) * (head_dim / 2);
       const float* sin = angles.sin + (t - begin) * (head_dim / 2);
       const float* from = static_cast<const float*>(p.qkv) + t * row;

@@ -114,8 +114,10 @@ __device__ __forceinline__ int compute_angles(const QkvRopeParams& params, int64
   for (int i = static_cast<int>(threadIdx.x); i < num_tokens * kHalf; i += kThreads) {
     const int token = i / kHalf;
     const int pair = i % kHalf;
-    const float2 turn =
-        rotation(params.first_position + first_token + token, params.inv_freq[pair]);
+    const int64_t position = params.positions != nullptr
+                                 ? params.positions[first_token + token]
+                                 : params.first_position + first_token + token;
+    const float2 turn = rotation(position, params.inv_freq[pair]);
     cos_sin[token * kHalf + pair % 8 * kLanes + pair / 8] =
         make_float2(turn.x * params.attention_factor, turn.y * params.attention_factor);
   }

@@ -223,6 +223,58 @@ TEST_F(CudaLayerOps, QkvRopeEqualsReference) {
   }
 }
 
+// As first_position counts them, bit for bit, prompt by prompt.
+TEST_F(CudaLayerOps, QkvRopeTakesPositionsTokenByToken) {
+  constexpr int64_t kTokens = 203;
+  constexpr int kHeadDim = 64;
+  constexpr int64_t kStarts[] = {0, 1, 66, 128, kTokens};  // of prompts
+  const DeviceArray<Bf16> qkv(ToBf16(Normal(kTokens * 3 * kHeadDim, 1)));
+  std::vector<float> inv_freq_host(kHeadDim / 2);
+  for (size_t i = 0; i < inv_freq_host.size(); ++i) {
+    inv_freq_host[i] = std::pow(500000.0f, -2.0f * static_cast<float>(i) / kHeadDim);
+  }
+  const DeviceArray<float> inv_freq(inv_freq_host);
+  std::vector<int32_t> positions_host;
+  for (int prompt = 0; prompt < 4; ++prompt) {
+    for (int64_t i = 0; i < kStarts[prompt + 1] - kStarts[prompt]; ++i) {
+      positions_host.push_back(static_cast<int32_t>(i));
+    }
+  }
+  const DeviceArray<int32_t> positions(positions_host);
+  const size_t elements = kTokens * kHeadDim;
+  const auto expect_equal = [](const std::vector<Bf16>& a, const std::vector<Bf16>& b) {
+    EXPECT_EQ(FromBf16(a), FromBf16(b));
+  };
+  QkvRopeParams p = {.inv_freq = inv_freq.data(),
+                     .kv_head_stride = static_cast<int64_t>(elements),
+                     .kv_token_stride = kHeadDim,
+                     .num_heads = 1,
+                     .num_kv_heads = 1,
+                     .head_dim = kHeadDim};
+  const DeviceArray<Bf16> q(elements), k(elements), v(elements);
+  const DeviceArray<Bf16> q_apart(elements), k_apart(elements), v_apart(elements);
+  QkvRopeParams together = p;
+  together.qkv = qkv.data();
+  together.positions = positions.data();
+  together.q = q.data();
+  together.k = k.data();
+  together.v = v.data();
+  together.num_tokens = kTokens;
+  PREFILLD_ASSERT_CUDA(cuda::LaunchQkvRope(together, nullptr));
+  for (int prompt = 0; prompt < 4; ++prompt) {
+    const int64_t offset = kStarts[prompt] * kHeadDim;
+    p.qkv = qkv.data() + 3 * offset;
+    p.q = q_apart.data() + offset;
+    p.k = k_apart.data() + offset;
+    p.v = v_apart.data() + offset;
+    p.num_tokens = kStarts[prompt + 1] - kStarts[prompt];
+    PREFILLD_ASSERT_CUDA(cuda::LaunchQkvRope(p, nullptr));
+  }
+  expect_equal(q.Read(), q_apart.Read());
+  expect_equal(k.Read(), k_apart.Read());
+  expect_equal(v.Read(), v_apart.Read());
+}
+
 TEST_F(CudaLayerOps, RefuseWhatTheyHaveNoKernelFor) {
   EXPECT_EQ(cuda::LaunchEmbedding({.num_tokens = 1, .hidden = 12}, nullptr), cudaErrorInvalidValue);
   EXPECT_EQ(cuda::LaunchRmsNorm({.num_tokens = 1, .hidden = 12}, nullptr), cudaErrorInvalidValue);

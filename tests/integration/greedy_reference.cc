@@ -53,7 +53,7 @@ std::vector<uint32_t> GreedyReference(const std::string& checkpoint_dir,
     }
     const auto logits = (*sequence)->FinalLogits();
     if (!logits.ok()) abort();
-    tokens.push_back(ClearWinner(*logits));
+    tokens.push_back(ClearWinner(logits->front()));
   }
   return {tokens.begin() + static_cast<int64_t>(prompt.size()), tokens.end()};
 }

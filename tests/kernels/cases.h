@@ -18,6 +18,7 @@ enum class Blocks {
   kNoBits,        // rows of zeros: means the same
   kFull,          // every causal bit: equals dense
   kLastRow,       // random bits, the last row joined by another random set
+  kPacked,        // prompts of unequal length and padding, each prompt seeing itself alone
   kMixed,         // dense, dense with mass and sparse heads in one call
 };
 
@@ -63,6 +64,9 @@ inline const std::vector<AttentionCase>& AttentionCases() {
       {"LastRowJoined", 700, 700, 4, 2, 128, 128, Blocks::kLastRow},
       {"OneFullPatternWord", 2048, 2048, 1, 1, 64, 64, Blocks::kRandom},
       {"TwoPatternWords", 2100, 2100, 2, 1, 64, 64, Blocks::kMixed},
+      {"PackedPrompts", 1500, 1500, 8, 2, 128, 128, Blocks::kPacked},
+      {"PackedPromptsSmallBlocks", 2200, 2200, 7, 1, 64, 64, Blocks::kPacked},
+      {"PackedPromptsWideHeadsSmallBlocks", 1300, 1300, 4, 2, 128, 64, Blocks::kPacked},
       {"TwoPatternWordsOffset", 70, 4200, 2, 1, 128, 128, Blocks::kLastRow},
   };
   return cases;

@@ -129,6 +129,41 @@ TEST(CpuQkvRope, EqualsReference) {
   }
 }
 
+// Runs that begin and end within a task and at its edges, in a tile that begins within a run.
+TEST(CpuQkvRope, TakesPositionsTokenByToken) {
+  constexpr int64_t kTokens = 200;
+  constexpr int kHeadDim = 64;
+  std::vector<int32_t> positions;
+  for (const auto& [first, count] : {std::pair(57, 7), {0, 25}, {0, 1}, {0, 31}, {90'000, 136}}) {
+    for (int i = 0; i < count; ++i) positions.push_back(first + i);
+  }
+  ASSERT_EQ(positions.size(), static_cast<size_t>(kTokens));
+  const std::vector<float> qkv = Random(kTokens * 3 * kHeadDim, 1);
+  std::vector<float> inv_freq(kHeadDim / 2);
+  for (size_t i = 0; i < inv_freq.size(); ++i) {
+    inv_freq[i] = std::pow(500000.0f, -2.0f * static_cast<float>(i) / kHeadDim);
+  }
+  const auto run = [&](void (*op)(const QkvRopeParams&)) {
+    std::vector<float> q(kTokens * kHeadDim), k(q), v(q);
+    op({.qkv = qkv.data(),
+        .inv_freq = inv_freq.data(),
+        .positions = positions.data(),
+        .q = q.data(),
+        .k = k.data(),
+        .v = v.data(),
+        .num_tokens = kTokens,
+        .first_position = 5,  // not looked at
+        .kv_head_stride = kTokens * kHeadDim,
+        .kv_token_stride = kHeadDim,
+        .num_heads = 1,
+        .num_kv_heads = 1,
+        .head_dim = kHeadDim});
+    q.insert(q.end(), k.begin(), k.end());
+    return q;
+  };
+  ExpectClose(run(cpu::QkvRope), run(reference::QkvRope));
+}
+
 TEST(CpuSwiGlu, EqualsReferenceAlsoForLargeGates) {
   for (const int64_t intermediate : {1, 15, 64, 333}) {
     std::vector<float> gate_up = Random(3 * 2 * intermediate, 1);

@@ -56,7 +56,8 @@ void QkvRope(const QkvRopeParams& p) {
   const int64_t half = head_dim / 2;
   std::vector<double> head(static_cast<size_t>(head_dim));
   for (int64_t t = 0; t < p.num_tokens; ++t) {
-    const auto position = static_cast<double>(p.first_position + t);
+    const auto position =
+        static_cast<double>(p.positions != nullptr ? p.positions[t] : p.first_position + t);
     for (int64_t h = 0; h < p.num_heads + 2 * p.num_kv_heads; ++h) {
       const float* from = In(p.qkv) + (t * (p.num_heads + 2 * p.num_kv_heads) + h) * head_dim;
       const int64_t kv = (h - p.num_heads) % p.num_kv_heads;

@@ -1,5 +1,6 @@
 #include "tests/kernels/structured_qkv.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -100,6 +101,23 @@ std::vector<uint32_t> MakePattern(int64_t num_query_blocks, int64_t num_key_bloc
   return pattern;
 }
 
+std::vector<uint32_t> MakePackedPattern(int64_t num_blocks) {
+  constexpr int64_t kPromptBlocks[] = {1, 3, 1, 6, 2};
+  const int64_t words = PatternWords(num_blocks);
+  std::vector<uint32_t> pattern(static_cast<size_t>(num_blocks * words));
+  int64_t first = 0;
+  for (size_t prompt = 0; first < num_blocks; ++prompt) {
+    const int64_t end = std::min(first + kPromptBlocks[prompt % 5], num_blocks);
+    for (int64_t r = first; r < end; ++r) {
+      for (int64_t c = first; c <= r; ++c) {
+        pattern[static_cast<size_t>(r * words + c / 32)] |= 1u << (c % 32);
+      }
+    }
+    first = end + (prompt % 3 == 1 ? 1 : 0);
+  }
+  return pattern;
+}
+
 AttentionData::AttentionData(const AttentionCase& c)
     : num_query_blocks(CeilDiv(c.num_keys, c.block_tokens) -
                        (c.num_keys - c.num_queries) / c.block_tokens),
@@ -138,6 +156,9 @@ AttentionData::AttentionData(const AttentionCase& c)
         break;
       case Blocks::kNoBits:
         patterns[i].resize(static_cast<size_t>(num_query_blocks * PatternWords(num_key_blocks)));
+        break;
+      case Blocks::kPacked:
+        patterns[i] = MakePackedPattern(num_key_blocks);
         break;
       case Blocks::kFull:
         patterns[i] = MakePattern(num_query_blocks, num_key_blocks, 1.0, seed);

@@ -28,6 +28,10 @@ Qkv MakeQkv(int64_t num_queries, int64_t num_keys, int num_heads, int num_kv_hea
 std::vector<uint32_t> MakePattern(int64_t num_query_blocks, int64_t num_key_blocks, double density,
                                   uint32_t seed);
 
+// The pattern of packed prompts of 1, 3, 1, 6, 2, 1, ... blocks, now and then with a block of
+// padding behind one, whose row is zero. The queries are those of all blocks.
+std::vector<uint32_t> MakePackedPattern(int64_t num_blocks);
+
 // Everything an attention case needs, in host memory. `work` points into the other members.
 struct AttentionData {
   explicit AttentionData(const AttentionCase& c);

@@ -100,7 +100,8 @@ std::vector<uint32_t> GenerateDisaggregated(PrefillEngine& engine, Decoder& deco
     HandOver(engine, **sequence, decoder, layer, num_tokens, block_tokens, order, shares, table);
     (*sequence)->ReleaseKv(layer);
   }
-  std::vector<uint32_t> generated = {Greedy((*sequence)->FinalLogits().value(), num_tokens)};
+  std::vector<uint32_t> generated = {
+      Greedy((*sequence)->FinalLogits().value().front(), num_tokens)};
   while (static_cast<int>(generated.size()) < count) {
     const int64_t position = num_tokens + static_cast<int64_t>(generated.size()) - 1;
     const auto logits = decoder.Step(generated.back(), position, num_tokens, table);

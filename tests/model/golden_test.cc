@@ -221,7 +221,7 @@ TEST_P(GoldenTest, EqualsTransformers) {
   }
   const auto logits = (*sequence)->FinalLogits();
   ASSERT_TRUE(logits.ok()) << logits.status();
-  ExpectClose(*logits, golden.Get(absl::StrCat(num_tokens, ".logits")), "logits");
+  ExpectClose(logits->front(), golden.Get(absl::StrCat(num_tokens, ".logits")), "logits");
 }
 
 // What one run says of every position is what runs that end there say in their logits.
@@ -236,7 +236,7 @@ TEST_P(GoldenTest, LogprobsAreThoseOfTheBeginningsLogits) {
   const std::vector<uint32_t> tokens = TokensOf(model.golden(), GetParam().num_tokens);
   auto sequence = RunLayers(engine, tokens);
   ASSERT_NE(sequence, nullptr);
-  const auto logprobs = sequence->Logprobs([] { return true; });
+  const auto logprobs = sequence->Logprobs(0, [] { return true; });
   ASSERT_TRUE(logprobs.ok()) << logprobs.status();
   sequence.reset();
   ASSERT_EQ(logprobs->of_token.size(), tokens.size() - 1);
@@ -245,13 +245,14 @@ TEST_P(GoldenTest, LogprobsAreThoseOfTheBeginningsLogits) {
     if (length < 1 || length >= tokens.size()) continue;
     sequence = RunLayers(engine, absl::MakeConstSpan(tokens).first(length));
     ASSERT_NE(sequence, nullptr);
-    const auto logits = sequence->FinalLogits();
-    ASSERT_TRUE(logits.ok()) << logits.status();
+    const auto all_logits = sequence->FinalLogits();
+    ASSERT_TRUE(all_logits.ok()) << all_logits.status();
+    const std::vector<float>& logits = all_logits->front();
     sequence.reset();
-    const double best = *std::max_element(logits->begin(), logits->end());
+    const double best = *std::max_element(logits.begin(), logits.end());
     double sum = 0;
-    for (const float logit : *logits) sum += std::exp(logit - best);
-    const double of_token = (*logits)[tokens[length]] - best - std::log(sum);
+    for (const float logit : logits) sum += std::exp(logit - best);
+    const double of_token = logits[tokens[length]] - best - std::log(sum);
     EXPECT_NEAR(logprobs->of_token[length - 1], of_token, tolerance) << length;
     EXPECT_NEAR(logprobs->of_best[length - 1], -std::log(sum), tolerance) << length;
   }

@@ -251,7 +251,7 @@ TEST_P(PrefillEngineLogprobs, AreThoseOfTheLogitsOfEveryBeginning) {
   const std::vector<uint32_t> tokens = RandomTokens(c.max_tokens, c.vocab_size);
   auto sequence = RunLayers(*engine, tokens);
   int num_tiles = 0;
-  const auto logprobs = sequence->Logprobs([&num_tiles] { return ++num_tiles > 0; });
+  const auto logprobs = sequence->Logprobs(0, [&num_tiles] { return ++num_tiles > 0; });
   ASSERT_TRUE(logprobs.ok()) << logprobs.status();
   sequence.reset();
   EXPECT_EQ(num_tiles, c.num_tiles);
@@ -286,9 +286,9 @@ TEST_F(PrefillEngineTest, LogprobsStopWhenToldTo) {
   const auto sequence = RunLayers(*engine, RandomTokens(100, 320));
   const auto logits = sequence->FinalLogits();
   int asked = 0;
-  EXPECT_TRUE(absl::IsCancelled(sequence->Logprobs([&asked] { return ++asked < 3; }).status()));
+  EXPECT_TRUE(absl::IsCancelled(sequence->Logprobs(0, [&asked] { return ++asked < 3; }).status()));
   EXPECT_EQ(asked, 3);
-  EXPECT_TRUE(sequence->Logprobs(Always).ok());
+  EXPECT_TRUE(sequence->Logprobs(0, Always).ok());
   EXPECT_EQ(*sequence->FinalLogits(), *logits) << "the hidden states are as they were";
 }
 
@@ -297,12 +297,12 @@ TEST_F(PrefillEngineTest, LogprobsNeedAllLayers) {
   auto started = engine->Start(RandomTokens(40, 320), Dense());
   ASSERT_TRUE(started.ok());
   ASSERT_TRUE((*started)->RunLayer().ok());
-  EXPECT_EQ((*started)->Logprobs(Always).status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ((*started)->Logprobs(0, Always).status().code(), absl::StatusCode::kFailedPrecondition);
 }
 
 TEST_F(PrefillEngineTest, APromptOfOneTokenHasNoLogprobs) {
   const auto engine = Create(CpuEngine(checkpoint_));
-  const auto logprobs = RunLayers(*engine, {7})->Logprobs(Always);
+  const auto logprobs = RunLayers(*engine, {7})->Logprobs(0, Always);
   ASSERT_TRUE(logprobs.ok()) << logprobs.status();
   EXPECT_TRUE(logprobs->of_token.empty());
 }

@@ -52,24 +52,56 @@ std::vector<uint8_t> PackLayer(PrefillEngine& engine, PrefillSequence& sequence,
   return packed;
 }
 
+namespace {
+
+// The layers and the logits.
+std::vector<PromptRun> Compute(PrefillEngine& engine, PrefillSequence& sequence,
+                               const std::vector<int64_t>& lengths) {
+  const ModelConfig& config = engine.info().config;
+  std::vector<PromptRun> runs(lengths.size());
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    const LayerReport report = OrDie(sequence.RunLayer());
+    for (size_t i = 0; i < runs.size(); ++i) {
+      runs[i].reports.push_back(report);
+      KvSelection selection =
+          WholeLayer(config, lengths[i], 128, kernels::KvOrder::kHnd, kernels::DType::kFp32);
+      selection.prompt = static_cast<int>(i);
+      const std::vector<uint8_t> packed = PackLayer(engine, sequence, layer, selection);
+      std::vector<float> kv(packed.size() / sizeof(float));
+      std::memcpy(kv.data(), packed.data(), packed.size());
+      runs[i].kv.push_back(std::move(kv));
+    }
+    sequence.ReleaseKv(layer);
+  }
+  const std::vector<std::vector<float>> logits = OrDie(sequence.FinalLogits());
+  if (logits.size() != runs.size()) abort();
+  for (size_t i = 0; i < runs.size(); ++i) runs[i].logits = logits[i];
+  return runs;
+}
+
+}  // namespace
+
+std::vector<PromptRun> RunPrompts(PrefillEngine& engine,
+                                  const std::vector<std::vector<uint32_t>>& prompts,
+                                  const AttentionOptions& options) {
+  std::vector<PromptInput> inputs;
+  std::vector<int64_t> lengths;
+  for (const std::vector<uint32_t>& prompt : prompts) {
+    inputs.push_back({prompt, options});
+    lengths.push_back(static_cast<int64_t>(prompt.size()));
+  }
+  const std::unique_ptr<PrefillSequence> sequence = OrDie(engine.Start(inputs));
+  std::vector<PromptRun> runs = Compute(engine, *sequence, lengths);
+  for (size_t i = 0; i < runs.size(); ++i) {
+    runs[i].logprobs = OrDie(sequence->Logprobs(static_cast<int>(i), [] { return true; }));
+  }
+  return runs;
+}
+
 PromptRun RunPrompt(PrefillEngine& engine, const std::vector<uint32_t>& tokens,
                     const AttentionOptions& options) {
-  const ModelConfig& config = engine.info().config;
-  const int64_t num_tokens = static_cast<int64_t>(tokens.size());
-  std::unique_ptr<PrefillSequence> sequence = OrDie(engine.Start(tokens, options));
-  PromptRun run;
-  for (int layer = 0; layer < config.num_layers; ++layer) {
-    run.reports.push_back(OrDie(sequence->RunLayer()));
-    const std::vector<uint8_t> packed = PackLayer(
-        engine, *sequence, layer,
-        WholeLayer(config, num_tokens, 128, kernels::KvOrder::kHnd, kernels::DType::kFp32));
-    std::vector<float> kv(packed.size() / sizeof(float));
-    std::memcpy(kv.data(), packed.data(), packed.size());
-    run.kv.push_back(std::move(kv));
-    sequence->ReleaseKv(layer);
-  }
-  run.logits = OrDie(sequence->FinalLogits());
-  return run;
+  const std::unique_ptr<PrefillSequence> sequence = OrDie(engine.Start(tokens, options));
+  return Compute(engine, *sequence, {static_cast<int64_t>(tokens.size())}).front();
 }
 
 }  // namespace prefilld::model

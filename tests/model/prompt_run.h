@@ -15,6 +15,7 @@ struct PromptRun {
   std::vector<LayerReport> reports;
   std::vector<std::vector<float>> kv;  // [num_layers]
   std::vector<float> logits;
+  PromptLogprobs logprobs;  // of RunPrompts
 };
 
 // Uniform ids below vocab_size, a function of the seed.
@@ -28,7 +29,12 @@ std::vector<uint8_t> PackLayer(PrefillEngine& engine, PrefillSequence& sequence,
 KvSelection WholeLayer(const ModelConfig& config, int64_t num_tokens, int block_tokens,
                        kernels::KvOrder order, kernels::DType dtype);
 
-// Aborts on an error.
+// Prompts computed together; aborts on an error.
+std::vector<PromptRun> RunPrompts(PrefillEngine& engine,
+                                  const std::vector<std::vector<uint32_t>>& prompts,
+                                  const AttentionOptions& options);
+
+// One prompt alone, without its log-probabilities; aborts on an error.
 PromptRun RunPrompt(PrefillEngine& engine, const std::vector<uint32_t>& tokens,
                     const AttentionOptions& options);
 

@@ -54,6 +54,9 @@ nlohmann::json ConfigJson(const ModelConfig& config) {
       {"torch_dtype", "bfloat16"},
       {"eos_token_id", config.eos_token_ids},
   };
+  if (config.rope.kind == RopeKind::kDynamicNtk) {
+    json["rope_scaling"] = {{"rope_type", "dynamic"}, {"factor", config.rope.factor}};
+  }
   if (config.family == Family::kLlama || config.family == Family::kQwen3) {
     json["attention_bias"] = config.qkv_bias;
   }
@@ -164,7 +167,9 @@ ModelConfig SmallRandomConfig() {
 }
 
 RandomCheckpoint::RandomCheckpoint(const ModelConfig& config, uint64_t seed) : config_(config) {
-  if (config.rope.kind != RopeKind::kDefault) Fail("RandomCheckpoint writes default RoPE alone");
+  if (config.rope.kind != RopeKind::kDefault && config.rope.kind != RopeKind::kDynamicNtk) {
+    Fail("RandomCheckpoint writes default RoPE and dynamic NTK alone");
+  }
   std::string pattern = (std::filesystem::temp_directory_path() / "prefilld-XXXXXX").string();
   if (mkdtemp(pattern.data()) == nullptr) Fail(pattern);
   dir_ = pattern;

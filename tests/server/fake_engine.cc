@@ -39,19 +39,26 @@ void Pack(int layer, const model::KvSelection& s, int64_t num_tokens, int head_d
   }
 }
 
+model::AttentionPolicy Resolve(const model::AttentionOptions& options, int64_t num_tokens) {
+  using model::AttentionPolicy;
+  const bool shares =
+      options.policy == AttentionPolicy::kShare ||
+      (options.policy == AttentionPolicy::kAuto && num_tokens >= options.crossover_tokens);
+  if (shares) return AttentionPolicy::kShare;
+  return options.policy == AttentionPolicy::kVerticalSlash ? options.policy
+                                                           : AttentionPolicy::kDense;
+}
+
 }  // namespace
 
 class FakeSequence final : public model::PrefillSequence {
  public:
-  FakeSequence(FakeEngine* engine, absl::Span<const uint32_t> tokens,
-               const model::AttentionOptions& options)
-      : engine_(engine), num_tokens_(tokens.size()), last_token_(tokens.back()) {
-    const bool shares = options.policy == model::AttentionPolicy::kShare ||
-                        (options.policy == model::AttentionPolicy::kAuto &&
-                         num_tokens_ >= options.crossover_tokens);
-    policy_ = options.policy == model::AttentionPolicy::kVerticalSlash ? options.policy
-              : shares ? model::AttentionPolicy::kShare
-                       : model::AttentionPolicy::kDense;
+  FakeSequence(FakeEngine* engine, absl::Span<const model::PromptInput> prompts) : engine_(engine) {
+    for (const model::PromptInput& prompt : prompts) {
+      prompts_.push_back({static_cast<int64_t>(prompt.tokens.size()), prompt.tokens.back()});
+    }
+    const model::AttentionOptions& options = prompts.front().attention;
+    policy_ = Resolve(options, prompts_.front().num_tokens);
     audited_ = options.recall_audit_rows > 0;
     ++engine_->alive_;
     ++engine_->started_;
@@ -98,7 +105,8 @@ class FakeSequence final : public model::PrefillSequence {
       absl::MutexLock lock(&engine_->mu_);
       if (!engine_->pack_error_.ok()) return engine_->pack_error_;
     }
-    Pack(layer, selection, num_tokens_, engine_->options_.head_dim, static_cast<char*>(dst));
+    Pack(layer, selection, prompts_[selection.prompt].num_tokens, engine_->options_.head_dim,
+         static_cast<char*>(dst));
     return absl::OkStatus();
   }
 
@@ -107,14 +115,19 @@ class FakeSequence final : public model::PrefillSequence {
     --engine_->held_;
   }
 
-  absl::StatusOr<std::vector<float>> FinalLogits() override {
-    std::vector<float> logits(engine_->options_.vocab_size, engine_->logits_are_nan_ ? NAN : 0.0f);
-    if (!engine_->logits_are_nan_) logits[(last_token_ + 1) % logits.size()] = 5.0f;
-    return logits;
+  absl::StatusOr<std::vector<std::vector<float>>> FinalLogits() override {
+    std::vector<std::vector<float>> all;
+    for (const FakePrompt& prompt : prompts_) {
+      std::vector<float>& logits = all.emplace_back(engine_->options_.vocab_size, 0.0f);
+      logits[(prompt.last_token + 1) % logits.size()] = 5.0f;
+      if (engine_->logits_are_nan_) logits.assign(logits.size(), NAN);
+    }
+    return all;
   }
 
   // Of entry i: minus i for the token, half of it for the likeliest.
-  absl::StatusOr<model::PromptLogprobs> Logprobs(absl::FunctionRef<bool()> go_on) override {
+  absl::StatusOr<model::PromptLogprobs> Logprobs(int prompt,
+                                                 absl::FunctionRef<bool()> go_on) override {
     for (int part = 0; part < FakeEngine::kLogprobsParts; ++part) {
       if (!go_on()) return absl::CancelledError("stopped");
       absl::MutexLock lock(&engine_->mu_);
@@ -126,7 +139,7 @@ class FakeSequence final : public model::PrefillSequence {
       ++engine_->logprobs_parts_;
     }
     model::PromptLogprobs logprobs;
-    for (int64_t i = 0; i + 1 < num_tokens_; ++i) {
+    for (int64_t i = 0; i + 1 < prompts_[prompt].num_tokens; ++i) {
       logprobs.of_token.push_back(-static_cast<float>(i));
       logprobs.of_best.push_back(-0.5f * static_cast<float>(i));
     }
@@ -136,9 +149,13 @@ class FakeSequence final : public model::PrefillSequence {
   model::AttentionPolicy policy() const override { return policy_; }
 
  private:
+  struct FakePrompt {
+    int64_t num_tokens;
+    uint32_t last_token;
+  };
+
   FakeEngine* const engine_;
-  const int64_t num_tokens_;
-  const uint32_t last_token_;
+  std::vector<FakePrompt> prompts_;
   model::AttentionPolicy policy_;
   bool audited_;
   int layer_ = 0;
@@ -191,6 +208,11 @@ void FakeEngine::FailLogprobs(absl::Status status) {
   logprobs_error_ = std::move(status);
 }
 
+std::vector<int64_t> FakeEngine::last_lengths() const {
+  absl::MutexLock lock(&mu_);
+  return last_lengths_;
+}
+
 std::vector<uint32_t> FakeEngine::last_tokens() const {
   absl::MutexLock lock(&mu_);
   return last_tokens_;
@@ -201,13 +223,22 @@ model::AttentionOptions FakeEngine::last_attention() const {
   return last_attention_;
 }
 
+int64_t FakeEngine::BatchTokens(int64_t num_tokens, const model::AttentionOptions& options) const {
+  const bool is_dense = Resolve(options, num_tokens) == model::AttentionPolicy::kDense;
+  return is_dense && num_tokens <= options_.max_batch_tokens ? num_tokens : 0;
+}
+
 absl::StatusOr<std::unique_ptr<model::PrefillSequence>> FakeEngine::Start(
-    absl::Span<const uint32_t> tokens, const model::AttentionOptions& options) {
+    absl::Span<const model::PromptInput> prompts) {
   if (alive_ > 0) return absl::FailedPreconditionError("another sequence exists");
   absl::MutexLock lock(&mu_);
-  last_tokens_.assign(tokens.begin(), tokens.end());
-  last_attention_ = options;
-  return std::make_unique<FakeSequence>(this, tokens, options);
+  last_lengths_.clear();
+  for (const model::PromptInput& prompt : prompts) {
+    last_lengths_.push_back(static_cast<int64_t>(prompt.tokens.size()));
+  }
+  last_tokens_.assign(prompts.front().tokens.begin(), prompts.front().tokens.end());
+  last_attention_ = prompts.front().attention;
+  return std::make_unique<FakeSequence>(this, prompts);
 }
 
 absl::StatusOr<model::DeviceBuffer> FakeEngine::AllocateStaging(size_t bytes) {

@@ -23,10 +23,12 @@ struct FakeEngineOptions {
   int64_t vocab_size = 256;
   int64_t max_tokens = 1 << 20;
   int kv_slots = 3;
+  int64_t max_batch_tokens = 0;
 };
 
 // The first token of a prompt is its last token plus one. K and V are a pure function of
-// (layer, K or V, token, head, element): see ExpectedPayload.
+// (layer, K or V, token, head, element), whatever the prompt: see ExpectedPayload. Dense prompts
+// are batched, without padding.
 class FakeEngine final : public model::PrefillEngine {
  public:
   explicit FakeEngine(const FakeEngineOptions& options);
@@ -50,14 +52,18 @@ class FakeEngine final : public model::PrefillEngine {
   int layers_run() const { return layers_run_; }          // over all sequences
   int most_held() const { return most_held_; }            // unreleased layers at once
   int logprobs_parts() const { return logprobs_parts_; }  // over all sequences
-  std::vector<uint32_t> last_tokens() const;              // of the latest sequence
+  // Of the latest sequence.
+  std::vector<int64_t> last_lengths() const;
+  std::vector<uint32_t> last_tokens() const;  // of its first prompt
   model::AttentionOptions last_attention() const;
 
   const model::EngineInfo& info() const override { return info_; }
   int kv_slots() const override { return options_.kv_slots; }
   size_t allocated_bytes() const override { return 12345; }
+  int64_t max_batch_tokens() const override { return options_.max_batch_tokens; }
+  int64_t BatchTokens(int64_t num_tokens, const model::AttentionOptions& options) const override;
   absl::StatusOr<std::unique_ptr<model::PrefillSequence>> Start(
-      absl::Span<const uint32_t> tokens, const model::AttentionOptions& options) override;
+      absl::Span<const model::PromptInput> prompts) override;
   absl::StatusOr<model::DeviceBuffer> AllocateStaging(size_t bytes) override;
 
  private:
@@ -78,6 +84,7 @@ class FakeEngine final : public model::PrefillEngine {
   int hold_after_ ABSL_GUARDED_BY(mu_) = -1;
   int hold_logprobs_after_ ABSL_GUARDED_BY(mu_) = -1;
   absl::Status logprobs_error_ ABSL_GUARDED_BY(mu_);
+  std::vector<int64_t> last_lengths_ ABSL_GUARDED_BY(mu_);
   std::vector<uint32_t> last_tokens_ ABSL_GUARDED_BY(mu_);
   model::AttentionOptions last_attention_ ABSL_GUARDED_BY(mu_);
 };

@@ -34,8 +34,7 @@ absl::StatusOr<Totals> RunOnce(model::PrefillEngine& engine, const std::vector<u
     totals.pivots += report->pivot_heads;
     totals.shared += report->shared_heads;
   }
-  absl::StatusOr<std::vector<float>> logits = (*sequence)->FinalLogits();
-  if (!logits.ok()) return logits.status();
+  if (auto logits = (*sequence)->FinalLogits(); !logits.ok()) return logits.status();
   totals.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return totals;
 }

@@ -39,11 +39,11 @@ class SyntheticSequence : public model::PrefillSequence {
 
   void ReleaseKv(int layer) override {}
 
-  absl::StatusOr<std::vector<float>> FinalLogits() override {
-    return std::vector<float>(config_.vocab_size, 0.0f);
+  absl::StatusOr<std::vector<std::vector<float>>> FinalLogits() override {
+    return std::vector<std::vector<float>>(1, std::vector<float>(config_.vocab_size, 0.0f));
   }
 
-  absl::StatusOr<model::PromptLogprobs> Logprobs(absl::FunctionRef<bool()>) override {
+  absl::StatusOr<model::PromptLogprobs> Logprobs(int, absl::FunctionRef<bool()>) override {
     return absl::UnimplementedError("there is no model");
   }
 
@@ -81,7 +81,7 @@ absl::StatusOr<std::unique_ptr<SyntheticEngine>> SyntheticEngine::Create(int64_t
 }
 
 absl::StatusOr<std::unique_ptr<model::PrefillSequence>> SyntheticEngine::Start(
-    absl::Span<const uint32_t> tokens, const model::AttentionOptions& options) {
+    absl::Span<const model::PromptInput> prompts) {
   return std::make_unique<SyntheticSequence>(info_.config, kv_);
 }
 

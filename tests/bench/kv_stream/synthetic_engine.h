@@ -21,7 +21,9 @@ class SyntheticEngine : public model::PrefillEngine {
   size_t allocated_bytes() const override { return 0; }
   // Packing is one copy out of a buffer of this content, as from a finished layer's KV.
   absl::StatusOr<std::unique_ptr<model::PrefillSequence>> Start(
-      absl::Span<const uint32_t> tokens, const model::AttentionOptions& options) override;
+      absl::Span<const model::PromptInput> prompts) override;
+  int64_t max_batch_tokens() const override { return 0; }
+  int64_t BatchTokens(int64_t, const model::AttentionOptions&) const override { return 0; }
   absl::StatusOr<model::DeviceBuffer> AllocateStaging(size_t bytes) override;
 
  private:
