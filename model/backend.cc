@@ -37,6 +37,8 @@ DeviceBuffer::~DeviceBuffer() {
 }
 
 // A device whose attention works in the caller's memory alone.
+absl::Status Backend::TuneLinear(const kernels::LinearParams&) { return absl::OkStatus(); }
+
 absl::Status Backend::ReserveAttention(const kernels::AttentionParams&, bool) {
   return absl::OkStatus();
 }

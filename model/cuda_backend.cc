@@ -57,6 +57,7 @@ class CudaBackend final : public Backend {
     return Launch("rms norm", cuda::LaunchRmsNorm, params);
   }
   absl::Status Linear(const kernels::LinearParams& params) override;
+  absl::Status TuneLinear(const kernels::LinearParams& params) override;
   absl::Status QkvRope(const kernels::QkvRopeParams& params) override {
     return Launch("qkv rope", cuda::LaunchQkvRope, params, params.head_dim);
   }
@@ -102,6 +103,7 @@ class CudaBackend final : public Backend {
   explicit CudaBackend(int device) : device_(device) {}
   absl::Status Initialize();
 
+  absl::Status LinearStatus(cublasStatus_t status, const kernels::LinearParams& params);
   // The status of a call; a fault of the device is kept for all later calls.
   absl::Status Check(cudaError_t error, absl::string_view what);
   // The same for a launcher, which refuses shapes as invalid values.
@@ -360,7 +362,15 @@ absl::StatusOr<double> CudaBackend::TimeMs(absl::FunctionRef<absl::Status()> ops
 
 absl::Status CudaBackend::Linear(const kernels::LinearParams& params) {
   if (absl::Status status = Fault(); !status.ok()) return status;
-  const cublasStatus_t status = linear_->Launch(params, stream_);
+  return LinearStatus(linear_->Launch(params, stream_), params);
+}
+
+absl::Status CudaBackend::TuneLinear(const kernels::LinearParams& params) {
+  if (absl::Status status = Fault(); !status.ok()) return status;
+  return LinearStatus(linear_->Tune(params, stream_), params);
+}
+
+absl::Status CudaBackend::LinearStatus(cublasStatus_t status, const kernels::LinearParams& params) {
   if (status == CUBLAS_STATUS_SUCCESS) return absl::OkStatus();
   // A fault of an earlier kernel shows here as a failure of the library.
   if (absl::Status device = Check(cudaPeekAtLastError(), "linear"); !device.ok()) return device;

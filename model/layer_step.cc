@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <random>
 
 #include "absl/strings/str_cat.h"
 
@@ -13,6 +14,12 @@ float Bf16ToFloat(uint16_t bits) {
   float value;
   std::memcpy(&value, &wide, sizeof(value));
   return value;
+}
+
+uint16_t FloatToBf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return static_cast<uint16_t>(bits >> 16);  // cut off, not rounded: for noise
 }
 
 absl::Status Assign(DeviceBuffer& buffer, absl::StatusOr<DeviceBuffer> allocated) {
@@ -35,17 +42,15 @@ absl::StatusOr<std::unique_ptr<LayerStep>> LayerStep::Create(Backend* backend,
 }
 
 absl::Status LayerStep::Allocate(int64_t max_tokens) {
-  const int64_t q_width = static_cast<int64_t>(config_.num_heads) * config_.head_dim;
-  const int64_t qkv_width = q_width + 2 * int64_t{config_.num_kv_heads} * config_.head_dim;
   const size_t element = kernels::SizeOf(backend_.compute_dtype());
   const auto allocate = [&](DeviceBuffer& buffer, int64_t rows, int64_t width, size_t size) {
     return Assign(buffer, backend_.Allocate(static_cast<size_t>(rows * width) * size));
   };
   absl::Status status = allocate(hidden_, max_tokens, config_.hidden, element);
-  if (status.ok()) status = allocate(queries_, max_tokens, q_width, element);
+  if (status.ok()) status = allocate(queries_, max_tokens, q_width(), element);
   if (status.ok()) status = allocate(normed_, tile_tokens_, config_.hidden, element);
   if (status.ok()) {
-    const int64_t width = std::max(qkv_width, 2 * config_.intermediate);
+    const int64_t width = std::max(qkv_width(), 2 * config_.intermediate);
     status = allocate(wide_, 1, std::max(tile_tokens_ * width, config_.vocab_size), element);
   }
   if (status.ok()) status = allocate(gated_, tile_tokens_, config_.intermediate, element);
@@ -113,38 +118,107 @@ absl::Status LayerStep::RmsNorm(const void* x, const DeviceBuffer& weight, int64
                            .epsilon = static_cast<float>(config_.rms_norm_epsilon)});
 }
 
-absl::Status LayerStep::Linear(const void* x, const void* w, const DeviceBuffer* bias, void* y,
-                               int64_t num_tokens, int64_t in_features, int64_t out_features,
-                               bool accumulate) {
-  return backend_.Linear({.x = x,
-                          .w = w,
-                          .bias = bias ? bias->data() : nullptr,
-                          .y = y,
-                          .num_tokens = num_tokens,
-                          .in_features = in_features,
-                          .out_features = out_features,
-                          .accumulate = accumulate});
+kernels::LinearParams LayerStep::QkvProduct(const LayerWeights& weights, int64_t count) const {
+  return {.x = normed_.data(),
+          .w = weights.qkv.data(),
+          .bias = weights.qkv_bias.data(),
+          .y = wide_.data(),
+          .num_tokens = count,
+          .in_features = config_.hidden,
+          .out_features = qkv_width()};
+}
+
+kernels::LinearParams LayerStep::OutputProduct(const LayerWeights& weights, const void* queries,
+                                               void* y, int64_t count) const {
+  return {.x = queries,
+          .w = weights.output.data(),
+          .bias = weights.output_bias.data(),
+          .y = y,
+          .num_tokens = count,
+          .in_features = q_width(),
+          .out_features = config_.hidden,
+          .accumulate = true};
+}
+
+kernels::LinearParams LayerStep::GateUpProduct(const LayerWeights& weights, int64_t count) const {
+  return {.x = normed_.data(),
+          .w = weights.gate_up.data(),
+          .y = wide_.data(),
+          .num_tokens = count,
+          .in_features = config_.hidden,
+          .out_features = 2 * config_.intermediate};
+}
+
+kernels::LinearParams LayerStep::DownProduct(const LayerWeights& weights, void* y,
+                                             int64_t count) const {
+  return {.x = gated_.data(),
+          .w = weights.down.data(),
+          .y = y,
+          .num_tokens = count,
+          .in_features = config_.intermediate,
+          .out_features = config_.hidden,
+          .accumulate = true};
+}
+
+kernels::LinearParams LayerStep::HeadProduct(int64_t count) const {
+  return {.x = normed_.data(),
+          .w = weights_.head_data(),
+          .y = wide_.data(),
+          .num_tokens = count,
+          .in_features = config_.hidden,
+          .out_features = config_.vocab_size};
+}
+
+// The longest product first: while it is tried the device reaches the clock that it will have.
+absl::Status LayerStep::TuneLinears() {
+  const LayerWeights& weights = weights_.layers[0];
+  absl::Status status = FillWithNoise(normed_.data(), tile_tokens_ * config_.hidden);
+  if (status.ok()) status = FillWithNoise(gated_.data(), tile_tokens_ * config_.intermediate);
+  if (status.ok()) status = FillWithNoise(queries_.data(), tile_tokens_ * q_width());
+  if (status.ok()) status = FillWithNoise(hidden_.data(), tile_tokens_ * config_.hidden);
+  for (const kernels::LinearParams& product :
+       {GateUpProduct(weights, tile_tokens_), DownProduct(weights, hidden_.data(), tile_tokens_),
+        QkvProduct(weights, tile_tokens_),
+        OutputProduct(weights, queries_.data(), hidden_.data(), tile_tokens_)}) {
+    if (status.ok()) status = backend_.TuneLinear(product);
+  }
+  return status;
+}
+
+absl::Status LayerStep::FillWithNoise(void* data, int64_t elements) {
+  constexpr int64_t kPieceElements = int64_t{1} << 20;
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  std::vector<float> piece(static_cast<size_t>(std::min(elements, kPieceElements)));
+  std::generate(piece.begin(), piece.end(), [&] { return normal(random); });
+  std::vector<uint16_t> bf16(piece.size());
+  std::transform(piece.begin(), piece.end(), bf16.begin(), FloatToBf16);
+  const bool wide = backend_.compute_dtype() == kernels::DType::kFp32;
+  const void* source = wide ? static_cast<const void*>(piece.data()) : bf16.data();
+  absl::Status status;
+  for (int64_t first = 0; first < elements && status.ok(); first += kPieceElements) {
+    const int64_t count = std::min(kPieceElements, elements - first);
+    status =
+        backend_.Upload(At(data, first), source,
+                        static_cast<size_t>(count) * kernels::SizeOf(backend_.compute_dtype()));
+  }
+  return status;
 }
 
 absl::Status LayerStep::BeforeAttention(int layer, const KvDestination& kv) {
   const LayerWeights& weights = weights_.layers[layer];
-  const int64_t q_width = static_cast<int64_t>(config_.num_heads) * config_.head_dim;
-  const int64_t qkv_width = q_width + 2 * int64_t{config_.num_kv_heads} * config_.head_dim;
   const int32_t* positions = places_.size() > 1 ? positions_.as<int32_t>() : nullptr;
   for (int64_t first = 0; first < num_tokens_; first += tile_tokens_) {
     const int64_t count = std::min(tile_tokens_, num_tokens_ - first);
     absl::Status status = RmsNorm(At(hidden_, first * config_.hidden), weights.input_norm, count);
-    if (status.ok()) {
-      status = Linear(normed_.data(), weights.qkv.data(), &weights.qkv_bias, wide_.data(), count,
-                      config_.hidden, qkv_width, /*accumulate=*/false);
-    }
+    if (status.ok()) status = backend_.Linear(QkvProduct(weights, count));
     if (status.ok()) {
       status = backend_.QkvRope({.qkv = wide_.data(),
                                  .q_norm = weights.q_norm.data(),
                                  .k_norm = weights.k_norm.data(),
                                  .inv_freq = inv_freq_.as<float>(),
                                  .positions = positions ? positions + first : nullptr,
-                                 .q = At(queries_, first * q_width),
+                                 .q = At(queries_, first * q_width()),
                                  .k = At(kv.k, first * kv.token_stride),
                                  .v = At(kv.v, first * kv.token_stride),
                                  .num_tokens = count,
@@ -164,28 +238,20 @@ absl::Status LayerStep::BeforeAttention(int layer, const KvDestination& kv) {
 
 absl::Status LayerStep::AfterAttention(int layer) {
   const LayerWeights& weights = weights_.layers[layer];
-  const int64_t q_width = static_cast<int64_t>(config_.num_heads) * config_.head_dim;
   for (int64_t first = 0; first < num_tokens_; first += tile_tokens_) {
     const int64_t count = std::min(tile_tokens_, num_tokens_ - first);
     void* hidden = At(hidden_, first * config_.hidden);
     absl::Status status =
-        Linear(At(queries_, first * q_width), weights.output.data(), &weights.output_bias, hidden,
-               count, q_width, config_.hidden, /*accumulate=*/true);
+        backend_.Linear(OutputProduct(weights, At(queries_, first * q_width()), hidden, count));
     if (status.ok()) status = RmsNorm(hidden, weights.post_norm, count);
-    if (status.ok()) {
-      status = Linear(normed_.data(), weights.gate_up.data(), nullptr, wide_.data(), count,
-                      config_.hidden, 2 * config_.intermediate, /*accumulate=*/false);
-    }
+    if (status.ok()) status = backend_.Linear(GateUpProduct(weights, count));
     if (status.ok()) {
       status = backend_.SwiGlu({.gate_up = wide_.data(),
                                 .y = gated_.data(),
                                 .num_tokens = count,
                                 .intermediate = config_.intermediate});
     }
-    if (status.ok()) {
-      status = Linear(gated_.data(), weights.down.data(), nullptr, hidden, count,
-                      config_.intermediate, config_.hidden, /*accumulate=*/true);
-    }
+    if (status.ok()) status = backend_.Linear(DownProduct(weights, hidden, count));
     if (!status.ok()) return status;
   }
   return absl::OkStatus();
@@ -211,10 +277,7 @@ absl::StatusOr<std::vector<std::vector<float>>> LayerStep::Logits() {
       const int64_t last = place.first + place.count - 1;
       status = RmsNorm(At(hidden_, last * config_.hidden), weights_.final_norm, 1, /*to=*/i);
     }
-    if (status.ok()) {
-      status = Linear(normed_.data(), weights_.head_data(), nullptr, wide_.data(), count,
-                      config_.hidden, config_.vocab_size, /*accumulate=*/false);
-    }
+    if (status.ok()) status = backend_.Linear(HeadProduct(count));
     for (int64_t i = 0; i < count && status.ok(); ++i) {
       logits.emplace_back(config_.vocab_size);
       status = DownloadAsFloat(At(wide_, i * config_.vocab_size), logits.back());
@@ -251,10 +314,7 @@ absl::StatusOr<PromptLogprobs> LayerStep::LogprobsOf(int prompt, absl::Span<cons
     const int64_t count = std::min(tile, num_scored - first);
     absl::Status status =
         RmsNorm(At(hidden_, (place.first + first) * config_.hidden), weights_.final_norm, count);
-    if (status.ok()) {
-      status = Linear(normed_.data(), weights_.head_data(), nullptr, wide_.data(), count,
-                      config_.hidden, config_.vocab_size, /*accumulate=*/false);
-    }
+    if (status.ok()) status = backend_.Linear(HeadProduct(count));
     if (status.ok()) {
       status = backend_.Upload(token_ids_.data(), &tokens[first + 1], count * sizeof(uint32_t));
     }

@@ -40,6 +40,10 @@ class LayerStep {
                                                            const Weights* weights,
                                                            int64_t max_tokens, int64_t tile_tokens);
 
+  // Finds the fastest way to compute the products of a whole tile, by trying with noise and the
+  // weights of layer 0. Before the first Embed; worth its second or two where prompts are long.
+  absl::Status TuneLinears();
+
   // Starts over with these tokens of one prompt, at most max_tokens of them, the first at
   // `first_position`. `rope_tokens` is the length of the prompt that the rotation is made for.
   absl::Status Embed(absl::Span<const uint32_t> tokens, int64_t first_position,
@@ -79,9 +83,18 @@ class LayerStep {
   // Into normed_, from its row `to` on.
   absl::Status RmsNorm(const void* x, const DeviceBuffer& weight, int64_t num_tokens,
                        int64_t to = 0);
-  absl::Status Linear(const void* x, const void* w, const DeviceBuffer* bias, void* y,
-                      int64_t num_tokens, int64_t in_features, int64_t out_features,
-                      bool accumulate);
+  // The products of a layer and of the head, for `count` tokens; y is what is added to.
+  kernels::LinearParams QkvProduct(const LayerWeights& weights, int64_t count) const;
+  kernels::LinearParams OutputProduct(const LayerWeights& weights, const void* queries, void* y,
+                                      int64_t count) const;
+  kernels::LinearParams GateUpProduct(const LayerWeights& weights, int64_t count) const;
+  kernels::LinearParams DownProduct(const LayerWeights& weights, void* y, int64_t count) const;
+  kernels::LinearParams HeadProduct(int64_t count) const;
+  absl::Status FillWithNoise(void* data, int64_t elements);
+  int64_t q_width() const { return int64_t{config_.num_heads} * config_.head_dim; }
+  int64_t qkv_width() const {
+    return q_width() + 2 * int64_t{config_.num_kv_heads} * config_.head_dim;
+  }
 
   // Pointer to element `index` of a tensor in the compute dtype.
   void* At(const DeviceBuffer& buffer, int64_t index) const { return At(buffer.data(), index); }

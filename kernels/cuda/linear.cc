@@ -1,13 +1,22 @@
 #include "kernels/cuda/linear.h"
 
 #include <algorithm>
+#include <array>
 #include <utility>
+#include <vector>
 
 namespace prefilld::kernels::cuda {
 namespace {
 
 // Prompts of any length pass by; a plan is small, but their number must have a limit.
 constexpr size_t kMaxPlans = 512;
+
+// Of Tune. The first round warms up; the product is repeated for as long as a GPU takes for so many
+// FLOP, some 10 ms, but not without end where launching takes longer than computing.
+constexpr int kMaxProposals = 8;
+constexpr int kTuneRounds = 6;
+constexpr double kTuneFlop = 8e12;
+constexpr int kMaxRepetitions = 16;
 
 // Frees what the library created. cuBLASLt's handles are pointers.
 template <auto kDestroy>
@@ -20,6 +29,7 @@ struct Destroy {
 using MatmulDesc = std::unique_ptr<cublasLtMatmulDescOpaque_t, Destroy<cublasLtMatmulDescDestroy>>;
 using MatrixLayout =
     std::unique_ptr<cublasLtMatrixLayoutOpaque_t, Destroy<cublasLtMatrixLayoutDestroy>>;
+using Event = std::unique_ptr<CUevent_st, Destroy<cudaEventDestroy>>;
 using Preference =
     std::unique_ptr<cublasLtMatmulPreferenceOpaque_t, Destroy<cublasLtMatmulPreferenceDestroy>>;
 
@@ -57,7 +67,8 @@ struct LinearLauncher::Plan {
   MatrixLayout w;
   MatrixLayout x;
   MatrixLayout y;
-  cublasLtMatmulAlgo_t algorithm = {};
+  std::vector<cublasLtMatmulAlgo_t> proposals;
+  cublasLtMatmulAlgo_t algorithm = {};  // the one chosen
 };
 
 LinearShape ShapeOf(const LinearParams& params) {
@@ -87,7 +98,7 @@ cublasStatus_t LinearLauncher::Initialize(void* workspace, size_t workspace_byte
 
 // Row-major y = x W^T is, in the library's column-major terms, y' = W'^T x' with W' of shape
 // [in, out], x' [in, tokens] and y' [out, tokens]: the same memory.
-cublasStatus_t LinearLauncher::MakePlan(const LinearShape& shape,
+cublasStatus_t LinearLauncher::MakePlan(const LinearShape& shape, int max_proposals,
                                         std::unique_ptr<Plan>* result) const {
   auto plan = std::make_unique<Plan>();
   Preference preference;
@@ -97,8 +108,8 @@ cublasStatus_t LinearLauncher::MakePlan(const LinearShape& shape,
   const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
     return cublasLtMatmulPreferenceSetAttribute(preference.get(), attribute, &value, sizeof(value));
   };
-  cublasLtMatmulHeuristicResult_t choice = {};
-  int num_choices = 0;
+  std::array<cublasLtMatmulHeuristicResult_t, kMaxProposals> proposals = {};
+  int num_proposals = 0;
   Sequence sequence;
   sequence
       .Then([&] {
@@ -136,29 +147,27 @@ cublasStatus_t LinearLauncher::MakePlan(const LinearShape& shape,
     sequence.Then([&] { return prefer(attribute, shape.alignment); });
   }
   sequence.Then([&] {
-    return cublasLtMatmulAlgoGetHeuristic(handle_, plan->product.get(), plan->w.get(),
-                                          plan->x.get(), plan->y.get(), plan->y.get(),
-                                          preference.get(), 1, &choice, &num_choices);
+    return cublasLtMatmulAlgoGetHeuristic(
+        handle_, plan->product.get(), plan->w.get(), plan->x.get(), plan->y.get(), plan->y.get(),
+        preference.get(), max_proposals, proposals.data(), &num_proposals);
   });
   if (sequence.status() != CUBLAS_STATUS_SUCCESS) return sequence.status();
-  if (num_choices == 0) return CUBLAS_STATUS_NOT_SUPPORTED;
-  plan->algorithm = choice.algo;
+  if (num_proposals == 0) return CUBLAS_STATUS_NOT_SUPPORTED;
+  for (int i = 0; i < num_proposals; ++i) plan->proposals.push_back(proposals[i].algo);
+  plan->algorithm = plan->proposals.front();
   *result = std::move(plan);
   return CUBLAS_STATUS_SUCCESS;
 }
 
-cublasStatus_t LinearLauncher::Launch(const LinearParams& params, cudaStream_t stream) {
-  if (params.num_tokens == 0) return CUBLAS_STATUS_SUCCESS;
-  const LinearShape shape = ShapeOf(params);
-  auto found = plans_.find(shape);
-  if (found == plans_.end()) {
-    if (plans_.size() >= kMaxPlans) plans_.clear();
-    std::unique_ptr<Plan> plan;
-    const cublasStatus_t status = MakePlan(shape, &plan);
-    if (status != CUBLAS_STATUS_SUCCESS) return status;
-    found = plans_.emplace(shape, std::move(plan)).first;
+LinearLauncher::Plan& LinearLauncher::Keep(const LinearShape& shape, std::unique_ptr<Plan> plan) {
+  if (plans_.size() >= kMaxPlans) {
+    std::erase_if(plans_, [](const auto& entry) { return entry.second->proposals.size() == 1; });
   }
-  const Plan& plan = *found->second;
+  return *plans_.insert_or_assign(shape, std::move(plan)).first->second;
+}
+
+cublasStatus_t LinearLauncher::Run(const Plan& plan, const LinearParams& params,
+                                   cudaStream_t stream) const {
   if (params.bias != nullptr) {
     const cublasStatus_t status = cublasLtMatmulDescSetAttribute(
         plan.product.get(), CUBLASLT_MATMUL_DESC_BIAS_POINTER, &params.bias, sizeof(params.bias));
@@ -169,6 +178,77 @@ cublasStatus_t LinearLauncher::Launch(const LinearParams& params, cudaStream_t s
   return cublasLtMatmul(handle_, plan.product.get(), &alpha, params.w, plan.w.get(), params.x,
                         plan.x.get(), &beta, params.y, plan.y.get(), params.y, plan.y.get(),
                         &plan.algorithm, workspace_, workspace_bytes_, stream);
+}
+
+cublasStatus_t LinearLauncher::Launch(const LinearParams& params, cudaStream_t stream) {
+  if (params.num_tokens == 0) return CUBLAS_STATUS_SUCCESS;
+  const LinearShape shape = ShapeOf(params);
+  const auto found = plans_.find(shape);
+  if (found != plans_.end()) return Run(*found->second, params, stream);
+  std::unique_ptr<Plan> plan;
+  const cublasStatus_t status = MakePlan(shape, /*max_proposals=*/1, &plan);
+  return status == CUBLAS_STATUS_SUCCESS ? Run(Keep(shape, std::move(plan)), params, stream)
+                                         : status;
+}
+
+cublasStatus_t LinearLauncher::Time(const Plan& plan, const LinearParams& params, int repetitions,
+                                    cudaStream_t stream, float* ms) const {
+  const auto checked = [](cudaError_t error) {
+    return error == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
+  };
+  Event begin;
+  Event end;
+  Sequence sequence;
+  for (Event* event : {&begin, &end}) {
+    sequence.Then([&] {
+      cudaEvent_t raw = nullptr;
+      const cudaError_t error = cudaEventCreate(&raw);
+      event->reset(raw);
+      return checked(error);
+    });
+  }
+  sequence.Then([&] { return checked(cudaEventRecord(begin.get(), stream)); });
+  for (int i = 0; i < repetitions; ++i) {
+    sequence.Then([&] { return Run(plan, params, stream); });
+  }
+  return sequence.Then([&] { return checked(cudaEventRecord(end.get(), stream)); })
+      .Then([&] { return checked(cudaEventSynchronize(end.get())); })
+      .Then([&] { return checked(cudaEventElapsedTime(ms, begin.get(), end.get())); })
+      .status();
+}
+
+cublasStatus_t LinearLauncher::Tune(const LinearParams& params, cudaStream_t stream) {
+  if (params.num_tokens == 0) return CUBLAS_STATUS_SUCCESS;
+  const LinearShape shape = ShapeOf(params);
+  std::unique_ptr<Plan> plan;
+  cublasStatus_t status = MakePlan(shape, kMaxProposals, &plan);
+  if (status != CUBLAS_STATUS_SUCCESS) return status;
+  const double flop = 2.0 * static_cast<double>(params.num_tokens) *
+                      static_cast<double>(params.in_features) *
+                      static_cast<double>(params.out_features);
+  const int repetitions =
+      static_cast<int>(std::clamp(kTuneFlop / flop, 1.0, double{kMaxRepetitions}));
+
+  // In turns, since the clock falls while the GPU warms up.
+  std::vector<std::vector<float>> times(plan->proposals.size());
+  for (int round = 0; round < kTuneRounds; ++round) {
+    for (size_t i = 0; i < plan->proposals.size(); ++i) {
+      plan->algorithm = plan->proposals[i];
+      float ms = 0.0f;
+      status = Time(*plan, params, repetitions, stream, &ms);
+      if (status != CUBLAS_STATUS_SUCCESS) return status;
+      if (round > 0) times[i].push_back(ms);
+    }
+  }
+  constexpr int kMedian = (kTuneRounds - 1) / 2;
+  size_t fastest = 0;
+  for (size_t i = 0; i < times.size(); ++i) {
+    std::nth_element(times[i].begin(), times[i].begin() + kMedian, times[i].end());
+    if (times[i][kMedian] < times[fastest][kMedian]) fastest = i;
+  }
+  plan->algorithm = plan->proposals[fastest];
+  Keep(shape, std::move(plan));
+  return CUBLAS_STATUS_SUCCESS;
 }
 
 }  // namespace prefilld::kernels::cuda

@@ -27,8 +27,9 @@ struct LinearShape {
 };
 LinearShape ShapeOf(const LinearParams& params);
 
-// Holds the library's handle, its workspace and the algorithm chosen for each shape seen so far.
-// For use by one thread and on one stream, since all products share the workspace.
+// Holds the library's handle, its workspace and the algorithm chosen for each shape seen so far:
+// the library's own first choice, or the fastest by trying for shapes that were tuned. For use by
+// one thread and on one stream, since all products share the workspace.
 class LinearLauncher {
  public:
   LinearLauncher();
@@ -41,11 +42,23 @@ class LinearLauncher {
   // CUBLAS_STATUS_NOT_SUPPORTED: no algorithm for the shape.
   cublasStatus_t Launch(const LinearParams& params, cudaStream_t stream);
 
+  // Times what the library proposes for the shape, in turns, and keeps the fastest for Launch.
+  // Takes about a second for a product of two TFLOP and waits for the stream; y is overwritten. The
+  // operands should hold numbers like those to come: with zeros, or for a moment, a GPU runs at
+  // clocks that it cannot keep up, and other algorithms win. On failure Launch is as it was.
+  cublasStatus_t Tune(const LinearParams& params, cudaStream_t stream);
+
   static constexpr size_t kWorkspaceBytes = size_t{32} << 20;  // cuBLAS's own choice on Hopper
 
  private:
   struct Plan;
-  cublasStatus_t MakePlan(const LinearShape& shape, std::unique_ptr<Plan>* plan) const;
+  // The library's proposals, at most `max_proposals`, its favourite first and chosen.
+  cublasStatus_t MakePlan(const LinearShape& shape, int max_proposals,
+                          std::unique_ptr<Plan>* plan) const;
+  cublasStatus_t Run(const Plan& plan, const LinearParams& params, cudaStream_t stream) const;
+  cublasStatus_t Time(const Plan& plan, const LinearParams& params, int repetitions,
+                      cudaStream_t stream, float* ms) const;
+  Plan& Keep(const LinearShape& shape, std::unique_ptr<Plan> plan);
 
   cublasLtHandle_t handle_ = nullptr;
   void* workspace_ = nullptr;
