@@ -17,6 +17,8 @@ constexpr int kMaxProposals = 8;
 constexpr int kTuneRounds = 6;
 constexpr double kTuneFlop = 8e12;
 constexpr int kMaxRepetitions = 16;
+// Products of at least so large a part of the tokens take the choice over.
+constexpr int64_t kTunedTokensRange = 4;
 
 // Frees what the library created. cuBLASLt's handles are pointers.
 template <auto kDestroy>
@@ -69,6 +71,7 @@ struct LinearLauncher::Plan {
   MatrixLayout y;
   std::vector<cublasLtMatmulAlgo_t> proposals;
   cublasLtMatmulAlgo_t algorithm = {};  // the one chosen
+  bool tuned = false;
 };
 
 LinearShape ShapeOf(const LinearParams& params) {
@@ -161,7 +164,7 @@ cublasStatus_t LinearLauncher::MakePlan(const LinearShape& shape, int max_propos
 
 LinearLauncher::Plan& LinearLauncher::Keep(const LinearShape& shape, std::unique_ptr<Plan> plan) {
   if (plans_.size() >= kMaxPlans) {
-    std::erase_if(plans_, [](const auto& entry) { return entry.second->proposals.size() == 1; });
+    std::erase_if(plans_, [](const auto& entry) { return !entry.second->tuned; });
   }
   return *plans_.insert_or_assign(shape, std::move(plan)).first->second;
 }
@@ -187,8 +190,29 @@ cublasStatus_t LinearLauncher::Launch(const LinearParams& params, cudaStream_t s
   if (found != plans_.end()) return Run(*found->second, params, stream);
   std::unique_ptr<Plan> plan;
   const cublasStatus_t status = MakePlan(shape, /*max_proposals=*/1, &plan);
-  return status == CUBLAS_STATUS_SUCCESS ? Run(Keep(shape, std::move(plan)), params, stream)
-                                         : status;
+  if (status != CUBLAS_STATUS_SUCCESS) return status;
+  TakeOverTuning(shape, *plan);
+  return Run(Keep(shape, std::move(plan)), params, stream);
+}
+
+// What is fastest for a product is so for other numbers of tokens too, until they become few.
+void LinearLauncher::TakeOverTuning(const LinearShape& shape, Plan& plan) const {
+  for (const auto& [tuned_shape, tuned] : plans_) {
+    LinearShape same_tokens = tuned_shape;
+    same_tokens.num_tokens = shape.num_tokens;
+    if (!tuned->tuned || same_tokens != shape ||
+        shape.num_tokens < tuned_shape.num_tokens / kTunedTokensRange) {
+      continue;
+    }
+    cublasLtMatmulHeuristicResult_t checked = {};
+    if (cublasLtMatmulAlgoCheck(handle_, plan.product.get(), plan.w.get(), plan.x.get(),
+                                plan.y.get(), plan.y.get(), &tuned->algorithm,
+                                &checked) == CUBLAS_STATUS_SUCCESS &&
+        checked.workspaceSize <= workspace_bytes_) {
+      plan.algorithm = tuned->algorithm;
+    }
+    return;
+  }
 }
 
 cublasStatus_t LinearLauncher::Time(const Plan& plan, const LinearParams& params, int repetitions,
@@ -247,6 +271,7 @@ cublasStatus_t LinearLauncher::Tune(const LinearParams& params, cudaStream_t str
     if (times[i][kMedian] < times[fastest][kMedian]) fastest = i;
   }
   plan->algorithm = plan->proposals[fastest];
+  plan->tuned = true;
   Keep(shape, std::move(plan));
   return CUBLAS_STATUS_SUCCESS;
 }

@@ -58,6 +58,7 @@ class LinearLauncher {
   cublasStatus_t Run(const Plan& plan, const LinearParams& params, cudaStream_t stream) const;
   cublasStatus_t Time(const Plan& plan, const LinearParams& params, int repetitions,
                       cudaStream_t stream, float* ms) const;
+  void TakeOverTuning(const LinearShape& shape, Plan& plan) const;
   Plan& Keep(const LinearShape& shape, std::unique_ptr<Plan> plan);
 
   cublasLtHandle_t handle_ = nullptr;

@@ -156,6 +156,40 @@ TEST_F(CudaLayerOps, LinearEqualsReferenceWithBiasAndAccumulation) {
   }
 }
 
+TEST_F(CudaLayerOps, TunedLinearEqualsReferenceForFewerAndMoreTokens) {
+  const DeviceArray<char> workspace(cuda::LinearLauncher::kWorkspaceBytes);
+  constexpr int64_t kIn = 512;
+  constexpr int64_t kOut = 1536;
+  constexpr int64_t kTunedTokens = 256;
+  constexpr int64_t kMostTokens = 300;
+  const std::vector<float> x = Normal(kMostTokens * kIn, 1);
+  const std::vector<float> w = Normal(kOut * kIn, 2);
+  const std::vector<float> bias = Normal(kOut, 3);
+  const std::vector<float> before = Normal(kMostTokens * kOut, 4);
+  const DeviceArray<Bf16> device_x(ToBf16(x)), device_w(ToBf16(w)), device_bias(ToBf16(bias));
+  for (const bool accumulate : {false, true}) {
+    cuda::LinearLauncher launcher;
+    ASSERT_EQ(launcher.Initialize(workspace.data(), workspace.size()), CUBLAS_STATUS_SUCCESS);
+    const auto params = [&](const DeviceArray<Bf16>& y, int64_t num_tokens) {
+      return LinearParams{
+          device_x.data(), device_w.data(), device_bias.data(), y.data(), num_tokens, kIn, kOut,
+          accumulate};
+    };
+    const DeviceArray<Bf16> overwritten(ToBf16(before));
+    ASSERT_EQ(launcher.Tune(params(overwritten, kTunedTokens), nullptr), CUBLAS_STATUS_SUCCESS);
+    for (const int64_t num_tokens : {int64_t{1}, kTunedTokens / 4 - 1, kTunedTokens / 4,
+                                     int64_t{100}, kTunedTokens, kMostTokens}) {
+      SCOPED_TRACE(::testing::Message() << num_tokens << " tokens, accumulate " << accumulate);
+      const DeviceArray<Bf16> y(ToBf16(before));
+      ASSERT_EQ(launcher.Launch(params(y, num_tokens), nullptr), CUBLAS_STATUS_SUCCESS);
+      std::vector<float> expected = before;
+      reference::Linear(
+          {x.data(), w.data(), bias.data(), expected.data(), num_tokens, kIn, kOut, accumulate});
+      ExpectClose(FromBf16(y.Read()), expected, kLinearTolerance);
+    }
+  }
+}
+
 struct RopeCase {
   int64_t num_tokens;
   int64_t first_position;
