@@ -23,8 +23,6 @@ constexpr int64_t kDefaultMaxTokens = 131072;
 // Far above any device's memory, and low enough that kernels may count positions as int and no size
 // of the workspace overflows.
 constexpr int64_t kMaxPositions = int64_t{1} << 28;
-// A batch's pattern grows with the square: here it takes 2 MiB, or 8 of blocks of 64 tokens.
-constexpr int64_t kMaxBatchTokens = int64_t{1} << 19;
 // Wide enough to saturate the GEMMs of the device, narrow enough that the wide activations stay
 // small beside the hidden states (CUDA) or in the cache (CPU).
 constexpr int64_t kCpuTileTokens = 512;

@@ -130,6 +130,10 @@ class PrefillEngine {
   virtual absl::StatusOr<DeviceBuffer> AllocateStaging(size_t bytes) = 0;
 };
 
+// Of EngineOptions.max_batch_tokens. A batch's pattern grows with the square: here it takes 2 MiB,
+// or 8 of blocks of 64 tokens.
+inline constexpr int64_t kMaxBatchTokens = int64_t{1} << 19;
+
 struct EngineOptions {
   std::string checkpoint_dir;
   std::string clusters_path;  // empty: <checkpoint_dir>/head_clusters.json if it is there

@@ -20,6 +20,7 @@ const std::vector<double> kSeconds = {0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0
                                       40,    60,     120,   300,  600,   1800};
 const std::vector<double> kTokens = {128,   512,   1024,   2048,   4096,   8192,   16384,
                                      32768, 65536, 131072, 262144, 524288, 1048576};
+const std::vector<double> kPrompts = {1, 2, 4, 8, 16, 32, 64, 128};
 const std::vector<double> kShares = {0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0};
 
 // Recall is interesting near 1.
@@ -88,8 +89,13 @@ Metrics::Metrics(const model::EngineInfo& engine)
                                  "Estimating, deciding and building patterns, per request.",
                                  kSeconds)),
       tokens_per_second_(NewGauge("prefilld_prompt_tokens_per_second",
-                                  "Speed of the latest prompt, from first layer to first token.")),
-      step_time_(NewHistogram("prefilld_step_time_seconds", "One layer of one prompt.", kSeconds)),
+                                  "Speed of the latest prompt, from first layer to first token; "
+                                  "in a batch its own tokens alone count.")),
+      batch_prompts_(NewHistogram("prefilld_batch_prompts",
+                                  "Prompts computed together, per pass through the layers.",
+                                  kPrompts)),
+      step_time_(NewHistogram("prefilld_step_time_seconds",
+                              "One layer of one prompt, or of a batch.", kSeconds)),
       computed_layers_(NewCounter("prefilld_steps_total", "Layer steps computed.")),
       computed_token_layers_(NewCounter("prefilld_step_tokens_total",
                                         "Prompt tokens times layers computed; divide by the "
@@ -208,15 +214,17 @@ void Metrics::CountRequest(PrefillJob& job) {
   set_lowest(PatternSource::kBaseline, total.recall().baseline());
 }
 
-void Metrics::CountLayer(const model::LayerReport& report, int64_t num_tokens) {
+void Metrics::CountPass(int num_prompts) { batch_prompts_.Observe(num_prompts); }
+
+void Metrics::CountLayer(const model::LayerReport& report, int num_prompts, int64_t num_tokens) {
   step_time_.Observe(static_cast<double>(report.compute_us) * 1e-6);
   computed_layers_.Increment();
   computed_token_layers_.Increment(static_cast<double>(num_tokens));
-  heads_[0]->Increment(report.dense_heads);
-  heads_[1]->Increment(report.pivot_heads);
-  heads_[2]->Increment(report.shared_heads);
-  heads_[3]->Increment(report.vertical_slash_heads);
-  heads_[4]->Increment(report.baseline_heads);
+  const int heads[] = {report.dense_heads, report.pivot_heads, report.shared_heads,
+                       report.vertical_slash_heads, report.baseline_heads};
+  for (size_t kind = 0; kind < heads_.size(); ++kind) {
+    heads_[kind]->Increment(int64_t{num_prompts} * heads[kind]);
+  }
   for (const model::HeadRecall& head : report.recall) {
     recall_[static_cast<size_t>(head.source)]->Observe(head.recall);
   }

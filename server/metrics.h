@@ -44,7 +44,9 @@ class Metrics {
 
   void CountRefused(Outcome outcome);
   void CountRequest(PrefillJob& job);  // once, when its Prefill call is over
-  void CountLayer(const model::LayerReport& report, int64_t num_tokens);
+  void CountPass(int num_prompts);
+  // `num_tokens` of all prompts of the pass.
+  void CountLayer(const model::LayerReport& report, int num_prompts, int64_t num_tokens);
   void CountFrame(int lane, int64_t payload_bytes);
   void CountStall(absl::Duration stalled);
   void CountDeviceError();
@@ -72,6 +74,7 @@ class Metrics {
   prometheus::Histogram& pattern_time_;
   prometheus::Gauge& tokens_per_second_;
 
+  prometheus::Histogram& batch_prompts_;
   prometheus::Histogram& step_time_;
   prometheus::Counter& computed_layers_;
   prometheus::Counter& computed_token_layers_;

@@ -99,12 +99,13 @@ void PrefillJob::Accept(int64_t queue_position) {
   delivery_.Send(event);
 }
 
-void PrefillJob::Start(model::AttentionPolicy policy) {
+void PrefillJob::Start(model::AttentionPolicy policy, int batch_prompts) {
   const absl::Time now = clock_.Now();
   {
     absl::MutexLock lock(&mu_);
     stats_.started_at = now;
     stats_.policy = policy;
+    stats_.batch_prompts = batch_prompts;
   }
   delivery_.OnStart(now);
   if (start_delivery_ != nullptr) start_delivery_();
@@ -157,6 +158,7 @@ void PrefillJob::Finish() {
     absl::MutexLock lock(&mu_);
     const absl::Time started = stats_.started_at.value_or(stats_.accepted_at);
     result.set_policy(server::ToProto(stats_.policy.value_or(work_.attention.policy)));
+    result.set_batch_prompts(stats_.batch_prompts);
     result.set_queue_us(absl::ToInt64Microseconds(started - stats_.accepted_at));
     result.set_compute_us(
         absl::ToInt64Microseconds(stats_.first_token_at.value_or(clock_.Now()) - started));

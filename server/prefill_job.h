@@ -38,6 +38,7 @@ struct JobStats {
   std::optional<absl::Time> started_at;          // first layer
   std::optional<absl::Time> first_token_at;      // sampled
   std::optional<model::AttentionPolicy> policy;  // the one that ran
+  int batch_prompts = 0;                         // computed together, this one included
   std::vector<model::LayerReport> layers;        // computed so far
   absl::Duration stalled;                        // compute waited for the consumer
   std::optional<absl::Duration> logprobs;        // of the prompt took, if asked for
@@ -59,7 +60,7 @@ class PrefillJob {
   // The way through, in this order, from Start on by the compute thread. Finish, after the last
   // frame, sends the result.
   void Accept(int64_t queue_position);
-  void Start(model::AttentionPolicy policy);
+  void Start(model::AttentionPolicy policy, int batch_prompts);
   void RecordLayer(const model::LayerReport& report);
   void RecordStall(absl::Duration stalled);
   void RecordFirstToken(model::SampledToken token);

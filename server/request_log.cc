@@ -27,6 +27,7 @@ void LogRequest(PrefillJob& job) {
     fields.emplace_back("queue_ms", Milliseconds(*stats.started_at - stats.accepted_at));
   }
   if (stats.policy.has_value()) fields.emplace_back("policy", model::Name(*stats.policy));
+  if (stats.batch_prompts > 1) fields.emplace_back("batch", int64_t{stats.batch_prompts});
   fields.emplace_back("layers", static_cast<int64_t>(stats.layers.size()));
   if (!stats.layers.empty()) {
     const auto total = SumOf(stats.layers);

@@ -5,8 +5,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "model/prefill_engine.h"
-#include "model/sampling.h"
-#include "server/kv_stream.h"
 #include "server/metrics.h"
 #include "server/status_details.h"
 
@@ -21,21 +19,25 @@ constexpr absl::Duration kMaxRetryDelay = absl::Seconds(60);
 // at the best speed of late.
 constexpr double kHopeless = 0.5;
 
-absl::Duration AtBest(const PromptSpeed& speed, absl::Time now, const PrefillJob& job) {
-  return speed.AtBest(now, static_cast<int64_t>(job.work().tokens.size()),
-                      job.work().attention.policy);
-}
+int64_t NumTokens(const PrefillJob& job) { return static_cast<int64_t>(job.work().tokens.size()); }
 
 }  // namespace
 
 Scheduler::Scheduler(model::PrefillEngine& engine, KvStream& stream, Metrics& metrics,
                      const Clock& clock, const QueueLimits& limits, const JobTimeouts& timeouts)
     : engine_(engine),
-      stream_(stream),
       metrics_(metrics),
       clock_(clock),
       limits_(limits),
-      timeouts_(timeouts),
+      pass_resources_{
+          .stream = stream,
+          .metrics = metrics,
+          .clock = clock,
+          .timeouts = timeouts,
+          .num_layers = engine.info().config.num_layers,
+          .on_progress = [this] { RecordProgress(); },
+          .on_first_tokens = [this](const PrefillPass& pass,
+                                    absl::Duration compute) { RecordSpeed(pass, compute); }},
       progress_at_us_(absl::ToUnixMicros(clock.Now())),
       thread_([this] { Run(); }) {}
 
@@ -48,7 +50,7 @@ Scheduler::~Scheduler() {
 }
 
 absl::Status Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
-  const auto num_tokens = static_cast<int64_t>(job->work().tokens.size());
+  const int64_t num_tokens = NumTokens(*job);
   absl::MutexLock lock(&mu_);
   if (!closed_.empty()) return absl::UnavailableError(closed_);
   if (live_.contains(job->work().id)) {
@@ -59,9 +61,9 @@ absl::Status Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
   if (absl::Status deadline = CheckDeadline(*job); !deadline.ok()) return deadline;
 
   // An idle server has made no progress for a while; that is no wedge.
-  if (queue_.empty() && running_ == nullptr) RecordProgress();
+  if (queue_.empty() && running_.empty()) RecordProgress();
   // Before the compute thread can see the job, so that Accepted is the first event.
-  job->Accept(static_cast<int64_t>(queue_.size()) + (running_ != nullptr ? 1 : 0));
+  job->Accept(static_cast<int64_t>(queue_.size() + running_.size()));
   live_[job->work().id] = job;
   queued_tokens_ += num_tokens;
   queue_.push_back(std::move(job));
@@ -70,7 +72,7 @@ absl::Status Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
 
 absl::Status Scheduler::CheckRoom(int64_t num_tokens) const {
   // With nothing running, the first in the queue is about to.
-  const int64_t waiting = static_cast<int64_t>(queue_.size()) - (running_ == nullptr ? 1 : 0);
+  const int64_t waiting = static_cast<int64_t>(queue_.size()) - (running_.empty() ? 1 : 0);
   std::string reason;
   if (waiting >= limits_.capacity) {
     reason = absl::StrCat("the queue is full: ", queue_.size(), " requests wait; at most ",
@@ -87,14 +89,13 @@ absl::Status Scheduler::CheckRoom(int64_t num_tokens) const {
                         std::clamp(delay, kMinRetryDelay, kMaxRetryDelay));
 }
 
-// What is left of the running prompt is not counted: it may end at any moment.
+// What is left of the running pass is not counted: it may end at any moment.
 absl::Status Scheduler::CheckDeadline(const PrefillJob& job) const {
   const absl::Duration time_left = job.time_left();
   if (time_left == absl::InfiniteDuration()) return absl::OkStatus();
   const absl::Time now = clock_.Now();
-  absl::Duration queue;
-  for (const auto& queued : queue_) queue += AtBest(speed_, now, *queued);
-  const absl::Duration compute = AtBest(speed_, now, job);
+  const absl::Duration queue = QueueAtBest(now);
+  const absl::Duration compute = speed_.AtBest(now, NumTokens(job), job.work().attention.policy);
   if (time_left >= kHopeless * (queue + compute)) return absl::OkStatus();
   const auto rounded = [](absl::Duration d) {
     return absl::FormatDuration(absl::Trunc(d, absl::Milliseconds(1)));
@@ -102,6 +103,19 @@ absl::Status Scheduler::CheckDeadline(const PrefillJob& job) const {
   return absl::DeadlineExceededError(absl::StrCat(
       "the deadline is in ", rounded(time_left), "; at the best speed of late the queue takes ",
       rounded(queue), " and this prompt ", rounded(compute)));
+}
+
+absl::Duration Scheduler::QueueAtBest(absl::Time now) const {
+  absl::Duration sum;
+  int64_t batched_tokens = 0;
+  for (const auto& job : queue_) {
+    if (BatchTokens(*job) > 0) {
+      batched_tokens += NumTokens(*job);
+    } else {
+      sum += speed_.AtBest(now, NumTokens(*job), job->work().attention.policy);
+    }
+  }
+  return sum + speed_.BatchedAtBest(now, batched_tokens);
 }
 
 void Scheduler::Retire(PrefillJob& job) {
@@ -115,7 +129,7 @@ void Scheduler::Retire(PrefillJob& job) {
   const auto queued = std::find_if(queue_.begin(), queue_.end(),
                                    [&job](const auto& entry) { return entry.get() == &job; });
   if (queued != queue_.end()) {
-    queued_tokens_ -= static_cast<int64_t>(job.work().tokens.size());
+    queued_tokens_ -= NumTokens(job);
     queue_.erase(queued);
   }
 }
@@ -131,15 +145,16 @@ std::vector<LiveJob> Scheduler::LiveJobs() const {
   absl::MutexLock lock(&mu_);
   absl::flat_hash_map<const PrefillJob*, int64_t> requests_ahead;
   for (const auto& job : queue_) {
-    const int64_t ahead = static_cast<int64_t>(requests_ahead.size()) + (running_ ? 1 : 0);
-    requests_ahead.emplace(job.get(), ahead);
+    requests_ahead.emplace(job.get(),
+                           static_cast<int64_t>(requests_ahead.size() + running_.size()));
   }
   for (const auto& [id, job] : live_) {
     LiveJob live{.job = job};
     if (const auto queued = requests_ahead.find(job.get()); queued != requests_ahead.end()) {
       live.requests_ahead = queued->second;
     } else {
-      live.others_wait = !queue_.empty() || (running_ != nullptr && running_ != job);
+      const bool runs = std::find(running_.begin(), running_.end(), job) != running_.end();
+      live.others_wait = !queue_.empty() || running_.size() > (runs ? 1 : 0);
     }
     jobs.push_back(std::move(live));
   }
@@ -150,7 +165,7 @@ QueueState Scheduler::state() const {
   absl::MutexLock lock(&mu_);
   return {.queued_requests = static_cast<int64_t>(queue_.size()),
           .queued_tokens = queued_tokens_,
-          .running_requests = running_ != nullptr ? 1 : 0,
+          .running_requests = static_cast<int64_t>(running_.size()),
           .live_requests = static_cast<int64_t>(live_.size())};
 }
 
@@ -166,7 +181,7 @@ void Scheduler::AbortAll(Outcome outcome, const absl::Status& status) {
 bool Scheduler::AwaitIdle(absl::Duration timeout) {
   absl::MutexLock lock(&mu_);
   const auto idle = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
-    return live_.empty() && running_ == nullptr;
+    return live_.empty() && running_.empty();
   };
   return mu_.AwaitWithTimeout(absl::Condition(&idle), timeout);
 }
@@ -183,114 +198,85 @@ void Scheduler::RecordProgress() {
 absl::Duration Scheduler::WithoutProgressFor(absl::Time now) const {
   {
     absl::MutexLock lock(&mu_);
-    if (queue_.empty() && running_ == nullptr) return absl::ZeroDuration();
+    if (queue_.empty() && running_.empty()) return absl::ZeroDuration();
   }
   return now - absl::FromUnixMicros(progress_at_us_.load(std::memory_order_relaxed));
 }
 
 void Scheduler::Run() {
-  while (const std::shared_ptr<PrefillJob> job = NextJob()) {
-    if (!job->ended()) Compute(*job);
+  for (Jobs jobs = NextJobs(); !jobs.empty(); jobs = NextJobs()) {
+    Compute(std::move(jobs));
     absl::MutexLock lock(&mu_);
-    running_ = nullptr;
+    running_.clear();
   }
 }
 
-std::shared_ptr<PrefillJob> Scheduler::NextJob() {
+Scheduler::Jobs Scheduler::NextJobs() {
   absl::MutexLock lock(&mu_);
   const auto wake = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) { return stop_ || !queue_.empty(); };
   mu_.Await(absl::Condition(&wake));
-  if (stop_) return nullptr;
-  running_ = std::move(queue_.front());
+  if (stop_) return {};
+  running_.push_back(std::move(queue_.front()));
   queue_.pop_front();
-  queued_tokens_ -= static_cast<int64_t>(running_->work().tokens.size());
+  TakeWhatFitsBeside(*running_.front());
+  for (const auto& job : running_) queued_tokens_ -= NumTokens(*job);
   RecordProgress();
   return running_;
 }
 
-void Scheduler::Compute(PrefillJob& job) {
-  auto sequence = engine_.Start(job.work().tokens, job.work().attention);
+void Scheduler::TakeWhatFitsBeside(const PrefillJob& head) {
+  const int64_t taken = BatchTokens(head);
+  if (taken == 0) return;
+  int64_t room = engine_.max_batch_tokens() - taken;
+  for (auto next = queue_.begin(); next != queue_.end() && room > 0;) {
+    const int64_t needed = (*next)->ended() ? 0 : BatchTokens(**next);
+    if (needed == 0 || needed > room) {
+      ++next;
+      continue;
+    }
+    room -= needed;
+    running_.push_back(std::move(*next));
+    next = queue_.erase(next);
+  }
+}
+
+int64_t Scheduler::BatchTokens(const PrefillJob& job) const {
+  return engine_.BatchTokens(NumTokens(job), job.work().attention);
+}
+
+void Scheduler::Compute(Jobs jobs) {
+  jobs.erase(std::remove_if(jobs.begin(), jobs.end(), [](const auto& job) { return job->ended(); }),
+             jobs.end());
+  if (jobs.empty()) return;
+  std::vector<model::PromptInput> prompts;
+  for (const auto& job : jobs) prompts.push_back({job->work().tokens, job->work().attention});
+  auto sequence = engine_.Start(prompts);
   if (absl::IsInvalidArgument(sequence.status())) {
-    job.Abort(Outcome::kInvalid, sequence.status());
+    if (jobs.size() == 1) {
+      jobs.front()->Abort(Outcome::kInvalid, sequence.status());
+    } else {  // one of them, who must not end the others
+      for (const auto& job : jobs) Compute({job});
+    }
     return;
   }
   if (!sequence.ok()) {
     Fail(sequence.status());
     return;
   }
-  if (job.ended()) return;  // meanwhile; nothing is to be delivered any more
-  job.Start((*sequence)->policy());
-  stream_.Begin(job, **sequence);
-  absl::Status status = ComputeLayers(job, **sequence);
-  // The packing threads borrow the sequence until here.
-  status.Update(stream_.End());
+  PrefillPass pass(pass_resources_, std::move(jobs), **sequence);
+  const absl::Status status = pass.Run();
   sequence->reset();
-  if (!status.ok()) {
-    Fail(status);
-  } else if (!job.ended()) {
-    job.Finish();
-  }
+  if (!status.ok()) Fail(status);
 }
 
-// OK also when the job ended on the way.
-absl::Status Scheduler::ComputeLayers(PrefillJob& job, model::PrefillSequence& sequence) {
-  const auto num_tokens = static_cast<int64_t>(job.work().tokens.size());
-  const absl::Time started = clock_.Now();
-  absl::Duration waited;
-  for (int layer = 0; layer < engine_.info().config.num_layers; ++layer) {
-    const absl::Time ready = clock_.Now();
-    if (absl::Status slot = stream_.WaitForSlot(); !slot.ok()) return slot;
-    const absl::Duration stalled = clock_.Now() - ready;
-    job.RecordStall(stalled);
-    metrics_.CountStall(stalled);
-    waited += stalled;
-
-    job.CheckTimers(timeouts_, /*queue_position=*/0, /*others_wait=*/false);
-    if (job.ended()) return absl::OkStatus();
-    const auto report = sequence.RunLayer();
-    if (!report.ok()) return report.status();
-    RecordProgress();
-    metrics_.CountLayer(*report, num_tokens);
-    job.RecordLayer(*report);
-    stream_.LayerDone(layer);
-  }
-  if (absl::Status token = ComputeFirstToken(job, sequence); !token.ok()) return token;
+void Scheduler::RecordSpeed(const PrefillPass& pass, absl::Duration compute) {
   const absl::Time now = clock_.Now();
-  {
-    absl::MutexLock lock(&mu_);
-    speed_.Record(now, num_tokens, job.work().attention.policy, now - started - waited);
-  }
-  return job.work().prompt_logprobs ? ComputeLogprobs(job, sequence) : absl::OkStatus();
-}
-
-absl::Status Scheduler::ComputeFirstToken(PrefillJob& job, model::PrefillSequence& sequence) {
-  const auto logits = sequence.FinalLogits();
-  if (!logits.ok()) return logits.status();
-  const auto num_tokens = static_cast<int64_t>(job.work().tokens.size());
-  auto token = model::Sample(logits->front(), job.work().sampling, num_tokens);
-  if (token.ok()) {
-    job.RecordFirstToken(*std::move(token));
+  absl::MutexLock lock(&mu_);
+  if (pass.jobs().size() > 1) {
+    speed_.RecordBatch(now, pass.num_tokens(), compute);
   } else {
-    job.Abort(Outcome::kInternal, token.status());
+    speed_.Record(now, pass.num_tokens(), pass.jobs().front()->work().attention.policy, compute);
   }
-  RecordProgress();
-  return absl::OkStatus();
-}
-
-// OK also when the job ended on the way, as between layers.
-absl::Status Scheduler::ComputeLogprobs(PrefillJob& job, model::PrefillSequence& sequence) {
-  const auto go_on = [&] {
-    RecordProgress();
-    job.CheckTimers(timeouts_, /*queue_position=*/0, /*others_wait=*/false);
-    return !job.ended();
-  };
-  const absl::Time started = clock_.Now();
-  auto logprobs = sequence.Logprobs(/*prompt=*/0, go_on);
-  if (absl::IsCancelled(logprobs.status())) return absl::OkStatus();
-  if (!logprobs.ok()) return logprobs.status();
-  job.RecordLogprobs(*std::move(logprobs), clock_.Now() - started);
-  RecordProgress();
-  return absl::OkStatus();
 }
 
 void Scheduler::Fail(const absl::Status& cause) {

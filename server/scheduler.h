@@ -18,12 +18,12 @@
 #include "absl/time/time.h"
 #include "server/clock.h"
 #include "server/prefill_job.h"
+#include "server/prefill_pass.h"
 #include "server/prompt_speed.h"
 
 namespace prefilld::model {
 class PrefillEngine;
-class PrefillSequence;
-}  // namespace prefilld::model
+}
 
 namespace prefilld::server {
 
@@ -31,7 +31,7 @@ class KvStream;
 class Metrics;
 
 struct QueueLimits {
-  int64_t capacity = 64;          // requests waiting behind the running one
+  int64_t capacity = 64;          // requests waiting behind the running pass
   int64_t max_queued_tokens = 0;  // tokens waiting; one prompt may always wait
 };
 
@@ -48,8 +48,10 @@ struct LiveJob {
   bool others_wait = false;  // for the compute or the staging that it may hold
 };
 
-// One prompt computes at a time, one layer per step, at the end maybe its log-probabilities in
-// small steps; before each step the request's end is looked for. Thread-safe.
+// One pass computes at a time: the prompt at the head of the queue and, if it is short enough to be
+// batched, whichever of those behind it are so too and fit beside it, in their order. The head
+// always runs, so that nobody starves: who waits is overtaken by passes of those before alone, each
+// no longer than a batch. Thread-safe.
 class Scheduler {
  public:
   Scheduler(model::PrefillEngine& engine, KvStream& stream, Metrics& metrics, const Clock& clock,
@@ -82,22 +84,24 @@ class Scheduler {
   absl::Duration WithoutProgressFor(absl::Time now) const;
 
  private:
+  using Jobs = std::vector<std::shared_ptr<PrefillJob>>;
+
   void Run();
-  std::shared_ptr<PrefillJob> NextJob();  // null: stop
-  void Compute(PrefillJob& job);
-  absl::Status ComputeLayers(PrefillJob& job, model::PrefillSequence& sequence);
-  absl::Status ComputeFirstToken(PrefillJob& job, model::PrefillSequence& sequence);
-  absl::Status ComputeLogprobs(PrefillJob& job, model::PrefillSequence& sequence);
+  Jobs NextJobs();  // of a pass; none: stop
+  void TakeWhatFitsBeside(const PrefillJob& head) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void Compute(Jobs jobs);
+  void RecordSpeed(const PrefillPass& pass, absl::Duration compute);
   void Fail(const absl::Status& cause);
+  int64_t BatchTokens(const PrefillJob& job) const;  // 0: runs alone
   absl::Status CheckRoom(int64_t num_tokens) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status CheckDeadline(const PrefillJob& job) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Duration QueueAtBest(absl::Time now) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   model::PrefillEngine& engine_;
-  KvStream& stream_;
   Metrics& metrics_;
   const Clock& clock_;
   const QueueLimits limits_;
-  const JobTimeouts timeouts_;
+  const PassResources pass_resources_;
 
   std::atomic<int64_t> progress_at_us_;  // since the epoch
 
@@ -107,7 +111,7 @@ class Scheduler {
   absl::Status failure_ ABSL_GUARDED_BY(mu_);
   std::deque<std::shared_ptr<PrefillJob>> queue_ ABSL_GUARDED_BY(mu_);
   int64_t queued_tokens_ ABSL_GUARDED_BY(mu_) = 0;
-  std::shared_ptr<PrefillJob> running_ ABSL_GUARDED_BY(mu_);
+  Jobs running_ ABSL_GUARDED_BY(mu_);
   absl::flat_hash_map<std::string, std::shared_ptr<PrefillJob>> live_ ABSL_GUARDED_BY(mu_);
   PromptSpeed speed_ ABSL_GUARDED_BY(mu_);
 

@@ -101,6 +101,8 @@ absl::Status Validate(const ServerOptions& o) {
   if (o.engine.checkpoint_dir.empty()) problems.push_back("--model is required");
   CheckRange("--cpu_threads", o.engine.cpu_threads, 0, 4096, problems);
   CheckRange("--max_prompt_tokens", o.engine.max_tokens, 0, int64_t{1} << 24, problems);
+  CheckRange("--max_batch_tokens", o.engine.max_batch_tokens.value_or(0), 0, model::kMaxBatchTokens,
+             problems);
   CheckAddresses(o, problems);
   CheckTls(o.tls, problems);
   CheckAttention(o, problems);
@@ -136,6 +138,8 @@ std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o
           {"device", DeviceName(o.engine.device)},
           {"cpu_threads", absl::StrCat(o.engine.cpu_threads)},
           {"max_prompt_tokens", absl::StrCat(o.engine.max_tokens)},
+          {"max_batch_tokens",
+           o.engine.max_batch_tokens ? absl::StrCat(*o.engine.max_batch_tokens) : "by device"},
           {"listen", o.listen},
           {"metrics_listen", o.metrics_listen},
           {"tls", o.tls.certificate.empty() ? "off"

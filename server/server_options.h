@@ -46,7 +46,7 @@ struct ServerOptions {
   TlsFiles tls;
   LogFormat log_format = LogFormat::kText;
 
-  int64_t queue_capacity = 64;    // requests waiting behind the running one
+  int64_t queue_capacity = 64;    // requests waiting behind those that run
   int64_t max_queued_tokens = 0;  // tokens waiting; 0: 8 prompts of the greatest length
   int max_lanes = 16;
   int64_t staging_bytes = int64_t{256} << 20;

@@ -43,15 +43,18 @@ StagingRing::StagingRing(model::DeviceBuffer memory, int num_buffers, size_t buf
   }
 }
 
-StagingRing::Lease StagingRing::Acquire(const std::shared_ptr<Credit>& credit,
+StagingRing::Lease StagingRing::Acquire(absl::Span<const std::shared_ptr<Credit>> credits,
                                         absl::FunctionRef<bool()> give_up) {
   absl::MutexLock lock(&mu_);
-  const auto available = [this, &credit]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
-    return !free_.empty() && credit->held_ < credit_limit_;
+  const auto has_room = [this](const std::shared_ptr<Credit>& credit) ABSL_SHARED_LOCKS_REQUIRED(
+                            mu_) { return credit->held_ < credit_limit_; };
+  const auto available = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+    return !free_.empty() && std::any_of(credits.begin(), credits.end(), has_room);
   };
   while (!mu_.AwaitWithTimeout(absl::Condition(&available), kGiveUpPoll)) {
     if (give_up()) return Lease();
   }
+  const std::shared_ptr<Credit>& credit = *std::find_if(credits.begin(), credits.end(), has_room);
   std::byte* data = free_.back();
   free_.pop_back();
   ++credit->held_;

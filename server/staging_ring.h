@@ -15,6 +15,7 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 #include "model/backend.h"
 
 namespace prefilld::model {
@@ -43,6 +44,7 @@ class StagingRing {
 
     explicit operator bool() const { return ring_ != nullptr; }
     std::byte* data() const { return data_; }
+    const Credit* credit() const { return credit_.get(); }
 
    private:
     friend class StagingRing;
@@ -58,9 +60,11 @@ class StagingRing {
   static absl::StatusOr<std::unique_ptr<StagingRing>> Create(model::PrefillEngine& engine,
                                                              int num_buffers, size_t buffer_bytes);
 
-  // Waits for a buffer within the request's credit (half the ring). An empty lease means that
-  // `give_up` returned true; it is asked every few milliseconds.
-  Lease Acquire(const std::shared_ptr<Credit>& credit, absl::FunctionRef<bool()> give_up);
+  // Waits for a buffer within the credit of a request (half the ring): of the first of `credits`
+  // that has room. An empty lease means that `give_up` returned true; it is asked every few
+  // milliseconds.
+  Lease Acquire(absl::Span<const std::shared_ptr<Credit>> credits,
+                absl::FunctionRef<bool()> give_up);
 
   size_t buffer_bytes() const { return buffer_bytes_; }
   int64_t capacity_bytes() const { return int64_t{num_buffers_} * buffer_bytes_; }

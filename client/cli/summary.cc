@@ -196,6 +196,7 @@ json ToJson(const PrefillResult& result) {
   object["queue_us"] = result.queue_us();
   object["stall_us"] = result.stall_us();
   object["policy"] = PolicyName(result.policy());
+  object["batch_prompts"] = result.batch_prompts();
   object["prompt_tokens"] = result.num_tokens();
   object["kv_bytes"] = result.kv_bytes();
   object["kv_frames"] = result.kv_frames();

@@ -208,9 +208,9 @@ void FakeEngine::FailLogprobs(absl::Status status) {
   logprobs_error_ = std::move(status);
 }
 
-std::vector<int64_t> FakeEngine::last_lengths() const {
+std::vector<std::vector<int64_t>> FakeEngine::lengths() const {
   absl::MutexLock lock(&mu_);
-  return last_lengths_;
+  return lengths_;
 }
 
 std::vector<uint32_t> FakeEngine::last_tokens() const {
@@ -231,10 +231,11 @@ int64_t FakeEngine::BatchTokens(int64_t num_tokens, const model::AttentionOption
 absl::StatusOr<std::unique_ptr<model::PrefillSequence>> FakeEngine::Start(
     absl::Span<const model::PromptInput> prompts) {
   if (alive_ > 0) return absl::FailedPreconditionError("another sequence exists");
+  if (refuses_batches_ && prompts.size() > 1) return absl::InvalidArgumentError("no batches");
   absl::MutexLock lock(&mu_);
-  last_lengths_.clear();
+  std::vector<int64_t>& lengths = lengths_.emplace_back();
   for (const model::PromptInput& prompt : prompts) {
-    last_lengths_.push_back(static_cast<int64_t>(prompt.tokens.size()));
+    lengths.push_back(static_cast<int64_t>(prompt.tokens.size()));
   }
   last_tokens_.assign(prompts.front().tokens.begin(), prompts.front().tokens.end());
   last_attention_ = prompts.front().attention;

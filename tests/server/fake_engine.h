@@ -40,6 +40,7 @@ class FakeEngine final : public model::PrefillEngine {
   // No sequence gets past its first `layers` layers until the next call. -1: no limit.
   void HoldAfter(int layers);
   void set_logits_are_nan(bool nan) { logits_are_nan_ = nan; }
+  void set_refuses_batches(bool refuses) { refuses_batches_ = refuses; }
   // Log-probabilities are computed in kLogprobsParts; none gets past its first `parts` until the
   // next call. -1: no limit.
   static constexpr int kLogprobsParts = 4;
@@ -52,10 +53,9 @@ class FakeEngine final : public model::PrefillEngine {
   int layers_run() const { return layers_run_; }          // over all sequences
   int most_held() const { return most_held_; }            // unreleased layers at once
   int logprobs_parts() const { return logprobs_parts_; }  // over all sequences
-  // Of the latest sequence.
-  std::vector<int64_t> last_lengths() const;
-  std::vector<uint32_t> last_tokens() const;  // of its first prompt
-  model::AttentionOptions last_attention() const;
+  std::vector<std::vector<int64_t>> lengths() const;      // of every sequence's prompts, ever
+  std::vector<uint32_t> last_tokens() const;              // of the latest sequence's first prompt
+  model::AttentionOptions last_attention() const;         // likewise
 
   const model::EngineInfo& info() const override { return info_; }
   int kv_slots() const override { return options_.kv_slots; }
@@ -76,6 +76,7 @@ class FakeEngine final : public model::PrefillEngine {
   std::atomic<int> started_ = 0, alive_ = 0, layers_run_ = 0, held_ = 0, most_held_ = 0;
   std::atomic<int> logprobs_parts_ = 0;
   std::atomic<bool> logits_are_nan_ = false;
+  std::atomic<bool> refuses_batches_ = false;
   mutable absl::Mutex mu_;
   absl::Duration layer_time_ ABSL_GUARDED_BY(mu_);
   int fail_from_ ABSL_GUARDED_BY(mu_) = -1;
@@ -84,7 +85,7 @@ class FakeEngine final : public model::PrefillEngine {
   int hold_after_ ABSL_GUARDED_BY(mu_) = -1;
   int hold_logprobs_after_ ABSL_GUARDED_BY(mu_) = -1;
   absl::Status logprobs_error_ ABSL_GUARDED_BY(mu_);
-  std::vector<int64_t> last_lengths_ ABSL_GUARDED_BY(mu_);
+  std::vector<std::vector<int64_t>> lengths_ ABSL_GUARDED_BY(mu_);
   std::vector<uint32_t> last_tokens_ ABSL_GUARDED_BY(mu_);
   model::AttentionOptions last_attention_ ABSL_GUARDED_BY(mu_);
 };

@@ -35,6 +35,21 @@ TEST(PromptSpeed, LeavesOutPromptsThatAreAllOverhead) {
   EXPECT_EQ(speed.AtBest(kNow, 100'000, kDense), absl::ZeroDuration());
 }
 
+// Ten prompts at once get through faster than one, and each takes longer.
+TEST(PromptSpeed, TellsBatchesFromPromptsAlone) {
+  PromptSpeed speed;
+  EXPECT_EQ(speed.BatchedAtBest(kNow, 4000), absl::ZeroDuration());
+  for (int i = 0; i < 8; ++i) {
+    speed.Record(kNow, 2000, kDense, absl::Seconds(2));
+    speed.RecordBatch(kNow, 20'000, absl::Seconds(4));
+  }
+  EXPECT_EQ(speed.AtBest(kNow, 40'000, kDense), absl::Seconds(40));
+  EXPECT_EQ(speed.BatchedAtBest(kNow, 4000), absl::Milliseconds(800)) << "of any length";
+  EXPECT_EQ(speed.latest(), 5000);
+  const absl::Time later = kNow + PromptSpeed::kMaxAge + absl::Seconds(1);
+  EXPECT_EQ(speed.BatchedAtBest(later, 4000), absl::ZeroDuration());
+}
+
 TEST(PromptSpeed, ForgetsTheDaysOfOld) {
   PromptSpeed speed;
   for (int i = 0; i < 8; ++i) speed.Record(kNow, 2000, kDense, absl::Seconds(1));

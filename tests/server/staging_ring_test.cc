@@ -34,7 +34,7 @@ TEST_F(StagingRingTest, LendsDistinctBuffersAndTakesThemBack) {
     std::vector<StagingRing::Lease> leases;
     const auto first = NewCredit(), second = NewCredit();
     for (const auto& credit : {first, first, second, second}) {
-      leases.push_back(ring->Acquire(credit, kNever));
+      leases.push_back(ring->Acquire({credit}, kNever));
       ASSERT_TRUE(leases.back());
       addresses.insert(leases.back().data());
     }
@@ -49,18 +49,30 @@ TEST_F(StagingRingTest, LendsDistinctBuffersAndTakesThemBack) {
 TEST_F(StagingRingTest, ARequestGetsHalfAtMost) {
   const auto ring = NewRing(4);
   const auto greedy = NewCredit();
-  StagingRing::Lease first = ring->Acquire(greedy, kNever);
-  const StagingRing::Lease second = ring->Acquire(greedy, kNever);
-  EXPECT_FALSE(ring->Acquire(greedy, kAtOnce));
-  EXPECT_TRUE(ring->Acquire(NewCredit(), kAtOnce));
+  StagingRing::Lease first = ring->Acquire({greedy}, kNever);
+  const StagingRing::Lease second = ring->Acquire({greedy}, kNever);
+  EXPECT_FALSE(ring->Acquire({greedy}, kAtOnce));
+  EXPECT_TRUE(ring->Acquire({NewCredit()}, kAtOnce));
   first = StagingRing::Lease();
-  EXPECT_TRUE(ring->Acquire(greedy, kAtOnce));
+  EXPECT_TRUE(ring->Acquire({greedy}, kAtOnce));
+}
+
+TEST_F(StagingRingTest, OfSeveralRequestsTheFirstThatHasRoomGetsIt) {
+  const auto ring = NewRing(6);
+  const auto full = NewCredit(), first = NewCredit(), second = NewCredit();
+  std::vector<StagingRing::Lease> leases;
+  for (int i = 0; i < 3; ++i) leases.push_back(ring->Acquire({full}, kNever));
+  leases.push_back(ring->Acquire({full, first, second}, kNever));
+  EXPECT_EQ(leases.back().credit(), first.get());
+  leases.push_back(ring->Acquire({second, first, full}, kNever));
+  EXPECT_EQ(leases.back().credit(), second.get());
+  EXPECT_FALSE(ring->Acquire({full}, kAtOnce));
 }
 
 TEST_F(StagingRingTest, ALeaseOutlivesTheCreditsOwner) {
   const auto ring = NewRing(2);
   auto credit = NewCredit();
-  StagingRing::Lease lease = ring->Acquire(credit, kNever);
+  StagingRing::Lease lease = ring->Acquire({credit}, kNever);
   credit.reset();
   lease = StagingRing::Lease();
   EXPECT_EQ(ring->staged_bytes(), 0);

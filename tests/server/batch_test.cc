@@ -1,0 +1,301 @@
+// Short prompts that wait are computed together, and each keeps its own end.
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include <gmock/gmock.h>
+
+#include "tests/server/server_fixture.h"
+
+namespace prefilld::server {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+using Calls = std::vector<std::unique_ptr<OpenStream>>;
+
+class Batch : public ServerFixture {
+ protected:
+  Batch() { engine_options_.max_batch_tokens = 1000; }
+
+  // Long ones would be sparse.
+  static v1::PrefillRequest DensePromptOf(int num_tokens) {
+    v1::PrefillRequest request = PromptOf(num_tokens);
+    request.mutable_attention()->set_policy(v1::ATTENTION_POLICY_DENSE);
+    return request;
+  }
+
+  std::unique_ptr<OpenStream> Submit(const v1::PrefillRequest& request) {
+    auto call = std::make_unique<OpenStream>(*NewStub(), request);
+    call->ReadUntil(v1::PrefillEvent::kAccepted);
+    return call;
+  }
+  // A prompt that is alone in its pass, too long for a batch, and holds the engine.
+  std::unique_ptr<OpenStream> HoldEngine() {
+    engine_->HoldAfter(0);
+    auto call = Submit(PromptOf(static_cast<int>(engine_options_.max_batch_tokens) + 1));
+    EXPECT_TRUE(Eventually([this] { return engine_->alive() == 1; }));
+    return call;
+  }
+  // Prompts of these lengths that wait for the engine and, once it is let go, get no further than
+  // `layers` layers. One more layer was run before, of 1001 tokens.
+  Calls RunTogether(const std::vector<int>& lengths, int layers = -1) {
+    const auto holder = HoldEngine();
+    Calls calls;
+    for (const int length : lengths) calls.push_back(Submit(DensePromptOf(length)));
+    LetGo(*holder, layers);
+    return calls;
+  }
+  void LetGo(OpenStream& holder, int layers) {
+    holder.Cancel();
+    EXPECT_TRUE(Eventually([this] { return Cancelled() == 1; }));
+    engine_->HoldAfter(layers);
+    EXPECT_TRUE(Eventually([this] { return engine_->started() == 2; }));
+  }
+  double Cancelled() const { return Metric("prefilld_requests_total{outcome=\"cancelled\"}"); }
+};
+
+TEST_F(Batch, OfPromptsThatWaitIsOnePass) {
+  StartServer();
+  const Calls calls = RunTogether({10, 20, 300});
+  for (const auto& call : calls) {
+    const StreamContents contents = call->Rest();
+    ASSERT_NE(contents.result(), nullptr) << contents.status.error_message();
+    EXPECT_EQ(contents.result()->batch_prompts(), 3);
+  }
+  EXPECT_THAT(engine_->lengths(), ElementsAre(ElementsAre(1001), ElementsAre(10, 20, 300)));
+  EXPECT_TRUE(EverythingIsFree());
+  EXPECT_EQ(Metric("prefilld_batch_prompts_count"), 2);
+  EXPECT_EQ(Metric("prefilld_batch_prompts_sum"), 4);
+  EXPECT_EQ(Metric("prefilld_requests_total{outcome=\"ok\"}"), 3);
+}
+
+TEST_F(Batch, GivesEachItsTokenAndItsCache) {
+  engine_options_.max_batch_tokens = 40'000;
+  StartServer();
+  const auto holder = HoldEngine();
+  const std::vector<int> lengths = {20'000, 1, 16, 17, 300};  // read in this order
+  Calls calls;
+  std::vector<v1::KvLayout> layouts;
+  for (const int length : lengths) {
+    v1::PrefillRequest request = DensePromptOf(length);
+    if (length == 300) request.mutable_layout()->set_first_block(19);  // of 19: it has them all
+    if (length == 17) request.mutable_layout()->set_order(v1::KV_ORDER_HND);
+    calls.push_back(std::make_unique<OpenStream>(*NewStub(), request));
+    layouts.push_back(calls.back()->ReadUntil(v1::PrefillEvent::kAccepted).accepted().layout());
+  }
+  engine_->HoldAfter(-1);
+  EXPECT_NE(holder->Rest().result(), nullptr);
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const StreamContents contents = calls[i]->Rest();
+    ASSERT_NE(contents.result(), nullptr) << contents.status.error_message();
+    EXPECT_EQ(contents.result()->num_tokens(), lengths[i]);
+    EXPECT_EQ(contents.result()->first_token().token_id(), (lengths[i] - 1) % 250 + 1);
+    ExpectWholeCache(contents.frames(), layouts[i]);
+  }
+  EXPECT_EQ(engine_->started(), 2);
+  EXPECT_TRUE(EverythingIsFree());
+}
+
+TEST_F(Batch, LeavesLongAndSparsePromptsToThemselves) {
+  StartServer();
+  const auto holder = HoldEngine();
+  Calls calls;
+  v1::PrefillRequest sparse = PromptOf(50);
+  sparse.mutable_attention()->set_policy(v1::ATTENTION_POLICY_SHARE);
+  for (const auto& request : {PromptOf(100), PromptOf(1500), sparse, PromptOf(200)}) {
+    calls.push_back(Submit(request));
+  }
+  engine_->HoldAfter(-1);
+  for (const auto& call : calls) EXPECT_NE(call->Rest().result(), nullptr);
+  EXPECT_THAT(engine_->lengths(), ElementsAre(ElementsAre(1001), ElementsAre(100, 200),
+                                              ElementsAre(1500), ElementsAre(50)));
+}
+
+TEST_F(Batch, IsFilledUpInTheOrderOfTheQueue) {
+  StartServer();
+  const Calls calls = RunTogether({600, 500, 300, 200, 100});
+  for (const auto& call : calls) EXPECT_NE(call->Rest().result(), nullptr);
+  EXPECT_THAT(engine_->lengths(),
+              ElementsAre(ElementsAre(1001), ElementsAre(600, 300, 100), ElementsAre(500, 200)));
+}
+
+TEST_F(Batch, IsNoneWhereThereIsNoRoomForAny) {
+  engine_options_.max_batch_tokens = 0;
+  StartServer();
+  const auto holder = HoldEngine();
+  const auto first = Submit(PromptOf(10)), second = Submit(PromptOf(10));
+  engine_->HoldAfter(-1);
+  EXPECT_EQ(first->Rest().result()->batch_prompts(), 1);
+  EXPECT_EQ(second->Rest().result()->batch_prompts(), 1);
+  EXPECT_EQ(engine_->started(), 3);
+}
+
+TEST_F(Batch, CountsAllOfItsPrompts) {
+  StartServer();
+  const Calls calls = RunTogether({10, 20, 30}, /*layers=*/1);
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_running_requests") == 3; }));
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_steps_total") == 2; }));
+  EXPECT_EQ(Metric("prefilld_step_tokens_total"), 1001 + 60);
+  EXPECT_EQ(Metric("prefilld_heads_total{kind=\"dense\"}"), 4 + 3 * 4);
+  const auto next = std::make_unique<OpenStream>(*stub_, PromptOf(5));
+  EXPECT_EQ(next->ReadUntil(v1::PrefillEvent::kAccepted).accepted().queue_position(), 3);
+}
+
+TEST_F(Batch, GoesOnWithoutAPromptThatIsCancelled) {
+  StartServer();
+  const Calls calls = RunTogether({10, 20, 30}, /*layers=*/2);
+  calls[1]->ReadUntil(v1::PrefillEvent::kKvFrame);
+  calls[1]->Cancel();
+  EXPECT_TRUE(Eventually([&] { return Cancelled() == 2; }));
+  engine_->HoldAfter(-1);
+  for (const size_t i : {0, 2}) {
+    const StreamContents contents = calls[i]->Rest();
+    ASSERT_NE(contents.result(), nullptr) << contents.status.error_message();
+    EXPECT_EQ(contents.frames().size(), 4u);  // one a layer
+  }
+  EXPECT_EQ(engine_->layers_run(), 1 + 4);
+  EXPECT_TRUE(EverythingIsFree());
+}
+
+TEST_F(Batch, StopsAtTheNextLayerWhenAllItsPromptsHaveEnded) {
+  StartServer();
+  const Calls calls = RunTogether({10, 20}, /*layers=*/2);
+  for (const auto& call : calls) call->ReadUntil(v1::PrefillEvent::kKvFrame);
+  for (const auto& call : calls) call->Cancel();
+  EXPECT_TRUE(Eventually([&] { return Cancelled() == 3; }));
+  engine_->HoldAfter(-1);
+  EXPECT_TRUE(EverythingIsFree());
+  EXPECT_LE(engine_->layers_run(), 1 + 3);
+  EXPECT_TRUE(Prefill(PromptOf(10)).status.ok());
+}
+
+TEST_F(Batch, EndsAPromptAtItsOwnDeadline) {
+  StartServer();
+  const auto holder = HoldEngine();
+  OpenStream hasty(*stub_, PromptOf(10), absl::Now() + absl::Seconds(15));
+  hasty.ReadUntil(v1::PrefillEvent::kAccepted);
+  const auto patient = Submit(PromptOf(20));
+  LetGo(*holder, 2);
+  clock_.Advance(absl::Seconds(20));  // less than a stall
+  const StreamContents rest = hasty.Rest();
+  EXPECT_EQ(rest.status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  engine_->HoldAfter(-1);
+  EXPECT_NE(patient->Rest().result(), nullptr);
+}
+
+class BatchWithALargePrompt : public Batch {
+ protected:
+  BatchWithALargePrompt() { engine_options_.max_batch_tokens = 50'000; }
+
+  static constexpr int kLarge = 40'000;  // more than the sockets of an idle reader take in
+};
+
+// The last layer included, all are computed: what has left is done with.
+TEST_F(BatchWithALargePrompt, GivesAPromptItsResultThoughAnothersConsumerStandsStill) {
+  engine_options_.num_layers = 3;
+  engine_options_.kv_slots = 3;
+  StartServer();
+  const Calls calls = RunTogether({kLarge, 100});
+  const StreamContents contents = calls[1]->Rest();
+  ASSERT_NE(contents.result(), nullptr) << contents.status.error_message();
+  EXPECT_EQ(contents.result()->batch_prompts(), 2);
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_running_requests") == 2; }))
+      << "the other one is still at it";
+  const StreamContents large = calls[0]->Rest();
+  ASSERT_NE(large.result(), nullptr) << large.status.error_message();
+}
+
+TEST_F(BatchWithALargePrompt, SendsAPromptsLayersThoughAnothersConsumerStandsStill) {
+  options_.pack_threads = 1;  // which must not wait for the other's credit
+  StartServer();
+  const Calls calls = RunTogether({kLarge, 100});
+  for (int layer = 0; layer < engine_options_.kv_slots; ++layer) {
+    EXPECT_EQ(calls[1]->ReadUntil(v1::PrefillEvent::kKvFrame).kv_frame().layer(), layer);
+  }
+  absl::SleepFor(absl::Milliseconds(50));
+  EXPECT_EQ(engine_->layers_run(), 1 + 3) << "the fourth has no slot";
+  clock_.Advance(options_.stall_timeout + absl::Seconds(1));
+  EXPECT_NE(calls[1]->Rest().result(), nullptr);
+  const grpc::Status status = calls[0]->Rest().status;
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::ABORTED) << status.error_message();
+  EXPECT_THAT(status.error_message(), HasSubstr("took nothing"));
+  EXPECT_TRUE(EverythingIsFree());
+}
+
+TEST_F(BatchWithALargePrompt, CutsOffASlowConsumerForTheOthersWait) {
+  StartServer();
+  const Calls calls = RunTogether({kLarge, 100});
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_staged_bytes") >= 4 << 20; }));
+  // Never at a standstill, and far below 50 MB/s.
+  const auto cut_off = [&] { return Metric("prefilld_requests_total{outcome=\"too_slow\"}") == 1; };
+  for (int i = 0; i < 10 && !cut_off(); ++i) {
+    for (int j = 0; j < 2; ++j) {
+      v1::PrefillEvent event;
+      calls[0]->Read(&event);
+    }
+    absl::SleepFor(absl::Milliseconds(50));
+    clock_.Advance(absl::Seconds(5));
+  }
+  EXPECT_TRUE(Eventually(cut_off));
+  EXPECT_NE(calls[1]->Rest().result(), nullptr);
+  EXPECT_EQ(calls[0]->Rest().status.error_code(), grpc::StatusCode::ABORTED);
+}
+
+TEST_F(Batch, EndsAltogetherWhenTheDeviceFails) {
+  StartServer();
+  const Calls calls = RunTogether({10, 20, 30}, /*layers=*/1);
+  engine_->FailFrom(1, absl::InternalError("an illegal memory access"));
+  engine_->HoldAfter(-1);
+  for (const auto& call : calls) {
+    const grpc::Status status = call->Rest().status;
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE);
+    EXPECT_THAT(status.error_message(), HasSubstr("an illegal memory access"));
+  }
+  EXPECT_FALSE(server_->failure().ok());
+  EXPECT_TRUE(EverythingIsFree());
+}
+
+TEST_F(Batch, EndsAltogetherWhenPackingFails) {
+  StartServer();
+  engine_->FailPacking(absl::InternalError("copy failed"));
+  const Calls calls = RunTogether({10, 20, 30});
+  for (const auto& call : calls) {
+    EXPECT_EQ(call->Rest().status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  }
+  EXPECT_TRUE(EverythingIsFree());
+}
+
+TEST_F(Batch, GivesLogProbabilitiesToThoseThatAsk) {
+  StartServer();
+  const auto holder = HoldEngine();
+  Calls calls;
+  for (const int length : {7, 8, 9}) {
+    v1::PrefillRequest request = PromptOf(length);
+    request.set_prompt_logprobs(length != 8);
+    calls.push_back(Submit(request));
+  }
+  engine_->HoldAfter(-1);
+  for (const auto& [i, num_logprobs] : {std::pair(0, 6), {1, 0}, {2, 8}}) {
+    const StreamContents contents = calls[i]->Rest();
+    ASSERT_NE(contents.result(), nullptr) << contents.status.error_message();
+    EXPECT_EQ(contents.result()->batch_prompts(), 3);
+    EXPECT_EQ(contents.result()->prompt_logprobs_size(), num_logprobs);
+  }
+}
+
+TEST_F(Batch, ThatTheEngineRefusesIsComputedOneByOne) {
+  StartServer();
+  engine_->set_refuses_batches(true);
+  const auto holder = HoldEngine();
+  const auto first = Submit(PromptOf(10)), second = Submit(PromptOf(20));
+  engine_->HoldAfter(-1);
+  EXPECT_NE(first->Rest().result(), nullptr);
+  EXPECT_NE(second->Rest().result(), nullptr);
+  EXPECT_THAT(engine_->lengths(), ElementsAre(ElementsAre(1001), ElementsAre(10), ElementsAre(20)));
+  EXPECT_TRUE(server_->failure().ok());
+}
+
+}  // namespace
+}  // namespace prefilld::server
