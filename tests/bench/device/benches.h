@@ -49,6 +49,11 @@ absl::Status BenchPrefill(model::PrefillEngine& engine, const std::vector<uint32
                           const model::AttentionOptions& options, bool warm_up, int runs,
                           Report* report);
 
+// A batch of so many dense prompts in one pass, and the same prompts one by one, in turns; KV is
+// released unread.
+absl::Status BenchBatch(model::PrefillEngine& engine, const std::vector<uint32_t>& tokens,
+                        int num_prompts, int runs, Report* report);
+
 }  // namespace prefilld::bench
 
 #endif  // PREFILLD_TESTS_BENCH_DEVICE_BENCHES_H_

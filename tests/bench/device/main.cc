@@ -4,6 +4,8 @@
 //   prefill-bench --mode=layer [--tokens=…]
 //   prefill-bench --mode=linears [--tokens=…] [--layers=28]
 //   prefill-bench --mode=prefill --model=FOLDER --prompt=TOKENS.json [--policies=dense,share]
+//   prefill-bench --mode=batch --model=FOLDER --prompt=TOKENS.json [--batches=8]
+#include <algorithm>
 #include <cstdio>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -15,9 +17,10 @@
 #include "absl/flags/usage.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "model/packed_prompts.h"
 #include "tests/bench/device/benches.h"
 
-ABSL_FLAG(std::string, mode, "attention", "attention, layer, linears or prefill.");
+ABSL_FLAG(std::string, mode, "attention", "attention, layer, linears, prefill or batch.");
 ABSL_FLAG(std::string, device, "auto", "auto, cpu or cuda.");
 ABSL_FLAG(std::vector<std::string>, tokens, {"8192"}, "Prompt lengths, comma-separated.");
 ABSL_FLAG(int32_t, heads, 28, "Query heads, for modes attention and layer.");
@@ -39,6 +42,8 @@ ABSL_FLAG(std::string, prompt, "",
           "JSON list of token ids, for mode prefill. Its beginning is used for shorter --tokens.");
 ABSL_FLAG(std::vector<std::string>, policies, (std::vector<std::string>{"dense", "share"}),
           "For mode prefill: dense, vertical_slash, share, auto.");
+ABSL_FLAG(std::vector<std::string>, batches, {"8"},
+          "For mode batch: numbers of dense prompts in one pass, beside as many passes of one.");
 ABSL_FLAG(double, gamma, 0.9, "Mass that patterns cover.");
 ABSL_FLAG(double, tau, 0.4, "Distance below which heads share.");
 ABSL_FLAG(double, coverage, 0.85, "Clusters whose vertical-slash covers more do not share.");
@@ -135,39 +140,65 @@ absl::Status RunLayer(model::Backend& backend, Report* report) {
   return absl::OkStatus();
 }
 
-absl::Status RunPrefill(model::DeviceChoice device, Report* report) {
-  std::ifstream file(absl::GetFlag(FLAGS_prompt));
+absl::StatusOr<std::vector<uint32_t>> LoadPrompt(int64_t num_tokens) {
+  const std::string path = absl::GetFlag(FLAGS_prompt);
+  std::ifstream file(path);
   const nlohmann::json json = nlohmann::json::parse(file, nullptr, /*allow_exceptions=*/false);
   if (!json.is_array()) {
     return absl::InvalidArgumentError(
-        absl::StrCat("--prompt ", absl::GetFlag(FLAGS_prompt), " is no JSON list of token ids"));
+        absl::StrCat("--prompt ", path, " is no JSON list of token ids"));
   }
-  const auto prompt = json.get<std::vector<uint32_t>>();
+  if (num_tokens > static_cast<int64_t>(json.size())) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--prompt holds ", json.size(), " tokens, fewer than ", num_tokens));
+  }
+  return json.get<std::vector<uint32_t>>();
+}
+
+absl::Status RunPolicies(model::PrefillEngine& engine, const std::vector<uint32_t>& tokens,
+                         Report* report) {
+  for (const std::string& name : absl::GetFlag(FLAGS_policies)) {
+    absl::StatusOr<model::AttentionPolicy> policy = Policy(name);
+    if (!policy.ok()) return policy.status();
+    absl::Status status =
+        BenchPrefill(engine, tokens, Options(*policy), absl::GetFlag(FLAGS_warm_up),
+                     absl::GetFlag(FLAGS_runs), report);
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+// Modes prefill and, where `batches` is not empty, batch.
+absl::Status RunEngine(model::DeviceChoice device, const std::vector<int64_t>& batches,
+                       Report* report) {
   absl::StatusOr<std::vector<int64_t>> lengths = Numbers(absl::GetFlag(FLAGS_tokens));
   if (!lengths.ok()) return lengths.status();
+  const int64_t longest = *std::max_element(lengths->begin(), lengths->end());
+  absl::StatusOr<std::vector<uint32_t>> prompt = LoadPrompt(longest);
+  if (!prompt.ok()) return prompt.status();
   model::EngineOptions options;
   options.checkpoint_dir = absl::GetFlag(FLAGS_model);
   options.clusters_path = absl::GetFlag(FLAGS_clusters);
   options.device = device;
-  options.max_tokens = *std::max_element(lengths->begin(), lengths->end());
+  options.max_tokens = longest;
+  options.max_batch_tokens = 0;
+  for (const int64_t batch : batches) {
+    options.max_batch_tokens =
+        std::max(*options.max_batch_tokens, batch * model::PackedPrompts::PaddedTokens(longest));
+  }
   absl::StatusOr<std::unique_ptr<model::PrefillEngine>> engine = CreatePrefillEngine(options);
   if (!engine.ok()) return engine.status();
   report->Fact("device", (*engine)->info().device_name);
   report->Fact("model", (*engine)->info().model_name);
   for (int64_t length : *lengths) {
-    if (length > static_cast<int64_t>(prompt.size())) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("--prompt holds ", prompt.size(), " tokens, fewer than ", length));
+    const std::vector<uint32_t> tokens(prompt->begin(), prompt->begin() + length);
+    absl::Status status =
+        batches.empty() ? RunPolicies(**engine, tokens, report) : absl::OkStatus();
+    for (size_t i = 0; i < batches.size() && status.ok(); ++i) {
+      status = BenchBatch(**engine, tokens, static_cast<int>(batches[i]), absl::GetFlag(FLAGS_runs),
+                          report);
     }
-    const std::vector<uint32_t> tokens(prompt.begin(), prompt.begin() + length);
-    for (const std::string& name : absl::GetFlag(FLAGS_policies)) {
-      absl::StatusOr<model::AttentionPolicy> policy = Policy(name);
-      if (!policy.ok()) return policy.status();
-      absl::Status status =
-          BenchPrefill(**engine, tokens, Options(*policy), absl::GetFlag(FLAGS_warm_up),
-                       absl::GetFlag(FLAGS_runs), report);
-      if (!status.ok()) return status;
-    }
+    if (!status.ok()) return status;
   }
   return absl::OkStatus();
 }
@@ -181,7 +212,11 @@ absl::Status Run() {
   absl::Status status;
   const std::string mode = absl::GetFlag(FLAGS_mode);
   if (mode == "prefill") {
-    status = RunPrefill(*device, &report);
+    status = RunEngine(*device, /*batches=*/{}, &report);
+  } else if (mode == "batch") {
+    absl::StatusOr<std::vector<int64_t>> batches = Numbers(absl::GetFlag(FLAGS_batches));
+    if (!batches.ok()) return batches.status();
+    status = RunEngine(*device, *batches, &report);
   } else if (mode == "attention" || mode == "layer" || mode == "linears") {
     absl::StatusOr<std::unique_ptr<model::Backend>> backend = model::CreateBackend(*device, 0);
     if (!backend.ok()) return backend.status();
