@@ -29,7 +29,10 @@ ABSL_FLAG(int32_t, head_dim, 128, "Likewise.");
 ABSL_FLAG(int64_t, hidden, 3584, "For mode layer.");
 ABSL_FLAG(int64_t, intermediate, 18944, "For mode layer.");
 ABSL_FLAG(int32_t, layers, 28, "For mode linears.");
-ABSL_FLAG(int64_t, tile_tokens, 8192, "For mode linears: tokens a product takes at a time.");
+ABSL_FLAG(
+    int64_t, tile_tokens, 0,
+    "For modes linears and prefill: tokens a product takes at a time; 0: the engine's choice, "
+    "8192 on a GPU.");
 ABSL_FLAG(std::vector<std::string>, densities, (std::vector<std::string>{"5", "10", "20", "40"}),
           "Percentages of random patterns, for mode attention.");
 ABSL_FLAG(std::string, qkv, "",
@@ -132,8 +135,10 @@ absl::Status RunLayer(model::Backend& backend, Report* report) {
   const bool whole = absl::GetFlag(FLAGS_mode) == "linears";
   for (int64_t length : *lengths) {
     absl::Status status =
-        whole ? BenchLinears(backend, shape, absl::GetFlag(FLAGS_layers), length,
-                             absl::GetFlag(FLAGS_tile_tokens), report)
+        whole ? BenchLinears(
+                    backend, shape, absl::GetFlag(FLAGS_layers), length,
+                    absl::GetFlag(FLAGS_tile_tokens) == 0 ? 8192 : absl::GetFlag(FLAGS_tile_tokens),
+                    report)
               : BenchLayerOps(backend, shape, length, absl::GetFlag(FLAGS_runs), report);
     if (!status.ok()) return status;
   }
@@ -181,6 +186,7 @@ absl::Status RunEngine(model::DeviceChoice device, const std::vector<int64_t>& b
   options.clusters_path = absl::GetFlag(FLAGS_clusters);
   options.device = device;
   options.max_tokens = longest;
+  options.tile_tokens = absl::GetFlag(FLAGS_tile_tokens);
   options.max_batch_tokens = 0;
   for (const int64_t batch : batches) {
     options.max_batch_tokens =
