@@ -32,7 +32,7 @@ TEST_P(FrameCodec, WritesAnOrdinaryProtobufMessageThatBorrowsItsPayload) {
                      .checksum = 0x0123456789abcdef,
                      .sent_at_us = 1234567890123,
                      .layers_computed = 7};
-  auto lease = ring_->Acquire(std::make_shared<StagingRing::Credit>(), kNever);
+  auto lease = ring_->Acquire({std::make_shared<StagingRing::Credit>()}, kNever);
   for (size_t i = 0; i < payload_bytes; ++i) lease.data()[i] = static_cast<std::byte>(i * 7);
   const std::string payload(reinterpret_cast<const char*>(lease.data()), payload_bytes);
   const std::byte* const staged = lease.data();
