@@ -52,6 +52,7 @@ run_tests() {
     step "$subject" "$build/tests/gpu/cuda_${subject}_test" --gtest_brief=1
   done
   step golden "$build/tests/model/golden_test" --device=cuda --gtest_brief=1
+  step batch "$build/tests/model/prompt_batch_test" --device=cuda --gtest_brief=1
 }
 
 # Small shapes of every kernel; compute-sanitizer slows kernels down by one to two orders. The test
