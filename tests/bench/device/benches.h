@@ -40,7 +40,8 @@ absl::Status BenchLayerOps(model::Backend& backend, const LayerShape& shape, int
                            int runs, Report* report);
 
 // The linear layers of a whole prefill and nothing else, back to back, in tiles of tokens: what the
-// library's matrix products alone take at the clock that so long a run leaves the card.
+// library's matrix products alone take at the clock that so long a run leaves the card; as the
+// library chooses how to compute them, and by the choice that is fastest for a whole tile.
 absl::Status BenchLinears(model::Backend& backend, const LayerShape& shape, int num_layers,
                           int64_t num_tokens, int64_t tile_tokens, Report* report);
 

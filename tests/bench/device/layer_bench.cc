@@ -167,32 +167,41 @@ absl::Status BenchLinears(model::Backend& backend, const LayerShape& shape, int 
       buffer = *std::move(filled);
     }
   }
+  const auto params = [](const Product& product, int64_t count) {
+    return kernels::LinearParams{.x = product.x.data(),
+                                 .w = product.w.data(),
+                                 .y = product.y.data(),
+                                 .num_tokens = count,
+                                 .in_features = product.in,
+                                 .out_features = product.out,
+                                 .accumulate = product.accumulate};
+  };
   const auto run = [&](int layers) {
     absl::Status status;
     for (int layer = 0; layer < layers; ++layer) {
       for (const Product& product : products) {
         for (int64_t first = 0; first < num_tokens && status.ok(); first += tile_tokens) {
-          status = backend.Linear({.x = product.x.data(),
-                                   .w = product.w.data(),
-                                   .y = product.y.data(),
-                                   .num_tokens = std::min(tile_tokens, num_tokens - first),
-                                   .in_features = product.in,
-                                   .out_features = product.out,
-                                   .accumulate = product.accumulate});
+          status = backend.Linear(params(product, std::min(tile_tokens, num_tokens - first)));
         }
       }
     }
     return status;
   };
-  if (absl::Status status = run(1); !status.ok()) return status;
-  const absl::StatusOr<double> ms = backend.TimeMs([&] { return run(num_layers); });
-  if (!ms.ok()) return ms.status();
-  Row row{.what = "all linears of a prefill",
-          .shape = absl::StrFormat("%d tokens, %d layers", num_tokens, num_layers)};
-  row.median_ms = row.min_ms = row.max_ms = *ms;
-  row.tflop = 2.0 * weights * num_layers * static_cast<double>(num_tokens) / 1e12;
-  report->Add(std::move(row));
-  return absl::OkStatus();
+  const auto measure = [&](const char* what) {
+    if (absl::Status status = run(1); !status.ok()) return status;
+    const absl::StatusOr<double> ms = backend.TimeMs([&] { return run(num_layers); });
+    if (!ms.ok()) return ms.status();
+    Row row{.what = what, .shape = absl::StrFormat("%d tokens, %d layers", num_tokens, num_layers)};
+    row.median_ms = row.min_ms = row.max_ms = *ms;
+    row.tflop = 2.0 * weights * num_layers * static_cast<double>(num_tokens) / 1e12;
+    report->Add(std::move(row));
+    return absl::OkStatus();
+  };
+  absl::Status status = measure("all linears of a prefill");
+  for (const Product& product : products) {
+    if (status.ok()) status = backend.TuneLinear(params(product, tile_tokens));
+  }
+  return status.ok() ? measure("the same, tuned") : status;
 }
 
 }  // namespace prefilld::bench
