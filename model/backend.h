@@ -89,8 +89,8 @@ class Backend {
   virtual absl::Status RmsNorm(const kernels::RmsNormParams& params) = 0;
   virtual absl::Status Linear(const kernels::LinearParams& params) = 0;
   // Finds the fastest way to compute products of this shape by trying, so that Linear may use it.
-  // x and w should hold numbers like those to come; y is overwritten. May take a second. Where
-  // there is nothing to choose from it does nothing.
+  // x and w should hold numbers like those to come; y is overwritten. May take a second or
+  // two. Where there is nothing to choose from it does nothing.
   virtual absl::Status TuneLinear(const kernels::LinearParams& params);
   virtual absl::Status QkvRope(const kernels::QkvRopeParams& params) = 0;
   virtual absl::Status SwiGlu(const kernels::SwiGluParams& params) = 0;

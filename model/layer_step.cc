@@ -193,8 +193,8 @@ absl::Status LayerStep::FillWithNoise(void* data, int64_t elements) {
   std::generate(piece.begin(), piece.end(), [&] { return normal(random); });
   std::vector<uint16_t> bf16(piece.size());
   std::transform(piece.begin(), piece.end(), bf16.begin(), FloatToBf16);
-  const bool wide = backend_.compute_dtype() == kernels::DType::kFp32;
-  const void* source = wide ? static_cast<const void*>(piece.data()) : bf16.data();
+  const void* source = bf16.data();
+  if (backend_.compute_dtype() == kernels::DType::kFp32) source = piece.data();
   absl::Status status;
   for (int64_t first = 0; first < elements && status.ok(); first += kPieceElements) {
     const int64_t count = std::min(kPieceElements, elements - first);

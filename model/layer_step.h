@@ -41,7 +41,8 @@ class LayerStep {
                                                            int64_t max_tokens, int64_t tile_tokens);
 
   // Finds the fastest way to compute the products of a whole tile, by trying with noise and the
-  // weights of layer 0. Before the first Embed; worth its second or two where prompts are long.
+  // weights of layer 0. Before the first Embed. What wins may differ from start to start where two
+  // are equally fast, and with it the last bit of results.
   absl::Status TuneLinears();
 
   // Starts over with these tokens of one prompt, at most max_tokens of them, the first at

@@ -450,9 +450,7 @@ absl::Status AllocateWorkspace(const EngineOptions& options, EngineParts* parts)
                                                    .block_tokens = options.block_tokens},
                                                   /*block_mass=*/!parts->clusters.empty());
   if (!status.ok()) return status;
-  if (options.tune_linears && parts->info.device_name != "cpu") {
-    if (status = (*step)->TuneLinears(); !status.ok()) return status;
-  }
+  if (status = (*step)->TuneLinears(); !status.ok()) return status;
   parts->step = *std::move(step);
   parts->sharing = *std::move(sharing);
   parts->slots = *std::move(slots);

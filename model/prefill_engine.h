@@ -144,9 +144,6 @@ struct EngineOptions {
   // Of prompts computed together, see PrefillEngine; the workspace has room for so many. 0: none
   // are. Absent: 8192 on CUDA; none on the CPU, whose cores one short prompt fills.
   std::optional<int64_t> max_batch_tokens;
-  // Whether a GPU tries out at creation, for a second or two, which way it computes the products of
-  // a full tile fastest.
-  bool tune_linears = true;
   int kv_slots = 3;
   int block_tokens = 128;  // of attention patterns: 64 or 128
   // Reserves the memory that baseline policies take; without it Start refuses them.

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -11,12 +13,15 @@ namespace {
 // Prompts of any length pass by; a plan is small, but their number must have a limit.
 constexpr size_t kMaxPlans = 512;
 
-// Of Tune. The first round warms up; the product is repeated for as long as a GPU takes for so many
-// FLOP, some 10 ms, but not without end where launching takes longer than computing.
+// Of Tune. The first round warms up and leaves out what is far behind; a product is repeated for as
+// long as a GPU takes for so many FLOP, some 10 ms, but not without end where launching takes
+// longer than computing. A slow GPU has time for fewer rounds, for one at least.
 constexpr int kMaxProposals = 8;
 constexpr int kTuneRounds = 6;
 constexpr double kTuneFlop = 8e12;
 constexpr int kMaxRepetitions = 16;
+constexpr float kFarBehind = 1.25f;
+constexpr float kMaxTuneMs = 1000.0f;
 // Products of at least so large a part of the tokens take the choice over.
 constexpr int64_t kTunedTokensRange = 4;
 
@@ -155,8 +160,10 @@ cublasStatus_t LinearLauncher::MakePlan(const LinearShape& shape, int max_propos
         preference.get(), max_proposals, proposals.data(), &num_proposals);
   });
   if (sequence.status() != CUBLAS_STATUS_SUCCESS) return sequence.status();
-  if (num_proposals == 0) return CUBLAS_STATUS_NOT_SUPPORTED;
-  for (int i = 0; i < num_proposals; ++i) plan->proposals.push_back(proposals[i].algo);
+  for (int i = 0; i < num_proposals; ++i) {
+    if (proposals[i].state == CUBLAS_STATUS_SUCCESS) plan->proposals.push_back(proposals[i].algo);
+  }
+  if (plan->proposals.empty()) return CUBLAS_STATUS_NOT_SUPPORTED;
   plan->algorithm = plan->proposals.front();
   *result = std::move(plan);
   return CUBLAS_STATUS_SUCCESS;
@@ -191,29 +198,32 @@ cublasStatus_t LinearLauncher::Launch(const LinearParams& params, cudaStream_t s
   std::unique_ptr<Plan> plan;
   const cublasStatus_t status = MakePlan(shape, /*max_proposals=*/1, &plan);
   if (status != CUBLAS_STATUS_SUCCESS) return status;
-  TakeOverTuning(shape, *plan);
+  cublasLtMatmulHeuristicResult_t checked = {};
+  if (const Plan* tuning = TuningFor(shape);
+      tuning != nullptr &&
+      cublasLtMatmulAlgoCheck(handle_, plan->product.get(), plan->w.get(), plan->x.get(),
+                              plan->y.get(), plan->y.get(), &tuning->algorithm,
+                              &checked) == CUBLAS_STATUS_SUCCESS &&
+      checked.workspaceSize <= workspace_bytes_) {
+    plan->algorithm = tuning->algorithm;
+  }
   return Run(Keep(shape, std::move(plan)), params, stream);
 }
 
 // What is fastest for a product is so for other numbers of tokens too, until they become few.
-void LinearLauncher::TakeOverTuning(const LinearShape& shape, Plan& plan) const {
-  for (const auto& [tuned_shape, tuned] : plans_) {
-    LinearShape same_tokens = tuned_shape;
-    same_tokens.num_tokens = shape.num_tokens;
-    if (!tuned->tuned || same_tokens != shape ||
-        shape.num_tokens < tuned_shape.num_tokens / kTunedTokensRange) {
-      continue;
+const LinearLauncher::Plan* LinearLauncher::TuningFor(const LinearShape& shape) const {
+  for (const auto& [tuned_shape, plan] : plans_) {
+    LinearShape other_tokens = tuned_shape;
+    other_tokens.num_tokens = shape.num_tokens;
+    if (plan->tuned && other_tokens == shape &&
+        shape.num_tokens >= tuned_shape.num_tokens / kTunedTokensRange) {
+      return plan.get();
     }
-    cublasLtMatmulHeuristicResult_t checked = {};
-    if (cublasLtMatmulAlgoCheck(handle_, plan.product.get(), plan.w.get(), plan.x.get(),
-                                plan.y.get(), plan.y.get(), &tuned->algorithm,
-                                &checked) == CUBLAS_STATUS_SUCCESS &&
-        checked.workspaceSize <= workspace_bytes_) {
-      plan.algorithm = tuned->algorithm;
-    }
-    return;
   }
+  return nullptr;
 }
+
+bool LinearLauncher::IsTuned(const LinearShape& shape) const { return TuningFor(shape) != nullptr; }
 
 cublasStatus_t LinearLauncher::Time(const Plan& plan, const LinearParams& params, int repetitions,
                                     cudaStream_t stream, float* ms) const {
@@ -254,23 +264,44 @@ cublasStatus_t LinearLauncher::Tune(const LinearParams& params, cudaStream_t str
       static_cast<int>(std::clamp(kTuneFlop / flop, 1.0, double{kMaxRepetitions}));
 
   // In turns, since the clock falls while the GPU warms up.
-  std::vector<std::vector<float>> times(plan->proposals.size());
-  for (int round = 0; round < kTuneRounds; ++round) {
-    for (size_t i = 0; i < plan->proposals.size(); ++i) {
-      plan->algorithm = plan->proposals[i];
+  struct Candidate {
+    cublasLtMatmulAlgo_t algorithm;
+    std::vector<float> ms;
+  };
+  std::vector<Candidate> candidates;
+  for (const cublasLtMatmulAlgo_t& proposal : plan->proposals) candidates.push_back({proposal, {}});
+  float spent_ms = 0.0f;
+  for (int round = 0; round < kTuneRounds && (round == 0 || spent_ms < kMaxTuneMs); ++round) {
+    float best_ms = std::numeric_limits<float>::max();
+    for (Candidate& candidate : candidates) {
+      plan->algorithm = candidate.algorithm;
       float ms = 0.0f;
       status = Time(*plan, params, repetitions, stream, &ms);
-      if (status != CUBLAS_STATUS_SUCCESS) return status;
-      if (round > 0) times[i].push_back(ms);
+      if (status == CUBLAS_STATUS_EXECUTION_FAILED) return status;
+      if (status != CUBLAS_STATUS_SUCCESS) continue;  // cannot run after all
+      candidate.ms.push_back(ms);
+      best_ms = std::min(best_ms, ms);
+      spent_ms += ms;
     }
+    if (round > 0) continue;
+    std::erase_if(candidates, [best_ms](const Candidate& candidate) {
+      return candidate.ms.empty() || candidate.ms.front() > kFarBehind * best_ms;
+    });
+    if (candidates.empty()) return status;
   }
-  constexpr int kMedian = (kTuneRounds - 1) / 2;
-  size_t fastest = 0;
-  for (size_t i = 0; i < times.size(); ++i) {
-    std::nth_element(times[i].begin(), times[i].begin() + kMedian, times[i].end());
-    if (times[i][kMedian] < times[fastest][kMedian]) fastest = i;
+  const auto median = [](Candidate& candidate) {
+    if (candidate.ms.size() > 1) candidate.ms.erase(candidate.ms.begin());  // the warm-up
+    const auto middle = candidate.ms.begin() + static_cast<ptrdiff_t>(candidate.ms.size() / 2);
+    std::nth_element(candidate.ms.begin(), middle, candidate.ms.end());
+    return *middle;
+  };
+  float fastest_ms = std::numeric_limits<float>::max();
+  for (Candidate& candidate : candidates) {
+    const float ms = median(candidate);
+    if (ms >= fastest_ms) continue;
+    fastest_ms = ms;
+    plan->algorithm = candidate.algorithm;
   }
-  plan->algorithm = plan->proposals[fastest];
   plan->tuned = true;
   Keep(shape, std::move(plan));
   return CUBLAS_STATUS_SUCCESS;

@@ -48,6 +48,9 @@ class LinearLauncher {
   // clocks that it cannot keep up, and other algorithms win. On failure Launch is as it was.
   cublasStatus_t Tune(const LinearParams& params, cudaStream_t stream);
 
+  // Whether Launch takes the choice of a Tune for this shape, its own or one taken over.
+  bool IsTuned(const LinearShape& shape) const;
+
   static constexpr size_t kWorkspaceBytes = size_t{32} << 20;  // cuBLAS's own choice on Hopper
 
  private:
@@ -58,7 +61,8 @@ class LinearLauncher {
   cublasStatus_t Run(const Plan& plan, const LinearParams& params, cudaStream_t stream) const;
   cublasStatus_t Time(const Plan& plan, const LinearParams& params, int repetitions,
                       cudaStream_t stream, float* ms) const;
-  void TakeOverTuning(const LinearShape& shape, Plan& plan) const;
+  // The plan whose tuning holds for the shape; null: none.
+  const Plan* TuningFor(const LinearShape& shape) const;
   Plan& Keep(const LinearShape& shape, std::unique_ptr<Plan> plan);
 
   cublasLtHandle_t handle_ = nullptr;

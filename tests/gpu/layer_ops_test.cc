@@ -176,17 +176,30 @@ TEST_F(CudaLayerOps, TunedLinearEqualsReferenceForFewerAndMoreTokens) {
           accumulate};
     };
     const DeviceArray<Bf16> overwritten(ToBf16(before));
+    EXPECT_FALSE(launcher.IsTuned(cuda::ShapeOf(params(overwritten, kTunedTokens))));
     ASSERT_EQ(launcher.Tune(params(overwritten, kTunedTokens), nullptr), CUBLAS_STATUS_SUCCESS);
     for (const int64_t num_tokens : {int64_t{1}, kTunedTokens / 4 - 1, kTunedTokens / 4,
                                      int64_t{100}, kTunedTokens, kMostTokens}) {
       SCOPED_TRACE(::testing::Message() << num_tokens << " tokens, accumulate " << accumulate);
       const DeviceArray<Bf16> y(ToBf16(before));
+      EXPECT_EQ(launcher.IsTuned(cuda::ShapeOf(params(y, num_tokens))),
+                num_tokens >= kTunedTokens / 4);
       ASSERT_EQ(launcher.Launch(params(y, num_tokens), nullptr), CUBLAS_STATUS_SUCCESS);
       std::vector<float> expected = before;
       reference::Linear(
           {x.data(), w.data(), bias.data(), expected.data(), num_tokens, kIn, kOut, accumulate});
       ExpectClose(FromBf16(y.Read()), expected, kLinearTolerance);
     }
+    // Untuned shapes come and go; what was tuned stays.
+    const DeviceArray<Bf16> y(ToBf16(before));
+    for (int64_t num_tokens = 1; num_tokens <= kMostTokens; ++num_tokens) {
+      for (const int64_t out : {kOut, kOut - 8}) {
+        LinearParams other = params(y, num_tokens);
+        other.out_features = out;
+        ASSERT_EQ(launcher.Launch(other, nullptr), CUBLAS_STATUS_SUCCESS);
+      }
+    }
+    EXPECT_TRUE(launcher.IsTuned(cuda::ShapeOf(params(y, kTunedTokens))));
   }
 }
 
