@@ -27,8 +27,8 @@ constexpr int64_t kMaxPositions = int64_t{1} << 28;
 // small beside the hidden states (CUDA) or in the cache (CPU).
 constexpr int64_t kCpuTileTokens = 512;
 constexpr int64_t kCudaTileTokens = 8192;
-// One full tile: by then a GPU's GEMMs gain nothing from more tokens.
-constexpr int64_t kCudaBatchTokens = kCudaTileTokens;
+// Prompts of up to 256 tokens, which gain by it; see kFullBatchPrompts.
+constexpr int64_t kCudaBatchTokens = 2048;
 // KV heads start at multiples of this many tokens, so that a kernel may load whole tiles.
 constexpr int64_t kKvStrideTokens = 128;
 
@@ -290,7 +290,7 @@ class Engine final : public PrefillEngine {
   int64_t max_batch_tokens() const override { return parts_->max_batch_tokens; }
   int64_t BatchTokens(int64_t num_tokens, const AttentionOptions& options) const override {
     const int64_t padded = PackedPrompts::PaddedTokens(num_tokens);
-    const bool fits = padded <= parts_->max_batch_tokens &&
+    const bool fits = kFullBatchPrompts * padded <= parts_->max_batch_tokens &&
                       Resolve(options, num_tokens) == AttentionPolicy::kDense &&
                       HasCommonRopeTable(parts_->info.config, num_tokens);
     return fits ? padded : 0;
