@@ -25,7 +25,7 @@ POLICIES = {"vertical_slash": "vertical-slash", "baseline_query_aware": "query-a
 SYMBOLS = {"gamma": "γ", "vertical_slash_gamma": "γ of v.-s.", "tau": "τ", "delta": "δ", "min_budget_tokens": "floor"}
 MARKERS = {"vertical_slash": "s", "share": "o", "auto": "D", "baseline_query_aware": "^", "baseline_random": "X"}
 LINES = ("-", "--", ":", "-.")
-SCORES = "Blues"  # what is missed stays white
+SCORES = plt.colormaps["Blues"].with_extremes(bad="#d0d0d0")  # what is missed stays white; grey: not asked
 WITHIN = 0.01  # of dense: what counts as having kept the answers
 
 
@@ -216,7 +216,9 @@ def needle_depths(summary: dict, asked: str) -> plt.Figure:
     bar.set_label("right answers", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     until = "its end" if asked == "end" else "the question"
-    figure.suptitle(f"Where the needle lies (from the prompt's start to {until}) against length in tokens", fontsize=11)
+    title = f"Where the needle lies (from the prompt's start to {until}) against length in tokens"
+    asked_all = all((task, name, length) in cells for task in tasks for name in names for length in lengths)
+    figure.suptitle(title if asked_all else title + "; grey: not asked", fontsize=11)
     return figure
 
 

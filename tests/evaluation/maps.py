@@ -41,7 +41,7 @@ class Prompt:
 
     dump: Dump
     cluster_of: dict[int, str]  # head -> its cluster
-    groups: dict[str, tuple[int, ...]]  # clusters that share; heads in order, so the pivot comes first
+    groups: dict[str, tuple[int, ...]]  # clusters with a pivot; heads in order, so it comes first
     thresholds: simulation.Thresholds
     served: simulation.Served
     patterns: list[np.ndarray]  # per head, over the dump's causal entries
@@ -51,6 +51,10 @@ class Prompt:
 
     def pivot(self, group: tuple[int, ...]) -> int:
         return next((head for head in group if self.served.role[head] == PIVOT), group[0])
+
+    def sharing(self) -> dict[str, tuple[int, ...]]:
+        """A head that has a cluster of its own is computed exactly and lends its pattern to nobody."""
+        return {name: group for name, group in self.groups.items() if len(group) > 1}
 
 
 def read(path: Path, clusters: dict) -> Prompt:
@@ -142,11 +146,13 @@ def _mosaic(prompt: Prompt, tiles: list[np.ndarray], notes: list[str], title: st
 
 def block_mass(prompt: Prompt):
     heads = range(len(prompt.patterns))
-    notes = [f"{prompt.cluster_of.get(h, '–')}{' s' if h in sum(prompt.groups.values(), ()) else ''}" for h in heads]
+    sharing = sum(prompt.sharing().values(), ())
+    marks = {head: " s" if head in sharing else " e" for group in prompt.groups.values() for head in group}
+    notes = [prompt.cluster_of.get(h, "–") + marks.get(h, "") for h in heads]
     figure, axis = _mosaic(
         prompt, [_mass_tile(prompt.dump, h) for h in heads], notes,
         f"Attention by blocks of {prompt.dump.block} tokens, {prompt.dump.num_tokens} tokens; "
-        "in the corner the head's cluster, s: it shares",
+        "in the corner the head's cluster, s: it shares, e: it is exact",
     )  # fmt: skip
     _mass_bar(figure, axis)
     return figure
@@ -175,14 +181,15 @@ def chosen_patterns(prompt: Prompt):
 
 def cluster_gallery(prompt: Prompt):
     """A row per shared cluster: the pivot, its pattern, and members with the share of their attention that it holds."""
-    columns = 2 + min(MOST_MEMBERS, max(len(group) for group in prompt.groups.values()) - 1)
-    rows = len(prompt.groups)
+    groups = prompt.sharing()
+    columns = 2 + min(MOST_MEMBERS, max(len(group) for group in groups.values()) - 1)
+    rows = len(groups)
     figure, axes = plt.subplots(
         rows, columns, figsize=(1.15 * columns + 0.8, 1.45 * rows + 0.5), squeeze=False, layout="constrained"
     )
     for axis in axes.flat:
         axis.axis("off")
-    for row, (name, group) in zip(axes, prompt.groups.items()):
+    for row, (name, group) in zip(axes, groups.items()):
         pivot = prompt.pivot(group)
         over = simulation.over_pivot(prompt.dump, group, pivot, prompt.thresholds.gamma)
         _show(row[0], _mass_tile(prompt.dump, pivot), f"cluster {name}\npivot {prompt.name(pivot)}")
@@ -212,5 +219,5 @@ def draw(path: Path, clusters: dict) -> Iterator[tuple[str, plt.Figure]]:
     prompt = read(path, clusters)
     yield "block_mass", block_mass(prompt)
     yield "chosen_patterns", chosen_patterns(prompt)
-    if prompt.groups:
+    if prompt.sharing():
         yield "cluster_gallery", cluster_gallery(prompt)
