@@ -15,13 +15,17 @@ ABSL_FLAG(std::string, clusters, "",
 ABSL_FLAG(std::string, device, "auto", "auto, cpu or cuda.");
 ABSL_FLAG(int32_t, cpu_threads, 0, "Compute threads of the CPU backend. 0: all cores.");
 ABSL_FLAG(int64_t, max_prompt_tokens, 0,
-          "Longest prompt accepted; fixes the memory reserved at start. 0: the model's limit, at "
-          "most 131072.");
+          "Longest prompt accepted. Memory is reserved at start for one, or for --max_batch_tokens "
+          "if those are more. 0: the model's limit, at most 131072.");
 
-ABSL_FLAG(std::optional<int64_t>, max_batch_tokens, std::nullopt,
-          "Short prompts that wait are computed together, at most so many tokens at once, each "
-          "rounded up to 128; 0: one by one. Not set: 8192 on a GPU, which that many keep busy; 0 "
-          "on the CPU, where it gains nothing and the rounding costs.");
+ABSL_FLAG(
+    std::optional<int64_t>, max_batch_tokens, std::nullopt,
+    "Short prompts that wait are computed together, at most so many tokens at once, each "
+    "rounded up to 128 and an eighth of this at most; 0: one by one. Memory is reserved at "
+    "start for so many, or for --max_prompt_tokens if those are more. Not set: 2048 on a GPU, "
+    "0 on the CPU, where it gains nothing. On an H200 and a model of 7B prompts of 128 tokens "
+    "go through 2.1 times as fast together, of 512 only 1.19 times, and as each waits for the "
+    "whole pass, the mean time to the first token of 16 of those grows from 109 to 173 ms.");
 
 ABSL_FLAG(std::string, listen, "0.0.0.0:50051", "host:port of the gRPC services. Port 0: any.");
 ABSL_FLAG(std::string, metrics_listen, "0.0.0.0:9464",

@@ -117,7 +117,7 @@ TEST(Batching, GivesConcurrentClientsWhatEachGetsAlone) {
   const std::vector<std::string> flags = {"--model=" + checkpoint.dir(), "--device=cpu",
                                           "--cpu_threads=2"};
   std::vector<std::string> batching_flags = flags;
-  batching_flags.push_back("--max_batch_tokens=2048");
+  batching_flags.push_back("--max_batch_tokens=4096");
   ServerProcess plain("prefilld", flags);
   ServerProcess batching("prefilld", batching_flags);
   const std::vector<Answer> answers = AskTogether(batching.address());

@@ -145,7 +145,7 @@ TEST_P(PromptBatch, OfUnequalLengthsGivesEachWhatItGivesAlone) {
   ModelConfig config = SmallRandomConfig();
   config.head_dim = GetParam().head_dim;
   const RandomCheckpoint checkpoint(config);
-  EngineOptions options = Options(checkpoint, 4096);
+  EngineOptions options = Options(checkpoint, 8192);
   options.block_tokens = GetParam().block_tokens;
   options.tile_tokens = GetParam().tile_tokens;
   const auto engine = Create(options);
@@ -177,7 +177,7 @@ TEST_F(PromptBatchTest, TakesLogitsInTiles) {
 }
 
 TEST_F(PromptBatchTest, LeavesNoTraceInTheNextPrompt) {
-  const auto engine = Create(Options(checkpoint_, 2048));
+  const auto engine = Create(Options(checkpoint_, 4096));
   ASSERT_NE(engine, nullptr);
   const std::vector<uint32_t> tokens = RandomTokens(700, 320);
   const PromptRun before = RunPrompt(*engine, tokens, Dense());
@@ -190,14 +190,14 @@ TEST_F(PromptBatchTest, LeavesNoTraceInTheNextPrompt) {
 }
 
 TEST_F(PromptBatchTest, CountsWhatAPromptTakesWithItsPadding) {
-  const auto engine = Create(Options(checkpoint_, 600));
+  const auto engine = Create(Options(checkpoint_, 4800));
   ASSERT_NE(engine, nullptr);
-  EXPECT_EQ(engine->max_batch_tokens(), 600);
+  EXPECT_EQ(engine->max_batch_tokens(), 4800);
   EXPECT_EQ(engine->BatchTokens(1, Dense()), 128);
   EXPECT_EQ(engine->BatchTokens(128, Dense()), 128);
   EXPECT_EQ(engine->BatchTokens(129, Dense()), 256);
   EXPECT_EQ(engine->BatchTokens(512, Dense()), 512);
-  EXPECT_EQ(engine->BatchTokens(513, Dense()), 0) << "640 with its padding";
+  EXPECT_EQ(engine->BatchTokens(513, Dense()), 0) << "640 with its padding, of which 8 do not fit";
   AttentionOptions sparse;
   sparse.policy = AttentionPolicy::kVerticalSlash;
   EXPECT_EQ(engine->BatchTokens(257, sparse), 0);
@@ -205,7 +205,7 @@ TEST_F(PromptBatchTest, CountsWhatAPromptTakesWithItsPadding) {
 }
 
 TEST_F(PromptBatchTest, RefusesWhatDoesNotFitTogether) {
-  const auto engine = Create(Options(checkpoint_, 512));
+  const auto engine = Create(Options(checkpoint_, 3072));
   ASSERT_NE(engine, nullptr);
   const std::vector<uint32_t> tokens = RandomTokens(300, 320);
   const auto start = [&](std::vector<PromptInput> prompts) {
@@ -213,9 +213,10 @@ TEST_F(PromptBatchTest, RefusesWhatDoesNotFitTogether) {
   };
   EXPECT_EQ(start({}).code(), absl::StatusCode::kInvalidArgument);
   const PromptInput prompt = {tokens, Dense()};
-  const absl::Status full = start({prompt, prompt});
+  EXPECT_TRUE(start(std::vector<PromptInput>(8, prompt)).ok());
+  const absl::Status full = start(std::vector<PromptInput>(9, prompt));
   EXPECT_EQ(full.code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_THAT(full.message(), HasSubstr("a batch of 768 tokens; at most 512"));
+  EXPECT_THAT(full.message(), HasSubstr("a batch of 3456 tokens; at most 3072"));
   PromptInput sparse = prompt;
   sparse.attention.policy = AttentionPolicy::kVerticalSlash;
   const PromptInput small = {absl::MakeConstSpan(tokens).first(5), Dense()};
@@ -227,7 +228,7 @@ TEST_F(PromptBatchTest, RefusesWhatDoesNotFitTogether) {
 }
 
 TEST_F(PromptBatchTest, HasAPlaceForEveryPromptAndNoOther) {
-  const auto engine = Create(Options(checkpoint_, 512));
+  const auto engine = Create(Options(checkpoint_, 1024));
   ASSERT_NE(engine, nullptr);
   const std::vector<uint32_t> tokens = RandomTokens(100, 320);
   const PromptInput prompt = {tokens, Dense()};
@@ -252,7 +253,7 @@ TEST_F(PromptBatchTest, IsOffOnTheCpuAndOnElsewhereUnlessSaidOtherwise) {
   EngineOptions options = Options(checkpoint_, 0);
   EXPECT_EQ(Create(options)->BatchTokens(1, Dense()), 0);
   options.max_batch_tokens.reset();
-  EXPECT_EQ(Create(options)->max_batch_tokens(), device == DeviceChoice::kCpu ? 0 : 8192);
+  EXPECT_EQ(Create(options)->max_batch_tokens(), device == DeviceChoice::kCpu ? 0 : 2048);
   for (const int64_t outside : {int64_t{-1}, int64_t{1} << 20}) {
     options.max_batch_tokens = outside;
     EXPECT_THAT(CreatePrefillEngine(options).status().message(), HasSubstr("max_batch_tokens"));
@@ -265,7 +266,7 @@ TEST(PromptBatchOfDynamicNtk, TakesPromptsOfOneRotationAlone) {
   config.rope.factor = 2.0;
   config.rope.original_max_positions = config.max_positions = 256;
   const RandomCheckpoint checkpoint(config);
-  const auto engine = Create(Options(checkpoint, 1024));
+  const auto engine = Create(Options(checkpoint, 4096));
   ASSERT_NE(engine, nullptr);
   EXPECT_EQ(engine->BatchTokens(256, Dense()), 256);
   EXPECT_EQ(engine->BatchTokens(257, Dense()), 0);

@@ -189,8 +189,9 @@ absl::Status RunEngine(model::DeviceChoice device, const std::vector<int64_t>& b
   options.tile_tokens = absl::GetFlag(FLAGS_tile_tokens);
   options.max_batch_tokens = 0;
   for (const int64_t batch : batches) {
+    const int64_t prompts = std::max<int64_t>(batch, model::kFullBatchPrompts);
     options.max_batch_tokens =
-        std::max(*options.max_batch_tokens, batch * model::PackedPrompts::PaddedTokens(longest));
+        std::max(*options.max_batch_tokens, prompts * model::PackedPrompts::PaddedTokens(longest));
   }
   absl::StatusOr<std::unique_ptr<model::PrefillEngine>> engine = CreatePrefillEngine(options);
   if (!engine.ok()) return engine.status();
