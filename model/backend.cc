@@ -36,9 +36,9 @@ DeviceBuffer::~DeviceBuffer() {
   if (data_ != nullptr) backend_->Free(kind_, data_, bytes_);
 }
 
-// A device whose attention works in the caller's memory alone.
 absl::Status Backend::TuneLinear(const kernels::LinearParams&) { return absl::OkStatus(); }
 
+// A device whose attention works in the caller's memory alone.
 absl::Status Backend::ReserveAttention(const kernels::AttentionParams&, bool) {
   return absl::OkStatus();
 }

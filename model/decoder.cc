@@ -82,7 +82,7 @@ absl::Status PagedDecoder::Load(const DecoderOptions& options) {
   if (!weights.ok()) return weights.status();
   weights_ = *std::move(weights);
   auto step = LayerStep::Create(backend_.get(), &config_, &weights_, /*max_tokens=*/1,
-                                /*tile_tokens=*/1);
+                                /*tile_tokens=*/1, /*max_batch_tokens=*/0);
   if (!step.ok()) return step.status();
   step_ = *std::move(step);
 

@@ -30,18 +30,17 @@ absl::Status Assign(DeviceBuffer& buffer, absl::StatusOr<DeviceBuffer> allocated
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<LayerStep>> LayerStep::Create(Backend* backend,
-                                                             const ModelConfig* config,
-                                                             const Weights* weights,
-                                                             int64_t max_tokens,
-                                                             int64_t tile_tokens) {
+absl::StatusOr<std::unique_ptr<LayerStep>> LayerStep::Create(
+    Backend* backend, const ModelConfig* config, const Weights* weights, int64_t max_tokens,
+    int64_t tile_tokens, int64_t max_batch_tokens) {
   tile_tokens = std::min(tile_tokens, max_tokens);
   std::unique_ptr<LayerStep> step(new LayerStep(backend, config, weights, tile_tokens));
-  if (absl::Status status = step->Allocate(max_tokens); !status.ok()) return status;
+  absl::Status status = step->Allocate(max_tokens, max_batch_tokens);
+  if (!status.ok()) return status;
   return step;
 }
 
-absl::Status LayerStep::Allocate(int64_t max_tokens) {
+absl::Status LayerStep::Allocate(int64_t max_tokens, int64_t max_batch_tokens) {
   const size_t element = kernels::SizeOf(backend_.compute_dtype());
   const auto allocate = [&](DeviceBuffer& buffer, int64_t rows, int64_t width, size_t size) {
     return Assign(buffer, backend_.Allocate(static_cast<size_t>(rows * width) * size));
@@ -55,7 +54,9 @@ absl::Status LayerStep::Allocate(int64_t max_tokens) {
   }
   if (status.ok()) status = allocate(gated_, tile_tokens_, config_.intermediate, element);
   if (status.ok()) status = allocate(token_ids_, tile_tokens_, 1, sizeof(uint32_t));
-  if (status.ok()) status = allocate(positions_, max_tokens, 1, sizeof(int32_t));
+  if (status.ok() && max_batch_tokens > 0) {
+    status = allocate(positions_, max_batch_tokens, 1, sizeof(int32_t));
+  }
   if (status.ok()) status = allocate(inv_freq_, 1, config_.head_dim / 2, sizeof(float));
   if (status.ok()) status = allocate(logprobs_, 2, tile_tokens_, sizeof(float));
   return status;

@@ -38,7 +38,8 @@ class LayerStep {
   static absl::StatusOr<std::unique_ptr<LayerStep>> Create(Backend* backend,
                                                            const ModelConfig* config,
                                                            const Weights* weights,
-                                                           int64_t max_tokens, int64_t tile_tokens);
+                                                           int64_t max_tokens, int64_t tile_tokens,
+                                                           int64_t max_batch_tokens);
 
   // Finds the fastest way to compute the products of a whole tile, by trying with noise and the
   // weights of layer 0. Before the first Embed. What wins may differ from start to start where two
@@ -49,8 +50,8 @@ class LayerStep {
   // `first_position`. `rope_tokens` is the length of the prompt that the rotation is made for.
   absl::Status Embed(absl::Span<const uint32_t> tokens, int64_t first_position,
                      int64_t rope_tokens);
-  // Starts over with whole prompts that one rotation fits, at most max_tokens in all, padding
-  // included.
+  // Starts over with whole prompts that one rotation fits, several of at most max_batch_tokens in
+  // all, padding included.
   absl::Status Embed(const PackedPrompts& prompts, int64_t rope_tokens);
 
   // Norm, projection, rotation: fills queries() and the keys and values of all tokens.
@@ -76,7 +77,7 @@ class LayerStep {
             int64_t tile_tokens)
       : backend_(*backend), config_(*config), weights_(*weights), tile_tokens_(tile_tokens) {}
 
-  absl::Status Allocate(int64_t max_tokens);
+  absl::Status Allocate(int64_t max_tokens, int64_t max_batch_tokens);
   absl::Status SetRotation(int64_t rope_tokens);
   absl::Status EmbedTokens(absl::Span<const uint32_t> tokens);
   int64_t LogitsPerTile() const;
@@ -114,7 +115,7 @@ class LayerStep {
   DeviceBuffer wide_;       // [tile_tokens, qkv width or 2 * intermediate]; at least [vocab_size]
   DeviceBuffer gated_;      // [tile_tokens, intermediate]
   DeviceBuffer token_ids_;  // [tile_tokens]
-  DeviceBuffer positions_;  // [max_tokens] int32, of several prompts
+  DeviceBuffer positions_;  // [max_batch_tokens] int32, of several prompts
   DeviceBuffer inv_freq_;   // [head_dim / 2]
   DeviceBuffer logprobs_;   // [2, tile_tokens]: of tokens, of the likeliest
 

@@ -425,7 +425,8 @@ absl::Status AllocateWorkspace(const EngineOptions& options, EngineParts* parts)
   if (tile_tokens == 0) {
     tile_tokens = parts->info.device_name == "cpu" ? kCpuTileTokens : kCudaTileTokens;
   }
-  auto step = LayerStep::Create(backend, &config, &parts->weights, all_tokens, tile_tokens);
+  auto step = LayerStep::Create(backend, &config, &parts->weights, all_tokens, tile_tokens,
+                                parts->max_batch_tokens);
   if (!step.ok()) return step.status();
   auto sharing =
       PatternSharing::Create(backend, &config, &parts->clusters, max_tokens, options.block_tokens);

@@ -88,7 +88,8 @@ absl::StatusOr<std::unique_ptr<AttentionRecorder>> AttentionRecorder::Create(
 }
 
 absl::Status AttentionRecorder::Allocate(const Weights* weights) {
-  auto step = LayerStep::Create(&backend_, &config_, weights, options_.max_tokens, kTileTokens);
+  auto step = LayerStep::Create(&backend_, &config_, weights, options_.max_tokens, kTileTokens,
+                                /*max_batch_tokens=*/0);
   if (!step.ok()) return step.status();
   step_ = *std::move(step);
 

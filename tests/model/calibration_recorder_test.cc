@@ -102,7 +102,8 @@ class AttentionRecorderTest : public testing::Test {
 
   // The reference of every layer, [num_layers]: the layer step once more, with attention between.
   std::vector<std::vector<std::vector<double>>> ReferenceOfAllLayers() {
-    auto step = LayerStep::Create(backend_.get(), &config(), &weights_, kTokens, 128);
+    auto step = LayerStep::Create(backend_.get(), &config(), &weights_, kTokens, 128,
+                                  /*max_batch_tokens=*/0);
     EXPECT_TRUE(step.ok());
     const int64_t head_stride = kTokens * config().head_dim;
     std::vector<float> k(config().num_kv_heads * head_stride), v(k);
