@@ -34,10 +34,7 @@ absl::StatusOr<std::unique_ptr<StagingRing>> StagingRing::Create(model::PrefillE
 }
 
 StagingRing::StagingRing(model::DeviceBuffer memory, int num_buffers, size_t buffer_bytes)
-    : memory_(std::move(memory)),
-      num_buffers_(num_buffers),
-      credit_limit_(std::max(1, num_buffers / 2)),
-      buffer_bytes_(buffer_bytes) {
+    : memory_(std::move(memory)), num_buffers_(num_buffers), buffer_bytes_(buffer_bytes) {
   for (int i = 0; i < num_buffers; ++i) {
     free_.push_back(memory_.as<std::byte>() + i * buffer_bytes);
   }
@@ -47,9 +44,9 @@ StagingRing::Lease StagingRing::Acquire(absl::Span<const std::shared_ptr<Credit>
                                         absl::FunctionRef<bool()> give_up) {
   absl::MutexLock lock(&mu_);
   const auto has_room = [this](const std::shared_ptr<Credit>& credit) ABSL_SHARED_LOCKS_REQUIRED(
-                            mu_) { return credit->held_ < credit_limit_; };
+                            mu_) { return credit->held_ < static_cast<int64_t>(free_.size()); };
   const auto available = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
-    return !free_.empty() && std::any_of(credits.begin(), credits.end(), has_room);
+    return std::any_of(credits.begin(), credits.end(), has_room);
   };
   while (!mu_.AwaitWithTimeout(absl::Condition(&available), kGiveUpPoll)) {
     if (give_up()) return Lease();

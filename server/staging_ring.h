@@ -1,7 +1,7 @@
 // Host memory for KV on its way to consumers: a fixed number of equal buffers, lent one by one.
 //
 // This is the bound on what slow consumers can hold. Each request has a credit of its own, so
-// that one that stands still leaves room for the others.
+// that those that stand still leave room for the others.
 #ifndef PREFILLD_SERVER_STAGING_RING_H_
 #define PREFILLD_SERVER_STAGING_RING_H_
 
@@ -60,8 +60,9 @@ class StagingRing {
   static absl::StatusOr<std::unique_ptr<StagingRing>> Create(model::PrefillEngine& engine,
                                                              int num_buffers, size_t buffer_bytes);
 
-  // Waits for a buffer within the credit of a request (half the ring): of the first of `credits`
-  // that has room. An empty lease means that `give_up` returned true; it is asked every few
+  // Waits for a buffer within the credit of a request, of the first of `credits` that has room: it
+  // holds less than is free. So one request gets half the ring, two a third each, and a last third
+  // is left for others. An empty lease means that `give_up` returned true; it is asked every few
   // milliseconds.
   Lease Acquire(absl::Span<const std::shared_ptr<Credit>> credits,
                 absl::FunctionRef<bool()> give_up);
@@ -79,7 +80,6 @@ class StagingRing {
 
   const model::DeviceBuffer memory_;
   const int num_buffers_;
-  const int credit_limit_;
   const size_t buffer_bytes_;
 
   mutable absl::Mutex mu_;

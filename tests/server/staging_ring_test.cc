@@ -32,9 +32,8 @@ TEST_F(StagingRingTest, LendsDistinctBuffersAndTakesThemBack) {
   std::set<std::byte*> addresses;
   {
     std::vector<StagingRing::Lease> leases;
-    const auto first = NewCredit(), second = NewCredit();
-    for (const auto& credit : {first, first, second, second}) {
-      leases.push_back(ring->Acquire({credit}, kNever));
+    for (int i = 0; i < 4; ++i) {
+      leases.push_back(ring->Acquire({NewCredit()}, kNever));
       ASSERT_TRUE(leases.back());
       addresses.insert(leases.back().data());
     }
@@ -55,6 +54,17 @@ TEST_F(StagingRingTest, ARequestGetsHalfAtMost) {
   EXPECT_TRUE(ring->Acquire({NewCredit()}, kAtOnce));
   first = StagingRing::Lease();
   EXPECT_TRUE(ring->Acquire({greedy}, kAtOnce));
+}
+
+TEST_F(StagingRingTest, AThirdRequestProceedsWhileTwoStandStill) {
+  const auto ring = NewRing(6);
+  const auto first = NewCredit(), second = NewCredit(), healthy = NewCredit();
+  std::vector<StagingRing::Lease> stalled;
+  for (const auto& credit : {first, second, first, second, first, second}) {
+    if (auto lease = ring->Acquire({credit}, kAtOnce)) stalled.push_back(std::move(lease));
+  }
+  EXPECT_EQ(stalled.size(), 4);
+  for (int i = 0; i < 10; ++i) EXPECT_TRUE(ring->Acquire({healthy}, kAtOnce));
 }
 
 TEST_F(StagingRingTest, OfSeveralRequestsTheFirstThatHasRoomGetsIt) {
