@@ -40,8 +40,9 @@ absl::Duration PromptSpeed::AtBest(absl::Time now, int64_t num_tokens,
 }
 
 absl::Duration PromptSpeed::BatchedAtBest(absl::Time now, int64_t num_tokens) const {
-  return TimeAtBest(batches_, num_tokens,
-                    [&](const Sample& sample) { return now - sample.at <= kMaxAge; });
+  return TimeAtBest(batches_, num_tokens, [&](const Sample& sample) {
+    return sample.num_tokens >= num_tokens && now - sample.at <= kMaxAge;
+  });
 }
 
 absl::Duration PromptSpeed::TimeAtBest(const std::deque<Sample>& samples, int64_t num_tokens,

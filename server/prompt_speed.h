@@ -32,7 +32,8 @@ class PromptSpeed {
   // good.
   absl::Duration AtBest(absl::Time now, int64_t num_tokens, model::AttentionPolicy policy) const;
   // The least time that so many tokens of prompts that can be batched can be hoped to take: at the
-  // best speed of recent batches. Zero as above.
+  // best speed of recent batches of no fewer tokens, for larger ones are faster per token. Zero as
+  // above.
   absl::Duration BatchedAtBest(absl::Time now, int64_t num_tokens) const;
 
   static constexpr int kMinSamples = 4;

@@ -44,7 +44,9 @@ TEST(PromptSpeed, TellsBatchesFromPromptsAlone) {
     speed.RecordBatch(kNow, 20'000, absl::Seconds(4));
   }
   EXPECT_EQ(speed.AtBest(kNow, 40'000, kDense), absl::Seconds(40));
-  EXPECT_EQ(speed.BatchedAtBest(kNow, 4000), absl::Milliseconds(800)) << "of any length";
+  EXPECT_EQ(speed.BatchedAtBest(kNow, 4000), absl::Milliseconds(800));
+  EXPECT_EQ(speed.BatchedAtBest(kNow, 20'000), absl::Seconds(4));
+  EXPECT_EQ(speed.BatchedAtBest(kNow, 20'001), absl::ZeroDuration()) << "larger ones are faster";
   EXPECT_EQ(speed.latest(), 5000);
   const absl::Time later = kNow + PromptSpeed::kMaxAge + absl::Seconds(1);
   EXPECT_EQ(speed.BatchedAtBest(later, 4000), absl::ZeroDuration());
