@@ -111,13 +111,14 @@ absl::Status PrefillPass::ComputeLogprobs(size_t i) {
 }
 
 bool PrefillPass::AllEnded() {
-  bool all = true;
+  const auto ended = [](const auto& job) { return job->ended(); };
+  auto going_on = jobs_.size() - std::count_if(jobs_.begin(), jobs_.end(), ended);
   for (const auto& job : jobs_) {
-    job->CheckTimers(resources_.timeouts, /*queue_position=*/0,
-                     /*others_wait=*/jobs_.size() > 1);
-    all = all && job->ended();
+    if (job->ended()) continue;
+    job->CheckTimers(resources_.timeouts, /*queue_position=*/0, /*others_wait=*/going_on > 1);
+    if (job->ended()) --going_on;
   }
-  return all;
+  return std::all_of(jobs_.begin(), jobs_.end(), ended);
 }
 
 void PrefillPass::FinishWhatHasLeft() {

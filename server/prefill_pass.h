@@ -19,7 +19,6 @@ namespace prefilld::server {
 
 class KvStream;
 class Metrics;
-
 class PrefillPass;
 
 // What every pass works with; borrowed.

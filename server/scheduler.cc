@@ -94,7 +94,7 @@ absl::Status Scheduler::CheckDeadline(const PrefillJob& job) const {
   const absl::Duration time_left = job.time_left();
   if (time_left == absl::InfiniteDuration()) return absl::OkStatus();
   const absl::Time now = clock_.Now();
-  const absl::Duration queue = QueueAtBest(now);
+  const absl::Duration queue = QueueAtBest(now, job);
   const absl::Duration compute = speed_.AtBest(now, NumTokens(job), job.work().attention.policy);
   if (time_left >= kHopeless * (queue + compute)) return absl::OkStatus();
   const auto rounded = [](absl::Duration d) {
@@ -105,11 +105,14 @@ absl::Status Scheduler::CheckDeadline(const PrefillJob& job) const {
       rounded(queue), " and this prompt ", rounded(compute)));
 }
 
-absl::Duration Scheduler::QueueAtBest(absl::Time now) const {
+// One that can be batched may share the first pass of such prompts, and overtake all behind it.
+absl::Duration Scheduler::QueueAtBest(absl::Time now, const PrefillJob& newcomer) const {
+  const bool may_overtake = BatchTokens(newcomer) > 0;
   absl::Duration sum;
   int64_t batched_tokens = 0;
   for (const auto& job : queue_) {
     if (BatchTokens(*job) > 0) {
+      if (may_overtake) break;
       batched_tokens += NumTokens(*job);
     } else {
       sum += speed_.AtBest(now, NumTokens(*job), job->work().attention.policy);
@@ -153,19 +156,25 @@ std::vector<LiveJob> Scheduler::LiveJobs() const {
     if (const auto queued = requests_ahead.find(job.get()); queued != requests_ahead.end()) {
       live.requests_ahead = queued->second;
     } else {
-      const bool runs = std::find(running_.begin(), running_.end(), job) != running_.end();
-      live.others_wait = !queue_.empty() || running_.size() > (runs ? 1 : 0);
+      live.others_wait = !queue_.empty() || RunningBeside(job.get()) > 0;
     }
     jobs.push_back(std::move(live));
   }
   return jobs;
 }
 
+// Not counted: those that have ended, which wait for nothing.
+int64_t Scheduler::RunningBeside(const PrefillJob* job) const {
+  return std::count_if(running_.begin(), running_.end(), [job](const auto& running) {
+    return running.get() != job && !running->ended();
+  });
+}
+
 QueueState Scheduler::state() const {
   absl::MutexLock lock(&mu_);
   return {.queued_requests = static_cast<int64_t>(queue_.size()),
           .queued_tokens = queued_tokens_,
-          .running_requests = static_cast<int64_t>(running_.size()),
+          .running_requests = RunningBeside(nullptr),
           .live_requests = static_cast<int64_t>(live_.size())};
 }
 
@@ -227,14 +236,21 @@ Scheduler::Jobs Scheduler::NextJobs() {
 void Scheduler::TakeWhatFitsBeside(const PrefillJob& head) {
   const int64_t taken = BatchTokens(head);
   if (taken == 0) return;
+  const absl::Time now = clock_.Now();
   int64_t room = engine_.max_batch_tokens() - taken;
+  int64_t num_tokens = NumTokens(head);
+  absl::Duration time_left = head.time_left();  // of all that are taken
   for (auto next = queue_.begin(); next != queue_.end() && room > 0;) {
     const int64_t needed = (*next)->ended() ? 0 : BatchTokens(**next);
-    if (needed == 0 || needed > room) {
+    const int64_t tokens_with_it = num_tokens + NumTokens(**next);
+    const absl::Duration left_with_it = std::min(time_left, (*next)->time_left());
+    if (needed == 0 || needed > room || speed_.BatchedAtBest(now, tokens_with_it) > left_with_it) {
       ++next;
       continue;
     }
     room -= needed;
+    num_tokens = tokens_with_it;
+    time_left = left_with_it;
     running_.push_back(std::move(*next));
     next = queue_.erase(next);
   }

@@ -38,8 +38,8 @@ struct QueueLimits {
 struct QueueState {
   int64_t queued_requests = 0;
   int64_t queued_tokens = 0;
-  int64_t running_requests = 0;
-  int64_t live_requests = 0;  // queued, running, or still being sent
+  int64_t running_requests = 0;  // those of the running pass that have not ended
+  int64_t live_requests = 0;     // queued, running, or still being sent
 };
 
 struct LiveJob {
@@ -49,9 +49,10 @@ struct LiveJob {
 };
 
 // One pass computes at a time: the prompt at the head of the queue and, if it is short enough to be
-// batched, whichever of those behind it are so too and fit beside it, in their order. The head
-// always runs, so that nobody starves: who waits is overtaken by passes of those before alone, each
-// no longer than a batch. Thread-safe.
+// batched, whichever of those behind it are so too and fit beside it, in their order, as far as the
+// deadlines of all allow by the speed of late. The head waits for its batch: at most one pass of
+// max_batch_tokens. It always runs, so that nobody starves. A prompt is overtaken only by ones that
+// fill up a pass due before its own, one batch at most each time. Thread-safe.
 class Scheduler {
  public:
   Scheduler(model::PrefillEngine& engine, KvStream& stream, Metrics& metrics, const Clock& clock,
@@ -89,13 +90,15 @@ class Scheduler {
   void Run();
   Jobs NextJobs();  // of a pass; none: stop
   void TakeWhatFitsBeside(const PrefillJob& head) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  int64_t RunningBeside(const PrefillJob* job) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Compute(Jobs jobs);
   void RecordSpeed(const PrefillPass& pass, absl::Duration compute);
   void Fail(const absl::Status& cause);
   int64_t BatchTokens(const PrefillJob& job) const;  // 0: runs alone
   absl::Status CheckRoom(int64_t num_tokens) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status CheckDeadline(const PrefillJob& job) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  absl::Duration QueueAtBest(absl::Time now) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Duration QueueAtBest(absl::Time now, const PrefillJob& newcomer) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   model::PrefillEngine& engine_;
   Metrics& metrics_;

@@ -5,6 +5,7 @@
 
 #include <gmock/gmock.h>
 
+#include "server/prompt_speed.h"
 #include "tests/server/server_fixture.h"
 
 namespace prefilld::server {
@@ -201,7 +202,7 @@ TEST_F(BatchWithALargePrompt, GivesAPromptItsResultThoughAnothersConsumerStandsS
   const StreamContents contents = calls[1]->Rest();
   ASSERT_NE(contents.result(), nullptr) << contents.status.error_message();
   EXPECT_EQ(contents.result()->batch_prompts(), 2);
-  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_running_requests") == 2; }))
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_running_requests") == 1; }))
       << "the other one is still at it";
   const StreamContents large = calls[0]->Rest();
   ASSERT_NE(large.result(), nullptr) << large.status.error_message();
@@ -241,6 +242,80 @@ TEST_F(BatchWithALargePrompt, CutsOffASlowConsumerForTheOthersWait) {
   EXPECT_TRUE(Eventually(cut_off));
   EXPECT_NE(calls[1]->Rest().result(), nullptr);
   EXPECT_EQ(calls[0]->Rest().status.error_code(), grpc::StatusCode::ABORTED);
+}
+
+TEST_F(BatchWithALargePrompt, BearsASlowConsumerOnceTheOthersHaveEnded) {
+  StartServer();
+  const Calls calls = RunTogether({kLarge, 100});
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_staged_bytes") >= 4 << 20; }));
+  calls[1]->Cancel();
+  EXPECT_TRUE(Eventually([&] { return Cancelled() == 2; }));
+  for (int i = 0; i < 10; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      v1::PrefillEvent event;
+      calls[0]->Read(&event);
+    }
+    absl::SleepFor(absl::Milliseconds(50));
+    clock_.Advance(absl::Seconds(5));
+  }
+  const StreamContents contents = calls[0]->Rest();
+  EXPECT_NE(contents.result(), nullptr) << contents.status.error_message();
+}
+
+TEST_F(Batch, IsReachedInTimeByAShortPromptThatOvertakesTheQueue) {
+  StartServer();
+  engine_->set_layer_time(absl::Milliseconds(25));
+  const v1::PrefillRequest long_one = PromptOf(1500);
+  for (int i = 0; i < PromptSpeed::kMinSamples; ++i) {
+    EXPECT_TRUE(Prefill(long_one).status.ok());  // 100 ms
+  }
+  engine_->set_layer_time(absl::ZeroDuration());
+  engine_->HoldAfter(0);
+  const auto holder = Submit(long_one);
+  Calls queue;
+  queue.push_back(Submit(DensePromptOf(10)));
+  for (int i = 0; i < 20; ++i) queue.push_back(Submit(long_one));  // 2 s
+  const auto in_time = [](absl::Duration time) { return absl::Now() + time; };
+  OpenStream refused(*NewStub(), long_one, in_time(absl::Milliseconds(900)));
+  EXPECT_THAT(refused.Rest().status.error_message(), HasSubstr("the queue takes"));
+  OpenStream joins(*NewStub(), DensePromptOf(20), in_time(absl::Milliseconds(900)));
+  joins.ReadUntil(v1::PrefillEvent::kAccepted);
+  engine_->HoldAfter(-1);
+  const StreamContents contents = joins.Rest();
+  ASSERT_NE(contents.result(), nullptr) << contents.status.error_message();
+  EXPECT_EQ(contents.result()->batch_prompts(), 2);
+}
+
+TEST_F(Batch, IsNoLargerThanTheDeadlinesOfItsPromptsAllow) {
+  engine_options_.max_batch_tokens = 4000;
+  StartServer();
+  for (int i = 0; i < PromptSpeed::kMinSamples; ++i) {
+    const auto holder = HoldEngine();
+    Calls pair;
+    for (int j = 0; j < 2; ++j) pair.push_back(Submit(DensePromptOf(2000)));
+    holder->Cancel();
+    EXPECT_TRUE(Eventually([&] { return Cancelled() == i + 1; }));
+    engine_->HoldAfter(1);
+    pair.front()->ReadUntil(v1::PrefillEvent::kKvFrame);
+    clock_.Advance(absl::Seconds(10));
+    engine_->HoldAfter(-1);
+    for (const auto& call : pair) EXPECT_EQ(call->Rest().result()->batch_prompts(), 2);
+    EXPECT_TRUE(EverythingIsFree());
+  }
+  const size_t before = engine_->lengths().size();
+  const auto holder = HoldEngine();
+  OpenStream hasty(*NewStub(), DensePromptOf(1000), absl::Now() + absl::Seconds(5));
+  hasty.ReadUntil(v1::PrefillEvent::kAccepted);
+  // At the best speed of late 3900 tokens take 9.75 seconds, 1100 take 2.75.
+  const auto large = Submit(DensePromptOf(2900)), small = Submit(DensePromptOf(100));
+  engine_->HoldAfter(-1);
+  for (OpenStream* call : {&hasty, large.get(), small.get()}) {
+    EXPECT_NE(call->Rest().result(), nullptr);
+  }
+  const auto lengths = engine_->lengths();
+  ASSERT_EQ(lengths.size(), before + 3);
+  EXPECT_THAT(lengths[before + 1], ElementsAre(1000, 100));
+  EXPECT_THAT(lengths[before + 2], ElementsAre(2900));
 }
 
 TEST_F(Batch, EndsAltogetherWhenTheDeviceFails) {
