@@ -64,13 +64,14 @@ absl::Status KvStream::End(absl::FunctionRef<void(size_t job)> left) {
   absl::MutexLock lock(&mu_);
   std::vector<bool> told(jobs_.size(), false);
   for (size_t i = 0; i < told.size(); ++i) {
-    size_t job = 0;
-    const auto find_one = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
-      job = 0;
+    const auto next = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+      size_t job = 0;
       while (job < told.size() && (told[job] || open_parts_[job] > 0)) ++job;
-      return job < told.size();
+      return job;
     };
-    mu_.Await(absl::Condition(&find_one));
+    const auto there_is_one = [&] { return next() < told.size(); };
+    mu_.Await(absl::Condition(&there_is_one));
+    const size_t job = next();
     told[job] = true;
     if (!status_.ok()) continue;
     mu_.Unlock();
