@@ -22,19 +22,38 @@ double Uniform(uint64_t seed, int64_t position) {
   return static_cast<double>(Mix(Mix(seed) ^ static_cast<uint64_t>(position)) >> 11) * 0x1p-53;
 }
 
-// Ids of the `count` largest logits, descending, lowest id first among equals. Logits that are
-// not numbers rank last.
-std::vector<uint32_t> Largest(absl::Span<const float> logits, size_t count) {
-  std::vector<uint32_t> ids(logits.size());
-  std::iota(ids.begin(), ids.end(), 0u);
-  count = std::min(count, ids.size());
-  const auto rank = [&](uint32_t id) { return std::isnan(logits[id]) ? -INFINITY : logits[id]; };
-  std::partial_sort(ids.begin(), ids.begin() + count, ids.end(), [&](uint32_t a, uint32_t b) {
-    return rank(a) != rank(b) ? rank(a) > rank(b) : a < b;
-  });
-  ids.resize(count);
-  return ids;
-}
+// The ids by falling logit, lowest id first among equals; logits that are not numbers rank last.
+// Sorted no further than asked for: a draw rarely needs more than the head of a vocabulary.
+class Ranking {
+ public:
+  explicit Ranking(absl::Span<const float> logits) : logits_(logits), ids_(logits.size()) {
+    std::iota(ids_.begin(), ids_.end(), 0u);
+  }
+
+  size_t size() const { return ids_.size(); }
+  uint32_t operator[](size_t rank) {
+    if (rank >= sorted_) SortTo(std::max(rank + 1, kGrowth * sorted_));
+    return ids_[rank];
+  }
+
+ private:
+  static constexpr size_t kGrowth = 16;
+
+  void SortTo(size_t count) {
+    count = std::min(count, ids_.size());
+    const auto value = [&](uint32_t id) {
+      return std::isnan(logits_[id]) ? -INFINITY : logits_[id];
+    };
+    std::partial_sort(
+        ids_.begin() + sorted_, ids_.begin() + count, ids_.end(),
+        [&](uint32_t a, uint32_t b) { return value(a) != value(b) ? value(a) > value(b) : a < b; });
+    sorted_ = count;
+  }
+
+  const absl::Span<const float> logits_;
+  std::vector<uint32_t> ids_;
+  size_t sorted_ = 0;
+};
 
 // log(sum(exp(logits))) over the finite ones.
 double LogSumExp(absl::Span<const float> logits, double largest) {
@@ -45,30 +64,33 @@ double LogSumExp(absl::Span<const float> logits, double largest) {
   return largest + std::log(sum);
 }
 
-uint32_t Draw(absl::Span<const float> logits, const SamplingOptions& options, int64_t position) {
-  const size_t keep = options.top_k > 0 ? options.top_k : logits.size();
-  std::vector<uint32_t> ids = Largest(logits, keep);
-  std::vector<double> weights;
-  weights.reserve(ids.size());
-  const double largest = logits[ids.front()];
-  for (uint32_t id : ids) {
-    const double scaled = (logits[id] - largest) / options.temperature;
-    weights.push_back(std::isfinite(logits[id]) ? std::exp(scaled) : 0.0);
+uint32_t Draw(absl::Span<const float> logits, Ranking& ranking, const SamplingOptions& options,
+              int64_t position) {
+  const double largest = logits[ranking[0]];
+  const auto weight = [&](uint32_t id) {
+    return std::isfinite(logits[id]) ? std::exp((logits[id] - largest) / options.temperature) : 0.0;
+  };
+  size_t count = ranking.size();
+  double total = 0.0;
+  if (options.top_k > 0 && options.top_k < count) {
+    count = options.top_k;
+    for (size_t i = 0; i < count; ++i) total += weight(ranking[i]);
+  } else {
+    for (uint32_t id = 0; id < count; ++id) total += weight(id);
   }
-  double total = std::accumulate(weights.begin(), weights.end(), 0.0);
   if (options.top_p > 0.0f && options.top_p < 1.0f) {
     double kept = 0.0;
-    size_t count = 0;
-    while (count < weights.size() && kept < options.top_p * total) kept += weights[count++];
-    weights.resize(count);
+    size_t needed = 0;
+    while (needed < count && kept < options.top_p * total) kept += weight(ranking[needed++]);
+    count = needed;
     total = kept;
   }
   double left = Uniform(options.seed, position) * total;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    left -= weights[i];
-    if (left < 0.0) return ids[i];
+  for (size_t i = 0; i < count; ++i) {
+    left -= weight(ranking[i]);
+    if (left < 0.0) return ranking[i];
   }
-  return ids.front();  // rounding left a remainder
+  return ranking[0];  // rounding left a remainder
 }
 
 }  // namespace
@@ -96,19 +118,20 @@ absl::StatusOr<SampledToken> Sample(absl::Span<const float> logits, const Sampli
     return absl::InternalError(
         absl::StrCat("none of ", logits.size(), " logits at position ", position, " is finite"));
   }
-  const std::vector<uint32_t> top = Largest(logits, std::max(options.top_logprobs, 1u));
-  if (!std::isfinite(logits[top.front()])) {
-    return absl::InternalError(absl::StrCat("the logit of token ", top.front(), " at position ",
-                                            position, " is infinite"));
+  Ranking ranking(logits);
+  const uint32_t best = ranking[0];
+  if (!std::isfinite(logits[best])) {
+    return absl::InternalError(
+        absl::StrCat("the logit of token ", best, " at position ", position, " is infinite"));
   }
-  const double normalizer = LogSumExp(logits, logits[top.front()]);
+  const double normalizer = LogSumExp(logits, logits[best]);
   const auto logprob = [&](uint32_t id) { return static_cast<float>(logits[id] - normalizer); };
 
   SampledToken token;
-  token.token_id = options.temperature > 0.0f ? Draw(logits, options, position) : top.front();
+  token.token_id = options.temperature > 0.0f ? Draw(logits, ranking, options, position) : best;
   token.logprob = logprob(token.token_id);
-  for (size_t i = 0; i < std::min<size_t>(options.top_logprobs, top.size()); ++i) {
-    token.top_logprobs.emplace_back(top[i], logprob(top[i]));
+  for (size_t i = 0; i < std::min<size_t>(options.top_logprobs, ranking.size()); ++i) {
+    token.top_logprobs.emplace_back(ranking[i], logprob(ranking[i]));
   }
   return token;
 }

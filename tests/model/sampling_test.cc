@@ -1,8 +1,11 @@
 #include "model/sampling.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <map>
+#include <numeric>
+#include <random>
 #include <vector>
 
 #include "gmock/gmock.h"
@@ -84,6 +87,75 @@ TEST(Sample, TopKAndTopPCutTheTail) {
   EXPECT_EQ(Histogram(logits, options, 100).size(), 1u);
   options.top_p = 1.0f;
   EXPECT_EQ(Histogram(logits, options, 2000).size(), 3u);
+}
+
+uint64_t Mix(uint64_t x) {
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+// As its definition says: the whole vocabulary sorted, cut at top_k, then at top_p.
+uint32_t DrawFromAll(const std::vector<float>& logits, const SamplingOptions& options,
+                     int64_t position) {
+  const double largest = *std::max_element(logits.begin(), logits.end());
+  const auto weight = [&](uint32_t id) {
+    return std::isfinite(logits[id]) ? std::exp((logits[id] - largest) / options.temperature) : 0.0;
+  };
+  std::vector<std::pair<double, uint32_t>> ranked;  // by falling weight, rising id
+  for (uint32_t id = 0; id < logits.size(); ++id) ranked.emplace_back(-weight(id), id);
+  std::sort(ranked.begin(), ranked.end());
+  if (options.top_k > 0 && options.top_k < ranked.size()) ranked.resize(options.top_k);
+  double total = 0.0, kept = 0.0;
+  for (const auto& [negative, id] : ranked) total -= negative;
+  size_t count = options.top_p > 0.0f ? 0 : ranked.size();
+  while (count < ranked.size() && kept < options.top_p * total) kept -= ranked[count++].first;
+  const double uniform =
+      static_cast<double>(Mix(Mix(options.seed) ^ static_cast<uint64_t>(position)) >> 11) * 0x1p-53;
+  double left = uniform * (options.top_p > 0.0f ? kept : total);
+  for (size_t i = 0; i < count; ++i) {
+    left += ranked[i].first;
+    if (left < 0.0) return ranked[i].second;
+  }
+  return ranked.front().second;
+}
+
+TEST(Sample, DrawsAsIfTheWholeVocabularyWereSorted) {
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal(0.0f, 2.0f);
+  std::vector<float> logits(3000);
+  for (float& logit : logits) logit = std::round(4 * normal(random)) / 4;  // with many ties
+  logits[5] = logits[1700] = -kInfinity;
+  for (const float temperature : {0.3f, 1.0f, 50.0f}) {
+    for (const uint32_t top_k : {0u, 40u, 2000u, 3000u}) {
+      for (const float top_p : {0.0f, 0.01f, 0.5f, 0.9f, 0.9999f}) {
+        const SamplingOptions options = {
+            .temperature = temperature, .top_k = top_k, .top_p = top_p, .seed = top_k + 1};
+        for (int64_t position = 0; position < 20; ++position) {
+          ASSERT_EQ(MustSample(logits, options, position).token_id,
+                    DrawFromAll(logits, options, position))
+              << temperature << " " << top_k << " " << top_p << " " << position;
+        }
+      }
+    }
+  }
+}
+
+TEST(Sample, OfEqualLogitsTopPKeepsTheLowestIds) {
+  const std::vector<float> logits(1000, 1.5f);
+  SamplingOptions options;
+  options.temperature = 1.0f;
+  options.top_p = 0.25f;
+  options.top_logprobs = 3;
+  uint32_t highest = 0;
+  for (int64_t position = 0; position < 2000; ++position) {
+    const SampledToken token = MustSample(logits, options, position);
+    EXPECT_EQ(token.top_logprobs[2].first, 2u);
+    highest = std::max(highest, token.token_id);
+  }
+  EXPECT_LT(highest, 250u);
+  EXPECT_GT(highest, 200u);
 }
 
 TEST(Sample, EqualSeedAndPositionDrawEqually) {
