@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
+from threading import Lock
 
 import cluster_file
 from cluster_file import ClusterFile, Pair
@@ -149,18 +150,21 @@ def each_exact(
 ) -> None:
     """Adds a run for every head that the journal has not got, `at_once` servers side by side."""
     left, begin = [head for head in heads if name_of(head) not in journal.runs], time.monotonic()
+    one_writes = Lock()
     with tempfile.TemporaryDirectory(prefix="exact-heads-") as folder, ThreadPoolExecutor(at_once) as pool:
 
         def run(head: Pair) -> dict:
             clusters = Path(folder) / f"{name_of(head)}.json"
             cluster_file.write(clusters, with_exact(file, [head]))
             with server.serving(clusters) as address:
-                return measure(name_of(head), "share", address, texts)
+                record = measure(name_of(head), "share", address, texts)
+            with one_writes:  # here, so that it is kept even if all is stopped meanwhile
+                journal.add(record)
+            return record
 
         try:
             for done, future in enumerate(as_completed([pool.submit(run, head) for head in left]), 1):
                 record = future.result()
-                journal.add(record)
                 minutes = (time.monotonic() - begin) / done * (len(left) - done) / 60
                 ratios = " ".join(f"{ratio:.4f}" for ratio in to_dense(journal.runs, record["run"]).values())
                 finished = f"{len(heads) - len(left) + done} of {len(heads)} heads, {minutes:.1f} min left"

@@ -12,8 +12,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import unittest
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ROOT / "model" / "tiny"
@@ -133,6 +137,28 @@ class Journals(unittest.TestCase):
             self.assertEqual(len(path.read_text().splitlines()), 2)
             with self.assertRaisesRegex(ValueError, "differ in texts_digest"):
                 served_runs.Journal(path, {**subject, "texts_digest": "c"})
+
+
+class OneHeadFails(unittest.TestCase):
+    def test_those_that_finish_beside_it_are_kept(self):
+        failed = threading.Event()
+
+        def measure(name: str, policy: str, address: str, texts: dict) -> dict:
+            if name == "0.0":
+                failed.set()
+                raise RuntimeError("out of memory")
+            failed.wait()
+            time.sleep(0.1)
+            return planted_run(name, 0.2, 0.5)
+
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(exact_heads, "measure", measure):
+            path, file = Path(folder) / "runs.jsonl", ClusterFile({}, [], fingerprint="")
+            server = mock.Mock(serving=lambda clusters: nullcontext("nowhere"))
+            journal = served_runs.Journal(path, {})
+            journal.add(planted_run("dense", 1.0, 0.5))
+            with self.assertRaisesRegex(RuntimeError, "out of memory"):
+                exact_heads.each_exact(server, file, [(0, 0), (0, 1)], {}, journal, at_once=2)
+            self.assertEqual(set(served_runs.Journal(path, {}).runs), {"dense", "0.1"})
 
 
 @unittest.skipUnless(PROGRAMS and (PROGRAMS / "prefilld").exists(), "prefilld is not built")
