@@ -40,10 +40,11 @@ absl::Status BenchLayerOps(model::Backend& backend, const LayerShape& shape, int
                            int runs, Report* report);
 
 // The linear layers of a whole prefill and nothing else, back to back, in tiles of tokens: what the
-// library's matrix products alone take at the clock that so long a run leaves the card; as the
-// library chooses how to compute them, and by the choice that is fastest for a whole tile.
-absl::Status BenchLinears(model::Backend& backend, const LayerShape& shape, int num_layers,
-                          int64_t num_tokens, int64_t tile_tokens, Report* report);
+// library's matrix products alone take at the clock that so long a run leaves the card. By
+// `backend` as the library chooses how to compute them, by `tuned`, another backend of the same
+// device, by the choice that is fastest for a whole tile; in turns.
+absl::Status BenchLinears(model::Backend& backend, model::Backend& tuned, const LayerShape& shape,
+                          int num_layers, int64_t num_tokens, int64_t tile_tokens, Report* report);
 
 // Whole prefills of a prompt with one policy; KV is released unread.
 absl::Status BenchPrefill(model::PrefillEngine& engine, const std::vector<uint32_t>& tokens,

@@ -124,22 +124,35 @@ absl::Status RunAttention(model::Backend& backend, Report* report) {
   return absl::OkStatus();
 }
 
+LayerShape ShapeOfLayer() {
+  return {.hidden = absl::GetFlag(FLAGS_hidden),
+          .intermediate = absl::GetFlag(FLAGS_intermediate),
+          .num_heads = absl::GetFlag(FLAGS_heads),
+          .num_kv_heads = absl::GetFlag(FLAGS_kv_heads),
+          .head_dim = absl::GetFlag(FLAGS_head_dim)};
+}
+
+absl::Status RunLinears(model::Backend& backend, model::DeviceChoice device, Report* report) {
+  absl::StatusOr<std::vector<int64_t>> lengths = Numbers(absl::GetFlag(FLAGS_tokens));
+  if (!lengths.ok()) return lengths.status();
+  const int64_t tile = absl::GetFlag(FLAGS_tile_tokens);
+  for (int64_t length : *lengths) {
+    absl::StatusOr<std::unique_ptr<model::Backend>> tuned = model::CreateBackend(device, 0);
+    if (!tuned.ok()) return tuned.status();
+    absl::Status status =
+        BenchLinears(backend, **tuned, ShapeOfLayer(), absl::GetFlag(FLAGS_layers), length,
+                     tile == 0 ? 8192 : tile, report);
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
 absl::Status RunLayer(model::Backend& backend, Report* report) {
   absl::StatusOr<std::vector<int64_t>> lengths = Numbers(absl::GetFlag(FLAGS_tokens));
   if (!lengths.ok()) return lengths.status();
-  const LayerShape shape = {.hidden = absl::GetFlag(FLAGS_hidden),
-                            .intermediate = absl::GetFlag(FLAGS_intermediate),
-                            .num_heads = absl::GetFlag(FLAGS_heads),
-                            .num_kv_heads = absl::GetFlag(FLAGS_kv_heads),
-                            .head_dim = absl::GetFlag(FLAGS_head_dim)};
-  const bool whole = absl::GetFlag(FLAGS_mode) == "linears";
   for (int64_t length : *lengths) {
     absl::Status status =
-        whole ? BenchLinears(
-                    backend, shape, absl::GetFlag(FLAGS_layers), length,
-                    absl::GetFlag(FLAGS_tile_tokens) == 0 ? 8192 : absl::GetFlag(FLAGS_tile_tokens),
-                    report)
-              : BenchLayerOps(backend, shape, length, absl::GetFlag(FLAGS_runs), report);
+        BenchLayerOps(backend, ShapeOfLayer(), length, absl::GetFlag(FLAGS_runs), report);
     if (!status.ok()) return status;
   }
   return absl::OkStatus();
@@ -228,7 +241,13 @@ absl::Status Run() {
     absl::StatusOr<std::unique_ptr<model::Backend>> backend = model::CreateBackend(*device, 0);
     if (!backend.ok()) return backend.status();
     report.Fact("device", (*backend)->device_name());
-    status = mode == "attention" ? RunAttention(**backend, &report) : RunLayer(**backend, &report);
+    if (mode == "attention") {
+      status = RunAttention(**backend, &report);
+    } else if (mode == "layer") {
+      status = RunLayer(**backend, &report);
+    } else {
+      status = RunLinears(**backend, *device, &report);
+    }
   } else {
     return absl::InvalidArgumentError(absl::StrCat("--mode ", mode, " unknown"));
   }
