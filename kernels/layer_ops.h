@@ -79,6 +79,18 @@ struct SwiGluParams {
   int64_t intermediate = 0;
 };
 
+// y = silu(x Wg^T) * (x Wu^T): Linear without bias and SwiGlu in one. The rows of w are those of
+// gate, then those of up.
+struct GatedLinearParams {
+  const void* x = nullptr;  // [num_tokens, in_features]
+  const void* w = nullptr;  // [2 * intermediate, in_features]
+  void* gate_up = nullptr;  // [num_tokens, 2 * intermediate], scratch
+  void* y = nullptr;        // [num_tokens, intermediate]
+  int64_t num_tokens = 0;
+  int64_t in_features = 0;
+  int64_t intermediate = 0;
+};
+
 // Log-probabilities, natural logarithm, that the logits of a row give to its target and to the
 // likeliest token. Exactly equal when the target is the likeliest, or one of several.
 struct TokenLogprobsParams {

@@ -38,6 +38,10 @@ DeviceBuffer::~DeviceBuffer() {
 
 absl::Status Backend::TuneLinear(const kernels::LinearParams&) { return absl::OkStatus(); }
 
+absl::Status Backend::TuneGatedLinear(const kernels::GatedLinearParams&) {
+  return absl::OkStatus();
+}
+
 // A device whose attention works in the caller's memory alone.
 absl::Status Backend::ReserveAttention(const kernels::AttentionParams&, bool) {
   return absl::OkStatus();

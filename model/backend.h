@@ -94,6 +94,9 @@ class Backend {
   virtual absl::Status TuneLinear(const kernels::LinearParams& params);
   virtual absl::Status QkvRope(const kernels::QkvRopeParams& params) = 0;
   virtual absl::Status SwiGlu(const kernels::SwiGluParams& params) = 0;
+  virtual absl::Status GatedLinear(const kernels::GatedLinearParams& params) = 0;
+  // As TuneLinear, for GatedLinear and the product within; gate_up and y are overwritten.
+  virtual absl::Status TuneGatedLinear(const kernels::GatedLinearParams& params);
   virtual absl::Status TokenLogprobs(const kernels::TokenLogprobsParams& params) = 0;
   virtual absl::Status Attention(const kernels::AttentionParams& params) = 0;
   // Allocates what Attention needs for all heads of this shape at most, with their block mass if it

@@ -65,6 +65,9 @@ class CpuBackend final : public Backend {
   absl::Status Linear(const kernels::LinearParams& p) override { return Run(cpu::Linear, p); }
   absl::Status QkvRope(const kernels::QkvRopeParams& p) override { return Run(cpu::QkvRope, p); }
   absl::Status SwiGlu(const kernels::SwiGluParams& p) override { return Run(cpu::SwiGlu, p); }
+  absl::Status GatedLinear(const kernels::GatedLinearParams& p) override {
+    return Run(cpu::GatedLinear, p);
+  }
   absl::Status TokenLogprobs(const kernels::TokenLogprobsParams& p) override {
     return Run(cpu::TokenLogprobs, p);
   }

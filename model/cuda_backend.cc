@@ -15,6 +15,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/synchronization/mutex.h"
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/gated_linear.h"
 #include "kernels/cuda/kv_pack.h"
 #include "kernels/cuda/layer_ops.h"
 #include "kernels/cuda/linear.h"
@@ -64,6 +65,8 @@ class CudaBackend final : public Backend {
   absl::Status SwiGlu(const kernels::SwiGluParams& params) override {
     return Launch("swiglu", cuda::LaunchSwiGlu, params);
   }
+  absl::Status GatedLinear(const kernels::GatedLinearParams& params) override;
+  absl::Status TuneGatedLinear(const kernels::GatedLinearParams& params) override;
   absl::Status TokenLogprobs(const kernels::TokenLogprobsParams& params) override {
     return Launch("token logprobs", cuda::LaunchTokenLogprobs, params);
   }
@@ -104,6 +107,7 @@ class CudaBackend final : public Backend {
   absl::Status Initialize();
 
   absl::Status LinearStatus(cublasStatus_t status, const kernels::LinearParams& params);
+  absl::Status GatedLinearStatus(cublasStatus_t status, const kernels::GatedLinearParams& params);
   // The status of a call; a fault of the device is kept for all later calls.
   absl::Status Check(cudaError_t error, absl::string_view what);
   // The same for a launcher, which refuses shapes as invalid values.
@@ -126,6 +130,7 @@ class CudaBackend final : public Backend {
   cudaEvent_t timing_end_ = nullptr;
   DeviceBuffer linear_workspace_;
   std::unique_ptr<cuda::LinearLauncher> linear_;
+  std::unique_ptr<cuda::GatedLinearLauncher> gated_linear_;  // over linear_
   DeviceBuffer attention_scratch_;  // grows to what the largest call needs
   CudaPackLanes pack_lanes_;
 
@@ -185,12 +190,14 @@ absl::Status CudaBackend::Initialize() {
   if (!workspace.ok()) return workspace.status();
   linear_workspace_ = *std::move(workspace);
   linear_ = std::make_unique<cuda::LinearLauncher>();
+  gated_linear_ = std::make_unique<cuda::GatedLinearLauncher>(linear_.get());
   return CublasStatus(linear_->Initialize(linear_workspace_.data(), linear_workspace_.bytes()),
                       "cuBLASLt");
 }
 
 CudaBackend::~CudaBackend() {
   if (stream_ != nullptr) cudaStreamSynchronize(stream_);
+  gated_linear_.reset();
   linear_.reset();
   linear_workspace_ = DeviceBuffer();
   attention_scratch_ = DeviceBuffer();
@@ -377,6 +384,23 @@ absl::Status CudaBackend::LinearStatus(cublasStatus_t status, const kernels::Lin
   return CublasStatus(status,
                       absl::StrCat("linear [", params.num_tokens, ", ", params.in_features, "] x [",
                                    params.out_features, ", ", params.in_features, "]^T"));
+}
+
+absl::Status CudaBackend::GatedLinear(const kernels::GatedLinearParams& params) {
+  if (absl::Status status = Fault(); !status.ok()) return status;
+  return GatedLinearStatus(gated_linear_->Launch(params, stream_), params);
+}
+
+absl::Status CudaBackend::TuneGatedLinear(const kernels::GatedLinearParams& params) {
+  if (absl::Status status = Fault(); !status.ok()) return status;
+  return GatedLinearStatus(gated_linear_->Tune(params, stream_), params);
+}
+
+absl::Status CudaBackend::GatedLinearStatus(cublasStatus_t status,
+                                            const kernels::GatedLinearParams& params) {
+  return LinearStatus(status, {.num_tokens = params.num_tokens,
+                               .in_features = params.in_features,
+                               .out_features = 2 * params.intermediate});
 }
 
 absl::Status CudaBackend::ReserveAttentionScratch(size_t bytes) {

@@ -191,6 +191,19 @@ void RmsNorm(const RmsNormParams& params) { HWY_DYNAMIC_DISPATCH(RmsNormTokens)(
 
 void SwiGlu(const SwiGluParams& params) { HWY_DYNAMIC_DISPATCH(SwiGluTokens)(params); }
 
+void GatedLinear(const GatedLinearParams& params) {
+  Linear({.x = params.x,
+          .w = params.w,
+          .y = params.gate_up,
+          .num_tokens = params.num_tokens,
+          .in_features = params.in_features,
+          .out_features = 2 * params.intermediate});
+  SwiGlu({.gate_up = params.gate_up,
+          .y = params.y,
+          .num_tokens = params.num_tokens,
+          .intermediate = params.intermediate});
+}
+
 void QkvRope(const QkvRopeParams& params) { HWY_DYNAMIC_DISPATCH(QkvRopeTokens)(params); }
 
 void Embedding(const EmbeddingParams& params) {

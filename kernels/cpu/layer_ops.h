@@ -15,6 +15,7 @@ void RmsNorm(const RmsNormParams& params);
 void Linear(const LinearParams& params);
 void QkvRope(const QkvRopeParams& params);
 void SwiGlu(const SwiGluParams& params);
+void GatedLinear(const GatedLinearParams& params);
 void TokenLogprobs(const TokenLogprobsParams& params);
 
 }  // namespace prefilld::kernels::cpu

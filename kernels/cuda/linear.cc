@@ -7,23 +7,19 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/cuda/rivals.h"
+
 namespace prefilld::kernels::cuda {
 namespace {
 
 // Prompts of any length pass by; a plan is small, but their number must have a limit.
 constexpr size_t kMaxPlans = 512;
 
-// Of Tune. The first round warms up and leaves out what is far behind; a product is repeated for as
-// long as a GPU takes for so many FLOP, some 10 ms, but not without end where launching takes
-// longer than computing. A slow GPU has time for fewer rounds, for one at least.
+// Of Tune. The first round leaves out what is far behind. A slow GPU has time for fewer rounds, for
+// one at least.
 constexpr int kMaxProposals = 8;
-constexpr int kTuneRounds = 6;
-constexpr double kTuneFlop = 8e12;
-constexpr int kMaxRepetitions = 16;
 constexpr float kFarBehind = 1.25f;
 constexpr float kMaxTuneMs = 1000.0f;
-// Products of at least so large a part of the tokens take the choice over.
-constexpr int64_t kTunedTokensRange = 4;
 
 // Frees what the library created. cuBLASLt's handles are pointers.
 template <auto kDestroy>
@@ -36,7 +32,6 @@ struct Destroy {
 using MatmulDesc = std::unique_ptr<cublasLtMatmulDescOpaque_t, Destroy<cublasLtMatmulDescDestroy>>;
 using MatrixLayout =
     std::unique_ptr<cublasLtMatrixLayoutOpaque_t, Destroy<cublasLtMatrixLayoutDestroy>>;
-using Event = std::unique_ptr<CUevent_st, Destroy<cudaEventDestroy>>;
 using Preference =
     std::unique_ptr<cublasLtMatmulPreferenceOpaque_t, Destroy<cublasLtMatmulPreferenceDestroy>>;
 
@@ -210,13 +205,12 @@ cublasStatus_t LinearLauncher::Launch(const LinearParams& params, cudaStream_t s
   return Run(Keep(shape, std::move(plan)), params, stream);
 }
 
-// What is fastest for a product is so for other numbers of tokens too, until they become few.
 const LinearLauncher::Plan* LinearLauncher::TuningFor(const LinearShape& shape) const {
   for (const auto& [tuned_shape, plan] : plans_) {
     LinearShape other_tokens = tuned_shape;
     other_tokens.num_tokens = shape.num_tokens;
     if (plan->tuned && other_tokens == shape &&
-        shape.num_tokens >= tuned_shape.num_tokens / kTunedTokensRange) {
+        TuningHolds(tuned_shape.num_tokens, shape.num_tokens)) {
       return plan.get();
     }
   }
@@ -225,45 +219,15 @@ const LinearLauncher::Plan* LinearLauncher::TuningFor(const LinearShape& shape) 
 
 bool LinearLauncher::IsTuned(const LinearShape& shape) const { return TuningFor(shape) != nullptr; }
 
-cublasStatus_t LinearLauncher::Time(const Plan& plan, const LinearParams& params, int repetitions,
-                                    cudaStream_t stream, float* ms) const {
-  const auto checked = [](cudaError_t error) {
-    return error == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
-  };
-  Event begin;
-  Event end;
-  Sequence sequence;
-  for (Event* event : {&begin, &end}) {
-    sequence.Then([&] {
-      cudaEvent_t raw = nullptr;
-      const cudaError_t error = cudaEventCreate(&raw);
-      event->reset(raw);
-      return checked(error);
-    });
-  }
-  sequence.Then([&] { return checked(cudaEventRecord(begin.get(), stream)); });
-  for (int i = 0; i < repetitions; ++i) {
-    sequence.Then([&] { return Run(plan, params, stream); });
-  }
-  return sequence.Then([&] { return checked(cudaEventRecord(end.get(), stream)); })
-      .Then([&] { return checked(cudaEventSynchronize(end.get())); })
-      .Then([&] { return checked(cudaEventElapsedTime(ms, begin.get(), end.get())); })
-      .status();
-}
-
 cublasStatus_t LinearLauncher::Tune(const LinearParams& params, cudaStream_t stream) {
   if (params.num_tokens == 0) return CUBLAS_STATUS_SUCCESS;
   const LinearShape shape = ShapeOf(params);
   std::unique_ptr<Plan> plan;
   cublasStatus_t status = MakePlan(shape, kMaxProposals, &plan);
   if (status != CUBLAS_STATUS_SUCCESS) return status;
-  const double flop = 2.0 * static_cast<double>(params.num_tokens) *
-                      static_cast<double>(params.in_features) *
-                      static_cast<double>(params.out_features);
   const int repetitions =
-      static_cast<int>(std::clamp(kTuneFlop / flop, 1.0, double{kMaxRepetitions}));
+      TuneRepetitions(params.num_tokens, params.in_features, params.out_features);
 
-  // In turns, since the clock falls while the GPU warms up.
   struct Candidate {
     cublasLtMatmulAlgo_t algorithm;
     std::vector<float> ms;
@@ -276,7 +240,7 @@ cublasStatus_t LinearLauncher::Tune(const LinearParams& params, cudaStream_t str
     for (Candidate& candidate : candidates) {
       plan->algorithm = candidate.algorithm;
       float ms = 0.0f;
-      status = Time(*plan, params, repetitions, stream, &ms);
+      status = TimeLaunches([&] { return Run(*plan, params, stream); }, repetitions, stream, &ms);
       if (status == CUBLAS_STATUS_EXECUTION_FAILED) return status;
       if (status != CUBLAS_STATUS_SUCCESS) continue;  // cannot run after all
       candidate.ms.push_back(ms);
@@ -289,15 +253,9 @@ cublasStatus_t LinearLauncher::Tune(const LinearParams& params, cudaStream_t str
     });
     if (candidates.empty()) return status;
   }
-  const auto median = [](Candidate& candidate) {
-    if (candidate.ms.size() > 1) candidate.ms.erase(candidate.ms.begin());  // the warm-up
-    const auto middle = candidate.ms.begin() + static_cast<ptrdiff_t>(candidate.ms.size() / 2);
-    std::nth_element(candidate.ms.begin(), middle, candidate.ms.end());
-    return *middle;
-  };
   float fastest_ms = std::numeric_limits<float>::max();
-  for (Candidate& candidate : candidates) {
-    const float ms = median(candidate);
+  for (const Candidate& candidate : candidates) {
+    const float ms = MedianMs(candidate.ms);
     if (ms >= fastest_ms) continue;
     fastest_ms = ms;
     plan->algorithm = candidate.algorithm;

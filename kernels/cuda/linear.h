@@ -59,8 +59,6 @@ class LinearLauncher {
   cublasStatus_t MakePlan(const LinearShape& shape, int max_proposals,
                           std::unique_ptr<Plan>* plan) const;
   cublasStatus_t Run(const Plan& plan, const LinearParams& params, cudaStream_t stream) const;
-  cublasStatus_t Time(const Plan& plan, const LinearParams& params, int repetitions,
-                      cudaStream_t stream, float* ms) const;
   // The plan whose tuning holds for the shape; null: none.
   const Plan* TuningFor(const LinearShape& shape) const;
   Plan& Keep(const LinearShape& shape, std::unique_ptr<Plan> plan);

@@ -177,6 +177,23 @@ TEST(CpuSwiGlu, EqualsReferenceAlsoForLargeGates) {
   }
 }
 
+TEST(CpuGatedLinear, EqualsReference) {
+  for (const int64_t num_tokens : {1, 2, 17, 130}) {
+    for (const auto& [in, intermediate] : {std::pair<int64_t, int64_t>{1, 1}, {37, 19}, {64, 72}}) {
+      const std::vector<float> x = Random(num_tokens * in, 1);
+      const std::vector<float> w = Random(2 * intermediate * in, 2);
+      std::vector<float> gate_up(static_cast<size_t>(num_tokens * 2 * intermediate));
+      std::vector<float> actual(gate_up.size() / 2), expected(actual.size());
+      GatedLinearParams p{x.data(),   w.data(), gate_up.data(), actual.data(),
+                          num_tokens, in,       intermediate};
+      cpu::GatedLinear(p);
+      p.y = expected.data();
+      reference::GatedLinear(p);
+      ExpectClose(actual, expected);
+    }
+  }
+}
+
 TEST(CpuTokenLogprobs, EqualsReferenceAlsoForLargeLogits) {
   for (const int64_t vocab_size : {1, 2, 15, 264, 5000}) {
     std::vector<float> logits = Random(4 * vocab_size, 1);

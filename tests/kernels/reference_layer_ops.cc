@@ -96,6 +96,24 @@ void SwiGlu(const SwiGluParams& p) {
   }
 }
 
+void GatedLinear(const GatedLinearParams& p) {
+  const auto dot = [&](int64_t token, int64_t row) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < p.in_features; ++i) {
+      sum += static_cast<double>(In(p.x)[token * p.in_features + i]) *
+             In(p.w)[row * p.in_features + i];
+    }
+    return sum;
+  };
+  for (int64_t t = 0; t < p.num_tokens; ++t) {
+    for (int64_t i = 0; i < p.intermediate; ++i) {
+      const double gate = dot(t, i);
+      const double up = dot(t, p.intermediate + i);
+      Out(p.y)[t * p.intermediate + i] = static_cast<float>(gate / (1.0 + std::exp(-gate)) * up);
+    }
+  }
+}
+
 void TokenLogprobs(const TokenLogprobsParams& p) {
   for (int64_t t = 0; t < p.num_tokens; ++t) {
     const float* row = static_cast<const float*>(p.logits) + t * p.vocab_size;

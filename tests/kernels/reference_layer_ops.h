@@ -12,6 +12,7 @@ void RmsNorm(const RmsNormParams& params);
 void Linear(const LinearParams& params);
 void QkvRope(const QkvRopeParams& params);
 void SwiGlu(const SwiGluParams& params);
+void GatedLinear(const GatedLinearParams& params);  // gate_up is not used
 void TokenLogprobs(const TokenLogprobsParams& params);
 void PackKv(const PackKvParams& params);
 

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/device/shared_address.cuh"
+
 namespace prefilld::kernels::cuda::device {
 
 __device__ inline int cluster_size() {
@@ -38,6 +40,13 @@ __device__ inline const T* cluster_shared(const T* own, int rank) {
 #else
   return own;
 #endif
+}
+
+// The same as an address that instructions on shared memory of the cluster take (sm_90).
+__device__ inline uint32_t cluster_shared_address(const void* own, int rank) {
+  uint32_t other;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(other) : "r"(shared_address(own)), "r"(rank));
+  return other;
 }
 
 // __syncthreads() of the whole cluster.

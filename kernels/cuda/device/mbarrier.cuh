@@ -46,6 +46,12 @@ __device__ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
       : "memory");
 }
 
+// At a barrier of any CTA of the cluster (an address of cluster_shared_address). Says that reads
+// are over: writes before it are released to this CTA alone, which spares a fence of the whole GPU.
+__device__ inline void mbarrier_arrive_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 }  // namespace prefilld::kernels::cuda::device
 
 #endif  // PREFILLD_KERNELS_CUDA_DEVICE_MBARRIER_CUH_

@@ -24,6 +24,17 @@ __device__ inline void tma_load_3d(void* dst, const CUtensorMap* map, uint64_t* 
       : "memory");
 }
 
+// As tma_load_3d, to the same place in every CTA of the cluster whose bit is set, and counted by
+// the barrier at the same place there.
+__device__ inline void tma_load_3d_multicast(void* dst, const CUtensorMap* map, uint64_t* barrier,
+                                             uint16_t ctas, int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%4, %5, %6}], [%2], %3;" ::"r"(shared_address(dst)),
+      "l"(map), "r"(shared_address(barrier)), "h"(ctas), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+
 __device__ inline void tma_load_4d(void* dst, const CUtensorMap* map, uint64_t* barrier, int c0,
                                    int c1, int c2, int c3) {
   asm volatile(
