@@ -2,6 +2,7 @@
 #ifndef PREFILLD_MODEL_BACKEND_H_
 #define PREFILLD_MODEL_BACKEND_H_
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -81,6 +82,14 @@ class Backend {
   static constexpr int kNumMarks = 16;
   virtual absl::Status Mark(int mark) = 0;
   virtual absl::StatusOr<double> ElapsedUs(int from, int to) = 0;
+  // Runs `ops`. Where records() is true, those of a key that comes again may be recorded, Mark
+  // included, and replayed without asking `ops`: under one key they enqueue the same work over the
+  // same memory, wait for nothing, and do nothing else that matters. A key is anything that tells
+  // such works apart.
+  using RecordingKey = std::array<int64_t, 4>;
+  virtual bool records() const { return false; }
+  virtual int64_t num_recordings() const { return 0; }  // held now; thread-safe
+  virtual absl::Status Repeat(const RecordingKey& key, absl::FunctionRef<absl::Status()> ops);
   // Runs `ops` and waits for them: the time they took on the device, in milliseconds. For
   // benchmarks. Wall time here; a device with a clock of its own overrides it.
   virtual absl::StatusOr<double> TimeMs(absl::FunctionRef<absl::Status()> ops);
@@ -112,7 +121,8 @@ class Backend {
   virtual absl::Status MeasurePattern(const kernels::MeasurePatternParams& params) = 0;
   virtual absl::Status PooledMass(const kernels::PooledMassParams& params) = 0;
 
-  // Packs KV that earlier ops have completed (Synchronize has returned since) into host memory
+  // Packs KV that earlier ops have completed (Synchronize, or ElapsedUs to a mark behind them, has
+  // returned since) into host memory
   // from AllocateStaging; returns when the bytes are there. Thread-safe: runs beside ops, on a
   // stream of its own.
   virtual absl::Status PackKv(const kernels::PackKvParams& params) = 0;

@@ -2,6 +2,7 @@
 
 #include <cublasLt.h>
 #include <cuda_runtime_api.h>
+#include <spdlog/spdlog.h>
 
 #include <algorithm>
 #include <atomic>
@@ -22,6 +23,7 @@
 #include "kernels/cuda/pattern.h"
 #include "kernels/cuda/pooled_mass.h"
 #include "model/cuda_pack_lanes.h"
+#include "model/cuda_recordings.h"
 #include "model/cuda_status.h"
 
 namespace prefilld::model {
@@ -49,6 +51,9 @@ class CudaBackend final : public Backend {
   absl::Status Synchronize() override;
   absl::Status Mark(int mark) override;
   absl::StatusOr<double> ElapsedUs(int from, int to) override;
+  bool records() const override { return true; }
+  int64_t num_recordings() const override { return recordings_.count(); }
+  absl::Status Repeat(const RecordingKey& key, absl::FunctionRef<absl::Status()> ops) override;
   absl::StatusOr<double> TimeMs(absl::FunctionRef<absl::Status()> ops) override;
 
   absl::Status Embedding(const kernels::EmbeddingParams& params) override {
@@ -133,6 +138,9 @@ class CudaBackend final : public Backend {
   std::unique_ptr<cuda::GatedLinearLauncher> gated_linear_;  // over linear_
   DeviceBuffer attention_scratch_;  // grows to what the largest call needs
   CudaPackLanes pack_lanes_;
+  CudaRecordings recordings_;
+  bool recording_ = false;          // ops are recorded, not run
+  bool recordings_failed_ = false;  // so nothing more is recorded
 
   std::atomic<size_t> allocated_bytes_{0};
   std::atomic<bool> faulted_{false};
@@ -197,6 +205,7 @@ absl::Status CudaBackend::Initialize() {
 
 CudaBackend::~CudaBackend() {
   if (stream_ != nullptr) cudaStreamSynchronize(stream_);
+  recordings_.Clear();
   gated_linear_.reset();
   linear_.reset();
   linear_workspace_ = DeviceBuffer();
@@ -332,7 +341,9 @@ absl::Status CudaBackend::Synchronize() {
 
 absl::Status CudaBackend::Mark(int mark) {
   if (absl::Status status = Fault(); !status.ok()) return status;
-  return Check(cudaEventRecord(marks_[mark], stream_), "mark");
+  // Within a recording the event is to be recorded by each replay, as one of the outside.
+  const unsigned flags = recording_ ? cudaEventRecordExternal : cudaEventRecordDefault;
+  return Check(cudaEventRecordWithFlags(marks_[mark], stream_, flags), "mark");
 }
 
 absl::StatusOr<double> CudaBackend::ElapsedUs(int from, int to) {
@@ -345,6 +356,38 @@ absl::StatusOr<double> CudaBackend::ElapsedUs(int from, int to) {
       Check(cudaEventElapsedTime(&milliseconds, marks_[from], marks_[to]), "elapsed time");
   if (!status.ok()) return status;
   return 1e3 * milliseconds;
+}
+
+// The first time the ops run, and find their algorithms on the way; the second time they are
+// recorded; from then on the recording does.
+absl::Status CudaBackend::Repeat(const RecordingKey& key, absl::FunctionRef<absl::Status()> ops) {
+  if (absl::Status status = Fault(); !status.ok()) return status;
+  if (recordings_failed_) return ops();
+  if (!recordings_.IsKnown(key)) {
+    if (recordings_.full()) {
+      if (absl::Status status = Synchronize(); !status.ok()) return status;
+      recordings_.Clear();
+    }
+    recordings_.MakeKnown(key);
+    return ops();
+  }
+  cudaGraphExec_t graph = recordings_.Find(key);
+  if (graph == nullptr) {
+    absl::Status status;
+    recording_ = true;
+    const cudaError_t error = CudaRecordings::Record(stream_, ops, &status, &graph);
+    recording_ = false;
+    if (!status.ok()) return status;
+    if (absl::Status recorded = Check(error, "recording a layer"); !recorded.ok()) {
+      if (!Fault().ok()) return recorded;
+      spdlog::warn("{}: layers of short prompts are launched kernel by kernel from now on",
+                   std::string(recorded.message()));
+      recordings_failed_ = true;
+      return ops();
+    }
+    recordings_.Keep(key, graph);
+  }
+  return Check(cudaGraphLaunch(graph, stream_), "replaying a layer");
 }
 
 absl::StatusOr<double> CudaBackend::TimeMs(absl::FunctionRef<absl::Status()> ops) {

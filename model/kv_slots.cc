@@ -1,5 +1,6 @@
 #include "model/kv_slots.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -19,9 +20,16 @@ absl::StatusOr<std::unique_ptr<KvSlots>> KvSlots::Create(Backend* backend, int n
   return std::unique_ptr<KvSlots>(new KvSlots(std::move(memory)));
 }
 
+bool KvSlots::HasFree() const {
+  absl::MutexLock lock(&mu_);
+  return std::any_of(holders_.begin(), holders_.end(),
+                     [](const Holder& holder) { return holder.layer == kFree; });
+}
+
 absl::StatusOr<KvSlot> KvSlots::Acquire(int layer) {
   absl::MutexLock lock(&mu_);
-  for (size_t i = 0; i < holders_.size(); ++i) {
+  for (int tried = 0; tried < count(); ++tried) {
+    const int i = (layer + tried) % count();
     if (holders_[i].layer != kFree) continue;
     holders_[i] = {.layer = layer, .computed = false};
     return memory_[i].slot();

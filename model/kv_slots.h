@@ -30,6 +30,8 @@ class KvSlots {
 
   int count() const { return static_cast<int>(memory_.size()); }
 
+  bool HasFree() const;
+  // Slot layer % count() if it is free, so that a layer mostly meets the same memory.
   // FAILED_PRECONDITION when every slot holds a layer.
   absl::StatusOr<KvSlot> Acquire(int layer);
   void MarkComputed(int layer);

@@ -82,10 +82,10 @@ absl::Status LayerStep::Embed(absl::Span<const uint32_t> tokens, int64_t first_p
 }
 
 absl::Status LayerStep::Embed(const PackedPrompts& prompts, int64_t rope_tokens) {
-  if (prompts.count() == 1) return Embed(prompts.tokens(), /*first_position=*/0, rope_tokens);
   places_.assign(prompts.places().begin(), prompts.places().end());
+  first_position_ = 0;
   absl::Status status = SetRotation(rope_tokens);
-  if (status.ok()) {
+  if (status.ok() && prompts.count() > 1) {
     const std::vector<int32_t> positions = prompts.Positions();
     status =
         backend_.Upload(positions_.data(), positions.data(), positions.size() * sizeof(int32_t));
@@ -119,14 +119,18 @@ absl::Status LayerStep::RmsNorm(const void* x, const DeviceBuffer& weight, int64
                            .epsilon = static_cast<float>(config_.rms_norm_epsilon)});
 }
 
-kernels::LinearParams LayerStep::QkvProduct(const LayerWeights& weights, int64_t count) const {
+kernels::LinearParams LayerStep::QkvProduct(const LayerWeights& weights, int64_t count,
+                                            Heads heads) const {
+  const int64_t first = heads == Heads::kKeysAndValues ? q_width() : 0;
+  const int64_t end = heads == Heads::kQueries ? q_width() : qkv_width();
+  void* bias = weights.qkv_bias.data();
   return {.x = normed_.data(),
-          .w = weights.qkv.data(),
-          .bias = weights.qkv_bias.data(),
+          .w = At(weights.qkv, first * config_.hidden),
+          .bias = bias != nullptr ? At(bias, first) : nullptr,
           .y = wide_.data(),
           .num_tokens = count,
           .in_features = config_.hidden,
-          .out_features = qkv_width()};
+          .out_features = end - first};
 }
 
 kernels::LinearParams LayerStep::OutputProduct(const LayerWeights& weights, const void* queries,
@@ -179,7 +183,7 @@ absl::Status LayerStep::TuneLinears() {
   if (status.ok()) status = FillWithNoise(hidden_.data(), tile_tokens_ * config_.hidden);
   for (const kernels::LinearParams& product :
        {GateUpProduct(weights, tile_tokens_), DownProduct(weights, hidden_.data(), tile_tokens_),
-        QkvProduct(weights, tile_tokens_),
+        QkvProduct(weights, tile_tokens_, Heads::kAll),
         OutputProduct(weights, queries_.data(), hidden_.data(), tile_tokens_)}) {
     if (status.ok()) status = backend_.TuneLinear(product);
   }
@@ -207,55 +211,80 @@ absl::Status LayerStep::FillWithNoise(void* data, int64_t elements) {
 }
 
 absl::Status LayerStep::BeforeAttention(int layer, const KvDestination& kv) {
-  const LayerWeights& weights = weights_.layers[layer];
-  const int32_t* positions = places_.size() > 1 ? positions_.as<int32_t>() : nullptr;
-  for (int64_t first = 0; first < num_tokens_; first += tile_tokens_) {
+  absl::Status status;
+  for (int64_t first = 0; first < num_tokens_ && status.ok(); first += tile_tokens_) {
     const int64_t count = std::min(tile_tokens_, num_tokens_ - first);
-    absl::Status status = RmsNorm(At(hidden_, first * config_.hidden), weights.input_norm, count);
-    if (status.ok()) status = backend_.Linear(QkvProduct(weights, count));
-    if (status.ok()) {
-      status = backend_.QkvRope({.qkv = wide_.data(),
-                                 .q_norm = weights.q_norm.data(),
-                                 .k_norm = weights.k_norm.data(),
-                                 .inv_freq = inv_freq_.as<float>(),
-                                 .positions = positions ? positions + first : nullptr,
-                                 .q = At(queries_, first * q_width()),
-                                 .k = At(kv.k, first * kv.token_stride),
-                                 .v = At(kv.v, first * kv.token_stride),
-                                 .num_tokens = count,
-                                 .first_position = first_position_ + first,
-                                 .kv_head_stride = kv.head_stride,
-                                 .kv_token_stride = kv.token_stride,
-                                 .num_heads = config_.num_heads,
-                                 .num_kv_heads = config_.num_kv_heads,
-                                 .head_dim = config_.head_dim,
-                                 .attention_factor = rotation_.attention_factor,
-                                 .norm_epsilon = static_cast<float>(config_.rms_norm_epsilon)});
-    }
-    if (!status.ok()) return status;
+    status = Project(weights_.layers[layer], kv, first, count, Heads::kAll);
   }
-  return absl::OkStatus();
+  return status;
+}
+
+absl::Status LayerStep::BeforeLastAttention(int layer, const KvDestination& kv) {
+  const LayerWeights& weights = weights_.layers[layer];
+  absl::Status status;
+  for (int64_t first = 0; first < num_tokens_ && status.ok(); first += tile_tokens_) {
+    const int64_t count = std::min(tile_tokens_, num_tokens_ - first);
+    status = Project(weights, kv, first, count, Heads::kKeysAndValues);
+  }
+  return status.ok() ? Project(weights, kv, last_token(), 1, Heads::kQueries) : status;
+}
+
+// Of `count` tokens, a tile at most, from `first` on. Queries alone go to the beginning of
+// queries_.
+absl::Status LayerStep::Project(const LayerWeights& weights, const KvDestination& kv, int64_t first,
+                                int64_t count, Heads heads) {
+  const int32_t* positions = places_.size() > 1 ? positions_.as<int32_t>() : nullptr;
+  const bool queries_alone = heads == Heads::kQueries;
+  absl::Status status = RmsNorm(At(hidden_, first * config_.hidden), weights.input_norm, count);
+  if (status.ok()) status = backend_.Linear(QkvProduct(weights, count, heads));
+  if (!status.ok()) return status;
+  return backend_.QkvRope({.qkv = wide_.data(),
+                           .q_norm = weights.q_norm.data(),
+                           .k_norm = weights.k_norm.data(),
+                           .inv_freq = inv_freq_.as<float>(),
+                           .positions = positions ? positions + first : nullptr,
+                           .q = At(queries_, queries_alone ? 0 : first * q_width()),
+                           .k = At(kv.k, first * kv.token_stride),
+                           .v = At(kv.v, first * kv.token_stride),
+                           .num_tokens = count,
+                           .first_position = first_position_ + first,
+                           .kv_head_stride = kv.head_stride,
+                           .kv_token_stride = kv.token_stride,
+                           .num_heads = heads == Heads::kKeysAndValues ? 0 : config_.num_heads,
+                           .num_kv_heads = queries_alone ? 0 : config_.num_kv_heads,
+                           .head_dim = config_.head_dim,
+                           .attention_factor = rotation_.attention_factor,
+                           .norm_epsilon = static_cast<float>(config_.rms_norm_epsilon)});
 }
 
 absl::Status LayerStep::AfterAttention(int layer) {
-  const LayerWeights& weights = weights_.layers[layer];
-  for (int64_t first = 0; first < num_tokens_; first += tile_tokens_) {
-    const int64_t count = std::min(tile_tokens_, num_tokens_ - first);
-    void* hidden = At(hidden_, first * config_.hidden);
-    absl::Status status =
-        backend_.Linear(OutputProduct(weights, At(queries_, first * q_width()), hidden, count));
-    if (status.ok()) status = RmsNorm(hidden, weights.post_norm, count);
-    if (status.ok()) status = backend_.Linear(GateUpProduct(weights, count));
-    if (status.ok()) {
-      status = backend_.SwiGlu({.gate_up = wide_.data(),
-                                .y = gated_.data(),
-                                .num_tokens = count,
-                                .intermediate = config_.intermediate});
-    }
-    if (status.ok()) status = backend_.Linear(DownProduct(weights, hidden, count));
-    if (!status.ok()) return status;
+  absl::Status status;
+  for (int64_t first = 0; first < num_tokens_ && status.ok(); first += tile_tokens_) {
+    status = FinishTile(weights_.layers[layer], At(queries_, first * q_width()),
+                        At(hidden_, first * config_.hidden),
+                        std::min(tile_tokens_, num_tokens_ - first));
   }
-  return absl::OkStatus();
+  return status;
+}
+
+absl::Status LayerStep::AfterLastAttention(int layer) {
+  return FinishTile(weights_.layers[layer], queries_.data(),
+                    At(hidden_, last_token() * config_.hidden), 1);
+}
+
+absl::Status LayerStep::FinishTile(const LayerWeights& weights, const void* queries, void* hidden,
+                                   int64_t count) {
+  absl::Status status = backend_.Linear(OutputProduct(weights, queries, hidden, count));
+  if (status.ok()) status = RmsNorm(hidden, weights.post_norm, count);
+  if (status.ok()) status = backend_.Linear(GateUpProduct(weights, count));
+  if (status.ok()) {
+    status = backend_.SwiGlu({.gate_up = wide_.data(),
+                              .y = gated_.data(),
+                              .num_tokens = count,
+                              .intermediate = config_.intermediate});
+  }
+  if (status.ok()) status = backend_.Linear(DownProduct(weights, hidden, count));
+  return status;
 }
 
 // As many as wide_ has room for: it holds nothing between BeforeAttention and AfterAttention, nor

@@ -30,6 +30,8 @@ struct KvDestination {
 // The layer step, written once for all devices and for prefill and decode alike. One run is
 //   Embed, then per layer: BeforeAttention, the caller's attention from queries() to queries()
 //   (in place), AfterAttention, and at the end Logits and LogprobsOf, in any order.
+// Of the last layer's hidden states Logits reads one row: whoever wants no more than that of a
+// prompt calls BeforeLastAttention and AfterLastAttention there.
 // Holds the activations of one run: hidden states and queries for all tokens, everything wider for
 // one tile of tokens at a time. All device memory is allocated by Create. Not thread-safe.
 class LayerStep {
@@ -50,8 +52,8 @@ class LayerStep {
   // `first_position`. `rope_tokens` is the length of the prompt that the rotation is made for.
   absl::Status Embed(absl::Span<const uint32_t> tokens, int64_t first_position,
                      int64_t rope_tokens);
-  // Starts over with whole prompts that one rotation fits, several of at most max_batch_tokens in
-  // all, padding included.
+  // Starts over with whole prompts that one rotation fits, padding included; several of at most
+  // max_batch_tokens in all.
   absl::Status Embed(const PackedPrompts& prompts, int64_t rope_tokens);
 
   // Norm, projection, rotation: fills queries() and the keys and values of all tokens.
@@ -59,6 +61,11 @@ class LayerStep {
 
   // Output projection and MLP, each added to the hidden states.
   absl::Status AfterAttention(int layer);
+
+  // The same for the last token of one prompt alone, which queries() then begins with, but for the
+  // keys and values: those of all tokens. LogprobsOf must not follow.
+  absl::Status BeforeLastAttention(int layer, const KvDestination& kv);
+  absl::Status AfterLastAttention(int layer);
 
   // Logits of every prompt's last token, [prompts of the run][vocab_size].
   absl::StatusOr<std::vector<std::vector<float>>> Logits();
@@ -69,6 +76,9 @@ class LayerStep {
   absl::StatusOr<PromptLogprobs> LogprobsOf(int prompt, absl::Span<const uint32_t> tokens,
                                             absl::FunctionRef<bool()> go_on);
 
+  // Of the rotation of this run.
+  float attention_factor() const { return rotation_.attention_factor; }
+
   // [num_tokens, num_heads, head_dim] in device memory.
   void* queries() const { return queries_.data(); }
 
@@ -76,6 +86,9 @@ class LayerStep {
   LayerStep(Backend* backend, const ModelConfig* config, const Weights* weights,
             int64_t tile_tokens)
       : backend_(*backend), config_(*config), weights_(*weights), tile_tokens_(tile_tokens) {}
+
+  // Of the fused projection.
+  enum class Heads { kAll, kQueries, kKeysAndValues };
 
   absl::Status Allocate(int64_t max_tokens, int64_t max_batch_tokens);
   absl::Status SetRotation(int64_t rope_tokens);
@@ -85,14 +98,19 @@ class LayerStep {
   // Into normed_, from its row `to` on.
   absl::Status RmsNorm(const void* x, const DeviceBuffer& weight, int64_t num_tokens,
                        int64_t to = 0);
+  absl::Status Project(const LayerWeights& weights, const KvDestination& kv, int64_t first,
+                       int64_t count, Heads heads);
+  absl::Status FinishTile(const LayerWeights& weights, const void* queries, void* hidden,
+                          int64_t count);
   // The products of a layer and of the head, for `count` tokens; y is what is added to.
-  kernels::LinearParams QkvProduct(const LayerWeights& weights, int64_t count) const;
+  kernels::LinearParams QkvProduct(const LayerWeights& weights, int64_t count, Heads heads) const;
   kernels::LinearParams OutputProduct(const LayerWeights& weights, const void* queries, void* y,
                                       int64_t count) const;
   kernels::LinearParams GateUpProduct(const LayerWeights& weights, int64_t count) const;
   kernels::LinearParams DownProduct(const LayerWeights& weights, void* y, int64_t count) const;
   kernels::LinearParams HeadProduct(int64_t count) const;
   absl::Status FillWithNoise(void* data, int64_t elements);
+  int64_t last_token() const { return places_.back().first + places_.back().count - 1; }
   int64_t q_width() const { return int64_t{config_.num_heads} * config_.head_dim; }
   int64_t qkv_width() const {
     return q_width() + 2 * int64_t{config_.num_kv_heads} * config_.head_dim;

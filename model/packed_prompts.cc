@@ -4,13 +4,16 @@
 
 namespace prefilld::model {
 
-PackedPrompts::PackedPrompts(absl::Span<const absl::Span<const uint32_t>> prompts) {
+PackedPrompts::PackedPrompts(absl::Span<const absl::Span<const uint32_t>> prompts, bool pad_last) {
+  const auto pad = [this] {
+    tokens_.resize(PaddedTokens(static_cast<int64_t>(tokens_.size())), 0);
+  };
   for (const absl::Span<const uint32_t> prompt : prompts) {
-    const int64_t first = PaddedTokens(static_cast<int64_t>(tokens_.size()));
-    places_.push_back({first, static_cast<int64_t>(prompt.size())});
-    tokens_.resize(first, 0);
+    pad();
+    places_.push_back({static_cast<int64_t>(tokens_.size()), static_cast<int64_t>(prompt.size())});
     tokens_.insert(tokens_.end(), prompt.begin(), prompt.end());
   }
+  if (pad_last) pad();
 }
 
 std::vector<int32_t> PackedPrompts::Positions() const {

@@ -16,8 +16,8 @@ struct PromptPlace {
   int64_t count = 0;
 };
 
-// Each prompt begins at a multiple of kAlignment; positions begin anew with it. The gap before the
-// next one is padding, token 0, computed like any token and seen by none that counts: within a
+// Each prompt begins at a multiple of kAlignment; positions begin anew with it. What is left behind
+// one is padding, token 0, computed like any token and seen by none that counts: within a
 // prompt's last block it comes after the prompt, and whole blocks of it see only themselves.
 class PackedPrompts {
  public:
@@ -28,11 +28,12 @@ class PackedPrompts {
     return kernels::CeilDiv(num_tokens, kAlignment) * kAlignment;
   }
 
-  explicit PackedPrompts(absl::Span<const absl::Span<const uint32_t>> prompts);
+  // With `pad_last` there is padding behind the last prompt too.
+  PackedPrompts(absl::Span<const absl::Span<const uint32_t>> prompts, bool pad_last);
 
   int count() const { return static_cast<int>(places_.size()); }
   absl::Span<const PromptPlace> places() const { return places_; }
-  // Of all prompts, with the padding between them.
+  // Of all prompts, padding included.
   absl::Span<const uint32_t> tokens() const { return tokens_; }
   absl::Span<const uint32_t> tokens_of(int prompt) const {
     return tokens().subspan(places_[prompt].first, places_[prompt].count);

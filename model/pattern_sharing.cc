@@ -21,8 +21,10 @@ enum Mark {
   kPivotsAttended,
   kDecided,
   kAttentionBegins,
-  kAttended
+  kAttended,
+  kNumPoints
 };
+static_assert(kNumPoints == PatternSharing::kNumMarks);
 
 int64_t CausalBlocks(int64_t num_blocks) { return num_blocks * (num_blocks + 1) / 2; }
 

@@ -54,6 +54,8 @@ struct PatternStages {
 // keeps at most one pivot. Not thread-safe.
 class PatternSharing {
  public:
+  static constexpr int kNumMarks = 8;  // uses marks 0 .. of the backend
+
   // All borrowed; they outlive this.
   static absl::StatusOr<std::unique_ptr<PatternSharing>> Create(Backend* backend,
                                                                 const ModelConfig* config,

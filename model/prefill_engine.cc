@@ -1,20 +1,13 @@
 #include "model/prefill_engine.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cmath>
 #include <filesystem>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "model/baseline_attention.h"
-#include "model/head_clusters.h"
-#include "model/kv_slots.h"
-#include "model/layer_step.h"
+#include "model/engine_parts.h"
 #include "model/packed_prompts.h"
-#include "model/pattern_sharing.h"
-#include "model/stopwatch.h"
-#include "model/weights.h"
+#include "model/prompt_sequence.h"
 
 namespace prefilld::model {
 namespace {
@@ -29,13 +22,10 @@ constexpr int64_t kCpuTileTokens = 512;
 constexpr int64_t kCudaTileTokens = 8192;
 // Prompts of up to 256 tokens, which gain by it; see kFullBatchPrompts.
 constexpr int64_t kCudaBatchTokens = 2048;
-// KV heads start at multiples of this many tokens, so that a kernel may load whole tiles.
-constexpr int64_t kKvStrideTokens = 128;
-
-// Points on the device's time line, of a dense layer.
-enum Mark { kDenseBegins, kDenseDone };
-
-int64_t RoundUp(int64_t n, int64_t multiple) { return kernels::CeilDiv(n, multiple) * multiple; }
+// Where a layer is so short that the gap to the next one shows; and one that is computed in vain,
+// for a prompt that ends meanwhile, costs little.
+constexpr int64_t kCudaRunAheadTokens = 8192;
+constexpr int64_t kCudaGraphTokens = 2048;
 
 absl::Status ValidateOptions(const EngineOptions& options) {
   if (options.max_tokens < 0) {
@@ -51,6 +41,11 @@ absl::Status ValidateOptions(const EngineOptions& options) {
     return absl::InvalidArgumentError(absl::StrCat("max_batch_tokens ", *options.max_batch_tokens,
                                                    " is outside 0 to ", kMaxBatchTokens));
   }
+  if (options.max_graph_tokens &&
+      (*options.max_graph_tokens < 0 || *options.max_graph_tokens > kMaxGraphTokens)) {
+    return absl::InvalidArgumentError(absl::StrCat("max_graph_tokens ", *options.max_graph_tokens,
+                                                   " is outside 0 to ", kMaxGraphTokens));
+  }
   if (options.kv_slots < 2) {
     return absl::InvalidArgumentError(absl::StrCat("kv_slots ", options.kv_slots,
                                                    " is below 2: one layer leaves while the next "
@@ -63,219 +58,6 @@ absl::Status ValidateOptions(const EngineOptions& options) {
   return absl::OkStatus();
 }
 
-// What a running sequence uses. Everything is allocated when the engine is created.
-struct EngineParts {
-  int block_tokens = 0;
-  int64_t max_batch_tokens = 0;
-  EngineInfo info;
-  std::unique_ptr<Backend> backend;  // before all that lives in its memory
-  Weights weights;
-  HeadClusters clusters;
-  std::unique_ptr<LayerStep> step;
-  std::unique_ptr<PatternSharing> sharing;
-  std::unique_ptr<BaselineAttention> baseline;  // null: not asked for
-  std::unique_ptr<KvSlots> slots;
-  DeviceBuffer batch_pattern;                 // of the largest batch
-  std::vector<kernels::HeadWork> dense_work;  // all heads
-  std::vector<kernels::HeadWork> batch_work;  // all heads, by batch_pattern
-  std::atomic<bool> busy = false;             // a sequence exists
-};
-
-class Sequence final : public PrefillSequence {
- public:
-  // `options` with the policy resolved, dense for several prompts. Clears parts->busy on
-  // destruction.
-  Sequence(EngineParts* parts, PackedPrompts prompts, const AttentionOptions& options)
-      : parts_(*parts), prompts_(std::move(prompts)), policy_(options.policy) {
-    if (IsBaseline(policy_)) {
-      parts_.baseline->StartPrompt(num_tokens(), options);
-    } else if (policy_ != AttentionPolicy::kDense) {
-      parts_.sharing->StartPrompt(num_tokens(), options);
-    }
-  }
-
-  ~Sequence() override {
-    parts_.slots->ReleaseAll();
-    parts_.busy = false;
-  }
-
-  AttentionPolicy policy() const override { return policy_; }
-
-  absl::StatusOr<LayerReport> RunLayer() override {
-    if (!failure_.ok()) return failure_;
-    if (next_layer_ == config().num_layers) {
-      return absl::FailedPreconditionError(
-          absl::StrCat("all ", next_layer_, " layers are computed"));
-    }
-    absl::StatusOr<KvSlot> slot = parts_.slots->Acquire(next_layer_);
-    if (!slot.ok()) return slot.status();
-    Stopwatch stopwatch;
-    LayerReport report;
-    report.layer = next_layer_;
-    failure_ = ComputeLayer(*slot, &report);
-    if (!failure_.ok()) return failure_;
-    report.compute_us = stopwatch.LapUs();
-    parts_.slots->MarkComputed(next_layer_++);
-    return report;
-  }
-
-  absl::Status PackKv(int layer, const KvSelection& selection, void* dst) override {
-    absl::StatusOr<KvSlot> slot = parts_.slots->Computed(layer);
-    if (!slot.ok()) return slot.status();
-    if (absl::Status status = CheckSelection(selection); !status.ok()) return status;
-    const PromptPlace& place = prompts_.places()[selection.prompt];
-    const int64_t first_byte = place.first * config().head_dim *
-                               static_cast<int64_t>(kernels::SizeOf(parts_.info.native_dtype));
-    return parts_.backend->PackKv({.k = static_cast<const char*>(slot->k) + first_byte,
-                                   .v = static_cast<const char*>(slot->v) + first_byte,
-                                   .kv_head_stride = kv_head_stride(),
-                                   .num_tokens = place.count,
-                                   .first_block = selection.first_block,
-                                   .num_blocks = selection.num_blocks,
-                                   .block_tokens = selection.block_tokens,
-                                   .first_head = selection.first_head,
-                                   .num_heads = selection.num_heads,
-                                   .head_dim = config().head_dim,
-                                   .order = selection.order,
-                                   .dst_dtype = selection.dtype,
-                                   .dst = dst});
-  }
-
-  void ReleaseKv(int layer) override { parts_.slots->Release(layer); }
-
-  absl::StatusOr<std::vector<std::vector<float>>> FinalLogits() override {
-    if (absl::Status status = CheckFinished(); !status.ok()) return status;
-    return parts_.step->Logits();
-  }
-
-  absl::StatusOr<PromptLogprobs> Logprobs(int prompt, absl::FunctionRef<bool()> go_on) override {
-    if (absl::Status status = CheckFinished(); !status.ok()) return status;
-    if (absl::Status status = CheckPrompt(prompt); !status.ok()) return status;
-    return parts_.step->LogprobsOf(prompt, prompts_.tokens_of(prompt), go_on);
-  }
-
- private:
-  const ModelConfig& config() const { return parts_.info.config; }
-  bool is_batch() const { return prompts_.count() > 1; }
-  // Of all prompts, padding between them included.
-  int64_t num_tokens() const { return static_cast<int64_t>(prompts_.tokens().size()); }
-  int64_t kv_head_stride() const {
-    return RoundUp(num_tokens(), kKvStrideTokens) * config().head_dim;
-  }
-
-  absl::Status Begin() {
-    // One rotation fits all prompts of a batch.
-    absl::Status status = parts_.step->Embed(prompts_, prompts_.places().front().count);
-    if (!status.ok() || !is_batch()) return status;
-    const std::vector<uint32_t> pattern = prompts_.Pattern(parts_.block_tokens);
-    return parts_.backend->Upload(parts_.batch_pattern.data(), pattern.data(),
-                                  pattern.size() * sizeof(uint32_t));
-  }
-
-  // Waits for the device at the end, as PackKv asks for, and nowhere else but for decisions about
-  // patterns: what the stages took is known from marks on the device's time line.
-  absl::Status ComputeLayer(const KvSlot& slot, LayerReport* report) {
-    absl::Status status;
-    if (next_layer_ == 0) status = Begin();
-    if (status.ok()) {
-      status = parts_.step->BeforeAttention(next_layer_, {.k = slot.k,
-                                                          .v = slot.v,
-                                                          .head_stride = kv_head_stride(),
-                                                          .token_stride = config().head_dim});
-    }
-    if (status.ok()) status = Attend(slot, report);
-    if (status.ok()) status = parts_.step->AfterAttention(next_layer_);
-    if (status.ok()) status = parts_.backend->Synchronize();
-    if (status.ok()) status = ReportAttention(report);
-    return status;
-  }
-
-  absl::Status Attend(const KvSlot& slot, LayerReport* report) {
-    kernels::AttentionParams attention = {
-        .q = parts_.step->queries(),
-        .k = slot.k,
-        .v = slot.v,
-        .out = parts_.step->queries(),
-        .num_queries = num_tokens(),
-        .num_keys = num_tokens(),
-        .kv_head_stride = kv_head_stride(),
-        .num_heads = config().num_heads,
-        .num_kv_heads = config().num_kv_heads,
-        .head_dim = config().head_dim,
-        .block_tokens = parts_.block_tokens,
-        .scale = 1.0f / std::sqrt(static_cast<float>(config().head_dim)),
-    };
-    if (IsBaseline(policy_)) {
-      // Takes its times by the host's clock.
-      absl::Status status = parts_.backend->Synchronize();
-      return status.ok() ? parts_.baseline->Attend(next_layer_, attention, report) : status;
-    }
-    if (policy_ != AttentionPolicy::kDense) {
-      return parts_.sharing->Attend(next_layer_, attention, report);
-    }
-    const auto& work = is_batch() ? parts_.batch_work : parts_.dense_work;
-    attention.work = work.data();
-    attention.num_work = static_cast<int>(work.size());
-    absl::Status status = parts_.backend->Mark(kDenseBegins);
-    if (status.ok()) status = parts_.backend->Attention(attention);
-    if (status.ok()) status = parts_.backend->Mark(kDenseDone);
-    return status;
-  }
-
-  absl::Status ReportAttention(LayerReport* report) {
-    if (IsBaseline(policy_)) return absl::OkStatus();
-    if (policy_ != AttentionPolicy::kDense) return parts_.sharing->Report(report);
-    const absl::StatusOr<double> us = parts_.backend->ElapsedUs(kDenseBegins, kDenseDone);
-    if (!us.ok()) return us.status();
-    report->attention_us = static_cast<int64_t>(*us);
-    report->dense_heads = config().num_heads;
-    report->density = 1.0;
-    return absl::OkStatus();
-  }
-
-  absl::Status CheckFinished() const {
-    if (next_layer_ == config().num_layers) return absl::OkStatus();
-    return absl::FailedPreconditionError(absl::StrCat("logits asked for after ", next_layer_,
-                                                      " of ", config().num_layers, " layers"));
-  }
-
-  absl::Status CheckPrompt(int prompt) const {
-    if (prompt >= 0 && prompt < prompts_.count()) return absl::OkStatus();
-    return absl::InvalidArgumentError(
-        absl::StrCat("prompt ", prompt, " is outside the batch of ", prompts_.count()));
-  }
-
-  absl::Status CheckSelection(const KvSelection& selection) const {
-    if (absl::Status status = CheckPrompt(selection.prompt); !status.ok()) return status;
-    const int block_tokens = selection.block_tokens;
-    if (block_tokens != 16 && block_tokens != 32 && block_tokens != 64 && block_tokens != 128) {
-      return absl::InvalidArgumentError(absl::StrCat("kv.block_tokens ", block_tokens,
-                                                     " unsupported; built for 16, 32, 64, 128"));
-    }
-    const int64_t blocks =
-        kernels::CeilDiv(prompts_.places()[selection.prompt].count, block_tokens);
-    if (selection.first_block < 0 || selection.num_blocks < 1 ||
-        selection.num_blocks > blocks - selection.first_block) {
-      return absl::InvalidArgumentError(absl::StrCat("kv.first_block ", selection.first_block,
-                                                     " and kv.num_blocks ", selection.num_blocks,
-                                                     " do not lie within the prompt's ", blocks));
-    }
-    if (selection.first_head < 0 || selection.num_heads < 1 ||
-        selection.num_heads > config().num_kv_heads - selection.first_head) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "kv.first_head ", selection.first_head, " and kv.num_heads ", selection.num_heads,
-          " do not lie within the model's ", config().num_kv_heads));
-    }
-    return absl::OkStatus();
-  }
-
-  EngineParts& parts_;
-  const PackedPrompts prompts_;
-  const AttentionPolicy policy_;
-  int next_layer_ = 0;
-  absl::Status failure_;  // of a layer: the hidden states are lost with it
-};
-
 class Engine final : public PrefillEngine {
  public:
   explicit Engine(std::unique_ptr<EngineParts> parts) : parts_(std::move(parts)) {}
@@ -283,6 +65,7 @@ class Engine final : public PrefillEngine {
   const EngineInfo& info() const override { return parts_->info; }
   int kv_slots() const override { return parts_->slots->count(); }
   size_t allocated_bytes() const override { return parts_->backend->allocated_bytes(); }
+  int64_t num_recordings() const override { return parts_->backend->num_recordings(); }
   absl::StatusOr<DeviceBuffer> AllocateStaging(size_t bytes) override {
     return parts_->backend->AllocateStaging(bytes);
   }
@@ -299,9 +82,13 @@ class Engine final : public PrefillEngine {
   absl::StatusOr<std::unique_ptr<PrefillSequence>> Start(
       absl::Span<const PromptInput> prompts) override {
     std::vector<absl::Span<const uint32_t>> tokens;
+    int64_t padded_tokens = 0;
+    bool logprobs = false;
     for (const PromptInput& prompt : prompts) {
       if (absl::Status status = CheckPrompt(prompt); !status.ok()) return status;
       tokens.push_back(prompt.tokens);
+      padded_tokens += PackedPrompts::PaddedTokens(static_cast<int64_t>(prompt.tokens.size()));
+      logprobs |= prompt.logprobs;
     }
     if (absl::Status status = CheckBatch(prompts); !status.ok()) return status;
     if (parts_->busy.exchange(true)) {
@@ -309,7 +96,11 @@ class Engine final : public PrefillEngine {
     }
     AttentionOptions resolved = prompts.front().attention;
     resolved.policy = Resolve(resolved, static_cast<int64_t>(tokens.front().size()));
-    return std::make_unique<Sequence>(parts_.get(), PackedPrompts(tokens), resolved);
+    // Recorded layers come in few lengths.
+    const bool pad_last =
+        resolved.policy == AttentionPolicy::kDense && padded_tokens <= parts_->max_graph_tokens;
+    return std::make_unique<PromptSequence>(parts_.get(), PackedPrompts(tokens, pad_last), resolved,
+                                            logprobs);
   }
 
  private:
@@ -420,7 +211,8 @@ absl::Status AllocateWorkspace(const EngineOptions& options, EngineParts* parts)
   const ModelConfig& config = parts->info.config;
   Backend* backend = parts->backend.get();
   const int64_t max_tokens = parts->info.max_tokens;  // of one prompt
-  const int64_t all_tokens = std::max(max_tokens, parts->max_batch_tokens);
+  int64_t all_tokens = std::max(max_tokens, parts->max_batch_tokens);
+  if (parts->max_graph_tokens > 0) all_tokens = PackedPrompts::PaddedTokens(all_tokens);
   int64_t tile_tokens = options.tile_tokens;
   if (tile_tokens == 0) {
     tile_tokens = parts->info.device_name == "cpu" ? kCpuTileTokens : kCudaTileTokens;
@@ -501,6 +293,10 @@ absl::StatusOr<std::unique_ptr<PrefillEngine>> CreatePrefillEngine(const EngineO
   }
   const bool is_cpu = info.device_name == "cpu";
   parts->max_batch_tokens = options.max_batch_tokens.value_or(is_cpu ? 0 : kCudaBatchTokens);
+  if (parts->backend->records()) {
+    parts->max_graph_tokens = options.max_graph_tokens.value_or(kCudaGraphTokens);
+  }
+  if (!is_cpu) parts->run_ahead_tokens = kCudaRunAheadTokens;
   if (absl::Status status = AllocateWorkspace(options, parts.get()); !status.ok()) return status;
   return std::make_unique<Engine>(std::move(parts));
 }

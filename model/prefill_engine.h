@@ -30,12 +30,16 @@ namespace prefilld::model {
 // batch; times are the batch's.
 struct LayerReport {
   int layer = 0;
+  // Whose attention was computed: all tokens, padding included; in the last layer of a prompt alone
+  // the last one, whatever the policy, as no other is read unless logprobs were asked for.
+  int64_t num_queries = 0;
   int dense_heads = 0;
   int pivot_heads = 0;
   int shared_heads = 0;
   int vertical_slash_heads = 0;
   int baseline_heads = 0;  // patterns of a baseline policy
-  double density = 0.0;    // computed blocks / causal blocks over all heads; exact heads count as 1
+  // Computed blocks / causal blocks of these queries over all heads; exact heads count as 1.
+  double density = 0.0;
   int64_t compute_us = 0;
   int64_t attention_us = 0;
   int64_t pattern_us = 0;  // estimate, decide, build
@@ -86,9 +90,10 @@ class PrefillSequence {
 
   // After the last layer: logits of every prompt's last position, [num_prompts][vocab_size].
   virtual absl::StatusOr<std::vector<std::vector<float>>> FinalLogits() = 0;
-  // After the last layer: how likely the model finds a prompt itself, token by token. On a GPU by
-  // logits rounded to bf16, as FinalLogits gives them. Long beside a layer's step, so `go_on` is
-  // asked before each part of it: CANCELLED as soon as it says no.
+  // After the last layer, for a prompt of whose PromptInput it was asked: how likely the model
+  // finds the prompt itself, token by token. On a GPU by logits rounded to bf16, as FinalLogits
+  // gives them. Long beside a layer's step, so `go_on` is asked before each part of it: CANCELLED
+  // as soon as it says no.
   virtual absl::StatusOr<PromptLogprobs> Logprobs(int prompt, absl::FunctionRef<bool()> go_on) = 0;
 
   // The policy that runs: kAuto is resolved. Of several prompts: dense.
@@ -98,6 +103,7 @@ class PrefillSequence {
 struct PromptInput {
   absl::Span<const uint32_t> tokens;
   AttentionOptions attention;
+  bool logprobs = false;  // will be asked for: all of the last layer is computed
 };
 
 class PrefillEngine {
@@ -107,6 +113,7 @@ class PrefillEngine {
   virtual const EngineInfo& info() const = 0;
   virtual int kv_slots() const = 0;  // at least 2
   virtual size_t allocated_bytes() const = 0;
+  virtual int64_t num_recordings() const { return 0; }  // of layers; EngineOptions.max_graph_tokens
 
   // Prompts that are computed together take at most so many tokens. 0: none are.
   virtual int64_t max_batch_tokens() const = 0;
@@ -122,8 +129,9 @@ class PrefillEngine {
       absl::Span<const PromptInput> prompts) = 0;
   // One prompt alone.
   absl::StatusOr<std::unique_ptr<PrefillSequence>> Start(absl::Span<const uint32_t> tokens,
-                                                         const AttentionOptions& options) {
-    const PromptInput prompt = {tokens, options};
+                                                         const AttentionOptions& options,
+                                                         bool logprobs = false) {
+    const PromptInput prompt = {tokens, options, logprobs};
     return Start(absl::MakeConstSpan(&prompt, 1));
   }
 
@@ -133,6 +141,9 @@ class PrefillEngine {
 // Of EngineOptions.max_batch_tokens. A batch's pattern grows with the square: here it takes 2 MiB,
 // or 8 of blocks of 64 tokens.
 inline constexpr int64_t kMaxBatchTokens = int64_t{1} << 19;
+
+// Of EngineOptions.max_graph_tokens: beyond it launches are a small part of any model's layer.
+inline constexpr int64_t kMaxGraphTokens = 16384;
 
 // A prompt is short enough for a batch if so many like it fit. On an H200 and a model of 7B, 64
 // prompts of 128 tokens go through 2.1 times as fast as one by one, 16 of 512 only 1.19 times, 8 of
@@ -151,6 +162,10 @@ struct EngineOptions {
   // max_tokens if those are more. 0: none are. Absent: 2048 on CUDA; none on the CPU, whose cores
   // one short prompt fills.
   std::optional<int64_t> max_batch_tokens;
+  // The work of a layer is recorded, and replayed for the next prompt or batch of the same padded
+  // length, up to so many tokens: a GPU would wait for the host to launch it anew, kernel by
+  // kernel. 0: never. Absent: 2048 on CUDA; the CPU has nothing to record.
+  std::optional<int64_t> max_graph_tokens;
   int kv_slots = 3;
   int block_tokens = 128;  // of attention patterns: 64 or 128
   // Reserves the memory that baseline policies take; without it Start refuses them.

@@ -126,6 +126,9 @@ Metrics::Metrics(const model::EngineInfo& engine)
           NewGauge("prefilld_kv_utilization", "Share of the KV staging memory in use, 0 to 1.")),
       device_bytes_(NewGauge("prefilld_device_memory_bytes",
                              "Memory of the device that weights, workspace and KV hold.")),
+      recorded_layers_(NewGauge("prefilld_recorded_layers",
+                                "Layers of short prompts that are replayed as CUDA graphs, by "
+                                "layer and length.")),
       ready_(NewGauge("prefilld_ready", "1 while new requests are accepted.")),
       live_(NewGauge("prefilld_live", "0 when work waits and nothing progresses.")) {
   prometheus::BuildGauge()
@@ -253,6 +256,7 @@ void Metrics::Set(const ResourceUse& use) {
   kv_utilization_.Set(static_cast<double>(use.staged_bytes) /
                       static_cast<double>(std::max<int64_t>(1, use.staging_capacity_bytes)));
   device_bytes_.Set(static_cast<double>(use.device_bytes));
+  recorded_layers_.Set(static_cast<double>(use.recorded_layers));
   ready_.Set(use.ready ? 1 : 0);
   live_.Set(use.live ? 1 : 0);
 }

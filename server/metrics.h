@@ -32,6 +32,7 @@ struct ResourceUse {
   int64_t staged_bytes = 0;
   int64_t staging_capacity_bytes = 0;
   int64_t device_bytes = 0;
+  int64_t recorded_layers = 0;
   bool ready = false;
   bool live = false;
 };
@@ -97,6 +98,7 @@ class Metrics {
   prometheus::Gauge& staging_capacity_;
   prometheus::Gauge& kv_utilization_;
   prometheus::Gauge& device_bytes_;
+  prometheus::Gauge& recorded_layers_;
   prometheus::Gauge& ready_;
   prometheus::Gauge& live_;
 };

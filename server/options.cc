@@ -27,6 +27,9 @@ ABSL_FLAG(
     "go through 2.1 times as fast together, of 512 only 1.19 times, and as each waits for the "
     "whole pass, the mean time to the first token of 16 of those grows from 109 to 173 ms.");
 
+ABSL_FLAG(std::optional<int64_t>, max_graph_tokens, std::nullopt,
+          "Dense layers of up to so many tokens are recorded the second time they are met, and "
+          "replayed from then on (CUDA graphs); 0: never. Not set: 2048 on a GPU.");
 ABSL_FLAG(std::string, listen, "0.0.0.0:50051", "host:port of the gRPC services. Port 0: any.");
 ABSL_FLAG(std::string, metrics_listen, "0.0.0.0:9464",
           "host:port of the Prometheus endpoint (/metrics). Empty: none.");
@@ -153,6 +156,7 @@ ServerOptions ReadPlainValues() {
   options.engine.cpu_threads = absl::GetFlag(FLAGS_cpu_threads);
   options.engine.max_tokens = absl::GetFlag(FLAGS_max_prompt_tokens);
   options.engine.max_batch_tokens = absl::GetFlag(FLAGS_max_batch_tokens);
+  options.engine.max_graph_tokens = absl::GetFlag(FLAGS_max_graph_tokens);
   options.attention.gamma = absl::GetFlag(FLAGS_gamma);
   options.attention.vertical_slash_gamma = absl::GetFlag(FLAGS_vertical_slash_gamma);
   options.attention.tau = absl::GetFlag(FLAGS_tau);

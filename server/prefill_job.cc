@@ -36,6 +36,7 @@ v1::LayerStats ToProto(const model::LayerReport& report) {
   stats.set_pivot_heads(report.pivot_heads);
   stats.set_shared_heads(report.shared_heads);
   stats.set_vertical_slash_heads(report.vertical_slash_heads);
+  stats.set_num_queries(static_cast<uint64_t>(report.num_queries));
   stats.set_density(report.density);
   stats.set_compute_us(report.compute_us);
   stats.set_attention_us(report.attention_us);
@@ -69,12 +70,14 @@ v1::SampledToken ToProto(const model::SampledToken& token) {
 
 v1::LayerStats SumOf(const std::vector<model::LayerReport>& layers) {
   model::LayerReport sum;
+  double density = 0.0;  // times queries
   for (const model::LayerReport& layer : layers) {
     sum.dense_heads += layer.dense_heads;
     sum.pivot_heads += layer.pivot_heads;
     sum.shared_heads += layer.shared_heads;
     sum.vertical_slash_heads += layer.vertical_slash_heads;
-    sum.density += layer.density / static_cast<double>(layers.size());
+    sum.num_queries += layer.num_queries;
+    density += layer.density * static_cast<double>(layer.num_queries);
     sum.compute_us += layer.compute_us;
     sum.attention_us += layer.attention_us;
     sum.pattern_us += layer.pattern_us;
@@ -82,6 +85,7 @@ v1::LayerStats SumOf(const std::vector<model::LayerReport>& layers) {
     sum.recall.insert(sum.recall.end(), layer.recall.begin(), layer.recall.end());
     sum.audit_us += layer.audit_us;
   }
+  if (sum.num_queries > 0) sum.density = density / static_cast<double>(sum.num_queries);
   return ToProto(sum);
 }
 

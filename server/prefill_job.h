@@ -107,7 +107,7 @@ class PrefillJob {
   absl::Status status_ ABSL_GUARDED_BY(mu_);
 };
 
-// Sums over the layers; density is their mean.
+// Sums over the layers; density is their mean by queries.
 ::prefill::v1::LayerStats SumOf(const std::vector<model::LayerReport>& layers);
 
 }  // namespace prefilld::server

@@ -265,7 +265,10 @@ void Scheduler::Compute(Jobs jobs) {
              jobs.end());
   if (jobs.empty()) return;
   std::vector<model::PromptInput> prompts;
-  for (const auto& job : jobs) prompts.push_back({job->work().tokens, job->work().attention});
+  for (const auto& job : jobs) {
+    const PrefillWork& work = job->work();
+    prompts.push_back({work.tokens, work.attention, work.prompt_logprobs});
+  }
   auto sequence = engine_.Start(prompts);
   if (absl::IsInvalidArgument(sequence.status())) {
     if (jobs.size() == 1) {

@@ -103,6 +103,8 @@ absl::Status Validate(const ServerOptions& o) {
   CheckRange("--max_prompt_tokens", o.engine.max_tokens, 0, int64_t{1} << 24, problems);
   CheckRange("--max_batch_tokens", o.engine.max_batch_tokens.value_or(0), 0, model::kMaxBatchTokens,
              problems);
+  CheckRange("--max_graph_tokens", o.engine.max_graph_tokens.value_or(0), 0, model::kMaxGraphTokens,
+             problems);
   CheckAddresses(o, problems);
   CheckTls(o.tls, problems);
   CheckAttention(o, problems);
@@ -140,6 +142,8 @@ std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o
           {"max_prompt_tokens", absl::StrCat(o.engine.max_tokens)},
           {"max_batch_tokens",
            o.engine.max_batch_tokens ? absl::StrCat(*o.engine.max_batch_tokens) : "by device"},
+          {"max_graph_tokens",
+           o.engine.max_graph_tokens ? absl::StrCat(*o.engine.max_graph_tokens) : "by device"},
           {"listen", o.listen},
           {"metrics_listen", o.metrics_listen},
           {"tls", o.tls.certificate.empty() ? "off"

@@ -56,6 +56,7 @@ void Watchdog::LookAround() {
                          .staged_bytes = watched_.ring->staged_bytes(),
                          .staging_capacity_bytes = watched_.ring->capacity_bytes(),
                          .device_bytes = static_cast<int64_t>(watched_.engine->allocated_bytes()),
+                         .recorded_layers = watched_.engine->num_recordings(),
                          .ready = watched_.health->ready(),
                          .live = watched_.health->live()});
 }

@@ -145,15 +145,16 @@ std::string LowestRecallText(const LayerStats& layer) {
 std::string LayerTable(const PrefillResult& prefill) {
   if (prefill.layers().empty()) return "";
   std::string text =
-      absl::StrFormat("%5s %6s %6s %6s %6s %9s %10s %10s %10s%s\n", "layer", "dense", "pivot",
-                      "shared", "v-slsh", "density", "compute", "attention", "patterns",
+      absl::StrFormat("%5s %8s %6s %6s %6s %6s %9s %10s %10s %10s%s\n", "layer", "queries", "dense",
+                      "pivot", "shared", "v-slsh", "density", "compute", "attention", "patterns",
                       prefill.total().has_recall() ? "  lowest recall" : "");
   for (const LayerStats& layer : prefill.layers()) {
-    absl::StrAppendFormat(&text, "%5u %6u %6u %6u %6u %8.1f%% %10s %10s %10s%s\n", layer.layer(),
-                          layer.dense_heads(), layer.pivot_heads(), layer.shared_heads(),
-                          layer.vertical_slash_heads(), 100 * layer.density(),
-                          DurationText(layer.compute_us()), DurationText(layer.attention_us()),
-                          DurationText(layer.pattern_us()), LowestRecallText(layer));
+    absl::StrAppendFormat(&text, "%5u %8u %6u %6u %6u %6u %8.1f%% %10s %10s %10s%s\n",
+                          layer.layer(), layer.num_queries(), layer.dense_heads(),
+                          layer.pivot_heads(), layer.shared_heads(), layer.vertical_slash_heads(),
+                          100 * layer.density(), DurationText(layer.compute_us()),
+                          DurationText(layer.attention_us()), DurationText(layer.pattern_us()),
+                          LowestRecallText(layer));
   }
   return text;
 }
@@ -181,6 +182,7 @@ json ToJson(const LayerStats& stats) {
                  {"shared_heads", stats.shared_heads()},
                  {"vertical_slash_heads", stats.vertical_slash_heads()},
                  {"baseline_heads", stats.baseline_heads()},
+                 {"num_queries", stats.num_queries()},
                  {"density", stats.density()},
                  {"compute_us", stats.compute_us()},
                  {"attention_us", stats.attention_us()},

@@ -190,9 +190,9 @@ AttentionOptions Dense() {
 }
 
 // Null when a layer fails, which fails the test.
-std::unique_ptr<PrefillSequence> RunLayers(PrefillEngine& engine,
-                                           absl::Span<const uint32_t> tokens) {
-  auto sequence = engine.Start(tokens, Dense());
+std::unique_ptr<PrefillSequence> RunLayers(PrefillEngine& engine, absl::Span<const uint32_t> tokens,
+                                           bool logprobs) {
+  auto sequence = engine.Start(tokens, Dense(), logprobs);
   EXPECT_TRUE(sequence.ok()) << sequence.status();
   if (!sequence.ok()) return nullptr;
   for (int layer = 0; layer < engine.info().config.num_layers; ++layer) {
@@ -234,7 +234,7 @@ TEST_P(GoldenTest, LogprobsAreThoseOfTheBeginningsLogits) {
     GTEST_SKIP() << "a beginning is rotated otherwise than the whole";
   }
   const std::vector<uint32_t> tokens = TokensOf(model.golden(), GetParam().num_tokens);
-  auto sequence = RunLayers(engine, tokens);
+  auto sequence = RunLayers(engine, tokens, /*logprobs=*/true);
   ASSERT_NE(sequence, nullptr);
   const auto logprobs = sequence->Logprobs(0, [] { return true; });
   ASSERT_TRUE(logprobs.ok()) << logprobs.status();
@@ -243,7 +243,7 @@ TEST_P(GoldenTest, LogprobsAreThoseOfTheBeginningsLogits) {
   ASSERT_EQ(logprobs->of_best.size(), tokens.size() - 1);
   for (const size_t length : std::set<size_t>{1, tokens.size() / 2, tokens.size() - 1}) {
     if (length < 1 || length >= tokens.size()) continue;
-    sequence = RunLayers(engine, absl::MakeConstSpan(tokens).first(length));
+    sequence = RunLayers(engine, absl::MakeConstSpan(tokens).first(length), /*logprobs=*/false);
     ASSERT_NE(sequence, nullptr);
     const auto all_logits = sequence->FinalLogits();
     ASSERT_TRUE(all_logits.ok()) << all_logits.status();

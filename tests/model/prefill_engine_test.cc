@@ -218,7 +218,7 @@ TEST_F(PrefillEngineTest, StepsOutOfOrderAreRefused) {
 // In tiles of 16 tokens, of which the last is not full.
 std::unique_ptr<PrefillSequence> RunLayers(PrefillEngine& engine,
                                            const std::vector<uint32_t>& tokens) {
-  auto sequence = engine.Start(tokens, Dense());
+  auto sequence = engine.Start(tokens, Dense(), /*logprobs=*/true);
   EXPECT_TRUE(sequence.ok()) << sequence.status();
   for (int layer = 0; layer < engine.info().config.num_layers; ++layer) {
     EXPECT_TRUE((*sequence)->RunLayer().ok());
@@ -298,6 +298,18 @@ TEST_F(PrefillEngineTest, LogprobsNeedAllLayers) {
   ASSERT_TRUE(started.ok());
   ASSERT_TRUE((*started)->RunLayer().ok());
   EXPECT_EQ((*started)->Logprobs(0, Always).status().code(), absl::StatusCode::kFailedPrecondition);
+}
+
+TEST_F(PrefillEngineTest, LogprobsMustBeAskedForAtTheStart) {
+  const auto engine = Create(CpuEngine(checkpoint_));
+  auto sequence = engine->Start(RandomTokens(40, 320), Dense());
+  ASSERT_TRUE(sequence.ok());
+  for (int layer = 0; layer < checkpoint_.config().num_layers; ++layer) {
+    ASSERT_TRUE((*sequence)->RunLayer().ok());
+    (*sequence)->ReleaseKv(layer);
+  }
+  EXPECT_EQ((*sequence)->Logprobs(0, Always).status().code(),
+            absl::StatusCode::kFailedPrecondition);
 }
 
 TEST_F(PrefillEngineTest, APromptOfOneTokenHasNoLogprobs) {
@@ -403,7 +415,8 @@ TEST(PrefillEngine, ShareWithEveryHeadAloneEqualsDenseBitForBit) {
   EXPECT_EQ(shared.kv, dense.kv);
   EXPECT_EQ(shared.logits, dense.logits);
   for (const LayerReport& report : shared.reports) {
-    EXPECT_EQ(report.pivot_heads, checkpoint.config().num_heads);
+    const bool is_last = report.layer + 1 == checkpoint.config().num_layers;
+    EXPECT_EQ(report.pivot_heads, is_last ? 0 : checkpoint.config().num_heads);
     EXPECT_EQ(report.density, 1.0);
   }
 }
@@ -421,10 +434,57 @@ TEST(PrefillEngine, OnePivotServesItsClusterInAllLayers) {
   const PromptRun run = RunPrompt(*engine, RandomTokens(1000, 320), share);
   EXPECT_EQ(run.reports[0].pivot_heads, 1);
   EXPECT_EQ(run.reports[0].shared_heads, checkpoint.config().num_heads - 1);
-  for (int layer = 1; layer < checkpoint.config().num_layers; ++layer) {
+  for (int layer = 1; layer + 1 < checkpoint.config().num_layers; ++layer) {
     EXPECT_EQ(run.reports[layer].shared_heads, checkpoint.config().num_heads);
     EXPECT_LT(run.reports[layer].density, 1.0);
   }
+}
+
+// All of the last layer and the last query alone give the same; dense, the same as before.
+TEST(PrefillEngine, TheLastLayerComputesNoMoreThanIsRead) {
+  for (const bool with_biases : {false, true}) {
+    ModelConfig config = SmallRandomConfig();
+    if (with_biases) {
+      config.family = Family::kQwen2;
+      config.qkv_bias = true;
+    }
+    const RandomCheckpoint checkpoint(config);
+    EngineOptions options = CpuEngine(checkpoint);
+    options.tile_tokens = 48;
+    const auto engine = Create(options);
+    for (const int64_t length : {1, 2, 48, 49, 127, 128, 129, 1000}) {
+      const auto tokens = RandomTokens(length, config.vocab_size);
+      const PromptRun narrow = RunPrompt(*engine, tokens, Dense());
+      const PromptRun whole = RunPrompts(*engine, {tokens}, Dense()).front();
+      EXPECT_LT(LargestDifference(narrow.logits, whole.logits), 1e-3) << length;
+      for (size_t layer = 0; layer < narrow.kv.size(); ++layer) {
+        EXPECT_LT(LargestDifference(narrow.kv[layer], whole.kv[layer]), 1e-3) << length;
+      }
+      EXPECT_EQ(narrow.reports.front().num_queries, length);
+      EXPECT_EQ(narrow.reports.back().num_queries, 1);
+      EXPECT_EQ(narrow.reports.back().dense_heads, config.num_heads);
+      EXPECT_EQ(whole.reports.back().num_queries, length);
+    }
+  }
+}
+
+TEST(PrefillEngine, TheLastQueryOfASparsePromptIsExact) {
+  const RandomCheckpoint checkpoint;
+  const auto engine = Create(CpuEngine(checkpoint));
+  AttentionOptions sparse;
+  sparse.policy = AttentionPolicy::kVerticalSlash;
+  sparse.gamma = 0.3f;
+  sparse.min_budget_tokens = 0;
+  const auto tokens = RandomTokens(1000, 320);
+  const PromptRun narrow = RunPrompt(*engine, tokens, sparse);
+  const LayerReport& last = narrow.reports.back();
+  EXPECT_EQ(last.dense_heads, checkpoint.config().num_heads);
+  EXPECT_EQ(last.num_queries, 1);
+  EXPECT_EQ(last.density, 1.0);
+  EXPECT_EQ(narrow.reports.front().vertical_slash_heads, checkpoint.config().num_heads);
+  const PromptRun whole = RunPrompts(*engine, {tokens}, sparse).front();
+  EXPECT_EQ(whole.reports.back().vertical_slash_heads, checkpoint.config().num_heads);
+  EXPECT_EQ(narrow.kv, whole.kv) << "only the last layer's output depends on its attention";
 }
 
 TEST(PrefillEngine, BaselinePoliciesRunWhereRoomWasMadeForThem) {
@@ -445,7 +505,8 @@ TEST(PrefillEngine, BaselinePoliciesRunWhereRoomWasMadeForThem) {
 
     const PromptRun run = RunPrompt(*engine, tokens, options);
     for (const LayerReport& report : run.reports) {
-      EXPECT_EQ(report.baseline_heads, checkpoint.config().num_heads);
+      const bool is_last = report.layer + 1 == checkpoint.config().num_layers;
+      EXPECT_EQ(report.baseline_heads, is_last ? 0 : checkpoint.config().num_heads);
       EXPECT_LE(report.density, 1.0);
     }
   }

@@ -96,7 +96,7 @@ void ExpectEachAsAlone(PrefillEngine& engine, const Prompts& prompts) {
 
 TEST(PackedPrompts, BeginAtMultiplesOfABlockAndAtPositionZero) {
   const Prompts prompts = {{7, 8, 9}, std::vector<uint32_t>(128, 5), {4}};
-  const PackedPrompts packed({prompts[0], prompts[1], prompts[2]});
+  const PackedPrompts packed({prompts[0], prompts[1], prompts[2]}, /*pad_last=*/false);
   ASSERT_EQ(packed.count(), 3);
   EXPECT_EQ(packed.places()[1].first, 128);
   EXPECT_EQ(packed.places()[1].count, 128);
@@ -112,9 +112,20 @@ TEST(PackedPrompts, BeginAtMultiplesOfABlockAndAtPositionZero) {
   EXPECT_EQ(positions[256], 0);
 }
 
+TEST(PackedPrompts, MayBePaddedAtTheEnd) {
+  const Prompts prompts = {{7, 8, 9}, {4}};
+  const PackedPrompts packed({prompts[0], prompts[1]}, /*pad_last=*/true);
+  EXPECT_EQ(packed.tokens().size(), 256u);
+  EXPECT_EQ(packed.places()[1].count, 1);
+  EXPECT_THAT(packed.tokens_of(1), ElementsAre(4));
+  const std::vector<int32_t> positions = packed.Positions();
+  ASSERT_EQ(positions.size(), 256u);
+  EXPECT_EQ(positions[255], 127);
+}
+
 TEST(PackedPrompts, OfAPatternSeeThemselvesAlone) {
   const std::vector<uint32_t> first(130), second(50), third(70);
-  const PackedPrompts packed({first, second, third});  // at 0, 256, 384
+  const PackedPrompts packed({first, second, third}, /*pad_last=*/false);  // at 0, 256, 384
   EXPECT_THAT(packed.Pattern(128), ElementsAre(0b0001, 0b0011, 0b0100, 0b1000));
   // The blocks of padding, 3 and 5, are left with their diagonal.
   EXPECT_THAT(packed.Pattern(64), ElementsAre(0b1, 0b11, 0b111, 0, 0b10000, 0, 1 << 6, 3 << 6));
@@ -122,7 +133,8 @@ TEST(PackedPrompts, OfAPatternSeeThemselvesAlone) {
 
 TEST(PackedPrompts, OfAPatternMayNeedMoreThanOneWordARow) {
   const std::vector<uint32_t> first(31 * 128), second(256);
-  const std::vector<uint32_t> pattern = PackedPrompts({first, second}).Pattern(128);
+  const std::vector<uint32_t> pattern =
+      PackedPrompts({first, second}, /*pad_last=*/false).Pattern(128);
   ASSERT_EQ(pattern.size(), 33u * 2);
   EXPECT_EQ(pattern[2 * 30], 0x7fffffffu);
   EXPECT_EQ(pattern[2 * 31], 0x80000000u);

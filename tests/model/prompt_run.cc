@@ -87,7 +87,7 @@ std::vector<PromptRun> RunPrompts(PrefillEngine& engine,
   std::vector<PromptInput> inputs;
   std::vector<int64_t> lengths;
   for (const std::vector<uint32_t>& prompt : prompts) {
-    inputs.push_back({prompt, options});
+    inputs.push_back({prompt, options, /*logprobs=*/true});
     lengths.push_back(static_cast<int64_t>(prompt.size()));
   }
   const std::unique_ptr<PrefillSequence> sequence = OrDie(engine.Start(inputs));

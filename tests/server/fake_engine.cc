@@ -89,6 +89,7 @@ class FakeSequence final : public model::PrefillSequence {
     report.dense_heads = policy_ == model::AttentionPolicy::kDense ? 4 : 0;
     report.pivot_heads = 4 - report.dense_heads > 0 ? 1 : 0;
     report.shared_heads = 4 - report.dense_heads > 0 ? 3 : 0;
+    report.num_queries = prompts_.front().num_tokens;
     report.density = policy_ == model::AttentionPolicy::kDense ? 1.0 : 0.25;
     report.compute_us = absl::ToInt64Microseconds(time) + 1;
     // Heads 1 to 3 of layer l: 0.9, 0.91, 0.92, less l / 10.

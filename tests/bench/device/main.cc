@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -33,6 +34,9 @@ ABSL_FLAG(
     int64_t, tile_tokens, 0,
     "For modes linears and prefill: tokens a product takes at a time; 0: the engine's choice, "
     "8192 on a GPU.");
+ABSL_FLAG(std::optional<int64_t>, max_graph_tokens, std::nullopt,
+          "For modes prefill and batch: dense layers of up to so many tokens are replayed as CUDA "
+          "graphs. Not set: the engine's choice.");
 ABSL_FLAG(std::vector<std::string>, densities, (std::vector<std::string>{"5", "10", "20", "40"}),
           "Percentages of random patterns, for mode attention.");
 ABSL_FLAG(std::string, qkv, "",
@@ -200,6 +204,7 @@ absl::Status RunEngine(model::DeviceChoice device, const std::vector<int64_t>& b
   options.device = device;
   options.max_tokens = longest;
   options.tile_tokens = absl::GetFlag(FLAGS_tile_tokens);
+  options.max_graph_tokens = absl::GetFlag(FLAGS_max_graph_tokens);
   options.max_batch_tokens = 0;
   for (const int64_t batch : batches) {
     const int64_t prompts = std::max<int64_t>(batch, model::kFullBatchPrompts);

@@ -12,7 +12,8 @@ struct Totals {
   double seconds = 0.0;
   double attention_ms = 0.0;
   double pattern_ms = 0.0;
-  double density = 0.0;
+  double queries = 0.0;
+  double density = 0.0;  // times queries
   int pivots = 0;
   int shared = 0;
 };
@@ -30,7 +31,8 @@ absl::StatusOr<Totals> RunOnce(model::PrefillEngine& engine, const std::vector<u
     (*sequence)->ReleaseKv(layer);
     totals.attention_ms += static_cast<double>(report->attention_us) / 1e3;
     totals.pattern_ms += static_cast<double>(report->pattern_us) / 1e3;
-    totals.density += report->density / num_layers;
+    totals.queries += static_cast<double>(report->num_queries);
+    totals.density += report->density * static_cast<double>(report->num_queries);
     totals.pivots += report->pivot_heads;
     totals.shared += report->shared_heads;
   }
@@ -59,7 +61,7 @@ absl::Status BenchPrefill(model::PrefillEngine& engine, const std::vector<uint32
   row.min_ms = 1e3 * all.front().seconds;
   row.max_ms = 1e3 * all.back().seconds;
   row.more = {{"tokens_per_s", static_cast<double>(tokens.size()) / median.seconds},
-              {"density", median.density},
+              {"density", median.density / median.queries},
               {"attention_ms", median.attention_ms},
               {"pattern_ms", median.pattern_ms},
               {"pivots", median.pivots},

@@ -19,6 +19,7 @@ class SyntheticSequence : public model::PrefillSequence {
     model::LayerReport report;
     report.layer = next_layer_++;
     report.dense_heads = config_.num_heads;
+    report.num_queries = 1;
     report.density = 1.0;
     return report;
   }
