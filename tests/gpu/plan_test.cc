@@ -1,11 +1,14 @@
 // Host functions that choose launches and lay out scratch memory: no GPU needed.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <set>
+#include <utility>
 #include <vector>
 
 #include "kernels/attention.h"
 #include "kernels/cuda/attention/plan.h"
+#include "kernels/cuda/gated_linear/sm90/tile_order.h"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/pattern/estimate_plan.h"
 #include "kernels/cuda/pattern/vertical_slash_plan.h"
@@ -157,6 +160,29 @@ TEST(LinearShape, KnowsTheAlignmentOfAllOperands) {
   params.bias = memory + 2;
   EXPECT_EQ(ShapeOf(params).alignment, 2u);
   EXPECT_TRUE(ShapeOf(params).bias);
+}
+
+TEST(GatedLinearTileOrder, VisitsEachTileOnceAndKeepsTheSquareOfAWave) {
+  using sm90::gated_linear::PairNumber;
+  constexpr int kClusters = 66;
+  for (const auto& [num_pairs, num_columns] : {std::pair(1, 1), {1, 50}, {9, 33}, {32, 148}}) {
+    std::set<std::pair<int, int>> seen;
+    for (int first = 0; first < num_pairs * num_columns; first += kClusters) {
+      std::set<int> pairs, columns;
+      for (int i = first; i < std::min(first + kClusters, num_pairs * num_columns); ++i) {
+        const auto [pair, column] = PairNumber({num_pairs, num_columns}, i);
+        EXPECT_TRUE(pair >= 0 && pair < num_pairs && column >= 0 && column < num_columns) << i;
+        EXPECT_TRUE(seen.insert({pair, column}).second) << i;
+        pairs.insert(pair);
+        columns.insert(column);
+      }
+      if (num_pairs % 8 == 0) {
+        EXPECT_LE(pairs.size(), 16u) << "two groups where one ends within the wave";
+        EXPECT_LE(columns.size(), 10u);
+      }
+    }
+    EXPECT_EQ(seen.size(), static_cast<size_t>(num_pairs * num_columns));
+  }
 }
 
 TEST(VerticalSlashClusterSize, FillsTheMultiprocessorsOnceAndSplitsNoFewKeys) {

@@ -48,7 +48,7 @@ step() {
 
 run_tests() {
   local subject
-  for subject in attention kv_pack layer_ops pattern long_prompt backend; do
+  for subject in attention gated_linear kv_pack layer_ops pattern long_prompt backend; do
     step "$subject" "$build/tests/gpu/cuda_${subject}_test" --gtest_brief=1
   done
   step golden "$build/tests/model/golden_test" --device=cuda --gtest_brief=1
@@ -60,10 +60,11 @@ run_tests() {
 run_sanitizer() {
   local tool filter subject
   for tool in memcheck racecheck synccheck; do
-    for subject in attention kv_pack layer_ops pattern; do
+    for subject in attention gated_linear kv_pack layer_ops pattern; do
       filter='*'
       [[ $subject == attention ]] &&
         filter='Common/*AboveA*:Common/*Mass*:Common/*Offset*:Common/*LastRow*:Common/*Ratio*:Common/*Blocks*:Large/*Tiles*-*Refuses*'
+      [[ $subject == gated_linear ]] && filter='*-*ManyTiles*:*Times*'
       [[ $subject == pattern ]] && filter='*-Large/*:*VerticalSlashEquals*:*OfClusters*:*MoreKeys*:*MeasurePattern*:*FewQueries*'
       [[ $tool == racecheck && $subject == layer_ops ]] && filter='*-*Linear*'  # not our kernels
       step "$tool.$subject" compute-sanitizer --tool "$tool" --error-exitcode 9 \
