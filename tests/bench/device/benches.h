@@ -42,7 +42,8 @@ absl::Status BenchLayerOps(model::Backend& backend, const LayerShape& shape, int
 // The linear layers of a whole prefill and nothing else, back to back, in tiles of tokens: what the
 // library's matrix products alone take at the clock that so long a run leaves the card. By
 // `backend` as the library chooses how to compute them, by `tuned`, another backend of the same
-// device, by the choice that is fastest for a whole tile; in turns.
+// device, by the choice that is fastest for a whole tile; in turns. Then gate, up and SwiGLU of a
+// tile, apart and in one op.
 absl::Status BenchLinears(model::Backend& backend, model::Backend& tuned, const LayerShape& shape,
                           int num_layers, int64_t num_tokens, int64_t tile_tokens, Report* report);
 

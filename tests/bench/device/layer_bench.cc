@@ -31,6 +31,51 @@ absl::StatusOr<model::DeviceBuffer> Random(model::Backend& backend, int64_t size
   return buffer;
 }
 
+// The clock falls while the card warms up, so both take turns.
+constexpr int kLinearsTurns = 5;
+constexpr int kGatedRepetitions = 10;
+
+// Gate, up and SwiGLU of one tile: the tuned product and SwiGLU apart, and the op that does it all
+// the way that tuning found faster.
+absl::Status BenchGatedLinear(model::Backend& tuned, const kernels::GatedLinearParams& params,
+                              Report* report) {
+  absl::Status status = tuned.TuneGatedLinear(params);
+  if (!status.ok()) return status;
+  const auto repeat = [](absl::FunctionRef<absl::Status()> ops) {
+    absl::Status status;
+    for (int i = 0; i < kGatedRepetitions && status.ok(); ++i) status = ops();
+    return status;
+  };
+  const auto apart = [&] {
+    absl::Status status = tuned.Linear({.x = params.x,
+                                        .w = params.w,
+                                        .y = params.gate_up,
+                                        .num_tokens = params.num_tokens,
+                                        .in_features = params.in_features,
+                                        .out_features = 2 * params.intermediate});
+    if (!status.ok()) return status;
+    return tuned.SwiGlu({.gate_up = params.gate_up,
+                         .y = params.y,
+                         .num_tokens = params.num_tokens,
+                         .intermediate = params.intermediate});
+  };
+  Row rows[2];
+  rows[0].what = "gate, up and SwiGLU: apart";
+  rows[1].what = "gate, up and SwiGLU: one op";
+  for (Row& row : rows) {
+    row.shape = absl::StrFormat("%d x %d tokens", kGatedRepetitions, params.num_tokens);
+    row.tflop = 4.0 * kGatedRepetitions * static_cast<double>(params.num_tokens) *
+                static_cast<double>(params.in_features * params.intermediate) / 1e12;
+  }
+  status = MeasureInTurns(
+      tuned, kLinearsTurns, [&] { return repeat(apart); }, &rows[0],
+      [&] { return repeat([&] { return tuned.GatedLinear(params); }); }, &rows[1]);
+  if (!status.ok()) return status;
+  rows[1].more = {{"speedup", rows[0].median_ms / rows[1].median_ms}};
+  for (Row& row : rows) report->Add(std::move(row));
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status BenchLayerOps(model::Backend& backend, const LayerShape& shape, int64_t num_tokens,
@@ -141,9 +186,6 @@ absl::Status BenchLayerOps(model::Backend& backend, const LayerShape& shape, int
   return status;
 }
 
-// The clock falls while the card warms up, so both take turns.
-constexpr int kLinearsTurns = 5;
-
 absl::Status BenchLinears(model::Backend& backend, model::Backend& tuned, const LayerShape& shape,
                           int num_layers, int64_t num_tokens, int64_t tile_tokens, Report* report) {
   const int64_t q_width = int64_t{shape.num_heads} * shape.head_dim;
@@ -220,7 +262,16 @@ absl::Status BenchLinears(model::Backend& backend, model::Backend& tuned, const 
     row.tflop = 2.0 * weights * num_layers * static_cast<double>(num_tokens) / 1e12;
     report->Add(std::move(row));
   }
-  return absl::OkStatus();
+  const Product& gate_up = products[2];
+  return BenchGatedLinear(tuned,
+                          {.x = gate_up.x.data(),
+                           .w = gate_up.w.data(),
+                           .gate_up = gate_up.y.data(),
+                           .y = products[3].x.data(),
+                           .num_tokens = tile_tokens,
+                           .in_features = gate_up.in,
+                           .intermediate = shape.intermediate},
+                          report);
 }
 
 }  // namespace prefilld::bench
