@@ -1,0 +1,140 @@
+// Layers that are replayed as CUDA graphs, and layers queued ahead of the one that is waited for,
+// give what layers launched one by one give.
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "model/prefill_engine.h"
+#include "tests/model/prompt_run.h"
+#include "tests/model/random_checkpoint.h"
+
+namespace prefilld::model {
+namespace {
+
+AttentionOptions Dense() {
+  AttentionOptions options;
+  options.policy = AttentionPolicy::kDense;
+  return options;
+}
+
+class Replay : public ::testing::Test {
+ protected:
+  std::unique_ptr<PrefillEngine> Create(int64_t max_graph_tokens) {
+    EngineOptions options;
+    options.checkpoint_dir = checkpoint_.dir();
+    options.device = DeviceChoice::kCuda;
+    options.max_tokens = 1000;
+    options.max_batch_tokens = 2048;
+    options.max_graph_tokens = max_graph_tokens;
+    auto engine = CreatePrefillEngine(options);
+    EXPECT_TRUE(engine.ok()) << engine.status();
+    return *std::move(engine);
+  }
+
+  std::vector<uint32_t> Prompt(int64_t length, uint64_t seed) {
+    return RandomTokens(length, checkpoint_.config().vocab_size, seed);
+  }
+
+  RandomCheckpoint checkpoint_;
+};
+
+void ExpectSame(const PromptRun& a, const PromptRun& b) {
+  EXPECT_EQ(a.logits, b.logits);
+  EXPECT_EQ(a.kv, b.kv);
+}
+
+// ||a - b|| / ||b||.
+double RelativeError(const std::vector<float>& a, const std::vector<float>& b) {
+  double difference = 0.0, norm = 0.0;
+  for (size_t i = 0; i < b.size(); ++i) {
+    difference += (a[i] - b[i]) * (a[i] - b[i]);
+    norm += b[i] * b[i];
+  }
+  return std::sqrt(difference / norm);
+}
+
+// Launched, recorded, replayed; between them come other prompts of the same length. An engine that
+// records nothing pads nothing: its products are of other shapes, and may add in another order.
+TEST_F(Replay, GivesWhatWasLaunched) {
+  const auto engine = Create(512);
+  const auto unpadded = Create(0);
+  for (const int64_t length : {1, 100, 128, 129, 500}) {
+    const int64_t before = engine->num_recordings();
+    const PromptRun launched = RunPrompt(*engine, Prompt(length, 1), Dense());
+    for (int i = 0; i < 3; ++i) {
+      RunPrompt(*engine, Prompt(length, 2 + i), Dense());
+      ExpectSame(RunPrompt(*engine, Prompt(length, 1), Dense()), launched);
+    }
+    const PromptRun plain = RunPrompt(*unpadded, Prompt(length, 1), Dense());
+    EXPECT_LT(RelativeError(launched.logits, plain.logits), 2e-2) << length;
+    const bool is_new = length != 100 && length != 128;
+    EXPECT_EQ(engine->num_recordings() > before, is_new) << length;
+  }
+}
+
+TEST_F(Replay, OfABatchGivesWhatWasLaunched) {
+  const auto engine = Create(2048);
+  const std::vector<std::vector<uint32_t>> prompts = {Prompt(70, 1), Prompt(128, 2),
+                                                      Prompt(200, 3)};
+  const std::vector<std::vector<uint32_t>> others = {Prompt(256, 4), Prompt(1, 5), Prompt(9, 6)};
+  const std::vector<PromptRun> launched = RunPrompts(*engine, prompts, Dense());
+  for (int i = 0; i < 3; ++i) {
+    RunPrompts(*engine, others, Dense());
+    const std::vector<PromptRun> again = RunPrompts(*engine, prompts, Dense());
+    for (size_t p = 0; p < prompts.size(); ++p) {
+      ExpectSame(again[p], launched[p]);
+      EXPECT_EQ(again[p].logprobs.of_token, launched[p].logprobs.of_token);
+    }
+  }
+  EXPECT_GE(engine->num_recordings(), checkpoint_.config().num_layers);
+}
+
+TEST_F(Replay, IsOffForLongerPromptsAndWhereToldSo) {
+  const auto never = Create(0);
+  const auto short_ones = Create(256);
+  for (int i = 0; i < 3; ++i) {
+    RunPrompt(*never, Prompt(100, 1), Dense());
+    RunPrompt(*short_ones, Prompt(300, 1), Dense());
+  }
+  EXPECT_EQ(never->num_recordings(), 0);
+  EXPECT_EQ(short_ones->num_recordings(), 0);
+}
+
+// A layer that is still under way when its sequence goes may not reach into the next one.
+TEST_F(Replay, AnAbandonedLayerAheadLeavesNoTrace) {
+  for (const int64_t max_graph_tokens : {0, 2048}) {
+    const auto engine = Create(max_graph_tokens);
+    const PromptRun alone = RunPrompt(*engine, Prompt(300, 1), Dense());
+    for (int i = 0; i < 6; ++i) {
+      {
+        auto abandoned = engine->Start(Prompt(900, 2), Dense());
+        ASSERT_TRUE(abandoned.ok()) << abandoned.status();
+        for (int layer = 0; layer < i % 3; ++layer) ASSERT_TRUE((*abandoned)->RunLayer().ok());
+      }
+      ExpectSame(RunPrompt(*engine, Prompt(300, 1), Dense()), alone);
+    }
+  }
+}
+
+// The consumer is slow: no slot is free for a layer ahead.
+TEST_F(Replay, HeldSlotsDelayTheLayerAhead) {
+  const auto engine = Create(2048);
+  const PromptRun alone = RunPrompt(*engine, Prompt(300, 1), Dense());
+  auto started = engine->Start(Prompt(300, 1), Dense());
+  ASSERT_TRUE(started.ok());
+  PrefillSequence& sequence = **started;
+  for (int i = 0; i < engine->kv_slots(); ++i) ASSERT_TRUE(sequence.RunLayer().ok());
+  EXPECT_EQ(sequence.RunLayer().status().code(), absl::StatusCode::kFailedPrecondition);
+  const int num_layers = engine->info().config.num_layers;
+  for (int layer = engine->kv_slots(); layer < num_layers; ++layer) {
+    sequence.ReleaseKv(layer - engine->kv_slots() + 1);
+    ASSERT_TRUE(sequence.RunLayer().ok());
+  }
+  const auto logits = sequence.FinalLogits();
+  ASSERT_TRUE(logits.ok());
+  EXPECT_EQ(logits->front(), alone.logits);
+}
+
+}  // namespace
+}  // namespace prefilld::model
