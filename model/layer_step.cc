@@ -145,13 +145,15 @@ kernels::LinearParams LayerStep::OutputProduct(const LayerWeights& weights, cons
           .accumulate = true};
 }
 
-kernels::LinearParams LayerStep::GateUpProduct(const LayerWeights& weights, int64_t count) const {
+kernels::GatedLinearParams LayerStep::GatedProduct(const LayerWeights& weights,
+                                                   int64_t count) const {
   return {.x = normed_.data(),
           .w = weights.gate_up.data(),
-          .y = wide_.data(),
+          .gate_up = wide_.data(),
+          .y = gated_.data(),
           .num_tokens = count,
           .in_features = config_.hidden,
-          .out_features = 2 * config_.intermediate};
+          .intermediate = config_.intermediate};
 }
 
 kernels::LinearParams LayerStep::DownProduct(const LayerWeights& weights, void* y,
@@ -181,8 +183,9 @@ absl::Status LayerStep::TuneLinears() {
   if (status.ok()) status = FillWithNoise(gated_.data(), tile_tokens_ * config_.intermediate);
   if (status.ok()) status = FillWithNoise(queries_.data(), tile_tokens_ * q_width());
   if (status.ok()) status = FillWithNoise(hidden_.data(), tile_tokens_ * config_.hidden);
+  if (status.ok()) status = backend_.TuneGatedLinear(GatedProduct(weights, tile_tokens_));
   for (const kernels::LinearParams& product :
-       {GateUpProduct(weights, tile_tokens_), DownProduct(weights, hidden_.data(), tile_tokens_),
+       {DownProduct(weights, hidden_.data(), tile_tokens_),
         QkvProduct(weights, tile_tokens_, Heads::kAll),
         OutputProduct(weights, queries_.data(), hidden_.data(), tile_tokens_)}) {
     if (status.ok()) status = backend_.TuneLinear(product);
@@ -276,13 +279,7 @@ absl::Status LayerStep::FinishTile(const LayerWeights& weights, const void* quer
                                    int64_t count) {
   absl::Status status = backend_.Linear(OutputProduct(weights, queries, hidden, count));
   if (status.ok()) status = RmsNorm(hidden, weights.post_norm, count);
-  if (status.ok()) status = backend_.Linear(GateUpProduct(weights, count));
-  if (status.ok()) {
-    status = backend_.SwiGlu({.gate_up = wide_.data(),
-                              .y = gated_.data(),
-                              .num_tokens = count,
-                              .intermediate = config_.intermediate});
-  }
+  if (status.ok()) status = backend_.GatedLinear(GatedProduct(weights, count));
   if (status.ok()) status = backend_.Linear(DownProduct(weights, hidden, count));
   return status;
 }

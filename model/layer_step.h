@@ -106,7 +106,7 @@ class LayerStep {
   kernels::LinearParams QkvProduct(const LayerWeights& weights, int64_t count, Heads heads) const;
   kernels::LinearParams OutputProduct(const LayerWeights& weights, const void* queries, void* y,
                                       int64_t count) const;
-  kernels::LinearParams GateUpProduct(const LayerWeights& weights, int64_t count) const;
+  kernels::GatedLinearParams GatedProduct(const LayerWeights& weights, int64_t count) const;
   kernels::LinearParams DownProduct(const LayerWeights& weights, void* y, int64_t count) const;
   kernels::LinearParams HeadProduct(int64_t count) const;
   absl::Status FillWithNoise(void* data, int64_t elements);
