@@ -51,7 +51,7 @@ void KvStream::LayerDone(int layer) {
     open_parts_[i] += part.open() ? 1 : 0;
   }
   layers_.push_back(std::move(done));
-  ++changes_;
+  NoteChange();
   ReleaseLayers();
 }
 
@@ -137,14 +137,14 @@ std::vector<std::shared_ptr<PrefillJob>> KvStream::NextJobs() const {
   return next;
 }
 
-// Meanwhile other threads may take what there is, and the compute thread may go on to other jobs:
-// then it gives up, at once or when it finds nothing to take.
+// Gives up when there are other jobs to wait for than `jobs`: another thread took the last frame of
+// one, or a layer is done.
 StagingRing::Lease KvStream::WaitForBuffer(absl::Span<const std::shared_ptr<PrefillJob>> jobs,
                                            int64_t changes) {
   std::vector<std::shared_ptr<StagingRing::Credit>> credits;
   for (const auto& job : jobs) credits.push_back(job->credit());
   return ring_.Acquire(credits, [&] {
-    return failed_ || changes_ != changes ||
+    return changes_ != changes ||
            std::any_of(jobs.begin(), jobs.end(), [](const auto& job) { return job->ended(); });
   });
 }
@@ -169,7 +169,7 @@ std::optional<KvStream::Frame> KvStream::TakeFrame(const StagingRing::Credit* cr
   part.next_block += frame.num_blocks;
   ++part.frames_underway;
   turn_ = (job + 1) % jobs_.size();
-  ++changes_;
+  if (!part.untaken()) NoteChange();
   return frame;
 }
 
@@ -186,18 +186,26 @@ void KvStream::FinishFrame(const Frame& frame) {
 }
 
 void KvStream::DropWhatNobodyWants() {
+  bool dropped = false;
   for (Layer& layer : layers_) {
     for (size_t job = 0; job < jobs_.size(); ++job) {
       Part& part = layer.parts[job];
       if (!part.untaken() || !(failed_ || jobs_[job]->ended())) continue;
       part.next_block = part.end_block;
-      ++changes_;
+      dropped = true;
       if (part.open()) continue;
       --layer.open_parts;
       --open_parts_[job];
     }
   }
+  if (dropped) NoteChange();
   ReleaseLayers();
+}
+
+// Wakes the threads that wait for buffers of jobs they found before.
+void KvStream::NoteChange() {
+  ++changes_;
+  ring_.AskAgain();
 }
 
 void KvStream::ReleaseLayers() {

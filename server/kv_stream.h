@@ -86,6 +86,7 @@ class KvStream {
   void FinishFrame(const Frame& frame) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void DropWhatNobodyWants() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void ReleaseLayers() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void NoteChange() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status PackFrame(PrefillJob& job, model::PrefillSequence& sequence, const Frame& frame,
                          StagingRing::Lease buffer);
 
@@ -94,7 +95,7 @@ class KvStream {
   const std::function<void(int, int64_t)> on_frame_;
 
   std::atomic<bool> failed_ = false;  // status_ is not OK; what is left is dropped
-  std::atomic<int64_t> changes_ = 0;  // of what there is to take
+  std::atomic<int64_t> changes_ = 0;  // of NextJobs
 
   mutable absl::Mutex mu_;
   std::vector<std::shared_ptr<PrefillJob>> jobs_ ABSL_GUARDED_BY(mu_);

@@ -6,12 +6,6 @@
 #include "model/prefill_engine.h"
 
 namespace prefilld::server {
-namespace {
-
-// How soon a waiting request notices that it has been ended.
-constexpr absl::Duration kGiveUpPoll = absl::Milliseconds(5);
-
-}  // namespace
 
 StagingRing::Lease& StagingRing::Lease::operator=(Lease&& other) noexcept {
   std::swap(ring_, other.ring_);
@@ -26,15 +20,20 @@ StagingRing::Lease::~Lease() {
 
 absl::StatusOr<std::unique_ptr<StagingRing>> StagingRing::Create(model::PrefillEngine& engine,
                                                                  int num_buffers,
-                                                                 size_t buffer_bytes) {
+                                                                 size_t buffer_bytes,
+                                                                 absl::Duration patience) {
   auto memory = engine.AllocateStaging(num_buffers * buffer_bytes);
   if (!memory.ok()) return memory.status();
   return std::unique_ptr<StagingRing>(
-      new StagingRing(*std::move(memory), num_buffers, buffer_bytes));
+      new StagingRing(*std::move(memory), num_buffers, buffer_bytes, patience));
 }
 
-StagingRing::StagingRing(model::DeviceBuffer memory, int num_buffers, size_t buffer_bytes)
-    : memory_(std::move(memory)), num_buffers_(num_buffers), buffer_bytes_(buffer_bytes) {
+StagingRing::StagingRing(model::DeviceBuffer memory, int num_buffers, size_t buffer_bytes,
+                         absl::Duration patience)
+    : memory_(std::move(memory)),
+      num_buffers_(num_buffers),
+      buffer_bytes_(buffer_bytes),
+      patience_(patience) {
   for (int i = 0; i < num_buffers; ++i) {
     free_.push_back(memory_.as<std::byte>() + i * buffer_bytes);
   }
@@ -45,18 +44,21 @@ StagingRing::Lease StagingRing::Acquire(absl::Span<const std::shared_ptr<Credit>
   absl::MutexLock lock(&mu_);
   const auto has_room = [this](const std::shared_ptr<Credit>& credit) ABSL_SHARED_LOCKS_REQUIRED(
                             mu_) { return credit->held_ < static_cast<int64_t>(free_.size()); };
-  const auto available = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
-    return std::any_of(credits.begin(), credits.end(), has_room);
+  const auto may_go_on = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+    return std::any_of(credits.begin(), credits.end(), has_room) || give_up();
   };
-  while (!mu_.AwaitWithTimeout(absl::Condition(&available), kGiveUpPoll)) {
-    if (give_up()) return Lease();
+  while (!mu_.AwaitWithTimeout(absl::Condition(&may_go_on), patience_)) {
   }
-  const std::shared_ptr<Credit>& credit = *std::find_if(credits.begin(), credits.end(), has_room);
+  const auto credit = std::find_if(credits.begin(), credits.end(), has_room);
+  if (credit == credits.end()) return Lease();
   std::byte* data = free_.back();
   free_.pop_back();
-  ++credit->held_;
-  return Lease(this, credit, data);
+  ++(*credit)->held_;
+  return Lease(this, *credit, data);
 }
+
+// Conditions are evaluated when the lock is released.
+void StagingRing::AskAgain() { absl::MutexLock lock(&mu_); }
 
 void StagingRing::Return(Credit& credit, std::byte* data) {
   absl::MutexLock lock(&mu_);

@@ -56,16 +56,21 @@ class StagingRing {
     std::byte* data_ = nullptr;
   };
 
-  // Allocates num_buffers (at least 2) of buffer_bytes in the engine's staging memory.
-  static absl::StatusOr<std::unique_ptr<StagingRing>> Create(model::PrefillEngine& engine,
-                                                             int num_buffers, size_t buffer_bytes);
+  // Allocates num_buffers (at least 2) of buffer_bytes in the engine's staging memory. `patience`
+  // is how long Acquire waits before it asks by itself whether to give up: anyone may end a
+  // request, and the end need not bring a buffer back.
+  static absl::StatusOr<std::unique_ptr<StagingRing>> Create(
+      model::PrefillEngine& engine, int num_buffers, size_t buffer_bytes,
+      absl::Duration patience = absl::Milliseconds(5));
 
   // Waits for a buffer within the credit of a request, of the first of `credits` that has room: it
   // holds less than is free. So one request gets half the ring, two a third each, and a last third
-  // is left for others. An empty lease means that `give_up` returned true; it is asked every few
-  // milliseconds.
+  // is left for others. An empty lease means that `give_up` returned true; it is asked under the
+  // ring's lock, now, whenever a buffer comes back, at AskAgain and every `patience`.
   Lease Acquire(absl::Span<const std::shared_ptr<Credit>> credits,
                 absl::FunctionRef<bool()> give_up);
+  // Those who wait may have a reason to give up.
+  void AskAgain();
 
   size_t buffer_bytes() const { return buffer_bytes_; }
   int64_t capacity_bytes() const { return int64_t{num_buffers_} * buffer_bytes_; }
@@ -75,12 +80,14 @@ class StagingRing {
   bool AwaitIdle(absl::Duration timeout);
 
  private:
-  StagingRing(model::DeviceBuffer memory, int num_buffers, size_t buffer_bytes);
+  StagingRing(model::DeviceBuffer memory, int num_buffers, size_t buffer_bytes,
+              absl::Duration patience);
   void Return(Credit& credit, std::byte* data);
 
   const model::DeviceBuffer memory_;
   const int num_buffers_;
   const size_t buffer_bytes_;
+  const absl::Duration patience_;
 
   mutable absl::Mutex mu_;
   std::vector<std::byte*> free_ ABSL_GUARDED_BY(mu_);

@@ -1,11 +1,14 @@
 #include "server/staging_ring.h"
 
+#include <atomic>
 #include <set>
+#include <thread>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include "tests/server/fake_engine.h"
+#include "tests/server/server_fixture.h"
 
 namespace prefilld::server {
 namespace {
@@ -15,8 +18,9 @@ constexpr auto kAtOnce = [] { return true; };
 
 class StagingRingTest : public ::testing::Test {
  protected:
-  std::unique_ptr<StagingRing> NewRing(int num_buffers) {
-    auto ring = StagingRing::Create(engine_, num_buffers, 4096);
+  std::unique_ptr<StagingRing> NewRing(int num_buffers,
+                                       absl::Duration patience = absl::Milliseconds(1)) {
+    auto ring = StagingRing::Create(engine_, num_buffers, 4096, patience);
     EXPECT_TRUE(ring.ok()) << ring.status();
     return *std::move(ring);
   }
@@ -77,6 +81,31 @@ TEST_F(StagingRingTest, OfSeveralRequestsTheFirstThatHasRoomGetsIt) {
   leases.push_back(ring->Acquire({second, first, full}, kNever));
   EXPECT_EQ(leases.back().credit(), second.get());
   EXPECT_FALSE(ring->Acquire({full}, kAtOnce));
+}
+
+TEST_F(StagingRingTest, AWaitIsAskedAgainWhenTold) {
+  const auto ring = NewRing(2, absl::InfiniteDuration());
+  const auto credit = NewCredit();
+  const StagingRing::Lease only = ring->Acquire({credit}, kNever);
+  std::atomic<bool> asked = false, reason = false;
+  std::thread waiting([&] {
+    EXPECT_FALSE(ring->Acquire({credit}, [&] {
+      asked = true;
+      return reason.load();
+    }));
+  });
+  EXPECT_TRUE(Eventually([&] { return asked.load(); }));
+  reason = true;
+  ring->AskAgain();
+  waiting.join();
+}
+
+TEST_F(StagingRingTest, AWaitFindsAReasonToGiveUpByItself) {
+  const auto ring = NewRing(2);
+  const auto credit = NewCredit();
+  const StagingRing::Lease only = ring->Acquire({credit}, kNever);
+  int asked = 0;
+  EXPECT_FALSE(ring->Acquire({credit}, [&] { return ++asked > 3; }));
 }
 
 TEST_F(StagingRingTest, ALeaseOutlivesTheCreditsOwner) {
