@@ -40,9 +40,10 @@ struct HeadTask {
 
 struct Launch {
   HeadTask tasks[kMaxWork];
-  // [num_tiles] tile ids (task * num_query_blocks + query block), in the order of schedule.h.
+  // [num_tiles] tile ids (task * num_query_blocks + query block), in the order of schedule.h. Null:
+  // CTA i takes tile i, and that is all.
   const uint32_t* order;
-  int* next_tile;  // zero at the start
+  int* next_tile;  // zero at the start; unused without an order
   // [gridDim.x, kConsumers, num_key_blocks, kConsumerRows]: weight of every (key block, query row)
   // of the tile at hand.
   float* row_weights;

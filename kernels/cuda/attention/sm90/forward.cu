@@ -80,12 +80,11 @@ cudaError_t LaunchPart(const AttentionParams& p, const HeadWork* work, int num_w
   void* order_scratch = base + kCounterBytes;
   launch.row_weights =
       reinterpret_cast<float*>(base + kCounterBytes + OrderScratchBytes(launch.num_tiles));
-  if (cudaError_t error = cudaMemsetAsync(launch.next_tile, 0, sizeof(int), stream);
-      error != cudaSuccess) {
-    return error;
-  }
-  if (cudaError_t error = OrderTiles(launch, order_scratch, stream); error != cudaSuccess) {
-    return error;
+  // The few tiles of a short prompt need no order, nor the three kernels that it takes.
+  if (block_mass || launch.num_tiles > num_sms) {
+    cudaError_t error = cudaMemsetAsync(launch.next_tile, 0, sizeof(int), stream);
+    if (error == cudaSuccess) error = OrderTiles(launch, order_scratch, stream);
+    if (error != cudaSuccess) return error;
   }
   const int grid = std::min(num_sms, launch.num_tiles);
   if (p.head_dim == 64) {

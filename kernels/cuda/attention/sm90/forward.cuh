@@ -49,6 +49,14 @@ __device__ inline uint32_t pattern_word(const Launch& launch, const HeadTask& ta
   return word & causal;
 }
 
+// The place of this CTA's next tile in the order; num_tiles or more: there is none.
+__device__ inline int take_tile(const Launch& launch, bool first) {
+  if (launch.order == nullptr) return first ? static_cast<int>(blockIdx.x) : launch.num_tiles;
+  int next = 0;
+  if (threadIdx.x % 32 == 0) next = atomicAdd(launch.next_tile, 1);
+  return __shfl_sync(~0u, next, 0);
+}
+
 // The copying warp: takes tiles in order, and feeds their key blocks, the diagonal one first.
 template <int kHeadDim>
 __device__ inline void produce(const Launch& launch, SharedStorage<kHeadDim>& shared,
@@ -70,10 +78,10 @@ __device__ inline void produce(const Launch& launch, SharedStorage<kHeadDim>& sh
     }
   };
 
+  bool first = true;
   for (;;) {
-    int next = 0;
-    if (lane == 0) next = atomicAdd(launch.next_tile, 1);
-    next = __shfl_sync(~0u, next, 0);
+    const int next = take_tile(launch, first);
+    first = false;
     mbarrier_wait(&shared.tile_empty[slot.stage], slot.parity ^ 1);
     if (next >= launch.num_tiles) {
       if (lane == 0) {
@@ -82,7 +90,7 @@ __device__ inline void produce(const Launch& launch, SharedStorage<kHeadDim>& sh
       }
       return;
     }
-    const int tile = static_cast<int>(launch.order[next]);
+    const int tile = launch.order != nullptr ? static_cast<int>(launch.order[next]) : next;
     const int row = tile % launch.num_query_blocks;
     const HeadTask& task = launch.tasks[tile / launch.num_query_blocks];
     const int kv_head = task.head / launch.group;
