@@ -16,8 +16,8 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/integration/child_process.h"
-#include "tests/integration/greedy_reference.h"
 #include "tests/integration/metrics_page.h"
+#include "tests/model/prompt_run.h"
 #include "tests/model/random_checkpoint.h"
 
 namespace prefilld::integration {
@@ -41,7 +41,7 @@ model::ModelConfig Config() {
 
 PrefillRequest Request(int num_tokens) {
   const std::vector<uint32_t> tokens =
-      RandomPrompt(num_tokens, static_cast<uint32_t>(Config().vocab_size), /*seed=*/num_tokens);
+      model::RandomTokens(num_tokens, Config().vocab_size, /*seed=*/num_tokens);
   PrefillRequest request;
   request.mutable_token_ids()->Assign(tokens.begin(), tokens.end());
   request.mutable_attention()->set_policy(::prefill::v1::ATTENTION_POLICY_DENSE);

@@ -14,6 +14,7 @@
 #include "tests/integration/child_process.h"
 #include "tests/integration/generate_client.h"
 #include "tests/integration/greedy_reference.h"
+#include "tests/model/prompt_run.h"
 #include "tests/model/random_checkpoint.h"
 
 namespace prefilld::integration {
@@ -39,8 +40,7 @@ class Disaggregated : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {
     checkpoint_ = new model::RandomCheckpoint(Config(), 7);
-    prompt_ = new std::vector<uint32_t>(
-        RandomPrompt(kPromptTokens, static_cast<uint32_t>(Config().vocab_size), 3));
+    prompt_ = new std::vector<uint32_t>(model::RandomTokens(kPromptTokens, Config().vocab_size, 3));
     reference_ =
         new std::vector<uint32_t>(GreedyReference(checkpoint_->dir(), *prompt_, kNewTokens));
     prefilld_ = new ServerProcess(

@@ -4,9 +4,9 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <random>
+#include <functional>
 
-#include "model/prefill_engine.h"
+#include "tests/model/prompt_run.h"
 
 namespace prefilld::integration {
 namespace {
@@ -26,32 +26,15 @@ uint32_t ClearWinner(const std::vector<float>& logits) {
 
 }  // namespace
 
-std::vector<uint32_t> RandomPrompt(int num_tokens, uint32_t vocab_size, uint64_t seed) {
-  std::mt19937_64 random(seed);
-  std::vector<uint32_t> prompt(num_tokens);
-  for (uint32_t& id : prompt) id = static_cast<uint32_t>(random() % vocab_size);
-  return prompt;
-}
-
 std::vector<uint32_t> GreedyReference(const std::string& checkpoint_dir,
                                       const std::vector<uint32_t>& prompt, int num_new_tokens) {
-  model::EngineOptions options;
-  options.checkpoint_dir = checkpoint_dir;
-  options.device = model::DeviceChoice::kCpu;
-  options.cpu_threads = 2;
-  options.max_tokens = static_cast<int64_t>(prompt.size()) + num_new_tokens;
-  options.attention.policy = model::AttentionPolicy::kDense;
-  const auto engine = model::CreatePrefillEngine(options);
-  if (!engine.ok()) abort();
+  const auto max_tokens = static_cast<int64_t>(prompt.size()) + num_new_tokens;
+  const auto engine = model::NewEngine(model::CpuEngineOptions(checkpoint_dir, max_tokens));
   std::vector<uint32_t> tokens = prompt;
   for (int i = 0; i < num_new_tokens; ++i) {
-    const auto sequence = (*engine)->Start(tokens, options.attention);
-    if (!sequence.ok()) abort();
-    for (int layer = 0; layer < (*engine)->info().config.num_layers; ++layer) {
-      if (!(*sequence)->RunLayer().ok()) abort();
-      (*sequence)->ReleaseKv(layer);
-    }
-    const auto logits = (*sequence)->FinalLogits();
+    const auto sequence =
+        model::RunLayers(*engine, tokens, model::DenseAttention(), /*logprobs=*/false);
+    const auto logits = sequence->FinalLogits();
     if (!logits.ok()) abort();
     tokens.push_back(ClearWinner(logits->front()));
   }

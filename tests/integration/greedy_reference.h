@@ -8,8 +8,6 @@
 
 namespace prefilld::integration {
 
-std::vector<uint32_t> RandomPrompt(int num_tokens, uint32_t vocab_size, uint64_t seed);
-
 // Greedy tokens after `prompt`, on the CPU: the whole sequence is prefilled afresh, with dense
 // attention, for every token, so that neither the decoder nor the KV plane has a part in it.
 // Aborts when some token is no clear winner: a prompt like that tests nothing.

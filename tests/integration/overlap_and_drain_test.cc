@@ -14,7 +14,7 @@
 #include "gtest/gtest.h"
 #include "tests/integration/child_process.h"
 #include "tests/integration/generate_client.h"
-#include "tests/integration/greedy_reference.h"
+#include "tests/model/prompt_run.h"
 #include "tests/model/random_checkpoint.h"
 
 namespace prefilld::integration {
@@ -39,7 +39,7 @@ class OverlapAndDrain : public ::testing::Test {
       : checkpoint_(Config()),
         prefilld_("prefilld", {"--model=" + checkpoint_.dir(), "--device=cpu", "--cpu_threads=2",
                                "--drain_timeout_s=60"}),
-        prompt_(RandomPrompt(kLongPrompt, static_cast<uint32_t>(Config().vocab_size), 1)) {}
+        prompt_(model::RandomTokens(kLongPrompt, Config().vocab_size, 1)) {}
 
   PrefillRequest Request() const {
     PrefillRequest request;

@@ -14,9 +14,9 @@
 #include "gtest/gtest.h"
 #include "tests/integration/child_process.h"
 #include "tests/integration/generate_client.h"
-#include "tests/integration/greedy_reference.h"
 #include "tests/integration/metrics_page.h"
 #include "tests/integration/tcp_proxy.h"
+#include "tests/model/prompt_run.h"
 #include "tests/model/random_checkpoint.h"
 
 namespace prefilld::integration {
@@ -49,7 +49,7 @@ class SuddenDeath : public ::testing::Test {
       : checkpoint_(Config()),
         prefilld_("prefilld", {"--model=" + checkpoint_.dir(), "--device=cpu", "--cpu_threads=2",
                                "--deliver_to_allow=127.0.0.1:*"}),
-        long_prompt_(RandomPrompt(kLongPrompt, static_cast<uint32_t>(Config().vocab_size), 1)) {}
+        long_prompt_(model::RandomTokens(kLongPrompt, Config().vocab_size, 1)) {}
 
   std::vector<std::string> WorkerFlags(const std::string& prefill_address) const {
     return {"--model=" + checkpoint_.dir(), "--device=cpu", "--cpu_threads=1",

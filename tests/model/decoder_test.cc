@@ -20,17 +20,6 @@ namespace {
 using kernels::KvOrder;
 using ::testing::HasSubstr;
 
-std::unique_ptr<PrefillEngine> CreateEngine(const std::string& dir, int64_t max_tokens) {
-  EngineOptions options;
-  options.checkpoint_dir = dir;
-  options.device = DeviceChoice::kCpu;
-  options.cpu_threads = 2;
-  options.max_tokens = max_tokens;
-  auto engine = CreatePrefillEngine(options);
-  EXPECT_TRUE(engine.ok()) << engine.status();
-  return engine.ok() ? *std::move(engine) : nullptr;
-}
-
 std::unique_ptr<Decoder> CreateDecoder(const std::string& dir, int block_tokens, KvOrder order,
                                        int64_t pool_tokens) {
   DecoderOptions options;
@@ -43,12 +32,6 @@ std::unique_ptr<Decoder> CreateDecoder(const std::string& dir, int block_tokens,
   auto decoder = Decoder::Create(options);
   EXPECT_TRUE(decoder.ok()) << decoder.status();
   return decoder.ok() ? *std::move(decoder) : nullptr;
-}
-
-AttentionOptions Dense() {
-  AttentionOptions options;
-  options.policy = AttentionPolicy::kDense;
-  return options;
 }
 
 uint32_t Greedy(const std::vector<float>& logits, int64_t position) {
@@ -93,7 +76,7 @@ std::vector<uint32_t> GenerateDisaggregated(PrefillEngine& engine, Decoder& deco
                                             KvOrder order, int shares, int count) {
   const int64_t num_tokens = static_cast<int64_t>(prompt.size());
   const std::vector<int32_t> table = ScrambledTable(decoder);
-  auto sequence = engine.Start(prompt, Dense());
+  auto sequence = engine.Start(prompt, DenseAttention());
   EXPECT_TRUE(sequence.ok()) << sequence.status();
   for (int layer = 0; layer < engine.info().config.num_layers; ++layer) {
     EXPECT_TRUE((*sequence)->RunLayer().ok());
@@ -117,7 +100,7 @@ std::vector<uint32_t> GenerateByPrefill(PrefillEngine& engine, std::vector<uint3
                                         int count) {
   std::vector<uint32_t> generated;
   for (int i = 0; i < count; ++i) {
-    const PromptRun run = RunPrompt(engine, tokens, Dense());
+    const PromptRun run = RunPrompt(engine, tokens, DenseAttention());
     generated.push_back(Greedy(run.logits, static_cast<int64_t>(tokens.size())));
     tokens.push_back(generated.back());
   }
@@ -127,7 +110,7 @@ std::vector<uint32_t> GenerateByPrefill(PrefillEngine& engine, std::vector<uint3
 TEST(Decoder, ContinuesAPrefilledPromptLikeOneProcessInEveryLayout) {
   constexpr int kTokens = 12;
   const RandomCheckpoint checkpoint;
-  const auto engine = CreateEngine(checkpoint.dir(), 300);
+  const auto engine = NewEngine(CpuEngineOptions(checkpoint.dir(), 300));
   const auto prompt = RandomTokens(203, checkpoint.config().vocab_size);
   const auto expected = GenerateByPrefill(*engine, prompt, kTokens);
   for (int block_tokens : {16, 32, 64, 128}) {
@@ -154,7 +137,7 @@ TEST(Decoder, FamiliesContinueLikeOneProcess) {
   qwen2.head_dim = 128;
   for (const ModelConfig& config : {qwen3, qwen2}) {
     const RandomCheckpoint checkpoint(config);
-    const auto engine = CreateEngine(checkpoint.dir(), 300);
+    const auto engine = NewEngine(CpuEngineOptions(checkpoint.dir(), 300));
     const auto decoder = CreateDecoder(checkpoint.dir(), 16, KvOrder::kNhd, 300);
     const auto prompt = RandomTokens(130, config.vocab_size);
     EXPECT_EQ(GenerateDisaggregated(*engine, *decoder, prompt, 16, KvOrder::kNhd, 1, 8),
@@ -169,7 +152,7 @@ TEST(Decoder, TheEmbeddedModelContinuesLikeOneProcess) {
   }
   const std::string text = "int main(int argc, char** argv) {\n  if (argc < 2) {\n    return ";
   const std::vector<uint32_t> prompt(text.begin(), text.end());
-  const auto engine = CreateEngine(dir, 200);
+  const auto engine = NewEngine(CpuEngineOptions(dir, 200));
   const auto decoder = CreateDecoder(dir, 16, KvOrder::kNhd, 200);
   EXPECT_EQ(GenerateDisaggregated(*engine, *decoder, prompt, 16, KvOrder::kNhd, 1, 16),
             GenerateByPrefill(*engine, prompt, 16));
@@ -179,8 +162,10 @@ TEST(Decoder, SharesItsFingerprintWithTheEngine) {
   const RandomCheckpoint checkpoint;
   const RandomCheckpoint other(SmallRandomConfig(), /*seed=*/2);
   const auto decoder = CreateDecoder(checkpoint.dir(), 16, KvOrder::kNhd, 64);
-  EXPECT_EQ(decoder->fingerprint(), CreateEngine(checkpoint.dir(), 64)->info().fingerprint);
-  EXPECT_NE(decoder->fingerprint(), CreateEngine(other.dir(), 64)->info().fingerprint);
+  EXPECT_EQ(decoder->fingerprint(),
+            NewEngine(CpuEngineOptions(checkpoint.dir(), 64))->info().fingerprint);
+  EXPECT_NE(decoder->fingerprint(),
+            NewEngine(CpuEngineOptions(other.dir(), 64))->info().fingerprint);
 }
 
 TEST(Decoder, PoolHoldsTheTokensAskedFor) {

@@ -23,6 +23,7 @@
 #include "model/prefill_engine.h"
 #include "tests/model/golden_checkpoint.h"
 #include "tests/model/golden_file.h"
+#include "tests/model/prompt_run.h"
 
 namespace prefilld::model {
 namespace {
@@ -183,27 +184,6 @@ std::vector<uint32_t> TokensOf(const GoldenFile& golden, int64_t num_tokens) {
   return {prompt.begin(), prompt.end()};
 }
 
-AttentionOptions Dense() {
-  AttentionOptions options;
-  options.policy = AttentionPolicy::kDense;
-  return options;
-}
-
-// Null when a layer fails, which fails the test.
-std::unique_ptr<PrefillSequence> RunLayers(PrefillEngine& engine, absl::Span<const uint32_t> tokens,
-                                           bool logprobs) {
-  auto sequence = engine.Start(tokens, Dense(), logprobs);
-  EXPECT_TRUE(sequence.ok()) << sequence.status();
-  if (!sequence.ok()) return nullptr;
-  for (int layer = 0; layer < engine.info().config.num_layers; ++layer) {
-    const auto report = (*sequence)->RunLayer();
-    EXPECT_TRUE(report.ok()) << report.status();
-    if (!report.ok()) return nullptr;
-    (*sequence)->ReleaseKv(layer);
-  }
-  return *std::move(sequence);
-}
-
 TEST_P(GoldenTest, EqualsTransformers) {
   const int64_t num_tokens = GetParam().num_tokens;
   GoldenModel& model = Model(GetParam().case_name);
@@ -211,7 +191,7 @@ TEST_P(GoldenTest, EqualsTransformers) {
   const std::unique_ptr<PrefillEngine>& engine = *model.engine();
   const GoldenFile& golden = model.golden();
 
-  auto sequence = engine->Start(TokensOf(golden, num_tokens), Dense());
+  auto sequence = engine->Start(TokensOf(golden, num_tokens), DenseAttention());
   ASSERT_TRUE(sequence.ok()) << sequence.status();
   for (int layer = 0; layer < engine->info().config.num_layers; ++layer) {
     const auto report = (*sequence)->RunLayer();
@@ -233,8 +213,7 @@ TEST_P(GoldenTest, LogprobsAreThoseOfTheBeginningsLogits) {
     GTEST_SKIP() << "a beginning is rotated otherwise than the whole";
   }
   const std::vector<uint32_t> tokens = TokensOf(model.golden(), GetParam().num_tokens);
-  auto sequence = RunLayers(engine, tokens, /*logprobs=*/true);
-  ASSERT_NE(sequence, nullptr);
+  auto sequence = RunLayers(engine, tokens, DenseAttention(), /*logprobs=*/true);
   const auto logprobs = sequence->Logprobs(0, [] { return true; });
   ASSERT_TRUE(logprobs.ok()) << logprobs.status();
   sequence.reset();
@@ -242,8 +221,8 @@ TEST_P(GoldenTest, LogprobsAreThoseOfTheBeginningsLogits) {
   ASSERT_EQ(logprobs->of_best.size(), tokens.size() - 1);
   for (const size_t length : std::set<size_t>{1, tokens.size() / 2, tokens.size() - 1}) {
     if (length < 1 || length >= tokens.size()) continue;
-    sequence = RunLayers(engine, absl::MakeConstSpan(tokens).first(length), /*logprobs=*/false);
-    ASSERT_NE(sequence, nullptr);
+    sequence = RunLayers(engine, absl::MakeConstSpan(tokens).first(length), DenseAttention(),
+                         /*logprobs=*/false);
     const auto all_logits = sequence->FinalLogits();
     ASSERT_TRUE(all_logits.ok()) << all_logits.status();
     const std::vector<float>& logits = all_logits->front();

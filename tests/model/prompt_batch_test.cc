@@ -45,24 +45,9 @@ Prompts RandomPrompts(const std::vector<int64_t>& lengths, int64_t vocab_size) {
 }
 
 EngineOptions Options(const RandomCheckpoint& checkpoint, int64_t max_batch_tokens) {
-  EngineOptions options;
-  options.checkpoint_dir = checkpoint.dir();
+  EngineOptions options = CpuEngineOptions(checkpoint.dir(), 800);
   options.device = device;
-  options.cpu_threads = 2;
-  options.max_tokens = 800;
   options.max_batch_tokens = max_batch_tokens;
-  return options;
-}
-
-std::unique_ptr<PrefillEngine> Create(const EngineOptions& options) {
-  auto engine = CreatePrefillEngine(options);
-  EXPECT_TRUE(engine.ok()) << engine.status();
-  return engine.ok() ? *std::move(engine) : nullptr;
-}
-
-AttentionOptions Dense() {
-  AttentionOptions options;
-  options.policy = AttentionPolicy::kDense;
   return options;
 }
 
@@ -86,11 +71,11 @@ void ExpectNear(const std::vector<float>& actual, const std::vector<float>& expe
 }
 
 void ExpectEachAsAlone(PrefillEngine& engine, const Prompts& prompts) {
-  const std::vector<PromptRun> together = RunPrompts(engine, prompts, Dense());
+  const std::vector<PromptRun> together = RunPrompts(engine, prompts, DenseAttention());
   ASSERT_EQ(together.size(), prompts.size());
   for (size_t i = 0; i < prompts.size(); ++i) {
     SCOPED_TRACE(testing::Message() << "prompt " << i << ", " << prompts[i].size() << " tokens");
-    const PromptRun alone = RunPrompts(engine, {prompts[i]}, Dense()).front();
+    const PromptRun alone = RunPrompts(engine, {prompts[i]}, DenseAttention()).front();
     for (size_t layer = 0; layer < alone.kv.size(); ++layer) {
       EXPECT_LE(RelativeError(together[i].kv[layer], alone.kv[layer]), RelativeTolerance())
           << "layer " << layer;
@@ -168,8 +153,7 @@ TEST_P(PromptBatch, OfUnequalLengthsGivesEachWhatItGivesAlone) {
   EngineOptions options = Options(checkpoint, 8192);
   options.block_tokens = GetParam().block_tokens;
   options.tile_tokens = GetParam().tile_tokens;
-  const auto engine = Create(options);
-  ASSERT_NE(engine, nullptr);
+  const auto engine = NewEngine(options);
   ExpectEachAsAlone(*engine,
                     RandomPrompts({1, 127, 128, 129, 300, 64, 65, 2, 700, 1}, config.vocab_size));
   ExpectEachAsAlone(*engine, RandomPrompts({800, 1}, config.vocab_size));
@@ -191,33 +175,31 @@ class PromptBatchTest : public ::testing::Test {
 TEST_F(PromptBatchTest, TakesLogitsInTiles) {
   EngineOptions options = Options(checkpoint_, 2048);
   options.tile_tokens = 3;
-  const auto engine = Create(options);
-  ASSERT_NE(engine, nullptr);
+  const auto engine = NewEngine(options);
   ExpectEachAsAlone(*engine, RandomPrompts({3, 4, 5, 6, 7, 8, 9, 10}, 320));
 }
 
 TEST_F(PromptBatchTest, LeavesNoTraceInTheNextPrompt) {
-  const auto engine = Create(Options(checkpoint_, 4096));
-  ASSERT_NE(engine, nullptr);
+  const auto engine = NewEngine(Options(checkpoint_, 4096));
   const std::vector<uint32_t> tokens = RandomTokens(700, 320);
-  const PromptRun before = RunPrompt(*engine, tokens, Dense());
+  const PromptRun before = RunPrompt(*engine, tokens, DenseAttention());
   const size_t bytes = engine->allocated_bytes();
-  RunPrompts(*engine, RandomPrompts({300, 5, 400}, 320), Dense());
+  RunPrompts(*engine, RandomPrompts({300, 5, 400}, 320), DenseAttention());
   EXPECT_EQ(engine->allocated_bytes(), bytes) << "nothing is allocated per batch";
-  const PromptRun after = RunPrompt(*engine, tokens, Dense());
+  const PromptRun after = RunPrompt(*engine, tokens, DenseAttention());
   EXPECT_EQ(before.kv, after.kv);
   EXPECT_EQ(before.logits, after.logits);
 }
 
 TEST_F(PromptBatchTest, CountsWhatAPromptTakesWithItsPadding) {
-  const auto engine = Create(Options(checkpoint_, 4800));
-  ASSERT_NE(engine, nullptr);
+  const auto engine = NewEngine(Options(checkpoint_, 4800));
   EXPECT_EQ(engine->max_batch_tokens(), 4800);
-  EXPECT_EQ(engine->BatchTokens(1, Dense()), 128);
-  EXPECT_EQ(engine->BatchTokens(128, Dense()), 128);
-  EXPECT_EQ(engine->BatchTokens(129, Dense()), 256);
-  EXPECT_EQ(engine->BatchTokens(512, Dense()), 512);
-  EXPECT_EQ(engine->BatchTokens(513, Dense()), 0) << "640 with its padding, of which 8 do not fit";
+  EXPECT_EQ(engine->BatchTokens(1, DenseAttention()), 128);
+  EXPECT_EQ(engine->BatchTokens(128, DenseAttention()), 128);
+  EXPECT_EQ(engine->BatchTokens(129, DenseAttention()), 256);
+  EXPECT_EQ(engine->BatchTokens(512, DenseAttention()), 512);
+  EXPECT_EQ(engine->BatchTokens(513, DenseAttention()), 0)
+      << "640 with its padding, of which 8 do not fit";
   AttentionOptions sparse;
   sparse.policy = AttentionPolicy::kVerticalSlash;
   EXPECT_EQ(engine->BatchTokens(257, sparse), 0);
@@ -225,33 +207,31 @@ TEST_F(PromptBatchTest, CountsWhatAPromptTakesWithItsPadding) {
 }
 
 TEST_F(PromptBatchTest, RefusesWhatDoesNotFitTogether) {
-  const auto engine = Create(Options(checkpoint_, 3072));
-  ASSERT_NE(engine, nullptr);
+  const auto engine = NewEngine(Options(checkpoint_, 3072));
   const std::vector<uint32_t> tokens = RandomTokens(300, 320);
   const auto start = [&](std::vector<PromptInput> prompts) {
     return engine->Start(prompts).status();
   };
   EXPECT_EQ(start({}).code(), absl::StatusCode::kInvalidArgument);
-  const PromptInput prompt = {tokens, Dense()};
+  const PromptInput prompt = {tokens, DenseAttention()};
   EXPECT_TRUE(start(std::vector<PromptInput>(8, prompt)).ok());
   const absl::Status full = start(std::vector<PromptInput>(9, prompt));
   EXPECT_EQ(full.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(full.message(), HasSubstr("a batch of 3456 tokens; at most 3072"));
   PromptInput sparse = prompt;
   sparse.attention.policy = AttentionPolicy::kVerticalSlash;
-  const PromptInput small = {absl::MakeConstSpan(tokens).first(5), Dense()};
+  const PromptInput small = {absl::MakeConstSpan(tokens).first(5), DenseAttention()};
   const absl::Status not_dense = start({small, sparse});
   EXPECT_EQ(not_dense.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(not_dense.message(), HasSubstr("vertical_slash runs alone"));
-  EXPECT_EQ(start({small, {{}, Dense()}}).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(start({small, {{}, DenseAttention()}}).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_TRUE(start({small, small, small, small}).ok());
 }
 
 TEST_F(PromptBatchTest, HasAPlaceForEveryPromptAndNoOther) {
-  const auto engine = Create(Options(checkpoint_, 1024));
-  ASSERT_NE(engine, nullptr);
+  const auto engine = NewEngine(Options(checkpoint_, 1024));
   const std::vector<uint32_t> tokens = RandomTokens(100, 320);
-  const PromptInput prompt = {tokens, Dense()};
+  const PromptInput prompt = {tokens, DenseAttention()};
   const auto sequence = engine->Start({prompt, prompt});
   ASSERT_TRUE(sequence.ok()) << sequence.status();
   EXPECT_EQ((*sequence)->policy(), AttentionPolicy::kDense);
@@ -271,9 +251,9 @@ TEST_F(PromptBatchTest, HasAPlaceForEveryPromptAndNoOther) {
 
 TEST_F(PromptBatchTest, IsOffOnTheCpuAndOnElsewhereUnlessSaidOtherwise) {
   EngineOptions options = Options(checkpoint_, 0);
-  EXPECT_EQ(Create(options)->BatchTokens(1, Dense()), 0);
+  EXPECT_EQ(NewEngine(options)->BatchTokens(1, DenseAttention()), 0);
   options.max_batch_tokens.reset();
-  EXPECT_EQ(Create(options)->max_batch_tokens(), device == DeviceChoice::kCpu ? 0 : 2048);
+  EXPECT_EQ(NewEngine(options)->max_batch_tokens(), device == DeviceChoice::kCpu ? 0 : 2048);
   for (const int64_t outside : {int64_t{-1}, int64_t{1} << 20}) {
     options.max_batch_tokens = outside;
     EXPECT_THAT(CreatePrefillEngine(options).status().message(), HasSubstr("max_batch_tokens"));
@@ -286,10 +266,9 @@ TEST(PromptBatchOfDynamicNtk, TakesPromptsOfOneRotationAlone) {
   config.rope.factor = 2.0;
   config.rope.original_max_positions = config.max_positions = 256;
   const RandomCheckpoint checkpoint(config);
-  const auto engine = Create(Options(checkpoint, 4096));
-  ASSERT_NE(engine, nullptr);
-  EXPECT_EQ(engine->BatchTokens(256, Dense()), 256);
-  EXPECT_EQ(engine->BatchTokens(257, Dense()), 0);
+  const auto engine = NewEngine(Options(checkpoint, 4096));
+  EXPECT_EQ(engine->BatchTokens(256, DenseAttention()), 256);
+  EXPECT_EQ(engine->BatchTokens(257, DenseAttention()), 0);
   ExpectEachAsAlone(*engine, RandomPrompts({256, 3, 200}, config.vocab_size));
 }
 

@@ -23,6 +23,25 @@ void OrDie(const absl::Status& status) {
 
 }  // namespace
 
+EngineOptions CpuEngineOptions(const std::string& checkpoint_dir, int64_t max_tokens) {
+  EngineOptions options;
+  options.checkpoint_dir = checkpoint_dir;
+  options.device = DeviceChoice::kCpu;
+  options.cpu_threads = 2;
+  options.max_tokens = max_tokens;
+  return options;
+}
+
+std::unique_ptr<PrefillEngine> NewEngine(const EngineOptions& options) {
+  return OrDie(CreatePrefillEngine(options));
+}
+
+AttentionOptions DenseAttention() {
+  AttentionOptions options;
+  options.policy = AttentionPolicy::kDense;
+  return options;
+}
+
 std::vector<uint32_t> RandomTokens(int64_t count, int64_t vocab_size, uint64_t seed) {
   std::mt19937_64 random(seed);
   std::vector<uint32_t> tokens(count);
@@ -50,6 +69,16 @@ std::vector<uint8_t> PackLayer(PrefillEngine& engine, PrefillSequence& sequence,
   std::vector<uint8_t> packed(bytes);
   std::memcpy(packed.data(), staging.data(), bytes);
   return packed;
+}
+
+std::unique_ptr<PrefillSequence> RunLayers(PrefillEngine& engine, absl::Span<const uint32_t> tokens,
+                                           const AttentionOptions& options, bool logprobs) {
+  std::unique_ptr<PrefillSequence> sequence = OrDie(engine.Start(tokens, options, logprobs));
+  for (int layer = 0; layer < engine.info().config.num_layers; ++layer) {
+    OrDie(sequence->RunLayer());
+    sequence->ReleaseKv(layer);
+  }
+  return sequence;
 }
 
 namespace {
