@@ -113,7 +113,8 @@ Metrics::Metrics(const model::EngineInfo& engine)
       lane_frames_(NewCounters(*registry_, "prefilld_kv_frames_total",
                                "KV frames handed to the transport.", "lane", LaneNames())),
       stall_time_(NewCounter("prefilld_stall_seconds_total",
-                             "Compute time lost waiting for consumers to take frames.")),
+                             "Time that layers waited for consumers to take frames of those "
+                             "before; what is left to take after the last layer does not count.")),
       device_errors_(NewCounter("prefilld_device_errors_total", "Failures of the device.")),
       queued_requests_(NewGauge("prefilld_queued_requests", "Requests waiting to compute.")),
       queued_tokens_(NewGauge("prefilld_queued_tokens", "Prompt tokens waiting to compute.")),

@@ -40,7 +40,7 @@ struct JobStats {
   std::optional<model::AttentionPolicy> policy;  // the one that ran
   int batch_prompts = 0;                         // computed together, this one included
   std::vector<model::LayerReport> layers;        // computed so far
-  absl::Duration stalled;                        // compute waited for the consumer
+  absl::Duration stalled;                        // layers waited for the consumers
   std::optional<absl::Duration> logprobs;        // of the prompt took, if asked for
 };
 

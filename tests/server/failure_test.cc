@@ -78,8 +78,23 @@ TEST_F(Failure, ASlowConsumerPausesTheComputeAndGetsEverything) {
   const StreamContents rest = slow.Rest();
   ASSERT_NE(rest.result(), nullptr);
   EXPECT_GT(rest.result()->stall_us(), 10'000);
+  EXPECT_LE(rest.result()->stall_us(), rest.result()->compute_us());
   ExpectWholeCache(rest.frames(), layout);
   EXPECT_GT(Metric("prefilld_stall_seconds_total"), 0.01);
+}
+
+TEST_F(Failure, WaitingForAConsumerAfterTheLastLayerIsNoStall) {
+  engine_options_.num_layers = 2;  // fewer than the KV slots: no layer waits
+  StartServer();
+  OpenStream slow(*stub_, LargePrompt());
+  EXPECT_TRUE(Eventually([&] { return engine_->layers_run() == 2; }));
+  absl::SleepFor(absl::Milliseconds(50));
+  EXPECT_EQ(engine_->alive(), 1);
+  const StreamContents rest = slow.Rest();
+  ASSERT_NE(rest.result(), nullptr);
+  EXPECT_LT(rest.result()->stall_us(), 10'000);
+  EXPECT_LE(rest.result()->stall_us(), rest.result()->compute_us());
+  EXPECT_LT(Metric("prefilld_stall_seconds_total"), 0.01);
 }
 
 TEST_F(Failure, ASlowConsumerIsCutOffWhenOthersWait) {
