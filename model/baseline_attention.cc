@@ -60,12 +60,6 @@ absl::Status BaselineAttention::Allocate(int64_t max_tokens) {
     DeviceBuffer& buffer;
     int64_t bytes;
   } wanted[] = {
-      {block_estimate_, heads * blocks * kFloat},
-      {vertical_, heads * max_tokens * kFloat},
-      {slash_, heads * max_tokens * kFloat},
-      {scratch_, kernels::EstimateScratchBytes(config_.num_heads, max_tokens, block_tokens_)},
-      {columns_, heads * words * kWord},
-      {diagonals_, heads * words * kWord},
       {patterns_, heads * blocks * words * kWord},
       {block_means_, 2 * blocks * config_.head_dim * kFloat},
       {block_mass_, blocks * blocks * kFloat},
@@ -76,6 +70,10 @@ absl::Status BaselineAttention::Allocate(int64_t max_tokens) {
     if (!allocated.ok()) return allocated.status();
     buffer = *std::move(allocated);
   }
+  absl::StatusOr<std::unique_ptr<HeadEstimate>> head_estimate =
+      HeadEstimate::Create(&backend_, config_.num_heads, max_tokens, block_tokens_);
+  if (!head_estimate.ok()) return head_estimate.status();
+  head_estimate_ = *std::move(head_estimate);
   absl::StatusOr<std::unique_ptr<RecallAudit>> audit =
       RecallAudit::Create(&backend_, config_.num_heads);
   if (!audit.ok()) return audit.status();
@@ -146,36 +144,14 @@ absl::Status BaselineAttention::ChooseByQuery(const kernels::AttentionParams& at
 
 // For all heads; those that block means predict get another pattern.
 absl::Status BaselineAttention::ChooseVerticalSlash(const kernels::AttentionParams& attention) {
-  const int64_t first = std::max<int64_t>(0, num_tokens_ - block_tokens_);
-  kernels::EstimateParams estimate =
-      kernels::EstimateInputs(attention, first, num_tokens_, backend_.compute_dtype());
-  estimate.block_mass = block_estimate_.as<float>();
-  estimate.vertical = vertical_.as<float>();
-  estimate.slash = slash_.as<float>();
-  estimate.scratch = scratch_.data();
-  absl::Status status = backend_.Estimate(estimate);
+  absl::Status status = head_estimate_->OfLastQueries(attention);
   if (status.ok()) {
-    status = backend_.VerticalSlash({.vertical = vertical_.as<float>(),
-                                     .slash = slash_.as<float>(),
-                                     .num_keys = num_tokens_,
-                                     .num_heads = config_.num_heads,
-                                     .block_tokens = block_tokens_,
-                                     .gamma = options_.gamma_of_vertical_slash(),
-                                     .min_budget_tokens = options_.min_budget_tokens,
-                                     .columns = columns_.as<uint32_t>(),
-                                     .diagonals = diagonals_.as<uint32_t>()});
-  }
-  if (status.ok()) {
-    status = backend_.ExpandVerticalSlash({.columns = columns_.as<uint32_t>(),
-                                           .diagonals = diagonals_.as<uint32_t>(),
-                                           .num_query_blocks = num_blocks_,
-                                           .num_key_blocks = num_blocks_,
-                                           .pattern = Pattern(0),
-                                           .num_heads = config_.num_heads,
-                                           .blocks = head_blocks_.as<int64_t>()});
+    status = head_estimate_->BuildVerticalSlash(options_.gamma_of_vertical_slash(),
+                                                options_.min_budget_tokens, Pattern(0),
+                                                head_blocks_.as<int64_t>());
   }
   if (!status.ok()) return status;
-  return backend_.Download(estimate_.data(), block_estimate_.data(),
+  return backend_.Download(estimate_.data(), head_estimate_->block_mass().data(),
                            estimate_.size() * sizeof(float));
 }
 
@@ -221,11 +197,7 @@ absl::Status BaselineAttention::Audit(int layer, const kernels::AttentionParams&
                                       LayerReport* report) {
   std::vector<float> recall(config_.num_heads);
   absl::Status status = audit_->Measure(attention, layer, options_.recall_audit_rows,
-                                        {.block_mass = block_estimate_.as<float>(),
-                                         .vertical = vertical_.as<float>(),
-                                         .slash = slash_.as<float>(),
-                                         .scratch = scratch_.data()},
-                                        absl::MakeSpan(recall));
+                                        *head_estimate_, absl::MakeSpan(recall));
   for (int head = 0; head < config_.num_heads && status.ok(); ++head) {
     report->recall.push_back({layer, head, sources_[head], recall[head]});
   }

@@ -23,6 +23,7 @@
 #include "model/attention_policy.h"
 #include "model/backend.h"
 #include "model/config.h"
+#include "model/head_estimate.h"
 #include "model/prefill_engine.h"
 #include "model/recall_audit.h"
 
@@ -74,14 +75,11 @@ class BaselineAttention {
   const int block_tokens_;
 
   // Device memory; H heads, n blocks, W words of a row.
-  DeviceBuffer block_estimate_;    // [H, n] fp32
-  DeviceBuffer vertical_, slash_;  // [H, num_tokens] fp32
-  DeviceBuffer scratch_;
-  DeviceBuffer columns_, diagonals_;  // [H, W]
-  DeviceBuffer patterns_;             // [H, n, W]
-  DeviceBuffer block_means_;          // [2, n, head_dim] fp32
-  DeviceBuffer block_mass_;           // [n, n] fp32, of one head
-  DeviceBuffer head_blocks_;          // [H] int64
+  std::unique_ptr<HeadEstimate> head_estimate_;
+  DeviceBuffer patterns_;     // [H, n, W]
+  DeviceBuffer block_means_;  // [2, n, head_dim] fp32
+  DeviceBuffer block_mass_;   // [n, n] fp32, of one head
+  DeviceBuffer head_blocks_;  // [H] int64
   std::unique_ptr<RecallAudit> audit_;
 
   // The prompt.

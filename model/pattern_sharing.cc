@@ -53,18 +53,10 @@ absl::Status PatternSharing::Allocate(int64_t max_tokens) {
   const int64_t blocks = kernels::CeilDiv(max_tokens, block_tokens_);
   const int64_t words = kernels::PatternWords(blocks);
   const int64_t mass_bytes = blocks * blocks * int64_t{sizeof(float)};
-  const int64_t scratch_bytes =
-      kernels::EstimateScratchBytes(config_.num_heads, max_tokens, block_tokens_);
   const struct {
     DeviceBuffer& buffer;
     int64_t bytes;
   } wanted[] = {
-      {block_estimate_, heads * blocks * int64_t{sizeof(float)}},
-      {vertical_, heads * max_tokens * int64_t{sizeof(float)}},
-      {slash_, heads * max_tokens * int64_t{sizeof(float)}},
-      {scratch_, scratch_bytes},
-      {columns_, heads * words * int64_t{sizeof(uint32_t)}},
-      {diagonals_, heads * words * int64_t{sizeof(uint32_t)}},
       {last_rows_, heads * words * int64_t{sizeof(uint32_t)}},
       {vertical_slash_patterns_, heads * blocks * words * int64_t{sizeof(uint32_t)}},
       {pivot_patterns_, clusters_.num_clusters * blocks * words * int64_t{sizeof(uint32_t)}},
@@ -80,8 +72,14 @@ absl::Status PatternSharing::Allocate(int64_t max_tokens) {
     if (!allocated.ok()) return allocated.status();
     buffer = *std::move(allocated);
   }
+  absl::StatusOr<std::unique_ptr<HeadEstimate>> head_estimate =
+      HeadEstimate::Create(&backend_, config_.num_heads, max_tokens, block_tokens_);
+  if (!head_estimate.ok()) return head_estimate.status();
+  head_estimate_ = *std::move(head_estimate);
   const std::pair<DeviceBuffer&, const DeviceBuffer&> host_copies[] = {
-      {estimate_, block_estimate_}, {last_rows_host_, last_rows_}, {figures_host_, figures_}};
+      {estimate_, head_estimate_->block_mass()},
+      {last_rows_host_, last_rows_},
+      {figures_host_, figures_}};
   for (const auto& [copy, original] : host_copies) {
     absl::StatusOr<DeviceBuffer> allocated = backend_.AllocateStaging(original.bytes());
     if (!allocated.ok()) return allocated.status();
@@ -135,10 +133,10 @@ absl::Status PatternSharing::Attend(int layer, const kernels::AttentionParams& a
 
 absl::Status PatternSharing::Prepare(const kernels::AttentionParams& attention) {
   absl::Status status = backend_.Mark(kBegin);
-  if (status.ok()) status = Estimate(attention);
+  if (status.ok()) status = head_estimate_->OfLastQueries(attention);
   // The host decides by it while the device goes on to the sets.
   if (status.ok() && may_share_) {
-    status = backend_.StartDownload(estimate_.data(), block_estimate_.data(),
+    status = backend_.StartDownload(estimate_.data(), head_estimate_->block_mass().data(),
                                     config_.num_heads * num_blocks_ * sizeof(float));
   }
   if (status.ok()) status = backend_.Mark(kEstimated);
@@ -147,42 +145,15 @@ absl::Status PatternSharing::Prepare(const kernels::AttentionParams& attention) 
   return status;
 }
 
-absl::Status PatternSharing::Estimate(const kernels::AttentionParams& attention) {
-  const int64_t first = std::max<int64_t>(0, num_tokens_ - block_tokens_);
-  kernels::EstimateParams estimate =
-      kernels::EstimateInputs(attention, first, num_tokens_, backend_.compute_dtype());
-  estimate.block_mass = block_estimate_.as<float>();
-  estimate.vertical = vertical_.as<float>();
-  estimate.slash = slash_.as<float>();
-  estimate.scratch = scratch_.data();
-  return backend_.Estimate(estimate);
-}
-
 // Of all heads, whatever they will turn out to do: one launch is cheaper than choosing, and the
 // device would only wait for the host's decisions.
 absl::Status PatternSharing::SelectSets() {
-  absl::Status status = backend_.VerticalSlash({.vertical = vertical_.as<float>(),
-                                                .slash = slash_.as<float>(),
-                                                .num_keys = num_tokens_,
-                                                .num_heads = config_.num_heads,
-                                                .block_tokens = block_tokens_,
-                                                .gamma = options_.gamma_of_vertical_slash(),
-                                                .min_budget_tokens = options_.min_budget_tokens,
-                                                .columns = columns_.as<uint32_t>(),
-                                                .diagonals = diagonals_.as<uint32_t>()});
-  if (status.ok()) {
-    status =
-        backend_.ExpandVerticalSlash({.columns = columns_.as<uint32_t>(),
-                                      .diagonals = diagonals_.as<uint32_t>(),
-                                      .num_query_blocks = num_blocks_,
-                                      .num_key_blocks = num_blocks_,
-                                      .pattern = VerticalSlashPattern(0),
-                                      .num_heads = config_.num_heads,
-                                      .blocks = figures_.as<int64_t>() + VerticalSlashSlot(0)});
-  }
+  absl::Status status = head_estimate_->BuildVerticalSlash(
+      options_.gamma_of_vertical_slash(), options_.min_budget_tokens, VerticalSlashPattern(0),
+      figures_.as<int64_t>() + VerticalSlashSlot(0));
   // Each head's own blocks of the last row, should it share.
   if (status.ok() && may_share_) {
-    status = backend_.SelectRows({.block_mass = block_estimate_.as<float>(),
+    status = backend_.SelectRows({.block_mass = head_estimate_->block_mass().as<float>(),
                                   .num_query_blocks = 1,
                                   .num_key_blocks = num_blocks_,
                                   .gamma = options_.gamma,
@@ -319,11 +290,7 @@ absl::Status PatternSharing::Audit(int layer, const kernels::AttentionParams& at
   std::vector<float> recall(attention.num_work);
   // The estimate has been read; what it was written to is free.
   absl::Status status = audit_->Measure(attention, layer, options_.recall_audit_rows,
-                                        {.block_mass = block_estimate_.as<float>(),
-                                         .vertical = vertical_.as<float>(),
-                                         .slash = slash_.as<float>(),
-                                         .scratch = scratch_.data()},
-                                        absl::MakeSpan(recall));
+                                        *head_estimate_, absl::MakeSpan(recall));
   for (int i = 0; i < attention.num_work && status.ok(); ++i) {
     const int head = attention.work[i].head;
     const PatternSource source =

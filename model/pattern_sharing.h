@@ -30,6 +30,7 @@
 #include "model/backend.h"
 #include "model/config.h"
 #include "model/head_clusters.h"
+#include "model/head_estimate.h"
 #include "model/prefill_engine.h"
 #include "model/recall_audit.h"
 #include "model/sharing_decision.h"
@@ -96,7 +97,6 @@ class PatternSharing {
                             LayerReport* report);
   absl::Status DownloadForReport();
 
-  absl::Status Estimate(const kernels::AttentionParams& attention);
   absl::Status SelectSets();
   absl::Status AttendPivots(const kernels::AttentionParams& attention,
                             absl::Span<const int> pivots);
@@ -138,10 +138,7 @@ class PatternSharing {
   const int block_tokens_;
 
   // Device memory; H heads, n blocks, W words of a row.
-  DeviceBuffer block_estimate_;    // [H, n] fp32
-  DeviceBuffer vertical_, slash_;  // [H, num_tokens] fp32
-  DeviceBuffer scratch_;
-  DeviceBuffer columns_, diagonals_;      // [H, W]
+  std::unique_ptr<HeadEstimate> head_estimate_;
   DeviceBuffer last_rows_;                // [H, W]
   DeviceBuffer vertical_slash_patterns_;  // [H, n, W]
   DeviceBuffer pivot_patterns_;           // [num_clusters, n, W]

@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/pattern.h"
+#include "model/head_estimate.h"
+
 namespace prefilld::model {
 namespace {
 
@@ -53,13 +56,13 @@ absl::StatusOr<std::unique_ptr<RecallAudit>> RecallAudit::Create(Backend* backen
 }
 
 absl::Status RecallAudit::Measure(const kernels::AttentionParams& attention, int layer,
-                                  int64_t num_rows, const Buffers& buffers,
+                                  int64_t num_rows, HeadEstimate& estimate,
                                   absl::Span<float> recall) {
   const int64_t num_blocks = kernels::CeilDiv(attention.num_keys, attention.block_tokens);
   std::fill(mass_times_queries_.begin(), mass_times_queries_.end(), 0.0);
   int64_t num_queries = 0;
   for (const int64_t row : AuditedRows(num_blocks, num_rows, layer)) {
-    absl::Status status = MeasureRow(attention, row, buffers);
+    absl::Status status = MeasureRow(attention, row, estimate);
     if (status.ok()) {
       status = backend_.Download(mass_.data(), figures_.data(), num_heads_ * sizeof(double));
     }
@@ -81,29 +84,24 @@ absl::Status RecallAudit::Measure(const kernels::AttentionParams& attention, int
 
 // The row's queries, as if the prompt ended with them.
 absl::Status RecallAudit::MeasureRow(const kernels::AttentionParams& attention, int64_t row,
-                                     const Buffers& buffers) {
+                                     HeadEstimate& estimate) {
   const int64_t num_blocks = kernels::CeilDiv(attention.num_keys, attention.block_tokens);
   const int64_t first = row * attention.block_tokens;
   const int64_t end = std::min(first + attention.block_tokens, attention.num_keys);
-  kernels::EstimateParams estimate =
-      kernels::EstimateInputs(attention, first, end, backend_.compute_dtype());
-  estimate.block_mass = buffers.block_mass;
-  estimate.vertical = buffers.vertical;
-  estimate.slash = buffers.slash;
-  estimate.scratch = buffers.scratch;
-  absl::Status status = backend_.Estimate(estimate);
+  absl::Status status = estimate.OfQueries(attention, first, end);
   const int64_t pattern_offset = row * kernels::PatternWords(num_blocks);
   for (int i = 0; i < attention.num_work && status.ok(); ++i) {
     const kernels::HeadWork& work = attention.work[i];
     if (work.pattern == nullptr) continue;
     // Nothing of the row's pattern lies beyond its diagonal, where its block mass ends.
-    status = backend_.MeasurePattern({.block_mass = buffers.block_mass + work.head * (row + 1),
-                                      .pattern = work.pattern + pattern_offset,
-                                      .last_row = row + 1 == num_blocks ? work.last_row : nullptr,
-                                      .num_query_blocks = 1,
-                                      .num_key_blocks = row + 1,
-                                      .mass = figures_.as<double>() + i,
-                                      .blocks = figures_.as<int64_t>() + num_heads_ + i});
+    status = backend_.MeasurePattern(
+        {.block_mass = estimate.block_mass().as<float>() + work.head * (row + 1),
+         .pattern = work.pattern + pattern_offset,
+         .last_row = row + 1 == num_blocks ? work.last_row : nullptr,
+         .num_query_blocks = 1,
+         .num_key_blocks = row + 1,
+         .mass = figures_.as<double>() + i,
+         .blocks = figures_.as<int64_t>() + num_heads_ + i});
   }
   return status;
 }

@@ -24,6 +24,8 @@
 
 namespace prefilld::model {
 
+class HeadEstimate;
+
 // Where a sparse head has its pattern from.
 enum class PatternSource : uint8_t { kPivot, kVerticalSlash, kBaseline };
 
@@ -50,28 +52,20 @@ std::vector<int64_t> AuditedRows(int64_t num_blocks, int64_t num_rows, int layer
 // Not thread-safe.
 class RecallAudit {
  public:
-  // What kernels::EstimateParams writes to, large enough for the whole prompt. Overwritten.
-  struct Buffers {
-    float* block_mass = nullptr;
-    float* vertical = nullptr;
-    float* slash = nullptr;
-    void* scratch = nullptr;
-  };
-
   // The backend is borrowed and outlives this. `num_heads` bounds attention.num_work.
   static absl::StatusOr<std::unique_ptr<RecallAudit>> Create(Backend* backend, int num_heads);
 
   // recall[i] is that of attention.work[i], 1 for a dense head; [num_work]. `attention` is what is
   // about to run over the whole prompt: afterwards its queries may be overwritten. Waits for the
-  // device once per row.
+  // device once per row. `estimate` is overwritten.
   absl::Status Measure(const kernels::AttentionParams& attention, int layer, int64_t num_rows,
-                       const Buffers& buffers, absl::Span<float> recall);
+                       HeadEstimate& estimate, absl::Span<float> recall);
 
  private:
   RecallAudit(Backend* backend, int num_heads) : backend_(*backend), num_heads_(num_heads) {}
 
   absl::Status MeasureRow(const kernels::AttentionParams& attention, int64_t row,
-                          const Buffers& buffers);
+                          HeadEstimate& estimate);
 
   Backend& backend_;
   const int num_heads_;

@@ -92,6 +92,10 @@ absl::Status AttentionRecorder::Allocate(const Weights* weights) {
                                 /*max_batch_tokens=*/0);
   if (!step.ok()) return step.status();
   step_ = *std::move(step);
+  auto estimate = HeadEstimate::Create(&backend_, config_.num_heads, options_.max_tokens,
+                                       options_.block_tokens);
+  if (!estimate.ok()) return estimate.status();
+  estimate_ = *std::move(estimate);
 
   const int64_t heads = config_.num_heads;
   const int64_t tokens = options_.max_tokens;
@@ -107,13 +111,7 @@ absl::Status AttentionRecorder::Allocate(const Weights* weights) {
   } wanted[] = {
       {keys_, kv_bytes},
       {values_, kv_bytes},
-      {estimate_, heads * blocks * kFloatBytes},
-      {vertical_, heads * tokens * kFloatBytes},
-      {slash_, heads * tokens * kFloatBytes},
-      {columns_, heads * words * int64_t{sizeof(uint32_t)}},
-      {diagonals_, heads * words * int64_t{sizeof(uint32_t)}},
       {vertical_slash_patterns_, heads * blocks * words * int64_t{sizeof(uint32_t)}},
-      {scratch_, kernels::EstimateScratchBytes(config_.num_heads, tokens, options_.block_tokens)},
       {block_mass_, std::clamp(kBlockMassBytes, mass_bytes, mass_bytes * heads)},
       {pattern_mass_, heads * int64_t{sizeof(double)}},
       {pattern_blocks_, heads * int64_t{sizeof(int64_t)}},
@@ -165,38 +163,16 @@ kernels::AttentionParams AttentionRecorder::Attention() const {
 }
 
 absl::Status AttentionRecorder::RecordEstimate(SafetensorsWriter& file) {
-  const kernels::AttentionParams attention = Attention();
-  const int64_t first = std::max<int64_t>(0, num_tokens_ - options_.block_tokens);
-  kernels::EstimateParams estimate =
-      kernels::EstimateInputs(attention, first, num_tokens_, backend_.compute_dtype());
-  estimate.block_mass = estimate_.as<float>();
-  estimate.vertical = vertical_.as<float>();
-  estimate.slash = slash_.as<float>();
-  estimate.scratch = scratch_.data();
-  absl::Status status = backend_.Estimate(estimate);
+  absl::Status status = estimate_->OfLastQueries(Attention());
   if (status.ok()) {
-    status = backend_.VerticalSlash({.vertical = vertical_.as<float>(),
-                                     .slash = slash_.as<float>(),
-                                     .num_keys = num_tokens_,
-                                     .num_heads = config_.num_heads,
-                                     .block_tokens = options_.block_tokens,
-                                     .gamma = options_.gamma,
-                                     .min_budget_tokens = options_.min_budget_tokens,
-                                     .columns = columns_.as<uint32_t>(),
-                                     .diagonals = diagonals_.as<uint32_t>()});
-  }
-  if (status.ok()) {
-    status = backend_.ExpandVerticalSlash({.columns = columns_.as<uint32_t>(),
-                                           .diagonals = diagonals_.as<uint32_t>(),
-                                           .num_query_blocks = num_blocks_,
-                                           .num_key_blocks = num_blocks_,
-                                           .pattern = vertical_slash_patterns_.as<uint32_t>(),
-                                           .num_heads = config_.num_heads});
+    status = estimate_->BuildVerticalSlash(options_.gamma, options_.min_budget_tokens,
+                                           vertical_slash_patterns_.as<uint32_t>(),
+                                           /*blocks=*/nullptr);
   }
   const int64_t heads = config_.num_heads;
-  if (status.ok()) status = AppendFromDevice(estimate_, heads * num_blocks_, file);
-  if (status.ok()) status = AppendFromDevice(vertical_, heads * num_tokens_, file);
-  if (status.ok()) status = AppendFromDevice(slash_, heads * num_tokens_, file);
+  if (status.ok()) status = AppendFromDevice(estimate_->block_mass(), heads * num_blocks_, file);
+  if (status.ok()) status = AppendFromDevice(estimate_->vertical(), heads * num_tokens_, file);
+  if (status.ok()) status = AppendFromDevice(estimate_->slash(), heads * num_tokens_, file);
   return status;
 }
 

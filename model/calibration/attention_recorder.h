@@ -28,6 +28,7 @@
 #include "model/backend.h"
 #include "model/calibration/safetensors_writer.h"
 #include "model/config.h"
+#include "model/head_estimate.h"
 #include "model/layer_step.h"
 #include "model/weights.h"
 
@@ -98,15 +99,12 @@ class AttentionRecorder {
   std::unique_ptr<LayerStep> step_;
 
   // Device memory; H heads, n blocks, W words of a pattern's row.
-  DeviceBuffer keys_, values_;            // [num_kv_heads, max_tokens rounded up, head_dim]
-  DeviceBuffer estimate_;                 // [H, n]
-  DeviceBuffer vertical_, slash_;         // [H, N]
-  DeviceBuffer columns_, diagonals_;      // [H, W]
+  DeviceBuffer keys_, values_;  // [num_kv_heads, max_tokens rounded up, head_dim]
+  std::unique_ptr<HeadEstimate> estimate_;
   DeviceBuffer vertical_slash_patterns_;  // [H, n, W]
-  DeviceBuffer scratch_;
-  DeviceBuffer block_mass_;      // [as many as fit, n, n]
-  DeviceBuffer pattern_mass_;    // [H] double
-  DeviceBuffer pattern_blocks_;  // [H] int64
+  DeviceBuffer block_mass_;               // [as many as fit, n, n]
+  DeviceBuffer pattern_mass_;             // [H] double
+  DeviceBuffer pattern_blocks_;           // [H] int64
 
   int64_t num_tokens_ = 0;  // of the prompt
   int64_t num_blocks_ = 0;

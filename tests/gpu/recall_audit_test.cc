@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "model/cuda_backend.h"
+#include "model/head_estimate.h"
 #include "tests/gpu/device_array.h"
 #include "tests/kernels/cases.h"
 #include "tests/kernels/reference_attention.h"
@@ -70,16 +71,13 @@ TEST_P(CudaRecallAudit, OfAllRowsIsTheTrueMassInsideThePatterns) {
   params.k = k.data();
   params.work = work.data();
   params.num_work = c.num_heads;
-  const DeviceArray<float> block_mass(c.num_heads * data.num_key_blocks),
-      vertical(c.num_heads * c.num_keys), slash(c.num_heads * c.num_keys);
-  const DeviceArray<char> scratch(
-      kernels::EstimateScratchBytes(c.num_heads, c.num_keys, c.block_tokens));
+  auto estimate = HeadEstimate::Create(backend->get(), c.num_heads, c.num_keys, c.block_tokens);
+  ASSERT_TRUE(estimate.ok()) << estimate.status();
   auto audit = RecallAudit::Create(backend->get(), c.num_heads);
   ASSERT_TRUE(audit.ok()) << audit.status();
   std::vector<float> recall(c.num_heads);
-  const absl::Status status = (*audit)->Measure(
-      params, 0, data.num_key_blocks,
-      {block_mass.data(), vertical.data(), slash.data(), scratch.data()}, absl::MakeSpan(recall));
+  const absl::Status status =
+      (*audit)->Measure(params, 0, data.num_key_blocks, **estimate, absl::MakeSpan(recall));
   ASSERT_TRUE(status.ok()) << status;
   for (int head = 0; head < c.num_heads; ++head) {
     EXPECT_NEAR(recall[head], Recall(data, head), 1e-3) << "head " << head;

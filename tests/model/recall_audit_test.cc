@@ -7,6 +7,7 @@
 #include <set>
 #include <vector>
 
+#include "model/head_estimate.h"
 #include "model/pattern_sharing.h"
 #include "tests/model/one_layer.h"
 
@@ -131,16 +132,11 @@ TEST(RecallAudit, OfAFullPatternAndOfDenseAttentionIsOne) {
   params.num_work = 2;
   auto audit = RecallAudit::Create(&layer.backend(), OneLayer::kNumHeads);
   ASSERT_TRUE(audit.ok());
-  std::vector<float> block_mass(OneLayer::kNumHeads * layer.num_blocks());
-  std::vector<float> vertical(OneLayer::kNumHeads * layer.num_tokens()), slash(vertical.size());
-  std::vector<char> scratch(kernels::EstimateScratchBytes(OneLayer::kNumHeads, layer.num_tokens(),
-                                                          OneLayer::kBlockTokens));
+  auto estimate = HeadEstimate::Create(&layer.backend(), OneLayer::kNumHeads, layer.num_tokens(),
+                                       OneLayer::kBlockTokens);
+  ASSERT_TRUE(estimate.ok());
   std::vector<float> recall(2);
-  ASSERT_TRUE((*audit)
-                  ->Measure(params, 0, 4,
-                            {block_mass.data(), vertical.data(), slash.data(), scratch.data()},
-                            absl::MakeSpan(recall))
-                  .ok());
+  ASSERT_TRUE((*audit)->Measure(params, 0, 4, **estimate, absl::MakeSpan(recall)).ok());
   EXPECT_NEAR(recall[0], 1.0, 1e-5);
   EXPECT_EQ(recall[1], 1.0f);
 }
