@@ -48,7 +48,8 @@ step() {
 
 run_tests() {
   local subject
-  for subject in attention gated_linear kv_pack layer_ops pattern long_prompt backend; do
+  for subject in attention gated_linear kv_pack layer_ops pattern pooled_mass long_prompt \
+    recall_audit replay backend; do
     step "$subject" "$build/tests/gpu/cuda_${subject}_test" --gtest_brief=1
   done
   step golden "$build/tests/model/golden_test" --device=cuda --gtest_brief=1
@@ -72,6 +73,12 @@ run_sanitizer() {
         "$build/tests/gpu/cuda_${subject}_test" --gtest_brief=1 --gtest_filter="$filter"
     done
   done
+  # The whole engine, layers ahead and replayed ones among them.
+  step memcheck.replay compute-sanitizer --tool memcheck --error-exitcode 9 --report-api-errors no \
+    --kernel-name kernel_substring=prefilld "$build/tests/gpu/cuda_replay_test" --gtest_brief=1
+  step memcheck.batch compute-sanitizer --tool memcheck --error-exitcode 9 --report-api-errors no \
+    --kernel-name kernel_substring=prefilld "$build/tests/model/prompt_batch_test" --device=cuda \
+    --gtest_brief=1
 }
 
 run_bench() {
