@@ -12,12 +12,6 @@
 namespace prefilld::model {
 namespace {
 
-AttentionOptions Dense() {
-  AttentionOptions options;
-  options.policy = AttentionPolicy::kDense;
-  return options;
-}
-
 class Replay : public ::testing::Test {
  protected:
   std::unique_ptr<PrefillEngine> Create(int64_t max_graph_tokens) {
@@ -27,9 +21,7 @@ class Replay : public ::testing::Test {
     options.max_tokens = 1000;
     options.max_batch_tokens = 2048;
     options.max_graph_tokens = max_graph_tokens;
-    auto engine = CreatePrefillEngine(options);
-    EXPECT_TRUE(engine.ok()) << engine.status();
-    return *std::move(engine);
+    return NewEngine(options);
   }
 
   std::vector<uint32_t> Prompt(int64_t length, uint64_t seed) {
@@ -61,12 +53,12 @@ TEST_F(Replay, GivesWhatWasLaunched) {
   const auto unpadded = Create(0);
   for (const int64_t length : {1, 100, 128, 129, 500}) {
     const int64_t before = engine->num_recordings();
-    const PromptRun launched = RunPrompt(*engine, Prompt(length, 1), Dense());
+    const PromptRun launched = RunPrompt(*engine, Prompt(length, 1), DenseAttention());
     for (int i = 0; i < 3; ++i) {
-      RunPrompt(*engine, Prompt(length, 2 + i), Dense());
-      ExpectSame(RunPrompt(*engine, Prompt(length, 1), Dense()), launched);
+      RunPrompt(*engine, Prompt(length, 2 + i), DenseAttention());
+      ExpectSame(RunPrompt(*engine, Prompt(length, 1), DenseAttention()), launched);
     }
-    const PromptRun plain = RunPrompt(*unpadded, Prompt(length, 1), Dense());
+    const PromptRun plain = RunPrompt(*unpadded, Prompt(length, 1), DenseAttention());
     EXPECT_LT(RelativeError(launched.logits, plain.logits), 2e-2) << length;
     const bool is_new = length != 100 && length != 128;
     EXPECT_EQ(engine->num_recordings() > before, is_new) << length;
@@ -78,10 +70,10 @@ TEST_F(Replay, OfABatchGivesWhatWasLaunched) {
   const std::vector<std::vector<uint32_t>> prompts = {Prompt(70, 1), Prompt(128, 2),
                                                       Prompt(200, 3)};
   const std::vector<std::vector<uint32_t>> others = {Prompt(256, 4), Prompt(1, 5), Prompt(9, 6)};
-  const std::vector<PromptRun> launched = RunPrompts(*engine, prompts, Dense());
+  const std::vector<PromptRun> launched = RunPrompts(*engine, prompts, DenseAttention());
   for (int i = 0; i < 3; ++i) {
-    RunPrompts(*engine, others, Dense());
-    const std::vector<PromptRun> again = RunPrompts(*engine, prompts, Dense());
+    RunPrompts(*engine, others, DenseAttention());
+    const std::vector<PromptRun> again = RunPrompts(*engine, prompts, DenseAttention());
     for (size_t p = 0; p < prompts.size(); ++p) {
       ExpectSame(again[p], launched[p]);
       EXPECT_EQ(again[p].logprobs.of_token, launched[p].logprobs.of_token);
@@ -94,8 +86,8 @@ TEST_F(Replay, IsOffForLongerPromptsAndWhereToldSo) {
   const auto never = Create(0);
   const auto short_ones = Create(256);
   for (int i = 0; i < 3; ++i) {
-    RunPrompt(*never, Prompt(100, 1), Dense());
-    RunPrompt(*short_ones, Prompt(300, 1), Dense());
+    RunPrompt(*never, Prompt(100, 1), DenseAttention());
+    RunPrompt(*short_ones, Prompt(300, 1), DenseAttention());
   }
   EXPECT_EQ(never->num_recordings(), 0);
   EXPECT_EQ(short_ones->num_recordings(), 0);
@@ -105,14 +97,14 @@ TEST_F(Replay, IsOffForLongerPromptsAndWhereToldSo) {
 TEST_F(Replay, AnAbandonedLayerAheadLeavesNoTrace) {
   for (const int64_t max_graph_tokens : {0, 2048}) {
     const auto engine = Create(max_graph_tokens);
-    const PromptRun alone = RunPrompt(*engine, Prompt(300, 1), Dense());
+    const PromptRun alone = RunPrompt(*engine, Prompt(300, 1), DenseAttention());
     for (int i = 0; i < 6; ++i) {
       {
-        auto abandoned = engine->Start(Prompt(900, 2), Dense());
+        auto abandoned = engine->Start(Prompt(900, 2), DenseAttention());
         ASSERT_TRUE(abandoned.ok()) << abandoned.status();
         for (int layer = 0; layer < i % 3; ++layer) ASSERT_TRUE((*abandoned)->RunLayer().ok());
       }
-      ExpectSame(RunPrompt(*engine, Prompt(300, 1), Dense()), alone);
+      ExpectSame(RunPrompt(*engine, Prompt(300, 1), DenseAttention()), alone);
     }
   }
 }
@@ -120,8 +112,8 @@ TEST_F(Replay, AnAbandonedLayerAheadLeavesNoTrace) {
 // The consumer is slow: no slot is free for a layer ahead.
 TEST_F(Replay, HeldSlotsDelayTheLayerAhead) {
   const auto engine = Create(2048);
-  const PromptRun alone = RunPrompt(*engine, Prompt(300, 1), Dense());
-  auto started = engine->Start(Prompt(300, 1), Dense());
+  const PromptRun alone = RunPrompt(*engine, Prompt(300, 1), DenseAttention());
+  auto started = engine->Start(Prompt(300, 1), DenseAttention());
   ASSERT_TRUE(started.ok());
   PrefillSequence& sequence = **started;
   for (int i = 0; i < engine->kv_slots(); ++i) ASSERT_TRUE(sequence.RunLayer().ok());

@@ -20,24 +20,7 @@ using ::testing::Each;
 using ::testing::HasSubstr;
 
 EngineOptions CpuEngine(const RandomCheckpoint& checkpoint) {
-  EngineOptions options;
-  options.checkpoint_dir = checkpoint.dir();
-  options.device = DeviceChoice::kCpu;
-  options.cpu_threads = 2;
-  options.max_tokens = 1200;
-  return options;
-}
-
-std::unique_ptr<PrefillEngine> Create(const EngineOptions& options) {
-  auto engine = CreatePrefillEngine(options);
-  EXPECT_TRUE(engine.ok()) << engine.status();
-  return engine.ok() ? *std::move(engine) : nullptr;
-}
-
-AttentionOptions Dense() {
-  AttentionOptions options;
-  options.policy = AttentionPolicy::kDense;
-  return options;
+  return CpuEngineOptions(checkpoint.dir(), 1200);
 }
 
 double LargestDifference(const std::vector<float>& a, const std::vector<float>& b) {
@@ -55,7 +38,7 @@ class PrefillEngineTest : public ::testing::Test {
 };
 
 TEST_F(PrefillEngineTest, InfoDescribesTheCheckpointAndTheDevice) {
-  const auto engine = Create(CpuEngine(checkpoint_));
+  const auto engine = NewEngine(CpuEngine(checkpoint_));
   const EngineInfo& info = engine->info();
   EXPECT_EQ(info.device_name, "cpu");
   EXPECT_EQ(info.native_dtype, kernels::DType::kFp32);
@@ -72,12 +55,12 @@ TEST_F(PrefillEngineTest, InfoDescribesTheCheckpointAndTheDevice) {
 TEST_F(PrefillEngineTest, TileWidthDoesNotChangeTheResult) {
   EngineOptions narrow_options = CpuEngine(checkpoint_);
   narrow_options.tile_tokens = 48;
-  const auto wide = Create(CpuEngine(checkpoint_));
-  const auto narrow = Create(narrow_options);
+  const auto wide = NewEngine(CpuEngine(checkpoint_));
+  const auto narrow = NewEngine(narrow_options);
   for (int64_t length : {1, 17, 127, 128, 129, 1000}) {
     const auto tokens = RandomTokens(length, checkpoint_.config().vocab_size);
-    const PromptRun a = RunPrompt(*wide, tokens, Dense());
-    const PromptRun b = RunPrompt(*narrow, tokens, Dense());
+    const PromptRun a = RunPrompt(*wide, tokens, DenseAttention());
+    const PromptRun b = RunPrompt(*narrow, tokens, DenseAttention());
     EXPECT_LT(LargestDifference(a.logits, b.logits), 1e-3) << length;
     for (size_t layer = 0; layer < a.kv.size(); ++layer) {
       EXPECT_LT(LargestDifference(a.kv[layer], b.kv[layer]), 1e-3) << length;
@@ -86,11 +69,11 @@ TEST_F(PrefillEngineTest, TileWidthDoesNotChangeTheResult) {
 }
 
 TEST_F(PrefillEngineTest, KeysOfAPrefixDoNotDependOnWhatFollows) {
-  const auto engine = Create(CpuEngine(checkpoint_));
+  const auto engine = NewEngine(CpuEngine(checkpoint_));
   auto tokens = RandomTokens(300, checkpoint_.config().vocab_size);
-  const PromptRun whole = RunPrompt(*engine, tokens, Dense());
+  const PromptRun whole = RunPrompt(*engine, tokens, DenseAttention());
   tokens.resize(140);
-  const PromptRun prefix = RunPrompt(*engine, tokens, Dense());
+  const PromptRun prefix = RunPrompt(*engine, tokens, DenseAttention());
   const int head_dim = checkpoint_.config().head_dim;
   for (size_t layer = 0; layer < whole.kv.size(); ++layer) {
     const std::vector<float> a(whole.kv[layer].begin(), whole.kv[layer].begin() + 128 * head_dim);
@@ -100,8 +83,8 @@ TEST_F(PrefillEngineTest, KeysOfAPrefixDoNotDependOnWhatFollows) {
 }
 
 TEST_F(PrefillEngineTest, ReportsOfADensePromptCountEveryHeadOnce) {
-  const auto engine = Create(CpuEngine(checkpoint_));
-  const auto run = RunPrompt(*engine, RandomTokens(200, 320), Dense());
+  const auto engine = NewEngine(CpuEngine(checkpoint_));
+  const auto run = RunPrompt(*engine, RandomTokens(200, 320), DenseAttention());
   for (size_t layer = 0; layer < run.reports.size(); ++layer) {
     const LayerReport& report = run.reports[layer];
     EXPECT_EQ(report.layer, static_cast<int>(layer));
@@ -112,10 +95,10 @@ TEST_F(PrefillEngineTest, ReportsOfADensePromptCountEveryHeadOnce) {
 }
 
 TEST_F(PrefillEngineTest, PackingAPartEqualsThatPartOfTheWhole) {
-  const auto engine = Create(CpuEngine(checkpoint_));
+  const auto engine = NewEngine(CpuEngine(checkpoint_));
   const ModelConfig& config = checkpoint_.config();
   const auto tokens = RandomTokens(100, config.vocab_size);
-  auto sequence = engine->Start(tokens, Dense());
+  auto sequence = engine->Start(tokens, DenseAttention());
   ASSERT_TRUE(sequence.ok()) << sequence.status();
   ASSERT_TRUE((*sequence)->RunLayer().ok());
 
@@ -140,19 +123,20 @@ TEST_F(PrefillEngineTest, PackingAPartEqualsThatPartOfTheWhole) {
 }
 
 TEST_F(PrefillEngineTest, RefusesPromptsWithFieldValueAndLimit) {
-  const auto engine = Create(CpuEngine(checkpoint_));
-  EXPECT_EQ(engine->Start({}, Dense()).status().code(), absl::StatusCode::kInvalidArgument);
-  const auto too_long = engine->Start(RandomTokens(1201, 320), Dense()).status();
+  const auto engine = NewEngine(CpuEngine(checkpoint_));
+  EXPECT_EQ(engine->Start({}, DenseAttention()).status().code(),
+            absl::StatusCode::kInvalidArgument);
+  const auto too_long = engine->Start(RandomTokens(1201, 320), DenseAttention()).status();
   EXPECT_EQ(too_long.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(too_long.message(), HasSubstr("1201 tokens is outside [1, 1200]"));
-  const auto outside = engine->Start({5, 320}, Dense()).status();
+  const auto outside = engine->Start({5, 320}, DenseAttention()).status();
   EXPECT_EQ(outside.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(outside.message(), HasSubstr("token_ids[1] 320 is outside the vocabulary of 320"));
-  AttentionOptions bad = Dense();
+  AttentionOptions bad = DenseAttention();
   bad.gamma = 0;
   EXPECT_EQ(engine->Start({5}, bad).status().code(), absl::StatusCode::kInvalidArgument);
   // None of them keeps the engine busy.
-  EXPECT_TRUE(engine->Start({5}, Dense()).ok());
+  EXPECT_TRUE(engine->Start({5}, DenseAttention()).ok());
 }
 
 TEST_F(PrefillEngineTest, RefusesOptionsItCannotHonour) {
@@ -174,17 +158,18 @@ TEST_F(PrefillEngineTest, RefusesOptionsItCannotHonour) {
 }
 
 TEST_F(PrefillEngineTest, OneSequenceAtATime) {
-  const auto engine = Create(CpuEngine(checkpoint_));
-  auto first = engine->Start({1, 2, 3}, Dense());
+  const auto engine = NewEngine(CpuEngine(checkpoint_));
+  auto first = engine->Start({1, 2, 3}, DenseAttention());
   ASSERT_TRUE(first.ok());
-  EXPECT_EQ(engine->Start({1}, Dense()).status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(engine->Start({1}, DenseAttention()).status().code(),
+            absl::StatusCode::kFailedPrecondition);
   first->reset();
-  EXPECT_TRUE(engine->Start({1}, Dense()).ok());
+  EXPECT_TRUE(engine->Start({1}, DenseAttention()).ok());
 }
 
 TEST_F(PrefillEngineTest, UnreleasedLayersAreLimitedByTheSlots) {
-  const auto engine = Create(CpuEngine(checkpoint_));
-  auto started = engine->Start(RandomTokens(20, 320), Dense());
+  const auto engine = NewEngine(CpuEngine(checkpoint_));
+  auto started = engine->Start(RandomTokens(20, 320), DenseAttention());
   ASSERT_TRUE(started.ok());
   PrefillSequence& sequence = **started;
   for (int i = 0; i < engine->kv_slots(); ++i) ASSERT_TRUE(sequence.RunLayer().ok());
@@ -196,8 +181,8 @@ TEST_F(PrefillEngineTest, UnreleasedLayersAreLimitedByTheSlots) {
 }
 
 TEST_F(PrefillEngineTest, StepsOutOfOrderAreRefused) {
-  const auto engine = Create(CpuEngine(checkpoint_));
-  auto started = engine->Start({1, 2, 3}, Dense());
+  const auto engine = NewEngine(CpuEngine(checkpoint_));
+  auto started = engine->Start({1, 2, 3}, DenseAttention());
   ASSERT_TRUE(started.ok());
   PrefillSequence& sequence = **started;
   const KvSelection selection =
@@ -213,18 +198,6 @@ TEST_F(PrefillEngineTest, StepsOutOfOrderAreRefused) {
   }
   EXPECT_FALSE(sequence.RunLayer().ok()) << "no layer is left";
   EXPECT_TRUE(sequence.FinalLogits().ok());
-}
-
-// In tiles of 16 tokens, of which the last is not full.
-std::unique_ptr<PrefillSequence> RunLayers(PrefillEngine& engine,
-                                           const std::vector<uint32_t>& tokens) {
-  auto sequence = engine.Start(tokens, Dense(), /*logprobs=*/true);
-  EXPECT_TRUE(sequence.ok()) << sequence.status();
-  for (int layer = 0; layer < engine.info().config.num_layers; ++layer) {
-    EXPECT_TRUE((*sequence)->RunLayer().ok());
-    (*sequence)->ReleaseKv(layer);
-  }
-  return *std::move(sequence);
 }
 
 bool Always() { return true; }
@@ -247,9 +220,9 @@ TEST_P(PrefillEngineLogprobs, AreThoseOfTheLogitsOfEveryBeginning) {
   EngineOptions options = CpuEngine(checkpoint);
   options.tile_tokens = c.tile_tokens;
   options.max_tokens = c.max_tokens;
-  const auto engine = Create(options);
+  const auto engine = NewEngine(options);
   const std::vector<uint32_t> tokens = RandomTokens(c.max_tokens, c.vocab_size);
-  auto sequence = RunLayers(*engine, tokens);
+  auto sequence = RunLayers(*engine, tokens, DenseAttention(), /*logprobs=*/true);
   int num_tiles = 0;
   const auto logprobs = sequence->Logprobs(0, [&num_tiles] { return ++num_tiles > 0; });
   ASSERT_TRUE(logprobs.ok()) << logprobs.status();
@@ -261,7 +234,7 @@ TEST_P(PrefillEngineLogprobs, AreThoseOfTheLogitsOfEveryBeginning) {
        {size_t{1}, size_t{2}, size_t{15}, size_t{16}, size_t{17}, size_t{39}}) {
     if (length >= tokens.size()) continue;
     const std::vector<float> logits =
-        RunPrompt(*engine, {tokens.begin(), tokens.begin() + length}, Dense()).logits;
+        RunPrompt(*engine, {tokens.begin(), tokens.begin() + length}, DenseAttention()).logits;
     double sum = 0.0;
     for (const float logit : logits) sum += std::exp(static_cast<double>(logit));
     const double best = *std::max_element(logits.begin(), logits.end());
@@ -282,8 +255,9 @@ INSTANTIATE_TEST_SUITE_P(
 TEST_F(PrefillEngineTest, LogprobsStopWhenToldTo) {
   EngineOptions options = CpuEngine(checkpoint_);
   options.tile_tokens = 16;
-  const auto engine = Create(options);
-  const auto sequence = RunLayers(*engine, RandomTokens(100, 320));
+  const auto engine = NewEngine(options);
+  const auto sequence =
+      RunLayers(*engine, RandomTokens(100, 320), DenseAttention(), /*logprobs=*/true);
   const auto logits = sequence->FinalLogits();
   int asked = 0;
   EXPECT_TRUE(absl::IsCancelled(sequence->Logprobs(0, [&asked] { return ++asked < 3; }).status()));
@@ -293,16 +267,16 @@ TEST_F(PrefillEngineTest, LogprobsStopWhenToldTo) {
 }
 
 TEST_F(PrefillEngineTest, LogprobsNeedAllLayers) {
-  const auto engine = Create(CpuEngine(checkpoint_));
-  auto started = engine->Start(RandomTokens(40, 320), Dense());
+  const auto engine = NewEngine(CpuEngine(checkpoint_));
+  auto started = engine->Start(RandomTokens(40, 320), DenseAttention());
   ASSERT_TRUE(started.ok());
   ASSERT_TRUE((*started)->RunLayer().ok());
   EXPECT_EQ((*started)->Logprobs(0, Always).status().code(), absl::StatusCode::kFailedPrecondition);
 }
 
 TEST_F(PrefillEngineTest, LogprobsMustBeAskedForAtTheStart) {
-  const auto engine = Create(CpuEngine(checkpoint_));
-  auto sequence = engine->Start(RandomTokens(40, 320), Dense());
+  const auto engine = NewEngine(CpuEngine(checkpoint_));
+  auto sequence = engine->Start(RandomTokens(40, 320), DenseAttention());
   ASSERT_TRUE(sequence.ok());
   for (int layer = 0; layer < checkpoint_.config().num_layers; ++layer) {
     ASSERT_TRUE((*sequence)->RunLayer().ok());
@@ -313,15 +287,16 @@ TEST_F(PrefillEngineTest, LogprobsMustBeAskedForAtTheStart) {
 }
 
 TEST_F(PrefillEngineTest, APromptOfOneTokenHasNoLogprobs) {
-  const auto engine = Create(CpuEngine(checkpoint_));
-  const auto logprobs = RunLayers(*engine, {7})->Logprobs(0, Always);
+  const auto engine = NewEngine(CpuEngine(checkpoint_));
+  const auto logprobs =
+      RunLayers(*engine, {7}, DenseAttention(), /*logprobs=*/true)->Logprobs(0, Always);
   ASSERT_TRUE(logprobs.ok()) << logprobs.status();
   EXPECT_TRUE(logprobs->of_token.empty());
 }
 
 TEST_F(PrefillEngineTest, PackingOutsideThePromptIsRefused) {
-  const auto engine = Create(CpuEngine(checkpoint_));
-  auto started = engine->Start(RandomTokens(100, 320), Dense());
+  const auto engine = NewEngine(CpuEngine(checkpoint_));
+  auto started = engine->Start(RandomTokens(100, 320), DenseAttention());
   ASSERT_TRUE(started.ok());
   ASSERT_TRUE((*started)->RunLayer().ok());
   const KvSelection good =
@@ -342,23 +317,23 @@ TEST_F(PrefillEngineTest, PackingOutsideThePromptIsRefused) {
 }
 
 TEST_F(PrefillEngineTest, ASequenceAbandonedBetweenLayersLeavesNoTrace) {
-  const auto engine = Create(CpuEngine(checkpoint_));
+  const auto engine = NewEngine(CpuEngine(checkpoint_));
   const auto tokens = RandomTokens(300, 320, 7);
-  const PromptRun before = RunPrompt(*engine, tokens, Dense());
+  const PromptRun before = RunPrompt(*engine, tokens, DenseAttention());
   const size_t bytes = engine->allocated_bytes();
   for (int layers = 0; layers < 3; ++layers) {
-    auto abandoned = engine->Start(RandomTokens(900, 320, 8), Dense());
+    auto abandoned = engine->Start(RandomTokens(900, 320, 8), DenseAttention());
     ASSERT_TRUE(abandoned.ok());
     for (int layer = 0; layer < layers; ++layer) ASSERT_TRUE((*abandoned)->RunLayer().ok());
   }
   EXPECT_EQ(engine->allocated_bytes(), bytes);
-  const PromptRun after = RunPrompt(*engine, tokens, Dense());
+  const PromptRun after = RunPrompt(*engine, tokens, DenseAttention());
   EXPECT_EQ(before.logits, after.logits);
   EXPECT_EQ(before.kv, after.kv);
 }
 
 TEST_F(PrefillEngineTest, NoStepAllocatesDeviceMemory) {
-  const auto engine = Create(CpuEngine(checkpoint_));
+  const auto engine = NewEngine(CpuEngine(checkpoint_));
   const size_t bytes = engine->allocated_bytes();
   for (AttentionPolicy policy : {AttentionPolicy::kDense, AttentionPolicy::kVerticalSlash}) {
     AttentionOptions options;
@@ -377,7 +352,7 @@ TEST(PrefillEngine, OperatorsWordStandsOverTheClusterFilesOverTheDefault) {
     "thresholds": {"gamma": 0.8, "vertical_slash_gamma": 0.5, "tau": 0.3}})");
   EngineOptions options = CpuEngine(checkpoint);
   options.attention_overrides.tau = 0.25f;
-  const auto engine = Create(options);
+  const auto engine = NewEngine(options);
   const AttentionOptions& attention = engine->info().default_attention;
   EXPECT_EQ(attention.gamma, 0.8f) << "of the cluster file";
   EXPECT_EQ(attention.vertical_slash_gamma, 0.5f) << "of the cluster file";
@@ -406,11 +381,11 @@ std::string ClusterFile(const ModelConfig& config, bool alone) {
 TEST(PrefillEngine, ShareWithEveryHeadAloneEqualsDenseBitForBit) {
   const RandomCheckpoint checkpoint;
   checkpoint.WriteFile("head_clusters.json", ClusterFile(checkpoint.config(), /*alone=*/true));
-  const auto engine = Create(CpuEngine(checkpoint));
+  const auto engine = NewEngine(CpuEngine(checkpoint));
   const auto tokens = RandomTokens(1000, 320);
   AttentionOptions share;
   share.policy = AttentionPolicy::kShare;
-  const PromptRun dense = RunPrompt(*engine, tokens, Dense());
+  const PromptRun dense = RunPrompt(*engine, tokens, DenseAttention());
   const PromptRun shared = RunPrompt(*engine, tokens, share);
   EXPECT_EQ(shared.kv, dense.kv);
   EXPECT_EQ(shared.logits, dense.logits);
@@ -424,7 +399,7 @@ TEST(PrefillEngine, ShareWithEveryHeadAloneEqualsDenseBitForBit) {
 TEST(PrefillEngine, OnePivotServesItsClusterInAllLayers) {
   const RandomCheckpoint checkpoint;
   checkpoint.WriteFile("head_clusters.json", ClusterFile(checkpoint.config(), /*alone=*/false));
-  const auto engine = Create(CpuEngine(checkpoint));
+  const auto engine = NewEngine(CpuEngine(checkpoint));
   AttentionOptions share;
   share.policy = AttentionPolicy::kShare;
   share.tau = 1.0f;
@@ -451,11 +426,11 @@ TEST(PrefillEngine, TheLastLayerComputesNoMoreThanIsRead) {
     const RandomCheckpoint checkpoint(config);
     EngineOptions options = CpuEngine(checkpoint);
     options.tile_tokens = 48;
-    const auto engine = Create(options);
+    const auto engine = NewEngine(options);
     for (const int64_t length : {1, 2, 48, 49, 127, 128, 129, 1000}) {
       const auto tokens = RandomTokens(length, config.vocab_size);
-      const PromptRun narrow = RunPrompt(*engine, tokens, Dense());
-      const PromptRun whole = RunPrompts(*engine, {tokens}, Dense()).front();
+      const PromptRun narrow = RunPrompt(*engine, tokens, DenseAttention());
+      const PromptRun whole = RunPrompts(*engine, {tokens}, DenseAttention()).front();
       EXPECT_LT(LargestDifference(narrow.logits, whole.logits), 1e-3) << length;
       for (size_t layer = 0; layer < narrow.kv.size(); ++layer) {
         EXPECT_LT(LargestDifference(narrow.kv[layer], whole.kv[layer]), 1e-3) << length;
@@ -470,7 +445,7 @@ TEST(PrefillEngine, TheLastLayerComputesNoMoreThanIsRead) {
 
 TEST(PrefillEngine, TheLastQueryOfASparsePromptIsExact) {
   const RandomCheckpoint checkpoint;
-  const auto engine = Create(CpuEngine(checkpoint));
+  const auto engine = NewEngine(CpuEngine(checkpoint));
   AttentionOptions sparse;
   sparse.policy = AttentionPolicy::kVerticalSlash;
   sparse.gamma = 0.3f;
@@ -491,8 +466,8 @@ TEST(PrefillEngine, BaselinePoliciesRunWhereRoomWasMadeForThem) {
   const RandomCheckpoint checkpoint;
   EngineOptions with_baselines = CpuEngine(checkpoint);
   with_baselines.baselines = true;
-  const auto plain = Create(CpuEngine(checkpoint));
-  const auto engine = Create(with_baselines);
+  const auto plain = NewEngine(CpuEngine(checkpoint));
+  const auto engine = NewEngine(with_baselines);
   const auto tokens = RandomTokens(1000, 320);
   for (const AttentionPolicy policy :
        {AttentionPolicy::kBaselineQueryAware, AttentionPolicy::kBaselineRandom}) {
@@ -515,7 +490,7 @@ TEST(PrefillEngine, BaselinePoliciesRunWhereRoomWasMadeForThem) {
 TEST(PrefillEngine, AuditedPromptsGiveTheSameResultAndTheRecallOfEverySparseHead) {
   const RandomCheckpoint checkpoint;
   checkpoint.WriteFile("head_clusters.json", ClusterFile(checkpoint.config(), /*alone=*/false));
-  const auto engine = Create(CpuEngine(checkpoint));
+  const auto engine = NewEngine(CpuEngine(checkpoint));
   const auto tokens = RandomTokens(1000, 320);
   AttentionOptions options;
   options.policy = AttentionPolicy::kShare;
@@ -541,7 +516,7 @@ TEST(PrefillEngine, AutoIsDenseForShortPromptsAndForModelsWithoutClusters) {
   AttentionOptions options;
   options.crossover_tokens = 600;
   const auto policy = [&](const RandomCheckpoint& checkpoint, int64_t length) {
-    const auto engine = Create(CpuEngine(checkpoint));
+    const auto engine = NewEngine(CpuEngine(checkpoint));
     return (*engine->Start(RandomTokens(length, 320), options))->policy();
   };
   EXPECT_EQ(policy(plain, 700), AttentionPolicy::kDense);
@@ -564,9 +539,10 @@ TEST(PrefillEngine, EveryFamilyRuns) {
   wide_heads.head_dim = 128;
   for (const ModelConfig& config : {qwen2, qwen3, mistral, wide_heads}) {
     const RandomCheckpoint checkpoint(config);
-    const auto engine = Create(CpuEngine(checkpoint));
+    const auto engine = NewEngine(CpuEngine(checkpoint));
     ASSERT_NE(engine, nullptr);
-    const PromptRun run = RunPrompt(*engine, RandomTokens(130, config.vocab_size), Dense());
+    const PromptRun run =
+        RunPrompt(*engine, RandomTokens(130, config.vocab_size), DenseAttention());
     ASSERT_EQ(run.logits.size(), static_cast<size_t>(config.vocab_size));
     for (float logit : run.logits) ASSERT_TRUE(std::isfinite(logit));
   }
