@@ -65,7 +65,7 @@ class Backend {
   virtual absl::StatusOr<DeviceBuffer> AllocateStaging(size_t bytes) = 0;
 
   // Host to device, ordered after earlier ops; `src` may be reused on return. Thread-safe for
-  // destinations no op touches.
+  // destinations no op touches, but not beside Repeat.
   virtual absl::Status Upload(void* dst, const void* src, size_t bytes) = 0;
   // Device to host after all earlier ops; blocks.
   virtual absl::Status Download(void* dst, const void* src, size_t bytes) = 0;
@@ -122,9 +122,8 @@ class Backend {
   virtual absl::Status PooledMass(const kernels::PooledMassParams& params) = 0;
 
   // Packs KV that earlier ops have completed (Synchronize, or ElapsedUs to a mark behind them, has
-  // returned since) into host memory
-  // from AllocateStaging; returns when the bytes are there. Thread-safe: runs beside ops, on a
-  // stream of its own.
+  // returned since) into host memory from AllocateStaging; returns when the bytes are there.
+  // Thread-safe: runs beside ops, on a stream of its own.
   virtual absl::Status PackKv(const kernels::PackKvParams& params) = 0;
 
  protected:

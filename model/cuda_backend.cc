@@ -113,6 +113,8 @@ class CudaBackend final : public Backend {
 
   absl::Status LinearStatus(cublasStatus_t status, const kernels::LinearParams& params);
   absl::Status GatedLinearStatus(cublasStatus_t status, const kernels::GatedLinearParams& params);
+  // `ops` as a graph, not run.
+  absl::StatusOr<cudaGraphExec_t> Record(absl::FunctionRef<absl::Status()> ops);
   // The status of a call; a fault of the device is kept for all later calls.
   absl::Status Check(cudaError_t error, absl::string_view what);
   // The same for a launcher, which refuses shapes as invalid values.
@@ -136,7 +138,7 @@ class CudaBackend final : public Backend {
   DeviceBuffer linear_workspace_;
   std::unique_ptr<cuda::LinearLauncher> linear_;
   std::unique_ptr<cuda::GatedLinearLauncher> gated_linear_;  // over linear_
-  DeviceBuffer attention_scratch_;  // grows to what the largest call needs
+  DeviceBuffer attention_scratch_;                           // grows to what the largest call needs
   CudaPackLanes pack_lanes_;
   CudaRecordings recordings_;
   bool recording_ = false;          // ops are recorded, not run
@@ -359,35 +361,44 @@ absl::StatusOr<double> CudaBackend::ElapsedUs(int from, int to) {
 }
 
 // The first time the ops run, and find their algorithms on the way; the second time they are
-// recorded; from then on the recording does.
+// recorded; from then on the recording does. A recording that fails, for lack of memory perhaps,
+// has queued nothing: the ops run then.
 absl::Status CudaBackend::Repeat(const RecordingKey& key, absl::FunctionRef<absl::Status()> ops) {
   if (absl::Status status = Fault(); !status.ok()) return status;
   if (recordings_failed_) return ops();
   if (!recordings_.IsKnown(key)) {
-    if (recordings_.full()) {
-      if (absl::Status status = Synchronize(); !status.ok()) return status;
-      recordings_.Clear();
-    }
-    recordings_.MakeKnown(key);
+    if (!recordings_.full()) recordings_.MakeKnown(key);
     return ops();
   }
+  absl::Status status;
   cudaGraphExec_t graph = recordings_.Find(key);
   if (graph == nullptr) {
-    absl::Status status;
-    recording_ = true;
-    const cudaError_t error = CudaRecordings::Record(stream_, ops, &status, &graph);
-    recording_ = false;
-    if (!status.ok()) return status;
-    if (absl::Status recorded = Check(error, "recording a layer"); !recorded.ok()) {
-      if (!Fault().ok()) return recorded;
-      spdlog::warn("{}: layers of short prompts are launched kernel by kernel from now on",
-                   std::string(recorded.message()));
-      recordings_failed_ = true;
-      return ops();
-    }
-    recordings_.Keep(key, graph);
+    absl::StatusOr<cudaGraphExec_t> recorded = Record(ops);
+    if (recorded.ok()) recordings_.Keep(key, graph = *recorded);
+    status = recorded.status();
   }
-  return Check(cudaGraphLaunch(graph, stream_), "replaying a layer");
+  if (status.ok()) status = Check(cudaGraphLaunch(graph, stream_), "replaying a layer");
+  if (status.ok() || !Fault().ok()) return status;
+  spdlog::warn("{}: layers of short prompts are launched kernel by kernel from now on",
+               std::string(status.message()));
+  recordings_failed_ = true;
+  if (status = Synchronize(); !status.ok()) return status;
+  recordings_.Clear();
+  return ops();
+}
+
+absl::StatusOr<cudaGraphExec_t> CudaBackend::Record(absl::FunctionRef<absl::Status()> ops) {
+  cudaGraphExec_t graph = nullptr;
+  absl::Status of_ops;
+  recording_ = true;
+  const cudaError_t error = CudaRecordings::Record(stream_, ops, &of_ops, &graph);
+  recording_ = false;
+  absl::Status status = Check(error, "recording a layer");
+  status.Update(of_ops);
+  if (status.ok()) status = Check(cudaGraphUpload(graph, stream_), "placing a recorded layer");
+  if (status.ok()) return graph;
+  if (graph != nullptr) cudaGraphExecDestroy(graph);
+  return status;
 }
 
 absl::StatusOr<double> CudaBackend::TimeMs(absl::FunctionRef<absl::Status()> ops) {
@@ -441,6 +452,7 @@ absl::Status CudaBackend::TuneGatedLinear(const kernels::GatedLinearParams& para
 
 absl::Status CudaBackend::GatedLinearStatus(cublasStatus_t status,
                                             const kernels::GatedLinearParams& params) {
+  // A failure of the product, of SwiGLU behind it or of the kernel that is both.
   return LinearStatus(status, {.num_tokens = params.num_tokens,
                                .in_features = params.in_features,
                                .out_features = 2 * params.intermediate});
@@ -448,8 +460,10 @@ absl::Status CudaBackend::GatedLinearStatus(cublasStatus_t status,
 
 absl::Status CudaBackend::ReserveAttentionScratch(size_t bytes) {
   if (bytes <= attention_scratch_.bytes()) return absl::OkStatus();
-  // In the step path only if a call is larger than what was reserved. Freeing waits for the kernels
-  // that use the old memory.
+  // In the step path only if a call is larger than what was reserved. Recordings have the old
+  // memory in them.
+  if (absl::Status status = Synchronize(); !status.ok()) return status;
+  recordings_.Clear();
   attention_scratch_ = DeviceBuffer();
   absl::StatusOr<DeviceBuffer> scratch = Allocate(bytes);
   if (!scratch.ok()) return scratch.status();

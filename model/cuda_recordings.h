@@ -19,8 +19,9 @@ namespace prefilld::model {
 // Not thread-safe, but where it says so.
 class CudaRecordings {
  public:
-  // Keys that are known at a time: 16 lengths of a model of 80 layers, three times over.
-  static constexpr size_t kMaxKeys = 4096;
+  // Keys that are known: 16 lengths of a model of 80 layers, alone and as batches, and as many
+  // again for layers that met another KV slot. What comes when all are taken is not recorded.
+  static constexpr size_t kMaxKeys = 5120;
 
   bool IsKnown(const Backend::RecordingKey& key) const { return graphs_.contains(key); }
   bool full() const { return graphs_.size() >= kMaxKeys; }

@@ -26,8 +26,8 @@
 
 namespace prefilld::model {
 
-// What was done for one layer. Head counts add up to num_heads, and are those of every prompt of a
-// batch; times are the batch's.
+// What was done for one layer. Head counts add up to num_heads, or to 0 where num_queries is 1 of
+// several tokens, and are those of every prompt of a batch; times are the batch's.
 struct LayerReport {
   int layer = 0;
   // Whose attention was computed: all tokens, padding included; in the last layer of a prompt alone
@@ -143,7 +143,7 @@ class PrefillEngine {
 inline constexpr int64_t kMaxBatchTokens = int64_t{1} << 19;
 
 // Of EngineOptions.max_graph_tokens: beyond it launches are a small part of any model's layer.
-inline constexpr int64_t kMaxGraphTokens = 16384;
+inline constexpr int64_t kMaxGraphTokens = 4096;
 
 // A prompt is short enough for a batch if so many like it fit. On an H200 and a model of 7B, 64
 // prompts of 128 tokens go through 2.1 times as fast as one by one, 16 of 512 only 1.19 times, 8 of

@@ -26,7 +26,7 @@ PromptSequence::PromptSequence(EngineParts* parts, PackedPrompts prompts,
       prompts_(std::move(prompts)),
       policy_(options.policy),
       logprobs_(logprobs),
-      all_of_last_layer_(logprobs || is_batch()) {
+      all_of_last_layer_(logprobs || is_batch() || prompts_.places().front().count == 1) {
   if (IsBaseline(policy_)) {
     parts_.baseline->StartPrompt(num_tokens(), options);
   } else if (policy_ != AttentionPolicy::kDense) {
@@ -166,7 +166,7 @@ absl::Status PromptSequence::ReportAttention(LayerReport* report) {
       parts_.backend->ElapsedUs(MarkOf(kDenseBegins, layer), MarkOf(kDenseDone, layer));
   if (!us.ok()) return us.status();
   report->attention_us = static_cast<int64_t>(*us);
-  report->dense_heads = config().num_heads;
+  report->dense_heads = LastQueryAlone(layer) ? 0 : config().num_heads;
   report->density = 1.0;
   return absl::OkStatus();
 }

@@ -18,8 +18,8 @@ namespace prefilld::model {
 class PromptSequence final : public PrefillSequence {
  public:
   // Takes `parts`, whose `busy` is set, until its destruction clears that. `options` with the
-  // policy resolved, dense for several prompts. Unless `logprobs` will be asked for, a prompt alone
-  // has only its last token go through all of the last layer.
+  // policy resolved, dense for several prompts. Unless `logprobs` will be asked for, of a prompt
+  // alone only the last token goes through all of the last layer.
   PromptSequence(EngineParts* parts, PackedPrompts prompts, const AttentionOptions& options,
                  bool logprobs);
   ~PromptSequence() override;

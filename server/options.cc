@@ -28,8 +28,10 @@ ABSL_FLAG(
     "whole pass, the mean time to the first token of 16 of those grows from 109 to 173 ms.");
 
 ABSL_FLAG(std::optional<int64_t>, max_graph_tokens, std::nullopt,
-          "Dense layers of up to so many tokens are recorded the second time they are met, and "
-          "replayed from then on (CUDA graphs); 0: never. Not set: 2048 on a GPU.");
+          "Dense prompts of up to so many tokens, and batches of them, are padded to a multiple of "
+          "128, and their layers recorded the second time such a length is met and replayed from "
+          "then on (CUDA graphs); at most 4096, 0: never. Not set: 2048 on a GPU.");
+
 ABSL_FLAG(std::string, listen, "0.0.0.0:50051", "host:port of the gRPC services. Port 0: any.");
 ABSL_FLAG(std::string, metrics_listen, "0.0.0.0:9464",
           "host:port of the Prometheus endpoint (/metrics). Empty: none.");

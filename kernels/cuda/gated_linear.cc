@@ -1,6 +1,7 @@
 #include "kernels/cuda/gated_linear.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "kernels/cuda/gated_linear/sm90/fused.h"
 #include "kernels/cuda/layer_ops.h"
@@ -75,17 +76,21 @@ cublasStatus_t GatedLinearLauncher::Tune(const GatedLinearParams& params, cudaSt
       float ms = 0.0f;
       status = TimeLaunches([&] { return Launch(params, stream, rival.path); }, repetitions, stream,
                             &ms);
-      if (status != CUBLAS_STATUS_SUCCESS) return status;
-      rival.ms.push_back(ms);
+      if (status == CUBLAS_STATUS_EXECUTION_FAILED) return status;
+      if (status == CUBLAS_STATUS_SUCCESS) rival.ms.push_back(ms);
     }
   }
+  // A way that cannot run after all has lost.
+  const auto median = [](const Rival& rival) {
+    return rival.ms.empty() ? std::numeric_limits<float>::max() : MedianMs(rival.ms);
+  };
   std::erase_if(tunings_, [&](const Tuning& tuning) {
     return tuning.in_features == params.in_features && tuning.intermediate == params.intermediate;
   });
   tunings_.push_back({.num_tokens = params.num_tokens,
                       .in_features = params.in_features,
                       .intermediate = params.intermediate,
-                      .fused = MedianMs(rivals[1].ms) < MedianMs(rivals[0].ms)});
+                      .fused = median(rivals[1]) < median(rivals[0])});
   return CUBLAS_STATUS_SUCCESS;
 }
 

@@ -93,6 +93,17 @@ TEST_F(Replay, IsOffForLongerPromptsAndWhereToldSo) {
   EXPECT_EQ(short_ones->num_recordings(), 0);
 }
 
+TEST_F(Replay, TheLastLayerComputesNoMoreThanIsRead) {
+  const auto engine = Create(0);
+  for (const int64_t length : {1, 2, 128, 129, 700}) {
+    const PromptRun narrow = RunPrompt(*engine, Prompt(length, 1), DenseAttention());
+    const PromptRun whole = RunPrompts(*engine, {Prompt(length, 1)}, DenseAttention()).front();
+    EXPECT_LT(RelativeError(narrow.logits, whole.logits), 2e-2) << length;
+    EXPECT_LT(RelativeError(narrow.kv.back(), whole.kv.back()), 2e-2) << length;
+    EXPECT_EQ(narrow.reports.back().num_queries, 1);
+  }
+}
+
 // A layer that is still under way when its sequence goes may not reach into the next one.
 TEST_F(Replay, AnAbandonedLayerAheadLeavesNoTrace) {
   for (const int64_t max_graph_tokens : {0, 2048}) {

@@ -88,7 +88,8 @@ TEST_F(PrefillEngineTest, ReportsOfADensePromptCountEveryHeadOnce) {
   for (size_t layer = 0; layer < run.reports.size(); ++layer) {
     const LayerReport& report = run.reports[layer];
     EXPECT_EQ(report.layer, static_cast<int>(layer));
-    EXPECT_EQ(report.dense_heads, checkpoint_.config().num_heads);
+    const bool is_last = layer + 1 == run.reports.size();
+    EXPECT_EQ(report.dense_heads, is_last ? 0 : checkpoint_.config().num_heads);
     EXPECT_EQ(report.density, 1.0);
     EXPECT_GE(report.compute_us, report.attention_us + report.pattern_us);
   }
@@ -437,7 +438,7 @@ TEST(PrefillEngine, TheLastLayerComputesNoMoreThanIsRead) {
       }
       EXPECT_EQ(narrow.reports.front().num_queries, length);
       EXPECT_EQ(narrow.reports.back().num_queries, 1);
-      EXPECT_EQ(narrow.reports.back().dense_heads, config.num_heads);
+      EXPECT_EQ(narrow.reports.back().dense_heads, length == 1 ? config.num_heads : 0);
       EXPECT_EQ(whole.reports.back().num_queries, length);
     }
   }
@@ -453,7 +454,7 @@ TEST(PrefillEngine, TheLastQueryOfASparsePromptIsExact) {
   const auto tokens = RandomTokens(1000, 320);
   const PromptRun narrow = RunPrompt(*engine, tokens, sparse);
   const LayerReport& last = narrow.reports.back();
-  EXPECT_EQ(last.dense_heads, checkpoint.config().num_heads);
+  EXPECT_EQ(last.dense_heads + last.vertical_slash_heads, 0);
   EXPECT_EQ(last.num_queries, 1);
   EXPECT_EQ(last.density, 1.0);
   EXPECT_EQ(narrow.reports.front().vertical_slash_heads, checkpoint.config().num_heads);

@@ -41,7 +41,7 @@ TEST(ServerOptions, EveryProblemIsListedWithItsFlagValueAndLimit) {
        {"--model is required", "--listen=nowhere", "--metrics_listen=host:99999",
         "--tls_cert and --tls_key belong together", "--tls_cert=/does/not/exist.pem",
         "--max_batch_tokens=1048576 is outside 0 to 524288",
-        "--max_graph_tokens=-1 is outside 0 to 16384", "--queue_capacity=-1 is outside 0 to",
+        "--max_graph_tokens=-1 is outside 0 to 4096", "--queue_capacity=-1 is outside 0 to",
         "--max_lanes=17 is outside 1 to 16", "--frame_bytes=1000 is outside 1048576 to 4194304",
         "--stall_timeout_s=0", "--min_consumer_mb_per_s=-1", "gamma 1.5",
         "--recall_audit_fraction=1.5 is outside [0, 1]", "--recall_audit_rows=-1 is outside 0 to",
