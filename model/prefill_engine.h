@@ -145,10 +145,10 @@ inline constexpr int64_t kMaxBatchTokens = int64_t{1} << 19;
 // Of EngineOptions.max_graph_tokens: beyond it launches are a small part of any model's layer.
 inline constexpr int64_t kMaxGraphTokens = 4096;
 
-// A prompt is short enough for a batch if so many like it fit. On an H200 and a model of 7B, 64
-// prompts of 128 tokens go through 2.1 times as fast as one by one, 16 of 512 only 1.19 times, 8 of
-// 1024 1.12 times; and as each waits for the whole pass, the mean time to the first token of those
-// 16 grows from 109 to 173 ms.
+// A prompt is short enough for a batch if so many like it fit. On an H200 and a model of 7B, 16
+// prompts of 128 tokens go through 1.9 times as fast as one by one, 8 of 256 1.41 times, 16 of 512
+// only 1.11 times; and as each waits for the whole pass, the mean time to the first token of the
+// last grows from 102 to 172 ms.
 inline constexpr int64_t kFullBatchPrompts = 8;
 
 struct EngineOptions {
