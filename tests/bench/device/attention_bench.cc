@@ -7,6 +7,7 @@
 #include "absl/strings/str_format.h"
 #include "model/head_clusters.h"
 #include "model/pattern_sharing.h"
+#include "tests/bench/device/attention_check.h"
 #include "tests/bench/device/benches.h"
 
 namespace prefilld::bench {
@@ -30,17 +31,19 @@ double CausalTflop(const AttentionData& data) {
 
 // One random pattern per head: block 0, the diagonal, and others with this probability.
 struct RandomPatterns {
-  model::DeviceBuffer words;  // [num_heads, n, PatternWords(n)]
-  double density = 0.0;       // blocks / causal blocks
+  std::vector<uint32_t> words;  // [num_heads, n, PatternWords(n)]
+  model::DeviceBuffer on_device;
+  double density = 0.0;  // blocks / causal blocks
   int64_t blocks = 0;
 };
 
 absl::StatusOr<RandomPatterns> MakePatterns(model::Backend& backend, const AttentionData& data,
                                             double probability) {
   const int64_t n = CeilDiv(data.num_tokens, kBlock), row_words = PatternWords(n);
-  std::vector<uint32_t> words(data.num_heads * n * row_words, 0);
   std::mt19937 generator(3);
   RandomPatterns patterns;
+  std::vector<uint32_t>& words = patterns.words;
+  words.resize(data.num_heads * n * row_words);
   const auto threshold = static_cast<uint32_t>(probability * 4294967295.0);
   for (int64_t row = 0; row < data.num_heads * n; ++row) {
     const int64_t diagonal = row % n;
@@ -54,8 +57,9 @@ absl::StatusOr<RandomPatterns> MakePatterns(model::Backend& backend, const Atten
                      (static_cast<double>(data.num_heads) * static_cast<double>(n * (n + 1) / 2));
   absl::StatusOr<model::DeviceBuffer> buffer = backend.Allocate(words.size() * sizeof(uint32_t));
   if (!buffer.ok()) return buffer.status();
-  patterns.words = *std::move(buffer);
-  absl::Status status = backend.Upload(patterns.words.data(), words.data(), patterns.words.bytes());
+  patterns.on_device = *std::move(buffer);
+  absl::Status status =
+      backend.Upload(patterns.on_device.data(), words.data(), patterns.on_device.bytes());
   if (!status.ok()) return status;
   return patterns;
 }
@@ -98,6 +102,8 @@ absl::Status Attend(model::Backend& backend, const AttentionData& data,
 absl::Status BenchAttention(model::Backend& backend, const AttentionData& data,
                             const std::vector<int>& densities, int runs, Report* report) {
   const int64_t n = CeilDiv(data.num_tokens, kBlock), row_words = PatternWords(n);
+  const absl::StatusOr<AttentionCheck> check = AttentionCheck::Create(&backend, &data);
+  if (!check.ok()) return check.status();
   std::vector<HeadWork> dense_work(data.num_heads), mass_work(data.num_heads);
   Row dense{.what = "attention dense", .shape = Shape(data), .tflop = CausalTflop(data)};
   {
@@ -114,7 +120,14 @@ absl::Status BenchAttention(model::Backend& backend, const AttentionData& data,
         backend, runs, [&] { return Attend(backend, data, dense_work); }, &dense,
         [&] { return Attend(backend, data, mass_work); }, &with_mass);
     if (!status.ok()) return status;
-    with_mass.more = {{"vs_dense", with_mass.median_ms / dense.median_ms}};
+    // Of attention with mass, whose turn was the last; then without.
+    const absl::StatusOr<double> mass_error = check->Error({});
+    if (!mass_error.ok()) return mass_error.status();
+    if (status = Attend(backend, data, dense_work); !status.ok()) return status;
+    const absl::StatusOr<double> dense_error = check->Error({});
+    if (!dense_error.ok()) return dense_error.status();
+    dense.more = {{"error", *dense_error}};
+    with_mass.more = {{"vs_dense", with_mass.median_ms / dense.median_ms}, {"error", *mass_error}};
     report->Add(dense);
     report->Add(std::move(with_mass));
   }
@@ -123,7 +136,8 @@ absl::Status BenchAttention(model::Backend& backend, const AttentionData& data,
     if (!patterns.ok()) return patterns.status();
     std::vector<HeadWork> work(data.num_heads);
     for (int head = 0; head < data.num_heads; ++head) {
-      work[head] = {.head = head, .pattern = patterns->words.as<uint32_t>() + head * n * row_words};
+      work[head] = {.head = head,
+                    .pattern = patterns->on_device.as<uint32_t>() + head * n * row_words};
     }
     Row row{.what = absl::StrCat("attention block-sparse ", density, " %"), .shape = Shape(data)};
     row.tflop =
@@ -131,8 +145,11 @@ absl::Status BenchAttention(model::Backend& backend, const AttentionData& data,
     absl::Status status = Measure(
         backend, runs, [&] { return Attend(backend, data, work); }, &row);
     if (!status.ok()) return status;
+    const absl::StatusOr<double> error = check->Error(patterns->words);
+    if (!error.ok()) return error.status();
     row.more = {{"density", patterns->density},
-                {"vs_linear", row.median_ms / (patterns->density * dense.median_ms)}};
+                {"vs_linear", row.median_ms / (patterns->density * dense.median_ms)},
+                {"error", *error}};
     report->Add(std::move(row));
   }
   return absl::OkStatus();

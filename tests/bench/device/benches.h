@@ -16,7 +16,8 @@
 namespace prefilld::bench {
 
 // Attention alone: dense, dense with the block mass of every head, and random patterns of the
-// densities (percent). `vs_linear` is the time over density * dense time.
+// densities (percent). `vs_linear` is the time over density * dense time, `error` of some queries
+// against the host (attention_check.h): one that is too large ends the run.
 absl::Status BenchAttention(model::Backend& backend, const AttentionData& data,
                             const std::vector<int>& densities, int runs, Report* report);
 
