@@ -141,12 +141,14 @@ class Journals(unittest.TestCase):
 
 class OneHeadFails(unittest.TestCase):
     def test_those_that_finish_beside_it_are_kept(self):
-        failed = threading.Event()
+        other_began, failed = threading.Event(), threading.Event()
 
         def measure(name: str, policy: str, address: str, texts: dict) -> dict:
             if name == "0.0":
+                other_began.wait()
                 failed.set()
                 raise RuntimeError("out of memory")
+            other_began.set()
             failed.wait()
             time.sleep(0.1)
             return planted_run(name, 0.2, 0.5)
