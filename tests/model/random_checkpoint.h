@@ -10,7 +10,8 @@
 namespace prefilld::model {
 
 // Llama-like, grouped queries, head_dim 64: 4 layers, 4 query heads, 2 KV heads, width 128,
-// vocabulary 320. A change to one field gives every family; RoPE is of the default kind, and may be dynamic NTK.
+// vocabulary 320. A change to one field gives every family; RoPE is of the default kind, and may be
+// dynamic NTK.
 ModelConfig SmallRandomConfig();
 
 // A folder of its own under the system's temporary directory with config.json and
