@@ -447,7 +447,12 @@ absl::Status CudaBackend::GatedLinear(const kernels::GatedLinearParams& params) 
 
 absl::Status CudaBackend::TuneGatedLinear(const kernels::GatedLinearParams& params) {
   if (absl::Status status = Fault(); !status.ok()) return status;
-  return GatedLinearStatus(gated_linear_->Tune(params, stream_), params);
+  absl::Status status = GatedLinearStatus(gated_linear_->Tune(params, stream_), params);
+  if (status.ok()) {
+    spdlog::info("gate, up and SwiGLU: {}",
+                 gated_linear_->IsFused(params) ? "one kernel" : "cuBLASLt's product, then SwiGLU");
+  }
+  return status;
 }
 
 absl::Status CudaBackend::GatedLinearStatus(cublasStatus_t status,

@@ -18,23 +18,11 @@
 #include "kernels/cuda/attention/sm90/softmax.cuh"
 #include "kernels/cuda/device/arithmetic.cuh"
 #include "kernels/cuda/device/mbarrier.cuh"
+#include "kernels/cuda/device/ring.cuh"
 #include "kernels/cuda/device/tma.cuh"
 #include "kernels/cuda/device/wgmma.cuh"
 
 namespace prefilld::kernels::cuda::sm90 {
-
-// Which stage of a ring comes next, and the parity its barriers have then.
-template <int kStages>
-struct RingPosition {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 // Word `w` of a tile's row of its pattern, with its diagonal; all causal blocks for a dense head.
 __device__ inline uint32_t pattern_word(const Launch& launch, const HeadTask& task, int row,
@@ -66,8 +54,8 @@ __device__ inline void produce(const Launch& launch, SharedStorage<kHeadDim>& sh
   using Storage = SharedStorage<kHeadDim>;
   constexpr uint32_t kTileBytes = Storage::kTileElements * sizeof(__nv_bfloat16);
   const int lane = threadIdx.x % 32;
-  RingPosition<kTileSlots> slot;
-  RingPosition<Storage::kStages> k_ring, v_ring;
+  device::RingPosition<kTileSlots> slot;
+  device::RingPosition<Storage::kStages> k_ring, v_ring;
 
   auto load = [&](__nv_bfloat16* dst, const CUtensorMap& map, uint64_t* full, int block,
                   int kv_head) {
@@ -167,7 +155,7 @@ class Consumer {
     using namespace device;
     // Consumer 0 goes first.
     if (index_ == 1) named_barrier_arrive(kScheduler0, kConsumers * kWarpgroup);
-    RingPosition<kTileSlots> slot;
+    device::RingPosition<kTileSlots> slot;
     for (;;) {
       mbarrier_wait(&shared_.tile_full[slot.stage], slot.parity);
       const int tile = shared_.tile_id[slot.stage];
@@ -426,7 +414,7 @@ class Consumer {
   const CUtensorMap& first_out_map_;  // ends with the first tile, if that begins within a block
   const int index_;
   const int thread_;
-  RingPosition<Storage::kStages> k_ring_, v_ring_;
+  device::RingPosition<Storage::kStages> k_ring_, v_ring_;
 };
 
 template <int kHeadDim, bool kBlockMass>

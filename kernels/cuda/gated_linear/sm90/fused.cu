@@ -26,6 +26,7 @@
 #include "kernels/cuda/device/arithmetic.cuh"
 #include "kernels/cuda/device/cluster.cuh"
 #include "kernels/cuda/device/mbarrier.cuh"
+#include "kernels/cuda/device/ring.cuh"
 #include "kernels/cuda/device/tma.cuh"
 #include "kernels/cuda/device/wgmma.cuh"
 #include "kernels/cuda/gated_linear/sm90/tile_order.h"
@@ -75,18 +76,6 @@ struct SharedStorage {
 };
 constexpr uint32_t kStageBytes = sizeof(SharedStorage::x[0]) + sizeof(SharedStorage::w[0]);
 
-// Which stage comes next, and the parity its barriers have then.
-struct RingPosition {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // Calls visit(first token tile, column tile) for the cluster's tiles: the same for both CTAs.
 template <typename Visit>
 __device__ inline void for_each_pair(const Launch& launch, Visit visit) {
@@ -106,7 +95,7 @@ __device__ inline void produce(const Launch& launch, SharedStorage& shared,
   const int rank = cluster_rank();
   // This CTA's half of the weights: rank 0 loads gate, rank 1 up.
   const CUtensorMap* w_map = &maps.w[rank];
-  RingPosition ring;
+  device::RingPosition<kStages> ring;
   for_each_pair(launch, [&](int first_token_tile, int column_tile) {
     const int token = (first_token_tile + rank) * kTileTokens;
     const int column = column_tile * kTileColumns;
@@ -233,7 +222,7 @@ class Consumer {
   const int index_;
   const int thread_;
   const uint32_t remote_empty_;  // in the CTA that this lane reports to
-  RingPosition ring_;
+  device::RingPosition<kStages> ring_;
 };
 
 __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kThreads, 1)
