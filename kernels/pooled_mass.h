@@ -1,7 +1,7 @@
 // What block means of queries and keys predict of a head's block mass.
 //
 // FlexPrefill (Lai et al., arXiv 2502.20766) chooses blocks by it where a head's attention follows
-// the query. Here it serves a baseline of the evaluation: see model/baseline_attention.h.
+// the query. Here it serves a baseline of the evaluation: see model/sparse/baseline_attention.h.
 // For the conventions of params structs see kernels/layer_ops.h.
 #ifndef PREFILLD_KERNELS_POOLED_MASS_H_
 #define PREFILLD_KERNELS_POOLED_MASS_H_

@@ -16,7 +16,7 @@
 #include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/types/span.h"
-#include "model/prefill_engine.h"
+#include "model/prefill/prefill_engine.h"
 #include "server/prefill_job.h"
 #include "server/staging_ring.h"
 

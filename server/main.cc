@@ -14,7 +14,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
-#include "model/prefill_engine.h"
+#include "model/prefill/prefill_engine.h"
 #include "server/clock.h"
 #include "server/log.h"
 #include "server/options.h"

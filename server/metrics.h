@@ -12,7 +12,7 @@
 #include <prometheus/histogram.h>
 
 #include "absl/status/statusor.h"
-#include "model/prefill_engine.h"
+#include "model/prefill/prefill_engine.h"
 #include "server/outcome.h"
 #include "server/prefill_job.h"
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "model/sampling.h"
+#include "model/decode/sampling.h"
 #include "server/kv_stream.h"
 #include "server/metrics.h"
 

@@ -11,7 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
-#include "model/prefill_engine.h"
+#include "model/prefill/prefill_engine.h"
 #include "server/clock.h"
 #include "server/prefill_job.h"
 

@@ -8,9 +8,9 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
-#include "model/attention_policy.h"
-#include "model/prefill_engine.h"
-#include "model/sampling.h"
+#include "model/decode/sampling.h"
+#include "model/prefill/prefill_engine.h"
+#include "model/sparse/attention_policy.h"
 #include "prefill/v1/prefill.pb.h"
 #include "server/server_options.h"
 

@@ -7,7 +7,7 @@
 
 #include "absl/functional/function_ref.h"
 #include "absl/time/time.h"
-#include "model/attention_policy.h"
+#include "model/sparse/attention_policy.h"
 
 namespace prefilld::server {
 

@@ -7,7 +7,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
-#include "model/prefill_engine.h"
+#include "model/prefill/prefill_engine.h"
 #include "server/clock.h"
 #include "server/kv_stream.h"
 #include "server/metrics.h"

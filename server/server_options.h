@@ -10,12 +10,12 @@
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
-#include "model/attention_policy.h"
-#include "model/prefill_engine.h"
+#include "model/prefill/prefill_engine.h"
+#include "model/sparse/attention_policy.h"
 
 namespace prefilld::server {
 
-// Requests whose recall is measured (model/recall_audit.h).
+// Requests whose recall is measured (model/sparse/recall_audit.h).
 struct RecallAuditLimits {
   double fraction = 0.0;  // of the requests that do not ask; drawn at random
   int64_t rows = 8;       // query blocks per layer for those, and the most that one may ask for

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "model/prefill_engine.h"
+#include "model/prefill/prefill_engine.h"
 
 namespace prefilld::server {
 

@@ -1,6 +1,6 @@
 #include "server/watchdog.h"
 
-#include "model/prefill_engine.h"
+#include "model/prefill/prefill_engine.h"
 #include "server/health.h"
 #include "server/log.h"
 #include "server/metrics.h"

@@ -32,10 +32,20 @@ client_library() { find client -maxdepth 1 -type f \( -name '*.h' -o -name '*.cc
 check 'kernels/ includes something of ours from outside' \
   "$(includes '"(proto|prefill|server|model|client|tests)/' kernels)"
 check 'model/ includes from above it' "$(includes '"(server|client|tests)/' model)"
+check 'model/ includes more of proto/ than the status macros' \
+  "$(includes '"proto/' model | grep -v '"proto/status_macros\.h"' || true)"
 check 'model/ includes gRPC or protobuf' "$(includes '(<grpc|<google/protobuf|"prefill/v1/|[<"].*\.pb\.h)' model)"
 check 'model/ or above includes device code' "$(includes '".*\.cuh"' model server client)"
 check 'server/ includes a CUDA header' "$(includes '(<cuda|<cublas|"kernels/cuda/)' server)"
 check 'server/ includes the client' "$(includes '"client/' server)"
+# Within model/, from the lowest folder up; calibration stands above them all.
+rooms=(device checkpoint sparse prefill decode calibration)
+for ((i = 0; i < ${#rooms[@]} - 1; ++i)); do
+  above=$(IFS='|' && echo "${rooms[*]:i+1}")
+  check "model/${rooms[i]}/ includes from above it" "$(includes "\"model/($above)/" "model/${rooms[i]}")"
+done
+check 'a source beside the folders of model/' \
+  "$(find model -maxdepth 1 -name '*.h' -o -maxdepth 1 -name '*.cc')"
 check 'the client library includes more than proto' \
   "$(client_library | xargs --no-run-if-empty grep -nE '^#include "(server|model|kernels)/' || true)"
 check 'client/ includes the server' "$(includes '"server/' client)"

@@ -39,7 +39,7 @@ jobs=$((available_kb / 1500000))
 echo "build: preset $preset, $jobs jobs"
 log="build/$preset/configure.log"
 mkdir -p "build/$preset"
-cmake --preset "$preset" -DPREFILLD_TESTS=ON "${launchers[@]}" >"$log" 2>&1 || { cat "$log"; exit 1; }
+cmake --preset "$preset" -DPREFILLD_TESTS=ON -DPREFILLD_WARNINGS_AS_ERRORS=ON "${launchers[@]}" >"$log" 2>&1 || { cat "$log"; exit 1; }
 grep -- '-- prefilld:' "$log"
 cmake --build "build/$preset" --parallel "$jobs"
 

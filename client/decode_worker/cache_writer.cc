@@ -5,7 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
-#include "model/config.h"
+#include "model/checkpoint/config.h"
 
 namespace prefilld::client {
 

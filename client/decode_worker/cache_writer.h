@@ -9,7 +9,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "client/received_frame.h"
-#include "model/decoder.h"
+#include "model/decode/decoder.h"
 #include "prefill/v1/kv.pb.h"
 
 namespace prefilld::client {

@@ -15,8 +15,8 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/types/span.h"
 #include "client/cancellation.h"
-#include "model/decoder.h"
-#include "model/sampling.h"
+#include "model/decode/decoder.h"
+#include "model/decode/sampling.h"
 
 namespace prefilld::client {
 

@@ -8,8 +8,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "client/decode_worker/cache_writer.h"
-#include "model/config.h"
-#include "model/sampling.h"
+#include "model/checkpoint/config.h"
+#include "model/decode/sampling.h"
 
 namespace prefilld::client {
 namespace {

@@ -14,7 +14,7 @@
 #include "client/decode_worker/options.h"
 #include "client/decode_worker/pending_transfers.h"
 #include "client/prefill_client.h"
-#include "model/decoder.h"
+#include "model/decode/decoder.h"
 #include "prefill/v1/decode.pb.h"
 
 namespace prefilld::client {

@@ -26,7 +26,7 @@
 #include "client/prefill_client.h"
 #include "grpcpp/health_check_service_interface.h"
 #include "grpcpp/server.h"
-#include "model/decoder.h"
+#include "model/decode/decoder.h"
 #include "spdlog/sinks/stdout_sinks.h"
 #include "spdlog/spdlog.h"
 

@@ -11,7 +11,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "client/channel.h"
-#include "model/decoder.h"
+#include "model/decode/decoder.h"
 
 namespace prefilld::client {
 

@@ -5,7 +5,7 @@
 
 #include "absl/status/statusor.h"
 #include "client/decode_worker/options.h"
-#include "model/config.h"
+#include "model/checkpoint/config.h"
 
 namespace grpc {
 class Server;

@@ -10,8 +10,8 @@
 //   layers.<layer>.vertical_slash_mass     [H]        share of the head's exact mass that its own
 //                                                     vertical-slash set at gamma holds
 //   layers.<layer>.vertical_slash_density  [H]        that set's share of the causal blocks
-// The first three are what the server knows when it decides (model/pattern_sharing.h). Metadata:
-// see CalibrationMetadata.
+// The first three are what the server knows when it decides (model/sparse/pattern_sharing.h).
+// Metadata: see CalibrationMetadata.
 #ifndef PREFILLD_MODEL_CALIBRATION_ATTENTION_RECORDER_H_
 #define PREFILLD_MODEL_CALIBRATION_ATTENTION_RECORDER_H_
 
@@ -25,12 +25,12 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
-#include "model/backend.h"
 #include "model/calibration/safetensors_writer.h"
-#include "model/config.h"
-#include "model/head_estimate.h"
-#include "model/layer_step.h"
-#include "model/weights.h"
+#include "model/checkpoint/config.h"
+#include "model/checkpoint/weights.h"
+#include "model/device/backend.h"
+#include "model/prefill/layer_step.h"
+#include "model/sparse/head_estimate.h"
 
 namespace prefilld::model {
 

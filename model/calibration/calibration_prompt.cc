@@ -9,7 +9,7 @@
 #include <system_error>
 
 #include "absl/strings/str_cat.h"
-#include "model/strict_json.h"
+#include "model/checkpoint/strict_json.h"
 
 namespace prefilld::model {
 namespace {

@@ -12,7 +12,7 @@
 #include "model/calibration/calibration_prompt.h"
 #include "model/calibration/options.h"
 #include "model/calibration/safetensors_writer.h"
-#include "model/stopwatch.h"
+#include "model/device/stopwatch.h"
 
 namespace prefilld::model {
 namespace {

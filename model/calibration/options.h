@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "model/backend.h"
 #include "model/calibration/attention_recorder.h"
+#include "model/device/backend.h"
 
 namespace prefilld::model {
 

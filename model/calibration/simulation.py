@@ -1,4 +1,4 @@
-"""What the server would do with a recorded prompt: the decisions of model/sharing_decision.h on the dumps.
+"""What the server would do with a recorded prompt: the decisions of model/sparse/sharing_decision.h on the dumps.
 
 The maps are those of dense attention; under a sparse policy later layers see slightly other inputs.
 """

@@ -9,7 +9,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
-#include "model/decoder.h"
+#include "model/decode/decoder.h"
 
 namespace prefilld::client {
 

@@ -1,4 +1,4 @@
-#include "model/cuda_backend.h"
+#include "model/device/cuda_backend.h"
 
 #include <cstring>
 #include <numeric>

@@ -1,4 +1,4 @@
-#include "model/recall_audit.h"
+#include "model/sparse/recall_audit.h"
 
 #include <gtest/gtest.h>
 
@@ -6,8 +6,8 @@
 #include <memory>
 #include <vector>
 
-#include "model/cuda_backend.h"
-#include "model/head_estimate.h"
+#include "model/device/cuda_backend.h"
+#include "model/sparse/head_estimate.h"
 #include "tests/gpu/device_array.h"
 #include "tests/kernels/cases.h"
 #include "tests/kernels/reference_attention.h"

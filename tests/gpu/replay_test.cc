@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "gtest/gtest.h"
-#include "model/prefill_engine.h"
+#include "model/prefill/prefill_engine.h"
 #include "tests/model/prompt_run.h"
 #include "tests/model/random_checkpoint.h"
 

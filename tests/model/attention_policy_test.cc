@@ -1,4 +1,4 @@
-#include "model/attention_policy.h"
+#include "model/sparse/attention_policy.h"
 
 #include <limits>
 #include <string>

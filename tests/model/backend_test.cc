@@ -1,4 +1,4 @@
-#include "model/backend.h"
+#include "model/device/backend.h"
 
 #include <gtest/gtest.h>
 

@@ -1,4 +1,4 @@
-#include "model/baseline_attention.h"
+#include "model/sparse/baseline_attention.h"
 
 #include <gtest/gtest.h>
 

@@ -10,7 +10,7 @@
 
 #include "model/calibration/calibration_prompt.h"
 #include "model/calibration/safetensors_writer.h"
-#include "model/safetensors.h"
+#include "model/checkpoint/safetensors.h"
 #include "tests/model/temporary_folder.h"
 
 namespace prefilld::model {

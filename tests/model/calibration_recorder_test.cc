@@ -12,7 +12,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "model/calibration/attention_recorder.h"
-#include "model/safetensors.h"
+#include "model/checkpoint/safetensors.h"
 #include "tests/model/random_checkpoint.h"
 #include "tests/model/temporary_folder.h"
 

@@ -1,4 +1,4 @@
-#include "model/decoder.h"
+#include "model/decode/decoder.h"
 
 #include <algorithm>
 #include <cmath>
@@ -10,7 +10,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "model/sampling.h"
+#include "model/decode/sampling.h"
 #include "tests/model/prompt_run.h"
 #include "tests/model/random_checkpoint.h"
 

@@ -10,7 +10,7 @@
 #include <sstream>
 #include <vector>
 
-#include "model/weight_conversion.h"
+#include "model/checkpoint/weight_conversion.h"
 #include "tests/model/safetensors_image.h"
 
 namespace prefilld::model {

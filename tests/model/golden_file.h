@@ -8,7 +8,7 @@
 
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
-#include "model/safetensors.h"
+#include "model/checkpoint/safetensors.h"
 
 namespace prefilld::model {
 

@@ -1,4 +1,4 @@
-#include "model/head_clusters.h"
+#include "model/checkpoint/head_clusters.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "kernels/attention.h"
-#include "model/backend.h"
-#include "model/config.h"
-#include "model/head_clusters.h"
+#include "model/checkpoint/config.h"
+#include "model/checkpoint/head_clusters.h"
+#include "model/device/backend.h"
 #include "tests/kernels/structured_qkv.h"
 
 namespace prefilld::model {

@@ -1,4 +1,4 @@
-#include "model/pattern_sharing.h"
+#include "model/sparse/pattern_sharing.h"
 
 #include <cmath>
 #include <cstring>

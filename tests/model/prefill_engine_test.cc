@@ -1,4 +1,4 @@
-#include "model/prefill_engine.h"
+#include "model/prefill/prefill_engine.h"
 
 #include <algorithm>
 #include <cmath>

@@ -10,8 +10,8 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "model/packed_prompts.h"
-#include "model/prefill_engine.h"
+#include "model/prefill/packed_prompts.h"
+#include "model/prefill/prefill_engine.h"
 #include "tests/model/prompt_run.h"
 #include "tests/model/random_checkpoint.h"
 

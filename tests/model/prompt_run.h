@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "absl/types/span.h"
-#include "model/prefill_engine.h"
+#include "model/prefill/prefill_engine.h"
 
 namespace prefilld::model {
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <string>
 
-#include "model/config.h"
+#include "model/checkpoint/config.h"
 
 namespace prefilld::model {
 

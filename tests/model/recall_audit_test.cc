@@ -1,4 +1,4 @@
-#include "model/recall_audit.h"
+#include "model/sparse/recall_audit.h"
 
 #include <gtest/gtest.h>
 
@@ -7,8 +7,8 @@
 #include <set>
 #include <vector>
 
-#include "model/head_estimate.h"
-#include "model/pattern_sharing.h"
+#include "model/sparse/head_estimate.h"
+#include "model/sparse/pattern_sharing.h"
 #include "tests/model/one_layer.h"
 
 namespace prefilld::model {

@@ -4,7 +4,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
-#include "model/config.h"
+#include "model/checkpoint/config.h"
 #include "tests/model/temporary_folder.h"
 
 namespace prefilld::model {

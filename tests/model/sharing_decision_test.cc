@@ -1,4 +1,4 @@
-#include "model/sharing_decision.h"
+#include "model/sparse/sharing_decision.h"
 
 #include <cmath>
 #include <limits>
@@ -8,7 +8,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "model/head_clusters.h"
+#include "model/checkpoint/head_clusters.h"
 
 namespace prefilld::model {
 namespace {

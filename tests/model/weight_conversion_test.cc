@@ -1,4 +1,4 @@
-#include "model/weight_conversion.h"
+#include "model/checkpoint/weight_conversion.h"
 
 #include <gtest/gtest.h>
 

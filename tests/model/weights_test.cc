@@ -1,4 +1,4 @@
-#include "model/weights.h"
+#include "model/checkpoint/weights.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -9,8 +9,8 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "model/safetensors.h"
-#include "model/weight_conversion.h"
+#include "model/checkpoint/safetensors.h"
+#include "model/checkpoint/weight_conversion.h"
 #include "tests/model/random_checkpoint.h"
 #include "tests/model/safetensors_image.h"
 #include "tests/model/temporary_folder.h"

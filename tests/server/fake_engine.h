@@ -11,8 +11,8 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
-#include "model/backend.h"
-#include "model/prefill_engine.h"
+#include "model/device/backend.h"
+#include "model/prefill/prefill_engine.h"
 
 namespace prefilld::server {
 

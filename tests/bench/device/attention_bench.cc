@@ -5,8 +5,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "model/head_clusters.h"
-#include "model/pattern_sharing.h"
+#include "model/checkpoint/head_clusters.h"
+#include "model/sparse/pattern_sharing.h"
 #include "tests/bench/device/attention_check.h"
 #include "tests/bench/device/benches.h"
 

@@ -7,7 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
-#include "model/backend.h"
+#include "model/device/backend.h"
 #include "tests/bench/device/attention_data.h"
 
 namespace prefilld::bench {

@@ -7,7 +7,7 @@
 
 #include "absl/functional/function_ref.h"
 #include "absl/strings/str_cat.h"
-#include "model/safetensors.h"
+#include "model/checkpoint/safetensors.h"
 
 namespace prefilld::bench {
 namespace {

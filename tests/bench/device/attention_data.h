@@ -7,7 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/attention.h"
-#include "model/backend.h"
+#include "model/device/backend.h"
 
 namespace prefilld::bench {
 

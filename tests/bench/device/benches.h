@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "absl/status/status.h"
-#include "model/attention_policy.h"
-#include "model/backend.h"
-#include "model/prefill_engine.h"
+#include "model/device/backend.h"
+#include "model/prefill/prefill_engine.h"
+#include "model/sparse/attention_policy.h"
 #include "tests/bench/device/attention_data.h"
 #include "tests/bench/device/report.h"
 

@@ -18,7 +18,7 @@
 #include "absl/flags/usage.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "model/packed_prompts.h"
+#include "model/prefill/packed_prompts.h"
 #include "tests/bench/device/benches.h"
 
 ABSL_FLAG(std::string, mode, "attention", "attention, layer, linears, prefill or batch.");

@@ -8,7 +8,7 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "model/backend.h"
+#include "model/device/backend.h"
 
 namespace prefilld::bench {
 

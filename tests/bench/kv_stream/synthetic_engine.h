@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "model/backend.h"
-#include "model/prefill_engine.h"
+#include "model/device/backend.h"
+#include "model/prefill/prefill_engine.h"
 
 namespace prefilld::bench {
 

@@ -1,0 +1,273 @@
+#include "model/checkpoint/config.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/string_view.h"
+#include "model/checkpoint/config_fields.h"
+#include "model/checkpoint/rope_config.h"
+#include "model/checkpoint/strict_json.h"
+
+namespace prefilld::model {
+namespace {
+
+using nlohmann::json;
+
+constexpr size_t kMaxConfigBytes = size_t{4} << 20;
+// Far above any model of these families, and low enough that no product of two overflows.
+constexpr int64_t kMaxVocabSize = int64_t{1} << 24;
+constexpr int64_t kMaxWidth = int64_t{1} << 20;  // hidden and intermediate
+constexpr int64_t kMaxLayers = 1024;
+constexpr int64_t kMaxHeads = 1024;
+constexpr int64_t kMaxPositions = int64_t{1} << 28;
+constexpr size_t kMaxEosIds = 1024;
+
+constexpr int kHeadDims[] = {64, 128};
+constexpr int64_t kWidthMultiple = 8;  // kernels move 16 bytes at a time
+
+struct FamilyTraits {
+  Family family;
+  absl::string_view model_type;
+  absl::string_view architecture;
+  // What transformers assumes when the file does not say; 0: derived from other fields.
+  int64_t default_num_kv_heads;
+  int64_t default_head_dim;
+};
+
+constexpr FamilyTraits kFamilies[] = {
+    {Family::kLlama, "llama", "LlamaForCausalLM", 0, 0},
+    {Family::kQwen2, "qwen2", "Qwen2ForCausalLM", 32, 0},
+    {Family::kQwen3, "qwen3", "Qwen3ForCausalLM", 32, 128},
+    {Family::kMistral, "mistral", "MistralForCausalLM", 8, 0},
+};
+
+absl::StatusOr<FamilyTraits> ReadFamily(ConfigFields& fields) {
+  const std::string model_type = fields.Text("model_type", "");
+  const auto* traits = std::find_if(std::begin(kFamilies), std::end(kFamilies),
+                                    [&](const auto& f) { return f.model_type == model_type; });
+  if (traits == std::end(kFamilies)) {
+    fields.Refuse("model_type", "unsupported; built for llama, qwen2, qwen3, mistral");
+    return fields.Finish();
+  }
+  const json* architectures = fields.Value("architectures");
+  if (architectures != nullptr && *architectures != json::array({traits->architecture})) {
+    fields.Refuse("architectures", absl::StrCat("unsupported; built for ", traits->architecture));
+  }
+  return *traits;
+}
+
+void ReadShape(const FamilyTraits& traits, ConfigFields& fields, ModelConfig& config) {
+  config.vocab_size = fields.Integer("vocab_size", 1, kMaxVocabSize);
+  config.hidden = fields.Integer("hidden_size", 1, kMaxWidth);
+  config.intermediate = fields.Integer("intermediate_size", 1, kMaxWidth);
+  config.num_layers = static_cast<int>(fields.Integer("num_hidden_layers", 1, kMaxLayers));
+  config.num_heads = static_cast<int>(fields.Integer("num_attention_heads", 1, kMaxHeads));
+  const int64_t default_kv_heads =
+      traits.default_num_kv_heads ? traits.default_num_kv_heads : config.num_heads;
+  config.num_kv_heads =
+      static_cast<int>(fields.Integer("num_key_value_heads", 1, kMaxHeads, default_kv_heads));
+  int64_t default_head_dim = traits.default_head_dim;
+  if (default_head_dim == 0) {
+    default_head_dim = config.hidden / config.num_heads;
+    if (!fields.Has("head_dim") && config.hidden % config.num_heads != 0) {
+      fields.Refuse("hidden_size",
+                    absl::StrCat("is not a multiple of num_attention_heads ", config.num_heads));
+    }
+  }
+  const int64_t head_dim = fields.Integer("head_dim", 1, kMaxWidth, default_head_dim);
+  config.head_dim = static_cast<int>(head_dim);
+  config.max_positions = fields.Integer("max_position_embeddings", 1, kMaxPositions);
+  config.rms_norm_epsilon = fields.Number("rms_norm_eps", 0.0, 1.0, 1e-6);
+
+  const std::string multiple = absl::StrCat("unsupported; must be a multiple of ", kWidthMultiple);
+  if (config.hidden % kWidthMultiple != 0) fields.Refuse("hidden_size", multiple);
+  if (config.intermediate % kWidthMultiple != 0) fields.Refuse("intermediate_size", multiple);
+  if (config.num_heads % config.num_kv_heads != 0) {
+    fields.Fail(absl::InvalidArgumentError(
+        absl::StrCat("num_attention_heads ", config.num_heads,
+                     " is not a multiple of num_key_value_heads ", config.num_kv_heads)));
+  }
+  if (std::find(std::begin(kHeadDims), std::end(kHeadDims), head_dim) == std::end(kHeadDims)) {
+    fields.Fail(absl::InvalidArgumentError(absl::StrCat(
+        "head_dim ", head_dim, " unsupported; built for ", absl::StrJoin(kHeadDims, ", "))));
+  }
+}
+
+// Which projections have biases, and which heads are normalised.
+void ReadProjections(Family family, ConfigFields& fields, ModelConfig& config) {
+  switch (family) {
+    case Family::kLlama:
+      config.qkv_bias = config.output_bias = fields.Flag("attention_bias", false);
+      break;
+    case Family::kQwen3:
+      config.qkv_bias = config.output_bias = fields.Flag("attention_bias", false);
+      config.qk_norm = true;
+      break;
+    case Family::kQwen2:
+      config.qkv_bias = true;
+      if (!fields.Flag("attention_bias", true)) {
+        fields.Refuse("attention_bias", "unsupported for qwen2, which has q, k and v biases");
+      }
+      break;
+    case Family::kMistral:
+      if (fields.Flag("attention_bias", false)) {
+        fields.Refuse("attention_bias", "unsupported for mistral");
+      }
+      break;
+  }
+  if (fields.Flag("mlp_bias", false)) fields.Refuse("mlp_bias", "unsupported");
+  const std::string activation = fields.Text("hidden_act", "silu");
+  if (activation != "silu") fields.Refuse("hidden_act", "unsupported; built for silu");
+  config.tied_embeddings = fields.Flag("tie_word_embeddings", false);
+}
+
+// Every layer must attend to the whole prompt.
+void CheckFullAttention(Family family, ConfigFields& fields, const ModelConfig& config) {
+  const bool is_qwen = family == Family::kQwen2 || family == Family::kQwen3;
+  // transformers gives Mistral a window of 4096 when the file does not mention it; null is none.
+  const bool window_assumed = family == Family::kMistral && !fields.Mentions("sliding_window");
+  const int64_t window =
+      fields.Integer("sliding_window", 0, INT64_MAX, window_assumed ? 4096 : INT64_MAX);
+  const bool window_used = fields.Flag("use_sliding_window", !is_qwen);
+  if (window_used && window < config.max_positions) {
+    fields.Refuse("sliding_window",
+                  absl::StrCat("unsupported below max_position_embeddings ", config.max_positions,
+                               window_assumed ? "; absent means 4096 to mistral" : ""));
+  }
+  fields.Integer("max_window_layers", 0, INT64_MAX, 0);
+  const json* layer_types = fields.Value("layer_types");
+  if (layer_types != nullptr &&
+      *layer_types != json(std::vector<std::string>(config.num_layers, "full_attention"))) {
+    fields.Refuse("layer_types", absl::StrCat("unsupported; built for \"full_attention\" in all ",
+                                              config.num_layers, " layers"));
+  }
+}
+
+// Dual chunk attention keeps the rotation of long prompts within the lengths trained on. A prompt
+// of one chunk it attends to as usual; longer ones are not built.
+void LimitToOneChunk(ConfigFields& outer, ModelConfig& config) {
+  constexpr char kName[] = "dual_chunk_attention_config";
+  const json* object = outer.Value(kName);
+  if (object == nullptr) return;
+  if (!object->is_object()) {
+    outer.Refuse(kName, "is not an object");
+    return;
+  }
+  if (config.rope.kind != RopeKind::kDefault) {
+    outer.Refuse(kName, "unsupported beside a scaled RoPE");
+    return;
+  }
+  ConfigFields fields(*object, absl::StrCat(kName, "."));
+  const int64_t local_size = fields.Integer("local_size", 0, kMaxPositions);
+  const int64_t chunk_size = fields.Integer("chunk_size", local_size + 1, kMaxPositions + 1);
+  // Past this length logits are scaled as well; 0: never.
+  const int64_t original = fields.Integer("original_max_position_embeddings", 0, kMaxPositions, 0);
+  const int64_t unscaled = original == 0 ? kMaxPositions : original;
+  config.max_positions = std::min({config.max_positions, chunk_size - local_size, unscaled});
+  outer.Fail(fields.Finish());
+}
+
+// One id or a list of ids, added to `ids` unless already there.
+void ReadEosIds(ConfigFields& fields, std::vector<uint32_t>& ids) {
+  const json* value = fields.Value("eos_token_id");
+  if (value == nullptr) return;
+  const json list = value->is_array() ? *value : json::array({*value});
+  if (list.size() > kMaxEosIds) {
+    fields.Refuse("eos_token_id", absl::StrCat("has more than ", kMaxEosIds, " ids"));
+    return;
+  }
+  for (const json& id : list) {
+    if (!id.is_number_unsigned() || id.get<uint64_t>() > UINT32_MAX) {
+      fields.Refuse("eos_token_id", "is not a token id or a list of them");
+      return;
+    }
+    const auto token = id.get<uint32_t>();
+    if (std::find(ids.begin(), ids.end(), token) == ids.end()) ids.push_back(token);
+  }
+}
+
+// Training, generation and bookkeeping: no say in what the layers compute.
+void IgnoreHarmless(ConfigFields& fields) {
+  fields.Ignore({"_attn_implementation", "_attn_implementation_autoset", "_name_or_path",
+                 "attention_dropout", "attn_implementation", "bos_token_id", "dtype",
+                 "initializer_range", "is_llama_config", "max_sequence_length", "pad_token_id",
+                 "pretraining_tp", "tokenizer_class", "torch_dtype", "transformers.js_config",
+                 "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache"});
+  // Defaults of transformers' base class, which older files spell out.
+  fields.Ignore({"bad_words_ids",
+                 "chunk_size_feed_forward",
+                 "diversity_penalty",
+                 "do_sample",
+                 "early_stopping",
+                 "id2label",
+                 "label2id",
+                 "length_penalty",
+                 "max_length",
+                 "min_length",
+                 "no_repeat_ngram_size",
+                 "num_beam_groups",
+                 "num_beams",
+                 "num_return_sequences",
+                 "encoder_no_repeat_ngram_size",
+                 "repetition_penalty",
+                 "return_dict",
+                 "temperature",
+                 "top_k",
+                 "top_p",
+                 "typical_p"});
+}
+
+absl::StatusOr<ModelConfig> ReadConfig(const json& object) {
+  ConfigFields fields(object);
+  absl::StatusOr<FamilyTraits> traits = ReadFamily(fields);
+  if (!traits.ok()) return traits.status();
+  if (fields.Value("quantization_config") != nullptr) {
+    fields.Refuse("quantization_config", "unsupported; built for bf16, fp16 and fp32 weights");
+  }
+  ModelConfig config;
+  config.family = traits->family;
+  ReadShape(*traits, fields, config);
+  ReadProjections(traits->family, fields, config);
+  CheckFullAttention(traits->family, fields, config);
+  if (fields.Number("partial_rotary_factor", 0.0, 1.0, 1.0) != 1.0) {
+    fields.Refuse("partial_rotary_factor", "unsupported; built for 1");
+  }
+  config.rope = ReadRopeConfig(fields, config.max_positions);
+  LimitToOneChunk(fields, config);
+  ReadEosIds(fields, config.eos_token_ids);
+  IgnoreHarmless(fields);
+  if (absl::Status status = fields.Finish(); !status.ok()) return status;
+  return config;
+}
+
+absl::Status Within(const std::string& path, const absl::Status& status) {
+  return absl::Status(status.code(), absl::StrCat(path, ": ", status.message()));
+}
+
+}  // namespace
+
+absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& checkpoint_dir) {
+  const std::string path = absl::StrCat(checkpoint_dir, "/config.json");
+  absl::StatusOr<json> object = ReadJsonObject(path, kMaxConfigBytes);
+  if (!object.ok()) return object.status();
+  absl::StatusOr<ModelConfig> config = ReadConfig(*object);
+  if (!config.ok()) return Within(path, config.status());
+
+  // Only its end-of-sequence ids matter to us; it may be absent.
+  const std::string generation_path = absl::StrCat(checkpoint_dir, "/generation_config.json");
+  absl::StatusOr<json> generation = ReadJsonObject(generation_path, kMaxConfigBytes);
+  if (absl::IsNotFound(generation.status())) return config;
+  if (!generation.ok()) return generation.status();
+  ConfigFields fields(*generation);
+  ReadEosIds(fields, config->eos_token_ids);
+  if (!fields.status().ok()) return Within(generation_path, fields.status());
+  return config;
+}
+
+}  // namespace prefilld::model

@@ -1,0 +1,161 @@
+#include "model/checkpoint/head_clusters.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <nlohmann/json.hpp>
+
+#include "absl/status/status.h"
+#include "absl/strings/ascii.h"
+#include "absl/strings/str_cat.h"
+#include "model/checkpoint/config_fields.h"
+#include "model/checkpoint/strict_json.h"
+
+namespace prefilld::model {
+namespace {
+
+using nlohmann::json;
+
+constexpr size_t kMaxFileBytes = size_t{16} << 20;
+constexpr int64_t kFormatVersion = 1;
+constexpr size_t kFingerprintDigits = 32;
+
+// Dense numbers for the clusters that share, in the order the file lists them.
+absl::StatusOr<std::map<std::string, int>> NumberSharedClusters(const json& file) {
+  const auto clusters = file.find("clusters");
+  if (clusters == file.end() || !clusters->is_object()) {
+    return absl::InvalidArgumentError("clusters is missing or not an object");
+  }
+  const auto shared = file.find("shared_clusters");
+  if (shared == file.end() || !shared->is_array()) {
+    return absl::InvalidArgumentError("shared_clusters is missing or not an array");
+  }
+  std::map<std::string, int> number_of;
+  for (const json& id : *shared) {
+    if (!id.is_string() || !clusters->contains(id.get_ref<const std::string&>())) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("shared_clusters names ", Shown(id), ", which is not among the clusters"));
+    }
+    const int number = static_cast<int>(number_of.size());
+    if (!number_of.emplace(id.get<std::string>(), number).second) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("shared_clusters names ", Shown(id), " twice"));
+    }
+  }
+  return number_of;
+}
+
+// Reads [layer, head] of a cluster; `taken` marks the heads that have one.
+absl::Status AssignHead(const json& head, const std::string& cluster, int number,
+                        std::vector<std::vector<bool>>& taken, HeadClusters& result) {
+  const bool is_pair = head.is_array() && head.size() == 2 && head[0].is_number_unsigned() &&
+                       head[1].is_number_unsigned();
+  const size_t num_layers = taken.size();
+  const size_t num_heads = taken.front().size();
+  if (!is_pair || head[0].get<uint64_t>() >= num_layers || head[1].get<uint64_t>() >= num_heads) {
+    return absl::InvalidArgumentError(absl::StrCat("cluster ", Shown(cluster), ": ", Shown(head),
+                                                   " is not a [layer, head] of a model with ",
+                                                   num_layers, " layers of ", num_heads, " heads"));
+  }
+  const auto layer = head[0].get<size_t>();
+  const auto index = head[1].get<size_t>();
+  if (taken[layer][index]) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("cluster ", Shown(cluster), ": ", Shown(head), " is already in a cluster"));
+  }
+  taken[layer][index] = true;
+  result.cluster_of[layer][index] = number;
+  return absl::OkStatus();
+}
+
+absl::Status ReadThresholds(const json& file, HeadClusters& result) {
+  const auto found = file.find("thresholds");
+  if (found == file.end() || found->is_null()) return absl::OkStatus();
+  if (!found->is_object()) return absl::InvalidArgumentError("thresholds is not an object");
+  ConfigFields fields(*found, "thresholds.");
+  const auto read = [&](const char* name, std::optional<float>& threshold) {
+    const double value = fields.Number(name, 0.0, 1.0, 0.0);
+    if (fields.Has(name)) threshold = static_cast<float>(value);
+  };
+  read("gamma", result.gamma);
+  read("vertical_slash_gamma", result.vertical_slash_gamma);
+  read("tau", result.tau);
+  read("delta", result.delta);
+  read("coverage", result.coverage);
+  const int64_t min_budget_tokens = fields.Integer("min_budget_tokens", 0, INT64_MAX, 0);
+  if (fields.Has("min_budget_tokens")) result.min_budget_tokens = min_budget_tokens;
+  if (result.gamma == 0.0f) fields.Refuse("gamma", "is not in (0, 1]");
+  if (result.vertical_slash_gamma == 0.0f) {
+    fields.Refuse("vertical_slash_gamma", "is not in (0, 1]");
+  }
+  return fields.Finish();
+}
+
+// The fields that say what kind of file this is, and for which model.
+absl::Status ReadProvenance(const json& file, HeadClusters& result) {
+  ConfigFields fields(file);
+  const int64_t version = fields.Integer("format_version", INT64_MIN, INT64_MAX, kFormatVersion);
+  if (version != kFormatVersion) {
+    fields.Refuse("format_version", absl::StrCat("unsupported; built for ", kFormatVersion));
+  }
+  result.model_fingerprint = fields.Text("model_fingerprint", "");
+  const bool is_fingerprint =
+      result.model_fingerprint.size() == kFingerprintDigits &&
+      std::all_of(result.model_fingerprint.begin(), result.model_fingerprint.end(),
+                  [](char c) { return absl::ascii_isdigit(c) || (c >= 'a' && c <= 'f'); });
+  if (fields.Has("model_fingerprint") && !is_fingerprint) {
+    fields.Refuse("model_fingerprint",
+                  absl::StrCat("is not ", kFingerprintDigits, " lower-case hexadecimal digits"));
+  }
+  return fields.status();
+}
+
+absl::StatusOr<HeadClusters> ReadClusters(const json& file, const ModelConfig& config) {
+  absl::StatusOr<std::map<std::string, int>> number_of = NumberSharedClusters(file);
+  if (!number_of.ok()) return number_of.status();
+
+  const auto num_layers = static_cast<size_t>(config.num_layers);
+  const auto num_heads = static_cast<size_t>(config.num_heads);
+  HeadClusters result;
+  if (absl::Status s = ReadProvenance(file, result); !s.ok()) return s;
+  result.num_clusters = static_cast<int>(number_of->size());
+  result.cluster_of.assign(num_layers, std::vector<int>(num_heads, HeadClusters::kNoCluster));
+  std::vector<std::vector<bool>> taken(num_layers, std::vector<bool>(num_heads, false));
+  for (const auto& [id, heads] : file["clusters"].items()) {
+    if (!heads.is_array()) {
+      return absl::InvalidArgumentError(absl::StrCat("cluster ", Shown(id), " is not an array"));
+    }
+    const auto found = number_of->find(id);
+    const int number = found == number_of->end() ? HeadClusters::kNoCluster : found->second;
+    for (const json& head : heads) {
+      if (absl::Status s = AssignHead(head, id, number, taken, result); !s.ok()) return s;
+    }
+  }
+  if (absl::Status s = ReadThresholds(file, result); !s.ok()) return s;
+  return result;
+}
+
+}  // namespace
+
+absl::StatusOr<HeadClusters> LoadHeadClusters(const std::string& path, const ModelConfig& config) {
+  absl::StatusOr<json> file = ReadJsonObject(path, kMaxFileBytes);
+  if (!file.ok()) return file.status();
+  absl::StatusOr<HeadClusters> clusters = ReadClusters(*file, config);
+  if (!clusters.ok()) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": ", clusters.status().message()));
+  }
+  return clusters;
+}
+
+absl::Status CheckMadeFor(const HeadClusters& clusters, const std::string& fingerprint) {
+  if (clusters.model_fingerprint.empty() || clusters.model_fingerprint == fingerprint) {
+    return absl::OkStatus();
+  }
+  return absl::FailedPreconditionError(absl::StrCat(
+      "the head clusters were made for the model with fingerprint ", clusters.model_fingerprint,
+      ", but the one loaded has ", fingerprint,
+      "; calibrate it, or remove model_fingerprint from the file if its heads are the same"));
+}
+
+}  // namespace prefilld::model

@@ -1,0 +1,50 @@
+// Which heads of a model attend alike: the offline half of pattern sharing.
+//
+// File format (JSON), that of the SharePrefill release with optional additions:
+//   {"clusters": {"<id>": [[layer, head], ...], ...},   groups of query heads
+//    "shared_clusters": ["<id>", ...],                  those that may share patterns
+//    "format_version": 1,                               optional; another one is refused
+//    "model_fingerprint": "<32 hexadecimal digits>",    optional; of the model it was made for
+//    "thresholds": {"gamma": g, "vertical_slash_gamma": v, "tau": t, "delta": d, "coverage": c,
+//                   "min_budget_tokens": m}}            optional, tuned; any of them
+// Other keys may say where the file comes from and are not read. model/calibration makes such
+// files.
+#ifndef PREFILLD_MODEL_CHECKPOINT_HEAD_CLUSTERS_H_
+#define PREFILLD_MODEL_CHECKPOINT_HEAD_CLUSTERS_H_
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "model/checkpoint/config.h"
+
+namespace prefilld::model {
+
+struct HeadClusters {
+  static constexpr int kNoCluster = -1;
+
+  // [num_layers][num_heads]: dense cluster number 0 .. num_clusters - 1, or kNoCluster for heads
+  // in no cluster and for heads of clusters that do not share.
+  std::vector<std::vector<int>> cluster_of;
+  int num_clusters = 0;  // shared ones
+  std::optional<float> gamma, vertical_slash_gamma, tau, delta, coverage;
+  std::optional<int64_t> min_budget_tokens;
+  std::string model_fingerprint;  // empty: the file does not say
+
+  bool empty() const { return num_clusters == 0; }
+};
+
+// INVALID_ARGUMENT: malformed JSON, another format version, a head outside the model, a head in two
+// clusters, a shared cluster that does not exist.
+absl::StatusOr<HeadClusters> LoadHeadClusters(const std::string& path, const ModelConfig& config);
+
+// Which heads are alike is a property of the weights: FAILED_PRECONDITION names both fingerprints
+// when the file was made for another model than the one loaded (model/checkpoint/fingerprint.h).
+absl::Status CheckMadeFor(const HeadClusters& clusters, const std::string& fingerprint);
+
+}  // namespace prefilld::model
+
+#endif  // PREFILLD_MODEL_CHECKPOINT_HEAD_CLUSTERS_H_

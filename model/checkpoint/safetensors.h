@@ -1,0 +1,66 @@
+// Reading safetensors files: memory-mapped, trusting nothing that a file says about itself.
+//
+// The format: 8 bytes header length N (little-endian), N bytes JSON header padded with spaces,
+// then the data. The header maps each tensor's name to {"dtype", "shape", "data_offsets": [begin,
+// end)} relative to the data; "__metadata__" may map strings to strings. Tensors fill the data
+// without holes or overlap.
+#ifndef PREFILLD_MODEL_CHECKPOINT_SAFETENSORS_H_
+#define PREFILLD_MODEL_CHECKPOINT_SAFETENSORS_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
+#include "kernels/dtype.h"
+
+namespace prefilld::model {
+
+inline constexpr size_t kMaxSafetensorsHeaderBytes = size_t{16} << 20;
+inline constexpr size_t kMaxTensorRank = 8;
+
+// A tensor in mapped memory: row-major, little-endian, aligned to its element size. Borrowed from
+// the reader that handed it out.
+struct Tensor {
+  kernels::DType dtype = kernels::DType::kFp32;
+  std::vector<int64_t> shape;
+  const std::byte* data = nullptr;
+  size_t bytes = 0;
+};
+
+// Sorted by name.
+using TensorMap = std::map<std::string, Tensor, std::less<>>;
+
+// Checks a whole file image. Every tensor lies inside `file`. INVALID_ARGUMENT names tensor and
+// reason.
+absl::StatusOr<TensorMap> ParseSafetensors(absl::Span<const std::byte> file);
+
+// The tensors of a checkpoint folder: model.safetensors, or the shards that
+// model.safetensors.index.json names. The files stay mapped as long as the object lives and must
+// not be changed meanwhile. Immutable, so thread-safe.
+class Checkpoint {
+ public:
+  // NOT_FOUND: no such files. INVALID_ARGUMENT: message begins with the file, then the reason.
+  static absl::StatusOr<std::unique_ptr<Checkpoint>> Open(const std::string& checkpoint_dir);
+  ~Checkpoint();
+
+  const TensorMap& tensors() const { return tensors_; }
+  const Tensor* Find(absl::string_view name) const;  // null: absent
+
+ private:
+  class MappedFile;
+  Checkpoint();
+  absl::Status Add(const std::string& path);
+
+  std::vector<std::unique_ptr<MappedFile>> files_;
+  TensorMap tensors_;
+};
+
+}  // namespace prefilld::model
+
+#endif  // PREFILLD_MODEL_CHECKPOINT_SAFETENSORS_H_

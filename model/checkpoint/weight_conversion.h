@@ -1,0 +1,19 @@
+// Element types of checkpoints to those of devices.
+#ifndef PREFILLD_MODEL_CHECKPOINT_WEIGHT_CONVERSION_H_
+#define PREFILLD_MODEL_CHECKPOINT_WEIGHT_CONVERSION_H_
+
+#include <cstdint>
+
+#include "kernels/dtype.h"
+
+namespace prefilld::model {
+
+// dst[i] = src[i] for `count` elements, rounded to nearest even where the target is narrower;
+// what exceeds bf16 or fp16 becomes infinity, NaN stays NaN. Both are aligned to their element
+// size and do not overlap.
+void ConvertElements(kernels::DType src_dtype, const void* src, kernels::DType dst_dtype, void* dst,
+                     int64_t count);
+
+}  // namespace prefilld::model
+
+#endif  // PREFILLD_MODEL_CHECKPOINT_WEIGHT_CONVERSION_H_

@@ -1,0 +1,239 @@
+#include "model/checkpoint/weights.h"
+
+#include <algorithm>
+#include <atomic>
+#include <functional>
+#include <map>
+#include <numeric>
+#include <set>
+#include <thread>
+#include <utility>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/synchronization/mutex.h"
+#include "kernels/cpu/threads.h"
+#include "model/checkpoint/fingerprint.h"
+#include "model/checkpoint/safetensors.h"
+#include "model/checkpoint/weight_conversion.h"
+
+namespace prefilld::model {
+namespace {
+
+using kernels::DType;
+
+constexpr int kMaxWorkers = 8;  // saturate a link to a GPU, and bound the staging memory
+
+int64_t ElementCount(const std::vector<int64_t>& shape) {
+  return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+}
+
+// First collects which tensor goes where, then moves them all. The first error sticks: placing
+// after it does nothing.
+class WeightLoader {
+ public:
+  WeightLoader(const Checkpoint& checkpoint, Backend& backend)
+      : checkpoint_(checkpoint), backend_(backend), dtype_(backend.compute_dtype()) {}
+
+  struct Part {
+    std::string name;
+    std::vector<int64_t> shape;
+  };
+
+  // `buffer` becomes memory for the parts, one after the other.
+  void Place(DeviceBuffer& buffer, const std::vector<Part>& parts);
+
+  // A tensor that may be there but is not used.
+  void Ignore(const std::string& name) { ignored_.insert(name); }
+
+  // Converts and uploads everything placed, digesting the content on the way. Fails if a tensor
+  // of the checkpoint was neither placed nor ignored: a model that has it is another model.
+  absl::Status Transfer();
+
+  std::string fingerprint(const ModelConfig& config) const { return Fingerprint(config, digests_); }
+
+ private:
+  // One stretch of one tensor: what a worker takes at a time.
+  struct Stretch {
+    const Tensor* source = nullptr;
+    std::byte* destination = nullptr;  // of the whole tensor, device memory
+    int64_t index = 0;
+    ContentDigest* digest = nullptr;
+  };
+
+  absl::Status Allocate(DeviceBuffer& buffer, const std::vector<Part>& parts);
+  absl::Status CheckNothingLeft() const;
+  absl::Status TransferStretch(const Stretch& stretch, void* staging);
+  void Work();
+
+  const Checkpoint& checkpoint_;
+  Backend& backend_;
+  const DType dtype_;
+
+  absl::Status placed_;  // the first error of Place
+  std::set<std::string> ignored_;
+  std::map<std::string, TensorDigest> digests_;  // of the tensors placed
+  std::vector<Stretch> stretches_;
+
+  std::atomic<size_t> next_stretch_{0};
+  absl::Mutex mu_;
+  absl::Status first_error_ ABSL_GUARDED_BY(mu_);
+};
+
+absl::Status WeightLoader::Allocate(DeviceBuffer& buffer, const std::vector<Part>& parts) {
+  int64_t total = 0;
+  for (const Part& part : parts) {
+    const Tensor* tensor = checkpoint_.Find(part.name);
+    if (tensor == nullptr) {
+      return absl::InvalidArgumentError(absl::StrCat("tensor ", part.name, " is missing"));
+    }
+    if (tensor->shape != part.shape) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("tensor ", part.name, " has shape [", absl::StrJoin(tensor->shape, ", "),
+                       "]; config.json asks for [", absl::StrJoin(part.shape, ", "), "]"));
+    }
+    total += ElementCount(part.shape);
+  }
+  absl::StatusOr<DeviceBuffer> memory =
+      backend_.Allocate(static_cast<size_t>(total) * SizeOf(dtype_));
+  if (memory.ok()) buffer = *std::move(memory);
+  return memory.status();
+}
+
+void WeightLoader::Place(DeviceBuffer& buffer, const std::vector<Part>& parts) {
+  if (placed_.ok()) placed_ = Allocate(buffer, parts);
+  if (!placed_.ok()) return;
+  auto* destination = buffer.as<std::byte>();
+  for (const Part& part : parts) {
+    const int64_t elements = ElementCount(part.shape);
+    TensorDigest& digest = digests_[part.name];
+    digest.tensor = checkpoint_.Find(part.name);
+    digest.stretches.resize(static_cast<size_t>(kernels::CeilDiv(elements, kDigestElements)));
+    for (size_t i = 0; i < digest.stretches.size(); ++i) {
+      stretches_.push_back(
+          {digest.tensor, destination, static_cast<int64_t>(i), &digest.stretches[i]});
+    }
+    destination += static_cast<size_t>(elements) * SizeOf(dtype_);
+  }
+}
+
+absl::Status WeightLoader::CheckNothingLeft() const {
+  for (const auto& [name, tensor] : checkpoint_.tensors()) {
+    // Old Llama files store the frequencies that RoPE is computed from anyway.
+    if (digests_.contains(name) || ignored_.contains(name) ||
+        absl::EndsWith(name, ".rotary_emb.inv_freq")) {
+      continue;
+    }
+    return absl::InvalidArgumentError(
+        absl::StrCat("tensor ", name, " has no place in the model that config.json describes"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status WeightLoader::TransferStretch(const Stretch& stretch, void* staging) {
+  const int64_t first = stretch.index * kDigestElements;
+  const int64_t total = static_cast<int64_t>(stretch.source->bytes / SizeOf(stretch.source->dtype));
+  const int64_t count = std::min(kDigestElements, total - first);
+  const size_t source_size = SizeOf(stretch.source->dtype);
+  const std::byte* source = stretch.source->data + static_cast<size_t>(first) * source_size;
+  ConvertElements(stretch.source->dtype, source, dtype_, staging, count);
+  *stretch.digest = DigestContent(source, static_cast<size_t>(count) * source_size);
+  return backend_.Upload(stretch.destination + static_cast<size_t>(first) * SizeOf(dtype_), staging,
+                         static_cast<size_t>(count) * SizeOf(dtype_));
+}
+
+void WeightLoader::Work() {
+  absl::StatusOr<DeviceBuffer> staging =
+      backend_.AllocateStaging(static_cast<size_t>(kDigestElements) * SizeOf(dtype_));
+  absl::Status status = staging.status();
+  while (status.ok()) {
+    const size_t next = next_stretch_.fetch_add(1, std::memory_order_relaxed);
+    if (next >= stretches_.size()) return;
+    status = TransferStretch(stretches_[next], staging->data());
+  }
+  next_stretch_ = stretches_.size();  // the other workers stop too
+  absl::MutexLock lock(&mu_);
+  first_error_.Update(status);
+}
+
+absl::Status WeightLoader::Transfer() {
+  if (placed_.ok()) placed_ = CheckNothingLeft();
+  if (!placed_.ok()) return placed_;
+  const int workers = std::min(kernels::cpu::AvailableThreads(), kMaxWorkers);
+  {
+    std::vector<std::jthread> threads;
+    for (int i = 0; i < workers; ++i) threads.emplace_back([this] { Work(); });
+  }
+  absl::MutexLock lock(&mu_);
+  if (!first_error_.ok()) return first_error_;
+  return backend_.Synchronize();
+}
+
+void PlaceLayer(const ModelConfig& config, int layer, WeightLoader& loader, LayerWeights& weights) {
+  const int64_t q_rows = int64_t{config.num_heads} * config.head_dim;
+  const int64_t kv_rows = int64_t{config.num_kv_heads} * config.head_dim;
+  const auto place = [&](DeviceBuffer& buffer, std::vector<WeightLoader::Part> parts) {
+    for (WeightLoader::Part& part : parts) {
+      part.name = absl::StrCat("model.layers.", layer, ".", part.name);
+    }
+    loader.Place(buffer, parts);
+  };
+
+  place(weights.input_norm, {{"input_layernorm.weight", {config.hidden}}});
+  place(weights.qkv, {{"self_attn.q_proj.weight", {q_rows, config.hidden}},
+                      {"self_attn.k_proj.weight", {kv_rows, config.hidden}},
+                      {"self_attn.v_proj.weight", {kv_rows, config.hidden}}});
+  if (config.qkv_bias) {
+    place(weights.qkv_bias, {{"self_attn.q_proj.bias", {q_rows}},
+                             {"self_attn.k_proj.bias", {kv_rows}},
+                             {"self_attn.v_proj.bias", {kv_rows}}});
+  }
+  if (config.qk_norm) {
+    place(weights.q_norm, {{"self_attn.q_norm.weight", {config.head_dim}}});
+    place(weights.k_norm, {{"self_attn.k_norm.weight", {config.head_dim}}});
+  }
+  place(weights.output, {{"self_attn.o_proj.weight", {config.hidden, q_rows}}});
+  if (config.output_bias) {
+    place(weights.output_bias, {{"self_attn.o_proj.bias", {config.hidden}}});
+  }
+  place(weights.post_norm, {{"post_attention_layernorm.weight", {config.hidden}}});
+  place(weights.gate_up, {{"mlp.gate_proj.weight", {config.intermediate, config.hidden}},
+                          {"mlp.up_proj.weight", {config.intermediate, config.hidden}}});
+  place(weights.down, {{"mlp.down_proj.weight", {config.hidden, config.intermediate}}});
+}
+
+void PlaceModel(const ModelConfig& config, WeightLoader& loader, Weights& weights) {
+  const std::vector<int64_t> table = {config.vocab_size, config.hidden};
+  loader.Place(weights.embedding, {{"model.embed_tokens.weight", table}});
+  weights.layers.resize(static_cast<size_t>(config.num_layers));
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    PlaceLayer(config, layer, loader, weights.layers[static_cast<size_t>(layer)]);
+  }
+  loader.Place(weights.final_norm, {{"model.norm.weight", {config.hidden}}});
+  if (config.tied_embeddings) {
+    loader.Ignore("lm_head.weight");  // some files store the embedding twice
+  } else {
+    loader.Place(weights.head, {{"lm_head.weight", table}});
+  }
+}
+
+}  // namespace
+
+absl::StatusOr<Weights> LoadWeights(const std::string& checkpoint_dir, const ModelConfig& config,
+                                    Backend& backend) {
+  absl::StatusOr<std::unique_ptr<Checkpoint>> checkpoint = Checkpoint::Open(checkpoint_dir);
+  if (!checkpoint.ok()) return checkpoint.status();
+  Weights weights;
+  WeightLoader loader(**checkpoint, backend);
+  PlaceModel(config, loader, weights);
+  if (absl::Status status = loader.Transfer(); !status.ok()) {
+    return absl::Status(status.code(), absl::StrCat(checkpoint_dir, ": ", status.message()));
+  }
+  weights.fingerprint = loader.fingerprint(config);
+  return weights;
+}
+
+}  // namespace prefilld::model

@@ -1,0 +1,50 @@
+// A checkpoint's tensors in a backend's memory, fused the way the layer step uses them.
+#ifndef PREFILLD_MODEL_CHECKPOINT_WEIGHTS_H_
+#define PREFILLD_MODEL_CHECKPOINT_WEIGHTS_H_
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "model/checkpoint/config.h"
+#include "model/device/backend.h"
+
+namespace prefilld::model {
+
+// All in the backend's compute dtype. A buffer whose data() is null is absent.
+struct LayerWeights {
+  DeviceBuffer input_norm;   // [hidden]
+  DeviceBuffer qkv;          // [(num_heads + 2 * num_kv_heads) * head_dim, hidden]: q, k, v
+  DeviceBuffer qkv_bias;     // [(num_heads + 2 * num_kv_heads) * head_dim] or absent
+  DeviceBuffer q_norm;       // [head_dim] or absent
+  DeviceBuffer k_norm;       // [head_dim] or absent
+  DeviceBuffer output;       // [hidden, num_heads * head_dim]
+  DeviceBuffer output_bias;  // [hidden] or absent
+  DeviceBuffer post_norm;    // [hidden]
+  DeviceBuffer gate_up;      // [2 * intermediate, hidden]: gate, then up
+  DeviceBuffer down;         // [hidden, intermediate]
+};
+
+struct Weights {
+  DeviceBuffer embedding;  // [vocab_size, hidden]
+  std::vector<LayerWeights> layers;
+  DeviceBuffer final_norm;  // [hidden]
+  DeviceBuffer head;        // [vocab_size, hidden]; absent when tied: use embedding
+  const void* head_data() const { return head.data() ? head.data() : embedding.data(); }
+  // 32 hexadecimal digits: equal for equal configuration and weights, whatever the sharding,
+  // the device or the path. Covers every byte of the tensors (model/checkpoint/fingerprint.h).
+  std::string fingerprint;
+};
+
+// Memory-maps the safetensors of `checkpoint_dir` (model.safetensors, or the shards named by
+// model.safetensors.index.json; bf16, fp16 or fp32), checks every tensor's presence and shape
+// against the config, converts and uploads. A hostile or truncated file gets INVALID_ARGUMENT
+// with file, tensor and reason; so does a tensor that the model has no use for. Staging memory on
+// the host is bounded; the files stay mapped only during the call.
+absl::StatusOr<Weights> LoadWeights(const std::string& checkpoint_dir, const ModelConfig& config,
+                                    Backend& backend);
+
+}  // namespace prefilld::model
+
+#endif  // PREFILLD_MODEL_CHECKPOINT_WEIGHTS_H_

@@ -1,0 +1,60 @@
+// Decoding over a paged KV cache: the reference decode worker's model half.
+#ifndef PREFILLD_MODEL_DECODE_DECODER_H_
+#define PREFILLD_MODEL_DECODE_DECODER_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "kernels/kv_pack.h"
+#include "model/checkpoint/config.h"
+#include "model/device/backend.h"
+
+namespace prefilld::model {
+
+struct DecoderOptions {
+  std::string checkpoint_dir;
+  DeviceChoice device = DeviceChoice::kAuto;
+  int cpu_threads = 0;
+  int block_tokens = 16;  // 16, 32, 64 or 128
+  kernels::KvOrder order = kernels::KvOrder::kNhd;
+  int64_t pool_tokens = 0;  // capacity of the KV pool in tokens, over all sequences
+};
+
+// One model, one device, one pool of KV blocks in the device's compute dtype. Pool blocks are
+// numbered 0 .. num_pool_blocks() - 1; who owns which is the caller's business. StoreBlocks and
+// Step may be called from different threads; Steps exclude each other.
+class Decoder {
+ public:
+  static absl::StatusOr<std::unique_ptr<Decoder>> Create(const DecoderOptions& options);
+  virtual ~Decoder() = default;
+
+  virtual const ModelConfig& config() const = 0;
+  virtual const std::string& fingerprint() const = 0;
+  virtual const std::string& device_name() const = 0;
+  virtual kernels::DType kv_dtype() const = 0;
+  virtual int64_t num_pool_blocks() const = 0;
+  // Bytes of one block of one layer, K or V.
+  virtual size_t block_bytes() const = 0;
+
+  // Copies packed K or V (is_value) of consecutive sequence blocks, all heads or the heads
+  // [first_head, first_head + num_heads), from host memory in this pool's order and dtype to the
+  // pool blocks named: data is [pool_blocks.size(), one block of num_heads heads].
+  virtual absl::Status StoreBlocks(int layer, bool is_value, absl::Span<const int32_t> pool_blocks,
+                                   int first_head, int num_heads, const void* data) = 0;
+
+  // One decode step of one sequence: the token at `position` (its KV is written to the pool),
+  // attending to positions 0 .. position. Returns the logits after it, [vocab_size].
+  // `rope_tokens` is the prompt's length (dynamic NTK fixes its base there).
+  virtual absl::StatusOr<std::vector<float>> Step(uint32_t token, int64_t position,
+                                                  int64_t rope_tokens,
+                                                  absl::Span<const int32_t> block_table) = 0;
+};
+
+}  // namespace prefilld::model
+
+#endif  // PREFILLD_MODEL_DECODE_DECODER_H_

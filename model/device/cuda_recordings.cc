@@ -1,0 +1,33 @@
+#include "model/device/cuda_recordings.h"
+
+namespace prefilld::model {
+
+cudaGraphExec_t CudaRecordings::Find(const Backend::RecordingKey& key) const {
+  const auto found = graphs_.find(key);
+  return found == graphs_.end() ? nullptr : found->second.get();
+}
+
+void CudaRecordings::Keep(const Backend::RecordingKey& key, cudaGraphExec_t graph) {
+  graphs_[key].reset(graph);
+  ++count_;
+}
+
+void CudaRecordings::Clear() {
+  graphs_.clear();
+  count_ = 0;
+}
+
+// Other threads pack KV meanwhile: what they call is none of this recording's business.
+cudaError_t CudaRecordings::Record(cudaStream_t stream, absl::FunctionRef<absl::Status()> ops,
+                                   absl::Status* ops_status, cudaGraphExec_t* graph) {
+  cudaError_t error = cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
+  if (error != cudaSuccess) return error;
+  *ops_status = ops();
+  cudaGraph_t recorded = nullptr;
+  error = cudaStreamEndCapture(stream, &recorded);
+  if (error == cudaSuccess && ops_status->ok()) error = cudaGraphInstantiate(graph, recorded, 0);
+  if (recorded != nullptr) cudaGraphDestroy(recorded);
+  return error;
+}
+
+}  // namespace prefilld::model

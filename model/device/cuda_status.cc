@@ -1,0 +1,54 @@
+#include "model/device/cuda_status.h"
+
+#include <string>
+
+#include "absl/strings/str_cat.h"
+
+namespace prefilld::model {
+
+bool IsDeviceFault(cudaError_t error) {
+  switch (error) {
+    case cudaErrorIllegalAddress:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorAssert:
+    case cudaErrorHardwareStackError:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorLaunchFailure:
+    case cudaErrorECCUncorrectable:
+    case cudaErrorNvlinkUncorrectable:
+    case cudaErrorDevicesUnavailable:
+    case cudaErrorSystemNotReady:
+    case cudaErrorUnknown:
+      return true;
+    default:
+      return false;
+  }
+}
+
+absl::Status CudaStatus(cudaError_t error, absl::string_view what) {
+  if (error == cudaSuccess) return absl::OkStatus();
+  const std::string message =
+      absl::StrCat(what, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
+  if (IsDeviceFault(error)) return absl::UnavailableError(message);
+  if (error == cudaErrorMemoryAllocation) return absl::ResourceExhaustedError(message);
+  return absl::InternalError(message);
+}
+
+absl::Status CublasStatus(cublasStatus_t status, absl::string_view what) {
+  if (status == CUBLAS_STATUS_SUCCESS) return absl::OkStatus();
+  return absl::InternalError(absl::StrCat(what, ": ", cublasLtGetStatusName(status)));
+}
+
+absl::Status UnsupportedShape(absl::string_view op, int head_dim, int block_tokens) {
+  std::string message = absl::StrCat(op, " on CUDA: unsupported shape");
+  if (head_dim != 0) absl::StrAppend(&message, "; head_dim ", head_dim, ", built for 64, 128");
+  if (block_tokens != 0) {
+    absl::StrAppend(&message, "; block_tokens ", block_tokens, ", built for 64, 128");
+  }
+  return absl::InvalidArgumentError(message);
+}
+
+}  // namespace prefilld::model

@@ -1,0 +1,26 @@
+// What CUDA and cuBLAS say, as statuses.
+#ifndef PREFILLD_MODEL_DEVICE_CUDA_STATUS_H_
+#define PREFILLD_MODEL_DEVICE_CUDA_STATUS_H_
+
+#include <cublasLt.h>
+#include <cuda_runtime_api.h>
+
+#include "absl/status/status.h"
+#include "absl/strings/string_view.h"
+
+namespace prefilld::model {
+
+// After such an error the device's context is lost: every later call fails.
+bool IsDeviceFault(cudaError_t error);
+
+// UNAVAILABLE for a fault, RESOURCE_EXHAUSTED for lack of memory, else INTERNAL; the message names
+// `what` and the error.
+absl::Status CudaStatus(cudaError_t error, absl::string_view what);
+absl::Status CublasStatus(cublasStatus_t status, absl::string_view what);
+
+// INVALID_ARGUMENT: no kernel is built for this shape. A dimension of 0 is left out.
+absl::Status UnsupportedShape(absl::string_view op, int head_dim, int block_tokens);
+
+}  // namespace prefilld::model
+
+#endif  // PREFILLD_MODEL_DEVICE_CUDA_STATUS_H_

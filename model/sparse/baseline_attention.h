@@ -1,0 +1,102 @@
+// Block-sparse attention that pattern sharing is measured against. Made for evaluations: nothing
+// here is fast or safe enough to be a server's default.
+//
+//   baseline_query_aware  FlexPrefill (Lai et al., arXiv 2502.20766). The block means of queries
+//                         and keys predict the block mass (kernels/pooled_mass.h). Where the
+//                         prediction for the last row is nearer than tau to the head's true
+//                         estimate, every row takes the smallest set of blocks that holds gamma of
+//                         it, with block 0 and the diagonal; the other heads are left to
+//                         vertical-slash. The article's tau is 0.1; tau 1 is query-aware for every
+//                         head.
+//   baseline_random       Blocks at random, `density` of each row, with block 0 and the diagonal:
+//                         what any choice of blocks has to beat.
+#ifndef PREFILLD_MODEL_SPARSE_BASELINE_ATTENTION_H_
+#define PREFILLD_MODEL_SPARSE_BASELINE_ATTENTION_H_
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "model/checkpoint/config.h"
+#include "model/device/backend.h"
+#include "model/sparse/attention_policy.h"
+#include "model/sparse/head_estimate.h"
+#include "model/sparse/layer_report.h"
+#include "model/sparse/recall_audit.h"
+
+namespace prefilld::model {
+
+// Writes a causal pattern of [num_blocks, PatternWords(num_blocks)]: in every row `density` of its
+// blocks, rounded, but at least block 0 and the diagonal; the others at random. Returns how many
+// blocks it has. The same seed gives the same pattern.
+int64_t RandomPattern(int64_t num_blocks, float density, uint64_t seed,
+                      absl::Span<uint32_t> pattern);
+
+// The counterpart of PatternSharing, with the same calls and the same threading. Beside what that
+// has for each head it holds the block mass of one.
+class BaselineAttention {
+ public:
+  // All borrowed; they outlive this.
+  static absl::StatusOr<std::unique_ptr<BaselineAttention>> Create(Backend* backend,
+                                                                   const ModelConfig* config,
+                                                                   int64_t max_tokens,
+                                                                   int block_tokens);
+
+  // options.policy is kBaselineQueryAware or kBaselineRandom.
+  void StartPrompt(int64_t num_tokens, const AttentionOptions& options);
+
+  absl::Status Attend(int layer, const kernels::AttentionParams& attention, LayerReport* report);
+
+ private:
+  BaselineAttention(Backend* backend, const ModelConfig* config, int block_tokens)
+      : backend_(*backend), config_(*config), block_tokens_(block_tokens) {}
+
+  absl::Status Allocate(int64_t max_tokens);
+
+  // Fill patterns_, sources_ and blocks_.
+  absl::Status ChooseAtRandom(int layer);
+  absl::Status ChooseByQuery(const kernels::AttentionParams& attention);
+  absl::Status ChooseVerticalSlash(const kernels::AttentionParams& attention);
+  absl::Status ChooseByBlockMeans(const kernels::AttentionParams& attention, int head);
+
+  absl::Status Audit(int layer, const kernels::AttentionParams& attention, LayerReport* report);
+  void Summarize(LayerReport* report) const;
+
+  int64_t row_words() const { return kernels::PatternWords(num_blocks_); }
+  uint32_t* Pattern(int head) const {
+    return patterns_.as<uint32_t>() + head * num_blocks_ * row_words();
+  }
+
+  Backend& backend_;
+  const ModelConfig& config_;
+  const int block_tokens_;
+
+  // Device memory; H heads, n blocks, W words of a row.
+  std::unique_ptr<HeadEstimate> head_estimate_;
+  DeviceBuffer patterns_;     // [H, n, W]
+  DeviceBuffer block_means_;  // [2, n, head_dim] fp32
+  DeviceBuffer block_mass_;   // [n, n] fp32, of one head
+  DeviceBuffer head_blocks_;  // [H] int64
+  std::unique_ptr<RecallAudit> audit_;
+
+  // The prompt.
+  AttentionOptions options_;
+  int64_t num_tokens_ = 0;
+  int64_t num_blocks_ = 0;
+
+  // The layer.
+  std::vector<PatternSource> sources_;   // [H]
+  std::vector<int64_t> blocks_;          // [H]: what each head computes
+  std::vector<kernels::HeadWork> work_;  // [H]
+
+  std::vector<float> estimate_;           // [H, n]
+  std::vector<float> predicted_;          // [n]: of the last row
+  std::vector<uint32_t> random_pattern_;  // [n, W]
+};
+
+}  // namespace prefilld::model
+
+#endif  // PREFILLD_MODEL_SPARSE_BASELINE_ATTENTION_H_

@@ -1,0 +1,54 @@
+// What a prompt's last queries look at, head by head, and the vertical-slash patterns by it.
+#ifndef PREFILLD_MODEL_SPARSE_HEAD_ESTIMATE_H_
+#define PREFILLD_MODEL_SPARSE_HEAD_ESTIMATE_H_
+
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/attention.h"
+#include "model/device/backend.h"
+
+namespace prefilld::model {
+
+// The estimate of kernels/pattern.h with the device memory that it takes; n and W as there. Not
+// thread-safe.
+class HeadEstimate {
+ public:
+  // For prompts of up to max_tokens. The backend is borrowed and outlives this.
+  static absl::StatusOr<std::unique_ptr<HeadEstimate>> Create(Backend* backend, int num_heads,
+                                                              int64_t max_tokens, int block_tokens);
+
+  // From the last block_tokens queries of `attention`, which describes the whole prompt.
+  absl::Status OfLastQueries(const kernels::AttentionParams& attention);
+  // From queries [first, end), at most a block, as if the prompt ended with them.
+  absl::Status OfQueries(const kernels::AttentionParams& attention, int64_t first, int64_t end);
+
+  // By the last estimate. Writes patterns [num_heads, n, W] and how many blocks each has, `blocks`
+  // [num_heads], which may be null.
+  absl::Status BuildVerticalSlash(float gamma, int64_t min_budget_tokens, uint32_t* patterns,
+                                  int64_t* blocks);
+
+  // Of the last estimate, which ends after num_keys keys; fp32.
+  const DeviceBuffer& block_mass() const { return block_mass_; }  // [num_heads, n]
+  const DeviceBuffer& vertical() const { return vertical_; }      // [num_heads, num_keys]
+  const DeviceBuffer& slash() const { return slash_; }            // [num_heads, num_keys]
+
+ private:
+  HeadEstimate(Backend* backend, int num_heads, int block_tokens)
+      : backend_(*backend), num_heads_(num_heads), block_tokens_(block_tokens) {}
+
+  Backend& backend_;
+  const int num_heads_;
+  const int block_tokens_;
+
+  DeviceBuffer block_mass_, vertical_, slash_;
+  DeviceBuffer scratch_;
+  DeviceBuffer columns_, diagonals_;  // [num_heads, W]
+  int64_t num_keys_ = 0;
+};
+
+}  // namespace prefilld::model
+
+#endif  // PREFILLD_MODEL_SPARSE_HEAD_ESTIMATE_H_
