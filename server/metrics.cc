@@ -26,46 +26,78 @@ const std::vector<double> kShares = {0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 
 // Recall is interesting near 1.
 const std::vector<double> kRecalls = {0.3, 0.5,   0.6,  0.7,   0.75, 0.8,   0.85,
                                       0.9, 0.925, 0.95, 0.975, 0.99, 0.999, 1.0};
-// By model::PatternSource.
-const std::vector<std::string> kSparseKinds = {"shared", "vertical_slash", "baseline"};
+// The `kind` label of what recall is measured of.
+constexpr std::pair<model::PatternSource, const char*> kSparseKinds[] = {
+    {model::PatternSource::kPivot, "shared"},
+    {model::PatternSource::kVerticalSlash, "vertical_slash"},
+    {model::PatternSource::kBaseline, "baseline"}};
+
+// The `kind` label of each count of heads in a layer's report.
+constexpr std::pair<int model::LayerReport::*, const char*> kHeadKinds[] = {
+    {&model::LayerReport::dense_heads, "dense"},
+    {&model::LayerReport::pivot_heads, "pivot"},
+    {&model::LayerReport::shared_heads, "shared"},
+    {&model::LayerReport::vertical_slash_heads, "vertical_slash"},
+    {&model::LayerReport::baseline_heads, "baseline"}};
 
 // Lanes above are counted with the last.
 constexpr int kLanes = 16;
 
-template <typename Labels>
-std::vector<prometheus::Counter*> NewCounters(prometheus::Registry& registry,
-                                              const std::string& name, const std::string& help,
-                                              const std::string& label, const Labels& values) {
-  auto& family = prometheus::BuildCounter().Name(name).Help(help).Register(registry);
-  std::vector<prometheus::Counter*> counters;
-  for (const auto& value : values) counters.push_back(&family.Add({{label, value}}));
+prometheus::Family<prometheus::Counter>& NewFamily(prometheus::Registry& registry,
+                                                   const std::string& name,
+                                                   const std::string& help) {
+  return prometheus::BuildCounter().Name(name).Help(help).Register(registry);
+}
+
+absl::flat_hash_map<Outcome, prometheus::Counter*> NewOutcomes(prometheus::Registry& registry) {
+  auto& family =
+      NewFamily(registry, "prefilld_requests_total", "Requests that are over, by how they ended.");
+  absl::flat_hash_map<Outcome, prometheus::Counter*> counters;
+  for (const Outcome outcome : kOutcomes) {
+    counters[outcome] = &family.Add({{"outcome", Name(outcome)}});
+  }
   return counters;
 }
 
-std::vector<std::string> OutcomeNames() {
-  std::vector<std::string> names;
-  for (const Outcome outcome : kOutcomes) names.push_back(Name(outcome));
-  return names;
+absl::flat_hash_map<model::AttentionPolicy, prometheus::Counter*> NewPolicies(
+    prometheus::Registry& registry) {
+  auto& family = NewFamily(registry, "prefilld_policy_requests_total",
+                           "Requests that began to compute, by the attention policy that ran.");
+  absl::flat_hash_map<model::AttentionPolicy, prometheus::Counter*> counters;
+  for (const auto policy : model::kAttentionPolicies) {
+    if (policy == model::AttentionPolicy::kAuto) continue;  // never runs: it is resolved before
+    counters[policy] = &family.Add({{"policy", model::Name(policy)}});
+  }
+  return counters;
 }
 
-std::vector<std::string> LaneNames() {
-  std::vector<std::string> names;
-  for (int lane = 0; lane < kLanes; ++lane) names.push_back(absl::StrCat(lane));
-  return names;
+std::vector<std::pair<int model::LayerReport::*, prometheus::Counter*>> NewHeads(
+    prometheus::Registry& registry) {
+  auto& family = NewFamily(registry, "prefilld_heads_total",
+                           "Query heads computed, by what was done for them.");
+  std::vector<std::pair<int model::LayerReport::*, prometheus::Counter*>> counters;
+  for (const auto& [count, kind] : kHeadKinds) {
+    counters.emplace_back(count, &family.Add({{"kind", kind}}));
+  }
+  return counters;
+}
+
+std::vector<prometheus::Counter*> NewLanes(prometheus::Registry& registry, const std::string& name,
+                                           const std::string& help) {
+  auto& family = NewFamily(registry, name, help);
+  std::vector<prometheus::Counter*> counters;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    counters.push_back(&family.Add({{"lane", absl::StrCat(lane)}}));
+  }
+  return counters;
 }
 
 }  // namespace
 
 Metrics::Metrics(const model::EngineInfo& engine)
     : registry_(std::make_shared<prometheus::Registry>()),
-      requests_(NewCounters(*registry_, "prefilld_requests_total",
-                            "Requests that are over, by how they ended.", "outcome",
-                            OutcomeNames())),
-      policies_(NewCounters(*registry_, "prefilld_policy_requests_total",
-                            "Requests that began to compute, by the attention policy that ran.",
-                            "policy",
-                            std::vector<std::string>{"dense", "vertical_slash", "share",
-                                                     "baseline_query_aware", "baseline_random"})),
+      requests_(NewOutcomes(*registry_)),
+      policies_(NewPolicies(*registry_)),
       fallbacks_(NewCounter("prefilld_policy_fallbacks_total",
                             "Requests for which another policy ran than was asked for, policy "
                             "auto that ran dense included.")),
@@ -100,18 +132,15 @@ Metrics::Metrics(const model::EngineInfo& engine)
       computed_token_layers_(NewCounter("prefilld_step_tokens_total",
                                         "Prompt tokens times layers computed; divide by the "
                                         "number of layers for prompt tokens.")),
-      heads_(NewCounters(
-          *registry_, "prefilld_heads_total", "Query heads computed, by what was done for them.",
-          "kind",
-          std::vector<std::string>{"dense", "pivot", "shared", "vertical_slash", "baseline"})),
+      heads_(NewHeads(*registry_)),
       recall_audits_(NewCounter("prefilld_recall_audits_total",
                                 "Requests whose recall was measured, sparse ones alone.")),
       recall_audit_time_(NewCounter("prefilld_recall_audit_seconds_total",
                                     "Compute time that measuring recall took.")),
-      lane_bytes_(NewCounters(*registry_, "prefilld_kv_bytes_total",
-                              "KV payload handed to the transport.", "lane", LaneNames())),
-      lane_frames_(NewCounters(*registry_, "prefilld_kv_frames_total",
-                               "KV frames handed to the transport.", "lane", LaneNames())),
+      lane_bytes_(
+          NewLanes(*registry_, "prefilld_kv_bytes_total", "KV payload handed to the transport.")),
+      lane_frames_(
+          NewLanes(*registry_, "prefilld_kv_frames_total", "KV frames handed to the transport.")),
       stall_time_(NewCounter("prefilld_stall_seconds_total",
                              "Time that layers waited for consumers to take frames of those "
                              "before; what is left to take after the last layer does not count.")),
@@ -153,11 +182,11 @@ Metrics::Metrics(const model::EngineInfo& engine)
                          "Recall of the worst head of the latest request that was measured; NaN "
                          "before the first.")
                      .Register(*registry_);
-  for (const std::string& kind : kSparseKinds) {
-    recall_.push_back(&recall.Add({{"kind", kind}}, kRecalls));
-    lowest_recall_.push_back(&lowest.Add({{"kind", kind}}));
+  for (const auto& [source, kind] : kSparseKinds) {
+    recall_[source] = &recall.Add({{"kind", kind}}, kRecalls);
+    lowest_recall_[source] = &lowest.Add({{"kind", kind}});
     // A 0 would set off an alarm before anything is measured.
-    lowest_recall_.back()->Set(std::numeric_limits<double>::quiet_NaN());
+    lowest_recall_[source]->Set(std::numeric_limits<double>::quiet_NaN());
   }
 }
 
@@ -176,12 +205,10 @@ prometheus::Histogram& Metrics::NewHistogram(const std::string& name, const std:
   return prometheus::BuildHistogram().Name(name).Help(help).Register(*registry_).Add({}, buckets);
 }
 
-void Metrics::CountRefused(Outcome outcome) {
-  requests_[static_cast<size_t>(outcome)]->Increment();
-}
+void Metrics::CountRefused(Outcome outcome) { requests_.at(outcome)->Increment(); }
 
 void Metrics::CountRequest(PrefillJob& job) {
-  requests_[static_cast<size_t>(job.outcome())]->Increment();
+  requests_.at(job.outcome())->Increment();
   const JobStats stats = job.stats();
   const auto seconds = [](absl::Duration d) { return absl::ToDoubleSeconds(d); };
   const auto num_tokens = static_cast<double>(job.work().tokens.size());
@@ -191,7 +218,7 @@ void Metrics::CountRequest(PrefillJob& job) {
   if (!stats.started_at.has_value()) return;
   queue_time_.Observe(seconds(*stats.started_at - stats.accepted_at));
   if (stats.policy.has_value() && *stats.policy != model::AttentionPolicy::kAuto) {
-    policies_[static_cast<size_t>(*stats.policy)]->Increment();
+    policies_.at(*stats.policy)->Increment();
     const auto asked = job.work().attention.policy;
     const bool auto_shares =
         asked == model::AttentionPolicy::kAuto && *stats.policy == model::AttentionPolicy::kShare;
@@ -210,7 +237,7 @@ void Metrics::CountRequest(PrefillJob& job) {
   using model::PatternSource;
   const auto set_lowest = [this](PatternSource source, const ::prefill::v1::RecallSummary& heads) {
     if (heads.heads_size() > 0) {
-      lowest_recall_[static_cast<size_t>(source)]->Set(heads.lowest());
+      lowest_recall_.at(source)->Set(heads.lowest());
     }
   };
   set_lowest(PatternSource::kPivot, total.recall().shared());
@@ -224,13 +251,9 @@ void Metrics::CountLayer(const model::LayerReport& report, int num_prompts, int6
   step_time_.Observe(static_cast<double>(report.compute_us) * 1e-6);
   computed_layers_.Increment();
   computed_token_layers_.Increment(static_cast<double>(num_tokens));
-  const int heads[] = {report.dense_heads, report.pivot_heads, report.shared_heads,
-                       report.vertical_slash_heads, report.baseline_heads};
-  for (size_t kind = 0; kind < heads_.size(); ++kind) {
-    heads_[kind]->Increment(int64_t{num_prompts} * heads[kind]);
-  }
+  for (const auto& [count, counter] : heads_) counter->Increment(num_prompts * (report.*count));
   for (const model::HeadRecall& head : report.recall) {
-    recall_[static_cast<size_t>(head.source)]->Observe(head.recall);
+    recall_.at(head.source)->Observe(head.recall);
   }
   recall_audit_time_.Increment(static_cast<double>(report.audit_us) * 1e-6);
 }

@@ -5,12 +5,14 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <prometheus/counter.h>
 #include <prometheus/gauge.h>
 #include <prometheus/histogram.h>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
 #include "model/prefill/prefill_engine.h"
 #include "server/outcome.h"
@@ -63,8 +65,8 @@ class Metrics {
 
   const std::shared_ptr<prometheus::Registry> registry_;
 
-  std::vector<prometheus::Counter*> requests_;  // by Outcome
-  std::vector<prometheus::Counter*> policies_;  // by model::AttentionPolicy, kAuto excepted
+  absl::flat_hash_map<Outcome, prometheus::Counter*> requests_;
+  absl::flat_hash_map<model::AttentionPolicy, prometheus::Counter*> policies_;  // without kAuto
   prometheus::Counter& fallbacks_;
   prometheus::Histogram& time_to_first_token_;
   prometheus::Histogram& queue_time_;
@@ -79,11 +81,12 @@ class Metrics {
   prometheus::Histogram& step_time_;
   prometheus::Counter& computed_layers_;
   prometheus::Counter& computed_token_layers_;
-  std::vector<prometheus::Counter*> heads_;  // dense, pivot, shared, vertical_slash, baseline
+  // Each adds up one of a layer's counts.
+  std::vector<std::pair<int model::LayerReport::*, prometheus::Counter*>> heads_;
   prometheus::Counter& recall_audits_;
   prometheus::Counter& recall_audit_time_;
-  std::vector<prometheus::Histogram*> recall_;     // by model::PatternSource
-  std::vector<prometheus::Gauge*> lowest_recall_;  // by model::PatternSource
+  absl::flat_hash_map<model::PatternSource, prometheus::Histogram*> recall_;
+  absl::flat_hash_map<model::PatternSource, prometheus::Gauge*> lowest_recall_;
 
   std::vector<prometheus::Counter*> lane_bytes_;
   std::vector<prometheus::Counter*> lane_frames_;

@@ -1,4 +1,4 @@
-// How fast prompts have been computed lately: what admission can tell a caller beforehand.
+// How fast prompts have been computed lately, so that admission can tell a caller beforehand.
 #ifndef PREFILLD_SERVER_PROMPT_SPEED_H_
 #define PREFILLD_SERVER_PROMPT_SPEED_H_
 
@@ -15,25 +15,25 @@ namespace prefilld::server {
 // than any of its prompts would alone, and each of its prompts takes longer. Not thread-safe.
 class PromptSpeed {
  public:
-  // Of a prompt alone; `policy` is the one that was asked for, `compute` without waits for the
-  // consumer.
+  // Records a prompt that was computed alone. `policy` is the one that was asked for; `compute` is
+  // the time from its first layer to its first token, without waits for the consumer.
   void Record(absl::Time now, int64_t num_tokens, model::AttentionPolicy policy,
               absl::Duration compute);
-  // Of several at once.
+  // Records a batch with `num_tokens` over all of its prompts.
   void RecordBatch(absl::Time now, int64_t num_tokens, absl::Duration compute);
 
   // Tokens per second of the latest prompt or batch; 0: none yet.
   double latest() const { return latest_; }
 
-  // The least time that such a prompt can be hoped to take: at the best speed of recent prompts
-  // that were no longer and ran by the same policy. Longer prompts are slower per token, so this
-  // errs on the short side. Zero while fewer than kMinSamples of them are known that are no older
-  // than kMaxAge: what is refused for a speed that was never measured again would be refused for
-  // good.
+  // A lower bound for the time that such a prompt takes alone, by the best speed among the samples
+  // that count: prompts of the same policy that were no longer, and measured within kMaxAge. Longer
+  // prompts are slower per token, so the bound errs on the short side.
+  //
+  // Zero means unknown, with fewer than kMinSamples that count. Samples expire because a class of
+  // prompts that is refused for its speed is not measured again, and would be refused forever.
   absl::Duration AtBest(absl::Time now, int64_t num_tokens, model::AttentionPolicy policy) const;
-  // The least time that so many tokens of prompts that can be batched can be hoped to take: at the
-  // best speed of recent batches of no fewer tokens, for larger ones are faster per token. Zero as
-  // above.
+  // The same for `num_tokens` of prompts that are batched. Larger batches are faster per token, so
+  // the samples that count are batches of no fewer tokens.
   absl::Duration BatchedAtBest(absl::Time now, int64_t num_tokens) const;
 
   static constexpr int kMinSamples = 4;

@@ -5,19 +5,12 @@
 
 #include "absl/strings/str_cat.h"
 #include "model/prefill/prefill_engine.h"
+#include "proto/status_macros.h"
 #include "server/metrics.h"
 #include "server/status_details.h"
 
 namespace prefilld::server {
 namespace {
-
-// Bounds of the advice given to refused callers.
-constexpr absl::Duration kMinRetryDelay = absl::Seconds(1);
-constexpr absl::Duration kMaxRetryDelay = absl::Seconds(60);
-
-// A deadline is out of reach when it leaves less than this share of the time that the work takes
-// at the best speed of late.
-constexpr double kHopeless = 0.5;
 
 int64_t NumTokens(const PrefillJob& job) { return static_cast<int64_t>(job.work().tokens.size()); }
 
@@ -57,8 +50,11 @@ absl::Status Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
     return absl::AlreadyExistsError(
         absl::StrCat("request_id ", job->work().id, " is taken by a running request"));
   }
-  if (absl::Status room = CheckRoom(num_tokens); !room.ok()) return room;
-  if (absl::Status deadline = CheckDeadline(*job); !deadline.ok()) return deadline;
+  const WaitingLine line = Line();
+  if (absl::Status room = CheckRoom(limits_, line, num_tokens); !room.ok()) {
+    return WithRetryDelay(std::move(room), RetryDelay(line, speed_.latest()));
+  }
+  PREFILLD_RETURN_IF_ERROR(CheckDeadline(line, Describe(*job), speed_, clock_.Now()));
 
   // An idle server has made no progress for a while; that is no wedge.
   if (queue_.empty() && running_.empty()) RecordProgress();
@@ -70,55 +66,21 @@ absl::Status Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
   return absl::OkStatus();
 }
 
-absl::Status Scheduler::CheckRoom(int64_t num_tokens) const {
-  // With nothing running, the first in the queue is about to.
-  const int64_t waiting = static_cast<int64_t>(queue_.size()) - (running_.empty() ? 1 : 0);
-  std::string reason;
-  if (waiting >= limits_.capacity) {
-    reason = absl::StrCat("the queue is full: ", queue_.size(), " requests wait; at most ",
-                          limits_.capacity);
-  } else if (!queue_.empty() && queued_tokens_ + num_tokens > limits_.max_queued_tokens) {
-    reason = absl::StrCat("the queue is full: ", queued_tokens_, " tokens wait and ", num_tokens,
-                          " came; at most ", limits_.max_queued_tokens);
-  } else {
-    return absl::OkStatus();
-  }
-  const double speed = speed_.latest() > 0 ? speed_.latest() : 1000.0;
-  const absl::Duration delay = absl::Seconds(static_cast<double>(queued_tokens_) / speed);
-  return WithRetryDelay(absl::ResourceExhaustedError(reason),
-                        std::clamp(delay, kMinRetryDelay, kMaxRetryDelay));
+WaitingPrompt Scheduler::Describe(const PrefillJob& job) const {
+  const model::AttentionOptions& attention = job.work().attention;
+  return {.num_tokens = NumTokens(job),
+          .batch_tokens = engine_.BatchTokens(NumTokens(job), attention),
+          .policy = attention.policy,
+          .time_left = job.time_left(),
+          .ended = job.ended()};
 }
 
-// What is left of the running pass is not counted: it may end at any moment.
-absl::Status Scheduler::CheckDeadline(const PrefillJob& job) const {
-  const absl::Duration time_left = job.time_left();
-  if (time_left == absl::InfiniteDuration()) return absl::OkStatus();
-  const absl::Time now = clock_.Now();
-  const absl::Duration queue = QueueAtBest(now, job);
-  const absl::Duration compute = speed_.AtBest(now, NumTokens(job), job.work().attention.policy);
-  if (time_left >= kHopeless * (queue + compute)) return absl::OkStatus();
-  const auto rounded = [](absl::Duration d) {
-    return absl::FormatDuration(absl::Trunc(d, absl::Milliseconds(1)));
-  };
-  return absl::DeadlineExceededError(absl::StrCat(
-      "the deadline is in ", rounded(time_left), "; at the best speed of late the queue takes ",
-      rounded(queue), " and this prompt ", rounded(compute)));
-}
-
-// One that can be batched may share the first pass of such prompts, and overtake all behind it.
-absl::Duration Scheduler::QueueAtBest(absl::Time now, const PrefillJob& newcomer) const {
-  const bool may_overtake = BatchTokens(newcomer) > 0;
-  absl::Duration sum;
-  int64_t batched_tokens = 0;
-  for (const auto& job : queue_) {
-    if (BatchTokens(*job) > 0) {
-      if (may_overtake) break;
-      batched_tokens += NumTokens(*job);
-    } else {
-      sum += speed_.AtBest(now, NumTokens(*job), job->work().attention.policy);
-    }
-  }
-  return sum + speed_.BatchedAtBest(now, batched_tokens);
+WaitingLine Scheduler::Line() const {
+  WaitingLine line;
+  line.computing = !running_.empty();
+  line.prompts.reserve(queue_.size());
+  for (const auto& job : queue_) line.prompts.push_back(Describe(*job));
+  return line;
 }
 
 void Scheduler::Retire(PrefillJob& job) {
@@ -225,39 +187,15 @@ Scheduler::Jobs Scheduler::NextJobs() {
   const auto wake = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) { return stop_ || !queue_.empty(); };
   mu_.Await(absl::Condition(&wake));
   if (stop_) return {};
-  running_.push_back(std::move(queue_.front()));
-  queue_.pop_front();
-  TakeWhatFitsBeside(*running_.front());
-  for (const auto& job : running_) queued_tokens_ -= NumTokens(*job);
+  const std::vector<size_t> chosen =
+      ChooseNextPass(Line().prompts, engine_.max_batch_tokens(), speed_, clock_.Now());
+  for (const size_t i : chosen) {
+    queued_tokens_ -= NumTokens(*queue_[i]);
+    running_.push_back(std::move(queue_[i]));
+  }
+  queue_.erase(std::remove(queue_.begin(), queue_.end(), nullptr), queue_.end());
   RecordProgress();
   return running_;
-}
-
-void Scheduler::TakeWhatFitsBeside(const PrefillJob& head) {
-  const int64_t taken = BatchTokens(head);
-  if (taken == 0) return;
-  const absl::Time now = clock_.Now();
-  int64_t room = engine_.max_batch_tokens() - taken;
-  int64_t num_tokens = NumTokens(head);
-  absl::Duration time_left = head.time_left();  // of all that are taken
-  for (auto next = queue_.begin(); next != queue_.end() && room > 0;) {
-    const int64_t needed = (*next)->ended() ? 0 : BatchTokens(**next);
-    const int64_t tokens_with_it = num_tokens + NumTokens(**next);
-    const absl::Duration left_with_it = std::min(time_left, (*next)->time_left());
-    if (needed == 0 || needed > room || speed_.BatchedAtBest(now, tokens_with_it) > left_with_it) {
-      ++next;
-      continue;
-    }
-    room -= needed;
-    num_tokens = tokens_with_it;
-    time_left = left_with_it;
-    running_.push_back(std::move(*next));
-    next = queue_.erase(next);
-  }
-}
-
-int64_t Scheduler::BatchTokens(const PrefillJob& job) const {
-  return engine_.BatchTokens(NumTokens(job), job.work().attention);
 }
 
 void Scheduler::Compute(Jobs jobs) {

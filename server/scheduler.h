@@ -16,6 +16,7 @@
 #include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "server/admission.h"
 #include "server/clock.h"
 #include "server/prefill_job.h"
 #include "server/prefill_pass.h"
@@ -30,11 +31,6 @@ namespace prefilld::server {
 class KvStream;
 class Metrics;
 
-struct QueueLimits {
-  int64_t capacity = 64;          // requests waiting behind the running pass
-  int64_t max_queued_tokens = 0;  // tokens waiting; one prompt may always wait
-};
-
 struct QueueState {
   int64_t queued_requests = 0;
   int64_t queued_tokens = 0;
@@ -48,11 +44,8 @@ struct LiveJob {
   bool others_wait = false;  // for the compute or the staging that it may hold
 };
 
-// One pass computes at a time: the prompt at the head of the queue and, if it is short enough to be
-// batched, whichever of those behind it are so too and fit beside it, in their order, as far as the
-// deadlines of all allow by the speed of late. The head waits for its batch: at most one pass of
-// max_batch_tokens. It always runs, so that nobody starves. A prompt is overtaken only by ones that
-// fill up a pass due before its own, one batch at most each time. Thread-safe.
+// Requests wait in the order of their arrival, and one pass computes at a time. Who may wait, and
+// which prompts make up the next pass, is decided by the rules in admission.h. Thread-safe.
 class Scheduler {
  public:
   Scheduler(model::PrefillEngine& engine, KvStream& stream, Metrics& metrics, const Clock& clock,
@@ -89,16 +82,12 @@ class Scheduler {
 
   void Run();
   Jobs NextJobs();  // of a pass; none: stop
-  void TakeWhatFitsBeside(const PrefillJob& head) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  WaitingPrompt Describe(const PrefillJob& job) const;
+  WaitingLine Line() const ABSL_SHARED_LOCKS_REQUIRED(mu_);
   int64_t RunningBeside(const PrefillJob* job) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Compute(Jobs jobs);
   void RecordSpeed(const PrefillPass& pass, absl::Duration compute);
   void Fail(const absl::Status& cause);
-  int64_t BatchTokens(const PrefillJob& job) const;  // 0: runs alone
-  absl::Status CheckRoom(int64_t num_tokens) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  absl::Status CheckDeadline(const PrefillJob& job) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  absl::Duration QueueAtBest(absl::Time now, const PrefillJob& newcomer) const
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   model::PrefillEngine& engine_;
   Metrics& metrics_;

@@ -1,0 +1,71 @@
+// Who may wait, and who computes together: the rules of the queue as plain functions.
+//
+// They read what they are given and change nothing, so that each rule can be tested by itself. The
+// scheduler applies them under its lock.
+#ifndef PREFILLD_SERVER_ADMISSION_H_
+#define PREFILLD_SERVER_ADMISSION_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+#include "model/sparse/attention_policy.h"
+#include "server/prompt_speed.h"
+
+namespace prefilld::server {
+
+struct QueueLimits {
+  int64_t capacity = 64;          // requests waiting behind the running pass
+  int64_t max_queued_tokens = 0;  // tokens waiting; one prompt may always wait
+};
+
+// What the rules have to know of a prompt.
+struct WaitingPrompt {
+  int64_t num_tokens = 0;
+  int64_t batch_tokens = 0;  // what it takes of a batch's tokens; 0: it computes alone
+  model::AttentionPolicy policy = model::AttentionPolicy::kAuto;  // that was asked for
+  absl::Duration time_left = absl::InfiniteDuration();            // to its deadline
+  bool ended = false;  // it waits no longer, and will leave the queue
+};
+
+// The prompts that wait at one moment.
+struct WaitingLine {
+  std::vector<WaitingPrompt> prompts;  // the one that is next comes first
+  bool computing = false;              // a pass runs before them
+
+  int64_t num_tokens() const;
+};
+
+// RESOURCE_EXHAUSTED, naming the limit, when a prompt of `num_tokens` may not wait behind `line`.
+absl::Status CheckRoom(const QueueLimits& limits, const WaitingLine& line, int64_t num_tokens);
+
+// When a caller who was refused for want of room should come back: after the time that the waiting
+// tokens take at `tokens_per_second` (0: unknown), but within one second and one minute.
+absl::Duration RetryDelay(const WaitingLine& line, double tokens_per_second);
+
+// DEADLINE_EXCEEDED when less is left to the newcomer's deadline than half of what the queue and
+// its own prompt take at the best recent speed. The rest of a running pass does not count, because
+// that pass may end at any moment.
+absl::Status CheckDeadline(const WaitingLine& line, const WaitingPrompt& newcomer,
+                           const PromptSpeed& speed, absl::Time now);
+
+// How long the newcomer waits at the best recent speed. One that can be batched may join the first
+// pass of prompts like it, and so overtakes everyone behind them.
+absl::Duration QueueAtBest(const WaitingLine& line, const WaitingPrompt& newcomer,
+                           const PromptSpeed& speed, absl::Time now);
+
+// The prompts of the next pass, as positions in the line, ascending. `line` is not empty.
+//
+// - The head of the line always computes, so nobody starves.
+// - If the head can be batched, others that can be are taken in their order, as long as the batch
+//   has room for them and the deadlines of all in it allow, at the best recent speed.
+// - Prompts that do not fit are overtaken: by what fills this one pass, each time.
+std::vector<size_t> ChooseNextPass(absl::Span<const WaitingPrompt> line, int64_t max_batch_tokens,
+                                   const PromptSpeed& speed, absl::Time now);
+
+}  // namespace prefilld::server
+
+#endif  // PREFILLD_SERVER_ADMISSION_H_

@@ -1,0 +1,149 @@
+#include "server/admission.h"
+
+#include <utility>
+
+#include <gmock/gmock.h>
+
+namespace prefilld::server {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+constexpr auto kDense = model::AttentionPolicy::kDense;
+constexpr absl::Time kNow = absl::FromUnixSeconds(1'000'000'000);
+
+WaitingPrompt Long(int64_t num_tokens, absl::Duration time_left = absl::InfiniteDuration()) {
+  return {.num_tokens = num_tokens, .policy = kDense, .time_left = time_left};
+}
+
+WaitingPrompt Short(int64_t num_tokens, absl::Duration time_left = absl::InfiniteDuration()) {
+  return {.num_tokens = num_tokens,
+          .batch_tokens = num_tokens,
+          .policy = kDense,
+          .time_left = time_left};
+}
+
+// Prompts alone take a second a thousand tokens, batches half of it.
+PromptSpeed Measured() {
+  PromptSpeed speed;
+  for (int i = 0; i < PromptSpeed::kMinSamples; ++i) {
+    speed.Record(kNow, 2000, kDense, absl::Seconds(2));
+    speed.RecordBatch(kNow, 10'000, absl::Seconds(5));
+  }
+  return speed;
+}
+
+TEST(CheckRoom, LetsSoManyWaitBehindWhatComputes) {
+  const QueueLimits limits = {.capacity = 2, .max_queued_tokens = 1000};
+  const WaitingLine one = {.prompts = {Long(10)}, .computing = true};
+  EXPECT_TRUE(CheckRoom(limits, one, 10).ok());
+  const WaitingLine two = {.prompts = {Long(10), Long(10)}, .computing = true};
+  const absl::Status full = CheckRoom(limits, two, 10);
+  EXPECT_EQ(full.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(full.message(), HasSubstr("2 requests wait; at most 2"));
+}
+
+TEST(CheckRoom, DoesNotCountTheHeadOfAnIdleServerAsWaiting) {
+  const QueueLimits limits = {.capacity = 1, .max_queued_tokens = 1000};
+  EXPECT_TRUE(CheckRoom(limits, {.prompts = {Long(10)}}, 10).ok());
+  EXPECT_FALSE(CheckRoom(limits, {.prompts = {Long(10), Long(10)}}, 10).ok());
+}
+
+TEST(CheckRoom, WithoutAQueueTakesOnePromptAtATime) {
+  const QueueLimits limits = {.capacity = 0, .max_queued_tokens = 1000};
+  EXPECT_TRUE(CheckRoom(limits, {}, 10).ok());
+  EXPECT_FALSE(CheckRoom(limits, {.prompts = {}, .computing = true}, 10).ok());
+}
+
+TEST(CheckRoom, BoundsTheTokensThatWaitButForTheFirst) {
+  const QueueLimits limits = {.capacity = 64, .max_queued_tokens = 1000};
+  EXPECT_TRUE(CheckRoom(limits, {.prompts = {}, .computing = true}, 1500).ok());
+  const WaitingLine line = {.prompts = {Long(900)}, .computing = true};
+  EXPECT_TRUE(CheckRoom(limits, line, 100).ok());
+  EXPECT_THAT(CheckRoom(limits, line, 101).message(),
+              HasSubstr("900 tokens wait and 101 came; at most 1000"));
+}
+
+TEST(RetryDelay, IsTheTimeThatTheWaitingTokensTake) {
+  const WaitingLine line = {.prompts = {Long(10'000), Long(2000)}};
+  EXPECT_EQ(RetryDelay(line, 4000), absl::Seconds(3));
+  EXPECT_EQ(RetryDelay(line, /*tokens_per_second=*/0), absl::Seconds(12));
+}
+
+TEST(RetryDelay, StaysBetweenASecondAndAMinute) {
+  EXPECT_EQ(RetryDelay({.prompts = {Long(10)}}, 1000), absl::Seconds(1));
+  EXPECT_EQ(RetryDelay({.prompts = {Long(1'000'000)}}, 1000), absl::Seconds(60));
+}
+
+TEST(CheckDeadline, RefusesWhatLeavesLessThanHalfOfTheTime) {
+  const PromptSpeed speed = Measured();
+  const WaitingLine line = {.prompts = {Long(6000)}};
+  // The queue takes 6 s, and the prompt 4 s.
+  EXPECT_TRUE(CheckDeadline(line, Long(4000, absl::Seconds(5)), speed, kNow).ok());
+  const absl::Status refused =
+      CheckDeadline(line, Long(4000, absl::Milliseconds(4900)), speed, kNow);
+  EXPECT_EQ(refused.code(), absl::StatusCode::kDeadlineExceeded);
+  EXPECT_EQ(refused.message(),
+            "the deadline is in 4.9s; at the best speed of late the queue takes 6s and this prompt "
+            "4s");
+}
+
+TEST(CheckDeadline, TriesWhatHasNoDeadlineOrIsNotMeasured) {
+  const WaitingLine line = {.prompts = {Long(1'000'000)}};
+  EXPECT_TRUE(CheckDeadline(line, Long(4000), Measured(), kNow).ok());
+  EXPECT_TRUE(CheckDeadline(line, Long(4000, absl::Milliseconds(1)), PromptSpeed(), kNow).ok());
+}
+
+TEST(QueueAtBest, SumsThoseThatComputeAloneAndThoseThatAreBatched) {
+  const WaitingLine line = {.prompts = {Long(3000), Short(500), Long(2000), Short(1500)}};
+  EXPECT_EQ(QueueAtBest(line, Long(2000), Measured(), kNow), absl::Seconds(3 + 2 + 1));
+}
+
+TEST(QueueAtBest, EndsAtTheFirstBatchForAPromptThatCanJoinIt) {
+  const WaitingLine line = {.prompts = {Long(3000), Short(500), Long(2000), Short(1500)}};
+  EXPECT_EQ(QueueAtBest(line, Short(100), Measured(), kNow), absl::Seconds(3));
+}
+
+TEST(ChooseNextPass, ShortPromptIsBatchedWithTheHead) {
+  EXPECT_THAT(ChooseNextPass({Short(100), Short(200)}, 1000, PromptSpeed(), kNow),
+              ElementsAre(0, 1));
+}
+
+TEST(ChooseNextPass, ALongHeadComputesAlone) {
+  EXPECT_THAT(ChooseNextPass({Long(5000), Short(200)}, 1000, PromptSpeed(), kNow), ElementsAre(0));
+}
+
+TEST(ChooseNextPass, TakesWhatFitsInTheOrderOfTheLineAndOvertakesTheRest) {
+  const std::vector<WaitingPrompt> line = {Short(600), Long(5000), Short(500),
+                                           Short(300), Short(100), Short(1)};
+  EXPECT_THAT(ChooseNextPass(line, 1000, PromptSpeed(), kNow), ElementsAre(0, 3, 4));
+}
+
+TEST(ChooseNextPass, CountsPaddingNotTokens) {
+  WaitingPrompt padded = Short(1);
+  padded.batch_tokens = 600;
+  EXPECT_THAT(ChooseNextPass({padded, padded, Short(400)}, 1000, PromptSpeed(), kNow),
+              ElementsAre(0, 2));
+}
+
+TEST(ChooseNextPass, LeavesOutWhatHasEnded) {
+  WaitingPrompt ended = Short(10);
+  ended.ended = true;
+  EXPECT_THAT(ChooseNextPass({Short(10), ended, Short(10)}, 1000, PromptSpeed(), kNow),
+              ElementsAre(0, 2));
+}
+
+// Batches take half a second a thousand tokens.
+TEST(ChooseNextPass, IsNoLargerThanTheDeadlinesInItAllow) {
+  const PromptSpeed speed = Measured();
+  const WaitingPrompt hasty = Short(1000, absl::Seconds(2));
+  EXPECT_THAT(ChooseNextPass({hasty, Short(3500), Short(100)}, 10'000, speed, kNow),
+              ElementsAre(0, 2));
+  EXPECT_THAT(ChooseNextPass({Short(3500), hasty, Short(100)}, 10'000, speed, kNow),
+              ElementsAre(0, 2))
+      << "one that would come too late with the others waits for the next pass";
+}
+
+}  // namespace
+}  // namespace prefilld::server
