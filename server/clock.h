@@ -1,6 +1,9 @@
-// The time, as an interface so that tests can move it.
+// The time, as an interface so that tests can move it, and when work last made progress.
 #ifndef PREFILLD_SERVER_CLOCK_H_
 #define PREFILLD_SERVER_CLOCK_H_
+
+#include <atomic>
+#include <cstdint>
 
 #include "absl/time/time.h"
 
@@ -14,6 +17,20 @@ class Clock {
   // Wall time at the start of the process, advanced by the monotonic clock from there on: an
   // adjustment of the system's clock is no time-out.
   static const Clock& Real();
+};
+
+// When something last got done for any request: a step computed, a frame handed over. Everyone who
+// works records it; the watchdog reads it. Thread-safe.
+class Progress {
+ public:
+  explicit Progress(const Clock& clock) : clock_(clock) { Record(); }
+
+  void Record() { last_us_.store(absl::ToUnixMicros(clock_.Now()), std::memory_order_relaxed); }
+  absl::Time last() const { return absl::FromUnixMicros(last_us_.load(std::memory_order_relaxed)); }
+
+ private:
+  const Clock& clock_;
+  std::atomic<int64_t> last_us_;  // since the epoch
 };
 
 }  // namespace prefilld::server

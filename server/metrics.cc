@@ -207,13 +207,13 @@ prometheus::Histogram& Metrics::NewHistogram(const std::string& name, const std:
 
 void Metrics::CountRefused(Outcome outcome) { requests_.at(outcome)->Increment(); }
 
-void Metrics::CountRequest(PrefillJob& job) {
-  requests_.at(job.outcome())->Increment();
-  const JobStats stats = job.stats();
+void Metrics::CountRequest(const PrefillJob& job, absl::Time now) {
+  requests_.at(job.ending().outcome)->Increment();
+  const RequestStats stats = job.record().stats();
   const auto seconds = [](absl::Duration d) { return absl::ToDoubleSeconds(d); };
   const auto num_tokens = static_cast<double>(job.work().tokens.size());
 
-  request_time_.Observe(seconds(job.age()));
+  request_time_.Observe(seconds(now - stats.accepted_at));
   prompt_tokens_.Observe(num_tokens);
   if (!stats.started_at.has_value()) return;
   queue_time_.Observe(seconds(*stats.started_at - stats.accepted_at));
@@ -226,23 +226,19 @@ void Metrics::CountRequest(PrefillJob& job) {
   }
   if (!stats.first_token_at.has_value()) return;
   const absl::Duration compute = *stats.first_token_at - *stats.started_at;
-  const auto total = SumOf(stats.layers);
+  const model::LayerReport& total = stats.total;
   time_to_first_token_.Observe(seconds(*stats.first_token_at - stats.accepted_at));
   compute_time_.Observe(seconds(compute));
-  density_.Observe(total.density());
-  pattern_time_.Observe(static_cast<double>(total.pattern_us()) * 1e-6);
+  density_.Observe(total.density);
+  pattern_time_.Observe(static_cast<double>(total.pattern_us) * 1e-6);
   if (compute > absl::ZeroDuration()) tokens_per_second_.Set(num_tokens / seconds(compute));
-  if (!total.has_recall()) return;
+  if (total.recall.empty()) return;
   recall_audits_.Increment();
-  using model::PatternSource;
-  const auto set_lowest = [this](PatternSource source, const ::prefill::v1::RecallSummary& heads) {
-    if (heads.heads_size() > 0) {
-      lowest_recall_.at(source)->Set(heads.lowest());
+  for (const auto& [source, kind] : kSparseKinds) {
+    if (const auto recall = RecallOf(total.recall, source)) {
+      lowest_recall_.at(source)->Set(recall->lowest.recall);
     }
-  };
-  set_lowest(PatternSource::kPivot, total.recall().shared());
-  set_lowest(PatternSource::kVerticalSlash, total.recall().vertical_slash());
-  set_lowest(PatternSource::kBaseline, total.recall().baseline());
+  }
 }
 
 void Metrics::CountPass(int num_prompts) { batch_prompts_.Observe(num_prompts); }

@@ -14,6 +14,7 @@
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "model/prefill/prefill_engine.h"
 #include "server/outcome.h"
 #include "server/prefill_job.h"
@@ -46,7 +47,7 @@ class Metrics {
   ~Metrics();
 
   void CountRefused(Outcome outcome);
-  void CountRequest(PrefillJob& job);  // once, when its Prefill call is over
+  void CountRequest(const PrefillJob& job, absl::Time now);  // once, when its Prefill call is over
   void CountPass(int num_prompts);
   // `num_tokens` of all prompts of the pass.
   void CountLayer(const model::LayerReport& report, int num_prompts, int64_t num_tokens);

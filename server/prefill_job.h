@@ -4,22 +4,19 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
-#include <optional>
 #include <string>
-#include <vector>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/functional/any_invocable.h"
 #include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
-#include "prefill/v1/prefill.pb.h"
 #include "server/clock.h"
 #include "server/delivery.h"
 #include "server/outcome.h"
 #include "server/prefill_work.h"
-#include "server/staging_ring.h"
+#include "server/request_record.h"
 
 namespace prefilld::server {
 
@@ -28,87 +25,73 @@ struct JobTimeouts {
   absl::Duration stall = absl::Seconds(30);
   absl::Duration lane_attach = absl::Seconds(10);
   absl::Duration heartbeat = absl::Seconds(5);  // greatest silence of the control stream
-  // A consumer that others wait for takes at least so much, `stall` for its start apart. 0: any.
+  // A consumer that others wait for must take at least this much, once it has had `stall` to
+  // start. 0: a consumer may be as slow as it likes.
   double min_consumer_bytes_per_s = 0;
 };
 
-// What has been measured of a request.
-struct JobStats {
-  absl::Time accepted_at = absl::InfinitePast();
-  std::optional<absl::Time> started_at;          // first layer
-  std::optional<absl::Time> first_token_at;      // sampled
-  std::optional<model::AttentionPolicy> policy;  // the one that ran
-  int batch_prompts = 0;                         // computed together, this one included
-  std::vector<model::LayerReport> layers;        // computed so far
-  absl::Duration stalled;                        // layers waited for the consumers
-  std::optional<absl::Duration> logprobs;        // of the prompt took, if asked for
+// How a request ended.
+struct Ending {
+  Outcome outcome = Outcome::kOk;
+  absl::Status status;
 };
 
-// A request ends once: by Abort, whoever finds a reason first, or with its result sent.
-// Thread-safe.
-class PrefillJob {
+// A request ends once: by Abort, whoever finds a reason first, or with its result sent. Held by
+// shared_ptr: its streams, the queue and the pass that computes it own it together. Thread-safe.
+class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
  public:
-  PrefillJob(PrefillWork work, const Clock& clock);
+  // Opens the call to the receiver of a push.
+  using Dial = std::function<void(std::shared_ptr<PrefillJob>)>;
+
+  // `dial` is called by Start when the work is a push, and may be null when it is not.
+  PrefillJob(PrefillWork work, const Clock& clock, Dial dial = nullptr);
 
   const PrefillWork& work() const { return work_; }
   Delivery& delivery() { return delivery_; }
-  const std::shared_ptr<StagingRing::Credit>& credit() const { return credit_; }
+  RequestRecord& record() { return record_; }
+  const RequestRecord& record() const { return record_; }
 
-  // Connects a push; called by Start. Set before the job is submitted.
-  void set_start_delivery(absl::AnyInvocable<void()> start) { start_delivery_ = std::move(start); }
-
-  // The way through, in this order, from Start on by the compute thread. Finish, after the last
-  // frame, sends the result.
-  void Accept(int64_t queue_position);
+  // The way through, in this order, called by the compute thread. Start comes before the first
+  // layer, RecordLayer after each, and Finish, which sends the result, after the last frame.
   void Start(model::AttentionPolicy policy, int batch_prompts);
   void RecordLayer(const model::LayerReport& report);
-  void RecordStall(absl::Duration stalled);
-  void RecordFirstToken(model::SampledToken token);
-  void RecordLogprobs(model::PromptLogprobs logprobs, absl::Duration took);  // if asked for
   void Finish();
 
   // Ends the request unless it has ended: every stream ends with `status`, buffers come back.
   void Abort(Outcome outcome, const absl::Status& status);
-  // The caller cancelled, or is gone, or its deadline passed.
+  // Ends it, unless it has ended, because its caller cancelled or is gone or its deadline passed.
   void OnCallCancelled();
-  // The result and an OK status went out.
+  // Ends it well: the result and an OK status went out.
   void OnResultSent();
   bool ended() const { return ended_.load(std::memory_order_acquire); }
+  Ending ending() const;  // after ended()
 
-  // Aborts for a passed deadline, missing lanes, a consumer that stands still, or one that is slow
-  // while others wait; breaks a long silence.
+  // Aborts for a passed deadline, missing lanes, a consumer that takes nothing, or one that is slow
+  // while others wait. Sends progress when the control stream has been silent for long.
   void CheckTimers(const JobTimeouts& timeouts, int64_t queue_position, bool others_wait);
-
-  Outcome outcome() const;           // after ended()
-  absl::Status status() const;       // after ended()
-  JobStats stats() const;            // a snapshot
-  absl::Duration age() const;        // since it was accepted
-  absl::Duration time_left() const;  // to the deadline
 
  private:
   void SendProgress(int64_t queue_position);
   absl::Status CheckConsumerSpeed(const JobTimeouts& timeouts, absl::Time now) const;
+  absl::Status DeadlinePassed() const;
   std::string Whereabouts() const;
 
   const PrefillWork work_;
   const Clock& clock_;
-  const std::shared_ptr<StagingRing::Credit> credit_ = std::make_shared<StagingRing::Credit>();
-  absl::AnyInvocable<void()> start_delivery_;
+  const Dial dial_;
+  const absl::Time accepted_at_;
 
+  RequestRecord record_;
   Delivery delivery_;
   std::atomic<bool> ended_ = false;
 
   mutable absl::Mutex mu_;
-  JobStats stats_ ABSL_GUARDED_BY(mu_);
-  model::SampledToken first_token_ ABSL_GUARDED_BY(mu_);
-  model::PromptLogprobs logprobs_ ABSL_GUARDED_BY(mu_);
   absl::Time last_event_at_ ABSL_GUARDED_BY(mu_);
-  Outcome outcome_ ABSL_GUARDED_BY(mu_) = Outcome::kOk;
-  absl::Status status_ ABSL_GUARDED_BY(mu_);
+  Ending ending_ ABSL_GUARDED_BY(mu_);
 };
 
-// Sums over the layers; density is their mean by queries.
-::prefill::v1::LayerStats SumOf(const std::vector<model::LayerReport>& layers);
+// The first event of a request.
+::prefill::v1::PrefillEvent AcceptedEvent(const PrefillWork& work, int64_t queue_position);
 
 }  // namespace prefilld::server
 

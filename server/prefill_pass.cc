@@ -4,112 +4,122 @@
 #include <utility>
 
 #include "model/decode/sampling.h"
-#include "server/kv_stream.h"
+#include "proto/status_macros.h"
 #include "server/metrics.h"
 
 namespace prefilld::server {
 
 PrefillPass::PrefillPass(const PassResources& resources,
                          std::vector<std::shared_ptr<PrefillJob>> jobs,
-                         model::PrefillSequence& sequence)
+                         std::unique_ptr<model::PrefillSequence> sequence, int num_layers)
     : resources_(resources),
       jobs_(std::move(jobs)),
-      sequence_(sequence),
+      num_layers_(num_layers),
       complete_(jobs_.size(), false),
-      finished_(jobs_.size(), false) {
-  for (const auto& job : jobs_) num_tokens_ += static_cast<int64_t>(job->work().tokens.size());
-}
-
-absl::Status PrefillPass::Run() {
+      finished_(jobs_.size(), false),
+      sequence_(std::move(sequence)),
+      source_(resources.packer.Add(jobs_, *sequence_)) {
   for (const auto& job : jobs_) {
-    if (!job->ended()) job->Start(sequence_.policy(), static_cast<int>(jobs_.size()));
+    num_tokens_ += static_cast<int64_t>(job->work().tokens.size());
+    if (!job->ended()) job->Start(sequence_->policy(), static_cast<int>(jobs_.size()));
   }
   resources_.metrics.CountPass(static_cast<int>(jobs_.size()));
-  resources_.stream.Begin(jobs_, sequence_);
-  absl::Status status = Compute();
-  // The packing threads borrow the sequence until here.
-  status.Update(resources_.stream.End([this](size_t job) { Finish(job); }));
-  return status;
 }
 
-// OK also when all jobs ended on the way.
-absl::Status PrefillPass::Compute() {
+absl::StatusOr<PrefillPass::StepReport> PrefillPass::Step() {
+  EndStall();
+  PREFILLD_ASSIGN_OR_RETURN(const bool has_room, source_->HasRoom());
+  StepReport report;
+  if (AllEnded()) {
+    report.next = Next::kOver;
+    return report;
+  }
   const absl::Time started = resources_.clock.Now();
-  absl::Status status = ComputeLayers();
-  if (!status.ok() || AllEnded()) return status;
-  status = ComputeFirstTokens();
-  if (!status.ok()) return status;
-  resources_.on_first_tokens(*this, resources_.clock.Now() - started - stalled_);
-  for (size_t i = 0; i < jobs_.size(); ++i) complete_[i] = !jobs_[i]->work().prompt_logprobs;
-  for (size_t i = 0; i < jobs_.size() && status.ok(); ++i) {
-    if (!complete_[i] && !jobs_[i]->ended()) status = ComputeLogprobs(i);
-  }
-  return status;
-}
-
-absl::Status PrefillPass::ComputeLayers() {
-  for (int layer = 0; layer < resources_.num_layers; ++layer) {
-    if (absl::Status slot = WaitForSlot(); !slot.ok()) return slot;
-    if (AllEnded()) return absl::OkStatus();
-    const auto report = sequence_.RunLayer();
-    if (!report.ok()) return report.status();
-    resources_.on_progress();
-    resources_.metrics.CountLayer(*report, static_cast<int>(jobs_.size()), num_tokens_);
-    for (const auto& job : jobs_) {
-      if (!job->ended()) job->RecordLayer(*report);
+  if (layers_computed_ < num_layers_) {
+    if (!has_room) {
+      stalled_since_ = started;
+      report.next = Next::kConsumers;
+      return report;
     }
-    resources_.stream.LayerDone(layer);
+    PREFILLD_RETURN_IF_ERROR(ComputeLayer());
+  } else if (!has_first_tokens_) {
+    PREFILLD_RETURN_IF_ERROR(ComputeFirstTokens());
+    report.first_tokens_after = computing_ + (resources_.clock.Now() - started);
+  } else if (const std::optional<size_t> job = NextLogprobs()) {
+    PREFILLD_RETURN_IF_ERROR(ComputeLogprobs(*job));
+  } else {
+    report.next = FinishWhatHasLeft() ? Next::kOver : Next::kConsumers;
   }
-  return absl::OkStatus();
+  computing_ += resources_.clock.Now() - started;
+  return report;
 }
 
-absl::Status PrefillPass::WaitForSlot() {
-  const absl::Time ready = resources_.clock.Now();
-  absl::Status slot = resources_.stream.WaitForSlot();
-  const absl::Duration stalled = resources_.clock.Now() - ready;
-  for (const auto& job : jobs_) job->RecordStall(stalled);
-  resources_.metrics.CountStall(stalled);
-  stalled_ += stalled;
-  return slot;
+absl::Status PrefillPass::ComputeLayer() {
+  PREFILLD_ASSIGN_OR_RETURN(const model::LayerReport report, sequence_->RunLayer());
+  resources_.progress.Record();
+  resources_.metrics.CountLayer(report, static_cast<int>(jobs_.size()), num_tokens_);
+  for (const auto& job : jobs_) {
+    if (!job->ended()) job->RecordLayer(report);
+  }
+  source_->LayerDone(layers_computed_++);
+  return absl::OkStatus();
 }
 
 absl::Status PrefillPass::ComputeFirstTokens() {
-  const auto logits = sequence_.FinalLogits();
-  if (!logits.ok()) return logits.status();
+  PREFILLD_ASSIGN_OR_RETURN(const auto logits, sequence_->FinalLogits());
+  has_first_tokens_ = true;
   for (size_t i = 0; i < jobs_.size(); ++i) {
     PrefillJob& job = *jobs_[i];
+    complete_[i] = !job.work().prompt_logprobs;
     if (job.ended()) continue;
     const auto num_tokens = static_cast<int64_t>(job.work().tokens.size());
-    auto token = model::Sample((*logits)[i], job.work().sampling, num_tokens);
+    auto token = model::Sample(logits[i], job.work().sampling, num_tokens);
     if (token.ok()) {
-      job.RecordFirstToken(*std::move(token));
+      job.record().SetFirstToken(resources_.clock.Now(), *std::move(token));
     } else {
       job.Abort(Outcome::kInternal, token.status());
     }
-    resources_.on_progress();
+    resources_.progress.Record();
   }
   return absl::OkStatus();
 }
 
-// In small steps, between which other jobs get their results. OK also when the job ended on the
-// way.
+std::optional<size_t> PrefillPass::NextLogprobs() const {
+  for (size_t i = 0; i < jobs_.size(); ++i) {
+    if (!complete_[i] && !jobs_[i]->ended()) return i;
+  }
+  return std::nullopt;
+}
+
+// The engine computes them in small parts, between which other jobs get their results. OK also when
+// the job ended on the way.
 absl::Status PrefillPass::ComputeLogprobs(size_t i) {
   PrefillJob& job = *jobs_[i];
   const auto go_on = [&] {
-    resources_.on_progress();
+    resources_.progress.Record();
     FinishWhatHasLeft();
     return !AllEnded() && !job.ended();
   };
   const absl::Time started = resources_.clock.Now();
-  auto logprobs = sequence_.Logprobs(static_cast<int>(i), go_on);
+  auto logprobs = sequence_->Logprobs(static_cast<int>(i), go_on);
   if (absl::IsCancelled(logprobs.status())) return absl::OkStatus();
-  if (!logprobs.ok()) return logprobs.status();
-  job.RecordLogprobs(*std::move(logprobs), resources_.clock.Now() - started);
+  PREFILLD_RETURN_IF_ERROR(logprobs.status());
+  job.record().SetLogprobs(*std::move(logprobs), resources_.clock.Now() - started);
   complete_[i] = true;
-  resources_.on_progress();
+  resources_.progress.Record();
   return absl::OkStatus();
 }
 
+// A layer that waited for a slot waited until now, whether or not there is one.
+void PrefillPass::EndStall() {
+  if (!stalled_since_.has_value()) return;
+  const absl::Duration stalled = resources_.clock.Now() - *stalled_since_;
+  stalled_since_.reset();
+  for (const auto& job : jobs_) job->record().AddStall(stalled);
+  resources_.metrics.CountStall(stalled);
+}
+
+// Checks the timers first, so that a deadline ends a job between two layers.
 bool PrefillPass::AllEnded() {
   const auto ended = [](const auto& job) { return job->ended(); };
   auto going_on = jobs_.size() - std::count_if(jobs_.begin(), jobs_.end(), ended);
@@ -121,15 +131,17 @@ bool PrefillPass::AllEnded() {
   return std::all_of(jobs_.begin(), jobs_.end(), ended);
 }
 
-void PrefillPass::FinishWhatHasLeft() {
+// Whether every job has its result or has ended.
+bool PrefillPass::FinishWhatHasLeft() {
+  bool all = true;
   for (size_t i = 0; i < jobs_.size(); ++i) {
-    if (resources_.stream.HasLeft(i)) Finish(i);
+    if (complete_[i] && !finished_[i] && source_->HasLeft(i)) Finish(i);
+    all = all && (finished_[i] || jobs_[i]->ended());
   }
+  return all;
 }
 
-// Once the job's frames have left.
 void PrefillPass::Finish(size_t i) {
-  if (!complete_[i] || finished_[i]) return;
   finished_[i] = true;
   if (!jobs_[i]->ended()) jobs_[i]->Finish();
 }

@@ -3,69 +3,93 @@
 #ifndef PREFILLD_SERVER_PREFILL_PASS_H_
 #define PREFILLD_SERVER_PREFILL_PASS_H_
 
+#include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "model/prefill/prefill_engine.h"
 #include "server/clock.h"
+#include "server/kv_packer.h"
 #include "server/prefill_job.h"
 
 namespace prefilld::server {
 
-class KvStream;
 class Metrics;
-class PrefillPass;
 
 // What every pass works with; borrowed.
 struct PassResources {
-  KvStream& stream;
+  KvPacker& packer;
   Metrics& metrics;
+  Progress& progress;
   const Clock& clock;
-  const JobTimeouts timeouts;
-  const int num_layers;
-  const std::function<void()> on_progress;  // a step is done
-  // The first tokens are known, in this time from the first layer, waits for consumers left out.
-  const std::function<void(const PrefillPass&, absl::Duration)> on_first_tokens;
+  JobTimeouts timeouts;
 };
 
-// Between two steps the ends of the jobs are looked for. One that has ended is computed on with the
-// others and delivered no more; when all have, the pass stops. Each gets its result as soon as that
-// is known and its last frame has left. For the compute thread.
+// A pass is computed step by step: its layers, then the first tokens, then the log-probabilities of
+// each prompt that asked for them. Several passes may be under way; their steps may come in any
+// order.
+//
+// Each step first looks for jobs that have ended. Such a job is computed on with the others of its
+// batch and delivered no more; when all have ended, the pass is over. A job gets its result as soon
+// as that is known and its last frame has left.
+//
+// Only the compute thread uses it.
 class PrefillPass {
  public:
-  // Prompt i of the sequence is that of jobs[i].
-  PrefillPass(const PassResources& resources, std::vector<std::shared_ptr<PrefillJob>> jobs,
-              model::PrefillSequence& sequence);
+  enum class Next {
+    kAnotherStep,
+    kConsumers,  // Step can do nothing before the packer has more room, or a job's frames leave
+    kOver,
+  };
+  struct StepReport {
+    Next next = Next::kAnotherStep;
+    // Set by the step that computed the first tokens: how long this pass has computed so far, waits
+    // and steps of other passes left out.
+    std::optional<absl::Duration> first_tokens_after;
+  };
 
-  // Not OK: the device failed, and jobs that have not ended are left to be aborted.
-  absl::Status Run();
+  // Starts the jobs. Prompt i of the sequence is that of jobs[i].
+  PrefillPass(const PassResources& resources, std::vector<std::shared_ptr<PrefillJob>> jobs,
+              std::unique_ptr<model::PrefillSequence> sequence, int num_layers);
+
+  // Computes one layer, the first tokens, or one prompt's log-probabilities, if it need not wait
+  // for consumers. Not OK: the device failed, and jobs that have not ended are left to be aborted.
+  absl::StatusOr<StepReport> Step();
 
   absl::Span<const std::shared_ptr<PrefillJob>> jobs() const { return jobs_; }
-  int64_t num_tokens() const { return num_tokens_; }  // of all prompts
+  int64_t num_tokens() const { return num_tokens_; }  // over all prompts
 
  private:
-  absl::Status Compute();
-  absl::Status ComputeLayers();
+  absl::Status ComputeLayer();
   absl::Status ComputeFirstTokens();
   absl::Status ComputeLogprobs(size_t job);
-  absl::Status WaitForSlot();
-  bool AllEnded();  // now, by their timers
-  void FinishWhatHasLeft();
+  std::optional<size_t> NextLogprobs() const;  // the job whose turn it is
+  void EndStall();
+  bool AllEnded();
+  bool FinishWhatHasLeft();
   void Finish(size_t job);
 
   const PassResources& resources_;
   const std::vector<std::shared_ptr<PrefillJob>> jobs_;
-  model::PrefillSequence& sequence_;
+  const int num_layers_;
   int64_t num_tokens_ = 0;
 
-  std::vector<bool> complete_;  // all is computed that was asked for
-  std::vector<bool> finished_;
-  absl::Duration stalled_;
+  int layers_computed_ = 0;
+  bool has_first_tokens_ = false;
+  std::vector<bool> complete_;               // [jobs], all is computed that was asked for
+  std::vector<bool> finished_;               // [jobs]
+  absl::Duration computing_;                 // the steps so far
+  std::optional<absl::Time> stalled_since_;  // the next layer waits for a slot
+
+  // The source borrows the sequence, so it goes first.
+  const std::unique_ptr<model::PrefillSequence> sequence_;
+  const std::unique_ptr<KvPacker::Source> source_;
 };
 
 }  // namespace prefilld::server

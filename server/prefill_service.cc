@@ -90,13 +90,10 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
     return Refuse(work->id, work->peer, absl::DeadlineExceededError("the deadline has passed"));
   }
 
-  auto job = std::make_shared<PrefillJob>(*std::move(work), clock_);
-  if (job->work().pushes()) {
-    // The job holds this function, so the function must not hold the job.
-    job->set_start_delivery([this, weak = std::weak_ptr(job)] {
-      if (auto self = weak.lock()) push_dialer_.Start(std::move(self));
-    });
-  }
+  const auto dial = [this](std::shared_ptr<PrefillJob> self) {
+    push_dialer_.Start(std::move(self));
+  };
+  auto job = std::make_shared<PrefillJob>(*std::move(work), clock_, dial);
   if (const absl::Status status = scheduler_.Submit(job); !status.ok()) {
     return Refuse(job->work().id, job->work().peer, status);
   }
@@ -110,8 +107,9 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
                                    .on_done =
                                        [this, job] {
                                          job->OnCallCancelled();  // unless it has ended
-                                         metrics_.CountRequest(*job);
-                                         LogRequest(*job);
+                                         const absl::Time now = clock_.Now();
+                                         metrics_.CountRequest(*job, now);
+                                         LogRequest(*job, now);
                                          scheduler_.Retire(*job);
                                        }});
   queue.Attach(stream);

@@ -80,7 +80,7 @@ PushStream::PushStream(std::shared_ptr<PrefillJob> job, LaneQueue* queue, const 
     absl::MutexLock lock(&open_->mu);
     ++open_->calls;
   }
-  const absl::Duration time_left = job_->time_left();
+  const absl::Duration time_left = job_->work().deadline - dialer.clock_.Now();
   if (time_left != absl::InfiniteDuration()) {
     context_.set_deadline(absl::ToChronoTime(absl::Now() + time_left));
   }
@@ -166,8 +166,8 @@ absl::Status PushStream::CheckOutcome(const grpc::Status& status) {
   return absl::OkStatus();
 }
 
-PushDialer::PushDialer(std::shared_ptr<grpc::ChannelCredentials> credentials)
-    : credentials_(std::move(credentials)) {}
+PushDialer::PushDialer(std::shared_ptr<grpc::ChannelCredentials> credentials, const Clock& clock)
+    : credentials_(std::move(credentials)), clock_(clock) {}
 
 void PushDialer::Start(std::shared_ptr<PrefillJob> job) {
   const auto lane = job->delivery().side_lane(0);

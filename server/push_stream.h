@@ -15,7 +15,7 @@ namespace prefilld::server {
 // Opens the calls to receivers, and outlives them. Thread-safe.
 class PushDialer {
  public:
-  explicit PushDialer(std::shared_ptr<grpc::ChannelCredentials> credentials);
+  PushDialer(std::shared_ptr<grpc::ChannelCredentials> credentials, const Clock& clock);
 
   // Opens the call to work().deliver_to and attaches it to the job's lane 0. The job ends with the
   // receiver's status if the receiver refuses, fails or goes away.
@@ -35,6 +35,7 @@ class PushDialer {
   };
 
   const std::shared_ptr<grpc::ChannelCredentials> credentials_;
+  const Clock& clock_;
   const std::shared_ptr<Open> open_ = std::make_shared<Open>();
 };
 

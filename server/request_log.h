@@ -1,15 +1,16 @@
-// What is kept of a request that is over: one line.
+// The line that the log keeps of a request that is over.
 #ifndef PREFILLD_SERVER_REQUEST_LOG_H_
 #define PREFILLD_SERVER_REQUEST_LOG_H_
 
 #include <string>
 
 #include "absl/status/status.h"
+#include "absl/time/time.h"
 #include "server/prefill_job.h"
 
 namespace prefilld::server {
 
-void LogRequest(PrefillJob& job);
+void LogRequest(PrefillJob& job, absl::Time now);
 void LogRefused(const std::string& request_id, const std::string& peer, Outcome outcome,
                 const absl::Status& status);
 

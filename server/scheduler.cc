@@ -16,31 +16,11 @@ int64_t NumTokens(const PrefillJob& job) { return static_cast<int64_t>(job.work(
 
 }  // namespace
 
-Scheduler::Scheduler(model::PrefillEngine& engine, KvStream& stream, Metrics& metrics,
-                     const Clock& clock, const QueueLimits& limits, const JobTimeouts& timeouts)
-    : engine_(engine),
-      metrics_(metrics),
-      clock_(clock),
-      limits_(limits),
-      pass_resources_{
-          .stream = stream,
-          .metrics = metrics,
-          .clock = clock,
-          .timeouts = timeouts,
-          .num_layers = engine.info().config.num_layers,
-          .on_progress = [this] { RecordProgress(); },
-          .on_first_tokens = [this](const PrefillPass& pass,
-                                    absl::Duration compute) { RecordSpeed(pass, compute); }},
-      progress_at_us_(absl::ToUnixMicros(clock.Now())),
-      thread_([this] { Run(); }) {}
+Scheduler::Scheduler(model::PrefillEngine& engine, const PassResources& resources, EventCount& wake,
+                     const QueueLimits& limits)
+    : engine_(engine), resources_(resources), wake_(wake), limits_(limits) {}
 
-Scheduler::~Scheduler() {
-  {
-    absl::MutexLock lock(&mu_);
-    stop_ = true;
-  }
-  thread_.join();
-}
+Scheduler::~Scheduler() = default;
 
 absl::Status Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
   const int64_t num_tokens = NumTokens(*job);
@@ -54,15 +34,17 @@ absl::Status Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
   if (absl::Status room = CheckRoom(limits_, line, num_tokens); !room.ok()) {
     return WithRetryDelay(std::move(room), RetryDelay(line, speed_.latest()));
   }
-  PREFILLD_RETURN_IF_ERROR(CheckDeadline(line, Describe(*job), speed_, clock_.Now()));
+  PREFILLD_RETURN_IF_ERROR(CheckDeadline(line, Describe(*job), speed_, resources_.clock.Now()));
 
   // An idle server has made no progress for a while; that is no wedge.
-  if (queue_.empty() && running_.empty()) RecordProgress();
+  if (queue_.empty() && running_.empty()) resources_.progress.Record();
   // Before the compute thread can see the job, so that Accepted is the first event.
-  job->Accept(static_cast<int64_t>(queue_.size() + running_.size()));
+  job->delivery().Send(
+      AcceptedEvent(job->work(), static_cast<int64_t>(queue_.size() + running_.size())));
   live_[job->work().id] = job;
   queued_tokens_ += num_tokens;
   queue_.push_back(std::move(job));
+  wake_.Notify();
   return absl::OkStatus();
 }
 
@@ -71,7 +53,7 @@ WaitingPrompt Scheduler::Describe(const PrefillJob& job) const {
   return {.num_tokens = NumTokens(job),
           .batch_tokens = engine_.BatchTokens(NumTokens(job), attention),
           .policy = attention.policy,
-          .time_left = job.time_left(),
+          .time_left = job.work().deadline - resources_.clock.Now(),
           .ended = job.ended()};
 }
 
@@ -137,7 +119,8 @@ QueueState Scheduler::state() const {
   return {.queued_requests = static_cast<int64_t>(queue_.size()),
           .queued_tokens = queued_tokens_,
           .running_requests = RunningBeside(nullptr),
-          .live_requests = static_cast<int64_t>(live_.size())};
+          .live_requests = static_cast<int64_t>(live_.size()),
+          .work_waits = !queue_.empty() || !running_.empty()};
 }
 
 void Scheduler::Close(const std::string& reason) {
@@ -162,43 +145,43 @@ absl::Status Scheduler::failure() const {
   return failure_;
 }
 
-void Scheduler::RecordProgress() {
-  progress_at_us_.store(absl::ToUnixMicros(clock_.Now()), std::memory_order_relaxed);
-}
-
-absl::Duration Scheduler::WithoutProgressFor(absl::Time now) const {
-  {
-    absl::MutexLock lock(&mu_);
-    if (queue_.empty() && running_.empty()) return absl::ZeroDuration();
+bool Scheduler::StepOnce() {
+  if (pass_ != nullptr) {
+    const PrefillPass::Next next = StepPass();
+    if (next == PrefillPass::Next::kConsumers) return false;
+    if (next == PrefillPass::Next::kOver) pass_.reset();
+  } else {
+    if (starting_.empty()) {
+      Jobs jobs = TakeNextJobs();
+      if (jobs.empty()) return false;
+      starting_.push_back(std::move(jobs));
+    }
+    Jobs jobs = std::move(starting_.front());
+    starting_.pop_front();
+    StartPass(std::move(jobs));
   }
-  return now - absl::FromUnixMicros(progress_at_us_.load(std::memory_order_relaxed));
-}
-
-void Scheduler::Run() {
-  for (Jobs jobs = NextJobs(); !jobs.empty(); jobs = NextJobs()) {
-    Compute(std::move(jobs));
+  if (pass_ == nullptr && starting_.empty()) {
     absl::MutexLock lock(&mu_);
     running_.clear();
   }
+  return true;
 }
 
-Scheduler::Jobs Scheduler::NextJobs() {
+Scheduler::Jobs Scheduler::TakeNextJobs() {
   absl::MutexLock lock(&mu_);
-  const auto wake = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) { return stop_ || !queue_.empty(); };
-  mu_.Await(absl::Condition(&wake));
-  if (stop_) return {};
+  if (queue_.empty()) return {};
   const std::vector<size_t> chosen =
-      ChooseNextPass(Line().prompts, engine_.max_batch_tokens(), speed_, clock_.Now());
+      ChooseNextPass(Line().prompts, engine_.max_batch_tokens(), speed_, resources_.clock.Now());
   for (const size_t i : chosen) {
     queued_tokens_ -= NumTokens(*queue_[i]);
     running_.push_back(std::move(queue_[i]));
   }
   queue_.erase(std::remove(queue_.begin(), queue_.end(), nullptr), queue_.end());
-  RecordProgress();
+  resources_.progress.Record();
   return running_;
 }
 
-void Scheduler::Compute(Jobs jobs) {
+void Scheduler::StartPass(Jobs jobs) {
   jobs.erase(std::remove_if(jobs.begin(), jobs.end(), [](const auto& job) { return job->ended(); }),
              jobs.end());
   if (jobs.empty()) return;
@@ -212,27 +195,35 @@ void Scheduler::Compute(Jobs jobs) {
     if (jobs.size() == 1) {
       jobs.front()->Abort(Outcome::kInvalid, sequence.status());
     } else {  // one of them, who must not end the others
-      for (const auto& job : jobs) Compute({job});
+      for (auto& job : jobs) starting_.push_back({std::move(job)});
     }
-    return;
-  }
-  if (!sequence.ok()) {
+  } else if (!sequence.ok()) {
     Fail(sequence.status());
-    return;
+  } else {
+    pass_ = std::make_unique<PrefillPass>(resources_, std::move(jobs), *std::move(sequence),
+                                          engine_.info().config.num_layers);
   }
-  PrefillPass pass(pass_resources_, std::move(jobs), **sequence);
-  const absl::Status status = pass.Run();
-  sequence->reset();
-  if (!status.ok()) Fail(status);
 }
 
-void Scheduler::RecordSpeed(const PrefillPass& pass, absl::Duration compute) {
-  const absl::Time now = clock_.Now();
+PrefillPass::Next Scheduler::StepPass() {
+  const auto report = pass_->Step();
+  if (!report.ok()) {
+    pass_.reset();
+    Fail(report.status());
+    return PrefillPass::Next::kOver;
+  }
+  if (report->first_tokens_after.has_value()) RecordSpeed(*report->first_tokens_after);
+  return report->next;
+}
+
+void Scheduler::RecordSpeed(absl::Duration compute) {
+  const absl::Time now = resources_.clock.Now();
   absl::MutexLock lock(&mu_);
-  if (pass.jobs().size() > 1) {
-    speed_.RecordBatch(now, pass.num_tokens(), compute);
+  if (pass_->jobs().size() > 1) {
+    speed_.RecordBatch(now, pass_->num_tokens(), compute);
   } else {
-    speed_.Record(now, pass.num_tokens(), pass.jobs().front()->work().attention.policy, compute);
+    const auto policy = pass_->jobs().front()->work().attention.policy;
+    speed_.Record(now, pass_->num_tokens(), policy, compute);
   }
 }
 
@@ -243,8 +234,24 @@ void Scheduler::Fail(const absl::Status& cause) {
     failure_ = cause;
     closed_ = reason;
   }
-  metrics_.CountDeviceError();
+  resources_.metrics.CountDeviceError();
   AbortAll(Outcome::kDeviceFailed, absl::UnavailableError(reason));
+}
+
+ComputeThread::ComputeThread(Scheduler& scheduler, EventCount& wake)
+    : scheduler_(scheduler), wake_(wake), thread_([this] { Run(); }) {}
+
+ComputeThread::~ComputeThread() {
+  stop_ = true;
+  wake_.Notify();
+  thread_.join();
+}
+
+void ComputeThread::Run() {
+  while (!stop_) {
+    const int64_t events = wake_.count();
+    if (!scheduler_.StepOnce() && !stop_) wake_.AwaitAfter(events);
+  }
 }
 
 }  // namespace prefilld::server

@@ -1,4 +1,4 @@
-// Who computes when: admission, a bounded first-come queue, and the compute thread.
+// Who computes when: the queue of requests, the pass that computes, and the thread that steps it.
 #ifndef PREFILLD_SERVER_SCHEDULER_H_
 #define PREFILLD_SERVER_SCHEDULER_H_
 
@@ -8,7 +8,6 @@
 #include <memory>
 #include <string>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
@@ -17,7 +16,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "server/admission.h"
-#include "server/clock.h"
+#include "server/event_count.h"
 #include "server/prefill_job.h"
 #include "server/prefill_pass.h"
 #include "server/prompt_speed.h"
@@ -28,14 +27,12 @@ class PrefillEngine;
 
 namespace prefilld::server {
 
-class KvStream;
-class Metrics;
-
 struct QueueState {
   int64_t queued_requests = 0;
   int64_t queued_tokens = 0;
   int64_t running_requests = 0;  // those of the running pass that have not ended
   int64_t live_requests = 0;     // queued, running, or still being sent
+  bool work_waits = false;       // a pass runs, or could
 };
 
 struct LiveJob {
@@ -45,20 +42,28 @@ struct LiveJob {
 };
 
 // Requests wait in the order of their arrival, and one pass computes at a time. Who may wait, and
-// which prompts make up the next pass, is decided by the rules in admission.h. Thread-safe.
+// which prompts make up the next pass, is decided by the rules in admission.h.
+//
+// It has no thread of its own: the compute thread calls StepOnce, and everything else may be called
+// by any thread.
 class Scheduler {
  public:
-  Scheduler(model::PrefillEngine& engine, KvStream& stream, Metrics& metrics, const Clock& clock,
-            const QueueLimits& limits, const JobTimeouts& timeouts);
-  // Stops the compute thread after its current step. No job may be live.
+  // All of it is borrowed. `wake` is notified when there may be something to compute.
+  Scheduler(model::PrefillEngine& engine, const PassResources& resources, EventCount& wake,
+            const QueueLimits& limits);
+  // No job may be live.
   ~Scheduler();
 
-  // Takes the job in and sends Accepted. RESOURCE_EXHAUSTED with a RetryInfo payload: the queue is
-  // full; DEADLINE_EXCEEDED: it is out of reach; ALREADY_EXISTS: a live request has this id;
-  // UNAVAILABLE: closed.
+  // Takes the job in and sends Accepted. RESOURCE_EXHAUSTED, with a RetryInfo payload: the queue is
+  // full; DEADLINE_EXCEEDED: the deadline is out of reach; ALREADY_EXISTS: a live request has this
+  // id; UNAVAILABLE: closed.
   absl::Status Submit(std::shared_ptr<PrefillJob> job);
   // The job's call is over; it leaves the queue if it is still there.
   void Retire(PrefillJob& job);
+
+  // Computes one step of the running pass, or starts the next one. False: nothing can be computed
+  // before `wake` is notified. For the compute thread.
+  bool StepOnce();
 
   std::shared_ptr<PrefillJob> Find(const std::string& id) const;  // null: no such live request
   std::vector<LiveJob> LiveJobs() const;
@@ -72,41 +77,54 @@ class Scheduler {
 
   // Not OK once the device has failed; every request has been ended with UNAVAILABLE then.
   absl::Status failure() const;
-  // Something other than the compute thread got done for the running request.
-  void RecordProgress();
-  // For how long work has waited without any progress.
-  absl::Duration WithoutProgressFor(absl::Time now) const;
 
  private:
   using Jobs = std::vector<std::shared_ptr<PrefillJob>>;
 
-  void Run();
-  Jobs NextJobs();  // of a pass; none: stop
   WaitingPrompt Describe(const PrefillJob& job) const;
   WaitingLine Line() const ABSL_SHARED_LOCKS_REQUIRED(mu_);
-  int64_t RunningBeside(const PrefillJob* job) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void Compute(Jobs jobs);
-  void RecordSpeed(const PrefillPass& pass, absl::Duration compute);
+  int64_t RunningBeside(const PrefillJob* job) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
+
+  // For the compute thread.
+  Jobs TakeNextJobs();  // of a pass; none: none wait
+  void StartPass(Jobs jobs);
+  PrefillPass::Next StepPass();
+  void RecordSpeed(absl::Duration compute);
   void Fail(const absl::Status& cause);
 
   model::PrefillEngine& engine_;
-  Metrics& metrics_;
-  const Clock& clock_;
+  const PassResources resources_;
+  EventCount& wake_;
   const QueueLimits limits_;
-  const PassResources pass_resources_;
-
-  std::atomic<int64_t> progress_at_us_;  // since the epoch
 
   mutable absl::Mutex mu_;
-  bool stop_ ABSL_GUARDED_BY(mu_) = false;
   std::string closed_ ABSL_GUARDED_BY(mu_);  // reason; empty: open
   absl::Status failure_ ABSL_GUARDED_BY(mu_);
   std::deque<std::shared_ptr<PrefillJob>> queue_ ABSL_GUARDED_BY(mu_);
   int64_t queued_tokens_ ABSL_GUARDED_BY(mu_) = 0;
-  Jobs running_ ABSL_GUARDED_BY(mu_);
+  Jobs running_ ABSL_GUARDED_BY(mu_);  // of pass_ and of starting_
   absl::flat_hash_map<std::string, std::shared_ptr<PrefillJob>> live_ ABSL_GUARDED_BY(mu_);
   PromptSpeed speed_ ABSL_GUARDED_BY(mu_);
 
+  // The compute thread's. Jobs that were taken out of the queue are started batch by batch: as one,
+  // or one by one if the engine refuses that.
+  std::deque<Jobs> starting_;
+  std::unique_ptr<PrefillPass> pass_;  // null: none runs
+};
+
+// Steps a scheduler, and sleeps when it has nothing to compute.
+class ComputeThread {
+ public:
+  ComputeThread(Scheduler& scheduler, EventCount& wake);
+  // Returns after the current step.
+  ~ComputeThread();
+
+ private:
+  void Run();
+
+  Scheduler& scheduler_;
+  EventCount& wake_;
+  std::atomic<bool> stop_ = false;
   std::thread thread_;
 };
 

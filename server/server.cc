@@ -94,7 +94,7 @@ v1::ServerInfo DescribeServer(const ServerOptions& options, const model::EngineI
 }  // namespace
 
 PrefillServer::PrefillServer(model::PrefillEngine& engine, const Clock& clock)
-    : engine_(engine), clock_(clock) {}
+    : engine_(engine), clock_(clock), progress_(clock) {}
 
 absl::StatusOr<std::unique_ptr<PrefillServer>> PrefillServer::Create(const ServerOptions& options,
                                                                      model::PrefillEngine& engine,
@@ -131,18 +131,24 @@ absl::Status PrefillServer::CreateStaging(const ServerOptions& options) {
 void PrefillServer::CreateScheduler(const ServerOptions& options) {
   const int quarter = static_cast<int>(std::thread::hardware_concurrency() / 4);
   const int threads = options.pack_threads > 0 ? options.pack_threads : std::clamp(quarter, 1, 4);
-  stream_ = std::make_unique<KvStream>(*ring_, engine_.kv_slots(), threads,
-                                       [this](int lane, int64_t payload_bytes) {
-                                         metrics_->CountFrame(lane, payload_bytes);
-                                         scheduler_->RecordProgress();
-                                       });
+  packer_ = std::make_unique<KvPacker>(
+      KvPacker::Surroundings{
+          .ring = *ring_, .metrics = *metrics_, .progress = progress_, .wake = wake_},
+      engine_.kv_slots(), threads);
   constexpr int64_t kDefaultQueuedPrompts = 8;
   const QueueLimits limits{
       .capacity = options.queue_capacity,
       .max_queued_tokens = options.max_queued_tokens > 0
                                ? options.max_queued_tokens
                                : kDefaultQueuedPrompts * engine_.info().max_tokens};
-  scheduler_ = std::make_unique<Scheduler>(engine_, *stream_, *metrics_, clock_, limits, timeouts_);
+  scheduler_ = std::make_unique<Scheduler>(engine_,
+                                           PassResources{.packer = *packer_,
+                                                         .metrics = *metrics_,
+                                                         .progress = progress_,
+                                                         .clock = clock_,
+                                                         .timeouts = timeouts_},
+                                           wake_, limits);
+  compute_thread_ = std::make_unique<ComputeThread>(*scheduler_, wake_);
 }
 
 absl::Status PrefillServer::CreateService(const ServerOptions& options) {
@@ -156,7 +162,7 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
                        .recall_audit = options.recall_audit,
                        .deliver_to_allow = options.deliver_to_allow,
                        .max_lanes = options.max_lanes};
-  push_dialer_ = std::make_unique<PushDialer>(*std::move(push_credentials));
+  push_dialer_ = std::make_unique<PushDialer>(*std::move(push_credentials), clock_);
   service_ = std::make_unique<PrefillService>(*scheduler_, *push_dialer_, *metrics_, clock_,
                                               std::move(limits),
                                               DescribeServer(options, engine, attention));
@@ -194,10 +200,12 @@ absl::Status PrefillServer::StartMetrics(const ServerOptions& options) {
 void PrefillServer::StartWatchdog(const ServerOptions& options) {
   watchdog_ = std::make_unique<Watchdog>(Watchdog::Watched{.engine = &engine_,
                                                            .ring = ring_.get(),
+                                                           .progress = &progress_,
                                                            .scheduler = scheduler_.get(),
                                                            .health = health_.get(),
                                                            .metrics = metrics_.get()},
                                          clock_, timeouts_, options.wedge_timeout);
+  watchdog_->Start();
 }
 
 bool PrefillServer::Drain(absl::Duration timeout) {

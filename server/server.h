@@ -9,7 +9,8 @@
 #include "absl/time/time.h"
 #include "model/prefill/prefill_engine.h"
 #include "server/clock.h"
-#include "server/kv_stream.h"
+#include "server/event_count.h"
+#include "server/kv_packer.h"
 #include "server/metrics.h"
 #include "server/scheduler.h"
 #include "server/server_options.h"
@@ -65,10 +66,13 @@ class PrefillServer {
   int port_ = 0;
 
   // In order of construction, destroyed in reverse.
+  Progress progress_;
+  EventCount wake_;  // of the compute thread
   std::unique_ptr<Metrics> metrics_;
   std::unique_ptr<StagingRing> ring_;
-  std::unique_ptr<KvStream> stream_;
+  std::unique_ptr<KvPacker> packer_;
   std::unique_ptr<Scheduler> scheduler_;
+  std::unique_ptr<ComputeThread> compute_thread_;
   std::unique_ptr<PushDialer> push_dialer_;
   std::unique_ptr<PrefillService> service_;
   std::unique_ptr<grpc::Server> server_;

@@ -16,15 +16,15 @@ constexpr absl::Duration kTick = absl::Milliseconds(20);
 
 Watchdog::Watchdog(const Watched& watched, const Clock& clock, const JobTimeouts& timeouts,
                    absl::Duration wedge_timeout)
-    : watched_(watched),
-      clock_(clock),
-      timeouts_(timeouts),
-      wedge_timeout_(wedge_timeout),
-      thread_([this] { Run(); }) {}
+    : watched_(watched), clock_(clock), timeouts_(timeouts), wedge_timeout_(wedge_timeout) {}
 
 Watchdog::~Watchdog() {
   stop_.Notify();
-  thread_.join();
+  if (thread_.has_value()) thread_->join();
+}
+
+void Watchdog::Start() {
+  thread_.emplace([this] { Run(); });
 }
 
 void Watchdog::Run() {
@@ -38,7 +38,9 @@ void Watchdog::LookAround() {
     live.job->CheckTimers(timeouts_, live.requests_ahead, live.others_wait);
   }
 
-  const absl::Duration silence = watched_.scheduler->WithoutProgressFor(clock_.Now());
+  const QueueState queue = watched_.scheduler->state();
+  const absl::Duration silence =
+      queue.work_waits ? clock_.Now() - watched_.progress->last() : absl::ZeroDuration();
   const bool wedged = silence > wedge_timeout_;
   if (wedged != wedged_) {
     wedged_ = wedged;
@@ -48,7 +50,6 @@ void Watchdog::LookAround() {
   watched_.health->SetLive(!wedged);
   if (!watched_.scheduler->failure().ok()) watched_.health->SetReady(false);
 
-  const QueueState queue = watched_.scheduler->state();
   watched_.metrics->Set({.queued_requests = queue.queued_requests,
                          .queued_tokens = queue.queued_tokens,
                          .running_requests = queue.running_requests,

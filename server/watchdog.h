@@ -1,7 +1,8 @@
-// Looks after what no one else is awake for: timers of requests, gauges, and liveness.
+// Looks after what no other thread is awake for: timers of requests, gauges, and liveness.
 #ifndef PREFILLD_SERVER_WATCHDOG_H_
 #define PREFILLD_SERVER_WATCHDOG_H_
 
+#include <optional>
 #include <thread>
 
 #include "absl/synchronization/notification.h"
@@ -20,12 +21,13 @@ class Metrics;
 class Scheduler;
 class StagingRing;
 
-// A thread that looks around every few milliseconds. All it is given outlives it.
+// All it is given outlives it.
 class Watchdog {
  public:
   struct Watched {
     const model::PrefillEngine* engine;
     const StagingRing* ring;
+    const Progress* progress;
     Scheduler* scheduler;
     Health* health;
     Metrics* metrics;
@@ -35,18 +37,23 @@ class Watchdog {
            absl::Duration wedge_timeout);
   ~Watchdog();
 
+  // Looks around every few milliseconds from now on, by a thread that the destructor ends.
+  void Start();
+  // Checks the timers of all live requests, sets the gauges, and reports a wedge when work has
+  // waited for longer than the time-out without any progress. Not thread-safe.
+  void LookAround();
+
  private:
   void Run();
-  void LookAround();
 
   const Watched watched_;
   const Clock& clock_;
   const JobTimeouts timeouts_;
   const absl::Duration wedge_timeout_;
-  bool wedged_ = false;  // of the thread alone
+  bool wedged_ = false;
 
   absl::Notification stop_;
-  std::thread thread_;
+  std::optional<std::thread> thread_;
 };
 
 }  // namespace prefilld::server

@@ -70,6 +70,7 @@ class FakeSequence final : public model::PrefillSequence {
 
   absl::StatusOr<model::LayerReport> RunLayer() override {
     absl::Duration time;
+    std::function<void()> on_layer;
     {
       absl::MutexLock lock(&engine_->mu_);
       const auto may_run = [this]() ABSL_SHARED_LOCKS_REQUIRED(engine_->mu_) {
@@ -78,8 +79,10 @@ class FakeSequence final : public model::PrefillSequence {
       engine_->mu_.Await(absl::Condition(&may_run));
       if (engine_->fail_from_ >= 0 && layer_ >= engine_->fail_from_) return engine_->layer_error_;
       time = engine_->layer_time_;
+      on_layer = engine_->on_layer_;
     }
-    absl::SleepFor(time);
+    if (time > absl::ZeroDuration()) absl::SleepFor(time);
+    if (on_layer != nullptr) on_layer();
     ++held_;
     const int held = ++engine_->held_;
     engine_->most_held_ = std::max<int>(engine_->most_held_, held);
@@ -183,6 +186,11 @@ void FakeEngine::set_layer_time(absl::Duration time) {
   layer_time_ = time;
 }
 
+void FakeEngine::set_on_layer(std::function<void()> on_layer) {
+  absl::MutexLock lock(&mu_);
+  on_layer_ = std::move(on_layer);
+}
+
 void FakeEngine::FailFrom(int layer, absl::Status status) {
   absl::MutexLock lock(&mu_);
   fail_from_ = layer;
@@ -231,7 +239,9 @@ int64_t FakeEngine::BatchTokens(int64_t num_tokens, const model::AttentionOption
 
 absl::StatusOr<std::unique_ptr<model::PrefillSequence>> FakeEngine::Start(
     absl::Span<const model::PromptInput> prompts) {
-  if (alive_ > 0) return absl::FailedPreconditionError("another sequence exists");
+  if (alive_ >= options_.max_sequences) {
+    return absl::ResourceExhaustedError("no more sequences at once");
+  }
   if (refuses_batches_ && prompts.size() > 1) return absl::InvalidArgumentError("no batches");
   absl::MutexLock lock(&mu_);
   std::vector<int64_t>& lengths = lengths_.emplace_back();

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -24,6 +25,7 @@ struct FakeEngineOptions {
   int64_t max_tokens = 1 << 20;
   int kv_slots = 3;
   int64_t max_batch_tokens = 0;
+  int max_sequences = 4;  // at once; Start answers RESOURCE_EXHAUSTED beyond
 };
 
 // The first token of a prompt is its last token plus one. K and V are a pure function of
@@ -35,6 +37,8 @@ class FakeEngine final : public model::PrefillEngine {
 
   // From now on every layer takes this long, and fails from `layer` on (-1: never).
   void set_layer_time(absl::Duration time);
+  // Called in every layer from now on, by the thread that runs it: a test's clock goes on there.
+  void set_on_layer(std::function<void()> on_layer);
   void FailFrom(int layer, absl::Status status);
   void FailPacking(absl::Status status);
   // No sequence gets past its first `layers` layers until the next call. -1: no limit.
@@ -51,6 +55,7 @@ class FakeEngine final : public model::PrefillEngine {
   int started() const { return started_; }                // sequences, ever
   int alive() const { return alive_; }                    // sequences
   int layers_run() const { return layers_run_; }          // over all sequences
+  int held() const { return held_; }                      // unreleased layers now
   int most_held() const { return most_held_; }            // unreleased layers at once
   int logprobs_parts() const { return logprobs_parts_; }  // over all sequences
   std::vector<std::vector<int64_t>> lengths() const;      // of every sequence's prompts, ever
@@ -79,6 +84,7 @@ class FakeEngine final : public model::PrefillEngine {
   std::atomic<bool> refuses_batches_ = false;
   mutable absl::Mutex mu_;
   absl::Duration layer_time_ ABSL_GUARDED_BY(mu_);
+  std::function<void()> on_layer_ ABSL_GUARDED_BY(mu_);
   int fail_from_ ABSL_GUARDED_BY(mu_) = -1;
   absl::Status layer_error_ ABSL_GUARDED_BY(mu_);
   absl::Status pack_error_ ABSL_GUARDED_BY(mu_);

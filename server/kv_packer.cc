@@ -1,0 +1,305 @@
+#include "server/kv_packer.h"
+
+#include <algorithm>
+#include <tuple>
+#include <utility>
+
+#include "proto/status_macros.h"
+#include "server/metrics.h"
+
+namespace prefilld::server {
+namespace {
+
+// What a finished layer holds of one prompt.
+struct Part {
+  int64_t next_block;  // the first that no thread has taken
+  int64_t end_block;
+  int frames_underway = 0;  // taken, not done
+
+  bool untaken() const { return next_block < end_block; }
+  bool open() const { return untaken() || frames_underway > 0; }
+};
+
+}  // namespace
+
+// The prompt of one job, over all layers.
+struct KvPacker::Request {
+  std::shared_ptr<PrefillJob> job;
+  std::shared_ptr<StagingRing::Credit> credit = std::make_shared<StagingRing::Credit>();
+  int open_parts = 0;
+  int64_t last_turn = 0;  // of turns_
+};
+
+// A finished layer until all of its parts are closed.
+struct KvPacker::Layer {
+  int index;
+  std::vector<Part> parts;  // [requests]
+  int open_parts = 0;
+};
+
+// What is known of a source; guarded by the packer's lock but for what is constant or atomic.
+struct KvPacker::State {
+  explicit State(model::PrefillSequence& sequence) : sequence(sequence) {}
+
+  model::PrefillSequence& sequence;
+  std::vector<Request> requests;
+  std::deque<Layer> layers;  // finished and not released, oldest first
+  int frames_underway = 0;
+  absl::Status status;               // of packing
+  std::atomic<bool> failed = false;  // status is not OK; what is left is dropped
+};
+
+KvPacker::Source::Source(KvPacker& packer, std::unique_ptr<State> state)
+    : packer_(packer), state_(std::move(state)) {}
+
+KvPacker::Source::~Source() { packer_.Remove(*state_); }
+
+void KvPacker::Source::LayerDone(int layer) { packer_.AddLayer(*state_, layer); }
+
+absl::StatusOr<bool> KvPacker::Source::HasRoom() const {
+  absl::MutexLock lock(&packer_.mu_);
+  PREFILLD_RETURN_IF_ERROR(state_->status);
+  return state_->layers.size() < static_cast<size_t>(packer_.kv_slots_);
+}
+
+bool KvPacker::Source::HasLeft(size_t request) const {
+  absl::MutexLock lock(&packer_.mu_);
+  return state_->requests[request].open_parts == 0 && state_->status.ok();
+}
+
+KvPacker::KvPacker(const Surroundings& surroundings, int kv_slots, int num_threads)
+    : surroundings_(surroundings), kv_slots_(kv_slots) {
+  for (int i = 0; i < num_threads; ++i) threads_.emplace_back([this] { Run(); });
+}
+
+KvPacker::~KvPacker() {
+  {
+    absl::MutexLock lock(&mu_);
+    stop_ = true;
+  }
+  for (std::thread& thread : threads_) thread.join();
+}
+
+std::unique_ptr<KvPacker::Source> KvPacker::Add(absl::Span<const std::shared_ptr<PrefillJob>> jobs,
+                                                model::PrefillSequence& sequence) {
+  auto state = std::make_unique<State>(sequence);
+  for (const auto& job : jobs) state->requests.emplace_back().job = job;
+  absl::MutexLock lock(&mu_);
+  sources_.push_back(state.get());
+  return std::unique_ptr<Source>(new Source(*this, std::move(state)));
+}
+
+void KvPacker::Remove(State& source) {
+  absl::MutexLock lock(&mu_);
+  DropUntaken(source, /*all=*/true);
+  const auto unused = [&source] { return source.frames_underway == 0; };
+  mu_.Await(absl::Condition(&unused));
+  sources_.erase(std::find(sources_.begin(), sources_.end(), &source));
+}
+
+// Takes a few words per request from the heap.
+void KvPacker::AddLayer(State& source, int layer) {
+  absl::MutexLock lock(&mu_);
+  Layer& done = source.layers.emplace_back(Layer{.index = layer, .parts = {}});
+  for (Request& request : source.requests) {
+    const auto& layout = request.job->work().layout;
+    const Part& part = done.parts.emplace_back(Part{layout.first_block(), layout.num_blocks()});
+    if (!part.open()) continue;  // the consumer has every block already
+    ++done.open_parts;
+    ++request.open_parts;
+    ++untaken_parts_;
+  }
+  NoteChange();
+  ReleaseLayers(source);
+}
+
+void KvPacker::Run() {
+  const auto wake = [this]()
+                        ABSL_SHARED_LOCKS_REQUIRED(mu_) { return stop_ || untaken_parts_ > 0; };
+  absl::MutexLock lock(&mu_);
+  while (true) {
+    mu_.Await(absl::Condition(&wake));
+    if (stop_) return;
+    PackNext(/*wait=*/true);
+  }
+}
+
+bool KvPacker::PackOne() {
+  absl::MutexLock lock(&mu_);
+  return PackNext(/*wait=*/false);
+}
+
+bool KvPacker::PackNext(bool wait) {
+  for (State* source : sources_) DropUntaken(*source, /*all=*/false);
+  const std::vector<Candidate> candidates = NextRequests();
+  if (candidates.empty()) return false;
+  const int64_t changes = changes_;
+
+  mu_.Unlock();
+  StagingRing::Lease buffer = AcquireBuffer(candidates, changes, wait);
+  mu_.Lock();
+
+  if (!buffer) return false;
+  const std::optional<Frame> frame = TakeFrame(buffer.credit());
+  if (!frame.has_value()) return false;
+  const std::shared_ptr<PrefillJob> job = frame->source->requests[frame->request].job;
+
+  mu_.Unlock();
+  const absl::Status status = PackFrame(*frame, *job, std::move(buffer));
+  mu_.Lock();
+
+  FinishFrame(*frame, status);
+  return true;
+}
+
+// The one that comes first first: those in the oldest layers of their sources, and among them who
+// has waited longest for a turn.
+std::vector<KvPacker::Candidate> KvPacker::NextRequests() const {
+  std::vector<Candidate> candidates;
+  for (const State* source : sources_) {
+    std::vector<bool> listed(source->requests.size(), false);
+    int older_layers = 0;
+    for (const Layer& layer : source->layers) {
+      bool has_untaken = false;
+      for (size_t i = 0; i < layer.parts.size(); ++i) {
+        if (!layer.parts[i].untaken()) continue;
+        has_untaken = true;
+        if (listed[i]) continue;
+        listed[i] = true;
+        const Request& request = source->requests[i];
+        candidates.push_back({older_layers, request.last_turn, request.job, request.credit});
+      }
+      older_layers += has_untaken ? 1 : 0;
+    }
+  }
+  std::stable_sort(
+      candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) {
+        return std::tie(a.older_layers, a.last_turn) < std::tie(b.older_layers, b.last_turn);
+      });
+  return candidates;
+}
+
+// Gives up when there are other requests to wait for than `candidates`: another thread took the
+// last frame of one, a layer is done, or a source is removed.
+StagingRing::Lease KvPacker::AcquireBuffer(absl::Span<const Candidate> candidates, int64_t changes,
+                                           bool wait) {
+  std::vector<std::shared_ptr<StagingRing::Credit>> credits;
+  for (const Candidate& candidate : candidates) credits.push_back(candidate.credit);
+  return surroundings_.ring.Acquire(credits, [&] {
+    return !wait || changes_ != changes ||
+           std::any_of(candidates.begin(), candidates.end(),
+                       [](const Candidate& candidate) { return candidate.job->ended(); });
+  });
+}
+
+// nullopt: another thread took the last frame of that request, or it was dropped.
+std::optional<KvPacker::Frame> KvPacker::TakeFrame(const StagingRing::Credit* credit) {
+  for (State* source : sources_) {
+    const auto owner =
+        std::find_if(source->requests.begin(), source->requests.end(),
+                     [credit](const Request& request) { return request.credit.get() == credit; });
+    if (owner == source->requests.end()) continue;
+    const size_t i = owner - source->requests.begin();
+    const auto layer =
+        std::find_if(source->layers.begin(), source->layers.end(),
+                     [i](const Layer& candidate) { return candidate.parts[i].untaken(); });
+    if (layer == source->layers.end()) return std::nullopt;
+    const int64_t blocks_per_frame =
+        std::max<int64_t>(1, static_cast<int64_t>(surroundings_.ring.buffer_bytes()) /
+                                 BlockBytes(owner->job->work().layout));
+    Part& part = layer->parts[i];
+    const Frame frame = {
+        .source = source,
+        .request = i,
+        .layer = layer->index,
+        .first_block = part.next_block,
+        .num_blocks = std::min(blocks_per_frame, part.end_block - part.next_block)};
+    part.next_block += frame.num_blocks;
+    ++part.frames_underway;
+    ++source->frames_underway;
+    owner->last_turn = ++turns_;
+    if (!part.untaken()) {
+      --untaken_parts_;
+      NoteChange();
+    }
+    return frame;
+  }
+  return std::nullopt;
+}
+
+// OK, without packing, when the request has ended or packing has failed.
+absl::Status KvPacker::PackFrame(const Frame& frame, PrefillJob& job, StagingRing::Lease buffer) {
+  if (job.ended() || frame.source->failed) return absl::OkStatus();
+  const auto& layout = job.work().layout;
+  model::KvSelection selection = SelectBlocks(layout, frame.first_block, frame.num_blocks);
+  selection.prompt = static_cast<int>(frame.request);
+  PREFILLD_RETURN_IF_ERROR(frame.source->sequence.PackKv(frame.layer, selection, buffer.data()));
+
+  const size_t payload_bytes = frame.num_blocks * BlockBytes(layout);
+  FrameHeader header;
+  header.layer = static_cast<uint32_t>(frame.layer);
+  header.first_block = static_cast<uint32_t>(frame.first_block);
+  header.num_blocks = static_cast<uint32_t>(frame.num_blocks);
+  header.checksum = Checksum(buffer.data(), payload_bytes);
+  const int lane = job.delivery().SendFrame(header, std::move(buffer), payload_bytes);
+  surroundings_.metrics.CountFrame(lane, static_cast<int64_t>(payload_bytes));
+  surroundings_.progress.Record();
+  return absl::OkStatus();
+}
+
+void KvPacker::FinishFrame(const Frame& frame, const absl::Status& status) {
+  State& source = *frame.source;
+  --source.frames_underway;
+  source.status.Update(status);
+  if (!source.status.ok() && !source.failed.exchange(true)) surroundings_.wake.Notify();
+  Layer& layer =
+      *std::find_if(source.layers.begin(), source.layers.end(),
+                    [&](const Layer& candidate) { return candidate.index == frame.layer; });
+  Part& part = layer.parts[frame.request];
+  --part.frames_underway;
+  if (part.open()) return;
+  --layer.open_parts;
+  if (--source.requests[frame.request].open_parts == 0) surroundings_.wake.Notify();
+  ReleaseLayers(source);
+}
+
+void KvPacker::DropUntaken(State& source, bool all) {
+  bool dropped = false;
+  for (Layer& layer : source.layers) {
+    for (size_t i = 0; i < layer.parts.size(); ++i) {
+      Part& part = layer.parts[i];
+      Request& request = source.requests[i];
+      if (!part.untaken() || !(all || source.failed || request.job->ended())) continue;
+      part.next_block = part.end_block;
+      --untaken_parts_;
+      dropped = true;
+      if (part.open()) continue;
+      --layer.open_parts;
+      --request.open_parts;
+    }
+  }
+  if (!dropped) return;
+  NoteChange();
+  surroundings_.wake.Notify();
+  ReleaseLayers(source);
+}
+
+void KvPacker::ReleaseLayers(State& source) {
+  const auto is_done = [&source](const Layer& layer) {
+    if (layer.open_parts > 0) return false;
+    source.sequence.ReleaseKv(layer.index);
+    return true;
+  };
+  const auto end = std::remove_if(source.layers.begin(), source.layers.end(), is_done);
+  if (end == source.layers.end()) return;
+  source.layers.erase(end, source.layers.end());
+  surroundings_.wake.Notify();
+}
+
+// Wakes the threads that wait for buffers of requests they found before.
+void KvPacker::NoteChange() {
+  ++changes_;
+  surroundings_.ring.AskAgain();
+}
+
+}  // namespace prefilld::server

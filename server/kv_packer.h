@@ -1,0 +1,145 @@
+// From finished layers to frames: packs the KV of every pass into staging memory and hands it to
+// the lanes, while later layers compute.
+#ifndef PREFILLD_SERVER_KV_PACKER_H_
+#define PREFILLD_SERVER_KV_PACKER_H_
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <thread>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/types/span.h"
+#include "model/prefill/prefill_engine.h"
+#include "server/clock.h"
+#include "server/event_count.h"
+#include "server/prefill_job.h"
+#include "server/staging_ring.h"
+
+namespace prefilld::server {
+
+class Metrics;
+
+// Packing threads, the ring of buffers that they fill, and a source for each pass that is under
+// way.
+//
+// Each thread takes the next frame, packs it, computes its checksum and hands it to a lane. A lane
+// that is idle is written to by that same thread.
+//
+// The requests of all sources take turns, frame by frame. Within a source the oldest layer goes
+// first, because its KV slot is the one that the compute waits for.
+//
+// A request whose consumer is slow uses up its credit of staging memory, and then only its own
+// frames wait. Its layers keep their KV slots meanwhile, so its source, and no other, runs out of
+// room.
+//
+// Thread-safe.
+class KvPacker {
+  struct Request;
+  struct Layer;
+  struct State;
+
+ public:
+  struct Surroundings {
+    StagingRing& ring;
+    Metrics& metrics;
+    Progress& progress;
+    EventCount& wake;  // notified when a source has more room, or a request has left
+  };
+
+  // The layers of one pass. The pass ends it by destroying it.
+  class Source {
+   public:
+    // Drops what is not packed yet and waits for the frames that are being packed: afterwards
+    // nobody uses the sequence.
+    ~Source();
+
+    // Hands over a finished layer, oldest first.
+    void LayerDone(int layer);
+    // Whether the sequence may compute one more layer, for fewer than kv_slots are still held. Not
+    // OK: the device failed to pack.
+    absl::StatusOr<bool> HasRoom() const;
+    // Whether every frame of the layers handed over so far has left this request: handed to a lane,
+    // or dropped because the request has ended.
+    bool HasLeft(size_t request) const;
+
+   private:
+    friend class KvPacker;
+    Source(KvPacker& packer, std::unique_ptr<State> state);
+
+    KvPacker& packer_;
+    const std::unique_ptr<State> state_;  // guarded by the packer's lock
+  };
+
+  // With num_threads 0 the caller packs, by PackOne.
+  KvPacker(const Surroundings& surroundings, int kv_slots, int num_threads);
+  // No source may be left.
+  ~KvPacker();
+
+  // Prompt i of the sequence is that of jobs[i]. The sequence is borrowed until the source is
+  // destroyed. A job has one source at most.
+  std::unique_ptr<Source> Add(absl::Span<const std::shared_ptr<PrefillJob>> jobs,
+                              model::PrefillSequence& sequence);
+
+  // Packs one frame on the caller's thread. False: none can be packed now.
+  bool PackOne();
+
+ private:
+  struct Frame {
+    State* source;
+    size_t request;
+    int layer;
+    int64_t first_block;
+    int64_t num_blocks;
+  };
+  // A request that has frames to take.
+  struct Candidate {
+    int older_layers;  // of its source that have frames to take, too
+    int64_t last_turn;
+    std::shared_ptr<PrefillJob> job;
+    std::shared_ptr<StagingRing::Credit> credit;
+  };
+
+  void Run();
+  bool PackNext(bool wait) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  std::vector<Candidate> NextRequests() const ABSL_SHARED_LOCKS_REQUIRED(mu_);
+  StagingRing::Lease AcquireBuffer(absl::Span<const Candidate> candidates, int64_t changes,
+                                   bool wait);
+  std::optional<Frame> TakeFrame(const StagingRing::Credit* credit)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status PackFrame(const Frame& frame, PrefillJob& job, StagingRing::Lease buffer);
+  void FinishFrame(const Frame& frame, const absl::Status& status)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  void AddLayer(State& source, int layer);
+  void Remove(State& source);
+  // Lets go of frames that nobody took yet: of requests that have ended, or of all.
+  void DropUntaken(State& source, bool all) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void ReleaseLayers(State& source) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void NoteChange() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  const Surroundings surroundings_;
+  const int kv_slots_;
+
+  // Counts changes of what NextRequests would return, other than turns.
+  std::atomic<int64_t> changes_ = 0;
+
+  absl::Mutex mu_;
+  std::vector<State*> sources_ ABSL_GUARDED_BY(mu_);
+  int64_t untaken_parts_ ABSL_GUARDED_BY(mu_) = 0;  // over all sources
+  int64_t turns_ ABSL_GUARDED_BY(mu_) = 0;          // frames taken, ever
+  bool stop_ ABSL_GUARDED_BY(mu_) = false;
+
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace prefilld::server
+
+#endif  // PREFILLD_SERVER_KV_PACKER_H_

@@ -1,0 +1,62 @@
+// What has been measured of a request: for its result, its log line and the metrics.
+#ifndef PREFILLD_SERVER_REQUEST_RECORD_H_
+#define PREFILLD_SERVER_REQUEST_RECORD_H_
+
+#include <optional>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "model/decode/sampling.h"
+#include "model/prefill/prefill_engine.h"
+#include "model/sparse/attention_policy.h"
+#include "model/sparse/layer_report.h"
+#include "prefill/v1/prefill.pb.h"
+
+namespace prefilld::server {
+
+struct RequestStats {
+  absl::Time accepted_at = absl::InfinitePast();
+  std::optional<absl::Time> started_at;          // its first layer was about to compute
+  std::optional<absl::Time> first_token_at;      // its first token was sampled
+  std::optional<model::AttentionPolicy> policy;  // the one that ran
+  int batch_prompts = 0;                         // computed together, this one included
+  int layers_computed = 0;
+  model::LayerReport total;                // sums over the layers; density is their mean by queries
+  absl::Duration stalled;                  // how long layers waited for the consumers
+  std::optional<absl::Duration> logprobs;  // how long those of the prompt took, if asked for
+};
+
+// The summary over the heads of one source; absent without any.
+std::optional<model::RecallSummary> RecallOf(const std::vector<model::HeadRecall>& heads,
+                                             model::PatternSource source);
+
+// Thread-safe.
+class RequestRecord {
+ public:
+  explicit RequestRecord(absl::Time accepted_at) { stats_.accepted_at = accepted_at; }
+
+  void Start(absl::Time now, model::AttentionPolicy policy, int batch_prompts);
+  void AddLayer(const model::LayerReport& report);
+  void AddStall(absl::Duration stalled);
+  void SetFirstToken(absl::Time now, model::SampledToken token);
+  void SetLogprobs(model::PromptLogprobs logprobs, absl::Duration took);
+
+  RequestStats stats() const;  // a snapshot
+  // The result as far as it is known here, with the report of every layer if `layers` is set.
+  // Gives the log-probabilities away: call it once.
+  ::prefill::v1::PrefillResult TakeResult(bool layers);
+
+ private:
+  mutable absl::Mutex mu_;
+  RequestStats stats_ ABSL_GUARDED_BY(mu_);
+  std::vector<model::LayerReport> layers_ ABSL_GUARDED_BY(mu_);
+  double density_times_queries_ ABSL_GUARDED_BY(mu_) = 0.0;  // over the layers
+  model::SampledToken first_token_ ABSL_GUARDED_BY(mu_);
+  model::PromptLogprobs logprobs_ ABSL_GUARDED_BY(mu_);
+};
+
+}  // namespace prefilld::server
+
+#endif  // PREFILLD_SERVER_REQUEST_RECORD_H_

@@ -1,0 +1,105 @@
+#include "tests/server/job_harness.h"
+
+#include <utility>
+
+#include <grpcpp/impl/codegen/proto_utils.h>
+#include <gtest/gtest.h>
+
+namespace prefilld::server {
+
+namespace v1 = ::prefill::v1;
+
+PrefillWork WorkOf(const FakeEngine& engine, int num_tokens, const std::string& id) {
+  v1::PrefillRequest request;
+  request.set_request_id(id);
+  for (int i = 0; i < num_tokens; ++i) request.add_token_ids(i % 250);
+  RequestLimits limits;
+  limits.engine = &engine.info();
+  limits.default_attention.policy = model::AttentionPolicy::kDense;
+  limits.max_lanes = 8;
+  auto work = ValidateRequest(request, limits);
+  EXPECT_TRUE(work.ok()) << work.status();
+  return *std::move(work);
+}
+
+Consumer::Consumer(std::shared_ptr<PrefillJob> job, uint32_t lane)
+    : job_(std::move(job)),
+      queue_(lane == 0 ? &job_->delivery().control() : *job_->delivery().side_lane(lane)) {
+  queue_->Attach(this);
+}
+
+void Consumer::Send(const grpc::ByteBuffer& message, bool last) {
+  grpc::ByteBuffer copy(message);
+  v1::PrefillEvent event;
+  EXPECT_TRUE(grpc::SerializationTraits<v1::PrefillEvent>::Deserialize(&copy, &event).ok());
+  events_.push_back(std::move(event));
+  writing_ = true;
+  if (!holds_still_) TakeOne();
+}
+
+void Consumer::GoOn() {
+  holds_still_ = false;
+  if (writing_) TakeOne();
+}
+
+void Consumer::TakeOne() {
+  writing_ = false;
+  queue_->OnWriteDone(!cancelled_);
+}
+
+void Consumer::End(const absl::Status& status) {
+  end_ = status;
+  if (queue_ != &job_->delivery().control()) {
+    if (status.ok()) job_->delivery().OnSideLaneDone();
+  } else if (status.ok()) {
+    job_->OnResultSent();
+  }
+}
+
+std::vector<v1::KvFrame> Consumer::frames() const {
+  std::vector<v1::KvFrame> frames;
+  for (const auto& event : events_) {
+    if (event.has_kv_frame()) frames.push_back(event.kv_frame());
+  }
+  return frames;
+}
+
+const v1::PrefillResult* Consumer::result() const {
+  return !events_.empty() && events_.back().has_result() ? &events_.back().result() : nullptr;
+}
+
+int Consumer::num_progress() const {
+  int count = 0;
+  for (const auto& event : events_) count += event.has_progress() ? 1 : 0;
+  return count;
+}
+
+Bench::Bench(const FakeEngineOptions& options, int num_buffers, int pack_threads)
+    : engine(options),
+      ring(*StagingRing::Create(engine, num_buffers, BlockBytes(WorkOf(engine, 1).layout),
+                                absl::InfiniteDuration())),
+      metrics(engine.info()),
+      packer({.ring = *ring, .metrics = metrics, .progress = progress, .wake = wake},
+             options.kv_slots, pack_threads),
+      resources{.packer = packer,
+                .metrics = metrics,
+                .progress = progress,
+                .clock = clock,
+                .timeouts = {.min_consumer_bytes_per_s = 50e6}} {}
+
+std::shared_ptr<PrefillJob> Bench::NewJob(int num_tokens, const std::string& id) {
+  return std::make_shared<PrefillJob>(WorkOf(engine, num_tokens, id), clock);
+}
+
+std::unique_ptr<PrefillPass> Bench::NewPass(std::vector<std::shared_ptr<PrefillJob>> jobs) {
+  std::vector<model::PromptInput> prompts;
+  for (const auto& job : jobs) {
+    prompts.push_back({job->work().tokens, job->work().attention, job->work().prompt_logprobs});
+  }
+  auto sequence = engine.Start(prompts);
+  EXPECT_TRUE(sequence.ok()) << sequence.status();
+  return std::make_unique<PrefillPass>(resources, std::move(jobs), *std::move(sequence),
+                                       engine.info().config.num_layers);
+}
+
+}  // namespace prefilld::server

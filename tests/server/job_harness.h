@@ -1,0 +1,92 @@
+// Jobs and their consumers without sockets, and a clock that stands still unless a test moves it.
+#ifndef PREFILLD_TESTS_SERVER_JOB_HARNESS_H_
+#define PREFILLD_TESTS_SERVER_JOB_HARNESS_H_
+
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "prefill/v1/prefill.pb.h"
+#include "server/clock.h"
+#include "server/event_count.h"
+#include "server/kv_packer.h"
+#include "server/lane_queue.h"
+#include "server/metrics.h"
+#include "server/prefill_job.h"
+#include "server/prefill_pass.h"
+#include "server/staging_ring.h"
+#include "tests/server/fake_engine.h"
+
+namespace prefilld::server {
+
+class FakeClock final : public Clock {
+ public:
+  absl::Time Now() const override { return absl::FromUnixMicros(now_us_); }
+  void Advance(absl::Duration by) { now_us_ += absl::ToInt64Microseconds(by); }
+
+ private:
+  std::atomic<int64_t> now_us_ = 1'000'000'000'000'000;
+};
+
+// A dense prompt of so many tokens for a model like the fake engine's, every default resolved.
+PrefillWork WorkOf(const FakeEngine& engine, int num_tokens, const std::string& id = "");
+
+// Takes what a stream sends, at once unless it is told to hold still.
+class Consumer final : public LaneQueue::Transport {
+ public:
+  // Attaches itself to the job's control stream, or to one of its lanes.
+  explicit Consumer(std::shared_ptr<PrefillJob> job, uint32_t lane = 0);
+
+  // From now on nothing is taken.
+  void HoldStill() { holds_still_ = true; }
+  // Takes what it was given meanwhile, and everything after it.
+  void GoOn();
+  // Takes one message of those that wait.
+  void TakeOne();
+
+  std::vector<::prefill::v1::KvFrame> frames() const;
+  const ::prefill::v1::PrefillResult* result() const;  // null: none came
+  int num_progress() const;                            // progress events
+  const std::optional<absl::Status>& end() const { return end_; }
+
+  void Send(const grpc::ByteBuffer& message, bool last) override;
+  void End(const absl::Status& status) override;
+  void Cancel(const absl::Status& status) override { cancelled_ = true; }
+
+ private:
+  const std::shared_ptr<PrefillJob> job_;
+  LaneQueue* const queue_;
+  std::vector<::prefill::v1::PrefillEvent> events_;
+  std::optional<absl::Status> end_;
+  bool holds_still_ = false;
+  bool writing_ = false;
+  bool cancelled_ = false;
+};
+
+// What passes work with, over a fake engine and a fake clock. No thread: the test packs.
+struct Bench {
+  explicit Bench(const FakeEngineOptions& options = {}, int num_buffers = 64, int pack_threads = 0);
+
+  // Packs and sends all that can be.
+  void PackAll() {
+    while (packer.PackOne()) {
+    }
+  }
+  std::shared_ptr<PrefillJob> NewJob(int num_tokens, const std::string& id = "");
+  std::unique_ptr<PrefillPass> NewPass(std::vector<std::shared_ptr<PrefillJob>> jobs);
+
+  FakeClock clock;
+  FakeEngine engine;
+  std::unique_ptr<StagingRing> ring;  // each buffer holds one block
+  Metrics metrics;
+  Progress progress{clock};
+  EventCount wake;
+  KvPacker packer;
+  PassResources resources;
+};
+
+}  // namespace prefilld::server
+
+#endif  // PREFILLD_TESTS_SERVER_JOB_HARNESS_H_

@@ -1,0 +1,211 @@
+#include "server/kv_packer.h"
+
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include <gmock/gmock.h>
+
+#include "tests/server/job_harness.h"
+#include "tests/server/server_fixture.h"
+
+namespace prefilld::server {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::Pair;
+using Jobs = std::vector<std::shared_ptr<PrefillJob>>;
+
+constexpr int kBlockTokens = 16;  // a frame holds one block
+
+// A sequence of its own for these jobs, and its source.
+struct Layers {
+  Layers(Bench& bench, const Jobs& jobs) {
+    std::vector<model::PromptInput> prompts;
+    for (const auto& job : jobs) prompts.push_back({job->work().tokens, job->work().attention});
+    auto started = bench.engine.Start(prompts);
+    EXPECT_TRUE(started.ok()) << started.status();
+    sequence = *std::move(started);
+    source = bench.packer.Add(jobs, *sequence);
+  }
+  // Computes so many layers.
+  void Compute(int num_layers) {
+    for (int i = 0; i < num_layers; ++i) {
+      ASSERT_TRUE(sequence->RunLayer().ok());
+      source->LayerDone(next_layer++);
+    }
+  }
+  bool HasRoom() const {
+    const auto room = source->HasRoom();
+    EXPECT_TRUE(room.ok()) << room.status();
+    return room.ok() && *room;
+  }
+
+  std::unique_ptr<model::PrefillSequence> sequence;
+  std::unique_ptr<KvPacker::Source> source;  // goes first
+  int next_layer = 0;
+};
+
+TEST(KvPacker, KeepsALayersSlotUntilItsLastFrameHasLeft) {
+  Bench bench({.kv_slots = 2});
+  const auto job = bench.NewJob(2 * kBlockTokens);
+  Consumer consumer(job);
+  Layers layers(bench, {job});
+  layers.Compute(2);
+  EXPECT_FALSE(layers.HasRoom());
+  EXPECT_TRUE(bench.packer.PackOne());
+  EXPECT_FALSE(layers.HasRoom());
+  const int64_t events = bench.wake.count();
+  EXPECT_TRUE(bench.packer.PackOne());
+  EXPECT_TRUE(layers.HasRoom());
+  EXPECT_GT(bench.wake.count(), events) << "the compute thread hears of the room";
+  EXPECT_FALSE(layers.source->HasLeft(0));
+  bench.PackAll();
+  EXPECT_TRUE(layers.source->HasLeft(0));
+  EXPECT_EQ(consumer.frames().size(), 4u);
+}
+
+// Packs one frame after the other and tells who got it, and of which layer.
+std::vector<std::pair<int, int>> PackInTurn(Bench& bench, const std::vector<Consumer*>& consumers) {
+  std::vector<std::pair<int, int>> order;
+  std::vector<size_t> had(consumers.size(), 0);
+  while (bench.packer.PackOne()) {
+    for (size_t i = 0; i < consumers.size(); ++i) {
+      const auto frames = consumers[i]->frames();
+      if (frames.size() > had[i]) order.emplace_back(i, frames.back().layer());
+      had[i] = frames.size();
+    }
+  }
+  return order;
+}
+
+TEST(KvPacker, PacksTheOldestLayerOfASourceFirstAndItsRequestsInTurn) {
+  Bench bench({.max_batch_tokens = 1000});
+  const auto first = bench.NewJob(2 * kBlockTokens), second = bench.NewJob(kBlockTokens);
+  Consumer to_first(first), to_second(second);
+  Layers layers(bench, {first, second});
+  layers.Compute(2);
+  EXPECT_THAT(PackInTurn(bench, {&to_first, &to_second}),
+              ElementsAre(Pair(0, 0), Pair(1, 0), Pair(0, 0), Pair(1, 1), Pair(0, 1), Pair(0, 1)));
+}
+
+TEST(KvPacker, LetsTheRequestsOfAllSourcesTakeTurns) {
+  Bench bench({.max_batch_tokens = 1000});
+  const auto large = bench.NewJob(4 * kBlockTokens), small = bench.NewJob(kBlockTokens);
+  Consumer to_large(large), to_small(small);
+  Layers of_large(bench, {large}), of_small(bench, {small});
+  of_large.Compute(1);
+  of_small.Compute(2);
+  EXPECT_THAT(PackInTurn(bench, {&to_large, &to_small}),
+              ElementsAre(Pair(0, 0), Pair(1, 0), Pair(0, 0), Pair(1, 1), Pair(0, 0), Pair(0, 0)))
+      << "the frames of a large layer that was done before hold up nobody";
+}
+
+TEST(KvPacker, ASlowConsumerHoldsUpNoOtherSource) {
+  Bench bench({.kv_slots = 2}, /*num_buffers=*/4);
+  const auto slow = bench.NewJob(10 * kBlockTokens), fast = bench.NewJob(kBlockTokens);
+  Consumer to_slow(slow), to_fast(fast);
+  to_slow.HoldStill();
+  Layers of_slow(bench, {slow}), of_fast(bench, {fast});
+  of_slow.Compute(2);
+  bench.PackAll();
+  EXPECT_EQ(bench.ring->staged_bytes(), bench.ring->capacity_bytes() / 2) << "all of its credit";
+  EXPECT_FALSE(of_slow.HasRoom());
+  for (int layer = 0; layer < 4; ++layer) {
+    of_fast.Compute(1);
+    bench.PackAll();
+    EXPECT_TRUE(of_fast.HasRoom());
+    EXPECT_TRUE(of_fast.source->HasLeft(0));
+  }
+  EXPECT_EQ(to_fast.frames().size(), 4u);
+  EXPECT_FALSE(of_slow.HasRoom());
+  slow->Abort(Outcome::kStalled, absl::AbortedError("it took nothing"));
+  to_slow.TakeOne();
+}
+
+TEST(KvPacker, DropsTheFramesOfARequestThatHasEnded) {
+  Bench bench({.kv_slots = 2});
+  const auto job = bench.NewJob(4 * kBlockTokens);
+  Consumer consumer(job);
+  Layers layers(bench, {job});
+  layers.Compute(2);
+  EXPECT_TRUE(bench.packer.PackOne());
+  job->Abort(Outcome::kCancelled, absl::CancelledError("enough"));
+  EXPECT_FALSE(bench.packer.PackOne());
+  EXPECT_TRUE(layers.HasRoom());
+  EXPECT_TRUE(layers.source->HasLeft(0));
+  EXPECT_EQ(consumer.frames().size(), 1u);
+}
+
+TEST(KvPacker, ASourceThatIsDestroyedLetsGoOfItsSequence) {
+  Bench bench;
+  const auto job = bench.NewJob(4 * kBlockTokens);
+  Consumer consumer(job);
+  Layers layers(bench, {job});
+  layers.Compute(2);
+  EXPECT_EQ(bench.engine.held(), 2);
+  layers.source.reset();
+  EXPECT_EQ(bench.engine.held(), 0);
+  EXPECT_FALSE(bench.packer.PackOne());
+}
+
+TEST(KvPacker, AFailureToPackIsThatOfItsSourceAlone) {
+  Bench bench;
+  const auto failing = bench.NewJob(2 * kBlockTokens), other = bench.NewJob(kBlockTokens);
+  Consumer to_failing(failing), to_other(other);
+  Layers of_failing(bench, {failing}), of_other(bench, {other});
+  of_failing.Compute(1);
+  bench.engine.FailPacking(absl::InternalError("copy failed"));
+  const int64_t events = bench.wake.count();
+  bench.PackAll();
+  EXPECT_GT(bench.wake.count(), events) << "the compute thread hears of the failure";
+  bench.engine.FailPacking(absl::OkStatus());
+  EXPECT_EQ(of_failing.source->HasRoom().status().code(), absl::StatusCode::kInternal);
+  EXPECT_FALSE(of_failing.source->HasLeft(0));
+  of_other.Compute(1);
+  bench.PackAll();
+  EXPECT_TRUE(of_other.HasRoom());
+  EXPECT_TRUE(of_other.source->HasLeft(0));
+}
+
+// The one packing thread waits for a consumer that takes nothing, in a ring that does not ask by
+// itself whether that is still worth it.
+TEST(KvPacker, AFinishedLayerWakesAThreadThatWaitsForAnotherPromptsConsumer) {
+  Bench bench({.kv_slots = 4, .max_batch_tokens = 10'000}, /*num_buffers=*/8, /*pack_threads=*/1);
+  const auto slow = bench.NewJob(100 * kBlockTokens), fast = bench.NewJob(kBlockTokens);
+  Consumer to_fast(fast);
+  Layers layers(bench, {slow, fast});
+  for (int layer = 0; layer < 4; ++layer) {
+    layers.Compute(1);
+    // Half of the ring is all that the slow one gets.
+    EXPECT_TRUE(Eventually([&] {
+      return layers.source->HasLeft(1) &&
+             bench.ring->staged_bytes() == bench.ring->capacity_bytes() / 2;
+    })) << "layer "
+        << layer;
+  }
+  EXPECT_FALSE(layers.source->HasLeft(0));
+  slow->Abort(Outcome::kStalled, absl::AbortedError("it took nothing"));
+  layers.source.reset();
+  EXPECT_TRUE(bench.ring->AwaitIdle(absl::Seconds(5)));
+}
+
+// The one packing thread waits for the consumer of a source that is destroyed.
+TEST(KvPacker, AThreadThatWaitsForASlowConsumerHoldsUpNoNewSource) {
+  Bench bench({}, /*num_buffers=*/8, /*pack_threads=*/1);
+  const auto slow = bench.NewJob(100 * kBlockTokens), next = bench.NewJob(kBlockTokens);
+  Consumer to_next(next);
+  {
+    Layers of_slow(bench, {slow});
+    of_slow.Compute(1);
+    EXPECT_TRUE(
+        Eventually([&] { return bench.ring->staged_bytes() == bench.ring->capacity_bytes() / 2; }));
+  }
+  Layers of_next(bench, {next});
+  of_next.Compute(1);
+  EXPECT_TRUE(Eventually([&] { return of_next.source->HasLeft(0); }));
+  slow->Abort(Outcome::kStalled, absl::AbortedError("it took nothing"));
+}
+
+}  // namespace
+}  // namespace prefilld::server

@@ -1,0 +1,229 @@
+#include "server/scheduler.h"
+
+#include <gmock/gmock.h>
+
+#include "proto/status_macros.h"
+#include "tests/server/job_harness.h"
+
+namespace prefilld::server {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::StartsWith;
+
+constexpr absl::Duration kLayerTime = absl::Milliseconds(250);
+
+// The stream of a request, as the service holds it.
+struct Call {
+  std::shared_ptr<PrefillJob> job;
+  std::unique_ptr<Consumer> consumer;
+};
+
+class SchedulerTest : public ::testing::Test {
+ protected:
+  SchedulerTest() {
+    bench_.engine.set_on_layer([this] { bench_.clock.Advance(kLayerTime); });
+  }
+
+  absl::StatusOr<Call> Submit(PrefillWork work) {
+    auto job = std::make_shared<PrefillJob>(std::move(work), bench_.clock);
+    PREFILLD_RETURN_IF_ERROR(scheduler_.Submit(job));
+    return Call{job, std::make_unique<Consumer>(job)};
+  }
+  absl::StatusOr<Call> Submit(int num_tokens, absl::Duration deadline = absl::InfiniteDuration(),
+                              const std::string& id = "") {
+    PrefillWork work = WorkOf(bench_.engine, num_tokens, id);
+    work.deadline = bench_.clock.Now() + deadline;
+    return Submit(std::move(work));
+  }
+  // Computes and packs until nothing is left that could be.
+  void Run() {
+    do {
+      bench_.PackAll();
+    } while (scheduler_.StepOnce());
+  }
+  void Retire(Call& call) { scheduler_.Retire(*call.job); }
+
+  Bench bench_{{.max_batch_tokens = 1000}, /*num_buffers=*/32};
+  Scheduler scheduler_{bench_.engine, bench_.resources, bench_.wake,
+                       QueueLimits{.capacity = 4, .max_queued_tokens = 100'000}};
+};
+
+TEST_F(SchedulerTest, ComputesInTheOrderOfArrival) {
+  auto first = Submit(2001), second = Submit(2002), third = Submit(2003);
+  Run();
+  EXPECT_THAT(bench_.engine.lengths(),
+              ElementsAre(ElementsAre(2001), ElementsAre(2002), ElementsAre(2003)));
+  for (const auto* call : {&first, &second, &third})
+    EXPECT_NE((*call)->consumer->result(), nullptr);
+}
+
+TEST_F(SchedulerTest, ShortPromptIsBatchedWithTheHead) {
+  auto holder = Submit(2000);
+  EXPECT_TRUE(scheduler_.StepOnce());
+  auto head = Submit(100), long_one = Submit(3000), short_one = Submit(50);
+  EXPECT_EQ(scheduler_.state().queued_tokens, 3150);
+  Run();
+  EXPECT_THAT(bench_.engine.lengths(),
+              ElementsAre(ElementsAre(2000), ElementsAre(100, 50), ElementsAre(3000)));
+}
+
+TEST_F(SchedulerTest, OneStepIsOneLayer) {
+  auto call = Submit(2000);
+  EXPECT_TRUE(scheduler_.StepOnce());  // starts the pass
+  for (int layer = 1; layer <= 4; ++layer) {
+    EXPECT_TRUE(scheduler_.StepOnce());
+    EXPECT_EQ(bench_.engine.layers_run(), layer);
+    bench_.PackAll();
+  }
+}
+
+TEST_F(SchedulerTest, IsWokenByARequest) {
+  EXPECT_FALSE(scheduler_.StepOnce());
+  const int64_t events = bench_.wake.count();
+  auto call = Submit(10);
+  EXPECT_GT(bench_.wake.count(), events);
+}
+
+TEST_F(SchedulerTest, ACancelledRequestStopsAtTheNextLayerAndFreesEverything) {
+  auto call = Submit(2000);
+  for (int i = 0; i < 3; ++i) scheduler_.StepOnce();
+  EXPECT_EQ(bench_.engine.layers_run(), 2);
+  call->job->OnCallCancelled();
+  EXPECT_EQ(scheduler_.state().running_requests, 0);
+  Retire(*call);
+  Run();
+  EXPECT_EQ(bench_.engine.layers_run(), 2);
+  EXPECT_EQ(bench_.engine.alive(), 0);
+  EXPECT_EQ(bench_.ring->staged_bytes(), 0);
+  EXPECT_TRUE(scheduler_.AwaitIdle(absl::ZeroDuration()));
+}
+
+TEST_F(SchedulerTest, ARequestPastItsDeadlineEndsBetweenTwoLayers) {
+  auto call = Submit(2000, 2 * kLayerTime);
+  Run();
+  EXPECT_EQ(bench_.engine.layers_run(), 2);
+  EXPECT_EQ(call->job->ending().outcome, Outcome::kDeadline);
+  EXPECT_EQ(call->consumer->end()->message(), "the deadline passed after layer 2 of 4");
+}
+
+TEST_F(SchedulerTest, ARequestThatEndedInTheQueueIsNotComputed) {
+  auto running = Submit(2000), queued = Submit(3000);
+  scheduler_.StepOnce();
+  queued->job->OnCallCancelled();
+  Run();
+  EXPECT_THAT(bench_.engine.lengths(), ElementsAre(ElementsAre(2000)));
+}
+
+TEST_F(SchedulerTest, AFullQueueRefusesAndSaysWhenToComeBack) {
+  auto running = Submit(2000);
+  scheduler_.StepOnce();
+  std::vector<absl::StatusOr<Call>> queued;
+  for (int i = 0; i < 4; ++i) queued.push_back(Submit(2000));
+  const absl::Status refused = Submit(2000).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(refused.GetPayload("type.googleapis.com/google.rpc.RetryInfo").has_value());
+  EXPECT_EQ(scheduler_.state().queued_requests, 4);
+  // The place of one that leaves is free at once.
+  queued[1]->job->OnCallCancelled();
+  Retire(*queued[1]);
+  EXPECT_TRUE(Submit(2000).ok());
+}
+
+TEST_F(SchedulerTest, ADeadlineOutOfReachIsRefusedOnceSpeedsAreKnown) {
+  for (int i = 0; i < PromptSpeed::kMinSamples; ++i) {
+    auto call = Submit(2000, absl::Milliseconds(1100));  // it takes a second
+    ASSERT_TRUE(call.ok()) << call.status();
+    Run();
+    Retire(*call);
+  }
+  EXPECT_EQ(Submit(20'000, absl::Seconds(4)).status().code(), absl::StatusCode::kDeadlineExceeded);
+  EXPECT_TRUE(Submit(20'000, absl::Seconds(6)).ok());
+}
+
+TEST_F(SchedulerTest, AnIdIsTakenUntilItsRequestIsRetired) {
+  auto call = Submit(10, absl::InfiniteDuration(), "twin");
+  Run();
+  EXPECT_EQ(scheduler_.Find("twin"), call->job);
+  EXPECT_EQ(Submit(10, absl::InfiniteDuration(), "twin").status().code(),
+            absl::StatusCode::kAlreadyExists);
+  Retire(*call);
+  EXPECT_EQ(scheduler_.Find("twin"), nullptr);
+  EXPECT_TRUE(Submit(10, absl::InfiniteDuration(), "twin").ok());
+}
+
+TEST_F(SchedulerTest, AStalledConsumerEndsItsRequestAndTheNextComputes) {
+  auto stalled = Submit(2000), next = Submit(2000);
+  stalled->consumer->HoldStill();
+  Run();
+  EXPECT_EQ(scheduler_.state().running_requests, 1);
+  EXPECT_LT(bench_.engine.layers_run(), 4);
+  bench_.clock.Advance(bench_.resources.timeouts.stall + absl::Seconds(1));
+  Run();
+  EXPECT_EQ(stalled->job->ending().outcome, Outcome::kStalled);
+  EXPECT_NE(next->consumer->result(), nullptr);
+}
+
+TEST_F(SchedulerTest, ADrainTakesNothingNewAndFinishesWhatItHas) {
+  auto running = Submit(2000);
+  scheduler_.StepOnce();
+  auto queued = Submit(3000);
+  scheduler_.Close("the server is draining");
+  EXPECT_EQ(Submit(10).status(), absl::UnavailableError("the server is draining"));
+  EXPECT_FALSE(scheduler_.AwaitIdle(absl::ZeroDuration()));
+  Run();
+  for (auto* call : {&running, &queued}) {
+    EXPECT_NE((*call)->consumer->result(), nullptr);
+    Retire(**call);
+  }
+  EXPECT_TRUE(scheduler_.AwaitIdle(absl::ZeroDuration()));
+}
+
+TEST_F(SchedulerTest, AFailureOfTheDeviceEndsEveryRequest) {
+  auto running = Submit(2000);
+  scheduler_.StepOnce();
+  auto queued = Submit(3000);
+  bench_.engine.FailFrom(1, absl::InternalError("an illegal memory access"));
+  Run();
+  EXPECT_EQ(scheduler_.failure(), absl::InternalError("an illegal memory access"));
+  for (auto* call : {&running, &queued}) {
+    EXPECT_EQ((*call)->job->ending().outcome, Outcome::kDeviceFailed);
+    EXPECT_EQ((*call)->consumer->end()->code(), absl::StatusCode::kUnavailable);
+  }
+  EXPECT_THAT(std::string(Submit(10).status().message()), StartsWith("the device failed: "));
+  EXPECT_EQ(bench_.engine.started(), 1);
+  EXPECT_EQ(bench_.engine.alive(), 0);
+}
+
+TEST_F(SchedulerTest, AFailureToPackIsAFailureOfTheDevice) {
+  auto call = Submit(2000);
+  bench_.engine.FailPacking(absl::InternalError("copy failed"));
+  Run();
+  EXPECT_EQ(scheduler_.failure(), absl::InternalError("copy failed"));
+  EXPECT_EQ(call->job->ending().outcome, Outcome::kDeviceFailed);
+}
+
+TEST_F(SchedulerTest, ABatchThatTheEngineRefusesIsComputedOneByOne) {
+  bench_.engine.set_refuses_batches(true);
+  auto first = Submit(10), second = Submit(20);
+  Run();
+  EXPECT_THAT(bench_.engine.lengths(), ElementsAre(ElementsAre(10), ElementsAre(20)));
+  EXPECT_NE(first->consumer->result(), nullptr);
+  EXPECT_NE(second->consumer->result(), nullptr);
+  EXPECT_FALSE(scheduler_.state().work_waits);
+}
+
+TEST_F(SchedulerTest, TellsWhoWaitsForWhom) {
+  auto running = Submit(2000);
+  scheduler_.StepOnce();
+  for (const LiveJob& live : scheduler_.LiveJobs()) EXPECT_FALSE(live.others_wait);
+  auto queued = Submit(3000);
+  for (const LiveJob& live : scheduler_.LiveJobs()) {
+    EXPECT_EQ(live.others_wait, live.job == running->job);
+    EXPECT_EQ(live.requests_ahead, live.job == queued->job ? 1 : 0);
+  }
+}
+
+}  // namespace
+}  // namespace prefilld::server
