@@ -10,16 +10,18 @@
 
 namespace prefilld::kernels {
 
-// Number of `block`-sized blocks that hold `n` elements.
+// The number of blocks of size `block` that hold `n` elements.
 constexpr int64_t CeilDiv(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
-// A pattern is a bitmap over (query block, key block): row r has PatternWords(num_key_blocks)
-// 32-bit words, bit c % 32 of word c / 32 says whether key block c is computed. Bits above the
-// diagonal are zero; the diagonal's own is computed whether it is set or not, so that every query
-// sees a key: a row of zeros is the diagonal alone.
+// The number of 32-bit words of a pattern's row.
+//
+// A pattern is a bitmap over (query block, key block). In row r, bit c % 32 of word c / 32 says
+// whether key block c is computed. Bits above the diagonal are zero. The diagonal block is computed
+// whether its bit is set or not, so that every query sees a key; a row of zeros means the diagonal
+// alone.
 constexpr int64_t PatternWords(int64_t num_key_blocks) { return CeilDiv(num_key_blocks, 32); }
 
-// What to do for one query head.
+// The work to do for one query head.
 struct HeadWork {
   int head = 0;
   // [num_query_blocks, PatternWords(num_key_blocks)], device memory. Null: dense. Several heads
@@ -27,19 +29,19 @@ struct HeadWork {
   const uint32_t* pattern = nullptr;
   // [PatternWords(num_key_blocks)], device memory, OR-ed into the last row. May be null.
   const uint32_t* last_row = nullptr;
-  // [num_query_blocks, num_key_blocks] fp32, device memory. When set (dense heads only) the mass of
-  // every block is written: mean over the query rows of the block of the softmax probability that
-  // falls on the key block's columns. Each row sums to 1; entries above the diagonal are written as
-  // 0. Accurate to 1e-3 absolute.
+  // [num_query_blocks, num_key_blocks] fp32, device memory. May be null, and must be for heads with
+  // a pattern. Receives the mass of every block: the softmax probability that falls on the key
+  // block's columns, averaged over the query block's rows. Each row sums to 1; entries above the
+  // diagonal are 0. The absolute error is at most 1e-3.
   float* block_mass = nullptr;
 };
 
-// Exact softmax attention over the chosen blocks, causal within the diagonal block.
+// Computes exact softmax attention over the chosen blocks, causal within the diagonal block.
 //
-// Queries are the last num_queries of num_keys positions: query i sits at absolute position
-// num_keys - num_queries + i and sees keys 0 .. that position. Query blocks are aligned to
+// The queries are the last num_queries of num_keys positions: query i is at absolute position
+// num_keys - num_queries + i and sees the keys up to that position. Query blocks are aligned to
 // absolute positions: query block r of the call holds the queries of absolute block
-// (num_keys - num_queries) / block_tokens + r, so num_query_blocks =
+// (num_keys - num_queries) / B + r, where B is block_tokens, so num_query_blocks =
 // CeilDiv(num_keys, B) - (num_keys - num_queries) / B. Query head h reads
 // KV head h / (num_heads / num_kv_heads).
 struct AttentionParams {
@@ -53,25 +55,26 @@ struct AttentionParams {
   int num_heads = 0;
   int num_kv_heads = 0;
   int head_dim = 0;                // 64 or 128
-  int block_tokens = 128;          // of patterns and block mass: 64 or 128
-  float scale = 0.0f;              // of the logits, usually 1 / sqrt(head_dim)
-  const HeadWork* work = nullptr;  // [num_work], host memory; heads not named are not touched
+  int block_tokens = 128;          // tokens of a block of patterns and block mass: 64 or 128
+  float scale = 0.0f;              // factor of the logits, usually 1 / sqrt(head_dim)
+  const HeadWork* work = nullptr;  // [num_work], host memory; other heads are not touched
   int num_work = 0;
 };
 
-// Attention of one decode step: a single query over a paged KV cache.
+// Computes attention of one decode step: a single query over a paged KV cache.
 //
 // The cache is an array of blocks; block b of the sequence is pool block block_table[b]. Within a
-// block, token t of KV head h is at h * head_stride + t * token_stride (elements), which covers
-// both block orders of the wire (NHD: token_stride = num_kv_heads * head_dim, head_stride =
-// head_dim; HND: token_stride = head_dim, head_stride = block_tokens * head_dim).
+// block, token t of KV head h is at h * head_stride + t * token_stride (elements). That covers both
+// block orders of the wire:
+// - NHD: token_stride = num_kv_heads * head_dim, head_stride = head_dim;
+// - HND: token_stride = head_dim, head_stride = block_tokens * head_dim.
 struct PagedAttentionParams {
   const void* q = nullptr;               // [num_heads, head_dim]
   const void* k_pool = nullptr;          // [pool_blocks, block_stride elements]
   const void* v_pool = nullptr;          // as k_pool
   const int32_t* block_table = nullptr;  // [CeilDiv(num_keys, block_tokens)], device memory
   void* out = nullptr;                   // [num_heads, head_dim]; may be q
-  int64_t num_keys = 0;                  // the new token's own key included
+  int64_t num_keys = 0;                  // includes the new token's own key
   int64_t block_stride = 0;
   int64_t head_stride = 0;
   int64_t token_stride = 0;
@@ -80,11 +83,11 @@ struct PagedAttentionParams {
   int head_dim = 0;
   int block_tokens = 0;  // 16, 32, 64 or 128
   float scale = 0.0f;
-  // fp32 scratch in device memory for a split over the keys, PagedAttentionScratchFloats() long.
+  // fp32 scratch in device memory, for a split over the keys; PagedAttentionScratchFloats() long.
   float* scratch = nullptr;
 };
 
-// Splits over the keys used by the CUDA kernel, so that one query fills the GPU.
+// The most splits over the keys. The CUDA kernel uses them so that one query fills the GPU.
 inline constexpr int kPagedAttentionMaxSplits = 64;
 constexpr int64_t PagedAttentionScratchFloats(int num_heads, int head_dim) {
   return static_cast<int64_t>(num_heads) * kPagedAttentionMaxSplits * (head_dim + 2);

@@ -3,8 +3,8 @@
 // Each op is one plain params struct. kernels/cpu implements `void <Op>(const <Op>Params&)` over
 // fp32, kernels/cuda implements `cudaError_t Launch<Op>(const <Op>Params&, cudaStream_t)` over bf16
 // with fp32 accumulation. An untyped pointer is a tensor in that *compute dtype*, in the memory of
-// that device; tensors are row-major and dense unless a stride is given. The axes' names are
-// those of the whole project: num_tokens, num_heads (queries), num_kv_heads, head_dim, hidden.
+// that device. Tensors are row-major and dense unless a stride is given. The axes' names are those
+// of the whole project: num_tokens, num_heads (of queries), num_kv_heads, head_dim, hidden.
 #ifndef PREFILLD_KERNELS_LAYER_OPS_H_
 #define PREFILLD_KERNELS_LAYER_OPS_H_
 
@@ -43,14 +43,14 @@ struct LinearParams {
   bool accumulate = false;
 };
 
-// Takes the fused projection apart: RMS-normalises each query and key head where the model does
-// (Qwen3), rotates queries and keys (RoPE, halves convention of Hugging Face: element i pairs with
-// i + head_dim / 2), and writes queries, keys and values where attention and the KV plane want
-// them.
+// Takes the fused projection apart. It RMS-normalises each query and key head where the model does
+// so (Qwen3), rotates queries and keys (RoPE in the halves convention of Hugging Face: element i
+// pairs with i + head_dim / 2), and writes queries, keys and values in the layouts of attention and
+// of the KV plane.
 //
 // Token t of the call has absolute position positions[t], or first_position + t where that is null.
-// Angles are position * inv_freq[i] in double precision or equivalent (a 1M-token prompt exhausts
-// fp32), cos and sin scaled by attention_factor (YaRN).
+// Angles are position * inv_freq[i] in double precision or equivalent, since a 1M-token prompt
+// exhausts fp32. cos and sin are scaled by attention_factor (YaRN).
 struct QkvRopeParams {
   const void* qkv = nullptr;           // [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
   const void* q_norm = nullptr;        // [head_dim], null: no normalisation
@@ -79,8 +79,8 @@ struct SwiGluParams {
   int64_t intermediate = 0;
 };
 
-// y = silu(x Wg^T) * (x Wu^T): Linear without bias and SwiGlu in one. The rows of w are those of
-// gate, then those of up.
+// y = silu(x Wg^T) * (x Wu^T), which is Linear without bias and SwiGlu in one. The rows of w are
+// those of gate, then those of up.
 struct GatedLinearParams {
   const void* x = nullptr;  // [num_tokens, in_features]
   const void* w = nullptr;  // [2 * intermediate, in_features]
@@ -91,8 +91,9 @@ struct GatedLinearParams {
   int64_t intermediate = 0;
 };
 
-// Log-probabilities, natural logarithm, that the logits of a row give to its target and to the
-// likeliest token. Exactly equal when the target is the likeliest, or one of several.
+// Computes the log-probabilities (natural logarithm) that the logits of a row give to its target
+// and to the likeliest token. Both are exactly equal when the target is the likeliest, or one of
+// several.
 struct TokenLogprobsParams {
   const void* logits = nullptr;       // [num_tokens, vocab_size]
   const uint32_t* targets = nullptr;  // [num_tokens], each < vocab_size

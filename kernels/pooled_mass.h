@@ -1,7 +1,7 @@
-// What block means of queries and keys predict of a head's block mass.
+// A prediction of a head's block mass from block means of queries and keys.
 //
 // FlexPrefill (Lai et al., arXiv 2502.20766) chooses blocks by it where a head's attention follows
-// the query. Here it serves a baseline of the evaluation: see model/sparse/baseline_attention.h.
+// the query. Here it serves a baseline of the evaluation; see model/sparse/baseline_attention.h.
 // For the conventions of params structs see kernels/layer_ops.h.
 #ifndef PREFILLD_KERNELS_POOLED_MASS_H_
 #define PREFILLD_KERNELS_POOLED_MASS_H_
@@ -10,9 +10,10 @@
 
 namespace prefilld::kernels {
 
-// block_mass[r] = softmax over c <= r of scale * mean of q over block r . mean of k over block c;
-// 0 above the diagonal. For one head of a whole prompt: as many queries as keys. The last block is
-// the mean of the tokens it has. n is the number of blocks.
+// Computes block_mass for one head of a whole prompt, with as many queries as keys. Row r is the
+// softmax over the blocks c <= r of scale * (mean of q over block r) . (mean of k over block c),
+// and 0 above the diagonal. The last block's mean is over the tokens it has. n is the number of
+// blocks.
 struct PooledMassParams {
   const void* q = nullptr;  // [num_tokens, num_heads, head_dim]
   const void* k = nullptr;  // [num_kv_heads, num_tokens, head_dim], kv_head_stride between heads

@@ -1,15 +1,17 @@
 // Prefill attention: one task per (query block, head), each an online softmax over tiles of keys.
 //
 // Arithmetic for one tile of 64 queries by 64 keys, head_dim d: both products together are
-// 2 * 64 * 64 * d multiply-adds; the exponentials are 64 * 64 of some 14 vector operations, so for
-// d = 64 about a tenth of the multiply-adds' time. The tile reads 512 * d bytes of K and V: one
-// byte for 16 multiply-adds, which is one byte a cycle of a core with one 512-bit multiply-add.
-// Queries (256 * d bytes), scores (16 KiB), output (256 * d bytes) stay in the first and second
-// level caches. Bound: the multiply-add units. Reached on one core of a Zen 4 with 512-bit vectors:
-// 94 GFLOP/s of a peak of 114 (tests/bench/cpu_attention_bench.cc, dense, head_dim 64).
+// 2 * 64 * 64 * d multiply-adds. The 64 * 64 exponentials take some 14 vector operations each, so
+// at d = 64 they add about a tenth to the multiply-adds' time. The tile reads 512 * d bytes of K
+// and V: one byte for 16 multiply-adds, which is one byte a cycle of a core with one 512-bit
+// multiply-add. Queries (256 * d bytes), scores (16 KiB) and output (256 * d bytes) stay in the
+// first and second level caches. So the multiply-add units bound it. One core of a Zen 4 with
+// 512-bit vectors reaches 94 GFLOP/s of a peak of 114 (tests/bench/cpu_attention_bench.cc, dense,
+// head_dim 64).
 //
-// Block mass needs no second pass: for every (row, key block) the sum of the exponentials and the
-// maximum they refer to are kept, and brought to the final maximum and sum when the row is done.
+// Block mass needs no second pass. For every (row, key block) the sum of the exponentials is kept,
+// and the maximum that they refer to. When the row is done, they are brought to the final maximum
+// and sum.
 #include "kernels/cpu/simd_targets.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/attention.cc"
@@ -29,7 +31,7 @@ HWY_BEFORE_NAMESPACE();
 namespace prefilld::kernels::cpu {
 namespace HWY_NAMESPACE {
 
-// What one task keeps in cache.
+// The data of one task, which stay in cache.
 struct Scratch {
   HWY_ALIGN float queries[kMaxHeadDim * kTile];  // [head_dim, kTile]
   HWY_ALIGN float output[kMaxHeadDim * kTile];   // [head_dim, kTile]
@@ -44,8 +46,8 @@ struct BlockRecord {
   float sum[kTile];
 };
 
-// One tile of queries of one head, all at absolute positions [first_position, last_position) of
-// the kTile-aligned tile `query_tile`.
+// One tile of queries of one head. They are at the absolute positions [first_position,
+// last_position), which lie in the kTile-aligned tile `query_tile`.
 struct QueryTile {
   const AttentionParams& params;
   const HeadWork& work;
@@ -56,7 +58,7 @@ struct QueryTile {
   size_t FirstLane() const { return static_cast<size_t>(first_position - query_tile * kTile); }
   size_t LastLane() const { return static_cast<size_t>(last_position - query_tile * kTile); }
   int64_t RowStride() const { return int64_t{params.num_heads} * params.head_dim; }
-  // Offset in q and out of the first query.
+  // The offset of the first query in q and out.
   int64_t Offset() const {
     const int64_t query = first_position - (params.num_keys - params.num_queries);
     return query * RowStride() + int64_t{work.head} * params.head_dim;
@@ -95,7 +97,7 @@ void AttendBlock(const QueryTile& tile, int64_t block, Scratch& s, BlockRecord* 
   std::copy_n(block_sum, kTile, record->sum);
 }
 
-// Adds the tile's share of the block mass to `mass`, [num_key_blocks].
+// Adds the tile's share of the block mass to mass[num_key_blocks].
 void AddBlockMass(const QueryTile& tile, int64_t rows_of_block, const SoftmaxState& state,
                   const BlockRecord* records, int64_t num_records, float* mass) {
   const F32 d;
@@ -151,7 +153,7 @@ void AttendTile(const QueryTile& tile, const uint32_t* pattern, const uint32_t* 
   StoreOutput(tile, s);
 }
 
-// One query block of one head. `records` has room for one record per key block.
+// Computes one query block of one head. `records` has room for one record per key block.
 void AttendQueryBlock(const AttentionParams& p, const HeadWork& work, int64_t row,
                       BlockRecord* records) {
   const int64_t first_query = p.num_keys - p.num_queries;
@@ -177,10 +179,11 @@ void AttentionTasks(const AttentionParams& p) {
   const int64_t num_rows = num_key_blocks - (p.num_keys - p.num_queries) / p.block_tokens;
   bool wants_mass = false;
   for (int w = 0; w < p.num_work; ++w) wants_mass |= p.work[w].block_mass != nullptr;
-  // The only allocation: 512 bytes per key block for each thread while pivots run.
+  // This is the only allocation: 512 bytes per key block for each thread, where block mass is asked
+  // for.
   std::vector<BlockRecord> records(
       static_cast<size_t>(wants_mass ? num_key_blocks * omp_get_max_threads() : 0));
-  // Longest rows first, so that what is left for the end is short.
+  // The longest rows come first, so that the last tasks are short.
 #pragma omp parallel for schedule(dynamic, 1)
   for (int64_t task = 0; task < num_rows * p.num_work; ++task) {
     AttendQueryBlock(p, p.work[task % p.num_work], num_rows - 1 - task / p.num_work,

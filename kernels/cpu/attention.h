@@ -1,6 +1,6 @@
 // The ops of kernels/attention.h over fp32. head_dim is a multiple of 16, at most kMaxHeadDim.
 //
-// Ops run on the threads of kernels/cpu/threads.h and return when they are done.
+// The ops run on the threads of kernels/cpu/threads.h and return when they are done.
 #ifndef PREFILLD_KERNELS_CPU_ATTENTION_H_
 #define PREFILLD_KERNELS_CPU_ATTENTION_H_
 

@@ -1,8 +1,8 @@
 // The register-tiled matrix products of attention, compiled once per instruction set.
 //
 // Queries lie along the vector lanes: a tile of kTile queries is held transposed, [head_dim,
-// kTile], and so are its scores, [key, kTile]. K and V are then read in their natural layout, one
-// scalar broadcast per multiply-add vector, and the softmax over keys is lane-wise.
+// kTile], and so are its scores, [key, kTile]. So K and V are read in their natural layout, with
+// one scalar broadcast per multiply-add vector, and each lane has its own softmax over keys.
 #if defined(PREFILLD_KERNELS_CPU_ATTENTION_TILE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef PREFILLD_KERNELS_CPU_ATTENTION_TILE_INL_H_
 #undef PREFILLD_KERNELS_CPU_ATTENTION_TILE_INL_H_
@@ -97,7 +97,7 @@ HWY_INLINE void ScoreTile(const float* q_t, const float* keys, size_t num_keys, 
   MultiplyTile<false>(num_keys, keys, head_dim, 1, q_t, head_dim, q_t, scores);
 }
 
-// Hides the keys behind a query: key k from lane l where k > l + offset.
+// Hides the keys that come after a query: key k from lane l where k > l + offset.
 HWY_INLINE void MaskTile(size_t num_keys, int64_t offset, float* scores) {
   for (size_t k = 0; k < num_keys; ++k) {
     for (size_t lane = 0; lane < kTile; ++lane) {

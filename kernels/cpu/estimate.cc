@@ -1,7 +1,7 @@
 // The estimate: two passes over the keys for the last block of queries, one task per head.
 //
-// The first pass finds each row's maximum and sum, the second computes the probabilities anew and
-// adds them up along columns and diagonals. Recomputing the scores costs 2 * 128 * num_keys *
+// The first pass finds each row's maximum and sum. The second computes the probabilities anew and
+// adds them up along columns and diagonals. Computing the scores twice costs 2 * 128 * num_keys *
 // head_dim multiply-adds a head, less than one in a hundred of dense attention from 16k tokens on,
 // and needs no memory beyond the outputs.
 #include "kernels/cpu/simd_targets.h"
@@ -33,7 +33,7 @@ struct EstimateTile {
   int64_t NumVisibleKeys() const { return FirstPosition() + num_rows; }
 };
 
-// Scores of the key tile at `key`, hidden ones masked; returns the number of keys.
+// Computes the scores of the key tile at `key`, and masks hidden keys. Returns the number of keys.
 size_t Scores(const EstimateTile& tile, const float* queries, int64_t key, float* scores) {
   const size_t num_keys = static_cast<size_t>(std::min(kTileTokens, tile.NumVisibleKeys() - key));
   const int64_t head_dim = tile.params.head_dim;
@@ -75,7 +75,8 @@ void EstimateRows(const EstimateTile& tile, int head, float* vertical, float* sl
   for (int64_t key = 0; key < tile.NumVisibleKeys(); key += kTileTokens) {
     SoftmaxTile(Scores(tile, queries, key, scores), scores, state, rescale);
   }
-  // Rows beyond the last get weight 0; the mean over all rows is part of the weight.
+  // The weight turns exponentials into a row's share of the mean over all rows. Rows beyond the
+  // last have weight 0.
   HWY_ALIGN float weight[kTile] = {};
   for (int64_t lane = 0; lane < tile.num_rows; ++lane) {
     weight[lane] = 1.0f / (state.sum[lane] * static_cast<float>(p.num_queries));

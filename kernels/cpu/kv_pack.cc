@@ -19,7 +19,8 @@ using F32 = hn::ScalableTag<float>;
 using U32 = hn::Rebind<uint32_t, F32>;
 using U16 = hn::Rebind<uint16_t, F32>;
 
-// Both conversions work on the bits, so that every instruction set rounds alike.
+// Converts to bf16. This and the next conversion work on the bits, so that every instruction set
+// rounds alike.
 HWY_INLINE hn::Vec<U32> Bf16Bits(hn::Vec<F32> x) {
   const U32 du;
   const auto bits = hn::BitCast(du, x);
@@ -30,6 +31,7 @@ HWY_INLINE hn::Vec<U32> Bf16Bits(hn::Vec<F32> x) {
   return hn::ShiftRight<16>(hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(x)), nan, rounded));
 }
 
+// Converts to fp16.
 HWY_INLINE hn::Vec<U32> Fp16Bits(hn::Vec<F32> x) {
   const F32 d;
   const U32 du;

@@ -1,5 +1,5 @@
-// PackKv of kernels/kv_pack.h from fp32. Runs on the calling thread, so that it can be called
-// beside the ops.
+// PackKv of kernels/kv_pack.h from fp32. It runs on the calling thread, so that it can run beside
+// the ops, which use the threads of kernels/cpu/threads.h.
 #ifndef PREFILLD_KERNELS_CPU_KV_PACK_H_
 #define PREFILLD_KERNELS_CPU_KV_PACK_H_
 

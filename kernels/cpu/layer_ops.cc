@@ -18,7 +18,7 @@ namespace HWY_NAMESPACE {
 
 using F32 = hn::ScalableTag<float>;
 
-// Tokens per task; QkvRope computes its angles once for that many.
+// The number of tokens per task.
 constexpr int64_t kTokensPerTask = 32;
 constexpr int kMaxRopeDim = 512;
 
@@ -58,7 +58,7 @@ void SwiGluRow(const float* gate, const float* up, int64_t n, float* y) {
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes) {
     const auto g = hn::LoadU(d, gate + i);
-    // Beyond 2^126 the sigmoid is zero in fp32 all the same.
+    // The limit changes nothing: beyond 2^126 the sigmoid is zero in fp32 anyway.
     const auto power = hn::Min(hn::Mul(g, hn::Set(d, -kLog2E)), hn::Set(d, 126.0f));
     const auto denominator = hn::Add(hn::Set(d, 1.0f), Exp2(d, power));
     hn::StoreU(hn::Mul(hn::Div(g, denominator), hn::LoadU(d, up + i)), d, y + i);
@@ -75,14 +75,15 @@ void SwiGluTokens(const SwiGluParams& p) {
   }
 }
 
-// cos and sin of the angles of `num_tokens` consecutive positions, [num_tokens, half].
+// cos and sin of the angles of a task's tokens, [num_tokens, head_dim / 2].
 struct Angles {
   float cos[kTokensPerTask * kMaxRopeDim / 2];
   float sin[kTokensPerTask * kMaxRopeDim / 2];
 };
 
-// The first position's angles are exact; those after it follow by rotation in double precision,
-// whose error over one task stays far below fp32.
+// Computes the angles of `num_tokens` consecutive positions. Those of the first are computed
+// directly, the others by rotation in double precision, whose error over one task stays far below
+// fp32.
 void ComputeAngles(const QkvRopeParams& p, int64_t first_position, int64_t num_tokens, Angles& a) {
   const int half = p.head_dim / 2;
   double cos[kMaxRopeDim / 2], sin[kMaxRopeDim / 2], step_cos[kMaxRopeDim / 2],
@@ -110,7 +111,8 @@ int64_t PositionOf(const QkvRopeParams& p, int64_t token) {
   return p.positions != nullptr ? p.positions[token] : p.first_position + token;
 }
 
-// The first token in (begin, end) whose position does not follow the one before, or `end`.
+// Returns the first token in (begin, end) whose position does not follow that of the token before,
+// or `end`.
 int64_t EndOfRun(const QkvRopeParams& p, int64_t begin, int64_t end) {
   if (p.positions == nullptr) return end;
   int64_t token = begin + 1;
@@ -149,7 +151,7 @@ void QkvRopeTokens(const QkvRopeParams& p) {
     Angles angles;
     const int64_t end = std::min((task + 1) * kTokensPerTask, p.num_tokens);
     int64_t begin = task * kTokensPerTask;
-    int64_t run_end = begin;  // tokens of consecutive positions share their angles' computation
+    int64_t run_end = begin;  // angles are computed for runs of consecutive positions
     for (int64_t t = begin; t < end; ++t) {
       if (t == run_end) {
         begin = t;

@@ -1,8 +1,7 @@
 // The ops of kernels/layer_ops.h over fp32.
 //
-// Ops run on the threads of kernels/cpu/threads.h and return when they are done.
-// Linear runs on oneDNN (for a single token on dot products of our own), the rest on our own
-// vector code.
+// The ops run on the threads of kernels/cpu/threads.h and return when they are done. Linear uses
+// oneDNN, or our own dot products for a single token; the rest is our own vector code.
 #ifndef PREFILLD_KERNELS_CPU_LAYER_OPS_H_
 #define PREFILLD_KERNELS_CPU_LAYER_OPS_H_
 

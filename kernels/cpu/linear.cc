@@ -1,6 +1,6 @@
-// Matrix products. Several tokens: oneDNN's sgemm, bound by the multiply-add units. One token
-// (decode): every weight is read once for two FLOPs, bound by memory, so each row of W is one
-// stream through the cache and sgemm's packing would only add traffic.
+// Matrix products. For several tokens it is oneDNN's sgemm, bound by the multiply-add units. For
+// one token (decode) every weight is read once for two FLOPs, so memory bounds it: each row of W is
+// read in order, and sgemm's packing would only add traffic.
 #include "kernels/cpu/simd_targets.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/linear.cc"

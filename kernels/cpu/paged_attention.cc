@@ -1,8 +1,8 @@
 // Decode attention: one query per head over a paged KV cache, bound by reading K and V once.
 //
-// The keys are cut into splits so that all threads work even with few KV heads; each (KV head,
+// The keys are cut into splits, so that all threads work even with few KV heads. Each (KV head,
 // split) is one task for all query heads of the group, and the splits are merged at the end by
-// their maxima and sums. The cut depends on the number of keys only: the result does not depend
+// their maxima and sums. The cut depends on the number of keys only, so the result does not depend
 // on the number of threads.
 #include "kernels/cpu/simd_targets.h"
 #undef HWY_TARGET_INCLUDE
@@ -25,7 +25,7 @@ using F32 = hn::ScalableTag<float>;
 
 constexpr int kMaxCacheBlock = 128;  // tokens
 
-// One query head's share of one split: [max, sum, head_dim sums of 2^(score - max) * v].
+// The result of one query head over one split: [max, sum, head_dim sums of 2^(score - max) * v].
 float* Partial(const PagedAttentionParams& p, int64_t head, int64_t split) {
   return p.scratch + (head * kPagedAttentionMaxSplits + split) * (p.head_dim + 2);
 }
@@ -39,8 +39,8 @@ HWY_INLINE float Dot(const float* HWY_RESTRICT a, const float* HWY_RESTRICT b, i
   return hn::GetLane(hn::SumOfLanes(d, sum));
 }
 
-// y[i] = y[i] * rescale + sum over t of weights[t] * rows[t][i]: a strip of y stays in registers
-// while the rows pass.
+// Computes y[i] = y[i] * rescale + sum over t of weights[t] * rows[t][i]. A strip of y stays in
+// registers while the rows are read.
 HWY_INLINE void AddWeightedRows(float rescale, const float* HWY_RESTRICT weights,
                                 const float* HWY_RESTRICT rows, int64_t row_stride, int num_rows,
                                 int n, float* HWY_RESTRICT y) {
@@ -79,7 +79,7 @@ void AttendCacheBlock(const PagedAttentionParams& p, const float* q, const float
     weights[t] = Dot(q, k + t * p.token_stride, p.head_dim) * (p.scale * kLog2E);
     max = std::max(max, weights[t]);
   }
-  // Up to a whole vector, beyond the last token, of exponentials of minus infinity: zero.
+  // The last vector is filled up with minus infinity, whose exponential is zero.
   const int padded = static_cast<int>(hwy::RoundUpTo(num_tokens, hn::Lanes(d)));
   std::fill(weights + num_tokens, weights + padded, -std::numeric_limits<float>::infinity());
   auto sum = hn::Zero(d);

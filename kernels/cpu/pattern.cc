@@ -13,8 +13,9 @@ namespace {
 void SetBit(uint32_t* bits, int64_t i) { bits[i / 32] |= 1u << (i % 32); }
 bool TestBit(const uint32_t* bits, int64_t i) { return (bits[i / 32] >> (i % 32)) & 1; }
 
-// An element of a set in one integer that sorts by descending mass, then by ascending index. The
-// bits of a positive float sort as the float does; a NaN counts as no mass.
+// Makes one integer of a mass and its index. In ascending order they are sorted by descending mass,
+// then by ascending index, because the bits of positive floats have the order of the floats. A NaN
+// counts as no mass.
 uint64_t SortKey(float mass, int64_t index) {
   const uint32_t bits = mass > 0.0f ? std::bit_cast<uint32_t>(mass) : 0;
   return uint64_t{~bits} << 32 | static_cast<uint64_t>(index);
@@ -22,10 +23,11 @@ uint64_t SortKey(float mass, int64_t index) {
 uint32_t IndexOf(uint64_t key) { return static_cast<uint32_t>(key); }
 float MassOf(uint64_t key) { return std::bit_cast<float>(~static_cast<uint32_t>(key >> 32)); }
 
-// Fills `keys` with the n elements of `mass` and returns how many of the first are the smallest set
-// whose mass reaches gamma of the total, but at least `floor` (or n); only those are in order.
+// Fills `keys` with the n elements of `mass` and returns how many of the first ones form the
+// smallest set whose mass reaches gamma of the total, but at least `floor` of them, or n. Only
+// those are in order.
 //
-// The set is usually small: sorted is a prefix that doubles until it is long enough.
+// The set is usually small, so only a prefix is sorted, which doubles until it is long enough.
 int64_t SelectSmallestSet(const float* mass, int64_t n, double gamma, int64_t floor,
                           uint64_t* keys) {
   double total = 0.0;
@@ -59,7 +61,7 @@ void VerticalSlash(const VerticalSlashParams& params) {
   const int64_t words = PatternWords(num_blocks);
   const int64_t floor = std::min(params.min_budget_tokens, n);
   const int num_threads = std::min(omp_get_max_threads(), params.num_heads);
-  // The only allocation: eight bytes per key for each thread.
+  // This is the only allocation: eight bytes per key for each thread.
   const auto sets = std::make_unique_for_overwrite<uint64_t[]>(num_threads * n);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
   for (int h = 0; h < params.num_heads; ++h) {
@@ -112,7 +114,7 @@ void SelectRows(const SelectRowsParams& params) {
   const int64_t num_key_blocks = params.num_key_blocks;
   const int64_t words = PatternWords(num_key_blocks);
   const int64_t first_block = num_key_blocks - params.num_query_blocks;
-  // The only allocation: eight bytes per key block for each thread.
+  // This is the only allocation: eight bytes per key block for each thread.
   std::vector<uint64_t> sets(static_cast<size_t>(num_key_blocks * omp_get_max_threads()));
 #pragma omp parallel for schedule(dynamic, 16)
   for (int64_t row = 0; row < params.num_heads * params.num_query_blocks; ++row) {
@@ -132,7 +134,7 @@ void MeasurePattern(const MeasurePatternParams& params) {
   const int64_t words = PatternWords(params.num_key_blocks);
   int64_t blocks = 0;
   double mass = 0.0;
-  // In one thread, so that the sum does not depend on their number.
+  // One thread does it, so that the sum does not depend on the number of threads.
   for (int64_t row = 0; row < params.num_query_blocks; ++row) {
     const uint32_t* last_row = row + 1 == params.num_query_blocks ? params.last_row : nullptr;
     for (int64_t word = 0; word < words; ++word) {

@@ -1,8 +1,9 @@
 // The ops of kernels/pattern.h: plain, exact and deterministic, the reference of other backends.
 //
-// Ops run on the threads of kernels/cpu/threads.h and return when they are done.
-// The order of selection is by mass, then by lowest index. Masses are summed in that order in
-// double precision until gamma times their total is reached; a mass of zero is never needed for it.
+// The ops run on the threads of kernels/cpu/threads.h and return when they are done.
+// Members are selected by mass, then by lowest index. Masses are summed in that order in double
+// precision until gamma times their total is reached. A mass of zero is never selected for its
+// mass.
 #ifndef PREFILLD_KERNELS_CPU_PATTERN_H_
 #define PREFILLD_KERNELS_CPU_PATTERN_H_
 

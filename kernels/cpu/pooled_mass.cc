@@ -9,7 +9,7 @@
 namespace prefilld::kernels::cpu {
 namespace {
 
-// mean[d] over the tokens [first, end) of x, token_stride elements apart.
+// Computes mean[d] over the tokens [first, end) of x, which are token_stride elements apart.
 void Mean(const float* x, int64_t token_stride, int64_t first, int64_t end, int head_dim,
           float* mean) {
   std::fill_n(mean, head_dim, 0.0f);

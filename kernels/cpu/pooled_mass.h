@@ -1,4 +1,4 @@
-// The op of kernels/pooled_mass.h, plain.
+// The op of kernels/pooled_mass.h over fp32, plain rather than fast.
 #ifndef PREFILLD_KERNELS_CPU_POOLED_MASS_H_
 #define PREFILLD_KERNELS_CPU_POOLED_MASS_H_
 

@@ -1,11 +1,11 @@
 // The instruction sets that vector code is compiled for; the best one is chosen at run time.
 //
-// Include before any header of Highway. Left out are sets that gain nothing over their
-// predecessor here, and those of scalable vectors, which cannot be held in arrays: the register
-// tiles of the attention kernel are such arrays.
+// Include it before any header of Highway. It leaves out sets that gain nothing over their
+// predecessor here, and sets of scalable vectors: those cannot be held in arrays, as the register
+// tiles of the attention kernel are.
 //
-// Vector code stands in functions of its own, not in the body of an OpenMP loop: clang compiles
-// such a body without the instruction set of the function around it.
+// Write vector code in functions of its own, not in the body of an OpenMP loop: clang compiles such
+// a body without the instruction set of the function around it.
 #ifndef PREFILLD_KERNELS_CPU_SIMD_TARGETS_H_
 #define PREFILLD_KERNELS_CPU_SIMD_TARGETS_H_
 

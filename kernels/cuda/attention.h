@@ -7,29 +7,29 @@
 #include <cstdint>
 
 #include "kernels/attention.h"
+#include "kernels/cuda/kernel_path.h"
 
 namespace prefilld::kernels::cuda {
 
-// Which kernels run: on Hopper GPUs those of attention/sm90, where they are built for the shape
-// (block_tokens 128), else and on all other GPUs those of attention/sm80. kPortable insists on the
-// latter, for comparison.
-enum class AttentionPath { kFastest, kPortable };
-
-// Device memory that LaunchAttention needs on the current device; may be 0.
+// The bytes of device memory that LaunchAttention needs on the current device; may be 0. On Hopper
+// GPUs attention/sm90 computes block_tokens 128, attention/sm80 the rest.
 int64_t AttentionScratchBytes(const AttentionParams& params,
-                              AttentionPath path = AttentionPath::kFastest);
+                              KernelPath path = KernelPath::kFastest);
 
-// The same for any work on the heads of this shape, with or without block mass. Not less than a
-// shorter prompt needs.
+// The same for any work on the heads of this shape, with or without block mass. A shorter prompt
+// does not need more.
 int64_t MaxAttentionScratchBytes(const AttentionParams& shape, bool block_mass);
 
-// `scratch` is used until the launched kernels have finished. cudaErrorInvalidValue: a shape that
-// no kernel is built for (head_dim 64 or 128; block_tokens 64 or 128), block mass asked of a head
-// with a pattern, or scratch missing.
+// Computes attention. `scratch` is used until the launched kernels have finished. Returns
+// cudaErrorInvalidValue where
+// - no kernel is built for the shape (head_dim is 64 or 128, block_tokens 64 or 128);
+// - a head with a pattern is to report block mass;
+// - scratch is needed and missing;
+// - kHopper is asked for, but not possible.
 cudaError_t LaunchAttention(const AttentionParams& params, void* scratch, cudaStream_t stream,
-                            AttentionPath path = AttentionPath::kFastest);
+                            KernelPath path = KernelPath::kFastest);
 
-// head_dim 64 or 128.
+// Computes attention over a paged cache. head_dim is 64 or 128.
 cudaError_t LaunchPagedAttention(const PagedAttentionParams& params, cudaStream_t stream);
 
 }  // namespace prefilld::kernels::cuda

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Eight elements on their way from bf16 to the wire's type.
+// Converts eight elements from bf16 to the wire's type and stores them.
 __device__ __forceinline__ void store_eight(void* dst, int64_t element, uint4 source, DType dtype) {
   const uint32_t pairs[4] = {source.x, source.y, source.z, source.w};
   if (dtype == DType::kBf16) {
@@ -41,7 +41,8 @@ __device__ __forceinline__ void store_eight(void* dst, int64_t element, uint4 so
   }
 }
 
-// grid: (blocks of the call, K or V). Threads walk the destination block in order.
+// Packs one block of K or V per CTA; its threads walk the destination in order. grid: (blocks of
+// the call, K or V).
 __global__ void __launch_bounds__(kThreads) pack_kv_kernel(PackKvParams params) {
   const __nv_bfloat16* source =
       static_cast<const __nv_bfloat16*>(blockIdx.y == 0 ? params.k : params.v);
@@ -68,12 +69,11 @@ __global__ void __launch_bounds__(kThreads) pack_kv_kernel(PackKvParams params) 
   }
 }
 
-// Where the elements of one head go within its half, K or V, of params.dst: runs of `run` tokens,
-// one every `pitch` tokens' worth of elements.
+// The places of one head's elements within its half, K or V, of params.dst. They form runs.
 struct HeadRuns {
-  int64_t first;  // element of the head's first token
-  int64_t run;
-  int64_t pitch;
+  int64_t first;  // the element at which the head's first token begins
+  int64_t run;    // tokens of a run
+  int64_t pitch;  // elements from the start of a run to that of the next
 };
 
 HeadRuns RunsOf(const PackKvParams& p, int head) {
@@ -82,7 +82,7 @@ HeadRuns RunsOf(const PackKvParams& p, int head) {
   return {head * p.block_tokens * dim, p.block_tokens, p.num_heads * p.block_tokens * dim};
 }
 
-// `tokens` tokens of one head from `source` to `destination`, the head's first element.
+// Copies `tokens` tokens of one head to `destination`, which is the head's first element.
 cudaError_t CopyHead(const __nv_bfloat16* source, __nv_bfloat16* destination, const HeadRuns& runs,
                      int64_t tokens, int head_dim, cudaStream_t stream) {
   const auto token_bytes = static_cast<size_t>(head_dim) * sizeof(__nv_bfloat16);

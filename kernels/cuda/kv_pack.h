@@ -1,4 +1,4 @@
-// Packing KV on CUDA; contract: kernels/kv_pack.h.
+// Packs KV on CUDA; the op's contract is kernels/kv_pack.h.
 #ifndef PREFILLD_KERNELS_CUDA_KV_PACK_H_
 #define PREFILLD_KERNELS_CUDA_KV_PACK_H_
 
@@ -8,13 +8,12 @@
 
 namespace prefilld::kernels::cuda {
 
-// params.dst is device memory. head_dim is a multiple of 8.
+// Packs into device memory. head_dim is a multiple of 8.
 cudaError_t LaunchPackKv(const PackKvParams& params, cudaStream_t stream);
 
-// The same without a kernel, for dst_dtype bf16 and params.dst in pinned host memory: strided
-// copies by the copy engines. They run beside an attention kernel that holds every SM until its
-// last tile, behind which LaunchPackKv would wait. What lies past the last token is zeroed before
-// this returns.
+// Packs into pinned host memory without a kernel, by strided copies of the copy engines; dst_dtype
+// must be bf16. The copies run beside an attention kernel that holds every SM until its last tile,
+// behind which LaunchPackKv would wait. Tokens past the last are zeroed before this returns.
 cudaError_t CopyKvToHost(const PackKvParams& params, cudaStream_t stream);
 
 }  // namespace prefilld::kernels::cuda

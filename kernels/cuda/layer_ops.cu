@@ -1,5 +1,5 @@
-// Embedding, RMSNorm and SwiGLU: each reads and writes its tensors once, 16 bytes a thread. And the
-// log-probabilities of tokens.
+// Embedding, RMSNorm, SwiGLU and the log-probabilities of tokens. All are bound by memory; the
+// first three read and write their tensors once, 16 bytes a thread.
 #include "kernels/cuda/layer_ops.h"
 
 #include <cuda_bf16.h>
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// bf16 elements that travel in one access.
+// The number of bf16 elements that travel in one access.
 constexpr int kWidth = 8;
 struct alignas(2 * kWidth) Pack {
   __nv_bfloat16 e[kWidth];
@@ -100,26 +100,19 @@ __global__ void __launch_bounds__(kThreads) token_logprobs_kernel(TokenLogprobsP
   __shared__ float warp_results[kThreads / 32];
   const auto* logits = static_cast<const __nv_bfloat16*>(params.logits) +
                        static_cast<int64_t>(blockIdx.x) * params.vocab_size;
-  const auto over_warps = [&](float of_warp, auto combine) {
-    __syncthreads();  // readers of the results before are done
-    if (threadIdx.x % 32 == 0) warp_results[threadIdx.x / 32] = of_warp;
-    __syncthreads();
-    float result = warp_results[0];
-#pragma unroll
-    for (int w = 1; w < kThreads / 32; ++w) result = combine(result, warp_results[w]);
-    return result;
-  };
-
+  constexpr int kWarps = kThreads / 32;
   float best = -INFINITY;
   for (int64_t i = threadIdx.x; i < params.vocab_size; i += kThreads) {
     best = fmaxf(best, __bfloat162float(logits[i]));
   }
-  best = over_warps(device::warp_max(best), [](float a, float b) { return fmaxf(a, b); });
+  best = device::combine_warps<kWarps>(device::warp_max(best), warp_results,
+                                       [](float a, float b) { return fmaxf(a, b); });
   float sum = 0.0f;
   for (int64_t i = threadIdx.x; i < params.vocab_size; i += kThreads) {
     sum += __expf(__bfloat162float(logits[i]) - best);
   }
-  sum = over_warps(device::warp_sum(sum), [](float a, float b) { return a + b; });
+  sum = device::combine_warps<kWarps>(device::warp_sum(sum), warp_results,
+                                      [](float a, float b) { return a + b; });
   if (threadIdx.x != 0) return;
   const float log_sum = logf(sum);
   const float target = __bfloat162float(logits[params.targets[blockIdx.x]]);

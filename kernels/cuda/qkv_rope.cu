@@ -1,7 +1,7 @@
-// Splits, normalises and rotates the fused projection. Memory-bound: the projection is read once
-// and written once. A CTA takes a few tokens, computes their angles once and shares them among all
-// heads; a few lanes take one head of one token, eight pairs of elements each, so that every access
-// is 16 bytes.
+// Splits, normalises and rotates the fused projection. It is bound by memory: the projection is
+// read once and written once. A CTA takes a few tokens, computes their angles once and shares them
+// among all heads. A few lanes take one head of one token, eight pairs of elements each, so that
+// every access is 16 bytes.
 #include <cuda_bf16.h>
 
 #include <cstdint>
@@ -15,8 +15,9 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kTokensPerCta = 4;
 
-// cos and sin of position * inv_freq. The angle of a late position is large, so it is counted in
-// turns and whole turns are taken off in double precision; what is left is exact enough in fp32.
+// Returns cos and sin of position * inv_freq. The angle of a late position is large. So it is
+// counted in turns, and whole turns are taken off in double precision; the rest is exact enough in
+// fp32.
 __device__ __forceinline__ float2 rotation(int64_t position, float inv_freq) {
   constexpr double kTurnsPerRadian = 0.15915494309189533577;
   const double turns =
@@ -44,10 +45,10 @@ __device__ __forceinline__ void store_octet(__nv_bfloat16* destination, const Oc
       device::pack_bf16(octet.e[4], octet.e[5]), device::pack_bf16(octet.e[6], octet.e[7]));
 }
 
-// Where one head of one token goes, and how.
+// The destination of one head of one token, and what is done to it on the way.
 struct HeadRoute {
   __nv_bfloat16* destination;
-  const __nv_bfloat16* norm;  // null: none
+  const __nv_bfloat16* norm;  // [head_dim]; null: it is not normalised
   bool rotate;
 };
 __device__ __forceinline__ HeadRoute route_of(const QkvRopeParams& params, int64_t token,
@@ -64,8 +65,8 @@ __device__ __forceinline__ HeadRoute route_of(const QkvRopeParams& params, int64
           static_cast<const __nv_bfloat16*>(is_key ? params.k_norm : nullptr), is_key};
 }
 
-// One lane's part of a head: elements first .. first + 7 of both halves. The kLanes lanes of the
-// head call it together. cos_sin[i * kLanes] belongs to pair first + i.
+// Normalises and rotates one lane's part of a head: elements first .. first + 7 of both halves. The
+// kLanes lanes of the head call it together. cos_sin[i * kLanes] belongs to pair first + i.
 template <int kLanes>
 __device__ __forceinline__ void rotate_octets(const __nv_bfloat16* source, const HeadRoute& route,
                                               const float2* cos_sin, int first,
@@ -77,7 +78,7 @@ __device__ __forceinline__ void rotate_octets(const __nv_bfloat16* source, const
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum += low.e[i] * low.e[i] + high.e[i] * high.e[i];
-    // Other heads of the warp may have no norm: only the head's own lanes meet.
+    // Other heads of the warp may have no norm, so only the head's own lanes exchange their sums.
     const uint32_t lanes = ((1u << kLanes) - 1) << (threadIdx.x % 32 / kLanes * kLanes);
 #pragma unroll
     for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(lanes, sum, mask);
@@ -103,8 +104,9 @@ __device__ __forceinline__ void rotate_octets(const __nv_bfloat16* source, const
   store_octet(route.destination + kHalf + first, high);
 }
 
-// Number of this CTA's tokens; the scaled angles of their pairs go to cos_sin. Pair p of a token
-// lies at (p % 8) * kLanes + p / 8: neighbouring lanes read neighbours.
+// Writes the cos and sin of this CTA's tokens, scaled, to cos_sin, and returns the number of
+// tokens. Pair p of a token is at (p % 8) * kLanes + p / 8, so that neighbouring lanes read
+// neighbours.
 template <int kLanes>
 __device__ __forceinline__ int compute_angles(const QkvRopeParams& params, int64_t first_token,
                                               float2* cos_sin) {
@@ -125,7 +127,7 @@ __device__ __forceinline__ int compute_angles(const QkvRopeParams& params, int64
   return num_tokens;
 }
 
-// head_dim 16 * kLanes.
+// head_dim is 16 * kLanes. Each CTA takes kTokensPerCta tokens.
 template <int kLanes>
 __global__ void __launch_bounds__(kThreads) qkv_rope_kernel(QkvRopeParams params) {
   constexpr int kHalf = 8 * kLanes;

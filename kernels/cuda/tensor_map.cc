@@ -7,7 +7,7 @@ constexpr uint32_t kBoxColumns = 64;
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
-// Found at run time, so that the program links and starts without a driver.
+// Finds the driver's function at run time, so that the program links and starts without a driver.
 cudaError_t FindEncodeTiled(EncodeTiled* encode) {
   static EncodeTiled found = nullptr;
   if (found == nullptr) {

@@ -18,10 +18,10 @@ namespace {
 constexpr double kRelativeTolerance = 5e-3;
 constexpr double kMassTolerance = 1e-3;
 
-using cuda::AttentionPath;
-constexpr AttentionPath kPaths[] = {AttentionPath::kFastest, AttentionPath::kPortable};
-const char* Name(AttentionPath path) {
-  return path == AttentionPath::kFastest ? "fastest path" : "portable path";
+using cuda::KernelPath;
+constexpr KernelPath kPaths[] = {KernelPath::kFastest, KernelPath::kPortable};
+const char* Name(KernelPath path) {
+  return path == KernelPath::kFastest ? "fastest path" : "portable path";
 }
 
 // An attention case on the device. `host` keeps the fp32 copy for the reference.
@@ -50,7 +50,7 @@ class DeviceAttention {
     params.work = work_.data();
   }
 
-  void Run(AttentionPath path = AttentionPath::kFastest) {
+  void Run(KernelPath path = KernelPath::kFastest) {
     const DeviceArray<char> scratch(static_cast<size_t>(cuda::AttentionScratchBytes(params, path)));
     PREFILLD_ASSERT_CUDA(cuda::LaunchAttention(params, scratch.data(), nullptr, path));
     PREFILLD_ASSERT_CUDA(cudaDeviceSynchronize());
@@ -98,7 +98,7 @@ class CudaAttention : public GpuTestWithParam<AttentionCase> {};
 TEST_P(CudaAttention, EqualsReference) {
   AttentionData expected(GetParam());
   reference::Attention(expected.params);
-  for (const AttentionPath path : kPaths) {
+  for (const KernelPath path : kPaths) {
     SCOPED_TRACE(Name(path));
     DeviceAttention device(GetParam());
     device.Run(path);
@@ -129,7 +129,7 @@ constexpr AttentionCase kSmall = {"Small", 200, 300, 4, 2, 64, 128, Blocks::kMix
 class CudaAttentionOp : public GpuTest {};
 
 TEST_F(CudaAttentionOp, LeavesHeadsWithoutWorkUntouched) {
-  for (const AttentionPath path : kPaths) {
+  for (const KernelPath path : kPaths) {
     DeviceAttention device(kSmall);
     device.params.num_work = 2;  // heads 3 and 2
     device.Run(path);
@@ -139,7 +139,7 @@ TEST_F(CudaAttentionOp, LeavesHeadsWithoutWorkUntouched) {
 }
 
 TEST_F(CudaAttentionOp, MayWriteOverItsQueries) {
-  for (const AttentionPath path : kPaths) {
+  for (const KernelPath path : kPaths) {
     DeviceAttention apart(kSmall);
     DeviceAttention in_place(kSmall);
     apart.Run(path);
@@ -150,7 +150,7 @@ TEST_F(CudaAttentionOp, MayWriteOverItsQueries) {
 }
 
 TEST_F(CudaAttentionOp, FullPatternAndBlockMassGiveTheBitsOfDense) {
-  for (const AttentionPath path : kPaths) {
+  for (const KernelPath path : kPaths) {
     for (const int head_dim : {64, 128}) {
       AttentionCase c = {"", 400, 400, 2, 1, head_dim, 128, Blocks::kDense};
       DeviceAttention dense(c);
@@ -168,7 +168,7 @@ TEST_F(CudaAttentionOp, FullPatternAndBlockMassGiveTheBitsOfDense) {
 }
 
 TEST_F(CudaAttentionOp, PatternWithoutBitsGivesTheBitsOfTheDiagonal) {
-  for (const AttentionPath path : kPaths) {
+  for (const KernelPath path : kPaths) {
     for (const int head_dim : {64, 128}) {
       AttentionCase c = {"", 600, 700, 2, 1, head_dim, 128, Blocks::kDiagonalOnly};
       DeviceAttention diagonal(c);
@@ -182,7 +182,7 @@ TEST_F(CudaAttentionOp, PatternWithoutBitsGivesTheBitsOfTheDiagonal) {
 }
 
 TEST_F(CudaAttentionOp, GivesTheSameBitsAgain) {
-  for (const AttentionPath path : kPaths) {
+  for (const KernelPath path : kPaths) {
     DeviceAttention first({"", 900, 900, 8, 2, 128, 128, Blocks::kMixed});
     DeviceAttention second({"", 900, 900, 8, 2, 128, 128, Blocks::kMixed});
     first.Run(path);
@@ -197,7 +197,7 @@ TEST_F(CudaAttentionOp, SurvivesLogitsFarApart) {
   AttentionData expected(c);
   expected.params.scale = 10.0f;
   reference::Attention(expected.params);
-  for (const AttentionPath path : kPaths) {
+  for (const KernelPath path : kPaths) {
     DeviceAttention device(c);
     device.params.scale = 10.0f;
     device.Run(path);

@@ -13,7 +13,7 @@
 namespace prefilld::kernels::testing {
 namespace {
 
-using cuda::AttentionPath;
+using cuda::KernelPath;
 
 constexpr int64_t kTokens = int64_t{1} << 20;
 constexpr int64_t kLimit = int64_t{1} << 31;
@@ -66,20 +66,20 @@ void ExpectClose(const std::vector<float>& actual, const std::vector<float>& exp
   EXPECT_LT(c.relative, kRelativeTolerance) << c;
 }
 
-void Launch(const AttentionParams& params, AttentionPath path) {
+void Launch(const AttentionParams& params, KernelPath path) {
   const DeviceArray<char> scratch(static_cast<size_t>(cuda::AttentionScratchBytes(params, path)));
   PREFILLD_ASSERT_CUDA(cuda::LaunchAttention(params, scratch.data(), nullptr, path));
   PREFILLD_ASSERT_CUDA(cudaDeviceSynchronize());
 }
 
-class CudaLongPrompt : public GpuTestWithParam<AttentionPath> {};
+class CudaLongPrompt : public GpuTestWithParam<KernelPath> {};
 INSTANTIATE_TEST_SUITE_P(FastestAndPortable, CudaLongPrompt,
-                         ::testing::Values(AttentionPath::kFastest, AttentionPath::kPortable));
+                         ::testing::Values(KernelPath::kFastest, KernelPath::kPortable));
 
 class CudaLongPromptOp : public GpuTest {};
 
 TEST_P(CudaLongPrompt, KeysPastTheLimit) {
-  const AttentionPath path = GetParam();
+  const KernelPath path = GetParam();
   // Two KV heads whose distance alone passes it; the second is used.
   const int64_t stride = kLimit + 64;
   const std::vector<Bf16> k = UniformValues(kTokens * kHeadDim, 1.0f, 1);
@@ -126,7 +126,7 @@ TEST_P(CudaLongPrompt, KeysPastTheLimit) {
 }
 
 TEST_P(CudaLongPrompt, QueriesPastTheLimit) {
-  const AttentionPath path = GetParam();
+  const KernelPath path = GetParam();
   constexpr int kHeads = 17;
   constexpr int kHead = kHeads - 1;
   static_assert(kTokens * kHeads * kHeadDim > kLimit);

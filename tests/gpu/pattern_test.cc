@@ -65,9 +65,8 @@ void ExpectEstimateEqualsReference(const EstimateCase& c, int64_t num_queries) {
   const DeviceArray<Bf16> q(ToBf16(data.q)), k(ToBf16(keys));
   p.q = q.data();
   p.k = k.data();
-  for (const cuda::AttentionPath path :
-       {cuda::AttentionPath::kFastest, cuda::AttentionPath::kPortable}) {
-    const std::string name = path == cuda::AttentionPath::kFastest ? "fastest" : "portable";
+  for (const cuda::KernelPath path : {cuda::KernelPath::kFastest, cuda::KernelPath::kPortable}) {
+    const std::string name = path == cuda::KernelPath::kFastest ? "fastest" : "portable";
     // What a kernel leaves out stays no number.
     const std::vector<float> unset(vertical.size(), std::numeric_limits<float>::quiet_NaN());
     const DeviceArray<float> device_block_mass(std::vector<float>(block_mass.size(), unset[0])),
@@ -215,18 +214,18 @@ void ExpectVerticalSlashEqualsReference(int num_heads, int64_t num_keys, bool ti
 
 TEST_F(CudaPattern, VerticalSlashOfClustersOfEverySizeEqualsReference) {
   constexpr int64_t kNumKeys = 66049;  // no multiple of a warp or a block
-  int num_sms = 0;
-  PREFILLD_ASSERT_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0));
+  cuda::GpuTraits gpu;
+  PREFILLD_ASSERT_CUDA(cuda::CurrentGpu(&gpu));
   std::set<int> sizes;
   // On 132 multiprocessors: 1, 2, 4 and 8 CTAs.
   for (const int num_heads : {70, 30, 14, 3}) {
-    sizes.insert(cuda::VerticalSlashClusterSize(num_heads, kNumKeys, num_sms));
+    sizes.insert(cuda::VerticalSlashClusterSize(num_heads, kNumKeys, gpu.num_sms));
     for (const bool ties : {false, true}) {
       SCOPED_TRACE(::testing::Message() << num_heads << " heads, ties " << ties);
       ExpectVerticalSlashEqualsReference(num_heads, kNumKeys, ties, 0.7f);
     }
   }
-  if (num_sms >= 132) {
+  if (gpu.num_sms >= 132) {
     EXPECT_EQ(sizes, (std::set<int>{1, 2, 4, 8}));
   }
 }

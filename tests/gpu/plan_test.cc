@@ -2,13 +2,16 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <optional>
 #include <set>
 #include <utility>
 #include <vector>
 
 #include "kernels/attention.h"
 #include "kernels/cuda/attention/plan.h"
+#include "kernels/cuda/attention/sm90/forward.h"
 #include "kernels/cuda/gated_linear/sm90/tile_order.h"
+#include "kernels/cuda/kernel_path.h"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/pattern/estimate_plan.h"
 #include "kernels/cuda/pattern/vertical_slash_plan.h"
@@ -83,17 +86,28 @@ TEST(AttentionPlan, RefusesShapesWithoutAKernel) {
 }
 
 TEST(AttentionPlan, HopperKernelsRunOnHopperForBlocksOf128) {
-  const GpuTraits hopper = {.num_multiprocessors = 132, .compute_major = 9};
-  const GpuTraits ampere = {.num_multiprocessors = 108, .compute_major = 8};
-  const GpuTraits blackwell = {.num_multiprocessors = 148, .compute_major = 10};
+  const GpuTraits hopper = {.num_sms = 132, .compute_major = 9};
+  const GpuTraits ampere = {.num_sms = 108, .compute_major = 8};
+  const GpuTraits blackwell = {.num_sms = 148, .compute_major = 10};
   AttentionParams params = Params({});
   params.kv_head_stride = 1000 * 128;
-  EXPECT_TRUE(UseHopper(params, hopper, AttentionPath::kFastest));
-  EXPECT_FALSE(UseHopper(params, hopper, AttentionPath::kPortable));
-  EXPECT_FALSE(UseHopper(params, ampere, AttentionPath::kFastest));
-  EXPECT_FALSE(UseHopper(params, blackwell, AttentionPath::kFastest));
+  const auto choose = [&](const GpuTraits& gpu, KernelPath path) {
+    return ChoosePath(path, gpu, sm90::Supports(params));
+  };
+  EXPECT_EQ(choose(hopper, KernelPath::kFastest), KernelPath::kHopper);
+  EXPECT_EQ(choose(hopper, KernelPath::kPortable), KernelPath::kPortable);
+  EXPECT_EQ(choose(ampere, KernelPath::kFastest), KernelPath::kPortable);
+  EXPECT_EQ(choose(blackwell, KernelPath::kFastest), KernelPath::kPortable);
   params.block_tokens = 64;
-  EXPECT_FALSE(UseHopper(params, hopper, AttentionPath::kFastest));
+  EXPECT_EQ(choose(hopper, KernelPath::kFastest), KernelPath::kPortable);
+}
+
+TEST(AttentionPlan, InsistingOnHopperKernelsGetsNoOthers) {
+  const GpuTraits hopper = {.num_sms = 132, .compute_major = 9};
+  const GpuTraits ampere = {.num_sms = 108, .compute_major = 8};
+  EXPECT_EQ(ChoosePath(KernelPath::kHopper, hopper, true), KernelPath::kHopper);
+  EXPECT_EQ(ChoosePath(KernelPath::kHopper, hopper, false), std::nullopt);
+  EXPECT_EQ(ChoosePath(KernelPath::kHopper, ampere, true), std::nullopt);
 }
 
 TEST(AttentionPlan, CountsQueryBlocksByAbsolutePosition) {

@@ -7,6 +7,7 @@
 #include "kernels/cuda/attention/plan.h"
 #include "kernels/cuda/attention/sm80/config.h"
 #include "kernels/cuda/attention/sm90/forward.h"
+#include "kernels/cuda/kernel_path.h"
 
 namespace prefilld::kernels::cuda {
 namespace {
@@ -37,40 +38,26 @@ cudaError_t LaunchPortable(const sm80::KernelParams& params, int64_t grid, cudaS
                                                                                 stream);
 }
 
-cudaError_t DescribeGpu(GpuTraits* gpu) {
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error =
-        cudaDeviceGetAttribute(&gpu->num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&gpu->compute_major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  return error;
-}
-
-int64_t PortableScratchBytes(const AttentionParams& params, int num_multiprocessors) {
+int64_t PortableScratchBytes(const AttentionParams& params, int num_sms) {
   HeadGroups groups(params);
   HeadGroup group;
   int64_t ctas = 0;
   while (groups.Next(&group) && group.block_mass) {
-    ctas = std::max(ctas, BlockMassCtas(params, group.num_heads, num_multiprocessors));
+    ctas = std::max(ctas, BlockMassCtas(params, group.num_heads, num_sms));
   }
   return ctas * BlockMassFloatsPerCta(params) * static_cast<int64_t>(sizeof(float));
 }
 
-cudaError_t LaunchPortableGroups(const AttentionParams& params, void* scratch,
-                                 int num_multiprocessors, cudaStream_t stream) {
+cudaError_t LaunchPortableGroups(const AttentionParams& params, void* scratch, int num_sms,
+                                 cudaStream_t stream) {
   sm80::KernelParams kernel_params = MakeKernelParams(params, scratch);
   HeadGroups groups(params);
   while (groups.Next(&kernel_params.group)) {
     const HeadGroup& group = kernel_params.group;
     if (group.block_mass && scratch == nullptr) return cudaErrorInvalidValue;
     kernel_params.num_tiles = NumQueryBlocks(params) * group.num_heads;
-    const int64_t grid = group.block_mass
-                             ? BlockMassCtas(params, group.num_heads, num_multiprocessors)
-                             : kernel_params.num_tiles;
+    const int64_t grid = group.block_mass ? BlockMassCtas(params, group.num_heads, num_sms)
+                                          : kernel_params.num_tiles;
     const bool wide = params.head_dim == 128;
     const bool coarse = params.block_tokens == 128;
     const auto launch = wide ? (coarse ? LaunchPortable<128, 128> : LaunchPortable<128, 64>)
@@ -82,17 +69,18 @@ cudaError_t LaunchPortableGroups(const AttentionParams& params, void* scratch,
 
 }  // namespace
 
-int64_t AttentionScratchBytes(const AttentionParams& params, AttentionPath path) {
+int64_t AttentionScratchBytes(const AttentionParams& params, KernelPath path) {
   GpuTraits gpu;
-  if (!IsSupported(params) || DescribeGpu(&gpu) != cudaSuccess) return 0;
-  if (UseHopper(params, gpu, path)) {
-    return static_cast<int64_t>(sm90::AttentionScratchBytes(params, gpu.num_multiprocessors));
-  }
-  return PortableScratchBytes(params, gpu.num_multiprocessors);
+  if (!IsSupported(params) || CurrentGpu(&gpu) != cudaSuccess) return 0;
+  const auto chosen = ChoosePath(path, gpu, sm90::Supports(params));
+  if (!chosen) return 0;
+  return *chosen == KernelPath::kHopper
+             ? static_cast<int64_t>(sm90::AttentionScratchBytes(params, gpu.num_sms))
+             : PortableScratchBytes(params, gpu.num_sms);
 }
 
 int64_t MaxAttentionScratchBytes(const AttentionParams& shape, bool block_mass) {
-  float mass;  // stands for the block mass that is asked for; nothing is written
+  float mass;  // its address stands for block mass that is asked for; nothing is written
   std::vector<HeadWork> work(static_cast<size_t>(shape.num_heads));
   for (int head = 0; head < shape.num_heads; ++head) {
     work[static_cast<size_t>(head)] = {.head = head, .block_mass = block_mass ? &mass : nullptr};
@@ -104,15 +92,17 @@ int64_t MaxAttentionScratchBytes(const AttentionParams& shape, bool block_mass) 
 }
 
 cudaError_t LaunchAttention(const AttentionParams& params, void* scratch, cudaStream_t stream,
-                            AttentionPath path) {
+                            KernelPath path) {
   if (!IsSupported(params)) return cudaErrorInvalidValue;
   GpuTraits gpu;
-  if (cudaError_t error = DescribeGpu(&gpu); error != cudaSuccess) return error;
-  if (!UseHopper(params, gpu, path)) {
-    return LaunchPortableGroups(params, scratch, gpu.num_multiprocessors, stream);
+  if (cudaError_t error = CurrentGpu(&gpu); error != cudaSuccess) return error;
+  const auto chosen = ChoosePath(path, gpu, sm90::Supports(params));
+  if (!chosen) return cudaErrorInvalidValue;
+  if (*chosen == KernelPath::kPortable) {
+    return LaunchPortableGroups(params, scratch, gpu.num_sms, stream);
   }
   if (scratch == nullptr) return cudaErrorInvalidValue;
-  return sm90::LaunchAttention(params, scratch, gpu.num_multiprocessors, stream);
+  return sm90::LaunchAttention(params, scratch, gpu.num_sms, stream);
 }
 
 }  // namespace prefilld::kernels::cuda

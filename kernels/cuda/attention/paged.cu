@@ -1,9 +1,10 @@
-// Attention of one query over a paged cache: memory-bound, each K and V element is read once per
-// group of query heads that share it.
+// Attention of one query over a paged cache. It is bound by memory: each K and V element is read
+// once for a group of query heads that share it.
 //
-// The keys are split over CTAs; each leaves its maximum, sum and unnormalised output per head in
-// scratch, and a second kernel merges them. In a CTA a thread takes one key of the tile for the
-// logits (its row is contiguous, so whole sectors are used) and two output columns for P V.
+// The keys are split over CTAs. Each CTA stores its maximum, sum and unnormalised output per head
+// in scratch memory, and a second kernel merges them. For the logits a thread of a CTA takes one
+// key of the tile (the key's row is contiguous, so whole sectors are used), for P V two output
+// columns.
 #include <cuda_bf16.h>
 
 #include <cmath>
@@ -18,7 +19,7 @@ constexpr int kThreads = 128;
 constexpr int kKeyTile = kThreads;
 constexpr int kHeadsPerCta = 8;  // query heads of one KV head; a larger group takes more CTAs
 
-// Per head and split: maximum (log2 scale), sum, then head_dim outputs.
+// The scratch memory for a head and a split: maximum (log2 scale), sum, then head_dim outputs.
 __device__ __forceinline__ float* partial_of(const PagedAttentionParams& params, int head,
                                              int split) {
   return params.scratch +
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  // Where a key's row lies in the pool, in elements.
+  // The offset of a key's row in the pool, in elements.
   const auto row_of = [&](int64_t key) {
     const int64_t block = params.block_table[key / params.block_tokens];
     return block * params.block_stride + kv_head * params.head_stride +
@@ -64,8 +65,8 @@ __global__ void __launch_bounds__(kThreads)
   };
 
   float out[kHeadsPerCta][2] = {};
-  float max[kHeadsPerCta];  // of head h: kept by warp h % 4, which reduces it
-  float sum[kHeadsPerCta];
+  float max[kHeadsPerCta];  // that of head h is kept by warp h % 4, which reduces it
+  float sum[kHeadsPerCta];  // likewise
 #pragma unroll
   for (int h = 0; h < kHeadsPerCta; ++h) {
     max[h] = -INFINITY;
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(kThreads)
       p[h][thread] = thread < keys ? logit[h] * scale_log2 : -INFINITY;
     }
     __syncthreads();
-    // Softmax of the tile: warp w takes the heads w, w + 4.
+    // Softmax of the tile. Warp w takes the heads w and w + 4.
 #pragma unroll
     for (int h = 0; h < kHeadsPerCta; ++h) {
       if (h % (kThreads / 32) != warp) continue;
@@ -163,7 +164,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One CTA per head, one thread per output column.
+// Merges the splits of a head: one CTA per head, one thread per output column.
 __global__ void combine_splits_kernel(PagedAttentionParams params, int num_splits) {
   const int head = static_cast<int>(blockIdx.x);
   const int column = static_cast<int>(threadIdx.x);

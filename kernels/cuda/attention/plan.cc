@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <limits>
 
-#include "kernels/cuda/attention/sm90/forward.h"
-
 namespace prefilld::kernels::cuda {
 namespace {
 
@@ -51,12 +49,8 @@ bool IsSupported(const AttentionParams& params) {
   return true;
 }
 
-bool UseHopper(const AttentionParams& params, const GpuTraits& gpu, AttentionPath path) {
-  return path == AttentionPath::kFastest && gpu.compute_major == 9 && sm90::Supports(params);
-}
-
-int64_t BlockMassCtas(const AttentionParams& params, int num_heads, int num_multiprocessors) {
-  return std::min<int64_t>(static_cast<int64_t>(num_multiprocessors) * kCtasPerMultiprocessor,
+int64_t BlockMassCtas(const AttentionParams& params, int num_heads, int num_sms) {
+  return std::min<int64_t>(static_cast<int64_t>(num_sms) * kCtasPerSm,
                            NumQueryBlocks(params) * num_heads);
 }
 

@@ -1,23 +1,23 @@
-// Which launches an attention call becomes. Pure host functions.
+// Decides which launches an attention call becomes. Pure host functions.
 #ifndef PREFILLD_KERNELS_CUDA_ATTENTION_PLAN_H_
 #define PREFILLD_KERNELS_CUDA_ATTENTION_PLAN_H_
 
 #include <cstdint>
 
 #include "kernels/attention.h"
-#include "kernels/cuda/attention.h"
 
 namespace prefilld::kernels::cuda {
 
-// A kernel's list of heads travels in its parameters.
+// The most heads of one launch: a kernel's list of heads travels in its parameters, whose size is
+// limited. A call with more heads becomes several launches.
 inline constexpr int kMaxHeadsPerLaunch = 64;
 
-// Heads of one launch: all with block mass or none; dense heads before heads with a pattern, so
-// that tiles taken in order start with the longest.
+// The heads of one launch of the portable kernel. Either all of them have block mass or none. Dense
+// heads come before heads with a pattern, so that tiles taken in order start with the longest.
 struct HeadGroup {
   bool block_mass = false;
   int num_heads = 0;
-  int num_dense = 0;
+  int num_dense = 0;  // the first num_dense heads are dense
   HeadWork heads[kMaxHeadsPerLaunch];
 };
 
@@ -26,39 +26,31 @@ class HeadGroups {
  public:
   // `params` is borrowed.
   explicit HeadGroups(const AttentionParams& params) : params_(params) {}
-  // False when all heads have been dealt.
+  // Fills `group` with the next heads. Returns false when all heads have been dealt.
   bool Next(HeadGroup* group);
 
  private:
   const AttentionParams& params_;
-  int kind_ = 0;  // of the heads being dealt: block mass, dense, pattern
-  int next_ = 0;  // in params_.work
+  int kind_ = 0;  // the kind of heads being dealt: block mass, dense, pattern
+  int next_ = 0;  // index in params_.work
 };
-
-// What the choice of kernels depends on.
-struct GpuTraits {
-  int num_multiprocessors = 0;
-  int compute_major = 0;
-};
-
-// Whether the call runs on the kernels of attention/sm90; wgmma exists on compute capability 9
-// alone.
-bool UseHopper(const AttentionParams& params, const GpuTraits& gpu, AttentionPath path);
 
 // Whether kernels exist for the call's shape and its heads' work is consistent.
 bool IsSupported(const AttentionParams& params);
 
+// The number of query blocks of the call, as kernels/attention.h defines them.
 constexpr int64_t NumQueryBlocks(const AttentionParams& params) {
   const int64_t first_query = params.num_keys - params.num_queries;
   return CeilDiv(params.num_keys, params.block_tokens) - first_query / params.block_tokens;
 }
 
-// CTAs that one multiprocessor is asked to hold at a time.
-inline constexpr int kCtasPerMultiprocessor = 2;
+// The number of CTAs of the portable kernel that one SM is asked to hold at a time.
+inline constexpr int kCtasPerSm = 2;
 
-// The kernel with block mass keeps, per resident CTA, one float for each (row of its tile, key
-// block); so it runs a fixed number of CTAs that each take several tiles.
-int64_t BlockMassCtas(const AttentionParams& params, int num_heads, int num_multiprocessors);
+// The number of CTAs that the portable kernel runs for heads with block mass. Each of them keeps
+// one float in scratch memory for each (row of its tile, key block); so their number is limited to
+// what the GPU holds at a time, and each takes several tiles.
+int64_t BlockMassCtas(const AttentionParams& params, int num_heads, int num_sms);
 constexpr int64_t BlockMassFloatsPerCta(const AttentionParams& params) {
   return CeilDiv(params.num_keys, params.block_tokens) * params.block_tokens;
 }

@@ -8,14 +8,15 @@
 
 namespace prefilld::kernels::cuda::device {
 
-// The same value, of which the compiler knows nothing: it cannot compute ahead of a loop, and keep
-// in registers, what is derived from it.
+// Returns x, but hides from the compiler that it does. So values derived from it are computed where
+// they are used, not ahead of a loop, where they would occupy registers.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
-// A value that all lanes of the warp have, in a form that lets the compiler know it.
+// Returns x, which must be the same in all lanes of the warp, and lets the compiler know that it
+// is.
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // 2^x to about 2 ulp; denormal results are zero.
@@ -49,16 +50,7 @@ __device__ __forceinline__ float2 unpack_bf16(uint32_t pair) {
   return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
 }
 
-// Over the four lanes that share a row of an mma accumulator.
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
+// The sum over the lanes of the warp; all of them get it.
 template <typename T>
 __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
@@ -66,9 +58,9 @@ __device__ __forceinline__ T warp_sum(T x) {
   return x;
 }
 
-// Sums of kCount values over the warp (kLanes lanes of it) with little more than kCount shuffles:
-// lane l gets the sum of value l / (32 / kCount). Every step leaves a lane with half of its values
-// and half as many lanes with the same ones.
+// The sums of kCount values over the warp, or over each kLanes lanes of it, with little more than
+// kCount shuffles. Lane l gets the sum of value l / (kLanes / kCount). At each step a lane hands
+// half of its values to another lane, and takes over the other half of that lane's.
 template <int kCount, int kLanes = 32>
 __device__ __forceinline__ float warp_sums(const float (&x)[kCount]) {
   constexpr int kOther = kLanes / 2;
@@ -92,12 +84,28 @@ __device__ __forceinline__ float warp_sums(const float (&x)[kCount]) {
     return warp_sums<kHalf, kOther>(half);
   }
 }
+
+// The maximum over the lanes of the warp; all of them get it.
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
   }
   return x;
+}
+
+// Combines one value of each warp of the CTA, which all of that warp's lanes have; all threads of
+// the CTA call it and get the result. `shared` has room for kWarps values; it may still be read by
+// an earlier call.
+template <int kWarps, typename Combine>
+__device__ __forceinline__ float combine_warps(float of_warp, float* shared, Combine combine) {
+  __syncthreads();  // the results of an earlier call have been read
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = of_warp;
+  __syncthreads();
+  float result = shared[0];
+#pragma unroll
+  for (int warp = 1; warp < kWarps; ++warp) result = combine(result, shared[warp]);
+  return result;
 }
 
 }  // namespace prefilld::kernels::cuda::device

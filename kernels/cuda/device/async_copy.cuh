@@ -1,4 +1,4 @@
-// cp.async: copies from global to shared memory that complete in the background (sm_80 and newer).
+// Copies from global to shared memory that complete in the background: cp.async (sm_80 and newer).
 #ifndef PREFILLD_KERNELS_CUDA_DEVICE_ASYNC_COPY_CUH_
 #define PREFILLD_KERNELS_CUDA_DEVICE_ASYNC_COPY_CUH_
 
@@ -15,6 +15,7 @@ __device__ __forceinline__ void copy_16_async(uint32_t destination, const void* 
                : "memory");
 }
 
+// Makes a group of the copies that this thread has started since the last commit.
 __device__ __forceinline__ void commit_async_copies() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }

@@ -1,5 +1,5 @@
-// Clusters (sm_90): CTAs that read each other's shared memory. On older architectures, as when a
-// kernel is launched without any, every CTA is a cluster of its own.
+// Clusters (sm_90): groups of CTAs that can read each other's shared memory. Every CTA is a cluster
+// of its own on older architectures, and where a kernel is launched without clusters.
 #ifndef PREFILLD_KERNELS_CUDA_DEVICE_CLUSTER_CUH_
 #define PREFILLD_KERNELS_CUDA_DEVICE_CLUSTER_CUH_
 
@@ -9,6 +9,7 @@
 
 namespace prefilld::kernels::cuda::device {
 
+// The number of CTAs of this CTA's cluster.
 __device__ inline int cluster_size() {
 #if __CUDA_ARCH__ >= 900
   uint32_t size;
@@ -19,7 +20,7 @@ __device__ inline int cluster_size() {
 #endif
 }
 
-// Of this CTA in its cluster.
+// The number of this CTA within its cluster.
 __device__ inline int cluster_rank() {
 #if __CUDA_ARCH__ >= 900
   uint32_t rank;
@@ -30,7 +31,7 @@ __device__ inline int cluster_rank() {
 #endif
 }
 
-// Where CTA `rank` of the cluster has what this CTA has at `own` in shared memory.
+// The address in the shared memory of CTA `rank` that corresponds to `own` in this CTA's.
 template <typename T>
 __device__ inline const T* cluster_shared(const T* own, int rank) {
 #if __CUDA_ARCH__ >= 900
@@ -42,14 +43,14 @@ __device__ inline const T* cluster_shared(const T* own, int rank) {
 #endif
 }
 
-// The same as an address that instructions on shared memory of the cluster take (sm_90).
+// The same address in the form that instructions on the cluster's shared memory take (sm_90).
 __device__ inline uint32_t cluster_shared_address(const void* own, int rank) {
   uint32_t other;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(other) : "r"(shared_address(own)), "r"(rank));
   return other;
 }
 
-// __syncthreads() of the whole cluster.
+// Waits for all threads of the cluster, as __syncthreads() does for those of a CTA.
 __device__ inline void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
   if (cluster_size() > 1) {

@@ -1,4 +1,7 @@
-// Shared-memory barriers that asynchronous copies complete on (sm_90).
+// Barriers in shared memory that wait for threads and for asynchronous copies (sm_90).
+//
+// A phase of a barrier ends when the expected number of threads has arrived and the expected bytes
+// have been copied; then the next phase begins. The phases are of parity 0, 1, 0, 1 and so on.
 #ifndef PREFILLD_KERNELS_CUDA_DEVICE_MBARRIER_CUH_
 #define PREFILLD_KERNELS_CUDA_DEVICE_MBARRIER_CUH_
 
@@ -8,6 +11,7 @@
 
 namespace prefilld::kernels::cuda::device {
 
+// Sets up a barrier that `arrivals` threads arrive at in each phase.
 __device__ inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(arrivals));
@@ -23,7 +27,7 @@ __device__ inline void mbarrier_arrive(uint64_t* barrier) {
                : "memory");
 }
 
-// Arrives, and makes the phase wait for `bytes` of copies too.
+// Arrives, and makes the phase wait for `bytes` more bytes of copies.
 __device__ inline void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -31,7 +35,8 @@ __device__ inline void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes)
       : "memory");
 }
 
-// Waits for the end of the phase of this parity.
+// Waits until the phase of this parity has ended. A new barrier counts as having ended one of
+// parity 1.
 __device__ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -46,8 +51,9 @@ __device__ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
       : "memory");
 }
 
-// At a barrier of any CTA of the cluster (an address of cluster_shared_address). Says that reads
-// are over: writes before it are released to this CTA alone, which spares a fence of the whole GPU.
+// Arrives at a barrier of any CTA of the cluster; `barrier` is an address from
+// cluster_shared_address. It tells that CTA that reads are over. Earlier writes become visible to
+// this CTA alone, which spares a fence of the whole GPU.
 __device__ inline void mbarrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }

@@ -5,7 +5,7 @@
 
 namespace prefilld::kernels::cuda::device {
 
-// Address of shared memory as PTX takes it.
+// The address of shared memory in the form that PTX instructions take.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

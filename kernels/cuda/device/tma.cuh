@@ -10,11 +10,8 @@
 
 namespace prefilld::kernels::cuda::device {
 
-__device__ inline void tma_prefetch_descriptor(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
-// Box at coordinates (c0 innermost); out-of-range elements arrive as zero, negative ones too.
+// Loads the box at these coordinates, c0 being the innermost. Elements outside the tensor arrive as
+// zero; coordinates may be negative.
 __device__ inline void tma_load_3d(void* dst, const CUtensorMap* map, uint64_t* barrier, int c0,
                                    int c1, int c2) {
   asm volatile(
@@ -24,8 +21,9 @@ __device__ inline void tma_load_3d(void* dst, const CUtensorMap* map, uint64_t* 
       : "memory");
 }
 
-// As tma_load_3d, to the same place in every CTA of the cluster whose bit is set, and counted by
-// the barrier at the same place there.
+// Does the same as tma_load_3d for every CTA of the cluster whose bit is set in `ctas`: the box
+// goes to the same place in each CTA's shared memory, and the barrier at the same place there
+// counts it.
 __device__ inline void tma_load_3d_multicast(void* dst, const CUtensorMap* map, uint64_t* barrier,
                                              uint16_t ctas, int c0, int c1, int c2) {
   asm volatile(
@@ -35,6 +33,7 @@ __device__ inline void tma_load_3d_multicast(void* dst, const CUtensorMap* map, 
       : "memory");
 }
 
+// Does the same as tma_load_3d, for a tensor of four dimensions.
 __device__ inline void tma_load_4d(void* dst, const CUtensorMap* map, uint64_t* barrier, int c0,
                                    int c1, int c2, int c3) {
   asm volatile(
@@ -44,7 +43,7 @@ __device__ inline void tma_load_4d(void* dst, const CUtensorMap* map, uint64_t* 
       : "memory");
 }
 
-// `bytes` contiguous bytes; they and both addresses are multiples of 16.
+// Loads `bytes` contiguous bytes. Their number and both addresses are multiples of 16.
 __device__ inline void bulk_load(void* dst, const void* src, uint32_t bytes, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
@@ -53,7 +52,8 @@ __device__ inline void bulk_load(void* dst, const void* src, uint32_t bytes, uin
       : "memory");
 }
 
-// Out-of-range elements are not written.
+// Stores a box at these coordinates, c0 being the innermost. Elements outside the tensor are not
+// written.
 __device__ inline void tma_store_3d(const CUtensorMap* map, const void* src, int c0, int c1,
                                     int c2) {
   asm volatile(
@@ -62,6 +62,7 @@ __device__ inline void tma_store_3d(const CUtensorMap* map, const void* src, int
       : "memory");
 }
 
+// Makes a group of the stores issued since the last commit.
 __device__ inline void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;"); }
 
 // Waits until the committed stores have read their shared memory.
@@ -69,7 +70,8 @@ __device__ inline void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
-// Orders this thread's ordinary writes to shared memory before copies and matrix instructions.
+// Orders this thread's ordinary writes to shared memory before later bulk copies and matrix
+// instructions, which do not see them otherwise.
 __device__ inline void fence_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -1,7 +1,7 @@
 // Warpgroup matrix instructions (sm_90a): four warps multiply 64-row tiles, asynchronously.
 //
-// Accumulators: element d[4 j + {0, 1}] of a thread is row lane / 4, columns 8 j + 2 (lane % 4) +
-// {0, 1} of its warp's 16 rows; d[4 j + {2, 3}] is the same eight rows below.
+// device/accumulator.cuh says which rows and columns the accumulators d of a thread are; each warp
+// of the warpgroup holds 16 of the 64 rows.
 #ifndef PREFILLD_KERNELS_CUDA_DEVICE_WGMMA_CUH_
 #define PREFILLD_KERNELS_CUDA_DEVICE_WGMMA_CUH_
 
@@ -11,10 +11,12 @@
 
 namespace prefilld::kernels::cuda::device {
 
-// A tile in shared memory with 128-byte rows, swizzled in groups of eight rows (the layout that a
-// bulk copy with 128-byte swizzle writes). K-major operands: rows are M or N, and stepping 16
-// elements along K adds 32 bytes to the address. MN-major operands: rows are K, `leading_bytes`
-// leads from one 64-column chunk to the next, and stepping 16 along K adds 2048 bytes.
+// Describes a tile in shared memory to the matrix instructions. Its rows have 128 bytes and are
+// swizzled in groups of eight rows, as a bulk copy with 128-byte swizzle writes them.
+// - K-major operands: rows are M or N, and stepping 16 elements along K adds 32 bytes to the
+//   address.
+// - MN-major operands: rows are K, `leading_bytes` leads from one 64-column chunk to the next, and
+//   stepping 16 along K adds 2048 bytes.
 __device__ inline uint64_t swizzled_tile_descriptor(const void* tile, uint32_t leading_bytes) {
   constexpr uint64_t kGroupBytes = 1024;  // eight rows
   constexpr uint64_t kSwizzle128 = 1;
@@ -26,6 +28,7 @@ __device__ inline uint64_t swizzled_tile_descriptor(const void* tile, uint32_t l
 // Orders register and shared-memory writes before the next matrix instructions.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
+// Makes a group of the matrix instructions issued since the last commit.
 __device__ inline void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
@@ -36,32 +39,26 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// Raises the number of registers of each thread to kRegisters; waits until so many are free. All
+// warps of the warpgroup call it.
 template <int kRegisters>
 __device__ inline void register_increase() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// Gives registers back, so that each thread keeps kRegisters. All warps of the warpgroup call it.
 template <int kRegisters>
 __device__ inline void register_decrease() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Named barriers of `threads` threads: sync waits for the others, arrive does not.
+// Named barriers of `threads` threads: sync waits for the others, arrive does not wait.
 __device__ inline void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 __device__ inline void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// Stores four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l
-// / 8.
-__device__ inline void stmatrix_x4(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile(
-      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
-      "r"(a), "r"(b), "r"(c), "r"(d)
-      : "memory");
 }
 
 // d[64, 128] (+)= A[64, 16] B[128, 16]^T, both in shared memory, K-major.
@@ -143,8 +140,8 @@ __device__ inline void wgmma_m64n256k16_ss(float (&d)[128], uint64_t a, uint64_t
       : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
 }
 
-// d[64, 64] (+)= A[64, 16] B[16, 64]; A in registers (per warp the fragment of mma.m16n8k16), B in
-// shared memory with its 64 columns contiguous.
+// d[64, 64] (+)= A[64, 16] B[16, 64]. A is in registers, in each warp the operand A of
+// mma.m16n8k16; B is in shared memory, with its 64 columns contiguous.
 __device__ inline void wgmma_m64n64k16_rs(float (&d)[32], const uint32_t (&a)[4], uint64_t b,
                                           bool accumulate) {
   asm volatile(
@@ -166,8 +163,8 @@ __device__ inline void wgmma_m64n64k16_rs(float (&d)[32], const uint32_t (&a)[4]
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
 }
 
-// d[64, 128] (+)= A[64, 16] B[16, 128]; A in registers (per warp the fragment of mma.m16n8k16), B
-// in shared memory with its 128 columns contiguous.
+// d[64, 128] (+)= A[64, 16] B[16, 128]. A is in registers, in each warp the operand A of
+// mma.m16n8k16; B is in shared memory, with its 128 columns contiguous.
 __device__ inline void wgmma_m64n128k16_rs(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
                                            bool accumulate) {
   asm volatile(

@@ -1,5 +1,5 @@
 #include "kernels/cuda/pattern/sm80/estimate.h"
-#include "kernels/cuda/attention.h"
+#include "kernels/cuda/kernel_path.h"
 #include "kernels/cuda/pattern.h"
 #include "kernels/cuda/pattern/sm90/estimate.h"
 
@@ -16,25 +16,14 @@ bool IsSupported(const EstimateParams& params) {
 
 }  // namespace
 
-cudaError_t LaunchEstimate(const EstimateParams& params, cudaStream_t stream, AttentionPath path) {
+cudaError_t LaunchEstimate(const EstimateParams& params, cudaStream_t stream, KernelPath path) {
   if (!IsSupported(params)) return cudaErrorInvalidValue;
-  if (path == AttentionPath::kPortable || !sm90::Supports(params)) {
-    return sm80::LaunchEstimate(params, stream);
-  }
-  int device = 0;
-  int major = 0;
-  int num_sms = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error != cudaSuccess) return error;
-  // wgmma exists on compute capability 9 alone.
-  return major == 9 ? sm90::LaunchEstimate(params, num_sms, stream)
-                    : sm80::LaunchEstimate(params, stream);
+  GpuTraits gpu;
+  if (cudaError_t error = CurrentGpu(&gpu); error != cudaSuccess) return error;
+  const auto chosen = ChoosePath(path, gpu, sm90::Supports(params));
+  if (!chosen) return cudaErrorInvalidValue;
+  return *chosen == KernelPath::kHopper ? sm90::LaunchEstimate(params, gpu.num_sms, stream)
+                                        : sm80::LaunchEstimate(params, stream);
 }
 
 }  // namespace prefilld::kernels::cuda

@@ -1,5 +1,5 @@
-// How the estimate divides the keys among CTAs, and its scratch memory, on each path. Pure host
-// functions.
+// Divides the keys of an estimate among CTAs and lays out its scratch memory, for either path. Pure
+// host functions.
 #ifndef PREFILLD_KERNELS_CUDA_PATTERN_ESTIMATE_PLAN_H_
 #define PREFILLD_KERNELS_CUDA_PATTERN_ESTIMATE_PLAN_H_
 
@@ -17,8 +17,9 @@ struct EstimatePlan {
   int num_chunks = 0;
 };
 
-// Enough chunks to fill a GPU with a few heads, few enough that a CTA's start is small beside its
-// work; a chunk's diagonals must fit into shared memory.
+// Plans the portable path. There are enough chunks to fill a GPU with a few heads, but so few that
+// a CTA's start is small beside its work. A chunk is short enough that the sums of its diagonals
+// fit into shared memory.
 constexpr EstimatePlan PlanEstimate(int64_t num_keys) {
   constexpr int64_t kGranule = 256;
   constexpr int64_t kMaxChunkKeys = 4096;
@@ -29,7 +30,7 @@ constexpr EstimatePlan PlanEstimate(int64_t num_keys) {
   return plan;
 }
 
-// Offsets and length in floats.
+// The scratch memory's parts: their offsets, and the length of the whole, in floats.
 struct EstimateScratch {
   int64_t row_sums = 0;
   int64_t row_lse = 0;
@@ -37,7 +38,7 @@ struct EstimateScratch {
   int64_t floats = 0;
 };
 
-// `rows` is block_tokens.
+// Lays out the scratch memory of the portable path. `rows` is block_tokens.
 constexpr EstimateScratch LayOutEstimateScratch(const EstimatePlan& plan, int num_heads, int rows) {
   const int64_t heads = num_heads;
   EstimateScratch scratch;
@@ -53,15 +54,16 @@ namespace sm90 {
 inline constexpr int kEstimateBlock = 128;       // queries of an estimate, and keys of a block
 inline constexpr int kEstimateGroupBlocks = 16;  // blocks a CTA takes at a time, one per warp
 
-// Groups of blocks that cover all keys, and all offsets: a block's upper diagonals begin at the
-// offset first query - first key of the block, and some block's have to begin at or below 0.
+// The number of groups of blocks that cover all keys and all offsets. To cover all offsets, there
+// must be a block whose upper diagonals begin at or below offset 0; a block's begin at the offset
+// first query - first key of the block.
 constexpr int NumEstimateGroups(int64_t num_queries, int64_t num_keys) {
   const int64_t blocks = std::max(CeilDiv(num_keys, kEstimateBlock),
                                   CeilDiv(num_keys - num_queries, kEstimateBlock) + 1);
   return static_cast<int>(CeilDiv(blocks, kEstimateGroupBlocks));
 }
 
-// Each half of a group has its own sums of rows.
+// Lays out the scratch memory of the Hopper path. Each half of a group has its own sums of rows.
 constexpr EstimateScratch LayOutEstimateScratch(int num_groups, int num_heads) {
   const int64_t head_rows = static_cast<int64_t>(num_heads) * kEstimateBlock;
   EstimateScratch scratch;

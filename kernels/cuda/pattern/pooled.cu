@@ -1,7 +1,8 @@
 // Block means of queries and keys, and the softmax of their products.
 //
-// Reading Q and K of the head, 4 d bytes a token, bounds the means; the n^2 d products of the n
-// means are few beside it up to n = block_tokens, and a small part of attention after.
+// The time for the means is that of reading Q and K of the head, 4 d bytes a token. The products of
+// the n means take n^2 d multiply-adds: little beside that up to n = block_tokens, and beyond it a
+// small part of what attention takes.
 #include <cuda_bf16.h>
 
 #include <cmath>
@@ -19,7 +20,8 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kMaxHeadDim = 256;
 static_assert(kMaxHeadDim <= kThreads, "one thread loads one element of the row's mean");
 
-// grid: (n, 2), the means of queries, then of keys; one thread per element of head_dim.
+// Computes the means of the queries' blocks and of the keys' blocks. grid: (n, queries or keys);
+// one thread per element of head_dim.
 __global__ void block_means_kernel(PooledMassParams params, int64_t num_blocks) {
   const bool keys = blockIdx.y == 1;
   const int64_t kv_head = params.head / (params.num_heads / params.num_kv_heads);
@@ -37,19 +39,8 @@ __global__ void block_means_kernel(PooledMassParams params, int64_t num_blocks) 
       sum / static_cast<float>(end - first);
 }
 
-__device__ float block_reduce(float x, float* shared, bool maximum) {
-  x = maximum ? device::warp_max(x) : device::warp_sum(x);
-  __syncthreads();  // what the reduction before left has been read
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-  __syncthreads();
-  float result = shared[0];
-  for (int warp = 1; warp < kWarps; ++warp) {
-    result = maximum ? fmaxf(result, shared[warp]) : result + shared[warp];
-  }
-  return result;
-}
-
-// One CTA per query block; a warp takes every eighth key block, its lanes share head_dim.
+// Computes a row of block mass. One CTA takes one query block; a warp takes every eighth key block,
+// and its lanes share head_dim.
 __global__ void __launch_bounds__(kThreads)
     pooled_mass_kernel(PooledMassParams params, int64_t num_blocks) {
   __shared__ float q_mean[kMaxHeadDim];
@@ -72,13 +63,16 @@ __global__ void __launch_bounds__(kThreads)
     if (lane == 0) mass[block] = product;
     max = fmaxf(max, product);
   }
-  max = block_reduce(max, reduced, /*maximum=*/true);  // and the row's products are all there
+  // The barriers inside also make all of the row's products visible.
+  max = device::combine_warps<kWarps>(device::warp_max(max), reduced,
+                                      [](float a, float b) { return fmaxf(a, b); });
   float sum = 0.0f;
   for (int64_t block = thread; block <= row; block += kThreads) {
     mass[block] = __expf(mass[block] - max);
     sum += mass[block];
   }
-  sum = block_reduce(sum, reduced, /*maximum=*/false);
+  sum = device::combine_warps<kWarps>(device::warp_sum(sum), reduced,
+                                      [](float a, float b) { return a + b; });
   for (int64_t block = thread; block < num_blocks; block += kThreads) {
     mass[block] = block <= row ? mass[block] / sum : 0.0f;
   }

@@ -1,4 +1,4 @@
-// Patterns from block mass, row by row, and what a pattern holds of it.
+// Chooses patterns from block mass, row by row, and measures how much of it a pattern holds.
 #include <algorithm>
 #include <cstdint>
 
@@ -11,11 +11,10 @@ namespace prefilld::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// Enough CTAs to read from memory at full speed.
-constexpr int64_t kMaxMeasureCtas = 256;
+constexpr int64_t kMaxMeasureCtas = 256;  // enough to read from memory at full speed
 constexpr int64_t kMeasureWordsPerCta = 64;
 
-// One CTA per query block. grid: (query blocks, heads).
+// Chooses the blocks of one row of a pattern. One CTA per query block; grid: (query blocks, heads).
 __global__ void __launch_bounds__(kThreads) select_rows_kernel(SelectRowsParams params) {
   using Search = SmallestSetSearch<kThreads, /*kCopies=*/8>;
   __shared__ typename Search::Shared shared;
@@ -37,10 +36,12 @@ __global__ void __launch_bounds__(kThreads) select_rows_kernel(SelectRowsParams 
   }
 }
 
-// A warp per word of the pattern, a lane per block: rows are read in whole. The mass is summed in
-// fixed point, 48 fractional bits leave room for 2^15 rows; so CTAs may add theirs in any order to
-// what the results' memory holds, zero at first. The last one to do so, which the upper 16 bits of
-// the blocks count, turns the sums into results.
+// Sums up a pattern's blocks and the mass on them. A warp takes a word of the pattern at a time,
+// each lane one block, so that memory is read in order. The mass is summed in fixed point with 48
+// fractional bits, which leaves room for 2^15 rows. So the result does not depend on the order in
+// which CTAs add their sums to the memory of the results, which is zero at first. The upper 16 bits
+// of the sum of blocks count the CTAs that have added theirs; the last one turns the sums into
+// results.
 __global__ void __launch_bounds__(kThreads) measure_pattern_kernel(MeasurePatternParams params) {
   constexpr int kWarps = kThreads / 32;
   constexpr unsigned long long kArrival = 1ull << 48;
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) measure_pattern_kernel(MeasurePatter
     auto* all_mass = reinterpret_cast<unsigned long long*>(params.mass);
     auto* all_blocks = reinterpret_cast<unsigned long long*>(params.blocks);
     if (all_mass != nullptr) atomicAdd(all_mass, mass);
-    __threadfence();  // the mass arrives before its arrival is counted
+    __threadfence();  // the mass is added before this CTA is counted
     const unsigned long long before = atomicAdd(all_blocks, blocks + kArrival);
     if (before / kArrival + 1 < gridDim.x) return;
     blocks += before % kArrival;

@@ -1,14 +1,15 @@
-// The smallest set of values whose sum reaches a share of the total, without sorting.
+// Finds the smallest set of values whose sum reaches a share of the total, without sorting them.
 //
-// Sorted from the largest down, with the lower index first among equals, the set is a prefix. Its
-// last member's value is found digit by digit (radix select): a histogram of the sums and counts
-// of the values by their leading bits says in which bin the prefix ends, then the same within that
-// bin. Non-negative floats order as their bit patterns do.
+// If the values were sorted from the largest down, with the lower index first among equals, the set
+// would be a prefix. The value of its last member is found digit by digit (radix select): a
+// histogram of the sums and counts of the values by their leading bits tells in which bin the
+// prefix ends; the next histogram does the same for the values within that bin. This works because
+// non-negative floats have the same order as their bit patterns.
 //
-// Sums are 64-bit fixed point with 52 fractional bits: exact for every value of at least 2^-28,
-// off by at most 2^-53 each below, and the same in any order. Against a sum in floating point the
-// set can differ only where the running sum passes the target by less than that sum's own
-// rounding.
+// Sums are 64-bit fixed point with 52 fractional bits. They are exact for every value of at least
+// 2^-28, off by at most 2^-53 for each smaller one, and the same in any order of addition. The set
+// can differ from that of a sum in floating point only where the running sum passes the target by
+// less than that sum's own rounding error.
 #ifndef PREFILLD_KERNELS_CUDA_PATTERN_SMALLEST_SET_CUH_
 #define PREFILLD_KERNELS_CUDA_PATTERN_SMALLEST_SET_CUH_
 
@@ -20,18 +21,19 @@
 
 namespace prefilld::kernels::cuda {
 
+// A value in fixed point with 52 fractional bits.
 __device__ __forceinline__ uint64_t to_fixed(float value) {
   return __float2ull_rn(value * 0x1p52f);
 }
 
-// A value as an unsigned integer of the same order; a NaN or negative value counts as 0.
+// Maps values to unsigned integers of the same order. NaN and negative values become 0.
 __device__ __forceinline__ uint32_t order_bits(float value) {
   return value > 0.0f ? __float_as_uint(value) : 0u;
 }
 
 struct SmallestSet {
   uint32_t last = 0;    // order_bits of the smallest member
-  int last_index = -1;  // of the members equal to it, the highest index
+  int last_index = -1;  // the highest index among the members that are equal to it
 
   __device__ __forceinline__ bool contains(float value, int index) const {
     const uint32_t bits = order_bits(value);
@@ -39,11 +41,11 @@ struct SmallestSet {
   }
 };
 
-// A CTA's values. Its threads read them time and again and can keep the first of them in shared
-// memory: each writes and reads its own ones, so that no barrier is needed.
+// A CTA's values. Its threads read them several times and can keep the first of them in shared
+// memory. Each thread writes and reads its own ones, so that no barrier is needed.
 template <int kThreads>
 struct CachedValues {
-  static constexpr int kLoads = 16;  // in flight: few CTAs have to draw on L2
+  static constexpr int kLoads = 16;  // in flight at once, as few CTAs have to use all of L2's speed
   static constexpr int kTile = kLoads * kThreads;
 
   const float* values = nullptr;  // [n]
@@ -51,11 +53,12 @@ struct CachedValues {
   float* cache = nullptr;  // [cached]
   int cached = 0;          // a multiple of kTile; may be more than n
 
-  // Element j of the thread's part of the tile that begins at `tile`.
+  // The index of element j of this thread's part of the tile that begins at `tile`.
   static __device__ __forceinline__ int index(int tile, int j) {
     return tile + j * kThreads + static_cast<int>(threadIdx.x);
   }
 
+  // Copies the first values into the cache.
   __device__ void fill_cache() const {
     for (int tile = 0; tile < min(cached, n); tile += kTile) {
       float part[kLoads];
@@ -65,7 +68,7 @@ struct CachedValues {
     }
   }
 
-  // The thread's part of a tile; what is beyond n is 0.
+  // Loads this thread's part of a tile; elements beyond n are 0.
   __device__ __forceinline__ void load(int tile, float (&part)[kLoads]) const {
     if (tile >= cached) return load_global(tile, part);
 #pragma unroll
@@ -81,14 +84,14 @@ struct CachedValues {
   }
 };
 
-// The search by a cluster of CTAs, each of which has a share of the values, in order of rank; by
-// one CTA if it is in no cluster. All threads of the cluster call it.
+// The search. A cluster of CTAs does it together, each of which has a share of the values, in order
+// of rank; or a single CTA. All threads of the cluster call it.
 //
-// Digits have eight bits, so that the first one is a float's exponent: within a bin, fixed-point
-// values are integers of 24 bits with a common factor, and two 32-bit additions in shared memory
-// add one to a bin and count it. Masses are much alike and fall into few bins; additions to one bin
-// would wait for each other. With kCopies of the histogram, neighbouring lanes add to different
-// ones, in different banks.
+// Digits have eight bits, so that the first one is a float's exponent. Within a bin, fixed-point
+// values are then integers of 24 bits with a common factor, and two 32-bit additions in shared
+// memory add a value to a bin and count it. Masses are much alike and fall into few bins, and
+// additions to one bin wait for each other. So there are kCopies of the histogram: neighbouring
+// lanes add to different ones, which lie in different banks.
 template <int kThreads, int kCopies>
 class SmallestSetSearch {
  public:
@@ -96,17 +99,17 @@ class SmallestSetSearch {
   static constexpr int kBins = 256;
 
   struct Shared {
-    // The copies of a bin side by side. A value's lower kLowBits are added up in the lower part of
-    // `low`, the upper part counts the values.
+    // The copies of a bin lie side by side. A value's lower kLowBits are added up in the lower part
+    // of `low`, whose upper part counts the values; its upper bits are added up in `high`.
     uint32_t low[kBins * kCopies];
     uint32_t high[kBins * kCopies];
-    // The CTA's values by bins, for the cluster to read. It may still read those of one level while
-    // the next level's are written.
+    // The sums and counts of this CTA's values by bins, which the whole cluster reads. There are
+    // two of each: one level's may still be read while the next level's are written.
     uint64_t sums[2][kBins];
     uint32_t counts[2][kBins];
     uint64_t warp_sums[kThreads / 32];
     uint32_t warp_counts[kThreads / 32];
-    int bin;  // where the prefix ends; -1 when all values together do not suffice
+    int bin;  // the bin in which the prefix ends; -1 when all values together do not suffice
     uint64_t sum_above;
     uint32_t count_above;
     int index;
@@ -114,11 +117,12 @@ class SmallestSetSearch {
 
   __device__ explicit SmallestSetSearch(Shared& shared) : shared_(shared) {}
 
-  // The smallest set of the cluster's values that holds gamma of their sum and at least min_count
-  // of them; all of them if no smaller set does. `values` are this CTA's, and indices in the result
-  // are those of `values`. The cluster's are fewer than 2^31 and sum to less than 2^11.
+  // Finds the smallest set of the cluster's values that holds gamma of their sum and at least
+  // min_count of them; all of them if no smaller set does. `values` are those of this CTA, and the
+  // result is in terms of their indices. All values of the cluster are fewer than 2^31 and sum to
+  // less than 2^11.
   //
-  // No CTA may end before cluster_sync() afterwards: others still read its shared memory.
+  // The caller must call cluster_sync() before a CTA ends: others may still read its shared memory.
   __device__ SmallestSet find(const Values& values, float gamma, int64_t min_count) {
     const auto least_count = static_cast<uint32_t>(min(min_count, int64_t{UINT_MAX}));
     for (int i = static_cast<int>(threadIdx.x); i < kBins * kCopies; i += kThreads) {
@@ -169,16 +173,16 @@ class SmallestSetSearch {
   static constexpr int kThreadsPerBin = kThreads / kBins;
   static_assert(kThreads % kBins == 0 && kCopies % kThreadsPerBin == 0,
                 "the threads divide the bins' copies among them");
-  // How many values of 24 bits a copy can take before it has to be emptied.
   static constexpr int kLowBits = 5;
   static constexpr int kCountShift = 18;
+  // The number of values of 24 bits that a copy can take before it has to be emptied.
   static constexpr int kCopyValues = 1 << 13;
   static_assert(((1ull << kLowBits) - 1) * kCopyValues < 1ull << kCountShift &&
                     uint64_t{kCopyValues} << kCountShift < 1ull << 32 &&
                     ((1ull << (24 - kLowBits)) - 1) * kCopyValues < 1ull << 32,
                 "sums and count have room");
 
-  // What the bins from the top down to this thread's hold; and all of them.
+  // The values of this thread's bin, of the bins from the top down to it, and of all bins.
   struct BinRun {
     uint64_t bin_sum;
     uint32_t bin_count;
@@ -187,17 +191,19 @@ class SmallestSetSearch {
     uint64_t total;
   };
 
-  // A float's order bits, doubled: four digits of eight bits, the first one the exponent.
+  // Doubles a float's order bits. They are then four digits of eight bits, the first of which is
+  // the exponent.
   static __device__ __forceinline__ uint32_t key_of(uint32_t bits) { return bits << 1; }
-  // The first exponent of which fixed-point values have a factor: 2^(exponent - kUnitExponent).
+  // From this exponent on, fixed-point values have a common factor: 2^(exponent - kUnitExponent).
   static constexpr uint32_t kUnitExponent = 127 - 52 + 23;
 
-  // to_fixed() without that factor.
+  // The same as to_fixed(), divided by that factor.
   static __device__ __forceinline__ uint32_t integer_of(uint32_t bits) {
     return bits >> 23 >= kUnitExponent ? (bits & 0x7fffff) | 0x800000
                                        : __float2uint_rn(__uint_as_float(bits) * 0x1p52f);
   }
 
+  // Adds up this CTA's values whose leading digits are `prefix`, by their next digit.
   __device__ void build_histogram(const Values& values, uint32_t prefix, int level) {
     const int bin = static_cast<int>(threadIdx.x) / kThreadsPerBin;
     uint64_t sum = 0;
@@ -239,8 +245,8 @@ class SmallestSetSearch {
     }
   }
 
-  // Moves this thread's part of a bin's copies to its sums. Lanes start at different copies, that
-  // is in different banks.
+  // Moves this thread's part of a bin's copies to its sums. Lanes start at different copies, so
+  // that they read different banks.
   __device__ __forceinline__ void empty_bin(int bin, uint64_t& sum, uint32_t& count) {
     const int part = static_cast<int>(threadIdx.x) % kThreadsPerBin;
 #pragma unroll
@@ -254,7 +260,8 @@ class SmallestSetSearch {
     }
   }
 
-  // Thread t < kBins takes the t-th bin from the top, of all CTAs. The others get the total.
+  // Adds up the bins of all CTAs. Thread t < kBins takes the t-th bin from the top; the other
+  // threads get the total alone.
   __device__ BinRun add_up_to_bin(int level) {
     const int thread = static_cast<int>(threadIdx.x);
     const int lane = thread % 32;
@@ -294,7 +301,7 @@ class SmallestSetSearch {
     return run;
   }
 
-  // Finds the bin, counted from the top, with which sum and count first suffice.
+  // Finds the first bin from the top with which sum and count suffice.
   __device__ void find_bin(const BinRun& run, uint64_t sum_above, uint32_t count_above,
                            uint64_t target, uint32_t least_count) {
     const uint64_t sum = sum_above + run.sum;
@@ -309,8 +316,8 @@ class SmallestSetSearch {
     __syncthreads();
   }
 
-  // Index of the k-th value, k >= 1, whose order_bits equal `bits`; there are as many. Only where
-  // the set ends amid equal values.
+  // Returns the index of the k-th value, k >= 1, whose order_bits equal `bits`; there are at least
+  // k. It is needed only where the set ends amid equal values.
   __device__ int index_of_equal(const Values& all, uint32_t bits, int k) {
     const float* values = all.values;
     const int n = all.n;

@@ -1,15 +1,16 @@
 // Vertical-slash sets, and patterns from them.
 //
-// At 28 heads and 128k keys there are 56 sets of 131072 masses, 29 MB in L2: 5 us to read them. A
-// cluster of two CTAs finds a set, on 112 of 132 SMs, and goes through them five times; half stay
-// in shared memory. Every mass is added once to a histogram, 4096 shared-memory atomics of a warp
-// and CTA, 5 to 10 us without conflicts.
+// Arithmetic, at 28 heads and 128k keys: there are 56 sets of 131072 masses, 29 MB in L2, which
+// take 5 us to read. A cluster of two CTAs finds a set, on 112 of 132 SMs, and goes through its
+// masses five times; half of them stay in shared memory. Every mass is added once to a histogram:
+// 4096 atomics of a warp on shared memory per CTA, which take 5 to 10 us without conflicts.
 #include <algorithm>
 #include <climits>
 #include <cstdint>
 
 #include "kernels/attention.h"
 #include "kernels/cuda/device/cluster.cuh"
+#include "kernels/cuda/kernel_path.h"
 #include "kernels/cuda/pattern.h"
 #include "kernels/cuda/pattern/smallest_set.cuh"
 #include "kernels/cuda/pattern/vertical_slash_plan.h"
@@ -20,17 +21,19 @@ namespace {
 constexpr int kSelectThreads = 1024;
 using Search = SmallestSetSearch<kSelectThreads, /*kCopies=*/32>;
 constexpr int kExpandThreads = 256;
-// Indices are 32 bits wide, and may pass the end by some rounds of a CTA's threads.
+// Indices are 32 bits wide, and may pass the end by a few times the number of a CTA's threads.
 constexpr int64_t kMaxKeys = int64_t{1} << 30;
 
-// Sets the blocks of the columns, or of the diagonals, from `first` on that are in the set.
+// Sets the bits of the blocks that have a column, or a diagonal, in the set. `mass` are those of
+// the columns, or diagonals, from `first` on.
 __device__ void choose_blocks(const VerticalSlashParams& params, bool diagonals,
                               const Search::Values& mass, int first, const SmallestSet& set,
                               int num_blocks, uint32_t* words) {
   const auto choose = [&](int block) { atomicOr(&words[block / 32], 1u << (block % 32)); };
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
-  // Where the thread's next index lies; only the first one is divided.
+  // The block of the thread's next index, and its place therein. Only the first one is divided; the
+  // following ones are counted on.
   int block = (first + thread) / params.block_tokens;
   int rest = (first + thread) % params.block_tokens;
   const int step_blocks = kSelectThreads / params.block_tokens;
@@ -42,8 +45,8 @@ __device__ void choose_blocks(const VerticalSlashParams& params, bool diagonals,
     for (int j = 0; j < Search::Values::kLoads; ++j) {
       const int i = Search::Values::index(tile, j);
       const bool chosen = i < mass.n && set.contains(part[j], i);
-      // Lanes have consecutive indices, and of those in one block the first that is chosen does it:
-      // additions to one word would wait for each other.
+      // Lanes have consecutive indices. Among the lanes of one block the first that is chosen sets
+      // the bit, since atomics on one word wait for each other.
       const uint32_t below_in_block = (1u << lane) - (1u << (lane - min(lane, rest)));
       if ((__ballot_sync(~0u, chosen) & below_in_block) == 0 && chosen) choose(block);
       if (diagonals) {
@@ -61,8 +64,9 @@ __device__ void choose_blocks(const VerticalSlashParams& params, bool diagonals,
   }
 }
 
-// A cluster per set. grid: (heads * cluster size, columns or diagonals). Dynamic shared memory: the
-// search's, `cached` masses, and the words of a row.
+// Finds the sets and rounds them to blocks. A cluster takes one set; grid: (heads * cluster size,
+// columns or diagonals). Dynamic shared memory holds the search's, `cached` masses, and the words
+// of a row.
 __global__ void __launch_bounds__(kSelectThreads)
     vertical_slash_kernel(VerticalSlashParams params, int num_blocks, int cached) {
   extern __shared__ __align__(16) unsigned char memory[];
@@ -100,7 +104,7 @@ __global__ void __launch_bounds__(kSelectThreads)
   device::cluster_sync();  // this CTA's shared memory has been read
 }
 
-// Bits [first, first + 32) of a bitmap; bits below 0 and from 32 * num_words on are 0.
+// Returns bits [first, first + 32) of a bitmap. Bits below 0 and from 32 * num_words on are 0.
 __device__ __forceinline__ uint32_t bits_from(const uint32_t* words, int num_words, int first) {
   const int word = first >> 5;  // rounds down also below 0
   const uint32_t low = word >= 0 && word < num_words ? words[word] : 0;
@@ -108,7 +112,7 @@ __device__ __forceinline__ uint32_t bits_from(const uint32_t* words, int num_wor
   return __funnelshift_r(low, high, first & 31);
 }
 
-// One thread per word of a head's pattern. grid: (words, heads).
+// Writes patterns from sets, one thread per word of a head's pattern. grid: (words, heads).
 __global__ void __launch_bounds__(kExpandThreads)
     expand_vertical_slash_kernel(ExpandVerticalSlashParams params) {
   const int num_words = static_cast<int>((params.num_key_blocks + 31) / 32);
@@ -121,7 +125,7 @@ __global__ void __launch_bounds__(kExpandThreads)
     const int word = i % num_words;
     const int row =
         static_cast<int>(params.num_key_blocks - params.num_query_blocks) + i / num_words;
-    // Key block c = 32 * word + b is diagonal row - c: the diagonals in reverse order.
+    // Key block c = 32 * word + b is on diagonal row - c, so the diagonals come in reverse order.
     bits = columns[word] | __brev(bits_from(diagonals, num_words, row - 32 * word - 31));
     if (word == row / 32) {
       bits &= (2u << (row % 32)) - 1;
@@ -144,7 +148,8 @@ struct SetLaunch {
   int shared_bytes = 0;
 };
 
-// The launch as the runtime takes it, which points to what it holds.
+// A SetLaunch in the form that the runtime takes. It can not be copied, since it points into
+// itself.
 class LaunchConfig {
  public:
   LaunchConfig(const SetLaunch& launch, int num_heads, cudaStream_t stream) {
@@ -167,26 +172,19 @@ class LaunchConfig {
   cudaLaunchConfig_t config_{};
 };
 
-// No clusters where the device has none, or its driver runs code made for devices without, nor such
-// as find no room in any part of it; as many masses cached as fit into shared memory and a CTA of
-// the cluster has.
+// Chooses the cluster size, and how many masses a CTA caches.
+// - The cluster size is 1 where the driver runs the kernel's sm_80 code, which knows no clusters.
+//   Elsewhere it is what VerticalSlashClusterSize wants, halved until one cluster fits the GPU: the
+//   CTAs of a cluster have to find room in one part of it.
+// - A CTA caches all of its masses, or as many as fit into shared memory.
 cudaError_t PlanSetLaunch(const VerticalSlashParams& params, int num_blocks, SetLaunch* launch) {
+  GpuTraits gpu;
   cudaFuncAttributes kernel{};
-  int device = 0;
-  int num_sms = 0;
-  int max_shared_bytes = 0;
-  cudaError_t error = cudaFuncGetAttributes(&kernel, vertical_slash_kernel);
-  if (error == cudaSuccess) error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error == cudaSuccess) {
-    error =
-        cudaDeviceGetAttribute(&max_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
+  cudaError_t error = CurrentGpu(&gpu);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&kernel, vertical_slash_kernel);
   if (error != cudaSuccess) return error;
   if (kernel.ptxVersion >= 90) {
-    launch->cluster_size = VerticalSlashClusterSize(params.num_heads, params.num_keys, num_sms);
+    launch->cluster_size = VerticalSlashClusterSize(params.num_heads, params.num_keys, gpu.num_sms);
   }
   constexpr int kTile = Search::Values::kTile;
   constexpr int kTileBytes = kTile * static_cast<int>(sizeof(float));
@@ -195,7 +193,8 @@ cudaError_t PlanSetLaunch(const VerticalSlashParams& params, int num_blocks, Set
   for (;; launch->cluster_size /= 2) {
     const auto tiles =
         static_cast<int>(CeilDiv(params.num_keys, int64_t{launch->cluster_size} * kTile));
-    const int cached_tiles = std::clamp((max_shared_bytes - fixed_bytes) / kTileBytes, 0, tiles);
+    const int cached_tiles =
+        std::clamp((gpu.max_shared_bytes - fixed_bytes) / kTileBytes, 0, tiles);
     launch->cached = cached_tiles * kTile;
     launch->shared_bytes = fixed_bytes + launch->cached * static_cast<int>(sizeof(float));
     error = cudaFuncSetAttribute(vertical_slash_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

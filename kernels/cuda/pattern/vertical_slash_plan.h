@@ -1,4 +1,4 @@
-// How many CTAs search a vertical-slash set. A pure host function.
+// Decides how many CTAs search a vertical-slash set. A pure host function.
 #ifndef PREFILLD_KERNELS_CUDA_PATTERN_VERTICAL_SLASH_PLAN_H_
 #define PREFILLD_KERNELS_CUDA_PATTERN_VERTICAL_SLASH_PLAN_H_
 
@@ -6,9 +6,9 @@
 
 namespace prefilld::kernels::cuda {
 
-// The cluster of CTAs of each set, two sets a head: as many as the multiprocessors have room for at
-// once, but no more than the values are worth: a CTA reads kMinShare of them in the time that the
-// cluster takes to exchange a histogram.
+// Returns the number of CTAs of the cluster that searches a set; there are two sets a head. It is
+// as large as the SMs have room for when all sets are searched at once, but each CTA gets at least
+// kMinShare values: it reads so many in the time that the cluster takes to exchange a histogram.
 constexpr int VerticalSlashClusterSize(int num_heads, int64_t num_keys, int num_sms) {
   constexpr int kMaxClusterSize = 8;  // more is not portable
   constexpr int64_t kMinShare = 8192;

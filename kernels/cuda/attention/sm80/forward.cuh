@@ -1,4 +1,4 @@
-// The portable attention kernel (config.h says why it is shaped so).
+// The portable attention kernel; config.h explains its tile sizes.
 #ifndef PREFILLD_KERNELS_CUDA_ATTENTION_SM80_FORWARD_CUH_
 #define PREFILLD_KERNELS_CUDA_ATTENTION_SM80_FORWARD_CUH_
 
@@ -6,11 +6,14 @@
 
 #include "kernels/cuda/attention/sm80/config.h"
 #include "kernels/cuda/attention/sm80/tile.cuh"
+#include "kernels/cuda/device/accumulator.cuh"
 #include "kernels/cuda/device/arithmetic.cuh"
 #include "kernels/cuda/device/shared_address.cuh"
+#include "kernels/cuda/launch.cuh"
 
 namespace prefilld::kernels::cuda::sm80 {
 
+// Finds the tile of a query block of the call and of a head of the group.
 template <typename Config>
 __device__ __forceinline__ QueryTile locate_tile(const KernelParams& params, int row, int work) {
   constexpr int kBlock = Config::kBlockTokens;
@@ -28,7 +31,8 @@ __device__ __forceinline__ QueryTile locate_tile(const KernelParams& params, int
   return tile;
 }
 
-// Writes the words of the tile's pattern row, which ends with the diagonal, for the whole CTA.
+// Writes the words of the tile's pattern row, up to the one with the diagonal. The whole CTA calls
+// it.
 __device__ __forceinline__ void load_pattern_row(uint32_t* words, const HeadWork& work,
                                                  const QueryTile& tile,
                                                  const KernelParams& params) {
@@ -48,8 +52,8 @@ __device__ __forceinline__ void load_pattern_row(uint32_t* words, const HeadWork
   }
 }
 
-// Walks the key tiles of a pattern row: blocks from the diagonal down, tiles within a block up, so
-// that from the first tile on every row has seen a key of its own or lies wholly below the tile.
+// Walks the key tiles of a pattern row: blocks from the diagonal down, tiles within a block up. So
+// from the first tile on, every row of the query tile has seen at least one key.
 template <typename Config>
 class KeyTiles {
  public:
@@ -91,8 +95,8 @@ class KeyTiles {
   int part_ = 0;
 };
 
-// Softmax state and output of a warp's rows. Row state i belongs to the row
-// first_row + 8 * i + lane / 4; its sums are those of the lane's own columns until the end.
+// The softmax state and output of a warp's rows. State i is that of row 8 * i + lane / 4, counted
+// from the warp's first row. Until the end a lane's sums are over its own columns only.
 template <typename Config>
 struct Accumulator {
   static constexpr int kRowTiles = Config::kRowTiles;
@@ -100,7 +104,7 @@ struct Accumulator {
   float out[kRowTiles][Config::kHeadDim / 8][4];
   float max[kRows];
   float sum[kRows];
-  float block_sum[kRows];  // of the key block under way, for block mass
+  float block_sum[kRows];  // over the key block under way, for block mass
 
   __device__ __forceinline__ void reset() {
 #pragma unroll
@@ -154,12 +158,13 @@ struct Accumulator {
     }
   }
 
-  // out += P V over one key tile. Two neighbouring accumulators of P are one A fragment.
+  // Adds P V over one key tile to `out`.
   __device__ __forceinline__ void multiply_pv(const float (&p)[kRowTiles][Config::kKeyTile / 8][4],
                                               uint32_t v_tile) {
     constexpr int kRowBytes = Config::kHeadDim * 2;
     const int lane = device::opaque(threadIdx.x) % 32;
-    // V fragments: matrices 0, 1 are keys 0-7, 8-15 of columns 0-7; matrices 2, 3 of columns 8-15.
+    // V fragments: matrices 0 and 1 are keys 0-7 and 8-15 of columns 0-7; matrices 2 and 3 are the
+    // same keys of columns 8-15.
     const uint32_t v_row = v_tile + (lane % 16) * kRowBytes;
     const uint32_t v_swizzle = ((lane / 16) ^ (lane % 8)) * 16;
 #pragma unroll
@@ -167,10 +172,7 @@ struct Accumulator {
       uint32_t p_fragment[kRowTiles][4];
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
-        p_fragment[i][0] = device::pack_bf16(p[i][2 * step][0], p[i][2 * step][1]);
-        p_fragment[i][1] = device::pack_bf16(p[i][2 * step][2], p[i][2 * step][3]);
-        p_fragment[i][2] = device::pack_bf16(p[i][2 * step + 1][0], p[i][2 * step + 1][1]);
-        p_fragment[i][3] = device::pack_bf16(p[i][2 * step + 1][2], p[i][2 * step + 1][3]);
+        device::to_operand_a(p[i][2 * step], p[i][2 * step + 1], p_fragment[i]);
       }
 #pragma unroll
       for (int pair = 0; pair < Config::kHeadDim / 16; ++pair) {
@@ -187,7 +189,8 @@ struct Accumulator {
   }
 
   // Writes log2 of each row's sum over the key block just finished to block_log_sums[row], and
-  // begins the next block. Lane j of a quad writes the quad's row j: 128 bytes a warp.
+  // begins the next block. Lane j of a quad writes the quad's row j, so that a warp writes 128
+  // bytes at once.
   __device__ __forceinline__ void store_block_sums(float* block_log_sums, int first_row,
                                                    float scale_log2) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -199,18 +202,21 @@ struct Accumulator {
       if (lane % 4 == i) mine = log_sum;
       block_sum[i] = 0.0f;
     }
-    if (lane % 4 < kRows) block_log_sums[first_row + 8 * (lane % 4) + lane / 4] = mine;
+    if (lane % 4 < kRows) {
+      block_log_sums[first_row + 8 * (lane % 4) + device::accumulator_row(lane)] = mine;
+    }
   }
 
-  // Divides by the rows' sums, leaves log2 of those sums in row_lse, and writes the rows that hold
-  // queries. They pass through q_tile, where this warp alone reads or writes its rows.
+  // Divides by the rows' sums, stores log2 of those sums in row_lse, and writes the rows that hold
+  // queries to the output. They pass through q_tile, where this warp alone reads or writes its
+  // rows.
   __device__ __forceinline__ void finish(uint32_t* q_tile, float* row_lse, int first_row,
                                          const QueryTile& tile, const KernelParams& params) {
     const int lane = device::opaque(threadIdx.x) % 32;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int half = 2 * (i % 2);
-      const int row = first_row + 8 * i + lane / 4;
+      const int row = first_row + 8 * i + device::accumulator_row(lane);
       const float total = device::quad_sum(sum[i]);
       if constexpr (Config::kBlockMass) {
         const bool valid = row >= tile.first_valid && row < tile.end_valid;
@@ -243,7 +249,7 @@ struct Accumulator {
   }
 };
 
-// Masks the keys of a tile on the diagonal that come after the row.
+// Masks the keys of a tile in the diagonal block that come after a row's own position.
 template <typename Config>
 __device__ __forceinline__ void mask_diagonal(
     float (&s)[Config::kRowTiles][Config::kKeyTile / 8][4], int first_row, int first_key) {
@@ -254,22 +260,24 @@ __device__ __forceinline__ void mask_diagonal(
     for (int j = 0; j < Config::kKeyTile / 8; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int row = first_row + 16 * i + 8 * (e / 2) + lane / 4;
-        const int key = first_key + 8 * j + 2 * (lane % 4) + e % 2;
+        const int row = first_row + 16 * i + device::element_row(e) + device::accumulator_row(lane);
+        const int key =
+            first_key + 8 * j + device::accumulator_column(lane) + device::element_column(e);
         if (key > row) s[i][j][e] = -INFINITY;
       }
     }
   }
 }
 
-// Where this CTA keeps the logs of its rows' sums over a key block.
+// The scratch memory in which this CTA keeps the logs of its rows' sums over a key block.
 template <typename Config>
 __device__ __forceinline__ float* block_log_sums(const KernelParams& params, int block) {
   return params.block_log_sums +
          (static_cast<int64_t>(blockIdx.x) * params.num_key_blocks + block) * Config::kBlockTokens;
 }
 
-// Block mass of one query tile from the logs of its rows' block sums. A warp takes a key block.
+// Computes the block mass of one query tile from the logs of its rows' block sums. Each warp takes
+// one key block at a time.
 template <typename Config>
 __device__ __forceinline__ void write_block_mass(float* mass_row, const float* log_sums,
                                                  const float* row_lse, const QueryTile& tile,
@@ -292,14 +300,16 @@ __device__ __forceinline__ void write_block_mass(float* mass_row, const float* l
   }
 }
 
-// The tile that a CTA takes in its turn. Tiles are numbered from the longest to the shortest; a
-// grid smaller than the tiles is dealt to and fro, so that all CTAs get the same work.
+// The number of the tile that this CTA takes in a turn. Tiles are numbered from the longest to the
+// shortest. Where there are more tiles than CTAs, the CTAs take them in ascending order of CTA in
+// even turns and in descending order in odd ones, so that all get about the same work.
 __device__ __forceinline__ int64_t tile_of_turn(int64_t turn) {
   const int64_t grid = gridDim.x;
   const int64_t place = turn % 2 == 0 ? blockIdx.x : grid - 1 - blockIdx.x;
   return turn * grid + place;
 }
 
+// Computes the tile in shared.tile. `words` has room for its pattern row.
 template <typename Config>
 __device__ __forceinline__ void compute_tile(const KernelParams& params,
                                              SharedMemory<Config>& shared, uint32_t* words) {
@@ -366,7 +376,7 @@ __device__ __forceinline__ void compute_tile(const KernelParams& params,
 }
 
 template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads, kCtasPerMultiprocessor)
+__global__ void __launch_bounds__(Config::kThreads, kCtasPerSm)
     attention_kernel(const __grid_constant__ KernelParams params) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   SharedMemory<Config>& shared = *reinterpret_cast<SharedMemory<Config>*>(shared_bytes);
@@ -378,8 +388,8 @@ __global__ void __launch_bounds__(Config::kThreads, kCtasPerMultiprocessor)
     int64_t index = tile_of_turn(turn);
     if (index >= params.num_tiles) continue;
     if (turn > 0) __syncthreads();  // shared memory of the tile before is free
-    // Dense heads first; within each kind the longest rows first and, for one row, all heads, so
-    // that heads of one group read the same keys at about the same time.
+    // Dense heads come first. Within each kind the longest rows come first, and all heads of one
+    // row together, so that heads of one KV head read the same keys at about the same time.
     int first_head = 0;
     int num_heads = params.group.num_dense;
     if (index >= num_dense_tiles) {
@@ -402,13 +412,8 @@ template <typename Config>
 cudaError_t LaunchForward(const KernelParams& params, int64_t grid, cudaStream_t stream) {
   const size_t shared_bytes =
       sizeof(SharedMemory<Config>) + PatternWords(params.num_key_blocks) * sizeof(uint32_t);
-  const cudaError_t error =
-      cudaFuncSetAttribute(attention_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(shared_bytes));
-  if (error != cudaSuccess) return error;
-  attention_kernel<Config>
-      <<<static_cast<unsigned>(grid), Config::kThreads, shared_bytes, stream>>>(params);
-  return cudaGetLastError();
+  return LaunchKernel(attention_kernel<Config>, static_cast<unsigned>(grid), Config::kThreads,
+                      shared_bytes, stream, params);
 }
 
 }  // namespace prefilld::kernels::cuda::sm80

@@ -1,8 +1,8 @@
-// Tiles of Q, K and V in shared memory, and the two warp-level products over them.
+// Tiles of Q, K and V in shared memory, and the warp-level product Q K^T over them.
 //
-// A tile is [rows, head_dim] bf16 whose 16-byte chunks are swizzled: chunk c of row r lies where
-// chunk c ^ (r % 8) would. The eight rows that one ldmatrix step reads at equal c thus fall into
-// eight different bank groups.
+// A tile is [rows, head_dim] bf16 whose 16-byte chunks are swizzled: chunk c of row r is stored in
+// the place of chunk c ^ (r % 8). So the eight rows that one ldmatrix step reads at equal c fall
+// into eight different groups of banks.
 #ifndef PREFILLD_KERNELS_CUDA_ATTENTION_SM80_TILE_CUH_
 #define PREFILLD_KERNELS_CUDA_ATTENTION_SM80_TILE_CUH_
 
@@ -16,7 +16,7 @@
 
 namespace prefilld::kernels::cuda::sm80 {
 
-// Byte offset of a 16-byte chunk within a tile.
+// The byte offset of a 16-byte chunk within a tile.
 template <int kHeadDim>
 __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
   return static_cast<uint32_t>(row * kHeadDim * 2 + ((chunk ^ (row & 7)) * 16));
@@ -46,24 +46,28 @@ __device__ __forceinline__ void load_tile_async(uint32_t tile, const __nv_bfloat
   }
 }
 
-// Byte offset, from the row's first byte, of chunks 2 * step and 2 * step + 1 as one ldmatrix
-// reads them; `swizzle` is 16 * (half ^ (row % 8)), half saying which of the two chunks the lane
-// names. Written so that only four offsets differ between steps and the rest is immediate.
+// The byte offset, from the row's first byte, of the chunk that a lane names when one ldmatrix
+// reads chunks 2 * step and 2 * step + 1. `swizzle` is 16 * (half ^ (row % 8)), where half (0 or 1)
+// is the lane's chunk of the two. The formula has only four different offsets over all steps, and
+// the rest is part of the instruction.
 __device__ __forceinline__ constexpr uint32_t step_offset(int step, uint32_t swizzle) {
   return (((step % 4) * 32) ^ swizzle) + (step / 4) * 128;
 }
 
-// s[kRowTiles * 16, kKeys] = Q K^T for the warp's rows, which begin at q_tile's row `first_row`.
-// s[i][j] is the accumulator (device/mma.cuh) of row tile i and of keys 8j .. 8j + 7.
+// Computes s[kRowTiles * 16, kKeys] = Q K^T for the warp's rows, which begin at row `first_row` of
+// q_tile. s[i][j] are the accumulators (device/accumulator.cuh) of row tile i and of the eight keys
+// from 8j on.
 template <int kHeadDim, int kRowTiles, int kKeys>
 __device__ __forceinline__ void multiply_qk(float (&s)[kRowTiles][kKeys / 8][4], uint32_t q_tile,
                                             int first_row, uint32_t k_tile) {
   constexpr int kRowBytes = kHeadDim * 2;
   const int lane = device::opaque(threadIdx.x) % 32;
-  // Q fragments: lanes 0-15 name the rows of the first eight columns, 16-31 of the next eight.
+  // Q fragments: lanes 0-15 name the 16 rows at the first eight columns, lanes 16-31 the same rows
+  // at the next eight.
   const uint32_t q_row = q_tile + (first_row + lane % 16) * kRowBytes;
   const uint32_t q_swizzle = ((lane / 16) ^ (lane % 8)) * 16;
-  // K fragments: matrices 0, 1 are keys 0-7 at columns 0-7, 8-15; matrices 2, 3 keys 8-15.
+  // K fragments: matrices 0 and 1 are keys 0-7 at columns 0-7 and 8-15; matrices 2 and 3 are keys
+  // 8-15 at the same columns.
   const uint32_t k_row = k_tile + (lane % 8 + (lane / 16) * 8) * kRowBytes;
   const uint32_t k_swizzle = (((lane / 8) % 2) ^ (lane % 8)) * 16;
 #pragma unroll
@@ -74,7 +78,8 @@ __device__ __forceinline__ void multiply_qk(float (&s)[kRowTiles][kKeys / 8][4],
       for (int e = 0; e < 4; ++e) s[i][j][e] = 0.0f;
     }
   }
-  // Not unrolled in full: at head_dim 128 the addresses would cost registers that are not there.
+  // The loop is not unrolled in full: at head_dim 128 there are no registers left for the
+  // addresses.
 #pragma unroll 2
   for (int step = 0; step < kHeadDim / 16; ++step) {
     uint32_t q_fragment[kRowTiles][4];

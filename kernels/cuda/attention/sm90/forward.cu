@@ -1,7 +1,9 @@
 #include "kernels/cuda/attention/sm90/forward.h"
 
 #include <algorithm>
+#include <cmath>
 
+#include "kernels/cuda/attention/plan.h"
 #include "kernels/cuda/attention/sm90/config.h"
 #include "kernels/cuda/attention/sm90/instances.h"
 #include "kernels/cuda/attention/sm90/schedule.h"
@@ -11,10 +13,6 @@ namespace prefilld::kernels::cuda::sm90 {
 namespace {
 
 constexpr size_t kCounterBytes = 256;
-
-int NumQueryBlocks(const AttentionParams& p) {
-  return static_cast<int>(CeilDiv(p.num_keys, kTile) - (p.num_keys - p.num_queries) / kTile);
-}
 
 bool AnyBlockMass(const AttentionParams& p) {
   return std::any_of(p.work, p.work + p.num_work,
@@ -40,7 +38,7 @@ cudaError_t MakeMaps(const AttentionParams& p, TensorMaps* maps) {
         .box2 = 1};
   };
   // A consumer stores its own half of a tile. A first tile that begins within a block is shorter:
-  // its own map makes the copy engine drop the rest.
+  // it has its own map, which ends with it, so that the copy engine drops the rest.
   const int64_t first_rows =
       std::min<int64_t>(kTile - (p.num_keys - p.num_queries) % kTile, p.num_queries);
   cudaError_t error = MakeTensorMap(queries(p.q, p.num_queries, kTile), &maps->q);
@@ -55,7 +53,7 @@ cudaError_t MakeMaps(const AttentionParams& p, TensorMaps* maps) {
   return error;
 }
 
-// At most kMaxWork heads.
+// Launches the kernel for at most kMaxHeadsPerLaunch heads.
 cudaError_t LaunchPart(const AttentionParams& p, const HeadWork* work, int num_work,
                        const TensorMaps& maps, void* scratch, int num_sms, cudaStream_t stream) {
   Launch launch{};
@@ -64,7 +62,7 @@ cudaError_t LaunchPart(const AttentionParams& p, const HeadWork* work, int num_w
     launch.tasks[i] = {work[i].pattern, work[i].last_row, work[i].block_mass, work[i].head};
     block_mass |= work[i].block_mass != nullptr;
   }
-  launch.num_query_blocks = NumQueryBlocks(p);
+  launch.num_query_blocks = static_cast<int>(NumQueryBlocks(p));
   launch.num_key_blocks = static_cast<int>(CeilDiv(p.num_keys, kTile));
   launch.num_tiles = num_work * launch.num_query_blocks;
   const int first_query = static_cast<int>(p.num_keys - p.num_queries);
@@ -73,14 +71,15 @@ cudaError_t LaunchPart(const AttentionParams& p, const HeadWork* work, int num_w
   launch.num_queries = static_cast<int>(p.num_queries);
   launch.group = p.num_heads / p.num_kv_heads;
   launch.pattern_words = static_cast<int>(PatternWords(launch.num_key_blocks));
-  launch.scale_log2 = p.scale * 1.44269504f;
+  launch.scale_log2 = p.scale * static_cast<float>(M_LOG2E);
 
   auto* base = static_cast<unsigned char*>(scratch);
   launch.next_tile = reinterpret_cast<int*>(base);
   void* order_scratch = base + kCounterBytes;
   launch.row_weights =
       reinterpret_cast<float*>(base + kCounterBytes + OrderScratchBytes(launch.num_tiles));
-  // The few tiles of a short prompt need no order, nor the three kernels that it takes.
+  // The few tiles of a short prompt need no order, which would cost three more kernels. Block mass
+  // needs it, because it is set to zero there.
   if (block_mass || launch.num_tiles > num_sms) {
     cudaError_t error = cudaMemsetAsync(launch.next_tile, 0, sizeof(int), stream);
     if (error == cudaSuccess) error = OrderTiles(launch, order_scratch, stream);
@@ -103,8 +102,8 @@ bool Supports(const AttentionParams& p) {
 }
 
 size_t AttentionScratchBytes(const AttentionParams& p, int num_sms) {
-  size_t bytes =
-      kCounterBytes + OrderScratchBytes(std::min(p.num_work, kMaxWork) * NumQueryBlocks(p));
+  size_t bytes = kCounterBytes + OrderScratchBytes(std::min(p.num_work, kMaxHeadsPerLaunch) *
+                                                   static_cast<int>(NumQueryBlocks(p)));
   if (AnyBlockMass(p)) {
     bytes += static_cast<size_t>(num_sms) * CeilDiv(p.num_keys, kTile) * kTile * sizeof(float);
   }
@@ -115,8 +114,8 @@ cudaError_t LaunchAttention(const AttentionParams& p, void* scratch, int num_sms
                             cudaStream_t stream) {
   TensorMaps maps;
   if (cudaError_t error = MakeMaps(p, &maps); error != cudaSuccess) return error;
-  for (int first = 0; first < p.num_work; first += kMaxWork) {
-    const int count = std::min(kMaxWork, p.num_work - first);
+  for (int first = 0; first < p.num_work; first += kMaxHeadsPerLaunch) {
+    const int count = std::min(kMaxHeadsPerLaunch, p.num_work - first);
     if (cudaError_t error = LaunchPart(p, p.work + first, count, maps, scratch, num_sms, stream);
         error != cudaSuccess) {
       return error;

@@ -1,21 +1,23 @@
-// Hopper attention, device body.
+// The Hopper attention kernel: its consumers and its entry.
 //
 // Arithmetic. One (query block, key block) pair at head_dim 128 is 4 * 128^3 = 8.4 MFLOP; an SM's
-// tensor cores do 4096 bf16 FLOP a cycle, so 2048 cycles. It reads 64 KiB of K and V, which come
-// from L2 at about 32 B a cycle and SM: 2048 cycles as well, were every pair to load its own, which
-// it does; the copies overlap, so both pipes are near their limit together. The 128^2 exponentials
-// take 1024 cycles of the special-function unit (16 a cycle) and must hide behind the other
-// warpgroup's matrix instructions: hence two consumers that take turns (kScheduler0/1), and the
-// next block's Q K^T is issued before this block's P V.
+// tensor cores do 4096 bf16 FLOP a cycle, so it takes them 2048 cycles. Every pair reads its own 64
+// KiB of K and V, which come from L2 at about 32 B a cycle and SM: 2048 cycles as well. The copies
+// overlap with the products, so both are near their limit together. The 128^2 exponentials take
+// 1024 cycles of the special-function unit (16 a cycle) and must hide behind the other warpgroup's
+// matrix instructions. Hence two consumers take turns (kScheduler0/1), and each issues the next
+// block's Q K^T before this block's P V.
 //
 // Measured (H200): the assembler moves the wait for P V up, before the softmax. Pinning it behind
 // the softmax, so that a consumer overlaps with itself too, made dense attention 7 to 15 % slower:
-// the consumers' turns are enough, and early softmax only takes issue slots from the other one.
+// the consumers' turns are enough, and an early softmax only takes issue slots from the other one.
 #ifndef PREFILLD_KERNELS_CUDA_ATTENTION_SM90_FORWARD_CUH_
 #define PREFILLD_KERNELS_CUDA_ATTENTION_SM90_FORWARD_CUH_
 
 #include "kernels/cuda/attention/sm90/config.h"
+#include "kernels/cuda/attention/sm90/producer.cuh"
 #include "kernels/cuda/attention/sm90/softmax.cuh"
+#include "kernels/cuda/device/accumulator.cuh"
 #include "kernels/cuda/device/arithmetic.cuh"
 #include "kernels/cuda/device/mbarrier.cuh"
 #include "kernels/cuda/device/ring.cuh"
@@ -24,119 +26,7 @@
 
 namespace prefilld::kernels::cuda::sm90 {
 
-// Word `w` of a tile's row of its pattern, with its diagonal; all causal blocks for a dense head.
-__device__ inline uint32_t pattern_word(const Launch& launch, const HeadTask& task, int row,
-                                        int diagonal, int w) {
-  if (w >= launch.pattern_words) return 0;
-  const int bits_left = diagonal + 1 - w * 32;  // causal blocks from this word on
-  const uint32_t causal = bits_left >= 32 ? ~0u : bits_left > 0 ? (1u << bits_left) - 1 : 0u;
-  if (task.pattern == nullptr) return causal;
-  uint32_t word = task.pattern[static_cast<int64_t>(row) * launch.pattern_words + w];
-  if (task.last_row != nullptr && row == launch.num_query_blocks - 1) word |= task.last_row[w];
-  if (w == diagonal / 32) word |= 1u << (diagonal % 32);
-  return word & causal;
-}
-
-// The place of this CTA's next tile in the order; num_tiles or more: there is none.
-__device__ inline int take_tile(const Launch& launch, bool first) {
-  if (launch.order == nullptr) return first ? static_cast<int>(blockIdx.x) : launch.num_tiles;
-  int next = 0;
-  if (threadIdx.x % 32 == 0) next = atomicAdd(launch.next_tile, 1);
-  return __shfl_sync(~0u, next, 0);
-}
-
-// The copying warp: takes tiles in order, and feeds their key blocks, the diagonal one first.
-template <int kHeadDim>
-__device__ inline void produce(const Launch& launch, SharedStorage<kHeadDim>& shared,
-                               const CUtensorMap& q_map, const CUtensorMap& k_map,
-                               const CUtensorMap& v_map) {
-  using namespace device;
-  using Storage = SharedStorage<kHeadDim>;
-  constexpr uint32_t kTileBytes = Storage::kTileElements * sizeof(__nv_bfloat16);
-  const int lane = threadIdx.x % 32;
-  device::RingPosition<kTileSlots> slot;
-  device::RingPosition<Storage::kStages> k_ring, v_ring;
-
-  auto load = [&](__nv_bfloat16* dst, const CUtensorMap& map, uint64_t* full, int block,
-                  int kv_head) {
-    mbarrier_arrive_expect(full, kTileBytes);
-#pragma unroll
-    for (int c = 0; c < kHeadDim / kChunk; ++c) {
-      tma_load_3d(dst + c * kTile * kChunk, &map, full, c * kChunk, block * kTile, kv_head);
-    }
-  };
-
-  bool first = true;
-  for (;;) {
-    const int next = take_tile(launch, first);
-    first = false;
-    mbarrier_wait(&shared.tile_empty[slot.stage], slot.parity ^ 1);
-    if (next >= launch.num_tiles) {
-      if (lane == 0) {
-        shared.tile_id[slot.stage] = -1;
-        mbarrier_arrive(&shared.tile_full[slot.stage]);
-      }
-      return;
-    }
-    const int tile = launch.order != nullptr ? static_cast<int>(launch.order[next]) : next;
-    const int row = tile % launch.num_query_blocks;
-    const HeadTask& task = launch.tasks[tile / launch.num_query_blocks];
-    const int kv_head = task.head / launch.group;
-    const int diagonal = launch.first_query_block + row;
-
-    int num_blocks = 0;
-    for (int w = lane; w * 32 <= diagonal; w += 32) {
-      num_blocks += __popc(pattern_word(launch, task, row, diagonal, w));
-    }
-    num_blocks = __reduce_add_sync(~0u, num_blocks);
-    if (lane == 0) {
-      shared.tile_id[slot.stage] = tile;
-      shared.tile_blocks[slot.stage] = num_blocks;
-      mbarrier_arrive_expect(&shared.tile_full[slot.stage], kTileBytes);
-      const int first = queries_of(launch, row).first;
-#pragma unroll
-      for (int c = 0; c < kHeadDim / kChunk; ++c) {
-        tma_load_3d(shared.q[slot.stage] + c * kTile * kChunk, &q_map,
-                    &shared.tile_full[slot.stage], c * kChunk, task.head, first);
-      }
-    }
-    slot.advance();
-
-    // K runs one block ahead of V, as the consumers use them.
-    int previous = -1;
-    auto feed_v = [&](int block) {
-      mbarrier_wait(&shared.v_empty[v_ring.stage], v_ring.parity ^ 1);
-      if (lane == 0) {
-        load(shared.v[v_ring.stage], v_map, &shared.v_full[v_ring.stage], block, kv_head);
-      }
-      v_ring.advance();
-    };
-    for (int base = diagonal / 1024 * 32; base >= 0; base -= 32) {  // 32 words, one a lane
-      const uint32_t words = pattern_word(launch, task, row, diagonal, base + lane);
-      uint32_t pending = __ballot_sync(~0u, words != 0);
-      while (pending != 0) {
-        const int w = 31 - __clz(pending);
-        pending ^= 1u << w;
-        uint32_t word = __shfl_sync(~0u, words, w);
-        while (word != 0) {
-          const int bit = 31 - __clz(word);
-          word ^= 1u << bit;
-          const int block = (base + w) * 32 + bit;
-          mbarrier_wait(&shared.k_empty[k_ring.stage], k_ring.parity ^ 1);
-          if (lane == 0) {
-            load(shared.k[k_ring.stage], k_map, &shared.k_full[k_ring.stage], block, kv_head);
-          }
-          k_ring.advance();
-          if (previous >= 0) feed_v(previous);
-          previous = block;
-        }
-      }
-    }
-    if (previous >= 0) feed_v(previous);
-  }
-}
-
-// One consumer warpgroup: 64 rows of every tile.
+// One consumer warpgroup. It computes 64 rows of every tile.
 template <int kHeadDim, bool kBlockMass>
 class Consumer {
  public:
@@ -169,7 +59,7 @@ class Consumer {
   static constexpr int kChunks = kHeadDim / kChunk;
   static constexpr int kOutRegisters = kHeadDim / 2;
 
-  // s = Q K^T of this warpgroup's 64 rows and one key block.
+  // Starts s = Q K^T for this warpgroup's 64 rows and one key block.
   __device__ void issue_qk(float (&s)[64], const __nv_bfloat16* q, const __nv_bfloat16* k) {
     using namespace device;
     const uint64_t a = swizzled_tile_descriptor(q, 0);
@@ -186,7 +76,7 @@ class Consumer {
     wgmma_commit();
   }
 
-  // o (+)= P V.
+  // Starts o = P V, or o += P V, for one key block.
   __device__ void issue_pv(float (&o)[kOutRegisters], const uint32_t (&p)[8][4],
                            const __nv_bfloat16* v, bool accumulate) {
     using namespace device;
@@ -203,60 +93,44 @@ class Consumer {
     wgmma_commit();
   }
 
-  // The compiler does not know that matrix instructions finish late: values they use must not be
-  // touched before the wait that precedes this call.
-  template <int kSize>
-  __device__ static void keep_in_order(float (&x)[kSize]) {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(x[i])::"memory");
-  }
-  __device__ static void keep_in_order(uint32_t (&x)[8][4]) {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) asm volatile("" : "+r"(x[i / 4][i % 4])::"memory");
-  }
-
+  // p = s in bf16, as the operand A of P V.
   __device__ static void to_bf16(const float (&s)[64], uint32_t (&p)[8][4]) {
-    using namespace device;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      p[i][0] = pack_bf16(s[8 * i + 0], s[8 * i + 1]);
-      p[i][1] = pack_bf16(s[8 * i + 2], s[8 * i + 3]);
-      p[i][2] = pack_bf16(s[8 * i + 4], s[8 * i + 5]);
-      p[i][3] = pack_bf16(s[8 * i + 6], s[8 * i + 7]);
-    }
+    for (int i = 0; i < 8; ++i) device::to_operand_a(s + 8 * i, s + 8 * i + 4, p[i]);
   }
 
-  __device__ int row_in_tile() const { return index_ * 64 + thread_ / 32 * 16 + thread_ % 32 / 4; }
+  // The row of the tile that this thread's first accumulators belong to.
+  __device__ int row_in_tile() const {
+    return index_ * 64 + thread_ / 32 * 16 + device::accumulator_row(thread_);
+  }
 
+  // Masks the keys of the diagonal block that come after a row's own position.
   __device__ void mask_diagonal(float (&s)[64], int first_position) const {
+    using namespace device;
     const int row = first_position + row_in_tile();
-    const int column = thread_ % 4 * 2;
+    const int column = accumulator_column(thread_);
 #pragma unroll
     for (int i = 0; i < 64; ++i) {
-      const int key = i / 4 * 8 + column + i % 2;
-      if (key > row + (i / 2 % 2) * 8) s[i] = -INFINITY;
+      if (column + element_column(i) > row + element_row(i)) s[i] = -INFINITY;
     }
   }
 
-  // Where this consumer keeps the weights of its rows on the tile's key blocks.
+  // The scratch memory in which this consumer keeps the weights of its rows on the tile's key
+  // blocks.
   __device__ float* row_weights() const {
     return launch_.row_weights + (static_cast<int64_t>(blockIdx.x) * kConsumers + index_) *
                                      launch_.num_key_blocks * kConsumerRows;
   }
 
-  // Writes the weight of one key block for each row, log2, from which the final log-sum will be
-  // subtracted, and moves on to the next block. Called between the products, so that it costs no
-  // time: short, and without a branch, which would keep the assembler from mixing it with them.
+  // Writes, for each row, log2 of its weight on one key block, from which the final log-sum will be
+  // subtracted, and moves on to the next block. It is called between the products and costs no time
+  // there, as it is short and has no branch: the assembler mixes it with them.
   __device__ void record(float*& weights, const Softmax& softmax, const float (&block_sum)[2]) {
     using namespace device;
-    // The quad's two rows are summed at once: even lanes end up with the first, odd with the
-    // second.
     const bool odd = thread_ % 2 != 0;
-    float sum = odd ? block_sum[1] : block_sum[0];
-    sum += __shfl_xor_sync(~0u, odd ? block_sum[0] : block_sum[1], 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
+    const float sum = quad_row_sums(block_sum, odd);
     const float weight = (odd ? softmax.max[1] : softmax.max[0]) + log2_approx(sum);
-    // Read once, at the end of the tile: not worth a place in L2 beside K and V.
+    // The weights are read once, at the end of the tile, and must not displace K and V in L2.
     if (thread_ % 4 < 2) __stcs(weights, weight);
     weights += kConsumerRows;
   }
@@ -295,7 +169,7 @@ class Consumer {
       named_barrier_sync(kScheduler0 + index_, kConsumers * kWarpgroup);
       wgmma_fence();
       issue_qk(s, q, shared_.k[k_ring_.stage]);
-      if constexpr (kBlockMass) record(weights, softmax, block_sum);  // of the previous block
+      if constexpr (kBlockMass) record(weights, softmax, block_sum);  // for the previous block
       mbarrier_wait(&shared_.v_full[v_ring_.stage], v_ring_.parity);
       issue_pv(o, p, shared_.v[v_ring_.stage], i > 1);
       named_barrier_arrive(kScheduler0 + (1 - index_), kConsumers * kWarpgroup);
@@ -327,25 +201,22 @@ class Consumer {
     if constexpr (kBlockMass) add_block_mass(task, row, queries, num_blocks, softmax, sum);
   }
 
-  // Normalises, and sends the tile out through the shared memory its queries came in.
+  // Divides by the rows' sums, and sends the tile out through the shared memory that its queries
+  // came in.
   __device__ void store_output(const float (&o)[kOutRegisters], const float (&sum)[2], int head,
                                const TileQueries& queries, int slot) {
     using namespace device;
     const float inverse[2] = {1.0f / sum[0], 1.0f / sum[1]};
-    const int lane = thread_ % 32, warp = thread_ / 32;
     __nv_bfloat16* tile = shared_.q[slot] + index_ * 64 * kChunk;
-    // Matrices 0, 1: rows 0-7 and 8-15 of columns 0-7; 2, 3: the same of columns 8-15.
-    const int matrix_row = warp * 16 + lane % 16;
 #pragma unroll
     for (int j = 0; j < kHeadDim / 16; ++j) {
-      const int column16 = j % (kChunk / 16) * 2 + lane / 16;  // 16-byte unit within the row
-      __nv_bfloat16* address = tile + j / (kChunk / 16) * kTile * kChunk + matrix_row * kChunk +
-                               (column16 ^ (matrix_row % 8)) * 8;
-      const float* x = o + 8 * j;
-      stmatrix_x4(address, pack_bf16(x[0] * inverse[0], x[1] * inverse[0]),
-                  pack_bf16(x[2] * inverse[1], x[3] * inverse[1]),
-                  pack_bf16(x[4] * inverse[0], x[5] * inverse[0]),
-                  pack_bf16(x[6] * inverse[1], x[7] * inverse[1]));
+      uint32_t pairs[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* x = o + 8 * j + 2 * i;
+        pairs[i] = pack_bf16(x[0] * inverse[i % 2], x[1] * inverse[i % 2]);
+      }
+      store_swizzled(tile, kTile * kChunk, thread_, j, pairs);
     }
     fence_async_shared();
     named_barrier_sync(kConsumer0 + index_, kWarpgroup);
@@ -362,9 +233,9 @@ class Consumer {
     mbarrier_arrive(&shared_.tile_empty[slot]);  // every thread has read the slot's tile_id
   }
 
-  // Adds this consumer's part of the mean over the tile's query rows of the probability on each key
-  // block. Both consumers add to zeros, so that neither waits for the other and the sum does not
-  // depend on which comes first.
+  // Adds this consumer's part of the tile's block mass: for each key block, the mean over the
+  // tile's query rows of the probability on it. Both consumers add to zeros, so that neither waits
+  // for the other, and the sum does not depend on which comes first.
   __device__ void add_block_mass(const HeadTask& task, int row, const TileQueries& queries,
                                  int num_blocks, const Softmax& softmax, const float (&sum)[2]) {
     using namespace device;
@@ -384,7 +255,7 @@ class Consumer {
     const float2 log_sum = reinterpret_cast<const float2*>(log_sums)[lane];
     const auto* weights = reinterpret_cast<const float2*>(row_weights()) + lane;
     const float inverse = 1.0f / static_cast<float>(queries.rows);
-    // A dense head's blocks come in order, the diagonal first.
+    // The head is dense, so its blocks come in order, from the diagonal down.
     float* out = task.block_mass + static_cast<int64_t>(row) * launch_.num_key_blocks +
                  launch_.first_query_block + row;
     constexpr int kBatch = 16;  // blocks under way at a time in each warp
@@ -411,7 +282,7 @@ class Consumer {
   const Launch& launch_;
   Storage& shared_;
   const CUtensorMap& out_map_;
-  const CUtensorMap& first_out_map_;  // ends with the first tile, if that begins within a block
+  const CUtensorMap& first_out_map_;  // for a first tile that begins within a block; ends with it
   const int index_;
   const int thread_;
   device::RingPosition<Storage::kStages> k_ring_, v_ring_;

@@ -1,25 +1,19 @@
-// Launches one variant of the kernel.
+// Launches one variant of the Hopper attention kernel.
 #ifndef PREFILLD_KERNELS_CUDA_ATTENTION_SM90_INSTANCE_CUH_
 #define PREFILLD_KERNELS_CUDA_ATTENTION_SM90_INSTANCE_CUH_
 
 #include "kernels/cuda/attention/sm90/forward.cuh"
 #include "kernels/cuda/attention/sm90/instances.h"
+#include "kernels/cuda/launch.cuh"
 
 namespace prefilld::kernels::cuda::sm90 {
 
 template <int kHeadDim, bool kBlockMass>
 cudaError_t Run(const Launch& launch, const TensorMaps& maps, int grid, cudaStream_t stream) {
-  auto kernel = attention_kernel<kHeadDim, kBlockMass>;
-  constexpr int kSharedBytes = sizeof(SharedStorage<kHeadDim>);
-  static_assert(kSharedBytes <= 227 * 1024, "an SM has 227 KiB of shared memory for one block");
-  if (cudaError_t error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-      error != cudaSuccess) {
-    return error;
-  }
-  kernel<<<grid, kThreads, kSharedBytes, stream>>>(launch, maps.q, maps.k, maps.v, maps.out,
-                                                   maps.first_out);
-  return cudaGetLastError();
+  constexpr size_t kSharedBytes = sizeof(SharedStorage<kHeadDim>);
+  static_assert(kSharedBytes <= kMaxSharedBytesSm90, "the tiles fit into an SM");
+  return LaunchKernel(attention_kernel<kHeadDim, kBlockMass>, grid, kThreads, kSharedBytes, stream,
+                      launch, maps.q, maps.k, maps.v, maps.out, maps.first_out);
 }
 
 }  // namespace prefilld::kernels::cuda::sm90

@@ -13,6 +13,7 @@ struct TensorMaps {
   CUtensorMap q, k, v, out, first_out;
 };
 
+// Launches one variant with `grid` CTAs.
 using Instance = cudaError_t(const Launch&, const TensorMaps&, int grid, cudaStream_t);
 
 Instance RunHeadDim64, RunHeadDim64BlockMass, RunHeadDim128, RunHeadDim128BlockMass;

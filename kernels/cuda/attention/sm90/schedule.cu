@@ -23,7 +23,8 @@ size_t SortBytes(int num_tiles) {
   return bytes;
 }
 
-// One warp per tile: sort key, tile id, and zeros for the block mass that consumers will add.
+// Writes each tile's sort key and id, and zeros for the block mass that the consumers will add to.
+// One warp takes one tile.
 __global__ void prepare_tiles_kernel(const __grid_constant__ Launch launch, uint32_t* keys,
                                      uint32_t* ids) {
   const int tile = (blockIdx.x * blockDim.x + threadIdx.x) / 32;

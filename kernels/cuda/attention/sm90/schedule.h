@@ -1,4 +1,4 @@
-// In which order the persistent kernel takes its query tiles.
+// Orders the query tiles of the persistent attention kernel.
 #ifndef PREFILLD_KERNELS_CUDA_ATTENTION_SM90_SCHEDULE_H_
 #define PREFILLD_KERNELS_CUDA_ATTENTION_SM90_SCHEDULE_H_
 
@@ -11,12 +11,15 @@ namespace prefilld::kernels::cuda::sm90 {
 
 struct Launch;
 
-// Scratch of OrderTiles for this many tiles.
+// The bytes of scratch memory that OrderTiles needs for this many tiles.
 size_t OrderScratchBytes(int num_tiles);
 
-// Sets launch.order to tile ids in scratch memory: dense heads before sparse ones, KV heads in turn
-// (their K and V then stay in L2 for all query heads of the group), and within a KV head the tiles
-// with most key blocks first, so that none of the heavy ones comes last and leaves the GPU waiting.
+// Sets block mass to zero, and launch.order to an array of tile ids in scratch memory:
+// - dense heads before sparse ones;
+// - among them, one KV head after the other, so that its K and V stay in L2 for all query heads
+//   that read them;
+// - within a KV head, the tiles with the most key blocks first, so that no heavy one comes last and
+//   leaves the rest of the GPU waiting.
 cudaError_t OrderTiles(Launch& launch, void* scratch, cudaStream_t stream);
 
 }  // namespace prefilld::kernels::cuda::sm90

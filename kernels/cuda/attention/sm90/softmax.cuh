@@ -1,20 +1,22 @@
-// Online softmax over the accumulators of one consumer warpgroup (64 query rows, 128 keys).
+// Online softmax over the accumulators of one consumer warpgroup: 64 query rows by 128 keys.
 #ifndef PREFILLD_KERNELS_CUDA_ATTENTION_SM90_SOFTMAX_CUH_
 #define PREFILLD_KERNELS_CUDA_ATTENTION_SM90_SOFTMAX_CUH_
 
 #include <cmath>
 
+#include "kernels/cuda/device/accumulator.cuh"
 #include "kernels/cuda/device/arithmetic.cuh"
 
 namespace prefilld::kernels::cuda::sm90 {
 
-// Running state of a thread's two rows. Logits are in units of log2.
+// The running maxima and sums of a thread's two rows. Maxima are scaled to powers of two.
 struct Softmax {
   float max[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0f, 0.0f};  // this thread's columns only, until reduced
 
-  // Turns raw logits into exp2(logit * scale_log2 - max) and returns in `rescale` what earlier
-  // output must be multiplied by. Returns in `block_sum` this thread's share of the row sums.
+  // Takes in the logits of one key block and turns them into exp2(logit * scale_log2 - max).
+  // Returns in `rescale` the factors that earlier output must be multiplied by, and in `block_sum`
+  // this thread's share of the rows' sums over the block.
   __device__ void update(float (&s)[64], float scale_log2, float (&rescale)[2],
                          float (&block_sum)[2]) {
 #pragma unroll

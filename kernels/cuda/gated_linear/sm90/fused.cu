@@ -1,20 +1,21 @@
-// The Hopper kernel of GatedLinear.
+// The Hopper kernel that computes gate, up and SwiGLU in one.
 //
-// Arithmetic, at 8192 tokens, 3584 features and 18944 columns: 2.2 TFLOP, 3.3 ms at the 670 TFLOP/s
-// that the card's power allows. Apart, SwiGLU reads 620 MB and writes 310 MB after the product has
-// written those 620 MB: 5 % more time. Here gate and up of a column meet in one thread's
-// accumulators, and only the result leaves the SM.
+// Arithmetic, at 8192 tokens, 3584 features and 18944 columns: 2.2 TFLOP, which take 3.3 ms at the
+// 670 TFLOP/s that the card's power allows. A separate SwiGLU would read 620 MB and write 310 MB,
+// after the product has written those 620 MB: 5 % more time. Here gate and up of a column meet in
+// one thread's accumulators, and only the result leaves the SM.
 //
-// A CTA's tile is 128 tokens by 128 columns: 128 gate and 128 up accumulators a row, one wgmma of N
-// 256, because the rows of both weights lie one behind the other in shared memory. A step of 64
-// features is 4.2 MFLOP, 1024 cycles of an SM's tensor cores, and needs 48 KiB. L2 gives an SM some
-// 32 bytes a cycle, so two CTAs with the same weights and other tokens form a cluster: each loads
-// half of the weights for both, 32 KiB a step.
+// A CTA's tile is 128 tokens by 128 columns. A row of it has 128 gate and 128 up accumulators,
+// which are one wgmma of N 256, because the rows of both weights lie one behind the other in shared
+// memory. A step of 64 features is 4.2 MFLOP, 1024 cycles of an SM's tensor cores, and needs 48
+// KiB. L2 gives an SM some 32 bytes a cycle, too little. So two CTAs with the same weights and
+// different tokens form a cluster: each loads half of the weights for both, which makes 32 KiB a
+// step.
 //
-// The two consumers, 64 tokens each, never wait for one another, only for data: while one is in its
-// epilogue (8192 outputs at two of the special-function unit's 16 results a cycle: 1024 cycles of
-// a tile's 57 thousand), the other may use the tensor cores alone, as far as the ring of stages
-// lets it run ahead.
+// The two consumers, 64 tokens each, never wait for one another, only for data. One consumer's
+// epilogue is 8192 outputs, each of which takes two results of the special-function unit (16 a
+// cycle): 1024 cycles of a tile's 57 thousand. Meanwhile the other may use the tensor cores alone,
+// as far as the ring of stages lets it run ahead.
 #include "kernels/cuda/gated_linear/sm90/fused.h"
 
 #include <cuda.h>
@@ -23,6 +24,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/attention.h"
+#include "kernels/cuda/device/accumulator.cuh"
 #include "kernels/cuda/device/arithmetic.cuh"
 #include "kernels/cuda/device/cluster.cuh"
 #include "kernels/cuda/device/mbarrier.cuh"
@@ -30,6 +33,7 @@
 #include "kernels/cuda/device/tma.cuh"
 #include "kernels/cuda/device/wgmma.cuh"
 #include "kernels/cuda/gated_linear/sm90/tile_order.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/tensor_map.h"
 
 namespace prefilld::kernels::cuda::sm90 {
@@ -37,8 +41,8 @@ namespace gated_linear {
 namespace {
 
 constexpr int kTileTokens = 128;
-constexpr int kTileColumns = 128;  // of the output: as many rows of gate and of up
-constexpr int kStep = 64;          // features, a 128-byte swizzled row
+constexpr int kTileColumns = 128;  // columns of the output; as many rows of gate and of up
+constexpr int kStep = 64;          // features, which make a 128-byte swizzled row
 constexpr int kStages = 4;
 constexpr int kClusterCtas = 2;
 constexpr int kWarpgroup = 128;  // threads
@@ -46,17 +50,18 @@ constexpr int kConsumers = 2;    // warpgroups
 constexpr int kConsumerTokens = kTileTokens / kConsumers;
 constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-// 64k registers: the consumers hold 128 accumulators a thread.
+// An SM has 64k registers. The consumers hold 128 accumulators a thread.
 constexpr int kProducerRegisters = 24;
 constexpr int kConsumerRegisters = 240;
 static_assert(kConsumerTokens == 64 && kTileColumns == 128, "a consumer's wgmma is 64 by 2 * 128");
 
-enum NamedBarrier : int { kConsumer0 = 1, kConsumer1 = 2 };  // the four warps of one consumer
+// The four warps of a consumer wait for each other at its barrier.
+enum NamedBarrier : int { kConsumer0 = 1, kConsumer1 = 2 };
 
 struct TensorMaps {
-  CUtensorMap x;     // boxes [kTileTokens, kStep]
-  CUtensorMap w[2];  // gate, up: boxes [kTileColumns, kStep]
-  CUtensorMap y;     // boxes [kConsumerTokens, 64]
+  CUtensorMap x;     // boxes of [kTileTokens, kStep]
+  CUtensorMap w[2];  // gate and up: boxes of [kTileColumns, kStep]
+  CUtensorMap y;     // boxes of [kConsumerTokens, 64]
 };
 
 struct Launch {
@@ -69,14 +74,16 @@ struct SharedStorage {
   alignas(1024) __nv_bfloat16 x[kStages][kTileTokens * kStep];
   alignas(1024) __nv_bfloat16 w[kStages][2][kTileColumns * kStep];  // gate, up
   alignas(1024) __nv_bfloat16 y[kConsumers][kTileColumns / 64][kConsumerTokens * 64];
-  // A stage of this CTA is full when its three boxes are there, of which the peer sends one, and
-  // empty when the consumers of both CTAs have read what this CTA sends them.
+  // A stage of this CTA is full when its three boxes have come; the peer sends one of them. It is
+  // empty when the consumers of both CTAs have read the stage, so that this CTA may send to both
+  // again.
   uint64_t full[kStages];
   uint64_t empty[kStages];
 };
 constexpr uint32_t kStageBytes = sizeof(SharedStorage::x[0]) + sizeof(SharedStorage::w[0]);
 
-// Calls visit(first token tile, column tile) for the cluster's tiles: the same for both CTAs.
+// Calls visit(first token tile, column tile) for each pair of tiles of this cluster. Both of its
+// CTAs get the same calls.
 template <typename Visit>
 __device__ inline void for_each_pair(const Launch& launch, Visit visit) {
   const int num_tiles = launch.grid.num_pairs * launch.grid.num_columns;
@@ -87,7 +94,7 @@ __device__ inline void for_each_pair(const Launch& launch, Visit visit) {
   }
 }
 
-// One thread.
+// The copying thread's loop.
 __device__ inline void produce(const Launch& launch, SharedStorage& shared,
                                const TensorMaps& maps) {
   using namespace device;
@@ -103,7 +110,7 @@ __device__ inline void produce(const Launch& launch, SharedStorage& shared,
     for (int step = 0; step < launch.num_steps; ++step) {
       uint64_t* full = &shared.full[ring.stage];
       mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
-      // The peer's box may have come before: the phase does not end without this arrival.
+      // The peer's box may have come already; the phase does not end without this arrival.
       mbarrier_arrive_expect(full, kStageBytes);
       tma_load_3d(shared.x[ring.stage], &maps.x, full, step * kStep, token, 0);
       tma_load_3d_multicast(shared.w[ring.stage][rank], w_map, full, kBothCtas, step * kStep,
@@ -113,14 +120,14 @@ __device__ inline void produce(const Launch& launch, SharedStorage& shared,
   });
 }
 
-// silu(gate) * up.
+// Returns silu(gate) * up.
 __device__ inline float swiglu(float gate, float up) {
   using namespace device;
   constexpr float kLog2e = 1.44269504f;
   return gate * reciprocal_approx(1.0f + exp2_approx(-kLog2e * gate)) * up;
 }
 
-// One consumer warpgroup: 64 tokens of every tile.
+// One consumer warpgroup. It computes 64 tokens of every tile.
 class Consumer {
  public:
   __device__ Consumer(const Launch& launch, SharedStorage& shared, const TensorMaps& maps)
@@ -139,11 +146,12 @@ class Consumer {
       store(d, (first_token_tile + rank) * kTileTokens + index_ * kConsumerTokens,
             column_tile * kTileColumns);
     });
-    if (thread_ == 0) device::tma_store_wait_read();  // before its shared memory goes
+    // Shared memory must live until the last store has read it.
+    if (thread_ == 0) device::tma_store_wait_read();
   }
 
  private:
-  // d = this consumer's rows of x times gate and up.
+  // Computes d = this consumer's rows of x times gate and up.
   __device__ void multiply(float (&d)[128]) {
     using namespace device;
     const uint64_t x = swizzled_tile_descriptor(shared_.x[0] + index_ * kConsumerTokens * kStep, 0);
@@ -161,7 +169,8 @@ class Consumer {
                             step + i > 0);
       }
       wgmma_commit();
-      // The tensor cores never run dry: a stage is given back while the next one is multiplied.
+      // A stage is given back while the next one is multiplied, so that the tensor cores never
+      // idle.
       wgmma_wait<1>();
       if (step > 0) release(previous);
       previous = ring_.stage;
@@ -169,12 +178,11 @@ class Consumer {
     }
     wgmma_wait<0>();
     release(previous);
-    // The compiler does not know that matrix instructions finish late.
-#pragma unroll
-    for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(d[i])::"memory");
+    keep_in_order(d);
   }
 
-  // Of a stage, half of the weights came from either CTA.
+  // Reports to both CTAs of the cluster that this warp has read the stage: each sent half of the
+  // weights.
   __device__ void release(int stage) {
     if (thread_ % 32 < kClusterCtas) {
       device::mbarrier_arrive_cluster(remote_empty_ +
@@ -182,28 +190,23 @@ class Consumer {
     }
   }
 
-  // Applies SwiGLU and sends the tile out. Tokens and columns beyond the last are dropped by the
-  // copy engine.
+  // Applies SwiGLU and sends the tile out. The copy engine drops tokens and columns beyond the
+  // last.
   __device__ void store(const float (&d)[128], int token, int column) {
     using namespace device;
     auto& tile = shared_.y[index_];
-    if (thread_ == 0) tma_store_wait_read();  // of the tile before
+    if (thread_ == 0) tma_store_wait_read();  // the tile before has left `tile`
     named_barrier_sync(kConsumer0 + index_, kWarpgroup);
-    const int lane = thread_ % 32, warp = thread_ / 32;
-    // Matrices 0, 1: rows 0-7 and 8-15 of columns 0-7; 2, 3: the same of columns 8-15.
-    const int row = warp * 16 + lane % 16;
 #pragma unroll
     for (int j = 0; j < kTileColumns / 16; ++j) {
-      const int column16 = j % 4 * 2 + lane / 16;  // 16-byte unit within the row
       uint32_t pairs[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* gate = d + 8 * j + 2 * i;
-        const float* up = gate + 64;
+        const float* up = gate + kTileColumns / 2;
         pairs[i] = pack_bf16(swiglu(gate[0], up[0]), swiglu(gate[1], up[1]));
       }
-      stmatrix_x4(tile[j / 4] + row * 64 + (column16 ^ (row % 8)) * 8, pairs[0], pairs[1], pairs[2],
-                  pairs[3]);
+      store_swizzled(tile[0], kConsumerTokens * 64, thread_, j, pairs);
     }
     fence_async_shared();
     named_barrier_sync(kConsumer0 + index_, kWarpgroup);
@@ -221,7 +224,7 @@ class Consumer {
   const TensorMaps& maps_;
   const int index_;
   const int thread_;
-  const uint32_t remote_empty_;  // in the CTA that this lane reports to
+  const uint32_t remote_empty_;  // the `empty` barriers of the CTA that this lane reports to
   device::RingPosition<kStages> ring_;
 };
 
@@ -246,22 +249,22 @@ __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kThreads,
     register_increase<kConsumerRegisters>();
     Consumer(launch, shared, maps).run();
   }
-  // All that was sent to this CTA has been waited for; its peer may still arrive at its barriers.
+  // This CTA has waited for all that was sent to it, but its peer may still arrive at its barriers.
   __syncwarp();
   cluster_sync();
 }
 
-// [rows, columns] in boxes of [box_rows, 64].
+// Describes a matrix [rows, columns] in boxes of [box_rows, 64].
 TensorTiles Matrix(const void* data, int64_t rows, int64_t columns, uint32_t box_rows) {
   const auto width = static_cast<uint64_t>(columns);
   return {.data = data,
           .dims = {width, static_cast<uint64_t>(rows), 1},
-          .strides = {width, width},  // the second leads nowhere
+          .strides = {width, width},  // the second is not used
           .box1 = box_rows};
 }
 
 cudaError_t MakeMaps(const GatedLinearParams& p, TensorMaps* maps) {
-  // A map of its own for gate and for up: columns beyond the last are zero in both.
+  // Gate and up have a map each, so that columns beyond the last are zero in both.
   const auto* gate = static_cast<const __nv_bfloat16*>(p.w);
   const auto* up = gate + p.intermediate * p.in_features;
   cudaError_t error =
@@ -278,7 +281,6 @@ cudaError_t MakeMaps(const GatedLinearParams& p, TensorMaps* maps) {
   return error;
 }
 
-constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t NumPairs(const GatedLinearParams& p) {
   return CeilDiv(p.num_tokens, kClusterCtas * kTileTokens);
 }
@@ -306,18 +308,12 @@ cudaError_t LaunchGatedLinear(const GatedLinearParams& p, int num_sms, cudaStrea
   Launch launch;
   launch.grid = {static_cast<int>(NumPairs(p)), static_cast<int>(NumColumns(p))};
   launch.num_steps = static_cast<int>(CeilDiv(p.in_features, kStep));
-  constexpr int kSharedBytes = sizeof(SharedStorage);
-  static_assert(kSharedBytes <= 227 * 1024, "an SM has 227 KiB of shared memory for one block");
-  if (cudaError_t error = cudaFuncSetAttribute(
-          gated_linear_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-      error != cudaSuccess) {
-    return error;
-  }
+  constexpr size_t kSharedBytes = sizeof(SharedStorage);
+  static_assert(kSharedBytes <= kMaxSharedBytesSm90, "the tiles fit into an SM");
   const int num_clusters =
       std::min(num_sms / kClusterCtas, launch.grid.num_pairs * launch.grid.num_columns);
-  gated_linear_kernel<<<num_clusters * kClusterCtas, kThreads, kSharedBytes, stream>>>(launch,
-                                                                                       maps);
-  return cudaGetLastError();
+  return LaunchKernel(gated_linear_kernel, num_clusters * kClusterCtas, kThreads, kSharedBytes,
+                      stream, launch, maps);
 }
 
 }  // namespace prefilld::kernels::cuda::sm90

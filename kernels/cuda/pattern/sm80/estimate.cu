@@ -1,12 +1,17 @@
 // The estimate of the last query block: where every head's attention goes, by key and by offset.
 //
-// Work per head: two Q K^T products of [B, d] x [d, num_keys], 4 B d FLOPs a key each 2 d bytes of
-// K, so the tensor cores bound it, and the logits must not go to memory: [heads, 128, N] in fp32
-// would be 1.9 GB at 28 heads and 128k keys. So the first pass keeps only each row's maximum and
-// sum per chunk of keys, a small kernel merges them, and the second pass computes the logits anew
-// and sums their probabilities over columns and diagonals on chip. A CTA takes one head and one
-// chunk. Diagonals leave a chunk on the side of lower keys; that overhang goes to scratch, and the
-// last kernel adds it to the chunk it belongs to: no atomics, the same result every time.
+// The work per head is two Q K^T products of [B, d] x [d, num_keys]. For a key they take 4 B d
+// FLOPs and read 2 d bytes of K each time, so the tensor cores bound the estimate. The logits must
+// not go to memory: [heads, 128, N] in fp32 would be 1.9 GB at 28 heads and 128k keys. Therefore
+// 1. the first pass keeps only each row's maximum and sum per chunk of keys;
+// 2. a small kernel merges them;
+// 3. the second pass computes the logits anew, and sums their probabilities over columns and
+// diagonals
+//    on chip. A CTA takes one head and one chunk. Diagonals leave a chunk on the side of lower
+//    keys; the CTA writes that overhang to scratch memory;
+// 4. the last kernel adds it to the chunk that it belongs to. There are no atomics, so the result
+// is
+//    the same every time.
 #include <cuda_bf16.h>
 
 #include <cmath>
@@ -14,8 +19,10 @@
 
 #include "kernels/attention.h"
 #include "kernels/cuda/attention/sm80/tile.cuh"
+#include "kernels/cuda/device/accumulator.cuh"
 #include "kernels/cuda/device/arithmetic.cuh"
 #include "kernels/cuda/device/shared_address.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/pattern/estimate_plan.h"
 #include "kernels/cuda/pattern/sm80/estimate.h"
 
@@ -33,7 +40,8 @@ struct KernelParams {
   int num_key_blocks = 0;
   float2* row_sums = nullptr;  // [heads, chunks, rows]: maximum (log2 scale) and sum
   float* row_lse = nullptr;    // [heads, rows]: log2 of (the whole row's sum * num_queries)
-  float* overhangs = nullptr;  // [heads, chunks, kMaxEstimateRows]; chunk 0 has none here
+  float* overhangs =
+      nullptr;  // [heads, chunks, kMaxEstimateRows]; chunk 0 has none and is not used
 };
 
 template <int kHeadDim_, int kRows_>
@@ -41,8 +49,8 @@ struct Config {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRows = kRows_;  // query rows held, at least num_queries
   static constexpr int kRowTiles = kRows / (16 * kWarps);
-  // Odd, so that threads on neighbouring diagonals hit different banks; 5 more than a multiple of
-  // 32, so that of the lanes that write an accumulator at most two share a bank.
+  // The pitch is odd, so that threads on neighbouring diagonals read different banks. It is 5 more
+  // than a multiple of 32, so that at most two of the lanes that write an accumulator share a bank.
   static constexpr int kPitch = kKeyTile + 5;
 };
 
@@ -52,15 +60,15 @@ struct alignas(128) SharedMemory {
   __nv_bfloat16 k[2][kKeyTile * Config::kHeadDim];
 };
 
-// Second pass only; followed by the sums of the chunk's diagonals.
+// The shared memory of the second pass. The sums of the chunk's diagonals follow it.
 template <typename Config>
 struct MassSharedMemory : SharedMemory<Config> {
   float p[Config::kRows * Config::kPitch];
   float column_sums[kWarps][kKeyTile];
 };
 
-// Calls body(logits in log2 scale, first key) for the key tiles of a chunk. Keys after a row's own
-// position are -infinity.
+// Calls body(logits in log2 scale, first key) for each key tile of a chunk. The logits of keys
+// after a row's own position are -infinity.
 template <typename Config, typename Body>
 __device__ __forceinline__ void for_each_tile(const KernelParams& params,
                                               SharedMemory<Config>& shared, int head, int chunk,
@@ -105,8 +113,9 @@ __device__ __forceinline__ void for_each_tile(const KernelParams& params,
       for (int j = 0; j < kKeyTile / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int row = first_row + 16 * i + 8 * (e / 2) + lane / 4;
-          const int key = 8 * j + 2 * (lane % 4) + e % 2;
+          const int row =
+              first_row + 16 * i + device::element_row(e) + device::accumulator_row(lane);
+          const int key = 8 * j + device::accumulator_column(lane) + device::element_column(e);
           const bool visible = all_visible || key <= last_key + row;
           s[i][j][e] = visible ? s[i][j][e] * params.scale_log2 : -INFINITY;
         }
@@ -116,6 +125,7 @@ __device__ __forceinline__ void for_each_tile(const KernelParams& params,
   }
 }
 
+// First pass: each row's maximum and sum over a chunk. grid: (chunks, heads).
 template <typename Config>
 __global__ void __launch_bounds__(kThreads)
     estimate_row_sums_kernel(const __grid_constant__ KernelParams params) {
@@ -160,11 +170,13 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < 2 * Config::kRowTiles; ++i) {
     const float sum = device::quad_sum(row_sum[i]);
-    if (lane % 4 == 0) row_sums[first_row + 8 * i + lane / 4] = make_float2(row_max[i], sum);
+    if (lane % 4 == 0) {
+      row_sums[first_row + 8 * i + device::accumulator_row(lane)] = make_float2(row_max[i], sum);
+    }
   }
 }
 
-// One CTA per head, one thread per row.
+// Merges the chunks' maxima and sums: one CTA per head, one thread per row.
 __global__ void merge_row_sums_kernel(const __grid_constant__ KernelParams params) {
   const int rows = static_cast<int>(blockDim.x);
   const int row = static_cast<int>(threadIdx.x);
@@ -179,12 +191,14 @@ __global__ void merge_row_sums_kernel(const __grid_constant__ KernelParams param
     sum = sum * device::exp2_approx(max - new_max) + part.y * device::exp2_approx(part.x - new_max);
     max = new_max;
   }
-  // With the share of one row in the mean; rows that hold no query get no mass.
+  // The number of queries makes each row's mass its share of the mean. Rows that hold no query get
+  // no mass.
   const float num_queries = static_cast<float>(params.op.num_queries);
   params.row_lse[head * rows + row] =
       row < params.op.num_queries ? max + device::log2_approx(sum * num_queries) : INFINITY;
 }
 
+// Second pass: the mass on each column and diagonal of a chunk. grid: (chunks, heads).
 template <typename Config>
 __global__ void __launch_bounds__(kThreads)
     estimate_mass_kernel(const __grid_constant__ KernelParams params) {
@@ -208,7 +222,8 @@ __global__ void __launch_bounds__(kThreads)
   float row_lse[2 * Config::kRowTiles];
 #pragma unroll
   for (int i = 0; i < 2 * Config::kRowTiles; ++i) {
-    row_lse[i] = params.row_lse[head * Config::kRows + first_row + 8 * i + lane / 4];
+    row_lse[i] =
+        params.row_lse[head * Config::kRows + first_row + 8 * i + device::accumulator_row(lane)];
   }
   for_each_tile<Config>(
       params, shared, static_cast<int>(head), chunk,
@@ -223,8 +238,11 @@ __global__ void __launch_bounds__(kThreads)
             for (int e = 0; e < 4; ++e) {
               const float p = device::exp2_approx(s[i][j][e] - row_lse[2 * i + e / 2]);
               column_sum[e % 2] += p;
-              const int row = first_row + 16 * i + 8 * (e / 2) + lane / 4;
-              shared.p[row * Config::kPitch + 8 * j + 2 * (lane % 4) + e % 2] = p;
+              const int row =
+                  first_row + 16 * i + device::element_row(e) + device::accumulator_row(lane);
+              const int column =
+                  8 * j + device::accumulator_column(lane) + device::element_column(e);
+              shared.p[row * Config::kPitch + column] = p;
             }
           }
 #pragma unroll
@@ -264,12 +282,13 @@ __global__ void __launch_bounds__(kThreads)
           if (thread < kKeyTile - 1)
             diagonal_sums[keys_after + Config::kRows + thread] += upper_sum;
         }
-        // The next tile's first barrier comes before its probabilities.
+        // No barrier is needed here: the next tile's first one comes before its probabilities are
+        // written.
       });
   __syncthreads();
 
-  // Sum i of the chunk is the offset `lowest + i`. Offsets from lowest + keys on belong to the
-  // chunk before, if there is one.
+  // Sum i of the chunk belongs to offset `lowest + i`. Offsets from lowest + keys on are also those
+  // of the chunk before, if there is one, which owns them.
   const int64_t lowest = op.num_keys - op.num_queries - (first_key + keys - 1);
   const int own = chunk == 0 ? num_sums : keys;
   for (int i = thread; i < own; i += kThreads) {
@@ -317,23 +336,15 @@ __global__ void finish_estimate_kernel(const __grid_constant__ KernelParams para
 template <typename Config>
 cudaError_t Launch(const KernelParams& params, cudaStream_t stream) {
   const dim3 grid(params.plan.num_chunks, params.op.num_heads);
-  const int sums_bytes = sizeof(SharedMemory<Config>);
-  const int mass_bytes = static_cast<int>(sizeof(MassSharedMemory<Config>) +
-                                          (params.plan.chunk_keys + Config::kRows) * sizeof(float));
-  if (cudaError_t error =
-          cudaFuncSetAttribute(estimate_row_sums_kernel<Config>,
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, sums_bytes);
-      error != cudaSuccess) {
-    return error;
-  }
-  if (cudaError_t error = cudaFuncSetAttribute(
-          estimate_mass_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, mass_bytes);
-      error != cudaSuccess) {
-    return error;
-  }
-  estimate_row_sums_kernel<Config><<<grid, kThreads, sums_bytes, stream>>>(params);
+  cudaError_t error = LaunchKernel(estimate_row_sums_kernel<Config>, grid, kThreads,
+                                   sizeof(SharedMemory<Config>), stream, params);
+  if (error != cudaSuccess) return error;
   merge_row_sums_kernel<<<params.op.num_heads, Config::kRows, 0, stream>>>(params);
-  estimate_mass_kernel<Config><<<grid, kThreads, mass_bytes, stream>>>(params);
+  const size_t mass_bytes =
+      sizeof(MassSharedMemory<Config>) +
+      static_cast<size_t>(params.plan.chunk_keys + Config::kRows) * sizeof(float);
+  error = LaunchKernel(estimate_mass_kernel<Config>, grid, kThreads, mass_bytes, stream, params);
+  if (error != cudaSuccess) return error;
   finish_estimate_kernel<<<dim3(params.num_key_blocks, params.op.num_heads), params.op.block_tokens,
                            0, stream>>>(params);
   return cudaGetLastError();

@@ -1,4 +1,4 @@
-// Portable path of the estimate: mma.sync, for sm_80 and newer.
+// The estimate by mma.sync, for every GPU from sm_80 on; the op's contract is kernels/pattern.h.
 #ifndef PREFILLD_KERNELS_CUDA_PATTERN_SM80_ESTIMATE_H_
 #define PREFILLD_KERNELS_CUDA_PATTERN_SM80_ESTIMATE_H_
 
@@ -8,7 +8,7 @@
 
 namespace prefilld::kernels::cuda::sm80 {
 
-// head_dim 64 or 128, block_tokens 64 or 128.
+// head_dim is 64 or 128, block_tokens 64 or 128.
 cudaError_t LaunchEstimate(const EstimateParams& params, cudaStream_t stream);
 
 }  // namespace prefilld::kernels::cuda::sm80

@@ -1,22 +1,24 @@
 // The Hopper estimate.
 //
-// Arithmetic, at 28 heads of 128 and 128k keys: two passes of Q K^T (pattern/sm80/estimate.cu says
-// why two), 120 GFLOP each, 0.13 ms of the tensor cores. Every logit takes one exponential in
-// either pass: 470 M of them, 0.13 ms of the special-function units at 16 a cycle and SM. Both must
-// run side by side, and all else beneath them, about 4 instructions per logit and lane: four
-// consumer warpgroups take turns at the tensor cores while the others work on their logits. K is
-// 134 MB; the heads of a KV head are computed at the same time, so that DRAM is read once.
+// Arithmetic, at 28 heads of 128 and 128k keys: there are two passes of Q K^T
+// (pattern/sm80/estimate.cu says why two), 120 GFLOP each, 0.13 ms of the tensor cores. Every logit
+// takes one exponential in either pass: 470 M of them, 0.13 ms of the special-function units at 16
+// a cycle and SM. Both must run side by side and hide everything else, about 4 instructions per
+// logit and lane. So four consumer warpgroups take turns at the tensor cores, while the others work
+// on their logits. K is 134 MB; the heads of a KV head are computed at the same time, so that it is
+// read from DRAM once.
 //
-// A CTA takes a head and a group of 16 key blocks at a time, one block for each consumer warp, and
+// A CTA takes a head and a group of 16 key blocks at a time, one block for each consumer warp. It
 // goes through the blocks side by side, 16 keys of each in a step: a step's tile has 256 rows, 16
-// of every block, so that each warp gets 16 consecutive keys. No atomics: the same result every
-// time.
+// of every block, so that each warp gets 16 consecutive keys. There are no atomics, so the result
+// is the same every time.
 #include "kernels/cuda/pattern/sm90/estimate.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/pattern/sm90/masses.cuh"
 #include "kernels/cuda/pattern/sm90/row_sums.cuh"
 #include "kernels/cuda/pattern/sm90/tiles.cuh"
@@ -26,6 +28,7 @@ namespace prefilld::kernels::cuda::sm90 {
 namespace estimate {
 namespace {
 
+// A consumer warpgroup's loop over items and steps. Pass is RowSums or Masses.
 template <typename Pass>
 __device__ inline void consume(const Launch& launch, typename Pass::Storage& shared) {
   using namespace device;
@@ -37,16 +40,16 @@ __device__ inline void consume(const Launch& launch, typename Pass::Storage& sha
   Pass pass(launch, shared);
   for (int i = 0; item_number(i) < launch.num_items; ++i) {
     const RingPosition<kQuerySlots> slot(i);
-    mbarrier_wait(&shared.q_full[slot.place], slot.parity);
+    mbarrier_wait(&shared.q_full[slot.stage], slot.parity);
     pass.begin(Item(launch, item_number(i)));
 #pragma unroll 1
     for (int step = 0; step < kSteps; ++step) {
       const RingPosition<Storage::kStages> ring(step);
       float s[64];
-      const Operands tiles = Pass::operands(shared.q[slot.place], shared.k[ring.place]);
+      const Operands tiles = Pass::operands(shared.q[slot.stage], shared.k[ring.stage]);
 #pragma unroll
       for (int q = 0; q < Pass::kQuarters; ++q) {
-        mbarrier_wait(&shared.k_full[ring.place][pass.first_quarter() + q], ring.parity);
+        mbarrier_wait(&shared.k_full[ring.stage][pass.first_quarter() + q], ring.parity);
       }
       named_barrier_sync(turn(0), 2 * kWarpgroup);
       wgmma_fence();
@@ -56,13 +59,13 @@ __device__ inline void consume(const Launch& launch, typename Pass::Storage& sha
       if (first_lane) {
 #pragma unroll
         for (int q = 0; q < Pass::kQuarters; ++q) {
-          mbarrier_arrive(&shared.k_empty[ring.place][pass.first_quarter() + q]);
+          mbarrier_arrive(&shared.k_empty[ring.stage][pass.first_quarter() + q]);
         }
       }
-      pass.add(s, step, slot.place);
+      pass.add(s, step, slot.stage);
     }
     __syncwarp();  // all lanes are done with the slot
-    if (first_lane) mbarrier_arrive(&shared.q_empty[slot.place]);
+    if (first_lane) mbarrier_arrive(&shared.q_empty[slot.stage]);
     pass.end(i);
   }
 }
@@ -83,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < Storage::kStages; ++i) {
       for (int quarter = 0; quarter < kConsumers; ++quarter) {
         mbarrier_init(&shared.k_full[i][quarter], 1);
-        // Every warp that reads the quarter.
+        // Every warp that reads the quarter arrives.
         mbarrier_init(&shared.k_empty[i][quarter], Pass::kQuarters * kConsumerWarps / kConsumers);
       }
     }
@@ -106,7 +109,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 constexpr int kMergeRows = 32;
 constexpr int kMergeParts = 16;
 
-// grid: (runs of kMergeRows rows, heads); a thread merges every kMergeParts-th chunk of a row.
+// Merges the maxima and sums of all chunks. grid: (runs of kMergeRows rows, heads); a thread merges
+// every kMergeParts-th chunk of a row.
 __global__ void __launch_bounds__(kMergeParts* kMergeRows)
     merge_row_sums_kernel(const __grid_constant__ Launch launch) {
   __shared__ float2 parts[kMergeParts][kMergeRows];
@@ -132,12 +136,14 @@ __global__ void __launch_bounds__(kMergeParts* kMergeRows)
   if (part != 0) return;
 #pragma unroll
   for (int i = 1; i < kMergeParts; ++i) merge(sum, parts[i][run_row]);
-  // With the share of one row in the mean; rows that hold no query get no mass.
+  // The number of queries makes each row's mass its share of the mean. Rows that hold no query get
+  // no mass.
   const float num_queries = static_cast<float>(launch.op.num_queries);
   launch.row_lse[head * kBlock + row] =
       row < launch.op.num_queries ? sum.x + device::log2_approx(sum.y * num_queries) : INFINITY;
 }
 
+// Adds to each group's slash mass that of the diagonals that reach into it from the group before.
 // grid: (groups but the first, heads).
 __global__ void __launch_bounds__(kBlock)
     add_overhangs_kernel(const __grid_constant__ Launch launch) {
@@ -152,16 +158,10 @@ __global__ void __launch_bounds__(kBlock)
 template <typename Pass, int kHeadDim>
 cudaError_t LaunchPass(const Launch& launch, const TensorMaps& maps, int num_sms,
                        cudaStream_t stream) {
-  auto kernel = estimate_kernel<Pass, kHeadDim>;
-  constexpr int kSharedBytes = sizeof(SharedStorage<kHeadDim>);
-  static_assert(kSharedBytes <= 227 * 1024, "an SM has 227 KiB of shared memory for one block");
-  if (cudaError_t error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-      error != cudaSuccess) {
-    return error;
-  }
-  kernel<<<std::min(num_sms, launch.num_items), kThreads, kSharedBytes, stream>>>(launch, maps);
-  return cudaGetLastError();
+  constexpr size_t kSharedBytes = sizeof(SharedStorage<kHeadDim>);
+  static_assert(kSharedBytes <= kMaxSharedBytesSm90, "the tiles fit into an SM");
+  return LaunchKernel(estimate_kernel<Pass, kHeadDim>, std::min(num_sms, launch.num_items),
+                      kThreads, kSharedBytes, stream, launch, maps);
 }
 
 template <int kHeadDim>
@@ -197,7 +197,7 @@ cudaError_t MakeTensorMaps(const EstimateParams& p, TensorMaps* maps) {
                          .box1 = kStepKeys,
                          .box2 = 1},
                         &maps->k);
-  // With fewer keys than a block has, there is none to describe, and none is copied.
+  // With fewer keys than a block has there is no whole block to describe, and none is copied.
   if (error != cudaSuccess || keys < kBlock) return error;
   return MakeTensorMap({.data = p.k,
                         .dims = {d, kBlock, keys / kBlock, kv_heads},
@@ -212,7 +212,7 @@ cudaError_t MakeTensorMaps(const EstimateParams& p, TensorMaps* maps) {
 
 bool Supports(const EstimateParams& p) {
   using namespace estimate;
-  // Positions of a group past the last key are still counted as int.
+  // Positions are ints, also those of a group that ends past the last key.
   return (p.head_dim == 64 || p.head_dim == 128) && p.block_tokens == kBlock &&
          p.kv_head_stride % 8 == 0 &&
          p.num_keys <= std::numeric_limits<int32_t>::max() - 2 * kGroupKeys;

@@ -1,4 +1,5 @@
-// Hopper path of the estimate: wgmma, bulk tensor copies, warp-specialised, persistent.
+// The estimate on Hopper GPUs: wgmma on tiles that bulk tensor copies bring, warps specialised in
+// copying or computing, CTAs that persist. The op's contract is kernels/pattern.h.
 #ifndef PREFILLD_KERNELS_CUDA_PATTERN_SM90_ESTIMATE_H_
 #define PREFILLD_KERNELS_CUDA_PATTERN_SM90_ESTIMATE_H_
 
@@ -8,8 +9,8 @@
 
 namespace prefilld::kernels::cuda::sm90 {
 
-// Whether this path computes these shapes: head_dim 64 or 128, block_tokens 128, K aligned as bulk
-// copies need it. It says nothing about the GPU.
+// Whether the kernels are built for this shape: head_dim 64 or 128, block_tokens 128, and K aligned
+// as bulk copies need it. It says nothing about the GPU.
 bool Supports(const EstimateParams& params);
 
 cudaError_t LaunchEstimate(const EstimateParams& params, int num_sms, cudaStream_t stream);

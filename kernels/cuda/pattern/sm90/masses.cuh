@@ -1,7 +1,7 @@
-// Second pass of the Hopper estimate: masses of keys, of diagonals and of blocks.
+// Second pass of the Hopper estimate: the masses of keys, of diagonals and of blocks.
 //
-// Rows of the product are keys, columns the queries. A key's mass is then a sum along a row. A
-// diagonal, on which query - key is constant, runs through the registers of a thread from step to
+// Rows of the product are keys, columns are queries. So a key's mass is a sum along a row. A
+// diagonal, on which query - key is constant, moves through the registers of a thread from step to
 // step: the thread adds up a window of 34 partial sums, of which each step completes four, and only
 // those are added up over the warp's lanes. The window and the logits leave no register to spare.
 #ifndef PREFILLD_KERNELS_CUDA_PATTERN_SM90_MASSES_CUH_
@@ -11,7 +11,8 @@
 
 namespace prefilld::kernels::cuda::sm90::estimate {
 
-// Second pass: every consumer computes all queries and its own quarter of the tile.
+// The work of a consumer of the second pass. Every consumer takes all queries and its own quarter
+// of the tile.
 template <int kHeadDim>
 class Masses {
  public:
@@ -76,7 +77,7 @@ class Masses {
 
   __device__ void end(int item_count) {
     const Place place;
-    // What is still in the window: diagonals that begin below the block's first key.
+    // The window still holds the diagonals that begin below the block's first key.
 #pragma unroll 1
     for (int step = kSteps; step < 2 * kSteps; ++step) {
 #pragma unroll
@@ -90,12 +91,13 @@ class Masses {
     device::mbarrier_arrive(&shared_.diagonals_full[place.warp]);
     __syncwarp();
     write_block_mass(lane);
-    write_slash(lane, RingPosition<1>(item_count).parity);
+    write_slash(lane, device::RingPosition<1>(item_count).parity);
   }
 
  private:
-  // window_[i][e] is the sum over the diagonal query - key = 8 (i - 1) + column + e - row, counted
-  // from the block's first key plus 16 a step: of elements (h, j) those with j - h = i - 1.
+  // window_[i][e] is the sum over the diagonal query - key = 8 (i - 1) + column + e - row, where
+  // the key is counted from the step's first one. These are the elements 4 j + 2 h + e with j - h =
+  // i - 1.
   static constexpr int kWindow = 17;
 
   __device__ int block() const { return group_ * kEstimateGroupBlocks + Place().warp; }
@@ -105,19 +107,17 @@ class Masses {
     const Place place;
 #pragma unroll
     for (int i = 0; i < 64; ++i) {
-      const int key = step * kStepKeys + place.row + i / 2 % 2 * 8;
-      const int query = i / 4 * 8 + place.column + i % 2;
+      const int key = step * kStepKeys + place.row + device::element_row(i);
+      const int query = place.column + device::element_column(i);
       if (key > visible + query) s[i] = -INFINITY;
     }
   }
 
-  // Adds up over the four lanes of a row: even lanes end up with row h = 0, odd ones with h = 1.
+  // Writes the masses of this thread's two keys, summed over the queries.
   __device__ void write_key_mass(const float (&key_mass)[2], int step) {
     const Place place;
     const bool odd = place.quad_lane % 2 == 1;
-    float sum = odd ? key_mass[1] : key_mass[0];
-    sum += __shfl_xor_sync(~0u, odd ? key_mass[0] : key_mass[1], 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
+    const float sum = device::quad_row_sums(key_mass, odd);
     if (place.quad_lane > 1) return;
     const int key = first_key() + step * kStepKeys + place.row + (odd ? 8 : 0);
     if (key < launch_.op.num_keys) {
@@ -125,9 +125,9 @@ class Masses {
     }
   }
 
-  // Completes the 16 uppermost diagonals of the window, in two runs of eight: run 14 and run 15,
-  // where run b is 8 b .. 8 b + 7. A lane's diagonals of window_[i] are in run i - 1, or in run i -
-  // 2 where column + e < row.
+  // Completes and writes the 16 uppermost diagonals of the window. They are two runs of eight, 14
+  // and 15, where run b is diagonals 8 b .. 8 b + 7. A lane's diagonals of window_[i] are in run i
+  // - 1, or in run i - 2 where column + e < row.
   __device__ void write_diagonals(int step) {
     const Place place;
     float runs[2];
@@ -137,7 +137,7 @@ class Masses {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const bool below = place.column + e < place.row;
-        const float above = b == 1 ? carry_[e] : window_[16][e];  // what was window_[17] is carried
+        const float above = b == 1 ? carry_[e] : window_[16][e];  // window_[17] is in carry_
         value[e] = below ? above : window_[15 + b][e];
       }
       // Element e = 1 of the lane one row further down lies on the same diagonal as e = 0 here.
@@ -146,7 +146,7 @@ class Masses {
     }
     carry_[0] = window_[15][0];
     carry_[1] = window_[15][1];
-    // Then diagonal (column - row) mod 8 of a run is spread over four lanes, two rows apart. Even
+    // Now diagonal (column - row) mod 8 of a run is spread over four lanes, two rows apart. Even
     // lanes collect run 14, odd ones run 15.
     const bool odd = place.quad_lane % 2 == 1;
     const int neighbour = (place.row + (odd ? 6 : 2)) % 8 * 4 + (place.quad_lane ^ 1);
@@ -158,7 +158,7 @@ class Masses {
     shared_.diagonals[place.warp][kBlock + diagonal - step * kStepKeys] = sum;
   }
 
-  // All of the block lies on its diagonals.
+  // Writes the block's mass, which is the sum over its diagonals.
   __device__ void write_block_mass(int lane) {
     const float* diagonals = shared_.diagonals[Place().warp];
     float sum = 0.0f;
@@ -169,7 +169,8 @@ class Masses {
     launch_.op.block_mass[static_cast<int64_t>(head_) * launch_.num_key_blocks + block()] = sum;
   }
 
-  // The block's upper diagonals together with the lower ones of the block before.
+  // Writes the mass on diagonals: the block's upper ones together with the lower ones of the block
+  // before, which lie at the same offsets.
   __device__ void write_slash(int lane, uint32_t parity) {
     const Place place;
     const bool has_previous = place.warp > 0;
@@ -189,8 +190,10 @@ class Masses {
       if (offset >= 0 && offset < launch_.op.num_keys) slash[offset] = sum;
       if (overhangs) overhang[i] = own[i];
     }
-    // The warp after this one has read these diagonals before they are written again: that takes
-    // this warp eight steps, and after one step a round of turns has brought the other past here.
+    // No barrier is needed before these diagonals are written again. The next warp reads their
+    // lower half, which this warp rewrites only in the next call of end(), eight steps from here.
+    // The next warp has then left this function, because consumers take turns in every step: none
+    // gets two steps ahead of another.
   }
 
   const Launch& launch_;
@@ -198,7 +201,7 @@ class Masses {
   int head_ = 0;
   int group_ = 0;
   float window_[kWindow][2];
-  float carry_[2];  // window_[15] of the step before, which is window_[17] now
+  float carry_[2];  // window_[15] of the step before, which would be window_[17] now
 };
 
 }  // namespace prefilld::kernels::cuda::sm90::estimate

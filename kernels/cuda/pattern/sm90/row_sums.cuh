@@ -1,4 +1,4 @@
-// First pass of the Hopper estimate: maximum and sum of every row.
+// First pass of the Hopper estimate: the maximum and sum of every row.
 #ifndef PREFILLD_KERNELS_CUDA_PATTERN_SM90_ROW_SUMS_CUH_
 #define PREFILLD_KERNELS_CUDA_PATTERN_SM90_ROW_SUMS_CUH_
 
@@ -6,7 +6,8 @@
 
 namespace prefilld::kernels::cuda::sm90::estimate {
 
-// First pass: consumer w computes queries 64 (w % 2) .. and the keys of half w / 2 of the tile.
+// The work of a consumer of the first pass. Consumer w takes the 64 queries from 64 * (w % 2) on,
+// and the keys of half w / 2 of the tile.
 template <int kHeadDim>
 class RowSums {
  public:
@@ -15,7 +16,7 @@ class RowSums {
 
   __device__ RowSums(const Launch& launch, Storage& shared) : launch_(launch) {}
 
-  // The quarters of a tile it reads.
+  // It reads kQuarters quarters of a tile from first_quarter() on.
   __device__ int first_quarter() const { return Place().consumer / 2 * 2; }
   static constexpr int kQuarters = 2;
 
@@ -46,7 +47,7 @@ class RowSums {
       for (int j = 0; j < 16; ++j) {
         largest = fmaxf(largest, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
       }
-      // Each thread has a maximum of its own until the end.
+      // Until the end, each thread has a maximum of its own.
       const float new_max = fmaxf(max_[h], largest * launch_.scale_log2);
       const float reference = new_max == -INFINITY ? 0.0f : new_max;
       float total[2] = {};
@@ -81,6 +82,7 @@ class RowSums {
   }
 
  private:
+  // The query of this thread's first accumulators.
   __device__ int query() const {
     const Place place;
     return place.consumer % 2 * 64 + place.warp % 4 * 16 + place.row;
@@ -92,11 +94,11 @@ class RowSums {
     const int last_key = visible_ + query();
 #pragma unroll
     for (int i = 0; i < 64; ++i) {
-      // Column 16 b + k of the product is key k of the step's in block b.
-      const int column = i / 4 * 8 + place.column + i % 2;
+      // Column 16 b + k of the product is the step's key k of block b.
+      const int column = place.column + device::element_column(i);
       const int key =
           (first_block + column / kStepKeys) * kBlock + step * kStepKeys + column % kStepKeys;
-      if (key > last_key + i / 2 % 2 * 8) s[i] = -INFINITY;
+      if (key > last_key + device::element_row(i)) s[i] = -INFINITY;
     }
   }
 
