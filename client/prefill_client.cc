@@ -6,12 +6,12 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
-#include "client/grpc_status.h"
 #include "client/raw_stream.h"
 #include "client/transfer_check.h"
 #include "grpcpp/channel.h"
 #include "grpcpp/client_context.h"
 #include "prefill/v1/prefill.grpc.pb.h"
+#include "proto/wire/grpc_status.h"
 
 namespace prefilld::client {
 namespace {
@@ -92,19 +92,19 @@ class PrefillCall {
   }
 
   absl::Status Take(uint32_t lane, grpc::ByteBuffer& message) {
-    absl::StatusOr<std::optional<ReceivedFrame>> frame = ParseFrame(message);
+    absl::StatusOr<std::optional<wire::ReceivedFrame>> frame = wire::ParseFrame(message);
     if (!frame.ok()) return frame.status();
     if (frame->has_value()) return TakeFrame(lane, **frame);
     PrefillEvent event;
-    if (absl::Status parsed = ParseMessage(message, event); !parsed.ok()) return parsed;
-    if (event.has_kv_frame()) return TakeFrame(lane, MakeReceivedFrame(event.kv_frame()));
+    if (absl::Status parsed = wire::ParseMessage(message, event); !parsed.ok()) return parsed;
+    if (event.has_kv_frame()) return TakeFrame(lane, wire::MakeReceivedFrame(event.kv_frame()));
     if (lane != 0) {
       return absl::DataLossError(absl::StrCat("lane ", lane, " carries more than frames"));
     }
     return TakeEvent(std::move(event));
   }
 
-  absl::Status TakeFrame(uint32_t lane, const ReceivedFrame& frame) {
+  absl::Status TakeFrame(uint32_t lane, const wire::ReceivedFrame& frame) {
     if (check_ == nullptr) return absl::DataLossError("a frame came before Accepted");
     if (request_.has_deliver_to()) {
       return absl::DataLossError("a frame came here though the cache is delivered elsewhere");
@@ -190,7 +190,7 @@ absl::StatusOr<ServerInfo> PrefillClient::GetServerInfo(absl::Duration timeout) 
   ServerInfo info;
   const auto stub = PrefillService::NewStub(channels->front());
   const grpc::Status status = stub->GetServerInfo(&context, {}, &info);
-  if (!status.ok()) return FromGrpc(status);
+  if (!status.ok()) return wire::FromGrpc(status);
   return info;
 }
 

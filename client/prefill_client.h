@@ -13,8 +13,8 @@
 #include "absl/time/time.h"
 #include "client/cancellation.h"
 #include "client/channel.h"
-#include "client/received_frame.h"
 #include "prefill/v1/prefill.pb.h"
+#include "proto/wire/frame_codec.h"
 
 namespace prefilld::client {
 
@@ -28,7 +28,7 @@ class KvSink {
   virtual absl::Status OnAccepted(const ::prefill::v1::Accepted& accepted) = 0;
   virtual absl::Status OnProgress(const ::prefill::v1::Progress& progress) = 0;
   // A frame that passed every check, its checksum included. Slowness here slows the sender down.
-  virtual absl::Status OnFrame(const ReceivedFrame& frame) = 0;
+  virtual absl::Status OnFrame(const wire::ReceivedFrame& frame) = 0;
 };
 
 struct PrefillCallOptions {

@@ -3,9 +3,9 @@
 #include <utility>
 
 #include "absl/time/clock.h"
-#include "client/grpc_status.h"
 #include "grpcpp/channel.h"
 #include "grpcpp/support/slice.h"
+#include "proto/wire/grpc_status.h"
 
 namespace prefilld::client {
 
@@ -56,7 +56,7 @@ absl::Status RawStream::Finish() {
   WaitForOperation();
   finished_ = true;
   open_ = false;
-  return FromGrpc(status);
+  return wire::FromGrpc(status);
 }
 
 }  // namespace prefilld::client

@@ -125,10 +125,10 @@ TransferCheck::TransferCheck(const KvLayout& layout, uint32_t num_lanes)
       blocks_missing_(uint64_t{layout.num_layers()} *
                       (layout.num_blocks() - layout.first_block())) {}
 
-absl::Status TransferCheck::Check(uint32_t lane, const ReceivedFrame& frame) {
+absl::Status TransferCheck::Check(uint32_t lane, const wire::ReceivedFrame& frame) {
   absl::Status status = CheckPlace(lane, frame);
   if (!status.ok()) return status;
-  const uint64_t checksum = frame.payload.Xxh3();
+  const uint64_t checksum = frame.payload.Checksum();
   if (checksum != frame.checksum) {
     return absl::DataLossError(absl::StrFormat(
         "lane %u, frame %u (layer %u, blocks from %u): checksum of the payload is %016x, sent "
@@ -138,7 +138,7 @@ absl::Status TransferCheck::Check(uint32_t lane, const ReceivedFrame& frame) {
   return MarkArrived(lane, frame);
 }
 
-absl::Status TransferCheck::CheckPlace(uint32_t lane, const ReceivedFrame& frame) const {
+absl::Status TransferCheck::CheckPlace(uint32_t lane, const wire::ReceivedFrame& frame) const {
   if (frame.lane != lane) {
     return absl::DataLossError(
         absl::StrCat("a frame of lane ", frame.lane, " arrived on lane ", lane));
@@ -160,7 +160,7 @@ absl::Status TransferCheck::CheckPlace(uint32_t lane, const ReceivedFrame& frame
   return absl::OkStatus();
 }
 
-absl::Status TransferCheck::MarkArrived(uint32_t lane, const ReceivedFrame& frame) {
+absl::Status TransferCheck::MarkArrived(uint32_t lane, const wire::ReceivedFrame& frame) {
   absl::MutexLock lock(&mu_);
   if (frame.sequence != frames_per_lane_[lane]) {
     return absl::DataLossError(absl::StrCat("lane ", lane, ": frame ", frame.sequence,

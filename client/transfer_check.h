@@ -10,9 +10,9 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
-#include "client/received_frame.h"
 #include "prefill/v1/kv.pb.h"
 #include "prefill/v1/prefill.pb.h"
+#include "proto/wire/frame_codec.h"
 
 namespace prefilld::client {
 
@@ -42,7 +42,7 @@ class TransferCheck {
 
   // Takes a frame that arrived on `lane`. DATA_LOSS says what is wrong with it; its payload must
   // not be used then.
-  absl::Status Check(uint32_t lane, const ReceivedFrame& frame);
+  absl::Status Check(uint32_t lane, const wire::ReceivedFrame& frame);
   // After the last frame of every lane. DATA_LOSS when something is missing.
   absl::Status Finish(const ::prefill::v1::PrefillResult& result) const;
 
@@ -50,8 +50,8 @@ class TransferCheck {
   uint64_t bytes() const;
 
  private:
-  absl::Status CheckPlace(uint32_t lane, const ReceivedFrame& frame) const;
-  absl::Status MarkArrived(uint32_t lane, const ReceivedFrame& frame);
+  absl::Status CheckPlace(uint32_t lane, const wire::ReceivedFrame& frame) const;
+  absl::Status MarkArrived(uint32_t lane, const wire::ReceivedFrame& frame);
 
   const ::prefill::v1::KvLayout layout_;
   const size_t block_bytes_;

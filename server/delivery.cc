@@ -36,10 +36,11 @@ bool Delivery::all_attached() const {
 }
 
 void Delivery::Send(const v1::PrefillEvent& event) {
-  control_.Push(0, [message = EncodeMessage(event)]() { return message; });
+  control_.Push(0, [message = wire::EncodeMessage(event)]() { return message; });
 }
 
-int Delivery::SendFrame(FrameHeader header, StagingRing::Lease payload, size_t payload_bytes) {
+int Delivery::SendFrame(wire::FrameHeader header, StagingRing::Lease payload,
+                        size_t payload_bytes) {
   int lane = 0;
   {
     absl::MutexLock lock(&mu_);
@@ -48,13 +49,13 @@ int Delivery::SendFrame(FrameHeader header, StagingRing::Lease payload, size_t p
     ++sent_.frames_per_lane[lane];
     sent_.bytes += static_cast<int64_t>(payload_bytes);
   }
-  kv_lanes_[lane]->Push(payload_bytes,
-                        [this, header, payload = std::move(payload), payload_bytes]() mutable {
-                          header.sequence = next_sequence_[header.lane]++;
-                          header.sent_at_us = absl::ToInt64Microseconds(clock_.Now() - started_at_);
-                          header.layers_computed = layers_computed_.load(std::memory_order_relaxed);
-                          return EncodeFrame(header, std::move(payload), payload_bytes);
-                        });
+  kv_lanes_[lane]->Push(
+      payload_bytes, [this, header, payload = std::move(payload), payload_bytes]() mutable {
+        header.sequence = next_sequence_[header.lane]++;
+        header.sent_at_us = absl::ToInt64Microseconds(clock_.Now() - started_at_);
+        header.layers_computed = layers_computed_.load(std::memory_order_relaxed);
+        return wire::EncodeFrame(header, ToSlice(std::move(payload), payload_bytes));
+      });
   return lane;
 }
 
@@ -92,7 +93,7 @@ void Delivery::SendResult(v1::PrefillResult result) {
     result.clear_best_logprobs();
     v1::ReceiveRequest last;
     *last.mutable_result() = std::move(result);
-    side_lanes_[0]->Close([message = EncodeMessage(last)]() { return message; });
+    side_lanes_[0]->Close([message = wire::EncodeMessage(last)]() { return message; });
   }
   for (const auto& lane : side_lanes_) lane->Close();
   MaybeSendResult();
@@ -113,7 +114,7 @@ void Delivery::MaybeSendResult() {
     if (!result_.has_value() || open_side_lanes_ > 0) return;
     *event.mutable_result() = *std::exchange(result_, std::nullopt);
   }
-  control_.Close([message = EncodeMessage(event)]() { return message; });
+  control_.Close([message = wire::EncodeMessage(event)]() { return message; });
 }
 
 void Delivery::Abort(const absl::Status& status) {

@@ -14,8 +14,8 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "prefill/v1/prefill.pb.h"
+#include "proto/wire/frame_codec.h"
 #include "server/clock.h"
-#include "server/frame_codec.h"
 #include "server/lane_queue.h"
 #include "server/staging_ring.h"
 
@@ -50,7 +50,7 @@ class Delivery {
   void OnLayerComputed() { layers_computed_.fetch_add(1, std::memory_order_relaxed); }
   // Hands a frame to the attached lane with the least to do. lane, sequence, sent_at_us and
   // layers_computed are filled in here. Returns the lane.
-  int SendFrame(FrameHeader header, StagingRing::Lease payload, size_t payload_bytes);
+  int SendFrame(wire::FrameHeader header, StagingRing::Lease payload, size_t payload_bytes);
 
   // After the last frame. Adds kv_bytes, kv_frames and frames_per_lane.
   void SendResult(::prefill::v1::PrefillResult result);

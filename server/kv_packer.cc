@@ -236,11 +236,11 @@ absl::Status KvPacker::PackFrame(const Frame& frame, PrefillJob& job, StagingRin
   PREFILLD_RETURN_IF_ERROR(frame.source->sequence.PackKv(frame.layer, selection, buffer.data()));
 
   const size_t payload_bytes = frame.num_blocks * BlockBytes(layout);
-  FrameHeader header;
+  wire::FrameHeader header;
   header.layer = static_cast<uint32_t>(frame.layer);
   header.first_block = static_cast<uint32_t>(frame.first_block);
   header.num_blocks = static_cast<uint32_t>(frame.num_blocks);
-  header.checksum = Checksum(buffer.data(), payload_bytes);
+  header.checksum = wire::Checksum(buffer.data(), payload_bytes);
   const int lane = job.delivery().SendFrame(header, std::move(buffer), payload_bytes);
   surroundings_.metrics.CountFrame(lane, static_cast<int64_t>(payload_bytes));
   surroundings_.progress.Record();

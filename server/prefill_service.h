@@ -20,7 +20,8 @@ class Metrics;
 class PushDialer;
 class Scheduler;
 
-// Streams carry messages encoded by hand (frame_codec.h), so those methods take raw buffers.
+// Streams carry messages encoded by hand (proto/wire/frame_codec.h), so those methods take raw
+// buffers.
 using PrefillServiceBase = ::prefill::v1::PrefillService::WithRawCallbackMethod_Prefill<
     ::prefill::v1::PrefillService::WithRawCallbackMethod_AttachLane<
         ::prefill::v1::PrefillService::WithCallbackMethod_GetServerInfo<

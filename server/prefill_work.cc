@@ -8,7 +8,7 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "proto/host_port.h"
+#include "proto/wire/host_port.h"
 
 namespace prefilld::server {
 namespace {
@@ -222,12 +222,12 @@ absl::Status CheckDelivery(const v1::PrefillRequest& request, const RequestLimit
     return absl::InvalidArgumentError(absl::StrCat("deliver_to.address has ", address.size(),
                                                    " characters; at most ", kMaxAddressLength));
   }
-  if (auto problem = proto::DialAddressProblem("deliver_to.address", address)) {
+  if (auto problem = wire::DialAddressProblem("deliver_to.address", address)) {
     return absl::InvalidArgumentError(*problem);
   }
   const bool allowed = std::any_of(
       limits.deliver_to_allow.begin(), limits.deliver_to_allow.end(),
-      [&](const std::string& pattern) { return proto::AddressMatches(pattern, address); });
+      [&](const std::string& pattern) { return wire::AddressMatches(pattern, address); });
   if (!allowed) {
     return absl::PermissionDeniedError(
         absl::StrCat("deliver_to.address ", address, " is not on this server's allow-list"));

@@ -12,7 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "prefill/v1/receiver.pb.h"
-#include "server/status_details.h"
+#include "proto/wire/grpc_status.h"
 
 namespace prefilld::server {
 namespace {
@@ -96,7 +96,7 @@ void PushStream::Start() {
   v1::ReceiveRequest open;
   open.mutable_open()->set_transfer_id(job_->work().deliver_to.transfer_id());
   *open.mutable_open()->mutable_layout() = job_->work().layout;
-  queue_->Push(0, [message = EncodeMessage(open)]() { return message; });
+  queue_->Push(0, [message = wire::EncodeMessage(open)]() { return message; });
   queue_->Attach(this);
 }
 
@@ -140,10 +140,9 @@ void PushStream::OnDone(const grpc::Status& status) {
   if (result.ok()) {
     job_->delivery().OnSideLaneDone();
   } else {
-    job_->Abort(
-        Outcome::kReceiverFailed,
-        absl::Status(result.code(), absl::StrCat("deliver_to ", job_->work().deliver_to.address(),
-                                                 ": ", result.message())));
+    job_->Abort(Outcome::kReceiverFailed,
+                wire::WithPrefix(
+                    absl::StrCat("deliver_to ", job_->work().deliver_to.address(), ": "), result));
   }
   const std::shared_ptr<PushDialer::Open> open = open_;
   delete this;
@@ -152,7 +151,7 @@ void PushStream::OnDone(const grpc::Status& status) {
 }
 
 absl::Status PushStream::CheckOutcome(const grpc::Status& status) {
-  if (!status.ok()) return FromGrpcStatus(status);
+  if (!status.ok()) return wire::FromGrpc(status);
   v1::ReceiveResponse response;
   if (!sent_all_ ||
       !grpc::SerializationTraits<v1::ReceiveResponse>::Deserialize(&response_, &response).ok()) {

@@ -6,8 +6,8 @@
 #include "absl/strings/str_cat.h"
 #include "model/prefill/prefill_engine.h"
 #include "proto/status_macros.h"
+#include "proto/wire/grpc_status.h"
 #include "server/metrics.h"
-#include "server/status_details.h"
 
 namespace prefilld::server {
 namespace {
@@ -32,7 +32,7 @@ absl::Status Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
   }
   const WaitingLine line = Line();
   if (absl::Status room = CheckRoom(limits_, line, num_tokens); !room.ok()) {
-    return WithRetryDelay(std::move(room), RetryDelay(line, speed_.latest()));
+    return wire::WithRetryDelay(std::move(room), RetryDelay(line, speed_.latest()));
   }
   PREFILLD_RETURN_IF_ERROR(CheckDeadline(line, Describe(*job), speed_, resources_.clock.Now()));
 

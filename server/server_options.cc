@@ -6,7 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "proto/host_port.h"
+#include "proto/wire/host_port.h"
 
 namespace prefilld::server {
 namespace {
@@ -28,16 +28,16 @@ const char* DeviceName(model::DeviceChoice choice) {
 }
 
 void CheckAddresses(const ServerOptions& o, std::vector<std::string>& problems) {
-  if (auto problem = proto::ListenAddressProblem("--listen", o.listen)) {
+  if (auto problem = wire::ListenAddressProblem("--listen", o.listen)) {
     problems.push_back(*std::move(problem));
   }
   if (!o.metrics_listen.empty()) {
-    if (auto problem = proto::ListenAddressProblem("--metrics_listen", o.metrics_listen)) {
+    if (auto problem = wire::ListenAddressProblem("--metrics_listen", o.metrics_listen)) {
       problems.push_back(*std::move(problem));
     }
   }
   for (const std::string& pattern : o.deliver_to_allow) {
-    if (!proto::IsAddressPattern(pattern)) {
+    if (!wire::IsAddressPattern(pattern)) {
       problems.push_back(absl::StrCat("--deliver_to_allow: '", pattern,
                                       "' is not a host:port pattern, such as *.pods:50052"));
     }

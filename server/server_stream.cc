@@ -4,14 +4,14 @@
 
 #include <grpc/grpc.h>
 
-#include "server/status_details.h"
+#include "proto/wire/grpc_status.h"
 
 namespace prefilld::server {
 namespace {
 
 class RefusedStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer> {
  public:
-  explicit RefusedStream(const absl::Status& status) { Finish(ToGrpcStatus(status)); }
+  explicit RefusedStream(const absl::Status& status) { Finish(wire::ToGrpc(status)); }
 
  private:
   void OnDone() override { delete this; }
@@ -26,13 +26,13 @@ void ServerStream::Send(const grpc::ByteBuffer& message, bool last) { StartWrite
 
 void ServerStream::End(const absl::Status& status) {
   events_.on_end(status);
-  Finish(ToGrpcStatus(status));
+  Finish(wire::ToGrpc(status));
 }
 
 // Finish would wait behind the message that the peer does not take. Cancelling the core call sends
 // the status past it, and drops the message with the staging buffer that it borrows.
 void ServerStream::Cancel(const absl::Status& status) {
-  const grpc::Status grpc_status = ToGrpcStatus(status);
+  const grpc::Status grpc_status = wire::ToGrpc(status);
   grpc_call_cancel_with_status(context_->c_call(),
                                static_cast<grpc_status_code>(grpc_status.error_code()),
                                grpc_status.error_message().c_str(), nullptr);

@@ -28,7 +28,11 @@ includes() {
 }
 client_library() { find client -maxdepth 1 -type f \( -name '*.h' -o -name '*.cc' \); }
 
-# Direction of knowledge: proto <- server -> model -> kernels.
+# Direction of knowledge: proto <- proto/wire <- server -> model -> kernels.
+check 'proto/wire/ includes more of ours than proto/' \
+  "$(includes '"(kernels|model|server|client|tests)/' proto)"
+check 'proto/wire/ includes more than proto, gRPC and Abseil' \
+  "$(includes '[<"]' proto/wire | grep -vE '[<"](proto/(wire/|status_macros\.h)|(prefill/v1|google)/|grpc(pp)?/|absl/|xxhash\.h)|<[a-z0-9_]+>' || true)"
 check 'kernels/ includes something of ours from outside' \
   "$(includes '"(proto|prefill|server|model|client|tests)/' kernels)"
 check 'model/ includes from above it' "$(includes '"(server|client|tests)/' model)"

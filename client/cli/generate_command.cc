@@ -11,11 +11,11 @@
 #include "client/cli/progress_line.h"
 #include "client/cli/prompt.h"
 #include "client/cli/summary.h"
-#include "client/grpc_status.h"
 #include "grpcpp/channel.h"
 #include "grpcpp/client_context.h"
 #include "nlohmann/json.hpp"
 #include "prefill/v1/decode.grpc.pb.h"
+#include "proto/wire/grpc_status.h"
 
 namespace prefilld::client {
 namespace {
@@ -119,7 +119,7 @@ absl::Status RunGenerate(const CliOptions& options, Cancellation& cancellation) 
   while (stream->Read(&event)) view.Take(event);
   view.End();
   const grpc::Status status = stream->Finish();
-  if (!status.ok()) return FromGrpc(status);
+  if (!status.ok()) return wire::FromGrpc(status);
   if (!view.has_result()) return absl::DataLossError("the stream ended without a result");
 
   if (options.json) {

@@ -6,7 +6,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "proto/host_port.h"
+#include "proto/wire/host_port.h"
 
 ABSL_FLAG(std::string, worker, "localhost:50052", "host:port of the decode worker (generate).");
 ABSL_FLAG(std::string, server, "localhost:50051", "host:port of prefilld (prefill, info).");
@@ -133,7 +133,7 @@ Command ReadCommand(const std::vector<char*>& positional, Problems& problems) {
 }
 
 void CheckAddress(const char* flag, const std::string& address, Problems& problems) {
-  if (auto problem = proto::DialAddressProblem(flag, address)) {
+  if (auto problem = wire::DialAddressProblem(flag, address)) {
     problems.push_back(*std::move(problem));
   }
 }

@@ -37,7 +37,7 @@ class DiscardingSink : public KvSink {
     return absl::OkStatus();
   }
 
-  absl::Status OnFrame(const ReceivedFrame& frame) override {
+  absl::Status OnFrame(const wire::ReceivedFrame& frame) override {
     absl::MutexLock lock(&mu_);
     const uint64_t now_us = absl::ToInt64Microseconds(absl::Now() - start_);
     if (bytes_ == 0) {

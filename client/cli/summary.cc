@@ -5,8 +5,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "client/grpc_status.h"
 #include "nlohmann/json.hpp"
+#include "proto/wire/grpc_status.h"
 
 namespace prefilld::client {
 namespace {
@@ -337,7 +337,7 @@ json ToJson(const ServerInfo& info) {
 std::string ErrorText(const absl::Status& status, const std::string& address) {
   std::string text = absl::StrCat(absl::StatusCodeToString(status.code()), ": ", status.message());
   if (absl::IsUnavailable(status)) absl::StrAppend(&text, " (", address, ")");
-  if (const auto delay = RetryDelay(status)) {
+  if (const auto delay = wire::RetryDelay(status)) {
     absl::StrAppend(&text, "; try again in ", absl::FormatDuration(*delay));
   }
   return text;

@@ -30,7 +30,7 @@ absl::Status CacheWriter::CheckShape(const KvLayout& layout) const {
   return status;
 }
 
-absl::Status CacheWriter::Write(const ReceivedFrame& frame) {
+absl::Status CacheWriter::Write(const wire::ReceivedFrame& frame) {
   const absl::Time now = absl::Now();
   if (uint64_t{frame.first_block} + frame.num_blocks > block_table_.size()) {
     return absl::InternalError(absl::StrCat("blocks up to ", frame.first_block + frame.num_blocks,
@@ -49,7 +49,7 @@ absl::Status CacheWriter::Write(const ReceivedFrame& frame) {
   return status;
 }
 
-void CacheWriter::Count(const ReceivedFrame& frame, absl::Time now) {
+void CacheWriter::Count(const wire::ReceivedFrame& frame, absl::Time now) {
   absl::MutexLock lock(&mu_);
   const uint64_t bytes = frame.payload.size();
   report_.kv_bytes += bytes;

@@ -8,9 +8,9 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
-#include "client/received_frame.h"
 #include "model/decode/decoder.h"
 #include "prefill/v1/kv.pb.h"
+#include "proto/wire/frame_codec.h"
 
 namespace prefilld::client {
 
@@ -36,7 +36,7 @@ class CacheWriter {
   // FAILED_PRECONDITION, with field, value and expectation: such a cache is not of the decoder's
   // model, whatever its fingerprint says. Frames may be written only after this was OK.
   absl::Status CheckShape(const ::prefill::v1::KvLayout& layout) const;
-  absl::Status Write(const ReceivedFrame& frame);
+  absl::Status Write(const wire::ReceivedFrame& frame);
   TransferReport report() const;
 
   // What this decoder's pool holds.
@@ -44,7 +44,7 @@ class CacheWriter {
                                                   kernels::KvOrder order);
 
  private:
-  void Count(const ReceivedFrame& frame, absl::Time now);
+  void Count(const wire::ReceivedFrame& frame, absl::Time now);
 
   model::Decoder* const decoder_;
   const absl::Span<const int32_t> block_table_;

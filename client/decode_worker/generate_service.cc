@@ -10,8 +10,8 @@
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "client/cancellation.h"
-#include "client/grpc_status.h"
 #include "grpc/grpc.h"
+#include "proto/wire/grpc_status.h"
 #include "spdlog/spdlog.h"
 
 namespace prefilld::client {
@@ -54,7 +54,7 @@ void Log(const std::string& request_id, const GenerateRequest& request, const ab
 class GenerateService::Call : public grpc::ServerWriteReactor<GenerateEvent>, public EventWriter {
  public:
   // For a request that is refused.
-  explicit Call(const absl::Status& refusal) { Finish(ToGrpc(refusal)); }
+  explicit Call(const absl::Status& refusal) { Finish(wire::ToGrpc(refusal)); }
 
   Call(GenerateService* service, grpc::CallbackServerContext* context,
        const GenerateRequest* request)
@@ -110,7 +110,7 @@ class GenerateService::Call : public grpc::ServerWriteReactor<GenerateEvent>, pu
     const absl::Status status = client::Generate(worker, request, facts_, cancellation_, *this);
     worker.metrics->RequestEnded(status);
     Log(facts_.request_id, request, status, absl::Now() - facts_.arrival);
-    Finish(ToGrpc(status));
+    Finish(wire::ToGrpc(status));
     service->Leave();
   }
 

@@ -126,7 +126,7 @@ class Generation : public KvSink {
   absl::Status OnAccepted(const ::prefill::v1::Accepted& accepted) override {
     return cache_.CheckShape(accepted.layout());
   }
-  absl::Status OnFrame(const ReceivedFrame& frame) override { return cache_.Write(frame); }
+  absl::Status OnFrame(const wire::ReceivedFrame& frame) override { return cache_.Write(frame); }
   absl::Status OnProgress(const Progress& progress) override {
     GenerateEvent event;
     *event.mutable_progress()->mutable_progress() = progress;

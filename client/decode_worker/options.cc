@@ -8,7 +8,7 @@
 #include "absl/flags/usage.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "proto/host_port.h"
+#include "proto/wire/host_port.h"
 
 ABSL_FLAG(std::string, model, "", "Checkpoint folder, the same as prefilld's. Required.");
 ABSL_FLAG(std::string, device, "auto", "auto, cpu or cuda.");
@@ -66,12 +66,12 @@ void CheckAddresses(const WorkerOptions& options, Problems& problems) {
   const auto add = [&problems](std::optional<std::string> problem) {
     if (problem.has_value()) problems.push_back(*std::move(problem));
   };
-  add(proto::ListenAddressProblem("--listen", options.listen));
+  add(wire::ListenAddressProblem("--listen", options.listen));
   if (!options.metrics_listen.empty()) {
-    add(proto::ListenAddressProblem("--metrics_listen", options.metrics_listen));
+    add(wire::ListenAddressProblem("--metrics_listen", options.metrics_listen));
   }
   if (!options.prefill.address.empty()) {
-    add(proto::DialAddressProblem("--prefill_address", options.prefill.address));
+    add(wire::DialAddressProblem("--prefill_address", options.prefill.address));
   }
 }
 

@@ -33,7 +33,7 @@ absl::Status PendingTransfer::Open(const KvLayout& layout) {
 }
 
 // Holds the lock while it writes: that is how Abandon knows that the writer is at rest.
-absl::Status PendingTransfer::Write(const ReceivedFrame& frame) {
+absl::Status PendingTransfer::Write(const wire::ReceivedFrame& frame) {
   absl::MutexLock lock(&mu_);
   if (!status_.ok()) return status_;
   last_sign_of_life_ = absl::Now();

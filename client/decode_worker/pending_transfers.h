@@ -31,7 +31,7 @@ class PendingTransfer {
   // The receiving side. After an error no other call is allowed, and the transfer has failed with
   // that error. FAILED_PRECONDITION: the layout is not the expected one.
   absl::Status Open(const ::prefill::v1::KvLayout& layout);
-  absl::Status Write(const ReceivedFrame& frame);
+  absl::Status Write(const wire::ReceivedFrame& frame);
   // With the sender's result, when it has closed the stream. DATA_LOSS when a frame is missing.
   absl::Status Complete(::prefill::v1::PrefillResult result);
   // The sender went away or broke the protocol.

@@ -9,9 +9,9 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "client/cancellation.h"
-#include "client/grpc_status.h"
-#include "client/received_frame.h"
 #include "grpcpp/alarm.h"
+#include "proto/wire/frame_codec.h"
+#include "proto/wire/grpc_status.h"
 #include "spdlog/spdlog.h"
 
 namespace prefilld::client {
@@ -51,16 +51,16 @@ class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
 
  private:
   absl::Status Take() {
-    absl::StatusOr<std::optional<ReceivedFrame>> frame = ParseFrame(message_);
+    absl::StatusOr<std::optional<wire::ReceivedFrame>> frame = wire::ParseFrame(message_);
     if (!frame.ok()) return frame.status();
     if (frame->has_value()) return TakeFrame(**frame);
     ReceiveRequest request;
-    if (absl::Status parsed = ParseMessage(message_, request); !parsed.ok()) return parsed;
+    if (absl::Status parsed = wire::ParseMessage(message_, request); !parsed.ok()) return parsed;
     switch (request.message_case()) {
       case ReceiveRequest::kOpen:
         return TakeOpen(request.open());
       case ReceiveRequest::kKvFrame:
-        return TakeFrame(MakeReceivedFrame(request.kv_frame()));
+        return TakeFrame(wire::MakeReceivedFrame(request.kv_frame()));
       case ReceiveRequest::kResult:
         if (result_) return absl::DataLossError("the result came twice");
         result_ = std::move(*request.mutable_result());
@@ -84,7 +84,7 @@ class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
     return transfer_->Open(open.layout());
   }
 
-  absl::Status TakeFrame(const ReceivedFrame& frame) {
+  absl::Status TakeFrame(const wire::ReceivedFrame& frame) {
     if (!transfer_) return absl::DataLossError("a frame came before ReceiveOpen");
     if (result_) return absl::DataLossError("a frame came after the result");
     return transfer_->Write(frame);
@@ -115,7 +115,7 @@ class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
       spdlog::warn("receive refused: {} {}", absl::StatusCodeToString(status.code()),
                    absl::CEscape(status.message()));
     }
-    Finish(ToGrpc(status));
+    Finish(wire::ToGrpc(status));
   }
 
   PendingTransfers* const transfers_;

@@ -1,13 +1,13 @@
 #include "client/cli/progress_line.h"
 #include "client/cli/prompt.h"
 #include "client/cli/summary.h"
-#include "client/grpc_status.h"
 #include "client/pem_file.h"
 #include "gmock/gmock.h"
 #include "google/rpc/retry_info.pb.h"
 #include "google/rpc/status.pb.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
+#include "proto/wire/grpc_status.h"
 
 namespace prefilld::client {
 namespace {
@@ -134,8 +134,8 @@ TEST(Summary, AnErrorIsOneLineWithItsStatusAndWhenToComeBack) {
   retry.mutable_retry_delay()->set_seconds(2);
   google::rpc::Status details;
   details.add_details()->PackFrom(retry);
-  const absl::Status full = FromGrpc(grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED,
-                                                  "queue full", details.SerializeAsString()));
+  const absl::Status full = wire::FromGrpc(grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED,
+                                                        "queue full", details.SerializeAsString()));
   EXPECT_EQ(ErrorText(full, "host:1"), "RESOURCE_EXHAUSTED: queue full; try again in 2s");
   EXPECT_EQ(ErrorText(absl::UnavailableError("gone"), "host:1"), "UNAVAILABLE: gone (host:1)");
 }

@@ -28,7 +28,7 @@ class RecordingSink : public KvSink {
     ++progress;
     return absl::OkStatus();
   }
-  absl::Status OnFrame(const ReceivedFrame& frame) override {
+  absl::Status OnFrame(const wire::ReceivedFrame& frame) override {
     absl::MutexLock lock(&mu);
     std::string bytes(frame.payload.size(), '\0');
     frame.payload.CopyTo(reinterpret_cast<uint8_t*>(bytes.data()));

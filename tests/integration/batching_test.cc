@@ -58,7 +58,7 @@ class Cache : public client::KvSink {
     if (progress.layers_computed() > 0 && !started_.HasBeenNotified()) started_.Notify();
     return absl::OkStatus();
   }
-  absl::Status OnFrame(const client::ReceivedFrame& frame) override {
+  absl::Status OnFrame(const wire::ReceivedFrame& frame) override {
     std::vector<float> values(frame.payload.size() / sizeof(float));
     frame.payload.CopyTo(reinterpret_cast<uint8_t*>(values.data()));
     absl::MutexLock lock(&mu_);

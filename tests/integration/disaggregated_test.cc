@@ -114,7 +114,7 @@ class DecoderSink : public client::KvSink {
     return absl::OkStatus();
   }
   absl::Status OnProgress(const Progress&) override { return absl::OkStatus(); }
-  absl::Status OnFrame(const client::ReceivedFrame& frame) override {
+  absl::Status OnFrame(const wire::ReceivedFrame& frame) override {
     std::vector<uint8_t> scratch;
     const uint8_t* k = frame.payload.Contiguous(scratch);
     const absl::Span<const int32_t> blocks(block_table_.data() + frame.first_block,

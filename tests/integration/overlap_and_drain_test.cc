@@ -65,7 +65,7 @@ class Timeline : public client::KvSink {
     }
     return absl::OkStatus();
   }
-  absl::Status OnFrame(const client::ReceivedFrame& frame) override {
+  absl::Status OnFrame(const wire::ReceivedFrame& frame) override {
     absl::MutexLock lock(&mu);
     arrived[frame.layer] = absl::Now();
     layers_computed[frame.layer] = frame.layers_computed;

@@ -40,7 +40,7 @@ class NullSink : public client::KvSink {
  public:
   absl::Status OnAccepted(const ::prefill::v1::Accepted&) override { return absl::OkStatus(); }
   absl::Status OnProgress(const ::prefill::v1::Progress&) override { return absl::OkStatus(); }
-  absl::Status OnFrame(const client::ReceivedFrame&) override { return absl::OkStatus(); }
+  absl::Status OnFrame(const wire::ReceivedFrame&) override { return absl::OkStatus(); }
 };
 
 class SuddenDeath : public ::testing::Test {

@@ -1,9 +1,9 @@
-#include "proto/host_port.h"
+#include "proto/wire/host_port.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-namespace prefilld::proto {
+namespace prefilld::wire {
 namespace {
 
 using ::testing::AllOf;
@@ -64,4 +64,4 @@ TEST(AddressPattern, HasTheFormOfAnAddress) {
 }
 
 }  // namespace
-}  // namespace prefilld::proto
+}  // namespace prefilld::wire

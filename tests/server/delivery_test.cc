@@ -39,7 +39,7 @@ class FastTransport final : public LaneQueue::Transport {
 class DeliveryTest : public ::testing::Test {
  protected:
   int SendFrame(Delivery& delivery) {
-    return delivery.SendFrame(FrameHeader(), ring_->Acquire({credit_}, kNever), 100);
+    return delivery.SendFrame(wire::FrameHeader(), ring_->Acquire({credit_}, kNever), 100);
   }
 
   FakeEngine engine_{FakeEngineOptions()};

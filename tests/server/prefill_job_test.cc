@@ -26,7 +26,7 @@ class PrefillJobTest : public ::testing::Test {
     auto credit = std::make_shared<StagingRing::Credit>();
     auto lease = bench_.ring->Acquire({credit}, [] { return true; });
     const size_t bytes = bench_.ring->buffer_bytes();
-    job.delivery().SendFrame(FrameHeader(), std::move(lease), bytes);
+    job.delivery().SendFrame(wire::FrameHeader(), std::move(lease), bytes);
   }
   const JobTimeouts& timeouts() const { return bench_.resources.timeouts; }
 

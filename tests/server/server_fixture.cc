@@ -15,7 +15,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
-#include "server/frame_codec.h"
+#include "proto/wire/frame_codec.h"
 #include "server/prefill_work.h"
 
 namespace prefilld::server {
@@ -164,7 +164,7 @@ void ExpectWholeCache(const std::vector<v1::KvFrame>& frames, const v1::KvLayout
   std::set<std::pair<uint32_t, uint32_t>> blocks_of_layer;
   for (const v1::KvFrame& frame : frames) {
     EXPECT_TRUE(sequences[frame.lane()].insert(frame.sequence()).second);
-    EXPECT_EQ(frame.checksum(), Checksum(frame.payload().data(), frame.payload().size()));
+    EXPECT_EQ(frame.checksum(), wire::Checksum(frame.payload().data(), frame.payload().size()));
     EXPECT_GE(frame.layers_computed(), frame.layer() + 1);
     EXPECT_LE(frame.layers_computed(), layout.num_layers());
     EXPECT_EQ(frame.payload(),

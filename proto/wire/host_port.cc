@@ -1,4 +1,4 @@
-#include "proto/host_port.h"
+#include "proto/wire/host_port.h"
 
 #include <algorithm>
 
@@ -8,7 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
 
-namespace prefilld::proto {
+namespace prefilld::wire {
 namespace {
 
 bool IsHostName(absl::string_view host) {
@@ -91,4 +91,4 @@ bool IsAddressPattern(absl::string_view pattern) {
   return ParseHostPort(absl::StrReplaceAll(pattern, {{"*", "1"}})).has_value();
 }
 
-}  // namespace prefilld::proto
+}  // namespace prefilld::wire

@@ -1,14 +1,14 @@
 // Network addresses as operators and requests write them: the form of DeliverTo.address and of
 // every flag that takes host:port.
-#ifndef PREFILLD_PROTO_HOST_PORT_H_
-#define PREFILLD_PROTO_HOST_PORT_H_
+#ifndef PREFILLD_PROTO_WIRE_HOST_PORT_H_
+#define PREFILLD_PROTO_WIRE_HOST_PORT_H_
 
 #include <optional>
 #include <string>
 
 #include "absl/strings/string_view.h"
 
-namespace prefilld::proto {
+namespace prefilld::wire {
 
 struct HostPort {
   std::string host;  // a name, an IPv4 address, or an IPv6 address without its brackets
@@ -29,6 +29,6 @@ bool AddressMatches(absl::string_view pattern, absl::string_view address);
 // Whether any address can match.
 bool IsAddressPattern(absl::string_view pattern);
 
-}  // namespace prefilld::proto
+}  // namespace prefilld::wire
 
-#endif  // PREFILLD_PROTO_HOST_PORT_H_
+#endif  // PREFILLD_PROTO_WIRE_HOST_PORT_H_

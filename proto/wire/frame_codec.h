@@ -1,0 +1,85 @@
+// KV frames between memory and the messages that carry them, in both directions and without a copy
+// of their payload.
+//
+// A PrefillEvent and a ReceiveRequest number their frame alike, so that one encoding serves the
+// response stream of a call and the request stream of a push. A frame's fields are written by hand
+// in front of its payload and read by hand up to it; on the wire it is an ordinary protobuf
+// message.
+#ifndef PREFILLD_PROTO_WIRE_FRAME_CODEC_H_
+#define PREFILLD_PROTO_WIRE_FRAME_CODEC_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include <google/protobuf/message_lite.h>
+#include <grpcpp/support/byte_buffer.h>
+#include <grpcpp/support/slice.h>
+
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "prefill/v1/kv.pb.h"
+
+namespace prefilld::wire {
+
+// The fields of prefill.v1.KvFrame other than its payload; see there for their meaning.
+struct FrameHeader {
+  uint32_t lane = 0;
+  uint64_t sequence = 0;
+  uint32_t layer = 0;
+  uint32_t first_block = 0;
+  uint32_t num_blocks = 0;
+  uint64_t checksum = 0;
+  uint64_t sent_at_us = 0;
+  uint32_t layers_computed = 0;
+};
+
+// XXH3 with 64 bits and seed 0, as KvFrame.checksum has it.
+uint64_t Checksum(const void* data, size_t bytes);
+
+// A PrefillEvent, and byte for byte the same a ReceiveRequest, that holds the frame. The message
+// refers to the payload's memory and releases the slice when the transport lets go of the message.
+grpc::ByteBuffer EncodeFrame(const FrameHeader& header, grpc::Slice payload);
+
+grpc::ByteBuffer EncodeMessage(const google::protobuf::MessageLite& message);
+
+// The bytes of a received frame, in the pieces in which they arrived, which it keeps alive.
+class FramePayload {
+ public:
+  FramePayload() = default;
+  // The `size` bytes from `offset` on of the slices in a row, which must have as many.
+  FramePayload(std::vector<grpc::Slice> slices, size_t offset, size_t size);
+
+  size_t size() const { return size_; }
+  absl::Span<const absl::Span<const uint8_t>> pieces() const { return pieces_; }
+  uint64_t Checksum() const;
+  void CopyTo(uint8_t* destination) const;
+  // The payload itself when it arrived in one piece, else a copy of it in `scratch`. Valid while
+  // this and `scratch` live.
+  const uint8_t* Contiguous(std::vector<uint8_t>& scratch) const;
+
+ private:
+  std::vector<grpc::Slice> slices_;
+  std::vector<absl::Span<const uint8_t>> pieces_;
+  size_t size_ = 0;
+};
+
+struct ReceivedFrame : FrameHeader {
+  FramePayload payload;
+};
+
+// The frame in a PrefillEvent or a ReceiveRequest. nullopt when the message is something else, or
+// holds a frame in an unusual encoding: ParseMessage and MakeReceivedFrame read that one.
+// DATA_LOSS when the bytes are no protobuf message.
+absl::StatusOr<std::optional<ReceivedFrame>> ParseFrame(grpc::ByteBuffer& message);
+
+// DATA_LOSS when the bytes are no such message.
+absl::Status ParseMessage(grpc::ByteBuffer& bytes, google::protobuf::MessageLite& message);
+
+// Copies the payload.
+ReceivedFrame MakeReceivedFrame(const ::prefill::v1::KvFrame& frame);
+
+}  // namespace prefilld::wire
+
+#endif  // PREFILLD_PROTO_WIRE_FRAME_CODEC_H_
