@@ -4,58 +4,42 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "prefill/v1/receiver.pb.h"
 
 namespace prefilld::server {
 
 namespace v1 = ::prefill::v1;
 
 Delivery::Delivery(int num_lanes, bool pushes, const Clock& clock)
-    : clock_(clock), pushes_(pushes), control_(clock) {
-  if (!pushes) kv_lanes_.push_back(&control_);
+    : pushes_(pushes), control_(std::make_unique<LaneQueue>(clock, /*lane=*/0, progress_)) {
+  if (!pushes) kv_lanes_.push_back(control_.get());
   while (kv_lanes_.size() < static_cast<size_t>(num_lanes)) {
-    side_lanes_.push_back(std::make_unique<LaneQueue>(clock));
+    const auto lane = static_cast<uint32_t>(kv_lanes_.size());
+    side_lanes_.push_back(std::make_unique<LaneQueue>(clock, lane, progress_));
     kv_lanes_.push_back(side_lanes_.back().get());
   }
   open_side_lanes_ = static_cast<int>(side_lanes_.size());
   sent_.frames_per_lane.assign(kv_lanes_.size(), 0);
-  next_sequence_.assign(kv_lanes_.size(), 0);
 }
 
 absl::StatusOr<LaneQueue*> Delivery::side_lane(uint32_t lane) {
-  if (lane >= kv_lanes_.size() || kv_lanes_[lane] == &control_) {
+  if (lane >= kv_lanes_.size() || kv_lanes_[lane] == control_.get()) {
     return absl::InvalidArgumentError(
         absl::StrCat("lane ", lane, "; lanes 1 to ", kv_lanes_.size() - 1, " can be attached"));
   }
   return kv_lanes_[lane];
 }
 
-bool Delivery::all_attached() const {
-  return std::all_of(side_lanes_.begin(), side_lanes_.end(),
-                     [](const auto& lane) { return lane->attached(); });
-}
+void Delivery::Send(v1::PrefillEvent event) { control_->Push(std::move(event)); }
 
-void Delivery::Send(const v1::PrefillEvent& event) {
-  control_.Push(0, [message = wire::EncodeMessage(event)]() { return message; });
-}
-
-int Delivery::SendFrame(wire::FrameHeader header, StagingRing::Lease payload,
-                        size_t payload_bytes) {
+int Delivery::SendFrame(KvFrame frame) {
   int lane = 0;
   {
     absl::MutexLock lock(&mu_);
     lane = NextLane();
-    header.lane = static_cast<uint32_t>(lane);
     ++sent_.frames_per_lane[lane];
-    sent_.bytes += static_cast<int64_t>(payload_bytes);
+    sent_.bytes += static_cast<int64_t>(frame.payload_bytes);
   }
-  kv_lanes_[lane]->Push(
-      payload_bytes, [this, header, payload = std::move(payload), payload_bytes]() mutable {
-        header.sequence = next_sequence_[header.lane]++;
-        header.sent_at_us = absl::ToInt64Microseconds(clock_.Now() - started_at_);
-        header.layers_computed = layers_computed_.load(std::memory_order_relaxed);
-        return wire::EncodeFrame(header, ToSlice(std::move(payload), payload_bytes));
-      });
+  kv_lanes_[lane]->Push(std::move(frame));
   return lane;
 }
 
@@ -91,9 +75,9 @@ void Delivery::SendResult(v1::PrefillResult result) {
     // The receiver goes on from the cache; how likely the prompt is, the caller asked.
     result.clear_prompt_logprobs();
     result.clear_best_logprobs();
-    v1::ReceiveRequest last;
+    v1::PrefillEvent last;
     *last.mutable_result() = std::move(result);
-    side_lanes_[0]->Close([message = wire::EncodeMessage(last)]() { return message; });
+    side_lanes_[0]->Close(std::move(last));
   }
   for (const auto& lane : side_lanes_) lane->Close();
   MaybeSendResult();
@@ -114,28 +98,29 @@ void Delivery::MaybeSendResult() {
     if (!result_.has_value() || open_side_lanes_ > 0) return;
     *event.mutable_result() = *std::exchange(result_, std::nullopt);
   }
-  control_.Close([message = wire::EncodeMessage(event)]() { return message; });
+  control_->Close(std::move(event));
 }
 
 void Delivery::Abort(const absl::Status& status) {
   for (const auto& lane : side_lanes_) lane->Abort(status);
-  control_.Abort(status);
+  control_->Abort(status);
 }
 
-absl::Duration Delivery::StalledFor(absl::Time now) const {
-  absl::Duration longest = control_.StalledFor(now);
-  for (const auto& lane : side_lanes_) longest = std::max(longest, lane->StalledFor(now));
-  return longest;
-}
-
-LaneQueue::Taken Delivery::KvTaken(absl::Time now) const {
-  LaneQueue::Taken sum;
+Delivery::ConsumerState Delivery::consumer(absl::Time now) const {
+  ConsumerState state;
+  state.all_attached = std::all_of(side_lanes_.begin(), side_lanes_.end(),
+                                   [](const auto& lane) { return lane->attached(); });
+  state.control_idle = control_->idle();
+  state.stalled = control_->StalledFor(now);
+  for (const auto& lane : side_lanes_) {
+    state.stalled = std::max(state.stalled, lane->StalledFor(now));
+  }
   for (const LaneQueue* lane : kv_lanes_) {
     const LaneQueue::Taken taken = lane->taken(now);
-    sum.payload_bytes += taken.payload_bytes;
-    sum.busy = std::max(sum.busy, taken.busy);
+    state.kv_taken.payload_bytes += taken.payload_bytes;
+    state.kv_taken.busy = std::max(state.kv_taken.busy, taken.busy);
   }
-  return sum;
+  return state;
 }
 
 Delivery::Sent Delivery::sent() const {

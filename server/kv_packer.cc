@@ -235,14 +235,16 @@ absl::Status KvPacker::PackFrame(const Frame& frame, PrefillJob& job, StagingRin
   selection.prompt = static_cast<int>(frame.request);
   PREFILLD_RETURN_IF_ERROR(frame.source->sequence.PackKv(frame.layer, selection, buffer.data()));
 
-  const size_t payload_bytes = frame.num_blocks * BlockBytes(layout);
-  wire::FrameHeader header;
-  header.layer = static_cast<uint32_t>(frame.layer);
-  header.first_block = static_cast<uint32_t>(frame.first_block);
-  header.num_blocks = static_cast<uint32_t>(frame.num_blocks);
-  header.checksum = wire::Checksum(buffer.data(), payload_bytes);
-  const int lane = job.delivery().SendFrame(header, std::move(buffer), payload_bytes);
-  surroundings_.metrics.CountFrame(lane, static_cast<int64_t>(payload_bytes));
+  KvFrame out;
+  out.payload_bytes = frame.num_blocks * BlockBytes(layout);
+  out.header.layer = static_cast<uint32_t>(frame.layer);
+  out.header.first_block = static_cast<uint32_t>(frame.first_block);
+  out.header.num_blocks = static_cast<uint32_t>(frame.num_blocks);
+  out.header.checksum = wire::Checksum(buffer.data(), out.payload_bytes);
+  out.payload = std::move(buffer);
+  const auto payload_bytes = static_cast<int64_t>(out.payload_bytes);
+  const int lane = job.delivery().SendFrame(std::move(out));
+  surroundings_.metrics.CountFrame(lane, payload_bytes);
   surroundings_.progress.Record();
   return absl::OkStatus();
 }

@@ -3,6 +3,14 @@
 #include <utility>
 
 namespace prefilld::server {
+namespace {
+
+size_t PayloadBytes(const Message& message) {
+  const auto* frame = std::get_if<KvFrame>(&message);
+  return frame == nullptr ? 0 : frame->payload_bytes;
+}
+
+}  // namespace
 
 bool LaneQueue::Attach(Transport* transport) {
   {
@@ -20,28 +28,28 @@ bool LaneQueue::attached() const {
   return was_attached_;
 }
 
-void LaneQueue::Push(size_t payload_bytes, MakeMessage make) {
+void LaneQueue::Push(Message message) {
   {
     absl::MutexLock lock(&mu_);
     if (end_.has_value()) return;
-    queue_.push_back({payload_bytes, std::move(make)});
-    pending_bytes_ += payload_bytes;
+    pending_bytes_ += PayloadBytes(message);
+    queue_.push_back(std::move(message));
   }
   Pump();
 }
 
-void LaneQueue::Close(MakeMessage last) {
+void LaneQueue::Close(std::optional<Message> last) {
   {
     absl::MutexLock lock(&mu_);
     if (end_.has_value()) return;
-    if (last != nullptr) queue_.push_back({0, std::move(last)});
+    if (last.has_value()) queue_.push_back(*std::move(last));
     end_ = absl::OkStatus();
   }
   Pump();
 }
 
 void LaneQueue::Abort(const absl::Status& status) {
-  std::deque<Pending> dropped;  // destroyed after the lock: buffers go back to their ring
+  std::deque<Message> dropped;  // destroyed after the lock: buffers go back to their ring
   {
     absl::MutexLock lock(&mu_);
     if (end_.has_value() && !end_->ok()) return;
@@ -55,13 +63,12 @@ void LaneQueue::Abort(const absl::Status& status) {
 }
 
 void LaneQueue::OnWriteDone(bool ok) {
-  std::deque<Pending> dropped;
+  std::deque<Message> dropped;
   {
     absl::MutexLock lock(&mu_);
     writing_ = false;
     taken_.busy += clock_.Now() - write_started_;
     if (ok) taken_.payload_bytes += in_flight_bytes_;
-    in_flight_.Clear();
     pending_bytes_ -= in_flight_bytes_;
     in_flight_bytes_ = 0;
     if (!ok && (!end_.has_value() || end_->ok())) {
@@ -77,6 +84,7 @@ void LaneQueue::OnWriteDone(bool ok) {
 // write is done, and a null transport_ after that.
 void LaneQueue::Pump() {
   Transport* transport = nullptr;
+  Message message;
   bool last = false;
   std::optional<absl::Status> end;
   {
@@ -85,9 +93,10 @@ void LaneQueue::Pump() {
     if (!queue_.empty()) {
       writing_ = true;
       write_started_ = clock_.Now();
-      in_flight_ = queue_.front().make();
-      in_flight_bytes_ = queue_.front().payload_bytes;
+      message = std::move(queue_.front());
       queue_.pop_front();
+      in_flight_bytes_ = PayloadBytes(message);
+      if (auto* frame = std::get_if<KvFrame>(&message)) Stamp(*frame);
       last = queue_.empty() && end_.has_value();
       transport = transport_;
     } else if (end_.has_value()) {
@@ -100,8 +109,15 @@ void LaneQueue::Pump() {
   if (end.has_value()) {
     transport->End(*end);
   } else {
-    transport->Send(in_flight_, last);
+    transport->Send(std::move(message), last);
   }
+}
+
+void LaneQueue::Stamp(KvFrame& frame) {
+  frame.header.lane = lane_;
+  frame.header.sequence = next_sequence_++;
+  frame.header.sent_at_us = absl::ToInt64Microseconds(clock_.Now() - progress_.started_at);
+  frame.header.layers_computed = progress_.layers_computed.load(std::memory_order_relaxed);
 }
 
 size_t LaneQueue::pending_bytes() const {

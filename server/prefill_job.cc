@@ -34,13 +34,13 @@ v1::PrefillEvent AcceptedEvent(const PrefillWork& work, int64_t queue_position) 
 void PrefillJob::Start(model::AttentionPolicy policy, int batch_prompts) {
   const absl::Time now = clock_.Now();
   record_.Start(now, policy, batch_prompts);
-  delivery_.OnStart(now);
+  delivery_.progress().started_at = now;
   if (work_.pushes()) dial_(shared_from_this());
 }
 
 void PrefillJob::RecordLayer(const model::LayerReport& report) {
   record_.AddLayer(report);
-  delivery_.OnLayerComputed();
+  delivery_.progress().layers_computed.fetch_add(1, std::memory_order_relaxed);
   SendProgress(0);
 }
 
@@ -56,7 +56,7 @@ void PrefillJob::SendProgress(int64_t queue_position) {
   progress.set_num_layers(work_.layout.num_layers());
   progress.set_elapsed_us(absl::ToInt64Microseconds(now - accepted_at_));
   progress.set_queue_position(queue_position);
-  delivery_.Send(event);
+  delivery_.Send(std::move(event));
 }
 
 void PrefillJob::Finish() {
@@ -89,10 +89,10 @@ absl::Status PrefillJob::DeadlinePassed() const {
   return absl::DeadlineExceededError(absl::StrCat("the deadline passed ", Whereabouts()));
 }
 
-absl::Status PrefillJob::CheckConsumerSpeed(const JobTimeouts& timeouts, absl::Time now) const {
+absl::Status PrefillJob::CheckConsumerSpeed(const JobTimeouts& timeouts,
+                                            const LaneQueue::Taken& taken) const {
   const double min_speed = timeouts.min_consumer_bytes_per_s;
   if (min_speed <= 0) return absl::OkStatus();
-  const LaneQueue::Taken taken = delivery_.KvTaken(now);
   const auto bytes = static_cast<double>(taken.payload_bytes);
   if (taken.busy <= timeouts.stall + absl::Seconds(bytes / min_speed)) return absl::OkStatus();
   return absl::AbortedError(
@@ -110,23 +110,24 @@ void PrefillJob::CheckTimers(const JobTimeouts& timeouts, int64_t queue_position
     absl::MutexLock lock(&mu_);
     last_event_at = last_event_at_;
   }
+  const Delivery::ConsumerState consumer = delivery_.consumer(now);
   if (now >= work_.deadline) {
     Abort(Outcome::kDeadline, DeadlinePassed());
-  } else if (delivery_.StalledFor(now) > timeouts.stall) {
+  } else if (consumer.stalled > timeouts.stall) {
     Abort(Outcome::kStalled, absl::AbortedError(absl::StrCat("the consumer took nothing for ",
                                                              absl::FormatDuration(timeouts.stall),
                                                              ", ", Whereabouts())));
-  } else if (!work_.pushes() && !delivery_.all_attached() &&
+  } else if (!work_.pushes() && !consumer.all_attached &&
              now - accepted_at_ > timeouts.lane_attach) {
     Abort(Outcome::kLanesMissing,
           absl::AbortedError(absl::StrCat("not all of ", work_.num_lanes,
                                           " lanes were attached within ",
                                           absl::FormatDuration(timeouts.lane_attach))));
   } else if (const absl::Status speed =
-                 others_wait ? CheckConsumerSpeed(timeouts, now) : absl::OkStatus();
+                 others_wait ? CheckConsumerSpeed(timeouts, consumer.kv_taken) : absl::OkStatus();
              !speed.ok()) {
     Abort(Outcome::kTooSlow, speed);
-  } else if (now - last_event_at > timeouts.heartbeat && delivery_.control().idle()) {
+  } else if (now - last_event_at > timeouts.heartbeat && consumer.control_idle) {
     SendProgress(queue_position);
   }
 }

@@ -72,7 +72,7 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
 
  private:
   void SendProgress(int64_t queue_position);
-  absl::Status CheckConsumerSpeed(const JobTimeouts& timeouts, absl::Time now) const;
+  absl::Status CheckConsumerSpeed(const JobTimeouts& timeouts, const LaneQueue::Taken& taken) const;
   absl::Status DeadlinePassed() const;
   std::string Whereabouts() const;
 

@@ -8,6 +8,7 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "proto/wire/grpc_status.h"
 #include "server/metrics.h"
 #include "server/prefill_job.h"
 #include "server/push_stream.h"
@@ -94,8 +95,11 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
     push_dialer_.Start(std::move(self));
   };
   auto job = std::make_shared<PrefillJob>(*std::move(work), clock_, dial);
-  if (const absl::Status status = scheduler_.Submit(job); !status.ok()) {
-    return Refuse(job->work().id, job->work().peer, status);
+  if (const auto admission = scheduler_.Submit(job); !admission.status.ok()) {
+    return Refuse(job->work().id, job->work().peer,
+                  admission.retry_after.has_value()
+                      ? wire::WithRetryDelay(admission.status, *admission.retry_after)
+                      : admission.status);
   }
   LaneQueue& queue = job->delivery().control();
   auto* stream = new ServerStream(context, &queue,

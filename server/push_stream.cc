@@ -13,6 +13,8 @@
 #include "absl/time/clock.h"
 #include "prefill/v1/receiver.pb.h"
 #include "proto/wire/grpc_status.h"
+#include "server/grpc_encoding.h"
+#include "server/transport.h"
 
 namespace prefilld::server {
 namespace {
@@ -36,15 +38,16 @@ std::shared_ptr<grpc::Channel> Dial(const std::string& address,
 
 }  // namespace
 
-// Owns itself: deleted when gRPC is done with the call. The method is client-streaming; on the
-// wire that is a bidirectional stream with one response, which lets requests be encoded by hand.
+// Sends every message as a ReceiveRequest. Owns itself: deleted when gRPC is done with the call.
+// The method is client-streaming; on the wire that is a bidirectional stream with one response,
+// which lets requests be encoded by hand.
 class PushStream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>,
-                         public LaneQueue::Transport {
+                         public Transport {
  public:
   PushStream(std::shared_ptr<PrefillJob> job, LaneQueue* queue, const PushDialer& dialer);
   void Start();
 
-  void Send(const grpc::ByteBuffer& message, bool last) override;
+  void Send(Message message, bool last) override;
   void End(const absl::Status& status) override;
   void Cancel(const absl::Status& status) override { context_.TryCancel(); }
 
@@ -66,7 +69,8 @@ class PushStream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::
   // is timed, and an abort finds the stream.
   enum Half : int { kWritten = 1, kAnswered = 2 };
   std::atomic<int> halves_ = 0;
-  bool sending_last_ = false;  // written by Send, read when its write is done
+  bool sending_last_ = false;   // written by Send, read when its write is done
+  grpc::ByteBuffer under_way_;  // gRPC's from Send to OnWriteDone
 
   bool sent_all_ = false;  // written by End, read by OnDone, which cannot come before
 };
@@ -93,19 +97,18 @@ void PushStream::Start() {
   StartRead(&response_);
   StartCall();
 
-  v1::ReceiveRequest open;
-  open.mutable_open()->set_transfer_id(job_->work().deliver_to.transfer_id());
-  *open.mutable_open()->mutable_layout() = job_->work().layout;
-  queue_->Push(0, [message = wire::EncodeMessage(open)]() { return message; });
+  // The first message opens the transfer.
+  queue_->Push(AcceptedEvent(job_->work(), /*queue_position=*/0));
   queue_->Attach(this);
 }
 
-void PushStream::Send(const grpc::ByteBuffer& message, bool last) {
+void PushStream::Send(Message message, bool last) {
   sending_last_ = last;
+  under_way_ = EncodeReceiveRequest(std::move(message), job_->work().deliver_to.transfer_id());
   if (last) {
-    StartWriteLast(&message, grpc::WriteOptions());
+    StartWriteLast(&under_way_, grpc::WriteOptions());
   } else {
-    StartWrite(&message);
+    StartWrite(&under_way_);
   }
 }
 
@@ -118,7 +121,9 @@ void PushStream::End(const absl::Status& status) {
   RemoveHold();
 }
 
+// The queue may send the next message from another thread at once, so the buffer goes first.
 void PushStream::OnWriteDone(bool ok) {
+  under_way_.Clear();
   if (!sending_last_) return queue_->OnWriteDone(ok);
   if (!ok) queue_->Abort(absl::CancelledError("the stream broke"));
   TakeHalf(kWritten);

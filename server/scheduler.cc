@@ -5,8 +5,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "model/prefill/prefill_engine.h"
-#include "proto/status_macros.h"
-#include "proto/wire/grpc_status.h"
 #include "server/metrics.h"
 
 namespace prefilld::server {
@@ -22,19 +20,23 @@ Scheduler::Scheduler(model::PrefillEngine& engine, const PassResources& resource
 
 Scheduler::~Scheduler() = default;
 
-absl::Status Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
+Scheduler::Admission Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
+  const auto refused = [](absl::Status status) {
+    return Admission{std::move(status), std::nullopt};
+  };
   const int64_t num_tokens = NumTokens(*job);
   absl::MutexLock lock(&mu_);
-  if (!closed_.empty()) return absl::UnavailableError(closed_);
+  if (!closed_.empty()) return refused(absl::UnavailableError(closed_));
   if (live_.contains(job->work().id)) {
-    return absl::AlreadyExistsError(
-        absl::StrCat("request_id ", job->work().id, " is taken by a running request"));
+    return refused(absl::AlreadyExistsError(
+        absl::StrCat("request_id ", job->work().id, " is taken by a running request")));
   }
   const WaitingLine line = Line();
   if (absl::Status room = CheckRoom(limits_, line, num_tokens); !room.ok()) {
-    return wire::WithRetryDelay(std::move(room), RetryDelay(line, speed_.latest()));
+    return {std::move(room), RetryDelay(line, speed_.latest())};
   }
-  PREFILLD_RETURN_IF_ERROR(CheckDeadline(line, Describe(*job), speed_, resources_.clock.Now()));
+  absl::Status deadline = CheckDeadline(line, Describe(*job), speed_, resources_.clock.Now());
+  if (!deadline.ok()) return refused(std::move(deadline));
 
   // An idle server has made no progress for a while; that is no wedge.
   if (queue_.empty() && running_.empty()) resources_.progress.Record();
@@ -45,7 +47,7 @@ absl::Status Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
   queued_tokens_ += num_tokens;
   queue_.push_back(std::move(job));
   wake_.Notify();
-  return absl::OkStatus();
+  return {};
 }
 
 WaitingPrompt Scheduler::Describe(const PrefillJob& job) const {

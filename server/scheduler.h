@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -54,10 +55,13 @@ class Scheduler {
   // No job may be live.
   ~Scheduler();
 
-  // Takes the job in and sends Accepted. RESOURCE_EXHAUSTED, with a RetryInfo payload: the queue is
-  // full; DEADLINE_EXCEEDED: the deadline is out of reach; ALREADY_EXISTS: a live request has this
-  // id; UNAVAILABLE: closed.
-  absl::Status Submit(std::shared_ptr<PrefillJob> job);
+  struct Admission {
+    absl::Status status;
+    std::optional<absl::Duration> retry_after;  // with RESOURCE_EXHAUSTED
+  };
+  // Takes the job in and sends Accepted. RESOURCE_EXHAUSTED: the queue is full; DEADLINE_EXCEEDED:
+  // the deadline is out of reach; ALREADY_EXISTS: a live request has this id; UNAVAILABLE: closed.
+  Admission Submit(std::shared_ptr<PrefillJob> job);
   // The job's call is over; it leaves the queue if it is still there.
   void Retire(PrefillJob& job);
 

@@ -5,6 +5,7 @@
 #include <grpc/grpc.h>
 
 #include "proto/wire/grpc_status.h"
+#include "server/grpc_encoding.h"
 
 namespace prefilld::server {
 namespace {
@@ -22,7 +23,10 @@ class RefusedStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer> {
 ServerStream::ServerStream(grpc::CallbackServerContext* context, LaneQueue* queue, Events events)
     : context_(context), queue_(queue), events_(std::move(events)) {}
 
-void ServerStream::Send(const grpc::ByteBuffer& message, bool last) { StartWrite(&message); }
+void ServerStream::Send(Message message, bool last) {
+  under_way_ = EncodeEvent(std::move(message));
+  StartWrite(&under_way_);
+}
 
 void ServerStream::End(const absl::Status& status) {
   events_.on_end(status);
@@ -38,7 +42,11 @@ void ServerStream::Cancel(const absl::Status& status) {
                                grpc_status.error_message().c_str(), nullptr);
 }
 
-void ServerStream::OnWriteDone(bool ok) { queue_->OnWriteDone(ok); }
+// The queue may send the next message from another thread at once, so the buffer goes first.
+void ServerStream::OnWriteDone(bool ok) {
+  under_way_.Clear();
+  queue_->OnWriteDone(ok);
+}
 
 void ServerStream::OnCancel() { events_.on_cancel(); }
 

@@ -1,4 +1,4 @@
-// Server streams of messages that are encoded by hand, driven by lane queues.
+// The response stream of a call as a transport: the Prefill call itself, or a lane.
 #ifndef PREFILLD_SERVER_SERVER_STREAM_H_
 #define PREFILLD_SERVER_SERVER_STREAM_H_
 
@@ -9,12 +9,12 @@
 #include "absl/functional/any_invocable.h"
 #include "absl/status/status.h"
 #include "server/lane_queue.h"
+#include "server/transport.h"
 
 namespace prefilld::server {
 
-// One response stream. Owns itself: deleted when gRPC is done with the call.
-class ServerStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
-                           public LaneQueue::Transport {
+// Sends every message as a PrefillEvent. Owns itself: deleted when gRPC is done with the call.
+class ServerStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>, public Transport {
  public:
   struct Events {
     // The peer cancelled, or is gone.
@@ -28,7 +28,7 @@ class ServerStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   // The creator attaches the stream to the queue.
   ServerStream(grpc::CallbackServerContext* context, LaneQueue* queue, Events events);
 
-  void Send(const grpc::ByteBuffer& message, bool last) override;
+  void Send(Message message, bool last) override;
   void End(const absl::Status& status) override;
   void Cancel(const absl::Status& status) override;
 
@@ -40,6 +40,7 @@ class ServerStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   grpc::CallbackServerContext* const context_;
   LaneQueue* const queue_;
   Events events_;
+  grpc::ByteBuffer under_way_;  // gRPC's from Send to OnWriteDone
 };
 
 // A stream that ends at once.

@@ -79,10 +79,4 @@ bool StagingRing::AwaitIdle(absl::Duration timeout) {
   return mu_.AwaitWithTimeout(absl::Condition(&idle), timeout);
 }
 
-grpc::Slice ToSlice(StagingRing::Lease lease, size_t bytes) {
-  auto* held = new StagingRing::Lease(std::move(lease));
-  const auto release = [](void* lease) { delete static_cast<StagingRing::Lease*>(lease); };
-  return grpc::Slice(held->data(), bytes, release, held);
-}
-
 }  // namespace prefilld::server

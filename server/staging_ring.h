@@ -10,8 +10,6 @@
 #include <memory>
 #include <vector>
 
-#include <grpcpp/support/slice.h>
-
 #include "absl/base/thread_annotations.h"
 #include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
@@ -94,10 +92,6 @@ class StagingRing {
   mutable absl::Mutex mu_;
   std::vector<std::byte*> free_ ABSL_GUARDED_BY(mu_);
 };
-
-// The first `bytes` of the buffer as a slice of a gRPC message, without a copy. The buffer goes
-// back to its ring when the transport lets go of the slice.
-grpc::Slice ToSlice(StagingRing::Lease lease, size_t bytes);
 
 }  // namespace prefilld::server
 

@@ -60,6 +60,25 @@ check 'getenv outside the options' \
 check 'a file named after nothing' \
   "$(sources server client model kernels tests | grep -E '/(common|utils?|helpers?|misc)[^/]*$' || true)"
 
+# Below these the transport encodes: they know messages, and no gRPC, by whatever way of includes.
+# reached FILE...: the files and all of ours that they include, each once.
+reached() {
+  local waiting=("$@") file next
+  local -A seen=()
+  while [[ ${#waiting[@]} -gt 0 ]]; do
+    file=${waiting[0]}
+    waiting=("${waiting[@]:1}")
+    [[ -e "$file" && -z "${seen[$file]:-}" ]] || continue
+    seen[$file]=1
+    echo "$file"
+    mapfile -t next < <(sed -nE 's/^#include "([^"]+)".*/\1/p' "$file")
+    waiting+=("${next[@]}")
+  done
+}
+check 'gRPC above the transport' \
+  "$(reached server/{admission,transport,lane_queue,delivery,request_record,prefill_job,prefill_pass,kv_packer,scheduler}.{h,cc} |
+    xargs grep -nE '^#include (<grpc|"[^"]*\.grpc\.pb\.h")' || true)"
+
 # Every header says once-only, and no source is longer than a reader's patience.
 check 'no include guard or #pragma once' \
   "$(sources proto kernels model server client tests | grep -E '\.(h|cuh)$' | grep -v -e '-inl\.h$' |

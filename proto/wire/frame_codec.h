@@ -20,23 +20,9 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "prefill/v1/kv.pb.h"
+#include "proto/wire/frame_header.h"
 
 namespace prefilld::wire {
-
-// The fields of prefill.v1.KvFrame other than its payload; see there for their meaning.
-struct FrameHeader {
-  uint32_t lane = 0;
-  uint64_t sequence = 0;
-  uint32_t layer = 0;
-  uint32_t first_block = 0;
-  uint32_t num_blocks = 0;
-  uint64_t checksum = 0;
-  uint64_t sent_at_us = 0;
-  uint32_t layers_computed = 0;
-};
-
-// XXH3 with 64 bits and seed 0, as KvFrame.checksum has it.
-uint64_t Checksum(const void* data, size_t bytes);
 
 // A PrefillEvent, and byte for byte the same a ReceiveRequest, that holds the frame. The message
 // refers to the payload's memory and releases the slice when the transport lets go of the message.

@@ -1,9 +1,9 @@
 #include "server/delivery.h"
 
 #include <memory>
+#include <utility>
 #include <vector>
 
-#include <grpcpp/impl/codegen/proto_utils.h>
 #include <gtest/gtest.h>
 
 #include "tests/server/fake_engine.h"
@@ -16,20 +16,23 @@ namespace v1 = ::prefill::v1;
 constexpr auto kNever = [] { return false; };
 
 // Takes everything at once.
-class FastTransport final : public LaneQueue::Transport {
+class FastTransport final : public Transport {
  public:
   explicit FastTransport(LaneQueue* queue) : queue_(queue) {}
-  void Send(const grpc::ByteBuffer& message, bool last) override {
-    grpc::ByteBuffer copy(message);
-    v1::PrefillEvent event;
-    EXPECT_TRUE(grpc::SerializationTraits<v1::PrefillEvent>::Deserialize(&copy, &event).ok());
-    events.push_back(event);
+  void Send(Message message, bool last) override {
+    if (const auto* frame = std::get_if<KvFrame>(&message)) {
+      frames.push_back(frame->header);
+    } else {
+      events.push_back(std::get<v1::PrefillEvent>(message));
+    }
+    message = Message();  // the buffer goes back before the write is done
     queue_->OnWriteDone(true);
   }
   void End(const absl::Status& status) override { ends.push_back(status); }
   void Cancel(const absl::Status&) override {}
 
   std::vector<v1::PrefillEvent> events;
+  std::vector<wire::FrameHeader> frames;
   std::vector<absl::Status> ends;
 
  private:
@@ -39,7 +42,10 @@ class FastTransport final : public LaneQueue::Transport {
 class DeliveryTest : public ::testing::Test {
  protected:
   int SendFrame(Delivery& delivery) {
-    return delivery.SendFrame(wire::FrameHeader(), ring_->Acquire({credit_}, kNever), 100);
+    KvFrame frame;
+    frame.payload = ring_->Acquire({credit_}, kNever);
+    frame.payload_bytes = 100;
+    return delivery.SendFrame(std::move(frame));
   }
 
   FakeEngine engine_{FakeEngineOptions()};
@@ -53,21 +59,21 @@ TEST_F(DeliveryTest, FramesBeforeAnyStreamIsAttachedWaitOnLaneZero) {
   EXPECT_EQ(SendFrame(delivery), 0);
   FastTransport control(&delivery.control());
   delivery.control().Attach(&control);
-  EXPECT_EQ(control.events.size(), 2);
+  EXPECT_EQ(control.frames.size(), 2);
 }
 
 TEST_F(DeliveryTest, FramesGoToTheAttachedLaneWithTheLeastToDo) {
   Delivery delivery(/*num_lanes=*/3, /*pushes=*/false, Clock::Real());
   FastTransport lane_2(*delivery.side_lane(2));
   (*delivery.side_lane(2))->Attach(&lane_2);
-  EXPECT_FALSE(delivery.all_attached());
+  EXPECT_FALSE(delivery.consumer(absl::InfinitePast()).all_attached);
   EXPECT_EQ(SendFrame(delivery), 2);
   EXPECT_EQ(SendFrame(delivery), 0);  // equal load: in turn
   EXPECT_EQ(SendFrame(delivery), 2);  // lane 0 has no stream yet, so its frame is pending
   EXPECT_EQ(SendFrame(delivery), 2);
   EXPECT_EQ(delivery.sent().frames_per_lane, (std::vector<int64_t>{1, 0, 3}));
-  EXPECT_EQ(lane_2.events[2].kv_frame().sequence(), 2);
-  EXPECT_EQ(lane_2.events[2].kv_frame().lane(), 2);
+  EXPECT_EQ(lane_2.frames[2].sequence, 2);
+  EXPECT_EQ(lane_2.frames[2].lane, 2);
 }
 
 TEST_F(DeliveryTest, TheResultWaitsForEverySideLane) {

@@ -2,7 +2,6 @@
 
 #include <utility>
 
-#include <grpcpp/impl/codegen/proto_utils.h>
 #include <gtest/gtest.h>
 
 namespace prefilld::server {
@@ -28,12 +27,23 @@ Consumer::Consumer(std::shared_ptr<PrefillJob> job, uint32_t lane)
   queue_->Attach(this);
 }
 
-void Consumer::Send(const grpc::ByteBuffer& message, bool last) {
-  grpc::ByteBuffer copy(message);
-  v1::PrefillEvent event;
-  EXPECT_TRUE(grpc::SerializationTraits<v1::PrefillEvent>::Deserialize(&copy, &event).ok());
-  events_.push_back(std::move(event));
+void Consumer::Send(Message message, bool last) {
   writing_ = true;
+  if (auto* frame = std::get_if<KvFrame>(&message)) {
+    v1::KvFrame& proto = *events_.emplace_back().mutable_kv_frame();
+    proto.set_lane(frame->header.lane);
+    proto.set_sequence(frame->header.sequence);
+    proto.set_layer(frame->header.layer);
+    proto.set_first_block(frame->header.first_block);
+    proto.set_num_blocks(frame->header.num_blocks);
+    proto.set_checksum(frame->header.checksum);
+    proto.set_sent_at_us(frame->header.sent_at_us);
+    proto.set_layers_computed(frame->header.layers_computed);
+    proto.set_payload(frame->payload.data(), frame->payload_bytes);
+  } else {
+    events_.push_back(std::get<v1::PrefillEvent>(message));
+  }
+  message_ = std::move(message);
   if (!holds_still_) TakeOne();
 }
 
@@ -44,6 +54,7 @@ void Consumer::GoOn() {
 
 void Consumer::TakeOne() {
   writing_ = false;
+  message_ = Message();
   queue_->OnWriteDone(!cancelled_);
 }
 

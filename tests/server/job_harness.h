@@ -17,6 +17,7 @@
 #include "server/prefill_job.h"
 #include "server/prefill_pass.h"
 #include "server/staging_ring.h"
+#include "server/transport.h"
 #include "tests/server/fake_engine.h"
 
 namespace prefilld::server {
@@ -34,7 +35,7 @@ class FakeClock final : public Clock {
 PrefillWork WorkOf(const FakeEngine& engine, int num_tokens, const std::string& id = "");
 
 // Takes what a stream sends, at once unless it is told to hold still.
-class Consumer final : public LaneQueue::Transport {
+class Consumer final : public Transport {
  public:
   // Attaches itself to the job's control stream, or to one of its lanes.
   explicit Consumer(std::shared_ptr<PrefillJob> job, uint32_t lane = 0);
@@ -51,7 +52,7 @@ class Consumer final : public LaneQueue::Transport {
   int num_progress() const;                            // progress events
   const std::optional<absl::Status>& end() const { return end_; }
 
-  void Send(const grpc::ByteBuffer& message, bool last) override;
+  void Send(Message message, bool last) override;
   void End(const absl::Status& status) override;
   void Cancel(const absl::Status& status) override { cancelled_ = true; }
 
@@ -60,6 +61,7 @@ class Consumer final : public LaneQueue::Transport {
   LaneQueue* const queue_;
   std::vector<::prefill::v1::PrefillEvent> events_;
   std::optional<absl::Status> end_;
+  Message message_;  // under way
   bool holds_still_ = false;
   bool writing_ = false;
   bool cancelled_ = false;

@@ -8,30 +8,42 @@
 namespace prefilld::server {
 namespace {
 
+namespace v1 = ::prefill::v1;
+
 class FakeClock final : public Clock {
  public:
   absl::Time Now() const override { return now; }
   absl::Time now = absl::UnixEpoch();
 };
 
-struct FakeTransport final : LaneQueue::Transport {
-  void Send(const grpc::ByteBuffer& message, bool last) override {
-    grpc::Slice slice;
-    EXPECT_TRUE(message.DumpToSingleSlice(&slice).ok());
-    sent.emplace_back(reinterpret_cast<const char*>(slice.begin()), slice.size());
+struct FakeTransport final : Transport {
+  void Send(Message message, bool last) override {
+    if (const auto* frame = std::get_if<KvFrame>(&message)) {
+      headers.push_back(frame->header);
+      sent.push_back(std::string(1, static_cast<char>(frame->header.layer)));
+    } else {
+      sent.push_back(std::get<v1::PrefillEvent>(message).accepted().request_id());
+    }
   }
   void End(const absl::Status& status) override { ends.push_back(status); }
   void Cancel(const absl::Status& status) override { cancels.push_back(status); }
 
-  std::vector<std::string> sent;
+  std::vector<std::string> sent;  // names
+  std::vector<wire::FrameHeader> headers;
   std::vector<absl::Status> ends, cancels;
 };
 
-LaneQueue::MakeMessage Message(const std::string& text) {
-  return [text] {
-    const grpc::Slice slice(text);
-    return grpc::ByteBuffer(&slice, 1);
-  };
+Message Frame(char name, size_t payload_bytes = 1) {
+  KvFrame frame;
+  frame.header.layer = static_cast<uint32_t>(name);
+  frame.payload_bytes = payload_bytes;
+  return frame;
+}
+
+Message Event(const std::string& name) {
+  v1::PrefillEvent event;
+  event.mutable_accepted()->set_request_id(name);
+  return event;
 }
 
 using Strings = std::vector<std::string>;
@@ -39,21 +51,22 @@ using Strings = std::vector<std::string>;
 class LaneQueueTest : public ::testing::Test {
  protected:
   FakeClock clock_;
-  LaneQueue queue_{clock_};
+  ComputeProgress progress_;
+  LaneQueue queue_{clock_, /*lane=*/3, progress_};
   FakeTransport transport_;
 };
 
 TEST_F(LaneQueueTest, SendsInOrderAndOneAtATime) {
-  queue_.Push(1, Message("a"));
-  queue_.Push(2, Message("b"));
+  queue_.Push(Frame('a'));
+  queue_.Push(Frame('b', 2));
   EXPECT_TRUE(queue_.Attach(&transport_));
   EXPECT_EQ(transport_.sent, Strings({"a"}));
   EXPECT_EQ(queue_.pending_bytes(), 3);
   queue_.OnWriteDone(true);
   EXPECT_EQ(transport_.sent, Strings({"a", "b"}));
   EXPECT_EQ(queue_.pending_bytes(), 2);
-  queue_.Close(Message("last"));
-  queue_.Push(1, Message("too late"));
+  queue_.Close(Event("last"));
+  queue_.Push(Event("too late"));
   queue_.OnWriteDone(true);
   EXPECT_TRUE(transport_.ends.empty());
   queue_.OnWriteDone(true);
@@ -71,24 +84,31 @@ TEST_F(LaneQueueTest, TakesOneTransport) {
   EXPECT_FALSE(queue_.Attach(&second));
 }
 
-TEST_F(LaneQueueTest, MakesAMessageOnlyWhenItsTurnHasCome) {
-  int made = 0;
-  const auto counted = [&made] {
-    ++made;
-    return Message("counted")();
-  };
-  queue_.Push(0, counted);
-  queue_.Push(0, counted);
-  EXPECT_EQ(made, 0);
-  queue_.Push(0, Message("c"));
+TEST_F(LaneQueueTest, StampsAFrameOnlyWhenItsTurnHasCome) {
+  progress_.started_at = clock_.now;
+  progress_.layers_computed = 1;
+  queue_.Push(Frame('a'));
+  queue_.Push(Event("between"));
+  queue_.Push(Frame('b'));
+  clock_.now += absl::Microseconds(5);
   queue_.Attach(&transport_);
-  EXPECT_EQ(made, 1);
+  progress_.layers_computed = 2;
+  clock_.now += absl::Microseconds(2);
+  queue_.OnWriteDone(true);
+  queue_.OnWriteDone(true);
+  ASSERT_EQ(transport_.sent, Strings({"a", "between", "b"}));
+  for (const uint64_t i : {0, 1}) {
+    EXPECT_EQ(transport_.headers[i].lane, 3u);
+    EXPECT_EQ(transport_.headers[i].sequence, i);
+    EXPECT_EQ(transport_.headers[i].sent_at_us, i == 0 ? 5u : 7u);
+    EXPECT_EQ(transport_.headers[i].layers_computed, i + 1);
+  }
 }
 
 TEST_F(LaneQueueTest, AbortBreaksOffTheWriteAndDropsTheRest) {
   queue_.Attach(&transport_);
-  queue_.Push(1, Message("a"));
-  queue_.Push(1, Message("b"));
+  queue_.Push(Frame('a'));
+  queue_.Push(Frame('b'));
   queue_.Abort(absl::AbortedError("enough"));
   ASSERT_EQ(transport_.cancels.size(), 1);
   EXPECT_TRUE(transport_.ends.empty());  // the write is still the transport's
@@ -102,7 +122,7 @@ TEST_F(LaneQueueTest, AbortBreaksOffTheWriteAndDropsTheRest) {
 
 TEST_F(LaneQueueTest, AbortOverridesACloseThatIsNotDone) {
   queue_.Attach(&transport_);
-  queue_.Push(1, Message("a"));
+  queue_.Push(Frame('a'));
   queue_.Close();
   queue_.Abort(absl::AbortedError("enough"));
   queue_.OnWriteDone(true);
@@ -111,7 +131,7 @@ TEST_F(LaneQueueTest, AbortOverridesACloseThatIsNotDone) {
 }
 
 TEST_F(LaneQueueTest, AbortedBeforeAttachEndsOnAttach) {
-  queue_.Push(1, Message("a"));
+  queue_.Push(Frame('a'));
   queue_.Abort(absl::AbortedError("enough"));
   queue_.Attach(&transport_);
   EXPECT_TRUE(transport_.sent.empty());
@@ -120,8 +140,8 @@ TEST_F(LaneQueueTest, AbortedBeforeAttachEndsOnAttach) {
 
 TEST_F(LaneQueueTest, AFailedWriteEndsTheStream) {
   queue_.Attach(&transport_);
-  queue_.Push(1, Message("a"));
-  queue_.Push(1, Message("b"));
+  queue_.Push(Frame('a'));
+  queue_.Push(Frame('b'));
   queue_.OnWriteDone(false);
   EXPECT_EQ(transport_.sent, Strings({"a"}));
   ASSERT_EQ(transport_.ends.size(), 1);
@@ -133,7 +153,7 @@ TEST_F(LaneQueueTest, StallIsTheAgeOfTheWriteInProgress) {
   queue_.Attach(&transport_);
   clock_.now += absl::Seconds(100);
   EXPECT_EQ(queue_.StalledFor(clock_.now), absl::ZeroDuration());
-  queue_.Push(1, Message("a"));
+  queue_.Push(Frame('a'));
   clock_.now += absl::Seconds(3);
   EXPECT_EQ(queue_.StalledFor(clock_.now), absl::Seconds(3));
   EXPECT_FALSE(queue_.idle());

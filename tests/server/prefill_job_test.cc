@@ -24,9 +24,10 @@ class PrefillJobTest : public ::testing::Test {
   }
   void SendFrame(PrefillJob& job) {
     auto credit = std::make_shared<StagingRing::Credit>();
-    auto lease = bench_.ring->Acquire({credit}, [] { return true; });
-    const size_t bytes = bench_.ring->buffer_bytes();
-    job.delivery().SendFrame(wire::FrameHeader(), std::move(lease), bytes);
+    KvFrame frame;
+    frame.payload = bench_.ring->Acquire({credit}, [] { return true; });
+    frame.payload_bytes = bench_.ring->buffer_bytes();
+    job.delivery().SendFrame(std::move(frame));
   }
   const JobTimeouts& timeouts() const { return bench_.resources.timeouts; }
 

@@ -28,7 +28,7 @@ class SchedulerTest : public ::testing::Test {
 
   absl::StatusOr<Call> Submit(PrefillWork work) {
     auto job = std::make_shared<PrefillJob>(std::move(work), bench_.clock);
-    PREFILLD_RETURN_IF_ERROR(scheduler_.Submit(job));
+    PREFILLD_RETURN_IF_ERROR(scheduler_.Submit(job).status);
     return Call{job, std::make_unique<Consumer>(job)};
   }
   absl::StatusOr<Call> Submit(int num_tokens, absl::Duration deadline = absl::InfiniteDuration(),
@@ -121,9 +121,9 @@ TEST_F(SchedulerTest, AFullQueueRefusesAndSaysWhenToComeBack) {
   scheduler_.StepOnce();
   std::vector<absl::StatusOr<Call>> queued;
   for (int i = 0; i < 4; ++i) queued.push_back(Submit(2000));
-  const absl::Status refused = Submit(2000).status();
-  EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_TRUE(refused.GetPayload("type.googleapis.com/google.rpc.RetryInfo").has_value());
+  const auto refused = scheduler_.Submit(bench_.NewJob(2000));
+  EXPECT_EQ(refused.status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(refused.retry_after, absl::Seconds(8)) << "8000 tokens wait, 1000 a second unmeasured";
   EXPECT_EQ(scheduler_.state().queued_requests, 4);
   // The place of one that leaves is free at once.
   queued[1]->job->OnCallCancelled();

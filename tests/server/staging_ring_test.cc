@@ -117,18 +117,5 @@ TEST_F(StagingRingTest, ALeaseOutlivesTheCreditsOwner) {
   EXPECT_EQ(ring->staged_bytes(), 0);
 }
 
-TEST_F(StagingRingTest, ASliceIsTheBufferAndKeepsItUntilItGoes) {
-  const auto ring = NewRing(2);
-  {
-    StagingRing::Lease lease = ring->Acquire({NewCredit()}, kNever);
-    const std::byte* const data = lease.data();
-    const grpc::Slice slice = ToSlice(std::move(lease), 100);
-    EXPECT_EQ(static_cast<const void*>(slice.begin()), static_cast<const void*>(data));
-    EXPECT_EQ(slice.size(), 100);
-    EXPECT_EQ(ring->staged_bytes(), 4096);
-  }
-  EXPECT_EQ(ring->staged_bytes(), 0);
-}
-
 }  // namespace
 }  // namespace prefilld::server

@@ -33,7 +33,7 @@ class WatchdogTest : public ::testing::Test {
 
   std::shared_ptr<PrefillJob> Submit(int num_tokens) {
     const auto job = bench_.NewJob(num_tokens);
-    EXPECT_TRUE(scheduler_.Submit(job).ok());
+    EXPECT_TRUE(scheduler_.Submit(job).status.ok());
     return job;
   }
 
@@ -90,7 +90,7 @@ TEST_F(WatchdogTest, ChecksTheTimersOfRequestsThatWait) {
   PrefillWork work = WorkOf(bench_.engine, 100);
   work.deadline = bench_.clock.Now() + absl::Seconds(1);
   const auto job = std::make_shared<PrefillJob>(std::move(work), bench_.clock);
-  ASSERT_TRUE(scheduler_.Submit(job).ok());
+  ASSERT_TRUE(scheduler_.Submit(job).status.ok());
   bench_.clock.Advance(absl::Seconds(1));
   watchdog_.LookAround();
   EXPECT_EQ(job->ending().outcome, Outcome::kDeadline);

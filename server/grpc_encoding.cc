@@ -1,0 +1,45 @@
+#include "server/grpc_encoding.h"
+
+#include <string>
+#include <utility>
+
+#include <grpcpp/support/slice.h>
+
+#include "prefill/v1/receiver.pb.h"
+#include "proto/wire/frame_codec.h"
+
+namespace prefilld::server {
+namespace {
+
+namespace v1 = ::prefill::v1;
+
+void ReturnLease(void* lease) { delete static_cast<StagingRing::Lease*>(lease); }
+
+}  // namespace
+
+grpc::ByteBuffer EncodeFrame(KvFrame frame) {
+  auto* lease = new StagingRing::Lease(std::move(frame.payload));
+  return wire::EncodeFrame(frame.header,
+                           grpc::Slice(lease->data(), frame.payload_bytes, &ReturnLease, lease));
+}
+
+grpc::ByteBuffer EncodeEvent(Message message) {
+  if (auto* frame = std::get_if<KvFrame>(&message)) return EncodeFrame(std::move(*frame));
+  return wire::EncodeMessage(std::get<v1::PrefillEvent>(message));
+}
+
+grpc::ByteBuffer EncodeReceiveRequest(Message message, const std::string& transfer_id) {
+  if (auto* frame = std::get_if<KvFrame>(&message)) return EncodeFrame(std::move(*frame));
+  auto& event = std::get<v1::PrefillEvent>(message);
+  v1::ReceiveRequest request;
+  if (event.has_accepted()) {
+    request.mutable_open()->set_transfer_id(transfer_id);
+    *request.mutable_open()->mutable_layout() =
+        std::move(*event.mutable_accepted()->mutable_layout());
+  } else {
+    *request.mutable_result() = std::move(*event.mutable_result());
+  }
+  return wire::EncodeMessage(request);
+}
+
+}  // namespace prefilld::server
