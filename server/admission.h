@@ -22,7 +22,7 @@ struct QueueLimits {
   int64_t max_queued_tokens = 0;  // tokens waiting; one prompt may always wait
 };
 
-// What the rules have to know of a prompt.
+// The facts about a prompt that the rules read.
 struct WaitingPrompt {
   int64_t num_tokens = 0;
   int64_t batch_tokens = 0;  // what it takes of a batch's tokens; 0: it computes alone

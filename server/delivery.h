@@ -32,7 +32,7 @@ class Delivery {
     int64_t bytes = 0;  // payloads
     std::vector<int64_t> frames_per_lane;
   };
-  // What the consumer has done so far, over all streams.
+  // How the consumer is doing, over all streams.
   struct ConsumerState {
     bool all_attached = false;
     bool control_idle = false;  // the control stream has nothing to send

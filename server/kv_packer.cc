@@ -10,7 +10,7 @@
 namespace prefilld::server {
 namespace {
 
-// What a finished layer holds of one prompt.
+// The blocks of one prompt in a finished layer.
 struct Part {
   int64_t next_block;  // the first that no thread has taken
   int64_t end_block;
@@ -37,7 +37,7 @@ struct KvPacker::Layer {
   int open_parts = 0;
 };
 
-// What is known of a source; guarded by the packer's lock but for what is constant or atomic.
+// The state of a source. The packer's lock guards all of it but what is constant or atomic.
 struct KvPacker::State {
   explicit State(model::PrefillSequence& sequence) : sequence(sequence) {}
 

@@ -53,7 +53,7 @@ class LaneQueue {
     size_t payload_bytes = 0;
     absl::Duration busy;  // how long there was a message to take
   };
-  // What the transport has taken so far.
+  // How much the transport has taken so far.
   Taken taken(absl::Time now) const;
 
  private:

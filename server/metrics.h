@@ -1,4 +1,5 @@
-// What Prometheus sees. Names follow its conventions: base units, `_total` for counters.
+// The metrics that Prometheus scrapes. Names follow its conventions: base units, `_total` for
+// counters.
 #ifndef PREFILLD_SERVER_METRICS_H_
 #define PREFILLD_SERVER_METRICS_H_
 

@@ -22,7 +22,7 @@ namespace prefilld::server {
 
 class Metrics;
 
-// What every pass works with; borrowed.
+// The parts of the server that every pass works with; borrowed.
 struct PassResources {
   KvPacker& packer;
   Metrics& metrics;

@@ -34,7 +34,7 @@ absl::StatusOr<Message> Decode(const grpc::ByteBuffer& buffer) {
   return message;
 }
 
-// By our clock: on the wire a deadline is a time-out, which gRPC adds to the system's clock.
+// The deadline by our clock. On the wire it is a time-out, which gRPC adds to the system's clock.
 absl::Time DeadlineOf(const grpc::CallbackServerContext& context, const Clock& clock) {
   const auto deadline = context.deadline();
   if (deadline == std::chrono::system_clock::time_point::max()) return absl::InfiniteFuture();

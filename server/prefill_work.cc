@@ -8,6 +8,7 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "proto/status_macros.h"
 #include "proto/wire/host_port.h"
 
 namespace prefilld::server {
@@ -178,7 +179,7 @@ absl::StatusOr<model::AttentionOptions> ResolveAttention(const v1::AttentionOpti
                                                    request.recall_audit_rows(), "; at most ",
                                                    limits.recall_audit.rows));
   }
-  if (const absl::Status status = model::Validate(options); !status.ok()) return status;
+  PREFILLD_RETURN_IF_ERROR(model::Validate(options));
   return options;
 }
 
@@ -188,7 +189,7 @@ absl::StatusOr<model::SamplingOptions> ResolveSampling(const v1::Sampling& reque
                                        .top_p = request.top_p(),
                                        .seed = request.seed(),
                                        .top_logprobs = request.top_logprobs()};
-  if (const absl::Status status = model::Validate(options); !status.ok()) return status;
+  PREFILLD_RETURN_IF_ERROR(model::Validate(options));
   return options;
 }
 
@@ -243,31 +244,24 @@ absl::Status CheckDelivery(const v1::PrefillRequest& request, const RequestLimit
 absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
                                             const RequestLimits& limits) {
   const model::EngineInfo& engine = *limits.engine;
-  if (absl::Status status = CheckId("request_id", request.request_id()); !status.ok()) {
-    return status;
-  }
+  PREFILLD_RETURN_IF_ERROR(CheckId("request_id", request.request_id()));
   if (!request.model_fingerprint().empty() && request.model_fingerprint() != engine.fingerprint) {
     return absl::FailedPreconditionError(absl::StrCat(
         "model_fingerprint ", absl::CHexEscape(request.model_fingerprint().substr(0, 64)),
         "; this server runs ", engine.fingerprint));
   }
-  if (absl::Status status = CheckTokens(request, engine); !status.ok()) return status;
-  auto layout = ResolveLayout(request.layout(), request.token_ids_size(), engine);
-  if (!layout.ok()) return layout.status();
-  auto attention = ResolveAttention(request.attention(), limits);
-  if (!attention.ok()) return attention.status();
-  auto sampling = ResolveSampling(request.sampling());
-  if (!sampling.ok()) return sampling.status();
-  if (absl::Status status = CheckLogprobs(request); !status.ok()) return status;
-  if (absl::Status status = CheckLanes(request, limits); !status.ok()) return status;
-  if (absl::Status status = CheckDelivery(request, limits); !status.ok()) return status;
-
+  PREFILLD_RETURN_IF_ERROR(CheckTokens(request, engine));
   PrefillWork work;
+  PREFILLD_ASSIGN_OR_RETURN(work.layout,
+                            ResolveLayout(request.layout(), request.token_ids_size(), engine));
+  PREFILLD_ASSIGN_OR_RETURN(work.attention, ResolveAttention(request.attention(), limits));
+  PREFILLD_ASSIGN_OR_RETURN(work.sampling, ResolveSampling(request.sampling()));
+  PREFILLD_RETURN_IF_ERROR(CheckLogprobs(request));
+  PREFILLD_RETURN_IF_ERROR(CheckLanes(request, limits));
+  PREFILLD_RETURN_IF_ERROR(CheckDelivery(request, limits));
+
   work.id = request.request_id().empty() ? NewRequestId() : request.request_id();
   work.tokens.assign(request.token_ids().begin(), request.token_ids().end());
-  work.attention = *attention;
-  work.sampling = *sampling;
-  work.layout = *std::move(layout);
   work.num_lanes = request.num_lanes() == 0 ? 1 : static_cast<int>(request.num_lanes());
   work.layer_stats = request.layer_stats();
   work.prompt_logprobs = request.prompt_logprobs();

@@ -35,7 +35,7 @@ struct PrefillWork {
   int64_t num_sent_blocks() const { return layout.num_blocks() - layout.first_block(); }
 };
 
-// What requests are held against; fixed at start.
+// The limits that requests must keep; fixed at start.
 struct RequestLimits {
   const model::EngineInfo* engine = nullptr;
   model::AttentionOptions default_attention;

@@ -6,7 +6,7 @@ namespace prefilld::server {
 namespace {
 
 constexpr size_t kMaxSamples = 32;
-// What is shorter takes overheads, not tokens, and says nothing about longer prompts.
+// A shorter prompt is all overhead, and says nothing about longer ones.
 constexpr int64_t kMinTokens = 1024;
 
 double SpeedOf(int64_t num_tokens, absl::Duration compute) {

@@ -28,7 +28,7 @@ class PushDialer {
 
  private:
   friend class PushStream;
-  // Of the calls; co-owned by them, for the last one leaves while AwaitIdle returns.
+  // Counts the open calls. They co-own it, because the last one leaves while AwaitIdle returns.
   struct Open {
     absl::Mutex mu;
     int calls ABSL_GUARDED_BY(mu) = 0;

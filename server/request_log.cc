@@ -5,7 +5,7 @@
 namespace prefilld::server {
 namespace {
 
-// What an id may have, and some more; a refused one may be as long as a request.
+// A refused id may be as long as a request; a valid one is shorter than this.
 constexpr size_t kMaxLoggedId = 150;
 constexpr size_t kMaxLoggedMessage = 300;
 

@@ -1,4 +1,4 @@
-// What has been measured of a request: for its result, its log line and the metrics.
+// The measurements of a request: for its result, its log line and the metrics.
 #ifndef PREFILLD_SERVER_REQUEST_RECORD_H_
 #define PREFILLD_SERVER_REQUEST_RECORD_H_
 

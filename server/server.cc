@@ -11,6 +11,7 @@
 #include <grpcpp/server_builder.h>
 
 #include "absl/strings/str_cat.h"
+#include "proto/status_macros.h"
 #include "server/health.h"
 #include "server/log.h"
 #include "server/prefill_service.h"
@@ -30,7 +31,7 @@ constexpr int kKeepaliveMs = 20'000;
 constexpr int kKeepaliveTimeoutMs = 10'000;
 constexpr int kMinClientPingMs = 5'000;
 
-// What is in flight when the server is destroyed has so long to unwind.
+// Calls that are in flight when the server is destroyed have so long to unwind.
 constexpr absl::Duration kShutdownTime = absl::Seconds(5);
 
 // Prompts a good deal too long are still read, so that the caller is told the limit.
@@ -104,11 +105,11 @@ absl::StatusOr<std::unique_ptr<PrefillServer>> PrefillServer::Create(const Serve
   server->timeouts_.stall = options.stall_timeout;
   server->timeouts_.min_consumer_bytes_per_s = options.min_consumer_mb_per_s * 1e6;
   server->metrics_ = std::make_unique<Metrics>(engine.info());
-  if (absl::Status s = server->CreateStaging(options); !s.ok()) return s;
+  PREFILLD_RETURN_IF_ERROR(server->CreateStaging(options));
   server->CreateScheduler(options);
-  if (absl::Status s = server->CreateService(options); !s.ok()) return s;
-  if (absl::Status s = server->StartListening(options); !s.ok()) return s;
-  if (absl::Status s = server->StartMetrics(options); !s.ok()) return s;
+  PREFILLD_RETURN_IF_ERROR(server->CreateService(options));
+  PREFILLD_RETURN_IF_ERROR(server->StartListening(options));
+  PREFILLD_RETURN_IF_ERROR(server->StartMetrics(options));
   server->StartWatchdog(options);
   server->health_->SetReady(true);
   return server;
@@ -152,8 +153,7 @@ void PrefillServer::CreateScheduler(const ServerOptions& options) {
 }
 
 absl::Status PrefillServer::CreateService(const ServerOptions& options) {
-  auto push_credentials = MakePushCredentials(options.tls);
-  if (!push_credentials.ok()) return push_credentials.status();
+  PREFILLD_ASSIGN_OR_RETURN(auto push_credentials, MakePushCredentials(options.tls));
   const model::EngineInfo& engine = engine_.info();
   const model::AttentionOptions attention = Apply(options.attention, engine.default_attention);
   RequestLimits limits{.engine = &engine,
@@ -162,7 +162,7 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
                        .recall_audit = options.recall_audit,
                        .deliver_to_allow = options.deliver_to_allow,
                        .max_lanes = options.max_lanes};
-  push_dialer_ = std::make_unique<PushDialer>(*std::move(push_credentials), clock_);
+  push_dialer_ = std::make_unique<PushDialer>(std::move(push_credentials), clock_);
   service_ = std::make_unique<PrefillService>(*scheduler_, *push_dialer_, *metrics_, clock_,
                                               std::move(limits),
                                               DescribeServer(options, engine, attention));
@@ -170,13 +170,12 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
 }
 
 absl::Status PrefillServer::StartListening(const ServerOptions& options) {
-  auto credentials = MakeServerCredentials(options.tls);
-  if (!credentials.ok()) return credentials.status();
+  PREFILLD_ASSIGN_OR_RETURN(const auto credentials, MakeServerCredentials(options.tls));
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   grpc::ServerBuilder builder;
   SetTransportLimits(options, engine_.info().max_tokens, builder);
-  builder.AddListeningPort(options.listen, *credentials, &port_);
+  builder.AddListeningPort(options.listen, credentials, &port_);
   builder.RegisterService(service_.get());
   server_ = builder.BuildAndStart();
   if (server_ == nullptr || port_ == 0) {
@@ -191,9 +190,8 @@ absl::Status PrefillServer::StartListening(const ServerOptions& options) {
 
 absl::Status PrefillServer::StartMetrics(const ServerOptions& options) {
   if (options.metrics_listen.empty()) return absl::OkStatus();
-  auto endpoint = MetricsEndpoint::Create(options.metrics_listen, metrics_->registry());
-  if (!endpoint.ok()) return endpoint.status();
-  metrics_endpoint_ = *std::move(endpoint);
+  PREFILLD_ASSIGN_OR_RETURN(metrics_endpoint_,
+                            MetricsEndpoint::Create(options.metrics_listen, metrics_->registry()));
   return absl::OkStatus();
 }
 

@@ -35,7 +35,7 @@ class PrefillServer {
   static absl::StatusOr<std::unique_ptr<PrefillServer>> Create(const ServerOptions& options,
                                                                model::PrefillEngine& engine,
                                                                const Clock& clock);
-  // What is still running is ended with UNAVAILABLE.
+  // Ends requests that are still running with UNAVAILABLE.
   ~PrefillServer();
 
   int port() const { return port_; }

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "model/prefill/prefill_engine.h"
+#include "proto/status_macros.h"
 
 namespace prefilld::server {
 
@@ -22,10 +23,10 @@ absl::StatusOr<std::unique_ptr<StagingRing>> StagingRing::Create(model::PrefillE
                                                                  int num_buffers,
                                                                  size_t buffer_bytes,
                                                                  absl::Duration patience) {
-  auto memory = engine.AllocateStaging(num_buffers * buffer_bytes);
-  if (!memory.ok()) return memory.status();
+  PREFILLD_ASSIGN_OR_RETURN(model::DeviceBuffer memory,
+                            engine.AllocateStaging(num_buffers * buffer_bytes));
   return std::unique_ptr<StagingRing>(
-      new StagingRing(*std::move(memory), num_buffers, buffer_bytes, patience));
+      new StagingRing(std::move(memory), num_buffers, buffer_bytes, patience));
 }
 
 StagingRing::StagingRing(model::DeviceBuffer memory, int num_buffers, size_t buffer_bytes,

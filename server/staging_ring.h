@@ -27,7 +27,7 @@ namespace prefilld::server {
 // Thread-safe. Must outlive its leases (AwaitIdle).
 class StagingRing {
  public:
-  // What one request holds. Guarded by the ring's lock.
+  // Counts the buffers that one request holds. Guarded by the ring's lock.
   class Credit {
    private:
     friend class StagingRing;
@@ -69,7 +69,7 @@ class StagingRing {
   // ring's lock, now, whenever a buffer comes back, at AskAgain and every `patience`.
   Lease Acquire(absl::Span<const std::shared_ptr<Credit>> credits,
                 absl::FunctionRef<bool()> give_up);
-  // Those who wait may have a reason to give up.
+  // Asks those who wait in Acquire again whether to give up.
   void AskAgain();
 
   size_t buffer_bytes() const { return buffer_bytes_; }

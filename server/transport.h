@@ -19,7 +19,7 @@ struct KvFrame {
   size_t payload_bytes = 0;
 };
 
-// What goes over a stream. An event holds anything but a frame.
+// A stream carries these. The event is never a frame.
 using Message = std::variant<::prefill::v1::PrefillEvent, KvFrame>;
 
 // One stream to a peer, driven by the LaneQueue that it is attached to: the transport encodes what
