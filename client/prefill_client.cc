@@ -177,7 +177,7 @@ PrefillClient::PrefillClient(const ChannelOptions& options, std::shared_ptr<grpc
 
 absl::StatusOr<std::unique_ptr<PrefillClient>> PrefillClient::Create(
     const ChannelOptions& options) {
-  absl::StatusOr<std::shared_ptr<grpc::Channel>> channel = OpenChannel(options);
+  absl::StatusOr<std::shared_ptr<grpc::Channel>> channel = wire::OpenChannel(options);
   if (!channel.ok()) return channel.status();
   return std::unique_ptr<PrefillClient>(new PrefillClient(options, *std::move(channel)));
 }
@@ -212,7 +212,7 @@ absl::StatusOr<std::vector<std::shared_ptr<grpc::Channel>>> PrefillClient::LaneC
     uint32_t num_lanes) {
   absl::MutexLock lock(&mu_);
   while (channels_.size() < num_lanes) {
-    absl::StatusOr<std::shared_ptr<grpc::Channel>> channel = OpenChannel(options_);
+    absl::StatusOr<std::shared_ptr<grpc::Channel>> channel = wire::OpenChannel(options_);
     if (!channel.ok()) return channel.status();
     channels_.push_back(*std::move(channel));
   }

@@ -12,11 +12,14 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "client/cancellation.h"
-#include "client/channel.h"
 #include "prefill/v1/prefill.pb.h"
+#include "proto/wire/channel.h"
 #include "proto/wire/frame_codec.h"
 
 namespace prefilld::client {
+
+using ChannelOptions = wire::ChannelOptions;
+using TlsOptions = wire::ChannelTls;
 
 // Takes what a Prefill call brings. An error that a method returns cancels the call and becomes
 // its status. OnAccepted comes first; OnFrame may then run in several threads at once, one per
@@ -40,7 +43,7 @@ struct PrefillCallOptions {
 class PrefillClient {
  public:
   // Connects lazily: a server that is not there fails the first call. INVALID_ARGUMENT: as
-  // OpenChannel.
+  // wire::OpenChannel.
   static absl::StatusOr<std::unique_ptr<PrefillClient>> Create(const ChannelOptions& options);
 
   absl::StatusOr<::prefill::v1::ServerInfo> GetServerInfo(absl::Duration timeout);

@@ -5,6 +5,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "proto/status_macros.h"
+#include "proto/wire/kv_layout.h"
 
 namespace prefilld::client {
 namespace {
@@ -32,15 +34,15 @@ absl::Status CheckConsistent(const KvLayout& layout) {
     return absl::FailedPreconditionError(
         absl::StrCat("KV layout: ", field, " is ", value, ", allowed: ", allowed));
   };
-  if (BytesPerElement(layout.dtype()) == 0) {
+  if (wire::BytesPerElement(layout.dtype()) == 0) {
     return refuse("dtype", layout.dtype(), "BF16, FP16, FP32");
   }
   if (layout.order() != KvOrder::KV_ORDER_NHD && layout.order() != KvOrder::KV_ORDER_HND) {
     return refuse("order", layout.order(), "NHD, HND");
   }
   const uint32_t block = layout.block_tokens();
-  if (block != 16 && block != 32 && block != 64 && block != 128) {
-    return refuse("block_tokens", block, "16, 32, 64, 128");
+  if (!wire::IsBlockTokens(block)) {
+    return refuse("block_tokens", block, wire::kBlockTokensList);
   }
   if (layout.num_layers() < 1 || layout.num_layers() > kMaxLayers) {
     return refuse("num_layers", layout.num_layers(), absl::StrCat("1 to ", kMaxLayers));
@@ -71,23 +73,6 @@ absl::Status CheckConsistent(const KvLayout& layout) {
 
 }  // namespace
 
-size_t BytesPerElement(DType dtype) {
-  switch (dtype) {
-    case DType::DTYPE_BF16:
-    case DType::DTYPE_FP16:
-      return 2;
-    case DType::DTYPE_FP32:
-      return 4;
-    default:
-      return 0;
-  }
-}
-
-size_t BlockBytes(const KvLayout& layout) {
-  return size_t{layout.block_tokens()} * layout.num_heads() * layout.head_dim() *
-         BytesPerElement(layout.dtype());
-}
-
 absl::Status CheckLayout(const KvLayout& layout, const ExpectedTransfer& expected) {
   const KvLayoutRequest& wish = expected.layout;
   // Before CheckConsistent: num_tokens bounds what the rest may ask us to allocate.
@@ -97,7 +82,8 @@ absl::Status CheckLayout(const KvLayout& layout, const ExpectedTransfer& expecte
     status = Expect("model_fingerprint", layout.model_fingerprint(), expected.model_fingerprint);
   }
   if (status.ok()) {
-    status = Expect("block_tokens", layout.block_tokens(), Or(wish.block_tokens(), 16));
+    status = Expect("block_tokens", layout.block_tokens(),
+                    Or(wish.block_tokens(), wire::kDefaultBlockTokens));
   }
   if (status.ok()) {
     status =
@@ -119,7 +105,7 @@ absl::Status CheckLayout(const KvLayout& layout, const ExpectedTransfer& expecte
 
 TransferCheck::TransferCheck(const KvLayout& layout, uint32_t num_lanes)
     : layout_(layout),
-      block_bytes_(BlockBytes(layout)),
+      pair_bytes_(wire::KvPairBytes(layout)),
       frames_per_lane_(num_lanes),
       arrived_(size_t{layout.num_layers()} * layout.num_blocks()),
       blocks_missing_(uint64_t{layout.num_layers()} *
@@ -151,7 +137,7 @@ absl::Status TransferCheck::CheckPlace(uint32_t lane, const wire::ReceivedFrame&
         frame.first_block, " to ", end, " are outside the layout (", layout_.num_layers(),
         " layers, blocks ", layout_.first_block(), " to ", layout_.num_blocks(), ")"));
   }
-  const uint64_t size = uint64_t{2} * frame.num_blocks * block_bytes_;
+  const uint64_t size = frame.num_blocks * pair_bytes_;
   if (frame.payload.size() != size) {
     return absl::DataLossError(absl::StrCat("lane ", lane, ", frame ", frame.sequence,
                                             ": payload of ", frame.payload.size(), " bytes, ",

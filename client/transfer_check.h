@@ -16,11 +16,6 @@
 
 namespace prefilld::client {
 
-size_t BytesPerElement(::prefill::v1::DType dtype);  // 0 for an unknown one
-
-// Bytes of one block of one layer, K or V, with the layout's range of heads.
-size_t BlockBytes(const ::prefill::v1::KvLayout& layout);
-
 // What the consumer knows before the first frame.
 struct ExpectedTransfer {
   ::prefill::v1::KvLayoutRequest layout;
@@ -54,7 +49,7 @@ class TransferCheck {
   absl::Status MarkArrived(uint32_t lane, const wire::ReceivedFrame& frame);
 
   const ::prefill::v1::KvLayout layout_;
-  const size_t block_bytes_;
+  const uint64_t pair_bytes_;  // of one block, K and V
 
   mutable absl::Mutex mu_;
   std::vector<uint64_t> frames_per_lane_ ABSL_GUARDED_BY(mu_);

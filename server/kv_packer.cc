@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "proto/status_macros.h"
+#include "proto/wire/kv_layout.h"
 #include "server/metrics.h"
 
 namespace prefilld::server {
@@ -206,7 +207,7 @@ std::optional<KvPacker::Frame> KvPacker::TakeFrame(const StagingRing::Credit* cr
     if (layer == source->layers.end()) return std::nullopt;
     const int64_t blocks_per_frame =
         std::max<int64_t>(1, static_cast<int64_t>(surroundings_.ring.buffer_bytes()) /
-                                 BlockBytes(owner->job->work().layout));
+                                 wire::KvPairBytes(owner->job->work().layout));
     Part& part = layer->parts[i];
     const Frame frame = {
         .source = source,
@@ -236,7 +237,7 @@ absl::Status KvPacker::PackFrame(const Frame& frame, PrefillJob& job, StagingRin
   PREFILLD_RETURN_IF_ERROR(frame.source->sequence.PackKv(frame.layer, selection, buffer.data()));
 
   KvFrame out;
-  out.payload_bytes = frame.num_blocks * BlockBytes(layout);
+  out.payload_bytes = frame.num_blocks * wire::KvPairBytes(layout);
   out.header.layer = static_cast<uint32_t>(frame.layer);
   out.header.first_block = static_cast<uint32_t>(frame.first_block);
   out.header.num_blocks = static_cast<uint32_t>(frame.num_blocks);

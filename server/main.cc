@@ -15,6 +15,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "model/prefill/prefill_engine.h"
+#include "proto/wire/port_file.h"
 #include "server/clock.h"
 #include "server/log.h"
 #include "server/options.h"
@@ -95,19 +96,6 @@ void LogConfiguration(const ServerOptions& options, const model::EngineInfo& eng
             {"crossover_tokens", attention.crossover_tokens}});
 }
 
-// Written aside and renamed: whoever sees the file sees all of it.
-absl::Status WritePortFile(const std::string& path, const PrefillServer& server) {
-  if (path.empty()) return absl::OkStatus();
-  const std::string draft = absl::StrCat(path, ".tmp");
-  std::ofstream file(draft);
-  file << "grpc=" << server.port() << "\nmetrics=" << server.metrics_port() << "\n";
-  file.close();
-  if (!file || std::rename(draft.c_str(), path.c_str()) != 0) {
-    return absl::InvalidArgumentError(absl::StrCat("--port_file=", path, " cannot be written"));
-  }
-  return absl::OkStatus();
-}
-
 std::string WithPort(const std::string& listen, int port) {
   return absl::StrCat(listen.substr(0, listen.rfind(':')), ":", port);
 }
@@ -145,7 +133,9 @@ int Serve(const sigset_t& signals, const ServerOptions& options) {
 
   auto server = PrefillServer::Create(options, **engine, Clock::Real());
   if (!server.ok()) return Refuse("listen", server.status());
-  if (absl::Status written = WritePortFile(options.port_file, **server); !written.ok()) {
+  if (absl::Status written = wire::WritePortFile(
+          options.port_file, {.grpc = (*server)->port(), .metrics = (*server)->metrics_port()});
+      !written.ok()) {
     return Refuse("port_file", written);
   }
   LogReady(options, **server);

@@ -171,9 +171,9 @@ ServerOptions ReadPlainValues() {
   options.listen = absl::GetFlag(FLAGS_listen);
   options.metrics_listen = absl::GetFlag(FLAGS_metrics_listen);
   options.port_file = absl::GetFlag(FLAGS_port_file);
-  options.tls.certificate = absl::GetFlag(FLAGS_tls_cert);
-  options.tls.private_key = absl::GetFlag(FLAGS_tls_key);
-  options.tls.client_ca = absl::GetFlag(FLAGS_tls_client_ca);
+  options.tls.cert_file = absl::GetFlag(FLAGS_tls_cert);
+  options.tls.key_file = absl::GetFlag(FLAGS_tls_key);
+  options.tls.client_ca_file = absl::GetFlag(FLAGS_tls_client_ca);
   options.queue_capacity = absl::GetFlag(FLAGS_queue_capacity);
   options.max_queued_tokens = absl::GetFlag(FLAGS_max_queued_tokens);
   options.max_lanes = absl::GetFlag(FLAGS_max_lanes);

@@ -10,31 +10,15 @@
 #include "absl/strings/str_format.h"
 #include "proto/status_macros.h"
 #include "proto/wire/host_port.h"
+#include "proto/wire/kv_layout.h"
+#include "proto/wire/request_id.h"
 
 namespace prefilld::server {
 namespace {
 
 namespace v1 = ::prefill::v1;
 
-constexpr size_t kMaxIdLength = 128;
 constexpr size_t kMaxAddressLength = 256;
-constexpr uint32_t kDefaultBlockTokens = 16;
-constexpr int64_t kMaxBlockTokens = 128;
-
-absl::Status CheckId(const char* field, const std::string& id) {
-  if (id.size() > kMaxIdLength) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(field, " has ", id.size(), " characters; at most ", kMaxIdLength));
-  }
-  const bool printable = std::all_of(id.begin(), id.end(), [](char c) {
-    return absl::ascii_isprint(static_cast<unsigned char>(c));
-  });
-  if (!printable) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        field, " \"", absl::CHexEscape(id), "\" has characters that are not printable ASCII"));
-  }
-  return absl::OkStatus();
-}
 
 std::mt19937_64& Random() {
   static thread_local std::mt19937_64 random{std::random_device{}()};
@@ -77,10 +61,10 @@ absl::StatusOr<v1::KvLayout> ResolveLayout(const v1::KvLayoutRequest& request, i
   layout.set_num_tokens(num_tokens);
 
   const uint32_t block_tokens =
-      request.block_tokens() == 0 ? kDefaultBlockTokens : request.block_tokens();
-  if (block_tokens != 16 && block_tokens != 32 && block_tokens != 64 && block_tokens != 128) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("layout.block_tokens ", block_tokens, " unsupported; 16, 32, 64 or 128"));
+      request.block_tokens() == 0 ? wire::kDefaultBlockTokens : request.block_tokens();
+  if (!wire::IsBlockTokens(block_tokens)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "layout.block_tokens ", block_tokens, " unsupported; one of ", wire::kBlockTokensList));
   }
   layout.set_block_tokens(block_tokens);
   layout.set_num_blocks((num_tokens + block_tokens - 1) / block_tokens);
@@ -236,7 +220,7 @@ absl::Status CheckDelivery(const v1::PrefillRequest& request, const RequestLimit
   if (request.deliver_to().transfer_id().empty()) {
     return absl::InvalidArgumentError("deliver_to.transfer_id is empty");
   }
-  return CheckId("deliver_to.transfer_id", request.deliver_to().transfer_id());
+  return wire::CheckId("deliver_to.transfer_id", request.deliver_to().transfer_id());
 }
 
 }  // namespace
@@ -244,7 +228,7 @@ absl::Status CheckDelivery(const v1::PrefillRequest& request, const RequestLimit
 absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
                                             const RequestLimits& limits) {
   const model::EngineInfo& engine = *limits.engine;
-  PREFILLD_RETURN_IF_ERROR(CheckId("request_id", request.request_id()));
+  PREFILLD_RETURN_IF_ERROR(wire::CheckId("request_id", request.request_id()));
   if (!request.model_fingerprint().empty() && request.model_fingerprint() != engine.fingerprint) {
     return absl::FailedPreconditionError(absl::StrCat(
         "model_fingerprint ", absl::CHexEscape(request.model_fingerprint().substr(0, 64)),
@@ -267,17 +251,6 @@ absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
   work.prompt_logprobs = request.prompt_logprobs();
   work.deliver_to = request.deliver_to();
   return work;
-}
-
-int64_t BlockBytes(const v1::KvLayout& layout) {
-  const int64_t element_bytes = layout.dtype() == v1::DTYPE_FP32 ? 4 : 2;
-  return int64_t{2} * layout.block_tokens() * layout.num_heads() * layout.head_dim() *
-         element_bytes;
-}
-
-int64_t MaxBlockBytes(const model::ModelConfig& config) {
-  return 2 * kMaxBlockTokens * config.num_kv_heads * config.head_dim *
-         static_cast<int64_t>(sizeof(float));
 }
 
 model::KvSelection SelectBlocks(const v1::KvLayout& layout, int64_t first_block,

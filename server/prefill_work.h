@@ -55,11 +55,6 @@ absl::StatusOr<PrefillWork> ValidateRequest(const ::prefill::v1::PrefillRequest&
 // what gRPC clients take unless told otherwise.
 inline constexpr int kMaxPromptLogprobsTokens = 262144;
 
-// Bytes of one block of one layer, K and V.
-int64_t BlockBytes(const ::prefill::v1::KvLayout& layout);
-// The greatest BlockBytes of any layout that the model admits.
-int64_t MaxBlockBytes(const model::ModelConfig& config);
-
 // The part of `layout` that a run of its blocks is.
 model::KvSelection SelectBlocks(const ::prefill::v1::KvLayout& layout, int64_t first_block,
                                 int64_t num_blocks);

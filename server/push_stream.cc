@@ -3,15 +3,14 @@
 #include <atomic>
 #include <utility>
 
-#include <grpcpp/create_channel.h>
 #include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/impl/codegen/proto_utils.h>
-#include <grpcpp/support/channel_arguments.h>
 #include <grpcpp/support/client_callback.h>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "prefill/v1/receiver.pb.h"
+#include "proto/wire/channel.h"
 #include "proto/wire/grpc_status.h"
 #include "server/grpc_encoding.h"
 #include "server/transport.h"
@@ -22,19 +21,6 @@ namespace {
 namespace v1 = ::prefill::v1;
 
 constexpr char kReceiveMethod[] = "/prefill.v1.KvReceiver/Receive";
-constexpr int kKeepaliveMs = 20'000;
-constexpr int kKeepaliveTimeoutMs = 10'000;
-
-std::shared_ptr<grpc::Channel> Dial(const std::string& address,
-                                    const std::shared_ptr<grpc::ChannelCredentials>& credentials) {
-  grpc::ChannelArguments arguments;
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
-  // A connection per push, so that pushes to one worker do not share its throughput.
-  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-  // Without a scheme gRPC would take "unix:80" for the name of a socket.
-  return grpc::CreateCustomChannel(absl::StrCat("dns:///", address), credentials, arguments);
-}
 
 }  // namespace
 
@@ -79,7 +65,9 @@ PushStream::PushStream(std::shared_ptr<PrefillJob> job, LaneQueue* queue, const 
     : job_(std::move(job)),
       queue_(queue),
       open_(dialer.open_),
-      stub_(Dial(job_->work().deliver_to.address(), dialer.credentials_)) {
+      // Without a scheme gRPC would take "unix:80" for the name of a socket.
+      stub_(wire::OpenChannel(absl::StrCat("dns:///", job_->work().deliver_to.address()),
+                              dialer.credentials_)) {
   {
     absl::MutexLock lock(&open_->mu);
     ++open_->calls;

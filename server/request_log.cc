@@ -1,13 +1,10 @@
 #include "server/request_log.h"
 
+#include "proto/wire/request_id.h"
 #include "server/log.h"
 
 namespace prefilld::server {
 namespace {
-
-// A refused id may be as long as a request; a valid one is shorter than this.
-constexpr size_t kMaxLoggedId = 150;
-constexpr size_t kMaxLoggedMessage = 300;
 
 double Milliseconds(absl::Duration duration) { return absl::ToDoubleMilliseconds(duration); }
 
@@ -66,11 +63,11 @@ void LogRequest(PrefillJob& job, absl::Time now) {
 void LogRefused(const std::string& request_id, const std::string& peer, Outcome outcome,
                 const absl::Status& status) {
   LogEvent(LogLevel::kWarning, "request",
-           {{"id", request_id.substr(0, kMaxLoggedId)},
+           {{"id", std::string(wire::ShownId(request_id))},
             {"outcome", Name(outcome)},
             {"peer", peer},
             {"status", std::string(absl::StatusCodeToString(status.code())) + ": " +
-                           std::string(status.message().substr(0, kMaxLoggedMessage))}});
+                           std::string(wire::ShownReason(status.message()))}});
 }
 
 }  // namespace prefilld::server

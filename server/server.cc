@@ -4,19 +4,19 @@
 #include <thread>
 #include <utility>
 
-#include <grpc/grpc.h>
-#include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
 #include <grpcpp/server.h>
-#include <grpcpp/server_builder.h>
 
 #include "absl/strings/str_cat.h"
 #include "proto/status_macros.h"
+#include "proto/wire/grpc_status.h"
+#include "proto/wire/kv_layout.h"
+#include "proto/wire/listener.h"
+#include "proto/wire/tls.h"
 #include "server/health.h"
 #include "server/log.h"
 #include "server/prefill_service.h"
 #include "server/push_stream.h"
-#include "server/tls.h"
 #include "server/version.h"
 #include "server/watchdog.h"
 
@@ -25,12 +25,6 @@ namespace {
 
 namespace v1 = ::prefill::v1;
 
-// Dead peers are noticed within half a minute, and clients may ping every 10 s while a long
-// prefill is silent.
-constexpr int kKeepaliveMs = 20'000;
-constexpr int kKeepaliveTimeoutMs = 10'000;
-constexpr int kMinClientPingMs = 5'000;
-
 // Calls that are in flight when the server is destroyed have so long to unwind.
 constexpr absl::Duration kShutdownTime = absl::Seconds(5);
 
@@ -38,35 +32,23 @@ constexpr absl::Duration kShutdownTime = absl::Seconds(5);
 int64_t MaxRequestBytes(int64_t max_prompt_tokens) {
   constexpr int64_t kVarintBytes = 5;
   constexpr int64_t kOtherFields = int64_t{1} << 20;
-  return std::min<int64_t>(2 * kVarintBytes * max_prompt_tokens + kOtherFields, INT32_MAX);
+  return 2 * kVarintBytes * max_prompt_tokens + kOtherFields;
 }
 
-// Unwinding gRPC's globals with the last server waits up to 10 s for its backup poller; the process
-// keeps them instead.
-void KeepGrpcInitialized() {
-  static const bool initialized = [] {
-    grpc_init();
-    return true;
-  }();
-  (void)initialized;
+// Every request that can be live, probes, and as much again.
+int64_t MaxStreams(const ServerOptions& options) {
+  return 2 * (options.queue_capacity + options.max_lanes) + 64;
 }
 
-void SetTransportLimits(const ServerOptions& options, int64_t max_prompt_tokens,
-                        grpc::ServerBuilder& builder) {
-  builder.SetMaxReceiveMessageSize(static_cast<int>(MaxRequestBytes(max_prompt_tokens)));
-  builder.SetMaxSendMessageSize(-1);
-  // Per connection: every request that can be live, probes, and as much again.
-  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS,
-                             static_cast<int>(std::min<int64_t>(
-                                 2 * (options.queue_capacity + options.max_lanes) + 64, 1 << 16)));
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
-  builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
-  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
-                             kMinClientPingMs);
-  // A second process on the same port would take half of the connections.
-  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+// Pushes show the server's own certificate. Receivers are trusted by the certificates that sign
+// clients, or by the system's where there are none.
+absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakePushCredentials(
+    const wire::ServerTls& tls) {
+  if (tls.cert_file.empty()) return wire::MakeChannelCredentials(std::nullopt);
+  return wire::MakeChannelCredentials(wire::ChannelTls{.ca_file = tls.client_ca_file,
+                                                       .cert_file = tls.cert_file,
+                                                       .key_file = tls.key_file,
+                                                       .server_name = ""});
 }
 
 v1::ServerInfo DescribeServer(const ServerOptions& options, const model::EngineInfo& engine,
@@ -100,7 +82,6 @@ PrefillServer::PrefillServer(model::PrefillEngine& engine, const Clock& clock)
 absl::StatusOr<std::unique_ptr<PrefillServer>> PrefillServer::Create(const ServerOptions& options,
                                                                      model::PrefillEngine& engine,
                                                                      const Clock& clock) {
-  KeepGrpcInitialized();
   std::unique_ptr<PrefillServer> server(new PrefillServer(engine, clock));
   server->timeouts_.stall = options.stall_timeout;
   server->timeouts_.min_consumer_bytes_per_s = options.min_consumer_mb_per_s * 1e6;
@@ -117,13 +98,14 @@ absl::StatusOr<std::unique_ptr<PrefillServer>> PrefillServer::Create(const Serve
 
 // A buffer must hold at least one block of the widest layout, whatever the flag says.
 absl::Status PrefillServer::CreateStaging(const ServerOptions& options) {
-  const int64_t buffer_bytes = std::max(options.frame_bytes, MaxBlockBytes(engine_.info().config));
+  const model::ModelConfig& config = engine_.info().config;
+  const int64_t buffer_bytes =
+      std::max(options.frame_bytes, wire::MaxKvPairBytes(config.num_kv_heads, config.head_dim));
   const int64_t num_buffers = std::max<int64_t>(options.staging_bytes / buffer_bytes, 4);
   auto ring = StagingRing::Create(engine_, static_cast<int>(num_buffers), buffer_bytes);
   if (!ring.ok()) {
-    return absl::Status(
-        ring.status().code(),
-        absl::StrCat("--staging_bytes=", options.staging_bytes, ": ", ring.status().message()));
+    return wire::WithPrefix(absl::StrCat("--staging_bytes=", options.staging_bytes, ": "),
+                            ring.status());
   }
   ring_ = *std::move(ring);
   return absl::OkStatus();
@@ -170,20 +152,14 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
 }
 
 absl::Status PrefillServer::StartListening(const ServerOptions& options) {
-  PREFILLD_ASSIGN_OR_RETURN(const auto credentials, MakeServerCredentials(options.tls));
-  grpc::EnableDefaultHealthCheckService(true);
-  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
-  grpc::ServerBuilder builder;
-  SetTransportLimits(options, engine_.info().max_tokens, builder);
-  builder.AddListeningPort(options.listen, credentials, &port_);
-  builder.RegisterService(service_.get());
-  server_ = builder.BuildAndStart();
-  if (server_ == nullptr || port_ == 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--listen=", options.listen,
-                     " cannot be served: the address is taken or not ours, or the TLS files are "
-                     "not a matching certificate and key"));
-  }
+  const wire::ListenOptions listen = {
+      .address = options.listen,
+      .tls = options.tls,
+      .max_request_bytes = MaxRequestBytes(engine_.info().max_tokens),
+      .max_streams = MaxStreams(options)};
+  PREFILLD_ASSIGN_OR_RETURN(wire::Listener listener, wire::Listen(listen, {service_.get()}));
+  server_ = std::move(listener.server);
+  port_ = listener.port;
   health_ = std::make_unique<Health>(server_->GetHealthCheckService());
   return absl::OkStatus();
 }

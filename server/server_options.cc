@@ -1,7 +1,6 @@
 #include "server/server_options.h"
 
 #include <algorithm>
-#include <fstream>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -12,8 +11,6 @@ namespace prefilld::server {
 namespace {
 
 constexpr int64_t kMiB = int64_t{1} << 20;
-
-bool IsReadable(const std::string& path) { return std::ifstream(path).good(); }
 
 const char* DeviceName(model::DeviceChoice choice) {
   switch (choice) {
@@ -40,23 +37,6 @@ void CheckAddresses(const ServerOptions& o, std::vector<std::string>& problems) 
     if (!wire::IsAddressPattern(pattern)) {
       problems.push_back(absl::StrCat("--deliver_to_allow: '", pattern,
                                       "' is not a host:port pattern, such as *.pods:50052"));
-    }
-  }
-}
-
-void CheckTls(const TlsFiles& tls, std::vector<std::string>& problems) {
-  if (tls.certificate.empty() != tls.private_key.empty()) {
-    problems.push_back("--tls_cert and --tls_key belong together: one is set, the other is not");
-  }
-  if (!tls.client_ca.empty() && tls.certificate.empty()) {
-    problems.push_back("--tls_client_ca needs --tls_cert and --tls_key");
-  }
-  const std::pair<const char*, const std::string*> files[] = {{"--tls_cert", &tls.certificate},
-                                                              {"--tls_key", &tls.private_key},
-                                                              {"--tls_client_ca", &tls.client_ca}};
-  for (const auto& [flag, path] : files) {
-    if (!path->empty() && !IsReadable(*path)) {
-      problems.push_back(absl::StrCat(flag, "=", *path, " cannot be read"));
     }
   }
 }
@@ -106,7 +86,7 @@ absl::Status Validate(const ServerOptions& o) {
   CheckRange("--max_graph_tokens", o.engine.max_graph_tokens.value_or(0), 0, model::kMaxGraphTokens,
              problems);
   CheckAddresses(o, problems);
-  CheckTls(o.tls, problems);
+  wire::CheckServerTls(o.tls, problems);
   CheckAttention(o, problems);
   if (!(o.recall_audit.fraction >= 0 && o.recall_audit.fraction <= 1)) {
     problems.push_back(
@@ -146,9 +126,7 @@ std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o
            o.engine.max_graph_tokens ? absl::StrCat(*o.engine.max_graph_tokens) : "by device"},
           {"listen", o.listen},
           {"metrics_listen", o.metrics_listen},
-          {"tls", o.tls.certificate.empty() ? "off"
-                  : o.tls.client_ca.empty() ? "on"
-                                            : "mutual"},
+          {"tls", o.tls.mode()},
           {"allowed_policies", absl::StrJoin(allowed, ",")},
           {"recall_audit_fraction", absl::StrCat(o.recall_audit.fraction)},
           {"recall_audit_rows", absl::StrCat(o.recall_audit.rows)},

@@ -12,6 +12,7 @@
 #include "absl/time/time.h"
 #include "model/prefill/prefill_engine.h"
 #include "model/sparse/attention_policy.h"
+#include "proto/wire/tls.h"
 
 namespace prefilld::server {
 
@@ -19,13 +20,6 @@ namespace prefilld::server {
 struct RecallAuditLimits {
   double fraction = 0.0;  // of the requests that do not ask; drawn at random
   int64_t rows = 8;       // query blocks per layer for those, and the most that one may ask for
-};
-
-// For the calls that come in, and for pushes, which are calls that go out.
-struct TlsFiles {
-  std::string certificate;  // PEM; empty: plain text
-  std::string private_key;  // PEM
-  std::string client_ca;    // PEM; set: clients must present a certificate signed by it
 };
 
 enum class LogFormat : uint8_t { kText, kJson };
@@ -43,7 +37,7 @@ struct ServerOptions {
   std::string listen = "0.0.0.0:50051";         // port 0: any free one
   std::string metrics_listen = "0.0.0.0:9464";  // empty: no metrics endpoint
   std::string port_file;  // when set, the chosen ports are written here once all is ready
-  TlsFiles tls;
+  wire::ServerTls tls;    // for the calls that come in, and for pushes, which go out
   LogFormat log_format = LogFormat::kText;
 
   int64_t queue_capacity = 64;    // requests waiting behind those that run

@@ -6,7 +6,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
-#include "client/channel.h"
 #include "client/cli/commands.h"
 #include "client/cli/progress_line.h"
 #include "client/cli/prompt.h"
@@ -15,6 +14,7 @@
 #include "grpcpp/client_context.h"
 #include "nlohmann/json.hpp"
 #include "prefill/v1/decode.grpc.pb.h"
+#include "proto/wire/channel.h"
 #include "proto/wire/grpc_status.h"
 
 namespace prefilld::client {
@@ -104,7 +104,7 @@ class GenerateView {
 absl::Status RunGenerate(const CliOptions& options, Cancellation& cancellation) {
   const absl::StatusOr<Prompt> prompt = ReadPrompt(options.prompt);
   if (!prompt.ok()) return prompt.status();
-  const auto channel = OpenChannel(options.worker);
+  const auto channel = wire::OpenChannel(options.worker);
   if (!channel.ok()) return channel.status();
 
   grpc::ClientContext context;

@@ -9,7 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
-#include "client/channel.h"
+#include "client/prefill_client.h"
 #include "prefill/v1/kv.pb.h"
 #include "prefill/v1/prefill.pb.h"
 #include "prefill/v1/sampling.pb.h"

@@ -12,6 +12,7 @@
 #include "client/cancellation.h"
 #include "grpc/grpc.h"
 #include "proto/wire/grpc_status.h"
+#include "proto/wire/request_id.h"
 #include "spdlog/spdlog.h"
 
 namespace prefilld::client {
@@ -32,19 +33,15 @@ std::string NewRequestId() {
   return absl::StrFormat("generate-%x-%d", start, ++count);
 }
 
-// What is logged of an id, which may have been refused for its length, and of a reason.
-constexpr size_t kMaxLoggedId = 150;
-constexpr size_t kMaxLoggedReason = 300;
-
 // One line; what came from outside is escaped, so that no request can forge another.
 void Log(const std::string& request_id, const GenerateRequest& request, const absl::Status& status,
          absl::Duration took) {
   spdlog::info(
       "generate request_id=\"{}\" prompt_tokens={} max_new_tokens={} status={} seconds={:.3f} "
       "reason=\"{}\"",
-      absl::CEscape(absl::string_view(request_id).substr(0, kMaxLoggedId)),
-      request.token_ids_size(), request.max_new_tokens(), absl::StatusCodeToString(status.code()),
-      absl::ToDoubleSeconds(took), absl::CEscape(status.message().substr(0, kMaxLoggedReason)));
+      absl::CEscape(wire::ShownId(request_id)), request.token_ids_size(), request.max_new_tokens(),
+      absl::StatusCodeToString(status.code()), absl::ToDoubleSeconds(took),
+      absl::CEscape(wire::ShownReason(status.message())));
 }
 
 }  // namespace

@@ -4,12 +4,13 @@
 #include <memory>
 #include <utility>
 
-#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "client/decode_worker/cache_writer.h"
 #include "model/checkpoint/config.h"
 #include "model/decode/sampling.h"
+#include "proto/status_macros.h"
+#include "proto/wire/request_id.h"
 
 namespace prefilld::client {
 namespace {
@@ -43,17 +44,6 @@ void Fill(const model::SampledToken& token, ::prefill::v1::SampledToken& message
   }
 }
 
-// As the prefill server has it.
-constexpr size_t kMaxIdBytes = 128;
-
-absl::Status ValidateId(const char* field, const std::string& id) {
-  const bool printable = std::all_of(id.begin(), id.end(), absl::ascii_isprint);
-  if (printable && id.size() <= kMaxIdBytes) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(field, " of ", id.size(),
-                                                 " bytes, allowed: at most ", kMaxIdBytes,
-                                                 " printable ASCII characters"));
-}
-
 int64_t BlocksNeeded(const WorkerContext& worker, const GenerateRequest& request) {
   const int64_t block_tokens = worker.options->decoder.block_tokens;
   const int64_t tokens = int64_t{request.token_ids_size()} + request.max_new_tokens();
@@ -71,9 +61,8 @@ absl::Status CheckFitsPool(const WorkerContext& worker, const GenerateRequest& r
 }
 
 absl::Status ValidateRequest(const WorkerContext& worker, const GenerateRequest& request) {
-  absl::Status ids = ValidateId("request_id", request.request_id());
-  if (ids.ok()) ids = ValidateId("pushed_transfer_id", request.pushed_transfer_id());
-  if (!ids.ok()) return ids;
+  PREFILLD_RETURN_IF_ERROR(wire::CheckId("request_id", request.request_id()));
+  PREFILLD_RETURN_IF_ERROR(wire::CheckId("pushed_transfer_id", request.pushed_transfer_id()));
   if (request.token_ids().empty()) {
     return absl::InvalidArgumentError("token_ids is empty; at least 1 is needed");
   }

@@ -27,6 +27,9 @@
 #include "grpcpp/health_check_service_interface.h"
 #include "grpcpp/server.h"
 #include "model/decode/decoder.h"
+#include "proto/status_macros.h"
+#include "proto/wire/listener.h"
+#include "proto/wire/port_file.h"
 #include "spdlog/sinks/stdout_sinks.h"
 #include "spdlog/spdlog.h"
 
@@ -88,19 +91,6 @@ absl::StatusOr<std::unique_ptr<PrefillClient>> ConnectToPrefill(const ChannelOpt
   return PrefillClient::Create(options);
 }
 
-// Appears complete or not at all.
-absl::Status WritePortFile(const std::string& path, int grpc_port, int metrics_port) {
-  const std::string unfinished = path + ".tmp";
-  std::ofstream file(unfinished);
-  file << "grpc=" << grpc_port << "\n";
-  if (metrics_port > 0) file << "metrics=" << metrics_port << "\n";
-  file.close();
-  if (!file || std::rename(unfinished.c_str(), path.c_str()) != 0) {
-    return absl::InvalidArgumentError(absl::StrCat("--port_file=", path, " cannot be written"));
-  }
-  return absl::OkStatus();
-}
-
 // The second signal does not wait for anything.
 void ExitOnNextSignal(const sigset_t& signals) {
   std::signal(SIGTERM, [](int) { _exit(EXIT_FAILURE); });
@@ -143,22 +133,19 @@ absl::Status Run(int argc, char** argv) {
   absl::StatusOr<int> metrics_port = 0;
   if (!options->metrics_listen.empty()) metrics_port = metrics.Serve(options->metrics_listen);
   if (!metrics_port.ok()) return metrics_port.status();
-  int port = 0;
-  const auto server = StartWorkerServer(*options, (*decoder)->config(), generate, receiver, port);
-  if (!server.ok()) return server.status();
-  if (!options->port_file.empty()) {
-    const absl::Status written = WritePortFile(options->port_file, port, *metrics_port);
-    if (!written.ok()) return written;
-  }
-  spdlog::info("ready grpc_port={} metrics_port={} device={} fingerprint={} kv_blocks={}", port,
-               *metrics_port, (*decoder)->device_name(), (*decoder)->fingerprint(),
+  PREFILLD_ASSIGN_OR_RETURN(const wire::Listener listener,
+                            StartWorkerServer(*options, (*decoder)->config(), generate, receiver));
+  PREFILLD_RETURN_IF_ERROR(
+      wire::WritePortFile(options->port_file, {.grpc = listener.port, .metrics = *metrics_port}));
+  spdlog::info("ready grpc_port={} metrics_port={} device={} fingerprint={} kv_blocks={}",
+               listener.port, *metrics_port, (*decoder)->device_name(), (*decoder)->fingerprint(),
                pool.num_blocks());
 
   int signal = 0;
   sigwait(&signals, &signal);
   ExitOnNextSignal(signals);
   spdlog::info("signal {}: draining", signal);
-  DrainAndStop(**server, generate, options->drain_timeout);
+  DrainAndStop(*listener.server, generate, options->drain_timeout);
   return absl::OkStatus();
 }
 

@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "proto/wire/host_port.h"
+#include "proto/wire/kv_layout.h"
 
 ABSL_FLAG(std::string, model, "", "Checkpoint folder, the same as prefilld's. Required.");
 ABSL_FLAG(std::string, device, "auto", "auto, cpu or cuda.");
@@ -99,9 +100,9 @@ model::DecoderOptions ReadDecoder(Problems& problems) {
   CheckRange("--cpu_threads", decoder.cpu_threads, 0, 4096, problems);
 
   decoder.block_tokens = absl::GetFlag(FLAGS_kv_block_tokens);
-  const int block = decoder.block_tokens;
-  if (block != 16 && block != 32 && block != 64 && block != 128) {
-    problems.push_back(absl::StrCat("--kv_block_tokens=", block, " is not one of 16, 32, 64, 128"));
+  if (!wire::IsBlockTokens(decoder.block_tokens)) {
+    problems.push_back(absl::StrCat("--kv_block_tokens=", decoder.block_tokens, " is not one of ",
+                                    wire::kBlockTokensList));
   }
   const std::string order = absl::GetFlag(FLAGS_kv_order);
   if (order == "hnd") {
@@ -114,10 +115,10 @@ model::DecoderOptions ReadDecoder(Problems& problems) {
   return decoder;
 }
 
-ChannelOptions ReadPrefill(Problems& problems) {
-  ChannelOptions prefill;
+wire::ChannelOptions ReadPrefill(Problems& problems) {
+  wire::ChannelOptions prefill;
   prefill.address = absl::GetFlag(FLAGS_prefill_address);
-  const TlsOptions tls = {
+  const wire::ChannelTls tls = {
       absl::GetFlag(FLAGS_prefill_tls_ca), absl::GetFlag(FLAGS_prefill_tls_cert),
       absl::GetFlag(FLAGS_prefill_tls_key), absl::GetFlag(FLAGS_prefill_tls_name)};
   if (absl::GetFlag(FLAGS_prefill_tls)) {
@@ -127,18 +128,6 @@ ChannelOptions ReadPrefill(Problems& problems) {
     problems.push_back("--prefill_tls_ca, _cert, _key and _name need --prefill_tls");
   }
   return prefill;
-}
-
-ListenTls ReadListenTls(Problems& problems) {
-  ListenTls tls = {absl::GetFlag(FLAGS_tls_cert), absl::GetFlag(FLAGS_tls_key),
-                   absl::GetFlag(FLAGS_tls_client_ca)};
-  if (tls.cert_file.empty() != tls.key_file.empty()) {
-    problems.push_back("--tls_cert and --tls_key belong together: one is set, the other is not");
-  }
-  if (!tls.client_ca_file.empty() && tls.cert_file.empty()) {
-    problems.push_back("--tls_client_ca needs --tls_cert and --tls_key");
-  }
-  return tls;
 }
 
 }  // namespace
@@ -154,7 +143,9 @@ absl::StatusOr<WorkerOptions> OptionsFromCommandLine(int argc, char** argv) {
   WorkerOptions options;
   options.decoder = ReadDecoder(problems);
   options.listen = absl::GetFlag(FLAGS_listen);
-  options.tls = ReadListenTls(problems);
+  options.tls = {absl::GetFlag(FLAGS_tls_cert), absl::GetFlag(FLAGS_tls_key),
+                 absl::GetFlag(FLAGS_tls_client_ca)};
+  wire::CheckServerTls(options.tls, problems);
   options.metrics_listen = absl::GetFlag(FLAGS_metrics_listen);
   options.port_file = absl::GetFlag(FLAGS_port_file);
   options.prefill = ReadPrefill(problems);
@@ -179,9 +170,7 @@ absl::StatusOr<WorkerOptions> OptionsFromCommandLine(int argc, char** argv) {
 std::vector<std::pair<std::string, std::string>> Describe(const WorkerOptions& o) {
   return {{"model", o.decoder.checkpoint_dir},
           {"listen", o.listen},
-          {"tls", o.tls.cert_file.empty()        ? "off"
-                  : o.tls.client_ca_file.empty() ? "on"
-                                                 : "mutual"},
+          {"tls", o.tls.mode()},
           {"metrics_listen", o.metrics_listen},
           {"prefill_address", o.prefill.address},
           {"prefill_tls", o.prefill.tls ? "on" : "off"},

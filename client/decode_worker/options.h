@@ -10,27 +10,21 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
-#include "client/channel.h"
 #include "model/decode/decoder.h"
+#include "proto/wire/channel.h"
+#include "proto/wire/tls.h"
 
 namespace prefilld::client {
-
-// What the worker shows to its callers, prefilld's pushes included. PEM files.
-struct ListenTls {
-  std::string cert_file;  // empty: plain text
-  std::string key_file;
-  std::string client_ca_file;  // set: callers must present a certificate signed by it
-};
 
 struct WorkerOptions {
   model::DecoderOptions decoder;
 
   std::string listen = "0.0.0.0:50052";  // port 0: any free one
-  ListenTls tls;
+  wire::ServerTls tls;
   std::string metrics_listen;  // empty: no metrics endpoint
   std::string port_file;       // when set, the chosen ports are written here once all is ready
 
-  ChannelOptions prefill;  // address empty: only pushed caches
+  wire::ChannelOptions prefill;  // address empty: only pushed caches
   int lanes = 1;
 
   int64_t max_new_tokens_limit = 4096;

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "proto/wire/request_id.h"
 
 namespace prefilld::client {
 
@@ -13,8 +14,6 @@ using ::prefill::v1::PrefillResult;
 namespace {
 
 constexpr absl::Duration kReportInterval = absl::Seconds(1);
-// Of an id that came from outside and may be as long as a message.
-constexpr size_t kMaxQuotedId = 128;
 
 }  // namespace
 
@@ -117,7 +116,7 @@ absl::StatusOr<std::shared_ptr<PendingTransfer>> PendingTransfers::Claim(const s
   const auto entry = entries_.find(id);
   if (entry == entries_.end() || entry->second.claimed) {
     return absl::NotFoundError(
-        absl::StrCat("nobody waits for transfer_id '", id.substr(0, kMaxQuotedId), "'"));
+        absl::StrCat("nobody waits for transfer_id '", wire::ShownId(id), "'"));
   }
   entry->second.claimed = true;
   return entry->second.transfer;

@@ -1,29 +1,22 @@
 #ifndef PREFILLD_CLIENT_DECODE_WORKER_WORKER_SERVER_H_
 #define PREFILLD_CLIENT_DECODE_WORKER_WORKER_SERVER_H_
 
-#include <memory>
-
 #include "absl/status/statusor.h"
 #include "client/decode_worker/options.h"
 #include "model/checkpoint/config.h"
-
-namespace grpc {
-class Server;
-}
+#include "proto/wire/listener.h"
 
 namespace prefilld::client {
 
 class GenerateService;
 class ReceiverService;
 
-// Serves both, health and reflection at options.listen; `port` is the one that was bound. Size and
-// number of what callers may send are limited. INVALID_ARGUMENT: a TLS file cannot be read;
-// UNAVAILABLE: the address cannot be bound.
-absl::StatusOr<std::unique_ptr<grpc::Server>> StartWorkerServer(const WorkerOptions& options,
-                                                                const model::ModelConfig& model,
-                                                                GenerateService& generate,
-                                                                ReceiverService& receiver,
-                                                                int& port);
+// Serves both, health and reflection at options.listen. Size and number of what callers may send
+// are limited. INVALID_ARGUMENT and UNAVAILABLE: as wire::Listen.
+absl::StatusOr<wire::Listener> StartWorkerServer(const WorkerOptions& options,
+                                                 const model::ModelConfig& model,
+                                                 GenerateService& generate,
+                                                 ReceiverService& receiver);
 
 // Enough for a frame of the model's cache and for a prompt that fills the pool twice, so that a
 // prompt a good deal too long is told the limit.

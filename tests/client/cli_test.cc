@@ -1,13 +1,13 @@
 #include "client/cli/progress_line.h"
 #include "client/cli/prompt.h"
 #include "client/cli/summary.h"
-#include "client/pem_file.h"
 #include "gmock/gmock.h"
 #include "google/rpc/retry_info.pb.h"
 #include "google/rpc/status.pb.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
 #include "proto/wire/grpc_status.h"
+#include "proto/wire/tls.h"
 
 namespace prefilld::client {
 namespace {
@@ -43,7 +43,8 @@ TEST(Prompt, AFolderIsNoFile) {
   PromptSource source;
   source.text_file = "/";
   EXPECT_EQ(ReadPrompt(source).status().message(), "/ cannot be read");
-  EXPECT_EQ(ReadPemFile("TLS ca_file", "/").status().message(), "TLS ca_file / cannot be read");
+  EXPECT_EQ(wire::ReadPemFile("TLS ca_file", "/").status().message(),
+            "TLS ca_file / cannot be read");
 }
 
 TEST(Prompt, SpecialTokensHaveNoText) {

@@ -6,6 +6,7 @@
 #include "grpcpp/security/server_credentials.h"
 #include "grpcpp/server_builder.h"
 #include "grpcpp/server_context.h"
+#include "proto/wire/kv_layout.h"
 #include "xxhash.h"
 
 namespace prefilld::client {
@@ -101,7 +102,7 @@ PrefillEvent FrameEvent(const KvLayout& layout, uint32_t lane, uint64_t sequence
   frame.set_num_blocks(num_blocks);
   frame.set_layers_computed(layer + 1);
   std::string& payload = *frame.mutable_payload();
-  payload.resize(2 * num_blocks * BlockBytes(layout));
+  payload.resize(num_blocks * wire::KvPairBytes(layout));
   for (size_t i = 0; i < payload.size(); ++i) {
     payload[i] = static_cast<char>(i * 31 + layer * 7 + first_block * 13);
   }

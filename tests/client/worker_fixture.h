@@ -63,10 +63,11 @@ class WorkerServices : public ::testing::Test {
                                                                .transfers = &transfers_,
                                                                .metrics = &metrics_});
     receiver_ = std::make_unique<ReceiverService>(&transfers_, kOpenTimeout);
-    int port = 0;
-    server_ = *StartWorkerServer(options_, decoder_.config(), *service_, *receiver_, port);
-    channel_ =
-        grpc::CreateChannel(absl::StrCat("127.0.0.1:", port), grpc::InsecureChannelCredentials());
+    wire::Listener listener =
+        *StartWorkerServer(options_, decoder_.config(), *service_, *receiver_);
+    server_ = std::move(listener.server);
+    channel_ = grpc::CreateChannel(absl::StrCat("127.0.0.1:", listener.port),
+                                   grpc::InsecureChannelCredentials());
     stub_ = DecodeService::NewStub(channel_);
     receiver_stub_ = KvReceiver::NewStub(channel_);
   }

@@ -46,18 +46,6 @@ void Execute(const std::string& folder, const std::vector<std::string>& command)
   _exit(127);
 }
 
-std::map<std::string, int> ParsePorts(const std::string& text) {
-  std::map<std::string, int> ports;
-  char name[32];
-  int port;
-  int length;
-  for (const char* at = text.c_str(); std::sscanf(at, "%31[a-z]=%d %n", name, &port, &length) == 2;
-       at += length) {
-    ports[name] = port;
-  }
-  return ports;
-}
-
 }  // namespace
 
 ChildProcess::ChildProcess(const std::string& program, const std::vector<std::string>& args)
@@ -110,19 +98,20 @@ ServerProcess::ServerProcess(const std::string& program, std::vector<std::string
         return args;
       }()) {
   const absl::Time deadline = absl::Now() + kStartTimeout;
-  while (ports_.count("grpc") == 0 || ports_.count("metrics") == 0) {
+  while (true) {
+    if (auto ports = wire::ReadPortFile(port_file); ports.ok()) {
+      ports_ = *ports;
+      break;
+    }
     if (Wait(kPoll).has_value() || absl::Now() > deadline) {
       std::fprintf(stderr, "%s did not start:\n%s", program.c_str(), stderr_text().c_str());
       abort();
     }
-    ports_ = ParsePorts(ReadFile(port_file));
   }
   std::error_code ignored;
   std::filesystem::remove_all(std::filesystem::path(port_file).parent_path(), ignored);
 }
 
-std::string ServerProcess::AddressOf(const std::string& port_name) const {
-  return absl::StrCat("127.0.0.1:", ports_.at(port_name));
-}
+std::string ServerProcess::AddressOf(int port) { return absl::StrCat("127.0.0.1:", port); }
 
 }  // namespace prefilld::integration

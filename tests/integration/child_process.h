@@ -3,12 +3,12 @@
 
 #include <sys/types.h>
 
-#include <map>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/time/time.h"
+#include "proto/wire/port_file.h"
 
 namespace prefilld::integration {
 
@@ -42,15 +42,15 @@ class ServerProcess : public ChildProcess {
   ServerProcess(const std::string& program, std::vector<std::string> args);
 
   // "127.0.0.1:<port>"
-  std::string address() const { return AddressOf("grpc"); }
-  std::string metrics_address() const { return AddressOf("metrics"); }
+  std::string address() const { return AddressOf(ports_.grpc); }
+  std::string metrics_address() const { return AddressOf(ports_.metrics); }
 
  private:
   ServerProcess(const std::string& program, std::vector<std::string> args,
                 const std::string& port_file);
-  std::string AddressOf(const std::string& port_name) const;
+  static std::string AddressOf(int port);
 
-  std::map<std::string, int> ports_;
+  wire::Ports ports_;
 };
 
 }  // namespace prefilld::integration

@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include "proto/wire/kv_layout.h"
+
 namespace prefilld::server {
 
 namespace v1 = ::prefill::v1;
@@ -87,7 +89,7 @@ int Consumer::num_progress() const {
 
 Bench::Bench(const FakeEngineOptions& options, int num_buffers, int pack_threads)
     : engine(options),
-      ring(*StagingRing::Create(engine, num_buffers, BlockBytes(WorkOf(engine, 1).layout),
+      ring(*StagingRing::Create(engine, num_buffers, wire::KvPairBytes(WorkOf(engine, 1).layout),
                                 absl::InfiniteDuration())),
       metrics(engine.info()),
       packer({.ring = *ring, .metrics = metrics, .progress = progress, .wake = wake},

@@ -24,7 +24,7 @@ TEST(ServerOptions, EveryProblemIsListedWithItsFlagValueAndLimit) {
   ServerOptions options;
   options.listen = "nowhere";
   options.metrics_listen = "host:99999";
-  options.tls.certificate = "/does/not/exist.pem";
+  options.tls.cert_file = "/does/not/exist.pem";
   options.engine.max_batch_tokens = 1 << 20;
   options.engine.max_graph_tokens = -1;
   options.queue_capacity = -1;
@@ -52,7 +52,7 @@ TEST(ServerOptions, EveryProblemIsListedWithItsFlagValueAndLimit) {
 
 TEST(ServerOptions, RefusesContradictions) {
   ServerOptions options = ValidOptions();
-  options.tls.client_ca = "/dev/null";
+  options.tls.client_ca_file = "/dev/null";
   EXPECT_THAT(std::string(Validate(options).message()), HasSubstr("--tls_client_ca needs"));
   options = ValidOptions();
   options.wedge_timeout = options.stall_timeout;

@@ -1,0 +1,28 @@
+// The file in which a serving process tells the ports that it was given for port 0:
+//   grpc=50051
+//   metrics=9464
+#ifndef PREFILLD_PROTO_WIRE_PORT_FILE_H_
+#define PREFILLD_PROTO_WIRE_PORT_FILE_H_
+
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+
+namespace prefilld::wire {
+
+struct Ports {
+  int grpc = 0;
+  int metrics = 0;  // 0: no metrics endpoint
+};
+
+// Writes the file aside and renames it, so that whoever sees it sees all of it. Does nothing for an
+// empty path. INVALID_ARGUMENT, with the flag's name: the file cannot be written.
+absl::Status WritePortFile(const std::string& path, const Ports& ports);
+
+// UNAVAILABLE: the file is not there yet. INVALID_ARGUMENT: it is not a port file.
+absl::StatusOr<Ports> ReadPortFile(const std::string& path);
+
+}  // namespace prefilld::wire
+
+#endif  // PREFILLD_PROTO_WIRE_PORT_FILE_H_

@@ -1,0 +1,25 @@
+// Names that callers choose for requests and transfers.
+#ifndef PREFILLD_PROTO_WIRE_REQUEST_ID_H_
+#define PREFILLD_PROTO_WIRE_REQUEST_ID_H_
+
+#include <cstddef>
+
+#include "absl/status/status.h"
+#include "absl/strings/string_view.h"
+
+namespace prefilld::wire {
+
+inline constexpr size_t kMaxIdBytes = 128;
+
+// INVALID_ARGUMENT, with `field`, when `id` is longer than that or has other characters than
+// printable ASCII. An empty id is valid.
+absl::Status CheckId(absl::string_view field, absl::string_view id);
+
+// What logs and messages show of texts from outside, which may be as long as a request: a whole
+// valid id and the beginning of one that was refused for its length, and the beginning of a reason.
+absl::string_view ShownId(absl::string_view id);
+absl::string_view ShownReason(absl::string_view reason);
+
+}  // namespace prefilld::wire
+
+#endif  // PREFILLD_PROTO_WIRE_REQUEST_ID_H_

@@ -1,0 +1,56 @@
+// TLS credentials from PEM files, for those who listen and for those who dial.
+#ifndef PREFILLD_PROTO_WIRE_TLS_H_
+#define PREFILLD_PROTO_WIRE_TLS_H_
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+
+namespace grpc {
+class ChannelCredentials;
+class ServerCredentials;
+}  // namespace grpc
+
+namespace prefilld::wire {
+
+// What a server shows to its callers and asks of them: --tls_cert, --tls_key and --tls_client_ca.
+struct ServerTls {
+  std::string cert_file;  // empty: plain text
+  std::string key_file;
+  std::string client_ca_file;  // set: callers must present a certificate signed by it
+
+  // "off", "on", or "mutual" when callers must present a certificate; for the log.
+  const char* mode() const;
+};
+
+// What a client trusts and what it shows.
+struct ChannelTls {
+  std::string ca_file;    // empty: the system's certificates
+  std::string cert_file;  // with key_file: what to show to a server that asks (mutual TLS)
+  std::string key_file;
+  std::string server_name;  // the name to verify, if it is not the address's host
+};
+
+// The file's content; nothing for no path. INVALID_ARGUMENT names `field` and path when the file
+// cannot be read or is empty.
+absl::StatusOr<std::string> ReadPemFile(const char* field, const std::string& path);
+
+// Adds what is wrong with the files, naming the flag: one given without another that it needs, or
+// one that cannot be read.
+void CheckServerTls(const ServerTls& tls, std::vector<std::string>& problems);
+
+// Plain text where there is no certificate. INVALID_ARGUMENT: a file cannot be read.
+absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeServerCredentials(
+    const ServerTls& tls);
+
+// Plain text for nullopt. INVALID_ARGUMENT: a file cannot be read, or only one of cert_file and
+// key_file is given.
+absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakeChannelCredentials(
+    const std::optional<ChannelTls>& tls);
+
+}  // namespace prefilld::wire
+
+#endif  // PREFILLD_PROTO_WIRE_TLS_H_
