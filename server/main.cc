@@ -1,23 +1,16 @@
 // prefilld: the disaggregated prefill server.
-#include <atomic>
-#include <csignal>
-#include <cstdio>
+#include <cstdint>
 #include <cstdlib>
-#include <fstream>
 #include <memory>
 #include <string>
-#include <thread>
-
-#include <pthread.h>
-#include <time.h>
-#include <unistd.h>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "model/prefill/prefill_engine.h"
+#include "proto/process/log.h"
+#include "proto/process/signals.h"
 #include "proto/wire/port_file.h"
 #include "server/clock.h"
-#include "server/log.h"
 #include "server/options.h"
 #include "server/server.h"
 #include "server/version.h"
@@ -25,46 +18,15 @@
 namespace prefilld::server {
 namespace {
 
-// Blocked in every thread, and taken by one thread at a time: no handler, no races.
-sigset_t BlockSignals() {
-  sigset_t signals;
-  sigemptyset(&signals);
-  sigaddset(&signals, SIGTERM);
-  sigaddset(&signals, SIGINT);
-  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
-  // Writing to a connection whose peer is gone is an error code, not the end of the process.
-  signal(SIGPIPE, SIG_IGN);
-  return signals;
-}
+using process::LogEvent;
+using process::LogFields;
+using process::LogLevel;
 
-// While it lives a signal ends the process at once: a model that loads, which may take minutes, can
-// be neither broken off nor drained.
-class ExitOnSignalWhileLoading {
- public:
-  explicit ExitOnSignalWhileLoading(const sigset_t& signals)
-      : thread_([this, signals] { Run(signals); }) {}
-  ~ExitOnSignalWhileLoading() {
-    loaded_ = true;
-    thread_.join();
-  }
-
- private:
-  void Run(const sigset_t& signals) {
-    constexpr timespec kPoll = {.tv_sec = 0, .tv_nsec = 20'000'000};
-    while (!loaded_) {
-      if (sigtimedwait(&signals, nullptr, &kPoll) <= 0) continue;
-      LogEvent(LogLevel::kInfo, "ended", {{"while", "loading the model"}});
-      _exit(EXIT_SUCCESS);
-    }
-  }
-
-  std::atomic<bool> loaded_ = false;
-  std::thread thread_;
-};
-
-absl::StatusOr<std::unique_ptr<model::PrefillEngine>> LoadModel(const sigset_t& signals,
+absl::StatusOr<std::unique_ptr<model::PrefillEngine>> LoadModel(const process::EndSignals& signals,
                                                                 const ServerOptions& options) {
-  const ExitOnSignalWhileLoading exit_on_signal(signals);
+  const process::ExitOnSignal exit_on_signal(signals, [](int) {
+    LogEvent(LogLevel::kInfo, "ended", {{"while", "loading the model"}});
+  });
   return model::CreatePrefillEngine(options.engine);
 }
 
@@ -109,24 +71,7 @@ void LogReady(const ServerOptions& options, const PrefillServer& server) {
   LogEvent(LogLevel::kInfo, "ready", fields);
 }
 
-// Returns the signal, or 0 when the device has failed.
-int WaitForEnd(const sigset_t& signals, const PrefillServer& server) {
-  constexpr timespec kPoll = {.tv_sec = 0, .tv_nsec = 100'000'000};
-  while (server.failure().ok()) {
-    const int signal = sigtimedwait(&signals, nullptr, &kPoll);
-    if (signal > 0) return signal;
-  }
-  return 0;
-}
-
-// The second signal does not wait for anything.
-void ExitOnNextSignal(const sigset_t& signals) {
-  signal(SIGTERM, [](int) { _exit(EXIT_FAILURE); });
-  signal(SIGINT, [](int) { _exit(EXIT_FAILURE); });
-  pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
-}
-
-int Serve(const sigset_t& signals, const ServerOptions& options) {
+int Serve(const process::EndSignals& signals, const ServerOptions& options) {
   auto engine = LoadModel(signals, options);
   if (!engine.ok()) return Refuse("load_model", engine.status());
   LogConfiguration(options, (*engine)->info());
@@ -140,13 +85,12 @@ int Serve(const sigset_t& signals, const ServerOptions& options) {
   }
   LogReady(options, **server);
 
-  const int signal = WaitForEnd(signals, **server);
-  ExitOnNextSignal(signals);
+  const int signal = signals.Await([&server] { return !(*server)->failure().ok(); });
   if (signal == 0) {
     LogEvent(LogLevel::kError, "device_failed", {{"status", (*server)->failure().ToString()}});
   } else {
     LogEvent(LogLevel::kInfo, "draining",
-             {{"signal", std::string(signal == SIGTERM ? "SIGTERM" : "SIGINT")},
+             {{"signal", process::SignalName(signal)},
               {"drain_timeout_s", absl::ToDoubleSeconds(options.drain_timeout)}});
   }
   const bool drained = (*server)->Drain(options.drain_timeout);
@@ -158,9 +102,9 @@ int Serve(const sigset_t& signals, const ServerOptions& options) {
 
 int Main(int argc, char** argv) {
   const auto options = OptionsFromCommandLine(argc, argv);
-  InitLogging(options.ok() ? options->log_format : LogFormat::kText);
+  process::InitLogging(options.ok() ? options->log_format : process::LogFormat::kText);
   if (!options.ok()) return Refuse("options", options.status());
-  return Serve(BlockSignals(), *options);
+  return Serve(process::EndSignals(), *options);
 }
 
 }  // namespace

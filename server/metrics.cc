@@ -1,11 +1,9 @@
 #include "server/metrics.h"
 
 #include <algorithm>
-#include <exception>
 #include <limits>
 #include <utility>
 
-#include <prometheus/exposer.h>
 #include <prometheus/registry.h>
 
 #include "absl/strings/str_cat.h"
@@ -280,24 +278,5 @@ void Metrics::Set(const ResourceUse& use) {
   ready_.Set(use.ready ? 1 : 0);
   live_.Set(use.live ? 1 : 0);
 }
-
-absl::StatusOr<std::unique_ptr<MetricsEndpoint>> MetricsEndpoint::Create(
-    const std::string& address, const std::shared_ptr<prometheus::Registry>& registry) {
-  try {
-    auto exposer = std::make_unique<prometheus::Exposer>(address);
-    exposer->RegisterCollectable(registry);
-    const std::vector<int> ports = exposer->GetListeningPorts();
-    const int port = ports.empty() ? 0 : ports.front();
-    return std::unique_ptr<MetricsEndpoint>(new MetricsEndpoint(std::move(exposer), port));
-  } catch (const std::exception& e) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--metrics_listen=", address, " cannot be bound: ", e.what()));
-  }
-}
-
-MetricsEndpoint::MetricsEndpoint(std::unique_ptr<prometheus::Exposer> exposer, int port)
-    : exposer_(std::move(exposer)), port_(port) {}
-
-MetricsEndpoint::~MetricsEndpoint() = default;
 
 }  // namespace prefilld::server

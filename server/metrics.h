@@ -21,7 +21,6 @@
 #include "server/prefill_job.h"
 
 namespace prometheus {
-class Exposer;
 class Registry;
 }  // namespace prometheus
 
@@ -106,23 +105,6 @@ class Metrics {
   prometheus::Gauge& recorded_layers_;
   prometheus::Gauge& ready_;
   prometheus::Gauge& live_;
-};
-
-// Serves a registry at http://<address>/metrics.
-class MetricsEndpoint {
- public:
-  // INVALID_ARGUMENT: the address cannot be bound.
-  static absl::StatusOr<std::unique_ptr<MetricsEndpoint>> Create(
-      const std::string& address, const std::shared_ptr<prometheus::Registry>& registry);
-  ~MetricsEndpoint();
-
-  int port() const { return port_; }
-
- private:
-  MetricsEndpoint(std::unique_ptr<prometheus::Exposer> exposer, int port);
-
-  const std::unique_ptr<prometheus::Exposer> exposer_;
-  const int port_;
 };
 
 }  // namespace prefilld::server

@@ -3,11 +3,12 @@
 #include <algorithm>
 
 #include "absl/flags/flag.h"
-#include "absl/flags/parse.h"
-#include "absl/flags/usage.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/string_view.h"
+#include "proto/process/command_line.h"
+#include "proto/process/problems.h"
+#include "proto/status_macros.h"
 
 ABSL_FLAG(std::string, model, "", "Checkpoint folder (config.json, *.safetensors). Required.");
 ABSL_FLAG(std::string, clusters, "",
@@ -127,7 +128,7 @@ void ReadNamedValues(ServerOptions& options, std::vector<std::string>& problems)
   if (format != "text" && format != "json") {
     problems.push_back(absl::StrCat("--log_format=", format, " is not one of text, json"));
   }
-  options.log_format = format == "json" ? LogFormat::kJson : LogFormat::kText;
+  options.log_format = format == "json" ? process::LogFormat::kJson : process::LogFormat::kText;
 
   const std::string policies = absl::StrJoin(
       model::kAttentionPolicies, ", ",
@@ -188,12 +189,32 @@ ServerOptions ReadPlainValues() {
   return options;
 }
 
+process::ProgramHelp Help() {
+  return {
+      .usage = "Disaggregated prefill server. prefilld --model=DIR [flags]",
+      .groups = {
+          {"Model",
+           {"model", "clusters", "device", "cpu_threads", "max_prompt_tokens", "max_batch_tokens",
+            "max_graph_tokens"}},
+          {"Addresses, TLS and log",
+           {"listen", "metrics_listen", "port_file", "tls_cert", "tls_key", "tls_client_ca",
+            "log_format"}},
+          {"Attention",
+           {"policy", "allowed_policies", "gamma", "vertical_slash_gamma", "tau", "delta",
+            "coverage", "min_budget_tokens", "crossover_tokens"}},
+          {"Recall audit", {"recall_audit_fraction", "recall_audit_rows"}},
+          {"Queue", {"queue_capacity", "max_queued_tokens"}},
+          {"KV delivery",
+           {"max_lanes", "staging_bytes", "frame_bytes", "pack_threads", "deliver_to_allow"}},
+          {"Time-outs",
+           {"stall_timeout_s", "min_consumer_mb_per_s", "wedge_timeout_s", "drain_timeout_s"}}}};
+}
+
 }  // namespace
 
 absl::StatusOr<ServerOptions> OptionsFromCommandLine(int argc, char** argv) {
-  absl::SetProgramUsageMessage("Disaggregated prefill server. prefilld --model=DIR [flags]");
-  const std::vector<char*> positional = absl::ParseCommandLine(argc, argv);
-  std::vector<std::string> problems;
+  const std::vector<char*> positional = process::ParseCommandLine(argc, argv, Help());
+  process::Problems problems;
   for (size_t i = 1; i < positional.size(); ++i) {
     problems.push_back(absl::StrCat("argument '", positional[i], "' is not a flag"));
   }
@@ -202,7 +223,7 @@ absl::StatusOr<ServerOptions> OptionsFromCommandLine(int argc, char** argv) {
   if (const absl::Status status = Validate(options); !status.ok()) {
     problems.emplace_back(status.message());
   }
-  if (!problems.empty()) return absl::InvalidArgumentError(absl::StrJoin(problems, "; "));
+  PREFILLD_RETURN_IF_ERROR(process::ToStatus(problems));
   return options;
 }
 

@@ -1,7 +1,7 @@
 #include "server/request_log.h"
 
+#include "proto/process/log.h"
 #include "proto/wire/request_id.h"
-#include "server/log.h"
 
 namespace prefilld::server {
 namespace {
@@ -16,9 +16,9 @@ void LogRequest(PrefillJob& job, absl::Time now) {
   const PrefillWork& work = job.work();
   const Ending ending = job.ending();
 
-  LogFields fields = {{"id", work.id},
-                      {"outcome", Name(ending.outcome)},
-                      {"tokens", static_cast<int64_t>(work.tokens.size())}};
+  process::LogFields fields = {{"id", work.id},
+                               {"outcome", Name(ending.outcome)},
+                               {"tokens", static_cast<int64_t>(work.tokens.size())}};
   if (stats.started_at.has_value()) {
     fields.emplace_back("queue_ms", Milliseconds(*stats.started_at - stats.accepted_at));
   }
@@ -56,18 +56,20 @@ void LogRequest(PrefillJob& job, absl::Time now) {
   if (work.pushes()) fields.emplace_back("deliver_to", work.deliver_to.address());
   if (!work.trace_id.empty()) fields.emplace_back("trace_id", work.trace_id);
   const bool ok = ending.outcome == Outcome::kOk;
-  if (!ok) fields.emplace_back("status", ending.status.ToString());
-  LogEvent(ok ? LogLevel::kInfo : LogLevel::kWarning, "request", fields);
+  if (!ok)
+    fields.emplace_back("status", absl::StrCat(absl::StatusCodeToString(ending.status.code()), ": ",
+                                               wire::ShownReason(ending.status.message())));
+  process::LogEvent(ok ? process::LogLevel::kInfo : process::LogLevel::kWarning, "request", fields);
 }
 
 void LogRefused(const std::string& request_id, const std::string& peer, Outcome outcome,
                 const absl::Status& status) {
-  LogEvent(LogLevel::kWarning, "request",
-           {{"id", std::string(wire::ShownId(request_id))},
-            {"outcome", Name(outcome)},
-            {"peer", peer},
-            {"status", std::string(absl::StatusCodeToString(status.code())) + ": " +
-                           std::string(wire::ShownReason(status.message()))}});
+  process::LogEvent(process::LogLevel::kWarning, "request",
+                    {{"id", std::string(wire::ShownId(request_id))},
+                     {"outcome", Name(outcome)},
+                     {"peer", peer},
+                     {"status", std::string(absl::StatusCodeToString(status.code())) + ": " +
+                                    std::string(wire::ShownReason(status.message()))}});
 }
 
 }  // namespace prefilld::server

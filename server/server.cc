@@ -6,15 +6,17 @@
 
 #include <grpcpp/health_check_service_interface.h>
 #include <grpcpp/server.h>
+#include <prometheus/registry.h>
 
 #include "absl/strings/str_cat.h"
+#include "proto/process/health.h"
+#include "proto/process/log.h"
+#include "proto/process/metrics_endpoint.h"
 #include "proto/status_macros.h"
 #include "proto/wire/grpc_status.h"
 #include "proto/wire/kv_layout.h"
 #include "proto/wire/listener.h"
 #include "proto/wire/tls.h"
-#include "server/health.h"
-#include "server/log.h"
 #include "server/prefill_service.h"
 #include "server/push_stream.h"
 #include "server/version.h"
@@ -160,14 +162,16 @@ absl::Status PrefillServer::StartListening(const ServerOptions& options) {
   PREFILLD_ASSIGN_OR_RETURN(wire::Listener listener, wire::Listen(listen, {service_.get()}));
   server_ = std::move(listener.server);
   port_ = listener.port;
-  health_ = std::make_unique<Health>(server_->GetHealthCheckService());
+  health_ = std::make_unique<process::Health>(
+      server_->GetHealthCheckService(),
+      std::vector<std::string>{v1::PrefillService::service_full_name()});
   return absl::OkStatus();
 }
 
 absl::Status PrefillServer::StartMetrics(const ServerOptions& options) {
   if (options.metrics_listen.empty()) return absl::OkStatus();
-  PREFILLD_ASSIGN_OR_RETURN(metrics_endpoint_,
-                            MetricsEndpoint::Create(options.metrics_listen, metrics_->registry()));
+  PREFILLD_ASSIGN_OR_RETURN(metrics_endpoint_, process::MetricsEndpoint::Create(
+                                                   options.metrics_listen, {metrics_->registry()}));
   return absl::OkStatus();
 }
 
@@ -180,6 +184,10 @@ void PrefillServer::StartWatchdog(const ServerOptions& options) {
                                                            .metrics = metrics_.get()},
                                          clock_, timeouts_, options.wedge_timeout);
   watchdog_->Start();
+}
+
+int PrefillServer::metrics_port() const {
+  return metrics_endpoint_ == nullptr ? 0 : metrics_endpoint_->port();
 }
 
 bool PrefillServer::Drain(absl::Duration timeout) {
@@ -203,7 +211,8 @@ PrefillServer::~PrefillServer() {
   // The transport may hold on to the last frames for a moment. Rather leak the memory than take
   // it from under a socket.
   if (ring_ != nullptr && !ring_->AwaitIdle(kShutdownTime)) {
-    LogEvent(LogLevel::kError, "staging_not_returned", {{"staged_bytes", ring_->staged_bytes()}});
+    process::LogEvent(process::LogLevel::kError, "staging_not_returned",
+                      {{"staged_bytes", ring_->staged_bytes()}});
     (void)ring_.release();
   }
 }

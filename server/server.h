@@ -20,9 +20,13 @@ namespace grpc {
 class Server;
 }
 
+namespace prefilld::process {
+class Health;
+class MetricsEndpoint;
+}  // namespace prefilld::process
+
 namespace prefilld::server {
 
-class Health;
 class PrefillService;
 class PushDialer;
 class Watchdog;
@@ -39,7 +43,7 @@ class PrefillServer {
   ~PrefillServer();
 
   int port() const { return port_; }
-  int metrics_port() const { return metrics_endpoint_ ? metrics_endpoint_->port() : 0; }
+  int metrics_port() const;  // 0: no metrics endpoint
 
   const Metrics& metrics() const { return *metrics_; }
 
@@ -76,9 +80,9 @@ class PrefillServer {
   std::unique_ptr<PushDialer> push_dialer_;
   std::unique_ptr<PrefillService> service_;
   std::unique_ptr<grpc::Server> server_;
-  std::unique_ptr<Health> health_;
+  std::unique_ptr<process::Health> health_;
   std::unique_ptr<Watchdog> watchdog_;
-  std::unique_ptr<MetricsEndpoint> metrics_endpoint_;
+  std::unique_ptr<process::MetricsEndpoint> metrics_endpoint_;
 };
 
 }  // namespace prefilld::server

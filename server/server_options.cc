@@ -5,10 +5,15 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "proto/process/problems.h"
 #include "proto/wire/host_port.h"
 
 namespace prefilld::server {
 namespace {
+
+using process::AddIfAny;
+using process::CheckRange;
+using process::CheckSeconds;
 
 constexpr int64_t kMiB = int64_t{1} << 20;
 
@@ -24,14 +29,10 @@ const char* DeviceName(model::DeviceChoice choice) {
   return "?";
 }
 
-void CheckAddresses(const ServerOptions& o, std::vector<std::string>& problems) {
-  if (auto problem = wire::ListenAddressProblem("--listen", o.listen)) {
-    problems.push_back(*std::move(problem));
-  }
+void CheckAddresses(const ServerOptions& o, process::Problems& problems) {
+  AddIfAny(wire::ListenAddressProblem("--listen", o.listen), problems);
   if (!o.metrics_listen.empty()) {
-    if (auto problem = wire::ListenAddressProblem("--metrics_listen", o.metrics_listen)) {
-      problems.push_back(*std::move(problem));
-    }
+    AddIfAny(wire::ListenAddressProblem("--metrics_listen", o.metrics_listen), problems);
   }
   for (const std::string& pattern : o.deliver_to_allow) {
     if (!wire::IsAddressPattern(pattern)) {
@@ -41,22 +42,7 @@ void CheckAddresses(const ServerOptions& o, std::vector<std::string>& problems) 
   }
 }
 
-void CheckRange(const char* flag, int64_t value, int64_t low, int64_t high,
-                std::vector<std::string>& problems) {
-  if (value < low || value > high) {
-    problems.push_back(absl::StrCat(flag, "=", value, " is outside ", low, " to ", high));
-  }
-}
-
-void CheckSeconds(const char* flag, absl::Duration value, double high,
-                  std::vector<std::string>& problems) {
-  const double seconds = absl::ToDoubleSeconds(value);
-  if (!(seconds > 0 && seconds <= high)) {
-    problems.push_back(absl::StrCat(flag, "=", seconds, " is outside (0, ", high, "]"));
-  }
-}
-
-void CheckAttention(const ServerOptions& o, std::vector<std::string>& problems) {
+void CheckAttention(const ServerOptions& o, process::Problems& problems) {
   const absl::Status status = model::Validate(Apply(o.attention, model::AttentionOptions()));
   if (!status.ok()) problems.push_back(absl::StrCat("attention flags: ", status.message()));
   const auto& allowed = o.allowed_policies;
@@ -77,7 +63,7 @@ std::optional<model::AttentionPolicy> ParsePolicy(const std::string& name) {
 }
 
 absl::Status Validate(const ServerOptions& o) {
-  std::vector<std::string> problems;
+  process::Problems problems;
   if (o.engine.checkpoint_dir.empty()) problems.push_back("--model is required");
   CheckRange("--cpu_threads", o.engine.cpu_threads, 0, 4096, problems);
   CheckRange("--max_prompt_tokens", o.engine.max_tokens, 0, int64_t{1} << 24, problems);
@@ -109,8 +95,7 @@ absl::Status Validate(const ServerOptions& o) {
   if (o.wedge_timeout <= o.stall_timeout) {
     problems.push_back("--wedge_timeout_s must be more than --stall_timeout_s");
   }
-  if (problems.empty()) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrJoin(problems, "; "));
+  return process::ToStatus(problems);
 }
 
 std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o) {

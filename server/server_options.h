@@ -12,6 +12,7 @@
 #include "absl/time/time.h"
 #include "model/prefill/prefill_engine.h"
 #include "model/sparse/attention_policy.h"
+#include "proto/process/log.h"
 #include "proto/wire/tls.h"
 
 namespace prefilld::server {
@@ -21,8 +22,6 @@ struct RecallAuditLimits {
   double fraction = 0.0;  // of the requests that do not ask; drawn at random
   int64_t rows = 8;       // query blocks per layer for those, and the most that one may ask for
 };
-
-enum class LogFormat : uint8_t { kText, kJson };
 
 struct ServerOptions {
   model::EngineOptions engine;
@@ -38,7 +37,7 @@ struct ServerOptions {
   std::string metrics_listen = "0.0.0.0:9464";  // empty: no metrics endpoint
   std::string port_file;  // when set, the chosen ports are written here once all is ready
   wire::ServerTls tls;    // for the calls that come in, and for pushes, which go out
-  LogFormat log_format = LogFormat::kText;
+  process::LogFormat log_format = process::LogFormat::kText;
 
   int64_t queue_capacity = 64;    // requests waiting behind those that run
   int64_t max_queued_tokens = 0;  // tokens waiting; 0: 8 prompts of the greatest length

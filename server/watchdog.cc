@@ -1,8 +1,8 @@
 #include "server/watchdog.h"
 
 #include "model/prefill/prefill_engine.h"
-#include "server/health.h"
-#include "server/log.h"
+#include "proto/process/health.h"
+#include "proto/process/log.h"
 #include "server/metrics.h"
 #include "server/scheduler.h"
 #include "server/staging_ring.h"
@@ -44,8 +44,9 @@ void Watchdog::LookAround() {
   const bool wedged = silence > wedge_timeout_;
   if (wedged != wedged_) {
     wedged_ = wedged;
-    LogEvent(wedged ? LogLevel::kError : LogLevel::kInfo, wedged ? "wedged" : "progress_again",
-             {{"without_progress_s", absl::ToDoubleSeconds(silence)}});
+    process::LogEvent(wedged ? process::LogLevel::kError : process::LogLevel::kInfo,
+                      wedged ? "wedged" : "progress_again",
+                      {{"without_progress_s", absl::ToDoubleSeconds(silence)}});
   }
   watched_.health->SetLive(!wedged);
   if (!watched_.scheduler->failure().ok()) watched_.health->SetReady(false);

@@ -14,9 +14,12 @@ namespace prefilld::model {
 class PrefillEngine;
 }
 
+namespace prefilld::process {
+class Health;
+}
+
 namespace prefilld::server {
 
-class Health;
 class Metrics;
 class Scheduler;
 class StagingRing;
@@ -29,7 +32,7 @@ class Watchdog {
     const StagingRing* ring;
     const Progress* progress;
     Scheduler* scheduler;
-    Health* health;
+    process::Health* health;
     Metrics* metrics;
   };
 

@@ -28,16 +28,16 @@ includes() {
 }
 client_library() { find client -maxdepth 1 -type f \( -name '*.h' -o -name '*.cc' \); }
 
-# Direction of knowledge: proto <- proto/wire <- server -> model -> kernels.
-check 'proto/wire/ includes more of ours than proto/' \
+# Direction of knowledge: proto <- proto/wire, proto/process <- server -> model -> kernels.
+check 'proto/ includes from above it' \
   "$(includes '"(kernels|model|server|client|tests)/' proto)"
 check 'proto/wire/ includes more than proto, gRPC and Abseil' \
   "$(includes '[<"]' proto/wire | grep -vE '[<"](proto/(wire/|status_macros\.h)|(prefill/v1|google)/|grpc(pp)?/|absl/|xxhash\.h)|<[a-z0-9_]+>' || true)"
 check 'kernels/ includes something of ours from outside' \
   "$(includes '"(proto|prefill|server|model|client|tests)/' kernels)"
 check 'model/ includes from above it' "$(includes '"(server|client|tests)/' model)"
-check 'model/ includes more of proto/ than the status macros' \
-  "$(includes '"proto/' model | grep -v '"proto/status_macros\.h"' || true)"
+check 'model/ includes more of proto/ than the status macros and, in its programs, the command line' \
+  "$(includes '"proto/' model | grep -vE '"proto/status_macros\.h"|^model/calibration/.*"proto/process/command_line\.h"' || true)"
 check 'model/ includes gRPC or protobuf' "$(includes '(<grpc|<google/protobuf|"prefill/v1/|[<"].*\.pb\.h)' model)"
 check 'model/ or above includes device code' "$(includes '".*\.cuh"' model server client)"
 check 'server/ includes a CUDA header' "$(includes '(<cuda|<cublas|"kernels/cuda/)' server)"
@@ -50,8 +50,8 @@ for ((i = 0; i < ${#rooms[@]} - 1; ++i)); do
 done
 check 'a source beside the folders of model/' \
   "$(find model -maxdepth 1 -name '*.h' -o -maxdepth 1 -name '*.cc')"
-check 'the client library includes more than proto' \
-  "$(client_library | xargs --no-run-if-empty grep -nE '^#include "(server|model|kernels)/' || true)"
+check 'the client library includes more than messages and proto/wire' \
+  "$(client_library | xargs --no-run-if-empty grep -nE '^#include "(server|model|kernels|proto/process)/' || true)"
 check 'client/ includes the server' "$(includes '"server/' client)"
 check 'host code includes device code' \
   "$(sources kernels | grep -E '\.(h|cc)$' | xargs grep -nE '^#include ".*\.cuh"' || true)"

@@ -1,11 +1,12 @@
 #include "client/cli/options.h"
 
 #include "absl/flags/flag.h"
-#include "absl/flags/parse.h"
-#include "absl/flags/usage.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "proto/process/command_line.h"
+#include "proto/process/problems.h"
+#include "proto/status_macros.h"
 #include "proto/wire/host_port.h"
 
 ABSL_FLAG(std::string, worker, "localhost:50052", "host:port of the decode worker (generate).");
@@ -86,8 +87,8 @@ ABSL_FLAG(std::string, transfer_id, "", "prefill: the pushed_transfer_id it wait
 namespace prefilld::client {
 namespace {
 
-using Problems = std::vector<std::string>;
 using ::prefill::v1::AttentionPolicy;
+using process::Problems;
 
 constexpr char kUsage[] =
     R"(Client of prefilld and its decode worker.
@@ -133,9 +134,7 @@ Command ReadCommand(const std::vector<char*>& positional, Problems& problems) {
 }
 
 void CheckAddress(const char* flag, const std::string& address, Problems& problems) {
-  if (auto problem = wire::DialAddressProblem(flag, address)) {
-    problems.push_back(*std::move(problem));
-  }
+  process::AddIfAny(wire::DialAddressProblem(flag, address), problems);
 }
 
 ChannelOptions ReadChannel(const char* flag, const std::string& address, Problems& problems) {
@@ -233,11 +232,29 @@ std::vector<uint32_t> ReadStopTokens(Problems& problems) {
   return ids;
 }
 
+process::ProgramHelp Help() {
+  return {
+      .usage = kUsage,
+      .groups = {
+          {"Connection",
+           {"worker", "server", "tls", "tls_ca", "tls_cert", "tls_key", "tls_name", "timeout_s"}},
+          {"Output", {"json", "quiet"}},
+          {"Prompt", {"text", "text_file", "token_ids", "token_ids_file", "bos", "request_id"}},
+          {"Generation",
+           {"max_new_tokens", "stop_token_ids", "ignore_eos", "temperature", "top_k", "top_p",
+            "seed", "top_logprobs", "pushed_transfer_id"}},
+          {"Attention",
+           {"policy", "gamma", "vertical_slash_gamma", "tau", "delta", "coverage",
+            "min_budget_tokens", "same_layer_sharing", "density", "recall_audit_rows"}},
+          {"Prefill and its KV",
+           {"block_tokens", "kv_order", "kv_dtype", "first_head", "num_heads", "first_block",
+            "lanes", "layer_stats", "prompt_logprobs", "deliver_to", "transfer_id"}}}};
+}
+
 }  // namespace
 
 absl::StatusOr<CliOptions> OptionsFromCommandLine(int argc, char** argv) {
-  absl::SetProgramUsageMessage(kUsage);
-  const std::vector<char*> positional = absl::ParseCommandLine(argc, argv);
+  const std::vector<char*> positional = process::ParseCommandLine(argc, argv, Help());
   Problems problems;
   CliOptions options;
   options.command = ReadCommand(positional, problems);
@@ -268,7 +285,7 @@ absl::StatusOr<CliOptions> OptionsFromCommandLine(int argc, char** argv) {
   if (options.deliver_to.empty() != options.transfer_id.empty()) {
     problems.push_back("--deliver_to and --transfer_id belong together");
   }
-  if (!problems.empty()) return absl::InvalidArgumentError(absl::StrJoin(problems, "; "));
+  PREFILLD_RETURN_IF_ERROR(process::ToStatus(problems));
   return options;
 }
 

@@ -5,15 +5,14 @@
 #include <thread>
 #include <utility>
 
-#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "client/cancellation.h"
 #include "grpc/grpc.h"
+#include "proto/process/log.h"
 #include "proto/wire/grpc_status.h"
 #include "proto/wire/request_id.h"
-#include "spdlog/spdlog.h"
 
 namespace prefilld::client {
 namespace {
@@ -33,15 +32,15 @@ std::string NewRequestId() {
   return absl::StrFormat("generate-%x-%d", start, ++count);
 }
 
-// One line; what came from outside is escaped, so that no request can forge another.
 void Log(const std::string& request_id, const GenerateRequest& request, const absl::Status& status,
          absl::Duration took) {
-  spdlog::info(
-      "generate request_id=\"{}\" prompt_tokens={} max_new_tokens={} status={} seconds={:.3f} "
-      "reason=\"{}\"",
-      absl::CEscape(wire::ShownId(request_id)), request.token_ids_size(), request.max_new_tokens(),
-      absl::StatusCodeToString(status.code()), absl::ToDoubleSeconds(took),
-      absl::CEscape(wire::ShownReason(status.message())));
+  process::LogEvent(process::LogLevel::kInfo, "generate",
+                    {{"request_id", std::string(wire::ShownId(request_id))},
+                     {"prompt_tokens", int64_t{request.token_ids_size()}},
+                     {"max_new_tokens", int64_t{request.max_new_tokens()}},
+                     {"status", absl::StatusCodeToString(status.code())},
+                     {"seconds", absl::ToDoubleSeconds(took)},
+                     {"reason", std::string(wire::ShownReason(status.message()))}});
 }
 
 }  // namespace

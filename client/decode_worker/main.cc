@@ -1,19 +1,12 @@
 // prefilld-decode-worker: takes prompts, has them prefilled by prefilld, decodes over the cache
 // that comes back.
-#include <unistd.h>
-
-#include <atomic>
-#include <csignal>
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
 #include <memory>
 #include <string>
-#include <thread>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "client/decode_worker/decode_loop.h"
 #include "client/decode_worker/generate_service.h"
@@ -24,66 +17,33 @@
 #include "client/decode_worker/receiver_service.h"
 #include "client/decode_worker/worker_server.h"
 #include "client/prefill_client.h"
-#include "grpcpp/health_check_service_interface.h"
 #include "grpcpp/server.h"
 #include "model/decode/decoder.h"
+#include "proto/process/health.h"
+#include "proto/process/log.h"
+#include "proto/process/signals.h"
 #include "proto/status_macros.h"
-#include "proto/wire/listener.h"
 #include "proto/wire/port_file.h"
-#include "spdlog/sinks/stdout_sinks.h"
-#include "spdlog/spdlog.h"
 
 namespace prefilld::client {
 namespace {
 
-// Threads started later inherit the mask, so that one thread at a time takes the signals.
-sigset_t BlockTerminationSignals() {
-  sigset_t signals;
-  sigemptyset(&signals);
-  sigaddset(&signals, SIGTERM);
-  sigaddset(&signals, SIGINT);
-  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
-  // Writing to a connection or a log whose reader is gone is an error code, not our end.
-  std::signal(SIGPIPE, SIG_IGN);
-  return signals;
-}
+using process::LogEvent;
+using process::LogLevel;
 
-// While it lives a signal ends the process at once: a model that loads can be neither broken off
-// nor drained.
-class ExitOnSignalWhileLoading {
- public:
-  explicit ExitOnSignalWhileLoading(const sigset_t& signals)
-      : thread_([this, signals] { Run(signals); }) {}
-  ~ExitOnSignalWhileLoading() {
-    loaded_ = true;
-    thread_.join();
-  }
-
- private:
-  void Run(const sigset_t& signals) {
-    constexpr timespec kPoll = {.tv_sec = 0, .tv_nsec = 20'000'000};
-    while (!loaded_) {
-      const int signal = sigtimedwait(&signals, nullptr, &kPoll);
-      if (signal <= 0) continue;
-      spdlog::info("signal {} while loading the model", signal);
-      _exit(EXIT_SUCCESS);
-    }
-  }
-
-  std::atomic<bool> loaded_ = false;
-  std::thread thread_;
-};
-
-absl::StatusOr<std::unique_ptr<model::Decoder>> LoadModel(const sigset_t& signals,
+absl::StatusOr<std::unique_ptr<model::Decoder>> LoadModel(const process::EndSignals& signals,
                                                           const WorkerOptions& options) {
-  const ExitOnSignalWhileLoading exit_on_signal(signals);
+  const process::ExitOnSignal exit_on_signal(signals, [](int signal) {
+    LogEvent(LogLevel::kInfo, "ended",
+             {{"signal", process::SignalName(signal)}, {"while", "loading the model"}});
+  });
   return model::Decoder::Create(options.decoder);
 }
 
-void LogOptions(const WorkerOptions& options) {
-  std::string text;
-  for (const auto& [flag, value] : Describe(options)) absl::StrAppend(&text, " ", flag, "=", value);
-  spdlog::info("options{}", text);
+void LogConfiguration(const WorkerOptions& options) {
+  process::LogFields fields;
+  for (const auto& [flag, value] : Describe(options)) fields.emplace_back(flag, value);
+  LogEvent(LogLevel::kInfo, "configuration", fields);
 }
 
 absl::StatusOr<std::unique_ptr<PrefillClient>> ConnectToPrefill(const ChannelOptions& options) {
@@ -91,62 +51,63 @@ absl::StatusOr<std::unique_ptr<PrefillClient>> ConnectToPrefill(const ChannelOpt
   return PrefillClient::Create(options);
 }
 
-// The second signal does not wait for anything.
-void ExitOnNextSignal(const sigset_t& signals) {
-  std::signal(SIGTERM, [](int) { _exit(EXIT_FAILURE); });
-  std::signal(SIGINT, [](int) { _exit(EXIT_FAILURE); });
-  pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
+void LogReady(const wire::Ports& ports, const model::Decoder& decoder, const KvBlockPool& pool) {
+  LogEvent(LogLevel::kInfo, "ready",
+           {{"grpc_port", int64_t{ports.grpc}},
+            {"metrics_port", int64_t{ports.metrics}},
+            {"device", decoder.device_name()},
+            {"fingerprint", decoder.fingerprint()},
+            {"kv_blocks", pool.num_blocks()}});
 }
 
-void DrainAndStop(grpc::Server& server, GenerateService& generate, absl::Duration timeout) {
-  server.GetHealthCheckService()->SetServingStatus(false);
-  const bool finished = generate.Drain(timeout);
-  spdlog::info("drained: {}", finished ? "all requests finished" : "cancelling the rest");
+void DrainAndStop(grpc::Server& server, process::Health& health, GenerateService& generate,
+                  absl::Duration timeout) {
+  health.SetReady(false);
+  const bool drained = generate.Drain(timeout);
   server.Shutdown(absl::ToChronoTime(absl::Now()));
+  LogEvent(LogLevel::kInfo, "ended", {{"drained", drained ? "yes" : "no"}});
+}
+
+absl::Status Serve(const process::EndSignals& signals, const WorkerOptions& options) {
+  PREFILLD_ASSIGN_OR_RETURN(const auto decoder, LoadModel(signals, options));
+  PREFILLD_ASSIGN_OR_RETURN(const auto prefill, ConnectToPrefill(options.prefill));
+  KvBlockPool pool(decoder->num_pool_blocks());
+  WorkerMetrics metrics;
+  metrics.WatchPool(pool.num_blocks(), [&pool] { return pool.free_blocks(); });
+  DecodeLoop loop(decoder.get());
+  PendingTransfers transfers;
+  GenerateService generate({.options = &options,
+                            .decoder = decoder.get(),
+                            .pool = &pool,
+                            .loop = &loop,
+                            .prefill = prefill.get(),
+                            .transfers = &transfers,
+                            .metrics = &metrics});
+  ReceiverService receiver(&transfers, options.stall_timeout);
+
+  wire::Ports ports;
+  PREFILLD_ASSIGN_OR_RETURN(ports.metrics, metrics.Serve(options.metrics_listen));
+  PREFILLD_ASSIGN_OR_RETURN(const wire::Listener listener,
+                            StartWorkerServer(options, decoder->config(), generate, receiver));
+  ports.grpc = listener.port;
+  process::Health health(listener.server->GetHealthCheckService(),
+                         {::prefill::v1::DecodeService::service_full_name(),
+                          ::prefill::v1::KvReceiver::service_full_name()});
+  health.SetReady(true);
+  PREFILLD_RETURN_IF_ERROR(wire::WritePortFile(options.port_file, ports));
+  LogReady(ports, *decoder, pool);
+
+  const int signal = signals.Await([] { return false; });
+  LogEvent(LogLevel::kInfo, "draining", {{"signal", process::SignalName(signal)}});
+  DrainAndStop(*listener.server, health, generate, options.drain_timeout);
+  return absl::OkStatus();
 }
 
 absl::Status Run(int argc, char** argv) {
-  const sigset_t signals = BlockTerminationSignals();
-  spdlog::set_default_logger(spdlog::stderr_logger_mt("decode-worker"));
-  const absl::StatusOr<WorkerOptions> options = OptionsFromCommandLine(argc, argv);
-  if (!options.ok()) return options.status();
-  LogOptions(*options);
-
-  const auto decoder = LoadModel(signals, *options);
-  if (!decoder.ok()) return decoder.status();
-  const auto prefill = ConnectToPrefill(options->prefill);
-  if (!prefill.ok()) return prefill.status();
-  KvBlockPool pool((*decoder)->num_pool_blocks());
-  WorkerMetrics metrics;
-  metrics.WatchPool(pool.num_blocks(), [&pool] { return pool.free_blocks(); });
-  DecodeLoop loop(decoder->get());
-  PendingTransfers transfers;
-  GenerateService generate({.options = &*options,
-                            .decoder = decoder->get(),
-                            .pool = &pool,
-                            .loop = &loop,
-                            .prefill = prefill->get(),
-                            .transfers = &transfers,
-                            .metrics = &metrics});
-  ReceiverService receiver(&transfers, options->stall_timeout);
-
-  absl::StatusOr<int> metrics_port = 0;
-  if (!options->metrics_listen.empty()) metrics_port = metrics.Serve(options->metrics_listen);
-  if (!metrics_port.ok()) return metrics_port.status();
-  PREFILLD_ASSIGN_OR_RETURN(const wire::Listener listener,
-                            StartWorkerServer(*options, (*decoder)->config(), generate, receiver));
-  PREFILLD_RETURN_IF_ERROR(
-      wire::WritePortFile(options->port_file, {.grpc = listener.port, .metrics = *metrics_port}));
-  spdlog::info("ready grpc_port={} metrics_port={} device={} fingerprint={} kv_blocks={}",
-               listener.port, *metrics_port, (*decoder)->device_name(), (*decoder)->fingerprint(),
-               pool.num_blocks());
-
-  int signal = 0;
-  sigwait(&signals, &signal);
-  ExitOnNextSignal(signals);
-  spdlog::info("signal {}: draining", signal);
-  DrainAndStop(*listener.server, generate, options->drain_timeout);
-  return absl::OkStatus();
+  PREFILLD_ASSIGN_OR_RETURN(const WorkerOptions options, OptionsFromCommandLine(argc, argv));
+  process::InitLogging(process::LogFormat::kText);
+  LogConfiguration(options);
+  return Serve(process::EndSignals(), options);
 }
 
 }  // namespace

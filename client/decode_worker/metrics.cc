@@ -4,12 +4,12 @@
 #include <vector>
 
 #include "absl/status/status.h"
-#include "absl/strings/str_cat.h"
 #include "prometheus/counter.h"
-#include "prometheus/exposer.h"
 #include "prometheus/gauge.h"
 #include "prometheus/histogram.h"
 #include "prometheus/registry.h"
+#include "proto/process/metrics_endpoint.h"
+#include "proto/status_macros.h"
 
 namespace prefilld::client {
 namespace {
@@ -50,7 +50,7 @@ class PoolGauge : public prometheus::Collectable {
 struct WorkerMetrics::Families {
   std::shared_ptr<prometheus::Registry> registry = std::make_shared<prometheus::Registry>();
   std::shared_ptr<PoolGauge> pool;
-  std::unique_ptr<prometheus::Exposer> exposer;
+  std::unique_ptr<process::MetricsEndpoint> endpoint;
 
   prometheus::Gauge& running = prometheus::BuildGauge()
                                    .Name("prefilld_decode_running_requests")
@@ -110,16 +110,12 @@ void WorkerMetrics::WatchPool(int64_t num_blocks, std::function<int64_t()> free_
 }
 
 absl::StatusOr<int> WorkerMetrics::Serve(const std::string& address) {
-  try {
-    families_->exposer = std::make_unique<prometheus::Exposer>(address, /*num_threads=*/1);
-  } catch (const std::exception& error) {
-    return absl::UnavailableError(
-        absl::StrCat("--metrics_listen=", address, " cannot be bound: ", error.what()));
-  }
-  families_->exposer->RegisterCollectable(families_->registry);
-  if (families_->pool) families_->exposer->RegisterCollectable(families_->pool);
-  const std::vector<int> ports = families_->exposer->GetListeningPorts();
-  return ports.empty() ? 0 : ports.front();
+  if (address.empty()) return 0;
+  std::vector<std::shared_ptr<prometheus::Collectable>> collectables = {families_->registry};
+  if (families_->pool != nullptr) collectables.push_back(families_->pool);
+  PREFILLD_ASSIGN_OR_RETURN(families_->endpoint,
+                            process::MetricsEndpoint::Create(address, std::move(collectables)));
+  return families_->endpoint->port();
 }
 
 }  // namespace prefilld::client

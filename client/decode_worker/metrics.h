@@ -26,7 +26,8 @@ class WorkerMetrics {
   // `free_blocks` is asked at every scrape while this lives.
   void WatchPool(int64_t num_blocks, std::function<int64_t()> free_blocks);
 
-  // Serves /metrics on host:port; returns the port. UNAVAILABLE: the address cannot be bound.
+  // Serves /metrics on host:port and returns the port; 0 without an address. UNAVAILABLE: the
+  // address cannot be bound.
   absl::StatusOr<int> Serve(const std::string& address);
 
  private:

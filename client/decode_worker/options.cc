@@ -4,10 +4,10 @@
 #include <optional>
 
 #include "absl/flags/flag.h"
-#include "absl/flags/parse.h"
-#include "absl/flags/usage.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
+#include "proto/process/command_line.h"
+#include "proto/process/problems.h"
+#include "proto/status_macros.h"
 #include "proto/wire/host_port.h"
 #include "proto/wire/kv_layout.h"
 
@@ -55,31 +55,23 @@ ABSL_FLAG(double, drain_timeout_s, 25,
 namespace prefilld::client {
 namespace {
 
-using Problems = std::vector<std::string>;
-
-void CheckRange(const char* flag, int64_t value, int64_t low, int64_t high, Problems& problems) {
-  if (value < low || value > high) {
-    problems.push_back(absl::StrCat(flag, "=", value, " is outside ", low, " to ", high));
-  }
-}
+using process::AddIfAny;
+using process::CheckRange;
+using process::CheckSeconds;
+using process::Problems;
 
 void CheckAddresses(const WorkerOptions& options, Problems& problems) {
-  const auto add = [&problems](std::optional<std::string> problem) {
-    if (problem.has_value()) problems.push_back(*std::move(problem));
-  };
-  add(wire::ListenAddressProblem("--listen", options.listen));
+  AddIfAny(wire::ListenAddressProblem("--listen", options.listen), problems);
   if (!options.metrics_listen.empty()) {
-    add(wire::ListenAddressProblem("--metrics_listen", options.metrics_listen));
+    AddIfAny(wire::ListenAddressProblem("--metrics_listen", options.metrics_listen), problems);
   }
   if (!options.prefill.address.empty()) {
-    add(wire::DialAddressProblem("--prefill_address", options.prefill.address));
+    AddIfAny(wire::DialAddressProblem("--prefill_address", options.prefill.address), problems);
   }
 }
 
 absl::Duration ReadSeconds(const char* flag, double seconds, Problems& problems) {
-  if (!(seconds > 0 && seconds <= 86400)) {
-    problems.push_back(absl::StrCat(flag, "=", seconds, " is outside (0, 86400]"));
-  }
+  CheckSeconds(flag, absl::Seconds(seconds), 86400, problems);
   return absl::Seconds(seconds);
 }
 
@@ -130,12 +122,26 @@ wire::ChannelOptions ReadPrefill(Problems& problems) {
   return prefill;
 }
 
+process::ProgramHelp Help() {
+  return {
+      .usage = "Reference decode worker of prefilld. prefilld-decode-worker --model=DIR [flags]",
+      .groups = {
+          {"Model and KV memory",
+           {"model", "device", "cpu_threads", "kv_block_tokens", "kv_order", "kv_pool_tokens"}},
+          {"Addresses and TLS",
+           {"listen", "metrics_listen", "port_file", "tls_cert", "tls_key", "tls_client_ca"}},
+          {"prefilld",
+           {"prefill_address", "prefill_tls", "prefill_tls_ca", "prefill_tls_cert",
+            "prefill_tls_key", "prefill_tls_name", "lanes"}},
+          {"Limits and time-outs",
+           {"max_new_tokens_limit", "max_requests", "transfer_timeout_s", "stall_timeout_s",
+            "drain_timeout_s"}}}};
+}
+
 }  // namespace
 
 absl::StatusOr<WorkerOptions> OptionsFromCommandLine(int argc, char** argv) {
-  absl::SetProgramUsageMessage(
-      "Reference decode worker of prefilld. prefilld-decode-worker --model=DIR [flags]");
-  const std::vector<char*> positional = absl::ParseCommandLine(argc, argv);
+  const std::vector<char*> positional = process::ParseCommandLine(argc, argv, Help());
   Problems problems;
   for (size_t i = 1; i < positional.size(); ++i) {
     problems.push_back(absl::StrCat("argument '", positional[i], "' is not a flag"));
@@ -163,7 +169,7 @@ absl::StatusOr<WorkerOptions> OptionsFromCommandLine(int argc, char** argv) {
   options.drain_timeout =
       ReadSeconds("--drain_timeout_s", absl::GetFlag(FLAGS_drain_timeout_s), problems);
   CheckAddresses(options, problems);
-  if (!problems.empty()) return absl::InvalidArgumentError(absl::StrJoin(problems, "; "));
+  PREFILLD_RETURN_IF_ERROR(process::ToStatus(problems));
   return options;
 }
 

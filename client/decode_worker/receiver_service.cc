@@ -5,14 +5,14 @@
 #include <optional>
 #include <utility>
 
-#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "client/cancellation.h"
 #include "grpcpp/alarm.h"
+#include "proto/process/log.h"
 #include "proto/wire/frame_codec.h"
 #include "proto/wire/grpc_status.h"
-#include "spdlog/spdlog.h"
+#include "proto/wire/request_id.h"
 
 namespace prefilld::client {
 namespace {
@@ -112,8 +112,9 @@ class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
       const grpc::Slice bytes(response.SerializeAsString());
       *response_ = grpc::ByteBuffer(&bytes, 1);
     } else {
-      spdlog::warn("receive refused: {} {}", absl::StatusCodeToString(status.code()),
-                   absl::CEscape(status.message()));
+      process::LogEvent(process::LogLevel::kWarning, "receive_refused",
+                        {{"status", absl::StatusCodeToString(status.code())},
+                         {"reason", std::string(wire::ShownReason(status.message()))}});
     }
     Finish(wire::ToGrpc(status));
   }

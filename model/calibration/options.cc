@@ -1,10 +1,9 @@
 #include "model/calibration/options.h"
 
 #include "absl/flags/flag.h"
-#include "absl/flags/parse.h"
-#include "absl/flags/usage.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "proto/process/command_line.h"
 
 ABSL_FLAG(std::string, model, "", "Checkpoint folder. Required.");
 ABSL_FLAG(std::string, out, "", "Folder for the dumps, one file a prompt. Required.");
@@ -44,8 +43,11 @@ absl::StatusOr<DeviceChoice> ReadDevice(const std::string& name) {
 }  // namespace
 
 absl::StatusOr<CalibrateOptions> OptionsFromCommandLine(int argc, char** argv) {
-  absl::SetProgramUsageMessage(kUsage);
-  const std::vector<char*> positional = absl::ParseCommandLine(argc, argv);
+  const process::ProgramHelp help = {
+      .usage = kUsage,
+      .groups = {{"Model and prompts", {"model", "out", "device", "cpu_threads", "bos"}},
+                 {"What is recorded", {"block_tokens", "grid", "gamma", "min_budget_tokens"}}}};
+  const std::vector<char*> positional = process::ParseCommandLine(argc, argv, help);
   std::vector<std::string> problems;
   CalibrateOptions options;
   options.checkpoint_dir = absl::GetFlag(FLAGS_model);

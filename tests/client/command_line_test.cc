@@ -1,13 +1,12 @@
 // The decode worker and the command-line client: what they do with their command lines.
-#include <cstdio>
 #include <string>
 #include <utility>
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <sys/wait.h>
 
 #include "absl/strings/str_cat.h"
+#include "tests/proto/program_run.h"
 
 namespace prefilld::client {
 namespace {
@@ -15,14 +14,20 @@ namespace {
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 
-// Exit status and everything printed.
 std::pair<int, std::string> RunProgram(const char* program, const std::string& flags) {
-  FILE* pipe = popen(absl::StrCat(program, " ", flags, " 2>&1").c_str(), "r");
-  std::string output;
-  char buffer[4096];
-  for (size_t n; (n = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) output.append(buffer, n);
-  const int status = pclose(pipe);
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, output};
+  return RunCommand(absl::StrCat(program, " ", flags));
+}
+
+TEST(WorkerCommandLine, HelpListsEveryFlagWithItsDefault) {
+  ExpectHelpListsEveryFlag(WORKER_BINARY);
+}
+
+TEST(CliCommandLine, HelpListsEveryFlagWithItsDefault) { ExpectHelpListsEveryFlag(CLI_BINARY); }
+
+TEST(CliCommandLine, HelpIsGivenBehindACommandAndIsNoFlagsValue) {
+  EXPECT_EQ(RunProgram(CLI_BINARY, "generate --text x --help").first, 0);
+  // The text of this prompt is --help; nobody listens there.
+  EXPECT_EQ(RunProgram(CLI_BINARY, "generate --worker=127.0.0.1:1 --text --help").first, 3);
 }
 
 TEST(WorkerCommandLine, EveryProblemIsListed) {

@@ -1,11 +1,11 @@
 // The program itself: what it does with its command line.
-#include <cstdio>
 #include <string>
 #include <utility>
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <sys/wait.h>
+
+#include "tests/proto/program_run.h"
 
 namespace prefilld::server {
 namespace {
@@ -13,15 +13,11 @@ namespace {
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 
-// Exit status and everything printed.
 std::pair<int, std::string> RunPrefilld(const std::string& flags) {
-  FILE* pipe = popen((PREFILLD_BINARY " " + flags + " 2>&1").c_str(), "r");
-  std::string output;
-  char buffer[4096];
-  for (size_t n; (n = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) output.append(buffer, n);
-  const int status = pclose(pipe);
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, output};
+  return RunCommand(PREFILLD_BINARY " " + flags);
 }
+
+TEST(CommandLine, HelpListsEveryFlagWithItsDefault) { ExpectHelpListsEveryFlag(PREFILLD_BINARY); }
 
 TEST(CommandLine, UnknownFlagsAreRefused) {
   const auto [status, output] = RunPrefilld("--model=/nowhere --stall_timeout_ms=3");

@@ -4,7 +4,7 @@
 #include <grpcpp/create_channel.h>
 #include <grpcpp/security/credentials.h>
 
-#include "server/log.h"
+#include "proto/process/log.h"
 #include "server/prefill_work.h"
 #include "tests/server/server_fixture.h"
 
@@ -37,7 +37,7 @@ TEST_F(PromptLogprobs, ComeWhenAskedFor) {
 }
 
 TEST_F(PromptLogprobs, TakeTimeThatResultAndLogTellApart) {
-  static const bool logging = (InitLogging(LogFormat::kText), true);
+  static const bool logging = (process::InitLogging(process::LogFormat::kText), true);
   ASSERT_TRUE(logging);
   StartServer();
   engine_->HoldLogprobsAfter(1);

@@ -5,7 +5,7 @@
 #include <grpcpp/health_check_service_interface.h>
 #include <gtest/gtest.h>
 
-#include "server/health.h"
+#include "proto/process/health.h"
 #include "server/scheduler.h"
 #include "tests/server/job_harness.h"
 
@@ -43,7 +43,7 @@ class WatchdogTest : public ::testing::Test {
   Scheduler scheduler_{bench_.engine, bench_.resources, bench_.wake,
                        QueueLimits{.capacity = 4, .max_queued_tokens = 100'000}};
   FakeHealthService service_;
-  Health health_{&service_};
+  process::Health health_{&service_, {"prefill.v1.PrefillService"}};
   Watchdog watchdog_{{.engine = &bench_.engine,
                       .ring = bench_.ring.get(),
                       .progress = &bench_.progress,

@@ -14,11 +14,10 @@
 #include <vector>
 
 #include "absl/flags/flag.h"
-#include "absl/flags/parse.h"
-#include "absl/flags/usage.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "model/prefill/packed_prompts.h"
+#include "proto/process/command_line.h"
 #include "tests/bench/device/benches.h"
 
 ABSL_FLAG(std::string, mode, "attention", "attention, layer, linears, prefill or batch.");
@@ -266,8 +265,16 @@ absl::Status Run() {
 }  // namespace prefilld::bench
 
 int main(int argc, char** argv) {
-  absl::SetProgramUsageMessage("how fast a device runs the parts of a prefill, and the whole");
-  absl::ParseCommandLine(argc, argv);
+  prefilld::process::ParseCommandLine(
+      argc, argv,
+      {.usage = "How fast a device runs the parts of a prefill, and the whole.",
+       .groups = {{"What runs", {"mode", "device", "runs", "warm_up"}},
+                  {"Shapes",
+                   {"tokens", "heads", "kv_heads", "head_dim", "hidden", "intermediate", "layers",
+                    "tile_tokens", "max_graph_tokens", "batches"}},
+                  {"Attention", {"densities", "qkv", "clusters", "gamma", "tau", "coverage"}},
+                  {"Whole prefills", {"model", "prompt", "policies"}},
+                  {"Report", {"peak_tflops", "peak_gbps", "json", "commit"}}}});
   const absl::Status status = prefilld::bench::Run();
   if (!status.ok()) std::fprintf(stderr, "prefill-bench: %s\n", status.ToString().c_str());
   return status.ok() ? 0 : 1;

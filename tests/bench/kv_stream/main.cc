@@ -9,12 +9,11 @@
 #include <vector>
 
 #include "absl/flags/flag.h"
-#include "absl/flags/parse.h"
-#include "absl/flags/usage.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "client/prefill_client.h"
+#include "proto/process/command_line.h"
 #include "server/clock.h"
 #include "server/server.h"
 #include "spdlog/spdlog.h"
@@ -96,8 +95,10 @@ absl::Status Run() {
 }  // namespace prefilld::bench
 
 int main(int argc, char** argv) {
-  absl::SetProgramUsageMessage("KV streaming of prefilld beside bare TCP on loopback.");
-  absl::ParseCommandLine(argc, argv);
+  prefilld::process::ParseCommandLine(
+      argc, argv,
+      {.usage = "KV streaming of prefilld beside bare TCP on loopback.",
+       .groups = {{"What runs", {"tokens", "lanes", "frame_bytes", "runs"}}}});
   spdlog::set_level(spdlog::level::warn);
   const absl::Status status = prefilld::bench::Run();
   if (status.ok()) return 0;

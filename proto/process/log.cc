@@ -1,4 +1,4 @@
-#include "server/log.h"
+#include "proto/process/log.h"
 
 #include <algorithm>
 #include <atomic>
@@ -14,10 +14,10 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 
-namespace prefilld::server {
+namespace prefilld::process {
 namespace {
 
-constexpr char kEventLogger[] = "prefilld_events";
+constexpr char kEventLogger[] = "events";
 constexpr char kTextPattern[] = "%Y-%m-%dT%H:%M:%S.%eZ %^%l%$ %v";
 constexpr char kJsonStart[] = "{\"time\":\"%Y-%m-%dT%H:%M:%S.%eZ\",\"level\":\"%l\",";
 
@@ -94,7 +94,7 @@ void InitLogging(LogFormat format) {
                       spdlog::pattern_time_type::utc);
 
   // What the layers below log are plain sentences.
-  const auto sentences = spdlog::stderr_color_mt("prefilld");
+  const auto sentences = spdlog::stderr_color_mt("sentences");
   auto formatter = std::make_unique<spdlog::pattern_formatter>(spdlog::pattern_time_type::utc);
   formatter->add_flag<JsonPayload>('*').set_pattern(
       json ? absl::StrCat(kJsonStart, "\"event\":\"message\",\"message\":%*}") : kTextPattern);
@@ -110,4 +110,4 @@ void LogEvent(LogLevel level, absl::string_view event, const LogFields& fields) 
   if (logger != nullptr) logger->log(spdlog_level, "{}", FormatEvent(log_format, event, fields));
 }
 
-}  // namespace prefilld::server
+}  // namespace prefilld::process

@@ -1,10 +1,10 @@
-#include "server/health.h"
+#include "proto/process/health.h"
+
+#include <utility>
 
 #include <grpcpp/health_check_service_interface.h>
 
-#include "prefill/v1/prefill.grpc.pb.h"
-
-namespace prefilld::server {
+namespace prefilld::process {
 namespace {
 
 constexpr char kWholeServer[] = "";
@@ -12,7 +12,8 @@ constexpr char kLiveness[] = "liveness";
 
 }  // namespace
 
-Health::Health(grpc::HealthCheckServiceInterface* service) : service_(service) {
+Health::Health(grpc::HealthCheckServiceInterface* service, std::vector<std::string> names)
+    : service_(service), names_(std::move(names)) {
   // gRPC's service starts out serving.
   service_->SetServingStatus(false);
   service_->SetServingStatus(kLiveness, true);
@@ -21,11 +22,11 @@ Health::Health(grpc::HealthCheckServiceInterface* service) : service_(service) {
 void Health::SetReady(bool ready) {
   if (ready_.exchange(ready) == ready) return;
   service_->SetServingStatus(kWholeServer, ready);
-  service_->SetServingStatus(::prefill::v1::PrefillService::service_full_name(), ready);
+  for (const std::string& name : names_) service_->SetServingStatus(name, ready);
 }
 
 void Health::SetLive(bool live) {
   if (live_.exchange(live) != live) service_->SetServingStatus(kLiveness, live);
 }
 
-}  // namespace prefilld::server
+}  // namespace prefilld::process

@@ -1,6 +1,6 @@
 // One event per line: an event name and its fields, as key=value text or as JSON.
-#ifndef PREFILLD_SERVER_LOG_H_
-#define PREFILLD_SERVER_LOG_H_
+#ifndef PREFILLD_PROTO_PROCESS_LOG_H_
+#define PREFILLD_PROTO_PROCESS_LOG_H_
 
 #include <cstdint>
 #include <string>
@@ -9,23 +9,25 @@
 #include <vector>
 
 #include "absl/strings/string_view.h"
-#include "server/server_options.h"
 
-namespace prefilld::server {
+namespace prefilld::process {
+
+enum class LogFormat : uint8_t { kText, kJson };
 
 using LogValue = std::variant<std::string, int64_t, double>;
 using LogFields = std::vector<std::pair<std::string, LogValue>>;
 
 enum class LogLevel : uint8_t { kInfo, kWarning, kError };
 
-// Once; events before it are dropped. Lines go to standard error.
+// Must be called once; events before it are dropped. Lines go to standard error.
 void InitLogging(LogFormat format);
 
 void LogEvent(LogLevel level, absl::string_view event, const LogFields& fields);
 
-// The line without time and level, for InitLogging's format or for a test.
+// The line of an event without its time and level. Values are quoted and escaped where needed, so
+// that what comes from outside can forge neither a field nor a line.
 std::string FormatEvent(LogFormat format, absl::string_view event, const LogFields& fields);
 
-}  // namespace prefilld::server
+}  // namespace prefilld::process
 
-#endif  // PREFILLD_SERVER_LOG_H_
+#endif  // PREFILLD_PROTO_PROCESS_LOG_H_

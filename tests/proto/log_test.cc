@@ -1,9 +1,9 @@
-#include "server/log.h"
+#include "proto/process/log.h"
 
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
-namespace prefilld::server {
+namespace prefilld::process {
 namespace {
 
 TEST(Log, TextIsKeyValue) {
@@ -29,4 +29,4 @@ TEST(Log, JsonIsTheInsideOfOneObject) {
 }
 
 }  // namespace
-}  // namespace prefilld::server
+}  // namespace prefilld::process

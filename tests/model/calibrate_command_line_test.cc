@@ -1,0 +1,16 @@
+// prefill-calibrate and its sibling prefill-bench: what they tell about their command lines.
+#include <gtest/gtest.h>
+
+#include "tests/proto/program_run.h"
+
+namespace prefilld::model {
+namespace {
+
+TEST(CalibrateCommandLine, HelpListsEveryFlagWithItsDefault) {
+  ExpectHelpListsEveryFlag(CALIBRATE_BINARY);
+}
+
+TEST(BenchCommandLine, HelpListsEveryFlagWithItsDefault) { ExpectHelpListsEveryFlag(BENCH_BINARY); }
+
+}  // namespace
+}  // namespace prefilld::model

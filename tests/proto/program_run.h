@@ -1,0 +1,19 @@
+// Programs of this build run by a shell, and what every one of them must do with --help.
+#ifndef PREFILLD_TESTS_PROTO_PROGRAM_RUN_H_
+#define PREFILLD_TESTS_PROTO_PROGRAM_RUN_H_
+
+#include <string>
+#include <utility>
+
+namespace prefilld {
+
+// The exit status of `command`, -1 after a signal, and everything it printed.
+std::pair<int, std::string> RunCommand(const std::string& command);
+
+// Expects that --help lists every flag that the program declares, as Abseil's own --helpfull tells
+// them, with its default and help text, each under a subject, and ends with success.
+void ExpectHelpListsEveryFlag(const std::string& program);
+
+}  // namespace prefilld
+
+#endif  // PREFILLD_TESTS_PROTO_PROGRAM_RUN_H_

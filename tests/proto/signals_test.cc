@@ -1,0 +1,86 @@
+// Signals end processes, so each test has one of its own: a child that exits.
+#include "proto/process/signals.h"
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <functional>
+
+#include <gtest/gtest.h>
+
+namespace prefilld::process {
+namespace {
+
+constexpr int kDone = 42;
+
+// What `body`, or a signal on its way, ends the child with.
+int ExitCodeOf(const std::function<void()>& body) {
+  const pid_t child = fork();
+  if (child == 0) {
+    body();
+    _exit(kDone);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+TEST(EndSignals, OneIsTakenAndTheNextEndsTheProcessAtOnce) {
+  EXPECT_EQ(ExitCodeOf([] {
+              const EndSignals signals;
+              kill(getpid(), SIGTERM);
+              if (signals.Await([] { return false; }) != SIGTERM) _exit(1);
+            }),
+            kDone);
+  EXPECT_EQ(ExitCodeOf([] {
+              const EndSignals signals;
+              kill(getpid(), SIGINT);
+              if (signals.Await([] { return false; }) != SIGINT) return;
+              kill(getpid(), SIGTERM);
+            }),
+            EXIT_FAILURE);
+}
+
+TEST(EndSignals, AFailureEndsTheWait) {
+  EXPECT_EQ(ExitCodeOf([] {
+              const EndSignals signals;
+              if (signals.Await([] { return true; }) != 0) _exit(1);
+            }),
+            kDone);
+}
+
+TEST(EndSignals, AClosedPipeIsAnErrorCode) {
+  EXPECT_EQ(ExitCodeOf([] {
+              const EndSignals signals;
+              int ends[2];
+              if (pipe(ends) != 0) _exit(1);
+              close(ends[0]);
+              if (write(ends[1], "x", 1) != -1) _exit(1);
+            }),
+            kDone);
+}
+
+TEST(ExitOnSignal, EndsTheProcessWithSuccessWhileItLives) {
+  EXPECT_EQ(ExitCodeOf([] {
+              const EndSignals signals;
+              const ExitOnSignal exit_on_signal(signals, [](int) {});
+              kill(getpid(), SIGTERM);
+              while (true) pause();
+            }),
+            EXIT_SUCCESS);
+}
+
+TEST(ExitOnSignal, LeavesLaterSignalsToAwait) {
+  EXPECT_EQ(ExitCodeOf([] {
+              const EndSignals signals;
+              {
+                const ExitOnSignal exit_on_signal(signals, [](int) {});
+              }
+              kill(getpid(), SIGTERM);
+              if (signals.Await([] { return false; }) != SIGTERM) _exit(1);
+            }),
+            kDone);
+}
+
+}  // namespace
+}  // namespace prefilld::process
