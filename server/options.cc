@@ -14,7 +14,7 @@ ABSL_FLAG(std::string, model, "", "Checkpoint folder (config.json, *.safetensors
 ABSL_FLAG(std::string, clusters, "",
           "Head-cluster file. Empty: head_clusters.json of the checkpoint folder, if there.");
 ABSL_FLAG(std::string, device, "auto", "auto, cpu or cuda.");
-ABSL_FLAG(int32_t, cpu_threads, 0, "Compute threads of the CPU backend. 0: all cores.");
+ABSL_FLAG(int32_t, cpu_threads, 0, "Compute threads of the CPU device. 0: all cores.");
 ABSL_FLAG(int64_t, max_prompt_tokens, 0,
           "Longest prompt accepted. Memory is reserved at start for one, or for --max_batch_tokens "
           "if those are more. 0: the model's limit, at most 131072.");

@@ -16,7 +16,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
-#include "model/device/backend.h"
+#include "model/device/device.h"
 
 namespace prefilld::model {
 class PrefillEngine;

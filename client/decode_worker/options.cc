@@ -13,7 +13,7 @@
 
 ABSL_FLAG(std::string, model, "", "Checkpoint folder, the same as prefilld's. Required.");
 ABSL_FLAG(std::string, device, "auto", "auto, cpu or cuda.");
-ABSL_FLAG(int32_t, cpu_threads, 0, "Compute threads of the CPU backend. 0: all cores.");
+ABSL_FLAG(int32_t, cpu_threads, 0, "Compute threads of the CPU device. 0: all cores.");
 ABSL_FLAG(int32_t, kv_block_tokens, 16, "Tokens per KV block: 16, 32, 64 or 128.");
 ABSL_FLAG(std::string, kv_order, "nhd", "Order of the axes in a KV block: nhd or hnd.");
 ABSL_FLAG(int64_t, kv_pool_tokens, 32768,

@@ -80,20 +80,20 @@ void JoinBlocks(absl::Span<const float> mass, int64_t num_tokens, int block_toke
 }
 
 absl::StatusOr<std::unique_ptr<AttentionRecorder>> AttentionRecorder::Create(
-    Backend* backend, const ModelConfig* config, const Weights* weights,
+    Device* device, const ModelConfig* config, const Weights* weights,
     const RecorderOptions& options) {
-  std::unique_ptr<AttentionRecorder> recorder(new AttentionRecorder(backend, config, options));
+  std::unique_ptr<AttentionRecorder> recorder(new AttentionRecorder(device, config, options));
   if (absl::Status status = recorder->Allocate(weights); !status.ok()) return status;
   return recorder;
 }
 
 absl::Status AttentionRecorder::Allocate(const Weights* weights) {
-  auto step = LayerStep::Create(&backend_, &config_, weights, options_.max_tokens, kTileTokens,
+  auto step = LayerStep::Create(&device_, &config_, weights, options_.max_tokens, kTileTokens,
                                 /*max_batch_tokens=*/0);
   if (!step.ok()) return step.status();
   step_ = *std::move(step);
-  auto estimate = HeadEstimate::Create(&backend_, config_.num_heads, options_.max_tokens,
-                                       options_.block_tokens);
+  auto estimate =
+      HeadEstimate::Create(&device_, config_.num_heads, options_.max_tokens, options_.block_tokens);
   if (!estimate.ok()) return estimate.status();
   estimate_ = *std::move(estimate);
 
@@ -104,7 +104,7 @@ absl::Status AttentionRecorder::Allocate(const Weights* weights) {
   const int64_t mass_bytes = blocks * blocks * kFloatBytes;
   const int64_t kv_bytes = config_.num_kv_heads * config_.head_dim *
                            kernels::CeilDiv(tokens, kKvStrideTokens) * kKvStrideTokens *
-                           static_cast<int64_t>(kernels::SizeOf(backend_.compute_dtype()));
+                           static_cast<int64_t>(kernels::SizeOf(device_.traits().compute_dtype));
   const struct {
     DeviceBuffer& buffer;
     int64_t bytes;
@@ -117,7 +117,7 @@ absl::Status AttentionRecorder::Allocate(const Weights* weights) {
       {pattern_blocks_, heads * int64_t{sizeof(int64_t)}},
   };
   for (const auto& [buffer, bytes] : wanted) {
-    absl::StatusOr<DeviceBuffer> allocated = backend_.Allocate(static_cast<size_t>(bytes));
+    absl::StatusOr<DeviceBuffer> allocated = device_.Allocate(static_cast<size_t>(bytes));
     if (!allocated.ok()) return allocated.status();
     buffer = *std::move(allocated);
   }
@@ -195,11 +195,11 @@ absl::Status AttentionRecorder::RecordMass(SafetensorsWriter& file) {
     kernels::AttentionParams attention = Attention();
     attention.work = work.data();
     attention.num_work = static_cast<int>(work.size());
-    absl::Status status = backend_.Attention(attention);
+    absl::Status status = device_.ops().Attention(attention);
     for (const kernels::HeadWork& head : work) {
       if (status.ok()) status = MeasureVerticalSlash(head.head, head.block_mass);
       if (status.ok()) {
-        status = backend_.Download(host_.data(), head.block_mass, mass_floats * kFloatBytes);
+        status = device_.Download(host_.data(), head.block_mass, mass_floats * kFloatBytes);
       }
       if (!status.ok()) return status;
       JoinBlocks(host_, num_tokens_, options_.block_tokens, cell_blocks, absl::MakeSpan(cells_));
@@ -211,7 +211,7 @@ absl::Status AttentionRecorder::RecordMass(SafetensorsWriter& file) {
 }
 
 absl::Status AttentionRecorder::MeasureVerticalSlash(int head, const float* block_mass) {
-  return backend_.MeasurePattern(
+  return device_.ops().MeasurePattern(
       {.block_mass = block_mass,
        .pattern = vertical_slash_patterns_.as<uint32_t>() + head * pattern_words(),
        .num_query_blocks = num_blocks_,
@@ -224,10 +224,9 @@ absl::Status AttentionRecorder::RecordVerticalSlash(SafetensorsWriter& file) {
   const size_t heads = static_cast<size_t>(config_.num_heads);
   std::vector<double> mass(heads);
   std::vector<int64_t> blocks(heads);
-  absl::Status status =
-      backend_.Download(mass.data(), pattern_mass_.data(), heads * sizeof(double));
+  absl::Status status = device_.Download(mass.data(), pattern_mass_.data(), heads * sizeof(double));
   if (status.ok()) {
-    status = backend_.Download(blocks.data(), pattern_blocks_.data(), heads * sizeof(int64_t));
+    status = device_.Download(blocks.data(), pattern_blocks_.data(), heads * sizeof(int64_t));
   }
   if (!status.ok()) return status;
   host_.assign(mass.begin(), mass.end());
@@ -241,7 +240,7 @@ absl::Status AttentionRecorder::RecordVerticalSlash(SafetensorsWriter& file) {
 absl::Status AttentionRecorder::AppendFromDevice(const DeviceBuffer& buffer, int64_t count,
                                                  SafetensorsWriter& file) {
   host_.resize(count);
-  absl::Status status = backend_.Download(host_.data(), buffer.data(), count * kFloatBytes);
+  absl::Status status = device_.Download(host_.data(), buffer.data(), count * kFloatBytes);
   return status.ok() ? file.Append(host_) : status;
 }
 

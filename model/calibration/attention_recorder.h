@@ -28,7 +28,7 @@
 #include "model/calibration/safetensors_writer.h"
 #include "model/checkpoint/config.h"
 #include "model/checkpoint/weights.h"
-#include "model/device/backend.h"
+#include "model/device/device.h"
 #include "model/prefill/layer_step.h"
 #include "model/sparse/head_estimate.h"
 
@@ -65,7 +65,7 @@ std::map<std::string, std::string> CalibrationMetadata(const ModelConfig& config
 class AttentionRecorder {
  public:
   // All borrowed; they outlive the recorder.
-  static absl::StatusOr<std::unique_ptr<AttentionRecorder>> Create(Backend* backend,
+  static absl::StatusOr<std::unique_ptr<AttentionRecorder>> Create(Device* device,
                                                                    const ModelConfig* config,
                                                                    const Weights* weights,
                                                                    const RecorderOptions& options);
@@ -76,8 +76,8 @@ class AttentionRecorder {
                       absl::FunctionRef<void(int layer)> progress);
 
  private:
-  AttentionRecorder(Backend* backend, const ModelConfig* config, const RecorderOptions& options)
-      : backend_(*backend), config_(*config), options_(options) {}
+  AttentionRecorder(Device* device, const ModelConfig* config, const RecorderOptions& options)
+      : device_(*device), config_(*config), options_(options) {}
 
   absl::Status Allocate(const Weights* weights);
 
@@ -93,7 +93,7 @@ class AttentionRecorder {
   int64_t kv_head_stride() const;
   int64_t pattern_words() const { return num_blocks_ * kernels::PatternWords(num_blocks_); }
 
-  Backend& backend_;
+  Device& device_;
   const ModelConfig& config_;
   const RecorderOptions options_;
   std::unique_ptr<LayerStep> step_;

@@ -20,18 +20,18 @@ namespace {
 // A model ready to run.
 struct Loaded {
   ModelConfig config;
-  std::unique_ptr<Backend> backend;
+  std::unique_ptr<Device> device;
   Weights weights;
 };
 
 absl::Status Load(const CalibrateOptions& options, ModelConfig config, Loaded& loaded) {
   loaded.config = std::move(config);
-  absl::StatusOr<std::unique_ptr<Backend>> backend =
-      CreateBackend(options.device, options.cpu_threads);
-  if (!backend.ok()) return backend.status();
-  loaded.backend = *std::move(backend);
+  absl::StatusOr<std::unique_ptr<Device>> device =
+      CreateDevice(options.device, options.cpu_threads);
+  if (!device.ok()) return device.status();
+  loaded.device = *std::move(device);
   absl::StatusOr<Weights> weights =
-      LoadWeights(options.checkpoint_dir, loaded.config, *loaded.backend);
+      LoadWeights(options.checkpoint_dir, loaded.config, *loaded.device);
   if (!weights.ok()) return weights.status();
   loaded.weights = *std::move(weights);
   return absl::OkStatus();
@@ -84,7 +84,7 @@ absl::Status Run(CalibrateOptions options) {
 
   Loaded loaded;
   if (absl::Status status = Load(options, *std::move(config), loaded); !status.ok()) return status;
-  auto recorder = AttentionRecorder::Create(loaded.backend.get(), &loaded.config, &loaded.weights,
+  auto recorder = AttentionRecorder::Create(loaded.device.get(), &loaded.config, &loaded.weights,
                                             options.recorder);
   if (!recorder.ok()) return recorder.status();
   for (const CalibrationPrompt& prompt : *prompts) {

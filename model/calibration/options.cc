@@ -8,7 +8,7 @@
 ABSL_FLAG(std::string, model, "", "Checkpoint folder. Required.");
 ABSL_FLAG(std::string, out, "", "Folder for the dumps, one file a prompt. Required.");
 ABSL_FLAG(std::string, device, "auto", "auto, cpu or cuda.");
-ABSL_FLAG(int32_t, cpu_threads, 0, "Compute threads of the CPU backend. 0: all cores.");
+ABSL_FLAG(int32_t, cpu_threads, 0, "Compute threads of the CPU device. 0: all cores.");
 ABSL_FLAG(
     int32_t, bos, 256,
     "Token to put before the bytes of a .txt prompt; 256 suits the embedded model. -1: none.");

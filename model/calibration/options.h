@@ -7,7 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "model/calibration/attention_recorder.h"
-#include "model/device/backend.h"
+#include "model/device/device.h"
 
 namespace prefilld::model {
 

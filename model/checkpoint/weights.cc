@@ -35,8 +35,8 @@ int64_t ElementCount(const std::vector<int64_t>& shape) {
 // after it does nothing.
 class WeightLoader {
  public:
-  WeightLoader(const Checkpoint& checkpoint, Backend& backend)
-      : checkpoint_(checkpoint), backend_(backend), dtype_(backend.compute_dtype()) {}
+  WeightLoader(const Checkpoint& checkpoint, Device& device)
+      : checkpoint_(checkpoint), device_(device), dtype_(device.traits().compute_dtype) {}
 
   struct Part {
     std::string name;
@@ -70,7 +70,7 @@ class WeightLoader {
   void Work();
 
   const Checkpoint& checkpoint_;
-  Backend& backend_;
+  Device& device_;
   const DType dtype_;
 
   absl::Status placed_;  // the first error of Place
@@ -98,7 +98,7 @@ absl::Status WeightLoader::Allocate(DeviceBuffer& buffer, const std::vector<Part
     total += ElementCount(part.shape);
   }
   absl::StatusOr<DeviceBuffer> memory =
-      backend_.Allocate(static_cast<size_t>(total) * SizeOf(dtype_));
+      device_.Allocate(static_cast<size_t>(total) * SizeOf(dtype_));
   if (memory.ok()) buffer = *std::move(memory);
   return memory.status();
 }
@@ -141,13 +141,13 @@ absl::Status WeightLoader::TransferStretch(const Stretch& stretch, void* staging
   const std::byte* source = stretch.source->data + static_cast<size_t>(first) * source_size;
   ConvertElements(stretch.source->dtype, source, dtype_, staging, count);
   *stretch.digest = DigestContent(source, static_cast<size_t>(count) * source_size);
-  return backend_.Upload(stretch.destination + static_cast<size_t>(first) * SizeOf(dtype_), staging,
-                         static_cast<size_t>(count) * SizeOf(dtype_));
+  return device_.Upload(stretch.destination + static_cast<size_t>(first) * SizeOf(dtype_), staging,
+                        static_cast<size_t>(count) * SizeOf(dtype_));
 }
 
 void WeightLoader::Work() {
   absl::StatusOr<DeviceBuffer> staging =
-      backend_.AllocateStaging(static_cast<size_t>(kDigestElements) * SizeOf(dtype_));
+      device_.AllocateStaging(static_cast<size_t>(kDigestElements) * SizeOf(dtype_));
   absl::Status status = staging.status();
   while (status.ok()) {
     const size_t next = next_stretch_.fetch_add(1, std::memory_order_relaxed);
@@ -169,7 +169,7 @@ absl::Status WeightLoader::Transfer() {
   }
   absl::MutexLock lock(&mu_);
   if (!first_error_.ok()) return first_error_;
-  return backend_.Synchronize();
+  return device_.Synchronize();
 }
 
 void PlaceLayer(const ModelConfig& config, int layer, WeightLoader& loader, LayerWeights& weights) {
@@ -223,11 +223,11 @@ void PlaceModel(const ModelConfig& config, WeightLoader& loader, Weights& weight
 }  // namespace
 
 absl::StatusOr<Weights> LoadWeights(const std::string& checkpoint_dir, const ModelConfig& config,
-                                    Backend& backend) {
+                                    Device& device) {
   absl::StatusOr<std::unique_ptr<Checkpoint>> checkpoint = Checkpoint::Open(checkpoint_dir);
   if (!checkpoint.ok()) return checkpoint.status();
   Weights weights;
-  WeightLoader loader(**checkpoint, backend);
+  WeightLoader loader(**checkpoint, device);
   PlaceModel(config, loader, weights);
   if (absl::Status status = loader.Transfer(); !status.ok()) {
     return absl::Status(status.code(), absl::StrCat(checkpoint_dir, ": ", status.message()));

@@ -1,4 +1,4 @@
-// A checkpoint's tensors in a backend's memory, fused the way the layer step uses them.
+// A checkpoint's tensors in a device's memory, fused the way the layer step uses them.
 #ifndef PREFILLD_MODEL_CHECKPOINT_WEIGHTS_H_
 #define PREFILLD_MODEL_CHECKPOINT_WEIGHTS_H_
 
@@ -8,11 +8,11 @@
 
 #include "absl/status/statusor.h"
 #include "model/checkpoint/config.h"
-#include "model/device/backend.h"
+#include "model/device/device.h"
 
 namespace prefilld::model {
 
-// All in the backend's compute dtype. A buffer whose data() is null is absent.
+// All in the device's compute dtype. A buffer whose data() is null is absent.
 struct LayerWeights {
   DeviceBuffer input_norm;   // [hidden]
   DeviceBuffer qkv;          // [(num_heads + 2 * num_kv_heads) * head_dim, hidden]: q, k, v
@@ -43,7 +43,7 @@ struct Weights {
 // with file, tensor and reason; so does a tensor that the model has no use for. Staging memory on
 // the host is bounded; the files stay mapped only during the call.
 absl::StatusOr<Weights> LoadWeights(const std::string& checkpoint_dir, const ModelConfig& config,
-                                    Backend& backend);
+                                    Device& device);
 
 }  // namespace prefilld::model
 

@@ -24,11 +24,11 @@ class PagedDecoder final : public Decoder {
 
   const ModelConfig& config() const override { return config_; }
   const std::string& fingerprint() const override { return weights_.fingerprint; }
-  const std::string& device_name() const override { return backend_->device_name(); }
-  kernels::DType kv_dtype() const override { return backend_->compute_dtype(); }
+  const std::string& device_name() const override { return device_->traits().name; }
+  kernels::DType kv_dtype() const override { return device_->traits().compute_dtype; }
   int64_t num_pool_blocks() const override { return num_pool_blocks_; }
   size_t block_bytes() const override {
-    return block_elements() * kernels::SizeOf(backend_->compute_dtype());
+    return block_elements() * kernels::SizeOf(device_->traits().compute_dtype);
   }
 
   absl::Status StoreBlocks(int layer, bool is_value, absl::Span<const int32_t> pool_blocks,
@@ -60,7 +60,7 @@ class PagedDecoder final : public Decoder {
   const kernels::KvOrder order_;
   const int64_t num_pool_blocks_;
   ModelConfig config_;
-  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<Device> device_;
   Weights weights_;
   std::vector<LayerPool> pools_;  // [num_layers]; blocks are guarded by their owners
   DeviceBuffer block_table_;      // [num_pool_blocks]
@@ -74,20 +74,20 @@ absl::Status PagedDecoder::Load(const DecoderOptions& options) {
   absl::StatusOr<ModelConfig> config = LoadModelConfig(options.checkpoint_dir);
   if (!config.ok()) return config.status();
   config_ = *std::move(config);
-  absl::StatusOr<std::unique_ptr<Backend>> backend =
-      CreateBackend(options.device, options.cpu_threads);
-  if (!backend.ok()) return backend.status();
-  backend_ = *std::move(backend);
-  absl::StatusOr<Weights> weights = LoadWeights(options.checkpoint_dir, config_, *backend_);
+  absl::StatusOr<std::unique_ptr<Device>> device =
+      CreateDevice(options.device, options.cpu_threads);
+  if (!device.ok()) return device.status();
+  device_ = *std::move(device);
+  absl::StatusOr<Weights> weights = LoadWeights(options.checkpoint_dir, config_, *device_);
   if (!weights.ok()) return weights.status();
   weights_ = *std::move(weights);
-  auto step = LayerStep::Create(backend_.get(), &config_, &weights_, /*max_tokens=*/1,
+  auto step = LayerStep::Create(device_.get(), &config_, &weights_, /*max_tokens=*/1,
                                 /*tile_tokens=*/1, /*max_batch_tokens=*/0);
   if (!step.ok()) return step.status();
   step_ = *std::move(step);
 
   const auto allocate = [&](DeviceBuffer& buffer, size_t bytes) {
-    absl::StatusOr<DeviceBuffer> allocated = backend_->Allocate(bytes);
+    absl::StatusOr<DeviceBuffer> allocated = device_->Allocate(bytes);
     if (allocated.ok()) buffer = *std::move(allocated);
     return allocated.status();
   };
@@ -146,7 +146,7 @@ absl::Status PagedDecoder::StoreBlocks(int layer, bool is_value,
     for (int64_t run = 0; run < runs_per_block; ++run) {
       const int64_t offset = run * token_stride() + first_head * head_stride();
       absl::Status status =
-          backend_->Upload(block + offset * element, source, run_bytes * neighbours);
+          device_->Upload(block + offset * element, source, run_bytes * neighbours);
       if (!status.ok()) return status;
       source += run_bytes * neighbours;
     }
@@ -171,7 +171,7 @@ absl::StatusOr<std::vector<float>> PagedDecoder::Step(uint32_t token, int64_t po
 
   absl::MutexLock lock(&step_mu_);
   absl::Status status =
-      backend_->Upload(block_table_.data(), block_table.data(), blocks * sizeof(int32_t));
+      device_->Upload(block_table_.data(), block_table.data(), blocks * sizeof(int32_t));
   if (status.ok()) status = step_->Embed({&token, 1}, position, rope_tokens);
   const int64_t slot = block_table[position / block_tokens_] * block_elements() +
                        position % block_tokens_ * token_stride();
@@ -192,21 +192,22 @@ absl::StatusOr<std::vector<float>> PagedDecoder::Step(uint32_t token, int64_t po
 }
 
 absl::Status PagedDecoder::Attend(const LayerPool& pool, int64_t num_keys, void* queries) {
-  return backend_->PagedAttention({.q = queries,
-                                   .k_pool = pool.k.data(),
-                                   .v_pool = pool.v.data(),
-                                   .block_table = block_table_.as<int32_t>(),
-                                   .out = queries,
-                                   .num_keys = num_keys,
-                                   .block_stride = block_elements(),
-                                   .head_stride = head_stride(),
-                                   .token_stride = token_stride(),
-                                   .num_heads = config_.num_heads,
-                                   .num_kv_heads = config_.num_kv_heads,
-                                   .head_dim = config_.head_dim,
-                                   .block_tokens = block_tokens_,
-                                   .scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim)),
-                                   .scratch = scratch_.as<float>()});
+  return device_->ops().PagedAttention(
+      {.q = queries,
+       .k_pool = pool.k.data(),
+       .v_pool = pool.v.data(),
+       .block_table = block_table_.as<int32_t>(),
+       .out = queries,
+       .num_keys = num_keys,
+       .block_stride = block_elements(),
+       .head_stride = head_stride(),
+       .token_stride = token_stride(),
+       .num_heads = config_.num_heads,
+       .num_kv_heads = config_.num_kv_heads,
+       .head_dim = config_.head_dim,
+       .block_tokens = block_tokens_,
+       .scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim)),
+       .scratch = scratch_.as<float>()});
 }
 
 }  // namespace

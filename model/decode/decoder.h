@@ -12,7 +12,7 @@
 #include "absl/types/span.h"
 #include "kernels/kv_pack.h"
 #include "model/checkpoint/config.h"
-#include "model/device/backend.h"
+#include "model/device/device.h"
 
 namespace prefilld::model {
 

@@ -2,12 +2,12 @@
 
 namespace prefilld::model {
 
-cudaGraphExec_t CudaRecordings::Find(const Backend::RecordingKey& key) const {
+cudaGraphExec_t CudaRecordings::Find(const Device::RecordingKey& key) const {
   const auto found = graphs_.find(key);
   return found == graphs_.end() ? nullptr : found->second.get();
 }
 
-void CudaRecordings::Keep(const Backend::RecordingKey& key, cudaGraphExec_t graph) {
+void CudaRecordings::Keep(const Device::RecordingKey& key, cudaGraphExec_t graph) {
   graphs_[key].reset(graph);
   ++count_;
 }

@@ -12,7 +12,7 @@
 
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
-#include "model/device/backend.h"
+#include "model/device/device.h"
 
 namespace prefilld::model {
 
@@ -23,13 +23,13 @@ class CudaRecordings {
   // again for layers that met another KV slot. What comes when all are taken is not recorded.
   static constexpr size_t kMaxKeys = 5120;
 
-  bool IsKnown(const Backend::RecordingKey& key) const { return graphs_.contains(key); }
+  bool IsKnown(const Device::RecordingKey& key) const { return graphs_.contains(key); }
   bool full() const { return graphs_.size() >= kMaxKeys; }
-  void MakeKnown(const Backend::RecordingKey& key) { graphs_.try_emplace(key); }
+  void MakeKnown(const Device::RecordingKey& key) { graphs_.try_emplace(key); }
   // Takes the graph.
-  void Keep(const Backend::RecordingKey& key, cudaGraphExec_t graph);
+  void Keep(const Device::RecordingKey& key, cudaGraphExec_t graph);
   // Null unless the key was given to Keep.
-  cudaGraphExec_t Find(const Backend::RecordingKey& key) const;
+  cudaGraphExec_t Find(const Device::RecordingKey& key) const;
   // Of graphs. Thread-safe.
   int64_t count() const { return count_.load(); }
   // Forgets all keys. None of the graphs may be running.
@@ -45,7 +45,7 @@ class CudaRecordings {
   };
   using Graph = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, Destroy>;
 
-  std::map<Backend::RecordingKey, Graph> graphs_;  // null: known, not recorded
+  std::map<Device::RecordingKey, Graph> graphs_;  // null: known, not recorded
   std::atomic<int64_t> count_{0};
 };
 

@@ -51,4 +51,22 @@ absl::Status UnsupportedShape(absl::string_view op, int head_dim, int block_toke
   return absl::InvalidArgumentError(message);
 }
 
+absl::Status CudaFault::Check(cudaError_t error, absl::string_view what) {
+  if (error == cudaSuccess) return absl::OkStatus();
+  cudaGetLastError();  // kept by the runtime: the next launch must not take it for its own
+  absl::Status status = CudaStatus(error, what);
+  if (IsDeviceFault(error)) {
+    absl::MutexLock lock(&mu_);
+    if (fault_.ok()) fault_ = status;
+    faulted_.store(true);
+  }
+  return status;
+}
+
+absl::Status CudaFault::status() const {
+  if (!faulted_.load(std::memory_order_relaxed)) return absl::OkStatus();
+  absl::MutexLock lock(&mu_);
+  return fault_;
+}
+
 }  // namespace prefilld::model

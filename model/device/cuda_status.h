@@ -5,8 +5,12 @@
 #include <cublasLt.h>
 #include <cuda_runtime_api.h>
 
+#include <atomic>
+
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
+#include "absl/synchronization/mutex.h"
 
 namespace prefilld::model {
 
@@ -20,6 +24,20 @@ absl::Status CublasStatus(cublasStatus_t status, absl::string_view what);
 
 // INVALID_ARGUMENT: no kernel is built for this shape. A dimension of 0 is left out.
 absl::Status UnsupportedShape(absl::string_view op, int head_dim, int block_tokens);
+
+// Remembers the first fault of a device, after which every call answers with it. Thread-safe.
+class CudaFault {
+ public:
+  // The status of a call. A fault of the device is kept.
+  absl::Status Check(cudaError_t error, absl::string_view what);
+  // OK as long as the device works.
+  absl::Status status() const;
+
+ private:
+  std::atomic<bool> faulted_{false};
+  mutable absl::Mutex mu_;
+  absl::Status fault_ ABSL_GUARDED_BY(mu_);
+};
 
 }  // namespace prefilld::model
 

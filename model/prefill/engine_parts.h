@@ -10,7 +10,7 @@
 #include "kernels/attention.h"
 #include "model/checkpoint/head_clusters.h"
 #include "model/checkpoint/weights.h"
-#include "model/device/backend.h"
+#include "model/device/device.h"
 #include "model/prefill/kv_slots.h"
 #include "model/prefill/layer_step.h"
 #include "model/prefill/prefill_engine.h"
@@ -35,7 +35,7 @@ struct EngineParts {
   // waited for. 0: none.
   int64_t run_ahead_tokens = 0;
   EngineInfo info;
-  std::unique_ptr<Backend> backend;  // before all that lives in its memory
+  std::unique_ptr<Device> device;  // before all that lives in its memory
   Weights weights;
   HeadClusters clusters;
   std::unique_ptr<LayerStep> step;

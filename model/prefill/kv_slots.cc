@@ -7,13 +7,13 @@
 
 namespace prefilld::model {
 
-absl::StatusOr<std::unique_ptr<KvSlots>> KvSlots::Create(Backend* backend, int num_slots,
+absl::StatusOr<std::unique_ptr<KvSlots>> KvSlots::Create(Device* device, int num_slots,
                                                          size_t bytes_per_tensor) {
   std::vector<Memory> memory;
   for (int i = 0; i < num_slots; ++i) {
-    absl::StatusOr<DeviceBuffer> k = backend->Allocate(bytes_per_tensor);
+    absl::StatusOr<DeviceBuffer> k = device->Allocate(bytes_per_tensor);
     if (!k.ok()) return k.status();
-    absl::StatusOr<DeviceBuffer> v = backend->Allocate(bytes_per_tensor);
+    absl::StatusOr<DeviceBuffer> v = device->Allocate(bytes_per_tensor);
     if (!v.ok()) return v.status();
     memory.push_back({*std::move(k), *std::move(v)});
   }

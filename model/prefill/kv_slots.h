@@ -10,7 +10,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
-#include "model/device/backend.h"
+#include "model/device/device.h"
 
 namespace prefilld::model {
 
@@ -25,7 +25,7 @@ struct KvSlot {
 // Acquire and MarkComputed, read between MarkComputed and Release.
 class KvSlots {
  public:
-  static absl::StatusOr<std::unique_ptr<KvSlots>> Create(Backend* backend, int num_slots,
+  static absl::StatusOr<std::unique_ptr<KvSlots>> Create(Device* device, int num_slots,
                                                          size_t bytes_per_tensor);
 
   int count() const { return static_cast<int>(memory_.size()); }

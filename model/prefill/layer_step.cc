@@ -31,19 +31,19 @@ absl::Status Assign(DeviceBuffer& buffer, absl::StatusOr<DeviceBuffer> allocated
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<LayerStep>> LayerStep::Create(
-    Backend* backend, const ModelConfig* config, const Weights* weights, int64_t max_tokens,
+    Device* device, const ModelConfig* config, const Weights* weights, int64_t max_tokens,
     int64_t tile_tokens, int64_t max_batch_tokens) {
   tile_tokens = std::min(tile_tokens, max_tokens);
-  std::unique_ptr<LayerStep> step(new LayerStep(backend, config, weights, tile_tokens));
+  std::unique_ptr<LayerStep> step(new LayerStep(device, config, weights, tile_tokens));
   absl::Status status = step->Allocate(max_tokens, max_batch_tokens);
   if (!status.ok()) return status;
   return step;
 }
 
 absl::Status LayerStep::Allocate(int64_t max_tokens, int64_t max_batch_tokens) {
-  const size_t element = kernels::SizeOf(backend_.compute_dtype());
+  const size_t element = kernels::SizeOf(device_.traits().compute_dtype);
   const auto allocate = [&](DeviceBuffer& buffer, int64_t rows, int64_t width, size_t size) {
-    return Assign(buffer, backend_.Allocate(static_cast<size_t>(rows * width) * size));
+    return Assign(buffer, device_.Allocate(static_cast<size_t>(rows * width) * size));
   };
   absl::Status status = allocate(hidden_, max_tokens, config_.hidden, element);
   if (status.ok()) status = allocate(queries_, max_tokens, q_width(), element);
@@ -69,8 +69,8 @@ absl::Status LayerStep::SetRotation(int64_t rope_tokens) {
   rotation_.attention_factor = table.attention_factor;
   if (table.inv_freq == rotation_.inv_freq) return absl::OkStatus();
   rotation_.inv_freq = std::move(table.inv_freq);
-  return backend_.Upload(inv_freq_.data(), rotation_.inv_freq.data(),
-                         rotation_.inv_freq.size() * sizeof(float));
+  return device_.Upload(inv_freq_.data(), rotation_.inv_freq.data(),
+                        rotation_.inv_freq.size() * sizeof(float));
 }
 
 absl::Status LayerStep::Embed(absl::Span<const uint32_t> tokens, int64_t first_position,
@@ -88,7 +88,7 @@ absl::Status LayerStep::Embed(const PackedPrompts& prompts, int64_t rope_tokens)
   if (status.ok() && prompts.count() > 1) {
     const std::vector<int32_t> positions = prompts.Positions();
     status =
-        backend_.Upload(positions_.data(), positions.data(), positions.size() * sizeof(int32_t));
+        device_.Upload(positions_.data(), positions.data(), positions.size() * sizeof(int32_t));
   }
   return status.ok() ? EmbedTokens(prompts.tokens()) : status;
 }
@@ -98,25 +98,25 @@ absl::Status LayerStep::EmbedTokens(absl::Span<const uint32_t> tokens) {
   absl::Status status;
   for (int64_t first = 0; first < num_tokens_ && status.ok(); first += tile_tokens_) {
     const int64_t count = std::min(tile_tokens_, num_tokens_ - first);
-    status = backend_.Upload(token_ids_.data(), &tokens[first], count * sizeof(uint32_t));
+    status = device_.Upload(token_ids_.data(), &tokens[first], count * sizeof(uint32_t));
     if (!status.ok()) break;
-    status = backend_.Embedding({.ids = token_ids_.as<uint32_t>(),
-                                 .table = weights_.embedding.data(),
-                                 .y = At(hidden_, first * config_.hidden),
-                                 .num_tokens = count,
-                                 .hidden = config_.hidden});
+    status = device_.ops().Embedding({.ids = token_ids_.as<uint32_t>(),
+                                      .table = weights_.embedding.data(),
+                                      .y = At(hidden_, first * config_.hidden),
+                                      .num_tokens = count,
+                                      .hidden = config_.hidden});
   }
   return status;
 }
 
 absl::Status LayerStep::RmsNorm(const void* x, const DeviceBuffer& weight, int64_t num_tokens,
                                 int64_t to) {
-  return backend_.RmsNorm({.x = x,
-                           .weight = weight.data(),
-                           .y = At(normed_, to * config_.hidden),
-                           .num_tokens = num_tokens,
-                           .hidden = config_.hidden,
-                           .epsilon = static_cast<float>(config_.rms_norm_epsilon)});
+  return device_.ops().RmsNorm({.x = x,
+                                .weight = weight.data(),
+                                .y = At(normed_, to * config_.hidden),
+                                .num_tokens = num_tokens,
+                                .hidden = config_.hidden,
+                                .epsilon = static_cast<float>(config_.rms_norm_epsilon)});
 }
 
 kernels::LinearParams LayerStep::QkvProduct(const LayerWeights& weights, int64_t count,
@@ -183,12 +183,12 @@ absl::Status LayerStep::TuneLinears() {
   if (status.ok()) status = FillWithNoise(gated_.data(), tile_tokens_ * config_.intermediate);
   if (status.ok()) status = FillWithNoise(queries_.data(), tile_tokens_ * q_width());
   if (status.ok()) status = FillWithNoise(hidden_.data(), tile_tokens_ * config_.hidden);
-  if (status.ok()) status = backend_.TuneGatedLinear(GatedProduct(weights, tile_tokens_));
+  if (status.ok()) status = device_.ops().TuneGatedLinear(GatedProduct(weights, tile_tokens_));
   for (const kernels::LinearParams& product :
        {DownProduct(weights, hidden_.data(), tile_tokens_),
         QkvProduct(weights, tile_tokens_, Heads::kAll),
         OutputProduct(weights, queries_.data(), hidden_.data(), tile_tokens_)}) {
-    if (status.ok()) status = backend_.TuneLinear(product);
+    if (status.ok()) status = device_.ops().TuneLinear(product);
   }
   return status;
 }
@@ -202,13 +202,13 @@ absl::Status LayerStep::FillWithNoise(void* data, int64_t elements) {
   std::vector<uint16_t> bf16(piece.size());
   std::transform(piece.begin(), piece.end(), bf16.begin(), FloatToBf16);
   const void* source = bf16.data();
-  if (backend_.compute_dtype() == kernels::DType::kFp32) source = piece.data();
+  if (device_.traits().compute_dtype == kernels::DType::kFp32) source = piece.data();
   absl::Status status;
   for (int64_t first = 0; first < elements && status.ok(); first += kPieceElements) {
     const int64_t count = std::min(kPieceElements, elements - first);
-    status =
-        backend_.Upload(At(data, first), source,
-                        static_cast<size_t>(count) * kernels::SizeOf(backend_.compute_dtype()));
+    status = device_.Upload(
+        At(data, first), source,
+        static_cast<size_t>(count) * kernels::SizeOf(device_.traits().compute_dtype));
   }
   return status;
 }
@@ -239,25 +239,25 @@ absl::Status LayerStep::Project(const LayerWeights& weights, const KvDestination
   const int32_t* positions = places_.size() > 1 ? positions_.as<int32_t>() : nullptr;
   const bool queries_alone = heads == Heads::kQueries;
   absl::Status status = RmsNorm(At(hidden_, first * config_.hidden), weights.input_norm, count);
-  if (status.ok()) status = backend_.Linear(QkvProduct(weights, count, heads));
+  if (status.ok()) status = device_.ops().Linear(QkvProduct(weights, count, heads));
   if (!status.ok()) return status;
-  return backend_.QkvRope({.qkv = wide_.data(),
-                           .q_norm = weights.q_norm.data(),
-                           .k_norm = weights.k_norm.data(),
-                           .inv_freq = inv_freq_.as<float>(),
-                           .positions = positions ? positions + first : nullptr,
-                           .q = At(queries_, queries_alone ? 0 : first * q_width()),
-                           .k = At(kv.k, first * kv.token_stride),
-                           .v = At(kv.v, first * kv.token_stride),
-                           .num_tokens = count,
-                           .first_position = first_position_ + first,
-                           .kv_head_stride = kv.head_stride,
-                           .kv_token_stride = kv.token_stride,
-                           .num_heads = heads == Heads::kKeysAndValues ? 0 : config_.num_heads,
-                           .num_kv_heads = queries_alone ? 0 : config_.num_kv_heads,
-                           .head_dim = config_.head_dim,
-                           .attention_factor = rotation_.attention_factor,
-                           .norm_epsilon = static_cast<float>(config_.rms_norm_epsilon)});
+  return device_.ops().QkvRope({.qkv = wide_.data(),
+                                .q_norm = weights.q_norm.data(),
+                                .k_norm = weights.k_norm.data(),
+                                .inv_freq = inv_freq_.as<float>(),
+                                .positions = positions ? positions + first : nullptr,
+                                .q = At(queries_, queries_alone ? 0 : first * q_width()),
+                                .k = At(kv.k, first * kv.token_stride),
+                                .v = At(kv.v, first * kv.token_stride),
+                                .num_tokens = count,
+                                .first_position = first_position_ + first,
+                                .kv_head_stride = kv.head_stride,
+                                .kv_token_stride = kv.token_stride,
+                                .num_heads = heads == Heads::kKeysAndValues ? 0 : config_.num_heads,
+                                .num_kv_heads = queries_alone ? 0 : config_.num_kv_heads,
+                                .head_dim = config_.head_dim,
+                                .attention_factor = rotation_.attention_factor,
+                                .norm_epsilon = static_cast<float>(config_.rms_norm_epsilon)});
 }
 
 absl::Status LayerStep::AfterAttention(int layer) {
@@ -277,10 +277,10 @@ absl::Status LayerStep::AfterLastAttention(int layer) {
 
 absl::Status LayerStep::FinishTile(const LayerWeights& weights, const void* queries, void* hidden,
                                    int64_t count) {
-  absl::Status status = backend_.Linear(OutputProduct(weights, queries, hidden, count));
+  absl::Status status = device_.ops().Linear(OutputProduct(weights, queries, hidden, count));
   if (status.ok()) status = RmsNorm(hidden, weights.post_norm, count);
-  if (status.ok()) status = backend_.GatedLinear(GatedProduct(weights, count));
-  if (status.ok()) status = backend_.Linear(DownProduct(weights, hidden, count));
+  if (status.ok()) status = device_.ops().GatedLinear(GatedProduct(weights, count));
+  if (status.ok()) status = device_.ops().Linear(DownProduct(weights, hidden, count));
   return status;
 }
 
@@ -288,7 +288,7 @@ absl::Status LayerStep::FinishTile(const LayerWeights& weights, const void* quer
 // after the last layer.
 int64_t LayerStep::LogitsPerTile() const {
   const int64_t logits_bytes =
-      config_.vocab_size * static_cast<int64_t>(kernels::SizeOf(backend_.compute_dtype()));
+      config_.vocab_size * static_cast<int64_t>(kernels::SizeOf(device_.traits().compute_dtype));
   return std::min(tile_tokens_, static_cast<int64_t>(wide_.bytes()) / logits_bytes);
 }
 
@@ -304,7 +304,7 @@ absl::StatusOr<std::vector<std::vector<float>>> LayerStep::Logits() {
       const int64_t last = place.first + place.count - 1;
       status = RmsNorm(At(hidden_, last * config_.hidden), weights_.final_norm, 1, /*to=*/i);
     }
-    if (status.ok()) status = backend_.Linear(HeadProduct(count));
+    if (status.ok()) status = device_.ops().Linear(HeadProduct(count));
     for (int64_t i = 0; i < count && status.ok(); ++i) {
       logits.emplace_back(config_.vocab_size);
       status = DownloadAsFloat(At(wide_, i * config_.vocab_size), logits.back());
@@ -315,11 +315,11 @@ absl::StatusOr<std::vector<std::vector<float>>> LayerStep::Logits() {
 }
 
 absl::Status LayerStep::DownloadAsFloat(const void* from, std::vector<float>& to) {
-  if (backend_.compute_dtype() == kernels::DType::kFp32) {
-    return backend_.Download(to.data(), from, to.size() * sizeof(float));
+  if (device_.traits().compute_dtype == kernels::DType::kFp32) {
+    return device_.Download(to.data(), from, to.size() * sizeof(float));
   }
   std::vector<uint16_t> bf16(to.size());
-  absl::Status status = backend_.Download(bf16.data(), from, bf16.size() * sizeof(uint16_t));
+  absl::Status status = device_.Download(bf16.data(), from, bf16.size() * sizeof(uint16_t));
   std::transform(bf16.begin(), bf16.end(), to.begin(), Bf16ToFloat);
   return status;
 }
@@ -341,23 +341,23 @@ absl::StatusOr<PromptLogprobs> LayerStep::LogprobsOf(int prompt, absl::Span<cons
     const int64_t count = std::min(tile, num_scored - first);
     absl::Status status =
         RmsNorm(At(hidden_, (place.first + first) * config_.hidden), weights_.final_norm, count);
-    if (status.ok()) status = backend_.Linear(HeadProduct(count));
+    if (status.ok()) status = device_.ops().Linear(HeadProduct(count));
     if (status.ok()) {
-      status = backend_.Upload(token_ids_.data(), &tokens[first + 1], count * sizeof(uint32_t));
+      status = device_.Upload(token_ids_.data(), &tokens[first + 1], count * sizeof(uint32_t));
     }
     if (status.ok()) {
-      status = backend_.TokenLogprobs({.logits = wide_.data(),
-                                       .targets = token_ids_.as<uint32_t>(),
-                                       .logprobs = logprobs,
-                                       .best_logprobs = logprobs + count,
-                                       .num_tokens = count,
-                                       .vocab_size = config_.vocab_size});
+      status = device_.ops().TokenLogprobs({.logits = wide_.data(),
+                                            .targets = token_ids_.as<uint32_t>(),
+                                            .logprobs = logprobs,
+                                            .best_logprobs = logprobs + count,
+                                            .num_tokens = count,
+                                            .vocab_size = config_.vocab_size});
     }
     if (status.ok()) {
-      status = backend_.Download(&result.of_token[first], logprobs, count * sizeof(float));
+      status = device_.Download(&result.of_token[first], logprobs, count * sizeof(float));
     }
     if (status.ok()) {
-      status = backend_.Download(&result.of_best[first], logprobs + count, count * sizeof(float));
+      status = device_.Download(&result.of_best[first], logprobs + count, count * sizeof(float));
     }
     if (!status.ok()) return status;
   }

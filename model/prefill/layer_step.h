@@ -12,7 +12,7 @@
 #include "absl/types/span.h"
 #include "model/checkpoint/config.h"
 #include "model/checkpoint/weights.h"
-#include "model/device/backend.h"
+#include "model/device/device.h"
 #include "model/prefill/packed_prompts.h"
 #include "model/prefill/prompt_logprobs.h"
 
@@ -36,8 +36,8 @@ struct KvDestination {
 // one tile of tokens at a time. All device memory is allocated by Create. Not thread-safe.
 class LayerStep {
  public:
-  // `backend`, `config` and `weights` are borrowed and outlive the step.
-  static absl::StatusOr<std::unique_ptr<LayerStep>> Create(Backend* backend,
+  // `device`, `config` and `weights` are borrowed and outlive the step.
+  static absl::StatusOr<std::unique_ptr<LayerStep>> Create(Device* device,
                                                            const ModelConfig* config,
                                                            const Weights* weights,
                                                            int64_t max_tokens, int64_t tile_tokens,
@@ -83,9 +83,8 @@ class LayerStep {
   void* queries() const { return queries_.data(); }
 
  private:
-  LayerStep(Backend* backend, const ModelConfig* config, const Weights* weights,
-            int64_t tile_tokens)
-      : backend_(*backend), config_(*config), weights_(*weights), tile_tokens_(tile_tokens) {}
+  LayerStep(Device* device, const ModelConfig* config, const Weights* weights, int64_t tile_tokens)
+      : device_(*device), config_(*config), weights_(*weights), tile_tokens_(tile_tokens) {}
 
   // Of the fused projection.
   enum class Heads { kAll, kQueries, kKeysAndValues };
@@ -119,10 +118,10 @@ class LayerStep {
   // Pointer to element `index` of a tensor in the compute dtype.
   void* At(const DeviceBuffer& buffer, int64_t index) const { return At(buffer.data(), index); }
   void* At(void* data, int64_t index) const {
-    return static_cast<char*>(data) + index * kernels::SizeOf(backend_.compute_dtype());
+    return static_cast<char*>(data) + index * kernels::SizeOf(device_.traits().compute_dtype);
   }
 
-  Backend& backend_;
+  Device& device_;
   const ModelConfig& config_;
   const Weights& weights_;
   const int64_t tile_tokens_;

@@ -64,10 +64,10 @@ class Engine final : public PrefillEngine {
 
   const EngineInfo& info() const override { return parts_->info; }
   int kv_slots() const override { return parts_->slots->count(); }
-  size_t allocated_bytes() const override { return parts_->backend->allocated_bytes(); }
-  int64_t num_recordings() const override { return parts_->backend->num_recordings(); }
+  size_t allocated_bytes() const override { return parts_->device->allocated_bytes(); }
+  int64_t num_recordings() const override { return parts_->device->num_recordings(); }
   absl::StatusOr<DeviceBuffer> AllocateStaging(size_t bytes) override {
-    return parts_->backend->AllocateStaging(bytes);
+    return parts_->device->AllocateStaging(bytes);
   }
 
   int64_t max_batch_tokens() const override { return parts_->max_batch_tokens; }
@@ -195,8 +195,7 @@ absl::StatusOr<int64_t> MaxTokens(const EngineOptions& options, const ModelConfi
 absl::Status AllocateBatchPattern(EngineParts* parts) {
   if (parts->max_batch_tokens == 0) return absl::OkStatus();
   const int64_t blocks = kernels::CeilDiv(parts->max_batch_tokens, parts->block_tokens);
-  auto pattern =
-      parts->backend->Allocate(blocks * kernels::PatternWords(blocks) * sizeof(uint32_t));
+  auto pattern = parts->device->Allocate(blocks * kernels::PatternWords(blocks) * sizeof(uint32_t));
   if (!pattern.ok()) return pattern.status();
   parts->batch_pattern = *std::move(pattern);
   for (kernels::HeadWork work : parts->dense_work) {
@@ -209,39 +208,40 @@ absl::Status AllocateBatchPattern(EngineParts* parts) {
 // The device memory of a running sequence.
 absl::Status AllocateWorkspace(const EngineOptions& options, EngineParts* parts) {
   const ModelConfig& config = parts->info.config;
-  Backend* backend = parts->backend.get();
+  Device* device = parts->device.get();
   const int64_t max_tokens = parts->info.max_tokens;  // of one prompt
   int64_t all_tokens = std::max(max_tokens, parts->max_batch_tokens);
   if (parts->max_graph_tokens > 0) all_tokens = PackedPrompts::PaddedTokens(all_tokens);
   int64_t tile_tokens = options.tile_tokens;
   if (tile_tokens == 0) {
-    tile_tokens = parts->info.device_name == "cpu" ? kCpuTileTokens : kCudaTileTokens;
+    tile_tokens = device->traits().asynchronous ? kCudaTileTokens : kCpuTileTokens;
   }
-  auto step = LayerStep::Create(backend, &config, &parts->weights, all_tokens, tile_tokens,
+  auto step = LayerStep::Create(device, &config, &parts->weights, all_tokens, tile_tokens,
                                 parts->max_batch_tokens);
   if (!step.ok()) return step.status();
   auto sharing =
-      PatternSharing::Create(backend, &config, &parts->clusters, max_tokens, options.block_tokens);
+      PatternSharing::Create(device, &config, &parts->clusters, max_tokens, options.block_tokens);
   if (!sharing.ok()) return sharing.status();
   if (options.baselines) {
-    auto baseline = BaselineAttention::Create(backend, &config, max_tokens, options.block_tokens);
+    auto baseline = BaselineAttention::Create(device, &config, max_tokens, options.block_tokens);
     if (!baseline.ok()) return baseline.status();
     parts->baseline = *std::move(baseline);
   }
   const int64_t slot_elements =
       RoundUp(all_tokens, kKvStrideTokens) * config.num_kv_heads * config.head_dim;
-  auto slots = KvSlots::Create(backend, options.kv_slots,
-                               slot_elements * kernels::SizeOf(backend->compute_dtype()));
+  auto slots = KvSlots::Create(device, options.kv_slots,
+                               slot_elements * kernels::SizeOf(device->traits().compute_dtype));
   if (!slots.ok()) return slots.status();
   // Heads become pivots, of which block mass is asked, where there are clusters.
-  absl::Status status = backend->ReserveAttention({.num_queries = all_tokens,
-                                                   .num_keys = all_tokens,
-                                                   .kv_head_stride = all_tokens * config.head_dim,
-                                                   .num_heads = config.num_heads,
-                                                   .num_kv_heads = config.num_kv_heads,
-                                                   .head_dim = config.head_dim,
-                                                   .block_tokens = options.block_tokens},
-                                                  /*block_mass=*/!parts->clusters.empty());
+  absl::Status status =
+      device->ops().ReserveAttention({.num_queries = all_tokens,
+                                      .num_keys = all_tokens,
+                                      .kv_head_stride = all_tokens * config.head_dim,
+                                      .num_heads = config.num_heads,
+                                      .num_kv_heads = config.num_kv_heads,
+                                      .head_dim = config.head_dim,
+                                      .block_tokens = options.block_tokens},
+                                     /*block_mass=*/!parts->clusters.empty());
   if (!status.ok()) return status;
   if (status = (*step)->TuneLinears(); !status.ok()) return status;
   parts->step = *std::move(step);
@@ -272,15 +272,15 @@ absl::StatusOr<std::unique_ptr<PrefillEngine>> CreatePrefillEngine(const EngineO
   info.default_attention = DefaultAttention(options, parts->clusters);
   if (absl::Status status = Validate(info.default_attention); !status.ok()) return status;
 
-  absl::StatusOr<std::unique_ptr<Backend>> backend =
-      CreateBackend(options.device, options.cpu_threads);
-  if (!backend.ok()) return backend.status();
-  parts->backend = *std::move(backend);
-  info.device_name = parts->backend->device_name();
-  info.native_dtype = parts->backend->compute_dtype();
+  absl::StatusOr<std::unique_ptr<Device>> device =
+      CreateDevice(options.device, options.cpu_threads);
+  if (!device.ok()) return device.status();
+  parts->device = *std::move(device);
+  info.device_name = parts->device->traits().name;
+  info.native_dtype = parts->device->traits().compute_dtype;
 
   absl::StatusOr<Weights> weights =
-      LoadWeights(options.checkpoint_dir, info.config, *parts->backend);
+      LoadWeights(options.checkpoint_dir, info.config, *parts->device);
   if (!weights.ok()) return weights.status();
   parts->weights = *std::move(weights);
   info.fingerprint = parts->weights.fingerprint;
@@ -291,12 +291,12 @@ absl::StatusOr<std::unique_ptr<PrefillEngine>> CreatePrefillEngine(const EngineO
   for (int head = 0; head < info.config.num_heads; ++head) {
     parts->dense_work.push_back({.head = head});
   }
-  const bool is_cpu = info.device_name == "cpu";
-  parts->max_batch_tokens = options.max_batch_tokens.value_or(is_cpu ? 0 : kCudaBatchTokens);
-  if (parts->backend->records()) {
+  const bool asynchronous = parts->device->traits().asynchronous;
+  parts->max_batch_tokens = options.max_batch_tokens.value_or(asynchronous ? kCudaBatchTokens : 0);
+  if (parts->device->traits().records) {
     parts->max_graph_tokens = options.max_graph_tokens.value_or(kCudaGraphTokens);
   }
-  if (!is_cpu) parts->run_ahead_tokens = kCudaRunAheadTokens;
+  if (asynchronous) parts->run_ahead_tokens = kCudaRunAheadTokens;
   if (absl::Status status = AllocateWorkspace(options, parts.get()); !status.ok()) return status;
   return std::make_unique<Engine>(std::move(parts));
 }

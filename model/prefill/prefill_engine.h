@@ -19,7 +19,7 @@
 #include "kernels/dtype.h"
 #include "kernels/kv_pack.h"
 #include "model/checkpoint/config.h"
-#include "model/device/backend.h"
+#include "model/device/device.h"
 #include "model/prefill/prompt_logprobs.h"
 #include "model/sparse/attention_policy.h"
 #include "model/sparse/layer_report.h"

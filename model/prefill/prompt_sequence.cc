@@ -14,7 +14,7 @@ namespace {
 // Points on the device's time line, behind those of pattern sharing; twice, as two layers may be
 // under way.
 enum Point { kLayerBegins, kLayerDone, kDenseBegins, kDenseDone, kNumPoints };
-static_assert(PatternSharing::kNumMarks + 2 * kNumPoints <= Backend::kNumMarks);
+static_assert(PatternSharing::kNumMarks + 2 * kNumPoints <= Device::kNumMarks);
 
 int MarkOf(Point point, int layer) { return PatternSharing::kNumMarks + 2 * point + layer % 2; }
 
@@ -73,12 +73,12 @@ absl::Status PromptSequence::StartNextAhead() {
 absl::Status PromptSequence::StartLayer(int layer, const KvSlot& slot, LayerReport* report) {
   ++started_layers_;
   const auto compute = [&] { return ComputeLayer(layer, slot, report); };
-  absl::Status status = parts_.backend->Mark(MarkOf(kLayerBegins, layer));
+  absl::Status status = parts_.device->Mark(MarkOf(kLayerBegins, layer));
   if (status.ok() && layer == 0) status = Begin();
   if (status.ok()) {
-    status = IsRecorded(layer) ? parts_.backend->Repeat(KeyOf(layer, slot), compute) : compute();
+    status = IsRecorded(layer) ? parts_.device->Repeat(KeyOf(layer, slot), compute) : compute();
   }
-  if (status.ok()) status = parts_.backend->Mark(MarkOf(kLayerDone, layer));
+  if (status.ok()) status = parts_.device->Mark(MarkOf(kLayerDone, layer));
   return status;
 }
 
@@ -87,8 +87,8 @@ absl::Status PromptSequence::Begin() {
   absl::Status status = parts_.step->Embed(prompts_, prompts_.places().front().count);
   if (!status.ok() || !is_batch()) return status;
   const std::vector<uint32_t> pattern = prompts_.Pattern(parts_.block_tokens);
-  return parts_.backend->Upload(parts_.batch_pattern.data(), pattern.data(),
-                                pattern.size() * sizeof(uint32_t));
+  return parts_.device->Upload(parts_.batch_pattern.data(), pattern.data(),
+                               pattern.size() * sizeof(uint32_t));
 }
 
 // What is different from prompt to prompt of one length does not enter a recorded layer: tokens,
@@ -98,7 +98,7 @@ bool PromptSequence::IsRecorded(int layer) const {
          num_tokens() <= parts_.max_graph_tokens;
 }
 
-Backend::RecordingKey PromptSequence::KeyOf(int layer, const KvSlot& slot) const {
+Device::RecordingKey PromptSequence::KeyOf(int layer, const KvSlot& slot) const {
   return {layer, std::bit_cast<int64_t>(slot.k), is_batch() ? -num_tokens() : num_tokens(),
           std::bit_cast<int32_t>(parts_.step->attention_factor())};
 }
@@ -134,15 +134,15 @@ absl::Status PromptSequence::Attend(int layer, const KvSlot& slot, LayerReport* 
   if (!IsDense(layer)) {
     if (!IsBaseline(policy_)) return parts_.sharing->Attend(layer, attention, report);
     // Takes its times by the host's clock.
-    absl::Status status = parts_.backend->Synchronize();
+    absl::Status status = parts_.device->Synchronize();
     return status.ok() ? parts_.baseline->Attend(layer, attention, report) : status;
   }
   const auto& work = is_batch() ? parts_.batch_work : parts_.dense_work;
   attention.work = work.data();
   attention.num_work = static_cast<int>(work.size());
-  absl::Status status = parts_.backend->Mark(MarkOf(kDenseBegins, layer));
-  if (status.ok()) status = parts_.backend->Attention(attention);
-  if (status.ok()) status = parts_.backend->Mark(MarkOf(kDenseDone, layer));
+  absl::Status status = parts_.device->Mark(MarkOf(kDenseBegins, layer));
+  if (status.ok()) status = parts_.device->ops().Attention(attention);
+  if (status.ok()) status = parts_.device->Mark(MarkOf(kDenseDone, layer));
   return status;
 }
 
@@ -150,7 +150,7 @@ absl::Status PromptSequence::Attend(int layer, const KvSlot& slot, LayerReport* 
 absl::Status PromptSequence::FinishLayer(LayerReport* report) {
   const int layer = report->layer;
   const absl::StatusOr<double> us =
-      parts_.backend->ElapsedUs(MarkOf(kLayerBegins, layer), MarkOf(kLayerDone, layer));
+      parts_.device->ElapsedUs(MarkOf(kLayerBegins, layer), MarkOf(kLayerDone, layer));
   if (!us.ok()) return us.status();
   report->compute_us = static_cast<int64_t>(*us);
   report->num_queries = LastQueryAlone(layer) ? 1 : num_tokens();
@@ -163,7 +163,7 @@ absl::Status PromptSequence::ReportAttention(LayerReport* report) {
     return IsBaseline(policy_) ? absl::OkStatus() : parts_.sharing->Report(report);
   }
   const absl::StatusOr<double> us =
-      parts_.backend->ElapsedUs(MarkOf(kDenseBegins, layer), MarkOf(kDenseDone, layer));
+      parts_.device->ElapsedUs(MarkOf(kDenseBegins, layer), MarkOf(kDenseDone, layer));
   if (!us.ok()) return us.status();
   report->attention_us = static_cast<int64_t>(*us);
   report->dense_heads = LastQueryAlone(layer) ? 0 : config().num_heads;
@@ -178,19 +178,19 @@ absl::Status PromptSequence::PackKv(int layer, const KvSelection& selection, voi
   const PromptPlace& place = prompts_.places()[selection.prompt];
   const int64_t first_byte = place.first * config().head_dim *
                              static_cast<int64_t>(kernels::SizeOf(parts_.info.native_dtype));
-  return parts_.backend->PackKv({.k = static_cast<const char*>(slot->k) + first_byte,
-                                 .v = static_cast<const char*>(slot->v) + first_byte,
-                                 .kv_head_stride = kv_head_stride(),
-                                 .num_tokens = place.count,
-                                 .first_block = selection.first_block,
-                                 .num_blocks = selection.num_blocks,
-                                 .block_tokens = selection.block_tokens,
-                                 .first_head = selection.first_head,
-                                 .num_heads = selection.num_heads,
-                                 .head_dim = config().head_dim,
-                                 .order = selection.order,
-                                 .dst_dtype = selection.dtype,
-                                 .dst = dst});
+  return parts_.device->PackKv({.k = static_cast<const char*>(slot->k) + first_byte,
+                                .v = static_cast<const char*>(slot->v) + first_byte,
+                                .kv_head_stride = kv_head_stride(),
+                                .num_tokens = place.count,
+                                .first_block = selection.first_block,
+                                .num_blocks = selection.num_blocks,
+                                .block_tokens = selection.block_tokens,
+                                .first_head = selection.first_head,
+                                .num_heads = selection.num_heads,
+                                .head_dim = config().head_dim,
+                                .order = selection.order,
+                                .dst_dtype = selection.dtype,
+                                .dst = dst});
 }
 
 absl::StatusOr<std::vector<std::vector<float>>> PromptSequence::FinalLogits() {

@@ -1,4 +1,4 @@
-// The sequence of the real engine: a prompt, or a batch of them, layer by layer over a backend.
+// The sequence of the real engine: a prompt, or a batch of them, layer by layer over a device.
 #ifndef PREFILLD_MODEL_PREFILL_PROMPT_SEQUENCE_H_
 #define PREFILLD_MODEL_PREFILL_PROMPT_SEQUENCE_H_
 
@@ -46,7 +46,7 @@ class PromptSequence final : public PrefillSequence {
     return policy_ == AttentionPolicy::kDense || LastQueryAlone(layer);
   }
   bool IsRecorded(int layer) const;
-  Backend::RecordingKey KeyOf(int layer, const KvSlot& slot) const;
+  Device::RecordingKey KeyOf(int layer, const KvSlot& slot) const;
 
   // Queues a layer's work, the embedding before the first; at most the layer behind the one that is
   // waited for. `report` gets what attention finds on the way.

@@ -44,8 +44,8 @@ int64_t RandomPattern(int64_t num_blocks, float density, uint64_t seed,
 }
 
 absl::StatusOr<std::unique_ptr<BaselineAttention>> BaselineAttention::Create(
-    Backend* backend, const ModelConfig* config, int64_t max_tokens, int block_tokens) {
-  std::unique_ptr<BaselineAttention> baseline(new BaselineAttention(backend, config, block_tokens));
+    Device* device, const ModelConfig* config, int64_t max_tokens, int block_tokens) {
+  std::unique_ptr<BaselineAttention> baseline(new BaselineAttention(device, config, block_tokens));
   if (absl::Status status = baseline->Allocate(max_tokens); !status.ok()) return status;
   return baseline;
 }
@@ -66,16 +66,16 @@ absl::Status BaselineAttention::Allocate(int64_t max_tokens) {
       {head_blocks_, heads * int64_t{sizeof(int64_t)}},
   };
   for (const auto& [buffer, bytes] : wanted) {
-    absl::StatusOr<DeviceBuffer> allocated = backend_.Allocate(static_cast<size_t>(bytes));
+    absl::StatusOr<DeviceBuffer> allocated = device_.Allocate(static_cast<size_t>(bytes));
     if (!allocated.ok()) return allocated.status();
     buffer = *std::move(allocated);
   }
   absl::StatusOr<std::unique_ptr<HeadEstimate>> head_estimate =
-      HeadEstimate::Create(&backend_, config_.num_heads, max_tokens, block_tokens_);
+      HeadEstimate::Create(&device_, config_.num_heads, max_tokens, block_tokens_);
   if (!head_estimate.ok()) return head_estimate.status();
   head_estimate_ = *std::move(head_estimate);
   absl::StatusOr<std::unique_ptr<RecallAudit>> audit =
-      RecallAudit::Create(&backend_, config_.num_heads);
+      RecallAudit::Create(&device_, config_.num_heads);
   if (!audit.ok()) return audit.status();
   audit_ = *std::move(audit);
   sources_.resize(heads);
@@ -113,8 +113,8 @@ absl::Status BaselineAttention::Attend(int layer, const kernels::AttentionParams
     if (status = Audit(layer, params, report); !status.ok()) return status;
     report->audit_us = stopwatch.LapUs();
   }
-  status = backend_.Attention(params);
-  if (status.ok()) status = backend_.Synchronize();
+  status = device_.ops().Attention(params);
+  if (status.ok()) status = device_.Synchronize();
   report->attention_us = stopwatch.LapUs();
   return status;
 }
@@ -125,8 +125,8 @@ absl::Status BaselineAttention::ChooseAtRandom(int layer) {
     blocks_[head] =
         RandomPattern(num_blocks_, options_.density, seed, absl::MakeSpan(random_pattern_));
     sources_[head] = PatternSource::kBaseline;
-    absl::Status status = backend_.Upload(Pattern(head), random_pattern_.data(),
-                                          random_pattern_.size() * sizeof(uint32_t));
+    absl::Status status = device_.Upload(Pattern(head), random_pattern_.data(),
+                                         random_pattern_.size() * sizeof(uint32_t));
     if (!status.ok()) return status;
   }
   return absl::OkStatus();
@@ -138,8 +138,7 @@ absl::Status BaselineAttention::ChooseByQuery(const kernels::AttentionParams& at
     status = ChooseByBlockMeans(attention, head);
   }
   if (!status.ok()) return status;
-  return backend_.Download(blocks_.data(), head_blocks_.data(),
-                           config_.num_heads * sizeof(int64_t));
+  return device_.Download(blocks_.data(), head_blocks_.data(), config_.num_heads * sizeof(int64_t));
 }
 
 // For all heads; those that block means predict get another pattern.
@@ -151,28 +150,28 @@ absl::Status BaselineAttention::ChooseVerticalSlash(const kernels::AttentionPara
                                                 head_blocks_.as<int64_t>());
   }
   if (!status.ok()) return status;
-  return backend_.Download(estimate_.data(), head_estimate_->block_mass().data(),
-                           estimate_.size() * sizeof(float));
+  return device_.Download(estimate_.data(), head_estimate_->block_mass().data(),
+                          estimate_.size() * sizeof(float));
 }
 
 absl::Status BaselineAttention::ChooseByBlockMeans(const kernels::AttentionParams& attention,
                                                    int head) {
-  absl::Status status = backend_.PooledMass({.q = attention.q,
-                                             .k = attention.k,
-                                             .num_tokens = num_tokens_,
-                                             .kv_head_stride = attention.kv_head_stride,
-                                             .num_heads = config_.num_heads,
-                                             .num_kv_heads = config_.num_kv_heads,
-                                             .head_dim = config_.head_dim,
-                                             .block_tokens = block_tokens_,
-                                             .scale = attention.scale,
-                                             .head = head,
-                                             .block_mass = block_mass_.as<float>(),
-                                             .scratch = block_means_.as<float>()});
+  absl::Status status = device_.ops().PooledMass({.q = attention.q,
+                                                  .k = attention.k,
+                                                  .num_tokens = num_tokens_,
+                                                  .kv_head_stride = attention.kv_head_stride,
+                                                  .num_heads = config_.num_heads,
+                                                  .num_kv_heads = config_.num_kv_heads,
+                                                  .head_dim = config_.head_dim,
+                                                  .block_tokens = block_tokens_,
+                                                  .scale = attention.scale,
+                                                  .head = head,
+                                                  .block_mass = block_mass_.as<float>(),
+                                                  .scratch = block_means_.as<float>()});
   if (status.ok()) {
-    status = backend_.Download(predicted_.data(),
-                               block_mass_.as<float>() + (num_blocks_ - 1) * num_blocks_,
-                               num_blocks_ * sizeof(float));
+    status = device_.Download(predicted_.data(),
+                              block_mass_.as<float>() + (num_blocks_ - 1) * num_blocks_,
+                              num_blocks_ * sizeof(float));
   }
   if (!status.ok()) return status;
   const auto estimate = absl::MakeConstSpan(estimate_).subspan(head * num_blocks_, num_blocks_);
@@ -181,16 +180,16 @@ absl::Status BaselineAttention::ChooseByBlockMeans(const kernels::AttentionParam
     return absl::OkStatus();
   }
   sources_[head] = PatternSource::kBaseline;
-  status = backend_.SelectRows({.block_mass = block_mass_.as<float>(),
-                                .num_query_blocks = num_blocks_,
-                                .num_key_blocks = num_blocks_,
-                                .gamma = options_.gamma,
-                                .pattern = Pattern(head)});
+  status = device_.ops().SelectRows({.block_mass = block_mass_.as<float>(),
+                                     .num_query_blocks = num_blocks_,
+                                     .num_key_blocks = num_blocks_,
+                                     .gamma = options_.gamma,
+                                     .pattern = Pattern(head)});
   if (!status.ok()) return status;
-  return backend_.MeasurePattern({.pattern = Pattern(head),
-                                  .num_query_blocks = num_blocks_,
-                                  .num_key_blocks = num_blocks_,
-                                  .blocks = head_blocks_.as<int64_t>() + head});
+  return device_.ops().MeasurePattern({.pattern = Pattern(head),
+                                       .num_query_blocks = num_blocks_,
+                                       .num_key_blocks = num_blocks_,
+                                       .blocks = head_blocks_.as<int64_t>() + head});
 }
 
 absl::Status BaselineAttention::Audit(int layer, const kernels::AttentionParams& attention,

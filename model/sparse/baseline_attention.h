@@ -21,7 +21,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "model/checkpoint/config.h"
-#include "model/device/backend.h"
+#include "model/device/device.h"
 #include "model/sparse/attention_policy.h"
 #include "model/sparse/head_estimate.h"
 #include "model/sparse/layer_report.h"
@@ -40,7 +40,7 @@ int64_t RandomPattern(int64_t num_blocks, float density, uint64_t seed,
 class BaselineAttention {
  public:
   // All borrowed; they outlive this.
-  static absl::StatusOr<std::unique_ptr<BaselineAttention>> Create(Backend* backend,
+  static absl::StatusOr<std::unique_ptr<BaselineAttention>> Create(Device* device,
                                                                    const ModelConfig* config,
                                                                    int64_t max_tokens,
                                                                    int block_tokens);
@@ -51,8 +51,8 @@ class BaselineAttention {
   absl::Status Attend(int layer, const kernels::AttentionParams& attention, LayerReport* report);
 
  private:
-  BaselineAttention(Backend* backend, const ModelConfig* config, int block_tokens)
-      : backend_(*backend), config_(*config), block_tokens_(block_tokens) {}
+  BaselineAttention(Device* device, const ModelConfig* config, int block_tokens)
+      : device_(*device), config_(*config), block_tokens_(block_tokens) {}
 
   absl::Status Allocate(int64_t max_tokens);
 
@@ -70,7 +70,7 @@ class BaselineAttention {
     return patterns_.as<uint32_t>() + head * num_blocks_ * row_words();
   }
 
-  Backend& backend_;
+  Device& device_;
   const ModelConfig& config_;
   const int block_tokens_;
 

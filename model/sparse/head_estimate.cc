@@ -6,10 +6,10 @@
 
 namespace prefilld::model {
 
-absl::StatusOr<std::unique_ptr<HeadEstimate>> HeadEstimate::Create(Backend* backend, int num_heads,
+absl::StatusOr<std::unique_ptr<HeadEstimate>> HeadEstimate::Create(Device* device, int num_heads,
                                                                    int64_t max_tokens,
                                                                    int block_tokens) {
-  std::unique_ptr<HeadEstimate> estimate(new HeadEstimate(backend, num_heads, block_tokens));
+  std::unique_ptr<HeadEstimate> estimate(new HeadEstimate(device, num_heads, block_tokens));
   const int64_t heads = num_heads;
   const int64_t blocks = kernels::CeilDiv(max_tokens, block_tokens);
   const int64_t words = kernels::PatternWords(blocks);
@@ -25,7 +25,7 @@ absl::StatusOr<std::unique_ptr<HeadEstimate>> HeadEstimate::Create(Backend* back
       {estimate->diagonals_, heads * words * int64_t{sizeof(uint32_t)}},
   };
   for (const auto& [buffer, bytes] : wanted) {
-    absl::StatusOr<DeviceBuffer> allocated = backend->Allocate(static_cast<size_t>(bytes));
+    absl::StatusOr<DeviceBuffer> allocated = device->Allocate(static_cast<size_t>(bytes));
     if (!allocated.ok()) return allocated.status();
     buffer = *std::move(allocated);
   }
@@ -41,34 +41,34 @@ absl::Status HeadEstimate::OfQueries(const kernels::AttentionParams& attention, 
                                      int64_t end) {
   num_keys_ = end;
   kernels::EstimateParams params =
-      kernels::EstimateInputs(attention, first, end, backend_.compute_dtype());
+      kernels::EstimateInputs(attention, first, end, device_.traits().compute_dtype);
   params.block_mass = block_mass_.as<float>();
   params.vertical = vertical_.as<float>();
   params.slash = slash_.as<float>();
   params.scratch = scratch_.data();
-  return backend_.Estimate(params);
+  return device_.ops().Estimate(params);
 }
 
 absl::Status HeadEstimate::BuildVerticalSlash(float gamma, int64_t min_budget_tokens,
                                               uint32_t* patterns, int64_t* blocks) {
-  absl::Status status = backend_.VerticalSlash({.vertical = vertical_.as<float>(),
-                                                .slash = slash_.as<float>(),
-                                                .num_keys = num_keys_,
-                                                .num_heads = num_heads_,
-                                                .block_tokens = block_tokens_,
-                                                .gamma = gamma,
-                                                .min_budget_tokens = min_budget_tokens,
-                                                .columns = columns_.as<uint32_t>(),
-                                                .diagonals = diagonals_.as<uint32_t>()});
+  absl::Status status = device_.ops().VerticalSlash({.vertical = vertical_.as<float>(),
+                                                     .slash = slash_.as<float>(),
+                                                     .num_keys = num_keys_,
+                                                     .num_heads = num_heads_,
+                                                     .block_tokens = block_tokens_,
+                                                     .gamma = gamma,
+                                                     .min_budget_tokens = min_budget_tokens,
+                                                     .columns = columns_.as<uint32_t>(),
+                                                     .diagonals = diagonals_.as<uint32_t>()});
   if (!status.ok()) return status;
   const int64_t num_blocks = kernels::CeilDiv(num_keys_, block_tokens_);
-  return backend_.ExpandVerticalSlash({.columns = columns_.as<uint32_t>(),
-                                       .diagonals = diagonals_.as<uint32_t>(),
-                                       .num_query_blocks = num_blocks,
-                                       .num_key_blocks = num_blocks,
-                                       .pattern = patterns,
-                                       .num_heads = num_heads_,
-                                       .blocks = blocks});
+  return device_.ops().ExpandVerticalSlash({.columns = columns_.as<uint32_t>(),
+                                            .diagonals = diagonals_.as<uint32_t>(),
+                                            .num_query_blocks = num_blocks,
+                                            .num_key_blocks = num_blocks,
+                                            .pattern = patterns,
+                                            .num_heads = num_heads_,
+                                            .blocks = blocks});
 }
 
 }  // namespace prefilld::model

@@ -8,7 +8,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kernels/attention.h"
-#include "model/device/backend.h"
+#include "model/device/device.h"
 
 namespace prefilld::model {
 
@@ -16,8 +16,8 @@ namespace prefilld::model {
 // thread-safe.
 class HeadEstimate {
  public:
-  // For prompts of up to max_tokens. The backend is borrowed and outlives this.
-  static absl::StatusOr<std::unique_ptr<HeadEstimate>> Create(Backend* backend, int num_heads,
+  // For prompts of up to max_tokens. The device is borrowed and outlives this.
+  static absl::StatusOr<std::unique_ptr<HeadEstimate>> Create(Device* device, int num_heads,
                                                               int64_t max_tokens, int block_tokens);
 
   // From the last block_tokens queries of `attention`, which describes the whole prompt.
@@ -36,10 +36,10 @@ class HeadEstimate {
   const DeviceBuffer& slash() const { return slash_; }            // [num_heads, num_keys]
 
  private:
-  HeadEstimate(Backend* backend, int num_heads, int block_tokens)
-      : backend_(*backend), num_heads_(num_heads), block_tokens_(block_tokens) {}
+  HeadEstimate(Device* device, int num_heads, int block_tokens)
+      : device_(*device), num_heads_(num_heads), block_tokens_(block_tokens) {}
 
-  Backend& backend_;
+  Device& device_;
   const int num_heads_;
   const int block_tokens_;
 

@@ -37,13 +37,13 @@ int64_t CountNewBlocks(absl::Span<const uint32_t> row, absl::Span<const uint32_t
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<PatternSharing>> PatternSharing::Create(Backend* backend,
+absl::StatusOr<std::unique_ptr<PatternSharing>> PatternSharing::Create(Device* device,
                                                                        const ModelConfig* config,
                                                                        const HeadClusters* clusters,
                                                                        int64_t max_tokens,
                                                                        int block_tokens) {
   std::unique_ptr<PatternSharing> sharing(
-      new PatternSharing(backend, config, clusters, block_tokens));
+      new PatternSharing(device, config, clusters, block_tokens));
   if (absl::Status status = sharing->Allocate(max_tokens); !status.ok()) return status;
   return sharing;
 }
@@ -68,12 +68,12 @@ absl::Status PatternSharing::Allocate(int64_t max_tokens) {
   };
   for (const auto& [buffer, bytes] : wanted) {
     if (bytes == 0) continue;
-    absl::StatusOr<DeviceBuffer> allocated = backend_.Allocate(static_cast<size_t>(bytes));
+    absl::StatusOr<DeviceBuffer> allocated = device_.Allocate(static_cast<size_t>(bytes));
     if (!allocated.ok()) return allocated.status();
     buffer = *std::move(allocated);
   }
   absl::StatusOr<std::unique_ptr<HeadEstimate>> head_estimate =
-      HeadEstimate::Create(&backend_, config_.num_heads, max_tokens, block_tokens_);
+      HeadEstimate::Create(&device_, config_.num_heads, max_tokens, block_tokens_);
   if (!head_estimate.ok()) return head_estimate.status();
   head_estimate_ = *std::move(head_estimate);
   const std::pair<DeviceBuffer&, const DeviceBuffer&> host_copies[] = {
@@ -81,12 +81,12 @@ absl::Status PatternSharing::Allocate(int64_t max_tokens) {
       {last_rows_host_, last_rows_},
       {figures_host_, figures_}};
   for (const auto& [copy, original] : host_copies) {
-    absl::StatusOr<DeviceBuffer> allocated = backend_.AllocateStaging(original.bytes());
+    absl::StatusOr<DeviceBuffer> allocated = device_.AllocateStaging(original.bytes());
     if (!allocated.ok()) return allocated.status();
     copy = *std::move(allocated);
   }
   absl::StatusOr<std::unique_ptr<RecallAudit>> audit =
-      RecallAudit::Create(&backend_, config_.num_heads);
+      RecallAudit::Create(&device_, config_.num_heads);
   if (!audit.ok()) return audit.status();
   audit_ = *std::move(audit);
   pivots_.resize(clusters_.num_clusters);
@@ -120,28 +120,28 @@ absl::Status PatternSharing::Attend(int layer, const kernels::AttentionParams& a
   stages_ = {};
   std::fill(roles_.begin(), roles_.end(), HeadRole::kVerticalSlash);
   // What the last layer's report would have waited for: its sources are written again.
-  if (absl::Status status = backend_.FinishDownloads(); !status.ok()) return status;
+  if (absl::Status status = device_.FinishDownloads(); !status.ok()) return status;
   if (absl::Status status = Prepare(attention); !status.ok()) return status;
   if (may_share_) {
     if (absl::Status status = Decide(layer, attention); !status.ok()) return status;
   }
   AssignWork();
-  if (absl::Status status = backend_.Mark(kDecided); !status.ok()) return status;
+  if (absl::Status status = device_.Mark(kDecided); !status.ok()) return status;
   if (absl::Status status = AttendSparse(layer, attention, report); !status.ok()) return status;
   return DownloadForReport();
 }
 
 absl::Status PatternSharing::Prepare(const kernels::AttentionParams& attention) {
-  absl::Status status = backend_.Mark(kBegin);
+  absl::Status status = device_.Mark(kBegin);
   if (status.ok()) status = head_estimate_->OfLastQueries(attention);
   // The host decides by it while the device goes on to the sets.
   if (status.ok() && may_share_) {
-    status = backend_.StartDownload(estimate_.data(), head_estimate_->block_mass().data(),
-                                    config_.num_heads * num_blocks_ * sizeof(float));
+    status = device_.StartDownload(estimate_.data(), head_estimate_->block_mass().data(),
+                                   config_.num_heads * num_blocks_ * sizeof(float));
   }
-  if (status.ok()) status = backend_.Mark(kEstimated);
+  if (status.ok()) status = device_.Mark(kEstimated);
   if (status.ok()) status = SelectSets();
-  if (status.ok()) status = backend_.Mark(kSelected);
+  if (status.ok()) status = device_.Mark(kSelected);
   return status;
 }
 
@@ -153,18 +153,18 @@ absl::Status PatternSharing::SelectSets() {
       figures_.as<int64_t>() + VerticalSlashSlot(0));
   // Each head's own blocks of the last row, should it share.
   if (status.ok() && may_share_) {
-    status = backend_.SelectRows({.block_mass = head_estimate_->block_mass().as<float>(),
-                                  .num_query_blocks = 1,
-                                  .num_key_blocks = num_blocks_,
-                                  .gamma = options_.gamma,
-                                  .pattern = last_rows_.as<uint32_t>(),
-                                  .num_heads = config_.num_heads});
+    status = device_.ops().SelectRows({.block_mass = head_estimate_->block_mass().as<float>(),
+                                       .num_query_blocks = 1,
+                                       .num_key_blocks = num_blocks_,
+                                       .gamma = options_.gamma,
+                                       .pattern = last_rows_.as<uint32_t>(),
+                                       .num_heads = config_.num_heads});
   }
   return status;
 }
 
 absl::Status PatternSharing::Decide(int layer, const kernels::AttentionParams& attention) {
-  if (absl::Status status = backend_.FinishDownloads(); !status.ok()) return status;
+  if (absl::Status status = device_.FinishDownloads(); !status.ok()) return status;
   Stopwatch stopwatch;
   const absl::Span<const float> estimate(estimate_.as<float>(), config_.num_heads * num_blocks_);
   const std::vector<int> pivots = ChoosePivots(cluster_of_, estimate, pivots_, options_);
@@ -201,9 +201,9 @@ absl::Status PatternSharing::AttendPivots(const kernels::AttentionParams& attent
   kernels::AttentionParams params = attention;
   params.work = work_.data();
   params.num_work = static_cast<int>(work_.size());
-  absl::Status status = backend_.Mark(kPivotsBegin);
-  if (status.ok()) status = backend_.Attention(params);
-  if (status.ok()) status = backend_.Mark(kPivotsAttended);
+  absl::Status status = device_.Mark(kPivotsBegin);
+  if (status.ok()) status = device_.ops().Attention(params);
+  if (status.ok()) status = device_.Mark(kPivotsAttended);
   return status;
 }
 
@@ -213,24 +213,23 @@ absl::Status PatternSharing::MeasurePivots(int layer, absl::Span<const int> pivo
   for (size_t i = 0; i < pivots.size(); ++i) {
     const int slot = static_cast<int>(2 * i);
     uint32_t* pattern = PivotPattern(cluster_of_[pivots[i]]);
-    absl::Status status = backend_.SelectRows({.block_mass = PivotMass(i),
-                                               .num_query_blocks = num_blocks_,
-                                               .num_key_blocks = num_blocks_,
-                                               .gamma = options_.gamma,
-                                               .pattern = pattern});
+    absl::Status status = device_.ops().SelectRows({.block_mass = PivotMass(i),
+                                                    .num_query_blocks = num_blocks_,
+                                                    .num_key_blocks = num_blocks_,
+                                                    .gamma = options_.gamma,
+                                                    .pattern = pattern});
     if (status.ok()) status = Measure(PivotMass(i), pattern, slot);
     if (status.ok()) status = Measure(PivotMass(i), VerticalSlashPattern(pivots[i]), slot + 1);
     if (status.ok()) {
-      status =
-          backend_.StartDownload(last_rows_host_.as<uint32_t>() + i * words,
-                                 pattern + (num_blocks_ - 1) * words, words * sizeof(uint32_t));
+      status = device_.StartDownload(last_rows_host_.as<uint32_t>() + i * words,
+                                     pattern + (num_blocks_ - 1) * words, words * sizeof(uint32_t));
     }
     if (!status.ok()) return status;
   }
   absl::Status status = DownloadFigures();
-  if (status.ok()) status = backend_.FinishDownloads();
+  if (status.ok()) status = device_.FinishDownloads();
   if (!status.ok()) return status;
-  const absl::StatusOr<double> attention_us = backend_.ElapsedUs(kPivotsBegin, kPivotsAttended);
+  const absl::StatusOr<double> attention_us = device_.ElapsedUs(kPivotsBegin, kPivotsAttended);
   if (!attention_us.ok()) return attention_us.status();
   stages_.pivots_us += *attention_us;
 
@@ -274,14 +273,14 @@ absl::Status PatternSharing::AttendSparse(int layer, const kernels::AttentionPar
   params.num_work = static_cast<int>(work_.size());
   if (options_.recall_audit_rows > 0 && !work_.empty()) {
     // What came before is not the audit's time.
-    if (absl::Status status = backend_.Synchronize(); !status.ok()) return status;
+    if (absl::Status status = device_.Synchronize(); !status.ok()) return status;
     Stopwatch stopwatch;
     if (absl::Status status = Audit(layer, params, report); !status.ok()) return status;
     report->audit_us = stopwatch.LapUs();
   }
-  absl::Status status = backend_.Mark(kAttentionBegins);
-  if (status.ok() && !work_.empty()) status = backend_.Attention(params);
-  if (status.ok()) status = backend_.Mark(kAttended);
+  absl::Status status = device_.Mark(kAttentionBegins);
+  if (status.ok() && !work_.empty()) status = device_.ops().Attention(params);
+  if (status.ok()) status = device_.Mark(kAttended);
   return status;
 }
 
@@ -303,14 +302,14 @@ absl::Status PatternSharing::Audit(int layer, const kernels::AttentionParams& at
 absl::Status PatternSharing::DownloadForReport() {
   absl::Status status = DownloadFigures();
   if (status.ok() && may_share_) {
-    status = backend_.StartDownload(last_rows_host_.data(), last_rows_.data(),
-                                    config_.num_heads * row_words() * sizeof(uint32_t));
+    status = device_.StartDownload(last_rows_host_.data(), last_rows_.data(),
+                                   config_.num_heads * row_words() * sizeof(uint32_t));
   }
   return status;
 }
 
 absl::Status PatternSharing::Report(LayerReport* report) {
-  absl::Status status = backend_.FinishDownloads();
+  absl::Status status = device_.FinishDownloads();
   if (status.ok()) status = MeasureTimes(report);
   if (!status.ok()) return status;
   int64_t blocks = 0;
@@ -347,7 +346,7 @@ absl::Status PatternSharing::MeasureTimes(LayerReport* report) {
                 {kSelected, kDecided, stages_.decide_us},
                 {kAttentionBegins, kAttended, attention_us}};
   for (const auto& [from, to, us] : stages) {
-    const absl::StatusOr<double> elapsed = backend_.ElapsedUs(from, to);
+    const absl::StatusOr<double> elapsed = device_.ElapsedUs(from, to);
     if (!elapsed.ok()) return elapsed.status();
     us = *elapsed;
   }
@@ -359,16 +358,16 @@ absl::Status PatternSharing::MeasureTimes(LayerReport* report) {
 }
 
 absl::Status PatternSharing::Measure(const float* block_mass, const uint32_t* pattern, int slot) {
-  return backend_.MeasurePattern({.block_mass = block_mass,
-                                  .pattern = pattern,
-                                  .num_query_blocks = num_blocks_,
-                                  .num_key_blocks = num_blocks_,
-                                  .mass = figures_.as<double>() + MassSlot(slot),
-                                  .blocks = figures_.as<int64_t>() + BlocksSlot(slot)});
+  return device_.ops().MeasurePattern({.block_mass = block_mass,
+                                       .pattern = pattern,
+                                       .num_query_blocks = num_blocks_,
+                                       .num_key_blocks = num_blocks_,
+                                       .mass = figures_.as<double>() + MassSlot(slot),
+                                       .blocks = figures_.as<int64_t>() + BlocksSlot(slot)});
 }
 
 absl::Status PatternSharing::DownloadFigures() {
-  return backend_.StartDownload(figures_host_.data(), figures_.data(), figures_.bytes());
+  return device_.StartDownload(figures_host_.data(), figures_.data(), figures_.bytes());
 }
 
 PatternFigures PatternSharing::Figures(int slot) const {

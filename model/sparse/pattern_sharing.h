@@ -28,7 +28,7 @@
 #include "absl/types/span.h"
 #include "model/checkpoint/config.h"
 #include "model/checkpoint/head_clusters.h"
-#include "model/device/backend.h"
+#include "model/device/device.h"
 #include "model/sparse/attention_policy.h"
 #include "model/sparse/head_estimate.h"
 #include "model/sparse/layer_report.h"
@@ -55,10 +55,10 @@ struct PatternStages {
 // keeps at most one pivot. Not thread-safe.
 class PatternSharing {
  public:
-  static constexpr int kNumMarks = 8;  // uses marks 0 .. of the backend
+  static constexpr int kNumMarks = 8;  // uses marks 0 .. of the device
 
   // All borrowed; they outlive this.
-  static absl::StatusOr<std::unique_ptr<PatternSharing>> Create(Backend* backend,
+  static absl::StatusOr<std::unique_ptr<PatternSharing>> Create(Device* device,
                                                                 const ModelConfig* config,
                                                                 const HeadClusters* clusters,
                                                                 int64_t max_tokens,
@@ -83,9 +83,9 @@ class PatternSharing {
   const PatternStages& stages() const { return stages_; }
 
  private:
-  PatternSharing(Backend* backend, const ModelConfig* config, const HeadClusters* clusters,
+  PatternSharing(Device* device, const ModelConfig* config, const HeadClusters* clusters,
                  int block_tokens)
-      : backend_(*backend), config_(*config), clusters_(*clusters), block_tokens_(block_tokens) {}
+      : device_(*device), config_(*config), clusters_(*clusters), block_tokens_(block_tokens) {}
 
   absl::Status Allocate(int64_t max_tokens);
 
@@ -132,7 +132,7 @@ class PatternSharing {
     return {last_rows_host_.as<uint32_t>() + place * row_words(), static_cast<size_t>(row_words())};
   }
 
-  Backend& backend_;
+  Device& device_;
   const ModelConfig& config_;
   const HeadClusters& clusters_;
   const int block_tokens_;

@@ -44,10 +44,10 @@ std::vector<int64_t> AuditedRows(int64_t num_blocks, int64_t num_rows, int layer
   return rows;
 }
 
-absl::StatusOr<std::unique_ptr<RecallAudit>> RecallAudit::Create(Backend* backend, int num_heads) {
-  std::unique_ptr<RecallAudit> audit(new RecallAudit(backend, num_heads));
+absl::StatusOr<std::unique_ptr<RecallAudit>> RecallAudit::Create(Device* device, int num_heads) {
+  std::unique_ptr<RecallAudit> audit(new RecallAudit(device, num_heads));
   absl::StatusOr<DeviceBuffer> figures =
-      backend->Allocate(num_heads * (sizeof(double) + sizeof(int64_t)));
+      device->Allocate(num_heads * (sizeof(double) + sizeof(int64_t)));
   if (!figures.ok()) return figures.status();
   audit->figures_ = *std::move(figures);
   audit->mass_.resize(num_heads);
@@ -64,7 +64,7 @@ absl::Status RecallAudit::Measure(const kernels::AttentionParams& attention, int
   for (const int64_t row : AuditedRows(num_blocks, num_rows, layer)) {
     absl::Status status = MeasureRow(attention, row, estimate);
     if (status.ok()) {
-      status = backend_.Download(mass_.data(), figures_.data(), num_heads_ * sizeof(double));
+      status = device_.Download(mass_.data(), figures_.data(), num_heads_ * sizeof(double));
     }
     if (!status.ok()) return status;
     const int64_t in_row = std::min<int64_t>(attention.block_tokens,
@@ -94,7 +94,7 @@ absl::Status RecallAudit::MeasureRow(const kernels::AttentionParams& attention, 
     const kernels::HeadWork& work = attention.work[i];
     if (work.pattern == nullptr) continue;
     // Nothing of the row's pattern lies beyond its diagonal, where its block mass ends.
-    status = backend_.MeasurePattern(
+    status = device_.ops().MeasurePattern(
         {.block_mass = estimate.block_mass().as<float>() + work.head * (row + 1),
          .pattern = work.pattern + pattern_offset,
          .last_row = row + 1 == num_blocks ? work.last_row : nullptr,

@@ -20,7 +20,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "kernels/attention.h"
-#include "model/device/backend.h"
+#include "model/device/device.h"
 
 namespace prefilld::model {
 
@@ -52,8 +52,8 @@ std::vector<int64_t> AuditedRows(int64_t num_blocks, int64_t num_rows, int layer
 // Not thread-safe.
 class RecallAudit {
  public:
-  // The backend is borrowed and outlives this. `num_heads` bounds attention.num_work.
-  static absl::StatusOr<std::unique_ptr<RecallAudit>> Create(Backend* backend, int num_heads);
+  // The device is borrowed and outlives this. `num_heads` bounds attention.num_work.
+  static absl::StatusOr<std::unique_ptr<RecallAudit>> Create(Device* device, int num_heads);
 
   // recall[i] is that of attention.work[i], 1 for a dense head; [num_work]. `attention` is what is
   // about to run over the whole prompt: afterwards its queries may be overwritten. Waits for the
@@ -62,12 +62,12 @@ class RecallAudit {
                        HeadEstimate& estimate, absl::Span<float> recall);
 
  private:
-  RecallAudit(Backend* backend, int num_heads) : backend_(*backend), num_heads_(num_heads) {}
+  RecallAudit(Device* device, int num_heads) : device_(*device), num_heads_(num_heads) {}
 
   absl::Status MeasureRow(const kernels::AttentionParams& attention, int64_t row,
                           HeadEstimate& estimate);
 
-  Backend& backend_;
+  Device& device_;
   const int num_heads_;
   DeviceBuffer figures_;      // [num_heads] mass as double, [num_heads] blocks as int64
   std::vector<double> mass_;  // [num_heads], host copy

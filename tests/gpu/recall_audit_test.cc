@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "model/device/cuda_backend.h"
+#include "model/device/cuda_device.h"
 #include "model/sparse/head_estimate.h"
 #include "tests/gpu/device_array.h"
 #include "tests/kernels/cases.h"
@@ -54,8 +54,8 @@ double Recall(const AttentionData& data, int head) {
 TEST_P(CudaRecallAudit, OfAllRowsIsTheTrueMassInsideThePatterns) {
   const AttentionCase& c = GetParam();
   AttentionData data(c);
-  auto backend = CreateCudaBackend();
-  ASSERT_TRUE(backend.ok()) << backend.status();
+  auto device = CreateCudaDevice();
+  ASSERT_TRUE(device.ok()) << device.status();
 
   const DeviceArray<kernels::testing::Bf16> q(ToBf16(data.qkv.q)), k(ToBf16(data.qkv.k));
   std::vector<DeviceArray<uint32_t>> rows;
@@ -71,9 +71,9 @@ TEST_P(CudaRecallAudit, OfAllRowsIsTheTrueMassInsideThePatterns) {
   params.k = k.data();
   params.work = work.data();
   params.num_work = c.num_heads;
-  auto estimate = HeadEstimate::Create(backend->get(), c.num_heads, c.num_keys, c.block_tokens);
+  auto estimate = HeadEstimate::Create(device->get(), c.num_heads, c.num_keys, c.block_tokens);
   ASSERT_TRUE(estimate.ok()) << estimate.status();
-  auto audit = RecallAudit::Create(backend->get(), c.num_heads);
+  auto audit = RecallAudit::Create(device->get(), c.num_heads);
   ASSERT_TRUE(audit.ok()) << audit.status();
   std::vector<float> recall(c.num_heads);
   const absl::Status status =

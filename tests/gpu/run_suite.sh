@@ -49,7 +49,7 @@ step() {
 run_tests() {
   local subject
   for subject in attention gated_linear kv_pack layer_ops pattern pooled_mass long_prompt \
-    recall_audit replay backend; do
+    recall_audit replay device; do
     step "$subject" "$build/tests/gpu/cuda_${subject}_test" --gtest_brief=1
   done
   step golden "$build/tests/model/golden_test" --device=cuda --gtest_brief=1

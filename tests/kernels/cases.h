@@ -1,4 +1,4 @@
-// The shapes that every backend's kernels are tested with.
+// The shapes that every device's kernels are tested with.
 #ifndef PREFILLD_TESTS_KERNELS_CASES_H_
 #define PREFILLD_TESTS_KERNELS_CASES_H_
 
@@ -36,7 +36,7 @@ struct AttentionCase {
 
 inline void PrintTo(const AttentionCase& c, std::ostream* out) { *out << c.name; }
 
-// head_dim 64 and 128 with blocks of 64 and 128: what every backend supports.
+// head_dim 64 and 128 with blocks of 64 and 128: what every device supports.
 inline const std::vector<AttentionCase>& AttentionCases() {
   static const std::vector<AttentionCase> cases = {
       {"OneToken", 1, 1, 2, 1, 64, 128, Blocks::kDense},

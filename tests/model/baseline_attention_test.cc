@@ -31,7 +31,7 @@ struct BaselineRun {
 
 BaselineRun Attend(OneLayer& layer, const AttentionOptions& options) {
   BaselineRun run;
-  auto baseline = BaselineAttention::Create(&layer.backend(), &layer.config(),
+  auto baseline = BaselineAttention::Create(&layer.device(), &layer.config(),
                                             layer.num_tokens() + 100, OneLayer::kBlockTokens);
   EXPECT_TRUE(baseline.ok()) << baseline.status();
   (*baseline)->StartPrompt(layer.num_tokens(), options);

@@ -53,10 +53,10 @@ std::vector<std::vector<double>> ReferenceMass(const ModelConfig& config, const 
 class AttentionRecorderTest : public testing::Test {
  protected:
   AttentionRecorderTest() {
-    auto backend = CreateBackend(DeviceChoice::kCpu, 2);
-    EXPECT_TRUE(backend.ok()) << backend.status();
-    backend_ = *std::move(backend);
-    auto weights = LoadWeights(checkpoint_.dir(), config(), *backend_);
+    auto device = CreateDevice(DeviceChoice::kCpu, 2);
+    EXPECT_TRUE(device.ok()) << device.status();
+    device_ = *std::move(device);
+    auto weights = LoadWeights(checkpoint_.dir(), config(), *device_);
     EXPECT_TRUE(weights.ok()) << weights.status();
     weights_ = *std::move(weights);
     for (int64_t i = 0; i < kTokens; ++i) tokens_.push_back((i * i + 7 * i) % config().vocab_size);
@@ -73,7 +73,7 @@ class AttentionRecorderTest : public testing::Test {
         path, RecordedTensors(config(), kTokens, options_),
         CalibrationMetadata(config(), weights_.fingerprint, kTokens, options_));
     EXPECT_TRUE(file.ok()) << file.status();
-    auto recorder = AttentionRecorder::Create(backend_.get(), &config(), &weights_, options_);
+    auto recorder = AttentionRecorder::Create(device_.get(), &config(), &weights_, options_);
     EXPECT_TRUE(recorder.ok()) << recorder.status();
     int layers = 0;
     absl::Status status = (*recorder)->Record(tokens_, **file, [&](int) { ++layers; });
@@ -102,7 +102,7 @@ class AttentionRecorderTest : public testing::Test {
 
   // The reference of every layer, [num_layers]: the layer step once more, with attention between.
   std::vector<std::vector<std::vector<double>>> ReferenceOfAllLayers() {
-    auto step = LayerStep::Create(backend_.get(), &config(), &weights_, kTokens, 128,
+    auto step = LayerStep::Create(device_.get(), &config(), &weights_, kTokens, 128,
                                   /*max_batch_tokens=*/0);
     EXPECT_TRUE(step.ok());
     const int64_t head_stride = kTokens * config().head_dim;
@@ -120,21 +120,21 @@ class AttentionRecorderTest : public testing::Test {
                       .ok());
       auto* queries = static_cast<float*>((*step)->queries());
       mass.push_back(ReferenceMass(config(), queries, k.data()));
-      EXPECT_TRUE(backend_
-                      ->Attention({.q = queries,
-                                   .k = k.data(),
-                                   .v = v.data(),
-                                   .out = queries,
-                                   .num_queries = kTokens,
-                                   .num_keys = kTokens,
-                                   .kv_head_stride = head_stride,
-                                   .num_heads = config().num_heads,
-                                   .num_kv_heads = config().num_kv_heads,
-                                   .head_dim = config().head_dim,
-                                   .block_tokens = kBlockTokens,
-                                   .scale = 1.0f / std::sqrt(static_cast<float>(config().head_dim)),
-                                   .work = work.data(),
-                                   .num_work = config().num_heads})
+      EXPECT_TRUE(device_->ops()
+                      .Attention({.q = queries,
+                                  .k = k.data(),
+                                  .v = v.data(),
+                                  .out = queries,
+                                  .num_queries = kTokens,
+                                  .num_keys = kTokens,
+                                  .kv_head_stride = head_stride,
+                                  .num_heads = config().num_heads,
+                                  .num_kv_heads = config().num_kv_heads,
+                                  .head_dim = config().head_dim,
+                                  .block_tokens = kBlockTokens,
+                                  .scale = 1.0f / std::sqrt(static_cast<float>(config().head_dim)),
+                                  .work = work.data(),
+                                  .num_work = config().num_heads})
                       .ok());
       EXPECT_TRUE((*step)->AfterAttention(layer).ok());
     }
@@ -143,7 +143,7 @@ class AttentionRecorderTest : public testing::Test {
 
   RandomCheckpoint checkpoint_;  // 4 query heads on 2 KV heads
   TemporaryFolder folder_;
-  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<Device> device_;
   Weights weights_;
   std::vector<uint32_t> tokens_;
   RecorderOptions options_;

@@ -14,9 +14,9 @@ OneLayer::OneLayer(int64_t num_tokens) : num_tokens_(num_tokens) {
   config_.num_heads = kNumHeads;
   config_.num_kv_heads = kNumKvHeads;
   config_.head_dim = kHeadDim;
-  auto backend = CreateBackend(DeviceChoice::kCpu, 2);
-  EXPECT_TRUE(backend.ok()) << backend.status();
-  backend_ = *std::move(backend);
+  auto device = CreateDevice(DeviceChoice::kCpu, 2);
+  EXPECT_TRUE(device.ok()) << device.status();
+  device_ = *std::move(device);
   qkv_ = kernels::testing::MakeQkv(num_tokens, num_tokens, kNumHeads, kNumKvHeads, kHeadDim, 7);
   std::fill(qkv_.v.begin(), qkv_.v.end(), 0.0f);
   for (int64_t i = 0; i < kNumKvHeads * num_tokens; ++i) {

@@ -9,7 +9,7 @@
 #include "kernels/attention.h"
 #include "model/checkpoint/config.h"
 #include "model/checkpoint/head_clusters.h"
-#include "model/device/backend.h"
+#include "model/device/device.h"
 #include "tests/kernels/structured_qkv.h"
 
 namespace prefilld::model {
@@ -26,7 +26,7 @@ class OneLayer {
 
   explicit OneLayer(int64_t num_tokens);
 
-  Backend& backend() { return *backend_; }
+  Device& device() { return *device_; }
   const ModelConfig& config() const { return config_; }
   int64_t num_tokens() const { return num_tokens_; }
   int64_t num_blocks() const { return kernels::CeilDiv(num_tokens_, kBlockTokens); }
@@ -47,7 +47,7 @@ class OneLayer {
  private:
   const int64_t num_tokens_;
   ModelConfig config_;
-  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<Device> device_;
   kernels::testing::Qkv qkv_;
 };
 

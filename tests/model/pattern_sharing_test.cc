@@ -35,9 +35,9 @@ class Layer {
     config_.head_dim = kHeadDim;
     clusters_.num_clusters = 1;
     clusters_.cluster_of.assign(2, std::vector<int>(kNumHeads, 0));
-    auto backend = CreateBackend(DeviceChoice::kCpu, 2);
-    EXPECT_TRUE(backend.ok()) << backend.status();
-    backend_ = *std::move(backend);
+    auto device = CreateDevice(DeviceChoice::kCpu, 2);
+    EXPECT_TRUE(device.ok()) << device.status();
+    device_ = *std::move(device);
     const size_t count = num_tokens * kNumHeads * kHeadDim;
     q_.assign(count, 0.0f);
     k_.assign(count, 0.0f);
@@ -56,7 +56,7 @@ class Layer {
   // Attention of layers 0 .. num_layers - 1 on the same inputs; the last one's output and report.
   std::vector<float> Attend(const AttentionOptions& options, LayerReport* report,
                             int num_layers = 1) {
-    auto sharing = PatternSharing::Create(backend_.get(), &config_, &clusters_, num_tokens_ + 100,
+    auto sharing = PatternSharing::Create(device_.get(), &config_, &clusters_, num_tokens_ + 100,
                                           kBlockTokens);
     EXPECT_TRUE(sharing.ok()) << sharing.status();
     (*sharing)->StartPrompt(num_tokens_, options);
@@ -77,7 +77,7 @@ class Layer {
     for (int head = 0; head < kNumHeads; ++head) work[head].head = head;
     params.work = work.data();
     params.num_work = kNumHeads;
-    EXPECT_TRUE(backend_->Attention(params).ok());
+    EXPECT_TRUE(device_->ops().Attention(params).ok());
     return out;
   }
 
@@ -128,7 +128,7 @@ class Layer {
   const int64_t num_tokens_;
   ModelConfig config_;
   HeadClusters clusters_;
-  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<Device> device_;
   std::vector<float> q_, k_, v_;
 };
 
@@ -348,8 +348,8 @@ TEST(PatternSharing, APromptInheritsNothingFromTheOneBefore) {
   HeadClusters clusters;
   clusters.num_clusters = 1;
   clusters.cluster_of = {{0}};
-  const auto backend = *CreateBackend(DeviceChoice::kCpu, 1);
-  const auto sharing = *PatternSharing::Create(backend.get(), &config, &clusters, 512, 64);
+  const auto device = *CreateDevice(DeviceChoice::kCpu, 1);
+  const auto sharing = *PatternSharing::Create(device.get(), &config, &clusters, 512, 64);
   for (int64_t num_tokens : {512, 300, 512}) {
     std::vector<float> zeros(num_tokens * kHeadDim, 0.0f), out(zeros);
     kernels::AttentionParams params = {.q = zeros.data(),

@@ -26,7 +26,7 @@ struct AuditedRun {
 AuditedRun Attend(OneLayer& layer, AttentionOptions options, const HeadClusters& clusters,
                   int layer_index = 0) {
   AuditedRun run;
-  auto sharing = PatternSharing::Create(&layer.backend(), &layer.config(), &clusters,
+  auto sharing = PatternSharing::Create(&layer.device(), &layer.config(), &clusters,
                                         layer.num_tokens(), OneLayer::kBlockTokens);
   EXPECT_TRUE(sharing.ok()) << sharing.status();
   (*sharing)->StartPrompt(layer.num_tokens(), options);
@@ -130,9 +130,9 @@ TEST(RecallAudit, OfAFullPatternAndOfDenseAttentionIsOne) {
   kernels::AttentionParams params = layer.Params(&out);
   params.work = work;
   params.num_work = 2;
-  auto audit = RecallAudit::Create(&layer.backend(), OneLayer::kNumHeads);
+  auto audit = RecallAudit::Create(&layer.device(), OneLayer::kNumHeads);
   ASSERT_TRUE(audit.ok());
-  auto estimate = HeadEstimate::Create(&layer.backend(), OneLayer::kNumHeads, layer.num_tokens(),
+  auto estimate = HeadEstimate::Create(&layer.device(), OneLayer::kNumHeads, layer.num_tokens(),
                                        OneLayer::kBlockTokens);
   ASSERT_TRUE(estimate.ok());
   std::vector<float> recall(2);

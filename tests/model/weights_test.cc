@@ -50,10 +50,10 @@ ImageTensor& Named(std::vector<ImageTensor>& tensors, absl::string_view name) {
 
 class LoadWeightsTest : public testing::Test {
  protected:
-  LoadWeightsTest() : checkpoint_(FullConfig()), backend_(*CreateBackend(DeviceChoice::kCpu, 2)) {}
+  LoadWeightsTest() : checkpoint_(FullConfig()), device_(*CreateDevice(DeviceChoice::kCpu, 2)) {}
 
   absl::StatusOr<Weights> Load(const std::string& dir, const ModelConfig& config) {
-    return LoadWeights(dir, config, *backend_);
+    return LoadWeights(dir, config, *device_);
   }
 
   std::string Refusal(const std::function<void(std::vector<ImageTensor>&)>& edit) {
@@ -71,7 +71,7 @@ class LoadWeightsTest : public testing::Test {
 
   std::vector<float> Download(const DeviceBuffer& buffer) {
     std::vector<float> values(buffer.bytes() / sizeof(float));
-    EXPECT_TRUE(backend_->Download(values.data(), buffer.data(), buffer.bytes()).ok());
+    EXPECT_TRUE(device_->Download(values.data(), buffer.data(), buffer.bytes()).ok());
     return values;
   }
 
@@ -90,7 +90,7 @@ class LoadWeightsTest : public testing::Test {
   }
 
   RandomCheckpoint checkpoint_;
-  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<Device> device_;
 };
 
 TEST_F(LoadWeightsTest, FusesProjectionsInOrder) {

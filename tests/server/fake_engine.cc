@@ -167,7 +167,7 @@ class FakeSequence final : public model::PrefillSequence {
 };
 
 FakeEngine::FakeEngine(const FakeEngineOptions& options)
-    : options_(options), memory_(*model::CreateBackend(model::DeviceChoice::kCpu, 1)) {
+    : options_(options), memory_(*model::CreateDevice(model::DeviceChoice::kCpu, 1)) {
   info_.config.vocab_size = options.vocab_size;
   info_.config.num_layers = options.num_layers;
   info_.config.num_heads = 4;

@@ -12,7 +12,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
-#include "model/device/backend.h"
+#include "model/device/device.h"
 #include "model/prefill/prefill_engine.h"
 
 namespace prefilld::server {
@@ -76,7 +76,7 @@ class FakeEngine final : public model::PrefillEngine {
 
   const FakeEngineOptions options_;
   model::EngineInfo info_;
-  std::unique_ptr<model::Backend> memory_;  // for staging alone
+  std::unique_ptr<model::Device> memory_;  // for staging alone
 
   std::atomic<int> started_ = 0, alive_ = 0, layers_run_ = 0, held_ = 0, most_held_ = 0;
   std::atomic<int> logprobs_parts_ = 0;

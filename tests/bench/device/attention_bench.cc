@@ -37,7 +37,7 @@ struct RandomPatterns {
   int64_t blocks = 0;
 };
 
-absl::StatusOr<RandomPatterns> MakePatterns(model::Backend& backend, const AttentionData& data,
+absl::StatusOr<RandomPatterns> MakePatterns(model::Device& device, const AttentionData& data,
                                             double probability) {
   const int64_t n = CeilDiv(data.num_tokens, kBlock), row_words = PatternWords(n);
   std::mt19937 generator(3);
@@ -55,11 +55,11 @@ absl::StatusOr<RandomPatterns> MakePatterns(model::Backend& backend, const Atten
   }
   patterns.density = static_cast<double>(patterns.blocks) /
                      (static_cast<double>(data.num_heads) * static_cast<double>(n * (n + 1) / 2));
-  absl::StatusOr<model::DeviceBuffer> buffer = backend.Allocate(words.size() * sizeof(uint32_t));
+  absl::StatusOr<model::DeviceBuffer> buffer = device.Allocate(words.size() * sizeof(uint32_t));
   if (!buffer.ok()) return buffer.status();
   patterns.on_device = *std::move(buffer);
   absl::Status status =
-      backend.Upload(patterns.on_device.data(), words.data(), patterns.on_device.bytes());
+      device.Upload(patterns.on_device.data(), words.data(), patterns.on_device.bytes());
   if (!status.ok()) return status;
   return patterns;
 }
@@ -89,26 +89,26 @@ double RelativeError(const std::vector<uint8_t>& out, const std::vector<uint8_t>
   return std::sqrt(error / norm);
 }
 
-absl::Status Attend(model::Backend& backend, const AttentionData& data,
+absl::Status Attend(model::Device& device, const AttentionData& data,
                     const std::vector<HeadWork>& work) {
   kernels::AttentionParams params = data.Params();
   params.work = work.data();
   params.num_work = static_cast<int>(work.size());
-  return backend.Attention(params);
+  return device.ops().Attention(params);
 }
 
 }  // namespace
 
-absl::Status BenchAttention(model::Backend& backend, const AttentionData& data,
+absl::Status BenchAttention(model::Device& device, const AttentionData& data,
                             const std::vector<int>& densities, int runs, Report* report) {
   const int64_t n = CeilDiv(data.num_tokens, kBlock), row_words = PatternWords(n);
-  const absl::StatusOr<AttentionCheck> check = AttentionCheck::Create(&backend, &data);
+  const absl::StatusOr<AttentionCheck> check = AttentionCheck::Create(&device, &data);
   if (!check.ok()) return check.status();
   std::vector<HeadWork> dense_work(data.num_heads), mass_work(data.num_heads);
   Row dense{.what = "attention dense", .shape = Shape(data), .tflop = CausalTflop(data)};
   {
     absl::StatusOr<model::DeviceBuffer> mass =
-        backend.Allocate(data.num_heads * n * n * sizeof(float));
+        device.Allocate(data.num_heads * n * n * sizeof(float));
     if (!mass.ok()) return mass.status();
     for (int head = 0; head < data.num_heads; ++head) {
       dense_work[head].head = head;
@@ -116,14 +116,15 @@ absl::Status BenchAttention(model::Backend& backend, const AttentionData& data,
     }
     Row with_mass{
         .what = "attention dense, block mass", .shape = Shape(data), .tflop = CausalTflop(data)};
+    const auto attend_dense = [&] { return Attend(device, data, dense_work); };
+    const auto attend_with_mass = [&] { return Attend(device, data, mass_work); };
     absl::Status status = MeasureInTurns(
-        backend, runs, [&] { return Attend(backend, data, dense_work); }, &dense,
-        [&] { return Attend(backend, data, mass_work); }, &with_mass);
+        runs, {{device, attend_dense, &dense}, {device, attend_with_mass, &with_mass}});
     if (!status.ok()) return status;
     // Of attention with mass, whose turn was the last; then without.
     const absl::StatusOr<double> mass_error = check->Error({});
     if (!mass_error.ok()) return mass_error.status();
-    if (status = Attend(backend, data, dense_work); !status.ok()) return status;
+    if (status = Attend(device, data, dense_work); !status.ok()) return status;
     const absl::StatusOr<double> dense_error = check->Error({});
     if (!dense_error.ok()) return dense_error.status();
     dense.more = {{"error", *dense_error}};
@@ -132,7 +133,7 @@ absl::Status BenchAttention(model::Backend& backend, const AttentionData& data,
     report->Add(std::move(with_mass));
   }
   for (int density : densities) {
-    absl::StatusOr<RandomPatterns> patterns = MakePatterns(backend, data, density / 100.0);
+    absl::StatusOr<RandomPatterns> patterns = MakePatterns(device, data, density / 100.0);
     if (!patterns.ok()) return patterns.status();
     std::vector<HeadWork> work(data.num_heads);
     for (int head = 0; head < data.num_heads; ++head) {
@@ -143,7 +144,7 @@ absl::Status BenchAttention(model::Backend& backend, const AttentionData& data,
     row.tflop =
         4.0 * kBlock * kBlock * data.head_dim * static_cast<double>(patterns->blocks) / 1e12;
     absl::Status status = Measure(
-        backend, runs, [&] { return Attend(backend, data, work); }, &row);
+        device, runs, [&] { return Attend(device, data, work); }, &row);
     if (!status.ok()) return status;
     const absl::StatusOr<double> error = check->Error(patterns->words);
     if (!error.ok()) return error.status();
@@ -155,7 +156,7 @@ absl::Status BenchAttention(model::Backend& backend, const AttentionData& data,
   return absl::OkStatus();
 }
 
-absl::Status BenchSharing(model::Backend& backend, AttentionData& data,
+absl::Status BenchSharing(model::Device& device, AttentionData& data,
                           const std::string& clusters_path, const model::AttentionOptions& options,
                           int runs, Report* report) {
   model::ModelConfig config;
@@ -166,7 +167,7 @@ absl::Status BenchSharing(model::Backend& backend, AttentionData& data,
   absl::StatusOr<model::HeadClusters> clusters = model::LoadHeadClusters(clusters_path, config);
   if (!clusters.ok()) return clusters.status();
   auto sharing =
-      model::PatternSharing::Create(&backend, &config, &*clusters, data.num_tokens, kBlock);
+      model::PatternSharing::Create(&device, &config, &*clusters, data.num_tokens, kBlock);
   if (!sharing.ok()) return sharing.status();
 
   std::vector<HeadWork> dense(data.num_heads);
@@ -174,9 +175,9 @@ absl::Status BenchSharing(model::Backend& backend, AttentionData& data,
   kernels::AttentionParams params = data.Params();
   params.work = dense.data();
   params.num_work = data.num_heads;
-  absl::Status status = backend.Attention(params);
+  absl::Status status = device.ops().Attention(params);
   std::vector<uint8_t> reference(data.out.bytes()), out(data.out.bytes());
-  if (status.ok()) status = backend.Download(reference.data(), data.out.data(), reference.size());
+  if (status.ok()) status = device.Download(reference.data(), data.out.data(), reference.size());
   if (!status.ok()) return status;
 
   const std::pair<int, const char*> layers[] = {{0, "share, a layer that makes its pivots"},
@@ -186,7 +187,7 @@ absl::Status BenchSharing(model::Backend& backend, AttentionData& data,
     Row row{.what = what, .shape = Shape(data)};
     // Layer 1 attends with the pivots that layer 0 left behind.
     status = Measure(
-        backend, runs,
+        device, runs,
         [&, layer = layer] {
           last = {};
           if (layer == 0) (*sharing)->StartPrompt(data.num_tokens, options);
@@ -194,10 +195,10 @@ absl::Status BenchSharing(model::Backend& backend, AttentionData& data,
         },
         &row);
     if (status.ok()) status = (*sharing)->Report(&last);
-    if (status.ok()) status = backend.Download(out.data(), data.out.data(), out.size());
+    if (status.ok()) status = device.Download(out.data(), data.out.data(), out.size());
     if (!status.ok()) return status;
     row.more = {{"density", last.density},
-                {"error", RelativeError(out, reference, backend.compute_dtype())},
+                {"error", RelativeError(out, reference, device.traits().compute_dtype)},
                 {"pattern_ms", static_cast<double>(last.pattern_us) / 1e3},
                 {"attention_ms", static_cast<double>(last.attention_us) / 1e3},
                 {"estimate_ms", (*sharing)->stages().estimate_us / 1e3},

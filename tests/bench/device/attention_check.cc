@@ -17,16 +17,16 @@ constexpr int64_t kQueries = 4;
 constexpr double kBf16Tolerance = 1e-2;
 constexpr double kFp32Tolerance = 1e-4;
 
-absl::StatusOr<std::vector<float>> DownloadAsFloat(model::Backend& backend, const void* from,
+absl::StatusOr<std::vector<float>> DownloadAsFloat(model::Device& device, const void* from,
                                                    int64_t elements) {
   std::vector<float> values(static_cast<size_t>(elements));
-  if (backend.compute_dtype() == kernels::DType::kFp32) {
-    absl::Status status = backend.Download(values.data(), from, values.size() * sizeof(float));
+  if (device.traits().compute_dtype == kernels::DType::kFp32) {
+    absl::Status status = device.Download(values.data(), from, values.size() * sizeof(float));
     if (!status.ok()) return status;
     return values;
   }
   std::vector<uint16_t> bf16(values.size());
-  absl::Status status = backend.Download(bf16.data(), from, bf16.size() * sizeof(uint16_t));
+  absl::Status status = device.Download(bf16.data(), from, bf16.size() * sizeof(uint16_t));
   if (!status.ok()) return status;
   for (size_t i = 0; i < bf16.size(); ++i) {
     const uint32_t bits = static_cast<uint32_t>(bf16[i]) << 16;
@@ -37,12 +37,12 @@ absl::StatusOr<std::vector<float>> DownloadAsFloat(model::Backend& backend, cons
 
 }  // namespace
 
-absl::StatusOr<AttentionCheck> AttentionCheck::Create(model::Backend* backend,
+absl::StatusOr<AttentionCheck> AttentionCheck::Create(model::Device* device,
                                                       const AttentionData* data) {
-  AttentionCheck check(backend, data);
+  AttentionCheck check(device, data);
   const int64_t elements = data->num_kv_heads * data->num_tokens * data->head_dim;
   for (const auto& [from, to] : {std::pair(&data->k, &check.k_), std::pair(&data->v, &check.v_)}) {
-    absl::StatusOr<std::vector<float>> values = DownloadAsFloat(*backend, from->data(), elements);
+    absl::StatusOr<std::vector<float>> values = DownloadAsFloat(*device, from->data(), elements);
     if (!values.ok()) return values.status();
     *to = *std::move(values);
   }
@@ -52,8 +52,8 @@ absl::StatusOr<AttentionCheck> AttentionCheck::Create(model::Backend* backend,
 absl::StatusOr<std::vector<float>> AttentionCheck::Row(const model::DeviceBuffer& rows,
                                                        int64_t query) const {
   const int64_t width = int64_t{data_.num_heads} * data_.head_dim;
-  const auto element = static_cast<int64_t>(kernels::SizeOf(backend_.compute_dtype()));
-  return DownloadAsFloat(backend_, rows.as<char>() + query * width * element, width);
+  const auto element = static_cast<int64_t>(kernels::SizeOf(device_.traits().compute_dtype));
+  return DownloadAsFloat(device_, rows.as<char>() + query * width * element, width);
 }
 
 std::vector<double> AttentionCheck::Expected(const float* q, int64_t query, int head,
@@ -108,7 +108,7 @@ absl::StatusOr<double> AttentionCheck::Error(absl::Span<const uint32_t> patterns
     }
   }
   const double relative = std::sqrt(error / norm);
-  const bool is_fp32 = backend_.compute_dtype() == kernels::DType::kFp32;
+  const bool is_fp32 = device_.traits().compute_dtype == kernels::DType::kFp32;
   const double tolerance = is_fp32 ? kFp32Tolerance : kBf16Tolerance;
   if (relative <= tolerance) return relative;  // not so if it is NaN
   return absl::InternalError(absl::StrCat("the attention that was timed is wrong: relative error ",

@@ -26,11 +26,11 @@ uint16_t FloatToBf16(float value) {
 }
 
 // A tensor whose element i is value(i), in the compute dtype.
-absl::StatusOr<model::DeviceBuffer> Fill(model::Backend& backend, int64_t size,
+absl::StatusOr<model::DeviceBuffer> Fill(model::Device& device, int64_t size,
                                          absl::FunctionRef<float(int64_t)> value) {
-  const bool wide = backend.compute_dtype() == kernels::DType::kFp32;
+  const bool wide = device.traits().compute_dtype == kernels::DType::kFp32;
   absl::StatusOr<model::DeviceBuffer> buffer =
-      backend.Allocate(size * kernels::SizeOf(backend.compute_dtype()));
+      device.Allocate(size * kernels::SizeOf(device.traits().compute_dtype));
   if (!buffer.ok()) return buffer.status();
   std::vector<float> floats(wide ? size : 0);
   std::vector<uint16_t> halves(wide ? 0 : size);
@@ -42,12 +42,12 @@ absl::StatusOr<model::DeviceBuffer> Fill(model::Backend& backend, int64_t size,
     }
   }
   const void* source = wide ? static_cast<const void*>(floats.data()) : halves.data();
-  absl::Status status = backend.Upload(buffer->data(), source, buffer->bytes());
+  absl::Status status = device.Upload(buffer->data(), source, buffer->bytes());
   if (!status.ok()) return status;
   return buffer;
 }
 
-absl::StatusOr<AttentionData> Make(model::Backend& backend, AttentionData data,
+absl::StatusOr<AttentionData> Make(model::Device& device, AttentionData data,
                                    absl::FunctionRef<float(int64_t)> q,
                                    absl::FunctionRef<float(int64_t)> k,
                                    absl::FunctionRef<float(int64_t)> v) {
@@ -59,11 +59,11 @@ absl::StatusOr<AttentionData> Make(model::Backend& backend, AttentionData data,
     absl::FunctionRef<float(int64_t)> value;
   } tensors[] = {{data.q, q_size, q}, {data.k, kv_size, k}, {data.v, kv_size, v}};
   for (const auto& [buffer, size, value] : tensors) {
-    absl::StatusOr<model::DeviceBuffer> filled = Fill(backend, size, value);
+    absl::StatusOr<model::DeviceBuffer> filled = Fill(device, size, value);
     if (!filled.ok()) return filled.status();
     buffer = *std::move(filled);
   }
-  absl::StatusOr<model::DeviceBuffer> out = backend.Allocate(data.q.bytes());
+  absl::StatusOr<model::DeviceBuffer> out = device.Allocate(data.q.bytes());
   if (!out.ok()) return out.status();
   data.out = *std::move(out);
   return data;
@@ -97,7 +97,7 @@ kernels::AttentionParams AttentionData::Params() const {
           .scale = 1.0f / std::sqrt(static_cast<float>(head_dim))};
 }
 
-absl::StatusOr<AttentionData> RandomAttentionData(model::Backend& backend, int64_t num_tokens,
+absl::StatusOr<AttentionData> RandomAttentionData(model::Device& device, int64_t num_tokens,
                                                   int num_heads, int num_kv_heads, int head_dim) {
   AttentionData data;
   data.num_tokens = num_tokens;
@@ -111,12 +111,11 @@ absl::StatusOr<AttentionData> RandomAttentionData(model::Backend& backend, int64
   for (float& value : values) value = normal(generator);
   const auto at = [&](int64_t i) { return values[i % values.size()]; };
   return Make(
-      backend, std::move(data), at, [&](int64_t i) { return at(i + 12345); },
+      device, std::move(data), at, [&](int64_t i) { return at(i + 12345); },
       [&](int64_t i) { return at(i + 54321); });
 }
 
-absl::StatusOr<AttentionData> LoadAttentionData(model::Backend& backend,
-                                                const std::string& folder) {
+absl::StatusOr<AttentionData> LoadAttentionData(model::Device& device, const std::string& folder) {
   absl::StatusOr<std::unique_ptr<model::Checkpoint>> file = model::Checkpoint::Open(folder);
   if (!file.ok()) return file.status();
   const model::Tensor* tensors[3];
@@ -145,7 +144,7 @@ absl::StatusOr<AttentionData> LoadAttentionData(model::Backend& backend,
     return element(tensor, (token * kv_heads + head) * d + i % d);
   };
   return Make(
-      backend, std::move(data), [&](int64_t i) { return element(tensors[0], i); },
+      device, std::move(data), [&](int64_t i) { return element(tensors[0], i); },
       [&](int64_t i) { return head_major(tensors[1], i); },
       [&](int64_t i) { return head_major(tensors[2], i); });
 }

@@ -1,4 +1,4 @@
-// Queries, keys and values of one layer in a backend's memory.
+// Queries, keys and values of one layer in a device's memory.
 #ifndef PREFILLD_TESTS_BENCH_DEVICE_ATTENTION_DATA_H_
 #define PREFILLD_TESTS_BENCH_DEVICE_ATTENTION_DATA_H_
 
@@ -7,7 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/attention.h"
-#include "model/device/backend.h"
+#include "model/device/device.h"
 
 namespace prefilld::bench {
 
@@ -26,11 +26,11 @@ struct AttentionData {
 };
 
 // Independent normal values: attention is near flat, so only dense or given patterns make sense.
-absl::StatusOr<AttentionData> RandomAttentionData(model::Backend& backend, int64_t num_tokens,
+absl::StatusOr<AttentionData> RandomAttentionData(model::Device& device, int64_t num_tokens,
                                                   int num_heads, int num_kv_heads, int head_dim);
 
 // Tensors q [1, N, H, d], k and v [1, N, H_kv, d] of `folder`/model.safetensors.
-absl::StatusOr<AttentionData> LoadAttentionData(model::Backend& backend, const std::string& folder);
+absl::StatusOr<AttentionData> LoadAttentionData(model::Device& device, const std::string& folder);
 
 }  // namespace prefilld::bench
 

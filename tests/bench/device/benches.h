@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
-#include "model/device/backend.h"
+#include "model/device/device.h"
 #include "model/prefill/prefill_engine.h"
 #include "model/sparse/attention_policy.h"
 #include "tests/bench/device/attention_data.h"
@@ -18,13 +18,13 @@ namespace prefilld::bench {
 // Attention alone: dense, dense with the block mass of every head, and random patterns of the
 // densities (percent). `vs_linear` is the time over density * dense time, `error` of some queries
 // against the host (attention_check.h): one that is too large ends the run.
-absl::Status BenchAttention(model::Backend& backend, const AttentionData& data,
+absl::Status BenchAttention(model::Device& device, const AttentionData& data,
                             const std::vector<int>& densities, int runs, Report* report);
 
 // Everything that pattern sharing does for one layer, from the estimate to the output: a layer
 // that makes its pivots, and a later one whose pivots exist, both on `data`. `clusters_path`
 // names heads of layers 0 and 1. `error` is ||out - dense|| / ||dense|| over all heads.
-absl::Status BenchSharing(model::Backend& backend, AttentionData& data,
+absl::Status BenchSharing(model::Device& device, AttentionData& data,
                           const std::string& clusters_path, const model::AttentionOptions& options,
                           int runs, Report* report);
 
@@ -37,15 +37,15 @@ struct LayerShape {
 };
 
 // The ops of a layer other than attention, each alone, over `num_tokens` tokens.
-absl::Status BenchLayerOps(model::Backend& backend, const LayerShape& shape, int64_t num_tokens,
+absl::Status BenchLayerOps(model::Device& device, const LayerShape& shape, int64_t num_tokens,
                            int runs, Report* report);
 
 // The linear layers of a whole prefill and nothing else, back to back, in tiles of tokens: what the
 // library's matrix products alone take at the clock that so long a run leaves the card. By
-// `backend` as the library chooses how to compute them, by `tuned`, another backend of the same
+// `device` as the library chooses how to compute them, by `tuned`, another device of the same
 // device, by the choice that is fastest for a whole tile; in turns. Then gate, up and SwiGLU of a
 // tile, apart and in one op.
-absl::Status BenchLinears(model::Backend& backend, model::Backend& tuned, const LayerShape& shape,
+absl::Status BenchLinears(model::Device& device, model::Device& tuned, const LayerShape& shape,
                           int num_layers, int64_t num_tokens, int64_t tile_tokens, Report* report);
 
 // Whole prefills of a prompt with one policy; KV is released unread.

@@ -9,9 +9,9 @@ namespace prefilld::bench {
 namespace {
 
 // Random normal bf16 or fp32 values: constants would run faster than real data.
-absl::StatusOr<model::DeviceBuffer> Random(model::Backend& backend, int64_t size, float scale) {
-  const size_t element = kernels::SizeOf(backend.compute_dtype());
-  absl::StatusOr<model::DeviceBuffer> buffer = backend.Allocate(size * element);
+absl::StatusOr<model::DeviceBuffer> Random(model::Device& device, int64_t size, float scale) {
+  const size_t element = kernels::SizeOf(device.traits().compute_dtype);
+  absl::StatusOr<model::DeviceBuffer> buffer = device.Allocate(size * element);
   if (!buffer.ok()) return buffer.status();
   std::mt19937 generator(static_cast<uint32_t>(size));
   std::normal_distribution<float> normal(0.0f, scale);
@@ -24,8 +24,8 @@ absl::StatusOr<model::DeviceBuffer> Random(model::Backend& backend, int64_t size
     std::copy_n(bytes, element, &values[i * element]);
   }
   for (int64_t first = 0; first < size; first += period) {
-    absl::Status status = backend.Upload(buffer->as<char>() + first * element, values.data(),
-                                         std::min(period, size - first) * element);
+    absl::Status status = device.Upload(buffer->as<char>() + first * element, values.data(),
+                                        std::min(period, size - first) * element);
     if (!status.ok()) return status;
   }
   return buffer;
@@ -35,41 +35,28 @@ absl::StatusOr<model::DeviceBuffer> Random(model::Backend& backend, int64_t size
 constexpr int kLinearsTurns = 5;
 constexpr int kGatedRepetitions = 10;
 
-// Gate, up and SwiGLU of one tile: the tuned product and SwiGLU apart, and the op that does it all
-// the way that tuning found faster.
-absl::Status BenchGatedLinear(model::Backend& tuned, const kernels::GatedLinearParams& params,
-                              Report* report) {
-  absl::Status status = tuned.TuneGatedLinear(params);
-  if (!status.ok()) return status;
-  const auto repeat = [](absl::FunctionRef<absl::Status()> ops) {
+// Gate, up and SwiGLU of one tile: as cuBLASLt's product and SwiGLU behind it, and the way that
+// tuning found fastest.
+absl::Status BenchGatedLinear(model::Device& untuned, model::Device& tuned,
+                              const kernels::GatedLinearParams& params, Report* report) {
+  if (absl::Status status = tuned.ops().TuneGatedLinear(params); !status.ok()) return status;
+  const auto repeat = [&params](model::Device& device) {
     absl::Status status;
-    for (int i = 0; i < kGatedRepetitions && status.ok(); ++i) status = ops();
+    for (int i = 0; i < kGatedRepetitions && status.ok(); ++i) {
+      status = device.ops().GatedLinear(params);
+    }
     return status;
   };
-  const auto apart = [&] {
-    absl::Status status = tuned.Linear({.x = params.x,
-                                        .w = params.w,
-                                        .y = params.gate_up,
-                                        .num_tokens = params.num_tokens,
-                                        .in_features = params.in_features,
-                                        .out_features = 2 * params.intermediate});
-    if (!status.ok()) return status;
-    return tuned.SwiGlu({.gate_up = params.gate_up,
-                         .y = params.y,
-                         .num_tokens = params.num_tokens,
-                         .intermediate = params.intermediate});
-  };
-  Row rows[2];
-  rows[0].what = "gate, up and SwiGLU: apart";
-  rows[1].what = "gate, up and SwiGLU: one op";
+  Row rows[] = {{.what = "gate, up and SwiGLU"}, {.what = "gate, up and SwiGLU, tuned"}};
   for (Row& row : rows) {
     row.shape = absl::StrFormat("%d x %d tokens", kGatedRepetitions, params.num_tokens);
     row.tflop = 4.0 * kGatedRepetitions * static_cast<double>(params.num_tokens) *
                 static_cast<double>(params.in_features * params.intermediate) / 1e12;
   }
-  status = MeasureInTurns(
-      tuned, kLinearsTurns, [&] { return repeat(apart); }, &rows[0],
-      [&] { return repeat([&] { return tuned.GatedLinear(params); }); }, &rows[1]);
+  const auto repeat_untuned = [&] { return repeat(untuned); };
+  const auto repeat_tuned = [&] { return repeat(tuned); };
+  const absl::Status status = MeasureInTurns(
+      kLinearsTurns, {{untuned, repeat_untuned, &rows[0]}, {tuned, repeat_tuned, &rows[1]}});
   if (!status.ok()) return status;
   rows[1].more = {{"speedup", rows[0].median_ms / rows[1].median_ms}};
   for (Row& row : rows) report->Add(std::move(row));
@@ -78,13 +65,13 @@ absl::Status BenchGatedLinear(model::Backend& tuned, const kernels::GatedLinearP
 
 }  // namespace
 
-absl::Status BenchLayerOps(model::Backend& backend, const LayerShape& shape, int64_t num_tokens,
+absl::Status BenchLayerOps(model::Device& device, const LayerShape& shape, int64_t num_tokens,
                            int runs, Report* report) {
   const int64_t q_width = int64_t{shape.num_heads} * shape.head_dim;
   const int64_t kv_width = int64_t{shape.num_kv_heads} * shape.head_dim;
   const int64_t qkv_width = q_width + 2 * kv_width;
   const int64_t wide = std::max(qkv_width, 2 * shape.intermediate);
-  const double element = static_cast<double>(kernels::SizeOf(backend.compute_dtype()));
+  const double element = static_cast<double>(kernels::SizeOf(device.traits().compute_dtype));
   model::DeviceBuffer hidden, normed, wide_x, gated, q, k, v, weight, bias, inv_freq;
   const struct {
     model::DeviceBuffer& buffer;
@@ -100,15 +87,15 @@ absl::Status BenchLayerOps(model::Backend& backend, const LayerShape& shape, int
                  {weight, wide * shape.hidden, 0.02f},
                  {bias, wide, 0.02f}};
   for (const auto& [buffer, size, scale] : tensors) {
-    absl::StatusOr<model::DeviceBuffer> filled = Random(backend, size, scale);
+    absl::StatusOr<model::DeviceBuffer> filled = Random(device, size, scale);
     if (!filled.ok()) return filled.status();
     buffer = *std::move(filled);
   }
   std::vector<float> frequencies(shape.head_dim / 2, 0.01f);
-  absl::StatusOr<model::DeviceBuffer> table = backend.Allocate(frequencies.size() * sizeof(float));
+  absl::StatusOr<model::DeviceBuffer> table = device.Allocate(frequencies.size() * sizeof(float));
   if (!table.ok()) return table.status();
   inv_freq = *std::move(table);
-  absl::Status status = backend.Upload(inv_freq.data(), frequencies.data(), inv_freq.bytes());
+  absl::Status status = device.Upload(inv_freq.data(), frequencies.data(), inv_freq.bytes());
   if (!status.ok()) return status;
 
   const std::string name = absl::StrFormat("%d tokens %d wide", num_tokens, shape.hidden);
@@ -117,7 +104,7 @@ absl::Status BenchLayerOps(model::Backend& backend, const LayerShape& shape, int
     Row row{.what = what, .shape = name};
     row.tflop = gflop / 1e3;
     row.gbytes = gflop > 0 ? 0.0 : elements * element / 1e9;
-    absl::Status measured = Measure(backend, runs, op, &row);
+    absl::Status measured = Measure(device, runs, op, &row);
     if (measured.ok()) report->Add(std::move(row));
     return measured;
   };
@@ -126,23 +113,23 @@ absl::Status BenchLayerOps(model::Backend& backend, const LayerShape& shape, int
     const double gflop =
         2.0 * static_cast<double>(num_tokens * in) * static_cast<double>(out) / 1e9;
     return bench(what, gflop, 0, [&] {
-      return backend.Linear({.x = x,
-                             .w = weight.data(),
-                             .bias = with_bias ? bias.data() : nullptr,
-                             .y = y,
-                             .num_tokens = num_tokens,
-                             .in_features = in,
-                             .out_features = out,
-                             .accumulate = accumulate});
+      return device.ops().Linear({.x = x,
+                                  .w = weight.data(),
+                                  .bias = with_bias ? bias.data() : nullptr,
+                                  .y = y,
+                                  .num_tokens = num_tokens,
+                                  .in_features = in,
+                                  .out_features = out,
+                                  .accumulate = accumulate});
     });
   };
   const auto tokens = static_cast<double>(num_tokens);
   status = bench("RMSNorm", 0, 2.0 * tokens * static_cast<double>(shape.hidden), [&] {
-    return backend.RmsNorm({.x = hidden.data(),
-                            .weight = bias.data(),
-                            .y = normed.data(),
-                            .num_tokens = num_tokens,
-                            .hidden = shape.hidden});
+    return device.ops().RmsNorm({.x = hidden.data(),
+                                 .weight = bias.data(),
+                                 .y = normed.data(),
+                                 .num_tokens = num_tokens,
+                                 .hidden = shape.hidden});
   });
   if (status.ok()) {
     status = linear("linear qkv, bias", normed.data(), wide_x.data(), shape.hidden, qkv_width, true,
@@ -150,17 +137,17 @@ absl::Status BenchLayerOps(model::Backend& backend, const LayerShape& shape, int
   }
   if (status.ok()) {
     status = bench("RoPE, split to q, k, v", 0, 2.0 * tokens * static_cast<double>(qkv_width), [&] {
-      return backend.QkvRope({.qkv = wide_x.data(),
-                              .inv_freq = inv_freq.as<float>(),
-                              .q = q.data(),
-                              .k = k.data(),
-                              .v = v.data(),
-                              .num_tokens = num_tokens,
-                              .kv_head_stride = num_tokens * shape.head_dim,
-                              .kv_token_stride = shape.head_dim,
-                              .num_heads = shape.num_heads,
-                              .num_kv_heads = shape.num_kv_heads,
-                              .head_dim = shape.head_dim});
+      return device.ops().QkvRope({.qkv = wide_x.data(),
+                                   .inv_freq = inv_freq.as<float>(),
+                                   .q = q.data(),
+                                   .k = k.data(),
+                                   .v = v.data(),
+                                   .num_tokens = num_tokens,
+                                   .kv_head_stride = num_tokens * shape.head_dim,
+                                   .kv_token_stride = shape.head_dim,
+                                   .num_heads = shape.num_heads,
+                                   .num_kv_heads = shape.num_kv_heads,
+                                   .head_dim = shape.head_dim});
     });
   }
   if (status.ok()) {
@@ -172,11 +159,16 @@ absl::Status BenchLayerOps(model::Backend& backend, const LayerShape& shape, int
                     2 * shape.intermediate, false, false);
   }
   if (status.ok()) {
-    status = bench("SwiGLU", 0, 3.0 * tokens * static_cast<double>(shape.intermediate), [&] {
-      return backend.SwiGlu({.gate_up = wide_x.data(),
-                             .y = gated.data(),
-                             .num_tokens = num_tokens,
-                             .intermediate = shape.intermediate});
+    const double gflop =
+        4e-9 * tokens * static_cast<double>(shape.hidden) * static_cast<double>(shape.intermediate);
+    status = bench("gate, up and SwiGLU", gflop, 0, [&] {
+      return device.ops().GatedLinear({.x = normed.data(),
+                                       .w = weight.data(),
+                                       .gate_up = wide_x.data(),
+                                       .y = gated.data(),
+                                       .num_tokens = num_tokens,
+                                       .in_features = shape.hidden,
+                                       .intermediate = shape.intermediate});
     });
   }
   if (status.ok()) {
@@ -186,7 +178,7 @@ absl::Status BenchLayerOps(model::Backend& backend, const LayerShape& shape, int
   return status;
 }
 
-absl::Status BenchLinears(model::Backend& backend, model::Backend& tuned, const LayerShape& shape,
+absl::Status BenchLinears(model::Device& device, model::Device& tuned, const LayerShape& shape,
                           int num_layers, int64_t num_tokens, int64_t tile_tokens, Report* report) {
   const int64_t q_width = int64_t{shape.num_heads} * shape.head_dim;
   const int64_t qkv_width = q_width + 2 * int64_t{shape.num_kv_heads} * shape.head_dim;
@@ -207,7 +199,7 @@ absl::Status BenchLinears(model::Backend& backend, model::Backend& tuned, const 
         {product.w, product.out * product.in, 0.02f},
         {product.y, tile_tokens * product.out, 1.0f}};
     for (const auto& [buffer, size, scale] : tensors) {
-      absl::StatusOr<model::DeviceBuffer> filled = Random(backend, size, scale);
+      absl::StatusOr<model::DeviceBuffer> filled = Random(device, size, scale);
       if (!filled.ok()) return filled.status();
       buffer = *std::move(filled);
     }
@@ -221,49 +213,36 @@ absl::Status BenchLinears(model::Backend& backend, model::Backend& tuned, const 
                                  .out_features = product.out,
                                  .accumulate = product.accumulate};
   };
-  const auto run = [&](model::Backend& by, int layers) {
+  const auto run = [&](model::Device& by, int layers) {
     absl::Status status;
     for (int layer = 0; layer < layers; ++layer) {
       for (const Product& product : products) {
         for (int64_t first = 0; first < num_tokens && status.ok(); first += tile_tokens) {
-          status = by.Linear(params(product, std::min(tile_tokens, num_tokens - first)));
+          status = by.ops().Linear(params(product, std::min(tile_tokens, num_tokens - first)));
         }
       }
     }
     return status;
   };
-  absl::Status status = run(backend, 1);
-  if (status.ok()) status = backend.Synchronize();
+  absl::Status status = run(device, 1);
+  if (status.ok()) status = device.Synchronize();
   for (const Product& product : products) {
-    if (status.ok()) status = tuned.TuneLinear(params(product, tile_tokens));
-  }
-  struct Choice {
-    const char* what;
-    model::Backend& backend;
-    std::vector<double> ms;
-  };
-  Choice choices[] = {{"all linears of a prefill", backend, {}}, {"the same, tuned", tuned, {}}};
-  for (int turn = 0; turn < kLinearsTurns && status.ok(); ++turn) {
-    for (Choice& choice : choices) {
-      const absl::StatusOr<double> ms =
-          choice.backend.TimeMs([&] { return run(choice.backend, num_layers); });
-      if (!ms.ok()) return ms.status();
-      choice.ms.push_back(*ms);
-    }
+    if (status.ok()) status = tuned.ops().TuneLinear(params(product, tile_tokens));
   }
   if (!status.ok()) return status;
-  for (Choice& choice : choices) {
-    std::sort(choice.ms.begin(), choice.ms.end());
-    Row row{.what = choice.what,
-            .shape = absl::StrFormat("%d tokens, %d layers", num_tokens, num_layers)};
-    row.median_ms = choice.ms[kLinearsTurns / 2];
-    row.min_ms = choice.ms.front();
-    row.max_ms = choice.ms.back();
+  Row rows[] = {{.what = "all linears of a prefill"}, {.what = "the same, tuned"}};
+  for (Row& row : rows) {
+    row.shape = absl::StrFormat("%d tokens, %d layers", num_tokens, num_layers);
     row.tflop = 2.0 * weights * num_layers * static_cast<double>(num_tokens) / 1e12;
-    report->Add(std::move(row));
   }
+  const auto run_untuned = [&] { return run(device, num_layers); };
+  const auto run_tuned = [&] { return run(tuned, num_layers); };
+  status = MeasureInTurns(kLinearsTurns,
+                          {{device, run_untuned, &rows[0]}, {tuned, run_tuned, &rows[1]}});
+  if (!status.ok()) return status;
+  for (Row& row : rows) report->Add(std::move(row));
   const Product& gate_up = products[2];
-  return BenchGatedLinear(tuned,
+  return BenchGatedLinear(device, tuned,
                           {.x = gate_up.x.data(),
                            .w = gate_up.w.data(),
                            .gate_up = gate_up.y.data(),

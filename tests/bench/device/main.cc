@@ -63,7 +63,7 @@ ABSL_FLAG(std::string, commit, "", "Noted in --json.");
 namespace prefilld::bench {
 namespace {
 
-absl::StatusOr<model::DeviceChoice> Device() {
+absl::StatusOr<model::DeviceChoice> Choice() {
   const std::string device = absl::GetFlag(FLAGS_device);
   if (device == "auto") return model::DeviceChoice::kAuto;
   if (device == "cpu") return model::DeviceChoice::kCpu;
@@ -101,27 +101,27 @@ model::AttentionOptions Options(model::AttentionPolicy policy) {
   return options;
 }
 
-absl::Status RunAttention(model::Backend& backend, Report* report) {
+absl::Status RunAttention(model::Device& device, Report* report) {
   const int runs = absl::GetFlag(FLAGS_runs);
   absl::StatusOr<std::vector<int64_t>> densities = Numbers(absl::GetFlag(FLAGS_densities));
   if (!densities.ok()) return densities.status();
   const std::vector<int> percents(densities->begin(), densities->end());
   if (const std::string folder = absl::GetFlag(FLAGS_qkv); !folder.empty()) {
-    absl::StatusOr<AttentionData> data = LoadAttentionData(backend, folder);
+    absl::StatusOr<AttentionData> data = LoadAttentionData(device, folder);
     if (!data.ok()) return data.status();
-    absl::Status status = BenchAttention(backend, *data, {}, runs, report);
+    absl::Status status = BenchAttention(device, *data, {}, runs, report);
     if (!status.ok() || absl::GetFlag(FLAGS_clusters).empty()) return status;
-    return BenchSharing(backend, *data, absl::GetFlag(FLAGS_clusters),
+    return BenchSharing(device, *data, absl::GetFlag(FLAGS_clusters),
                         Options(model::AttentionPolicy::kShare), runs, report);
   }
   absl::StatusOr<std::vector<int64_t>> lengths = Numbers(absl::GetFlag(FLAGS_tokens));
   if (!lengths.ok()) return lengths.status();
   for (int64_t length : *lengths) {
     absl::StatusOr<AttentionData> data =
-        RandomAttentionData(backend, length, absl::GetFlag(FLAGS_heads),
+        RandomAttentionData(device, length, absl::GetFlag(FLAGS_heads),
                             absl::GetFlag(FLAGS_kv_heads), absl::GetFlag(FLAGS_head_dim));
     if (!data.ok()) return data.status();
-    absl::Status status = BenchAttention(backend, *data, percents, runs, report);
+    absl::Status status = BenchAttention(device, *data, percents, runs, report);
     if (!status.ok()) return status;
   }
   return absl::OkStatus();
@@ -135,27 +135,26 @@ LayerShape ShapeOfLayer() {
           .head_dim = absl::GetFlag(FLAGS_head_dim)};
 }
 
-absl::Status RunLinears(model::Backend& backend, model::DeviceChoice device, Report* report) {
+absl::Status RunLinears(model::Device& device, model::DeviceChoice choice, Report* report) {
   absl::StatusOr<std::vector<int64_t>> lengths = Numbers(absl::GetFlag(FLAGS_tokens));
   if (!lengths.ok()) return lengths.status();
   const int64_t tile = absl::GetFlag(FLAGS_tile_tokens);
   for (int64_t length : *lengths) {
-    absl::StatusOr<std::unique_ptr<model::Backend>> tuned = model::CreateBackend(device, 0);
+    absl::StatusOr<std::unique_ptr<model::Device>> tuned = model::CreateDevice(choice, 0);
     if (!tuned.ok()) return tuned.status();
-    absl::Status status =
-        BenchLinears(backend, **tuned, ShapeOfLayer(), absl::GetFlag(FLAGS_layers), length,
-                     tile == 0 ? 8192 : tile, report);
+    absl::Status status = BenchLinears(device, **tuned, ShapeOfLayer(), absl::GetFlag(FLAGS_layers),
+                                       length, tile == 0 ? 8192 : tile, report);
     if (!status.ok()) return status;
   }
   return absl::OkStatus();
 }
 
-absl::Status RunLayer(model::Backend& backend, Report* report) {
+absl::Status RunLayer(model::Device& device, Report* report) {
   absl::StatusOr<std::vector<int64_t>> lengths = Numbers(absl::GetFlag(FLAGS_tokens));
   if (!lengths.ok()) return lengths.status();
   for (int64_t length : *lengths) {
     absl::Status status =
-        BenchLayerOps(backend, ShapeOfLayer(), length, absl::GetFlag(FLAGS_runs), report);
+        BenchLayerOps(device, ShapeOfLayer(), length, absl::GetFlag(FLAGS_runs), report);
     if (!status.ok()) return status;
   }
   return absl::OkStatus();
@@ -231,26 +230,26 @@ absl::Status Run() {
   Report report({absl::GetFlag(FLAGS_peak_tflops), absl::GetFlag(FLAGS_peak_gbps)});
   report.Fact("mode", absl::GetFlag(FLAGS_mode));
   report.Fact("commit", absl::GetFlag(FLAGS_commit));
-  absl::StatusOr<model::DeviceChoice> device = Device();
-  if (!device.ok()) return device.status();
+  absl::StatusOr<model::DeviceChoice> choice = Choice();
+  if (!choice.ok()) return choice.status();
   absl::Status status;
   const std::string mode = absl::GetFlag(FLAGS_mode);
   if (mode == "prefill") {
-    status = RunEngine(*device, /*batches=*/{}, &report);
+    status = RunEngine(*choice, /*batches=*/{}, &report);
   } else if (mode == "batch") {
     absl::StatusOr<std::vector<int64_t>> batches = Numbers(absl::GetFlag(FLAGS_batches));
     if (!batches.ok()) return batches.status();
-    status = RunEngine(*device, *batches, &report);
+    status = RunEngine(*choice, *batches, &report);
   } else if (mode == "attention" || mode == "layer" || mode == "linears") {
-    absl::StatusOr<std::unique_ptr<model::Backend>> backend = model::CreateBackend(*device, 0);
-    if (!backend.ok()) return backend.status();
-    report.Fact("device", (*backend)->device_name());
+    absl::StatusOr<std::unique_ptr<model::Device>> device = model::CreateDevice(*choice, 0);
+    if (!device.ok()) return device.status();
+    report.Fact("device", (*device)->traits().name);
     if (mode == "attention") {
-      status = RunAttention(**backend, &report);
+      status = RunAttention(**device, &report);
     } else if (mode == "layer") {
-      status = RunLayer(**backend, &report);
+      status = RunLayer(**device, &report);
     } else {
-      status = RunLinears(**backend, *device, &report);
+      status = RunLinears(**device, *choice, &report);
     }
   } else {
     return absl::InvalidArgumentError(absl::StrCat("--mode ", mode, " unknown"));

@@ -62,33 +62,35 @@ void SetTimes(std::vector<double> times, Row* row) {
 
 }  // namespace
 
-absl::Status Measure(model::Backend& backend, int runs, absl::FunctionRef<absl::Status()> ops,
-                     Row* row) {
-  std::vector<double> times;
-  for (int i = -2; i < runs; ++i) {
-    absl::StatusOr<double> ms = backend.TimeMs(ops);
-    if (!ms.ok()) return ms.status();
-    if (i >= 0) times.push_back(*ms);
-  }
-  SetTimes(std::move(times), row);
-  return absl::OkStatus();
+absl::StatusOr<double> TimeMs(model::Device& device, absl::FunctionRef<absl::Status()> ops) {
+  constexpr int kBegin = model::Device::kNumMarks - 2;
+  constexpr int kEnd = model::Device::kNumMarks - 1;
+  absl::Status status = device.Mark(kBegin);
+  if (status.ok()) status = ops();
+  if (status.ok()) status = device.Mark(kEnd);
+  if (status.ok()) status = device.Synchronize();
+  if (!status.ok()) return status;
+  const absl::StatusOr<double> us = device.ElapsedUs(kBegin, kEnd);
+  if (!us.ok()) return us.status();
+  return *us * 1e-3;
 }
 
-absl::Status MeasureInTurns(model::Backend& backend, int runs,
-                            absl::FunctionRef<absl::Status()> first_ops, Row* first,
-                            absl::FunctionRef<absl::Status()> second_ops, Row* second) {
-  std::vector<double> first_times, second_times;
-  for (int i = -2; i < runs; ++i) {
-    const absl::StatusOr<double> first_ms = backend.TimeMs(first_ops);
-    if (!first_ms.ok()) return first_ms.status();
-    const absl::StatusOr<double> second_ms = backend.TimeMs(second_ops);
-    if (!second_ms.ok()) return second_ms.status();
-    if (i < 0) continue;
-    first_times.push_back(*first_ms);
-    second_times.push_back(*second_ms);
+absl::Status Measure(model::Device& device, int runs, absl::FunctionRef<absl::Status()> ops,
+                     Row* row) {
+  const Contender alone = {device, ops, row};
+  return MeasureInTurns(runs, absl::MakeConstSpan(&alone, 1));
+}
+
+absl::Status MeasureInTurns(int runs, absl::Span<const Contender> contenders) {
+  std::vector<std::vector<double>> times(contenders.size());
+  for (int run = -2; run < runs; ++run) {
+    for (size_t i = 0; i < contenders.size(); ++i) {
+      const absl::StatusOr<double> ms = TimeMs(contenders[i].device, contenders[i].ops);
+      if (!ms.ok()) return ms.status();
+      if (run >= 0) times[i].push_back(*ms);
+    }
   }
-  SetTimes(std::move(first_times), first);
-  SetTimes(std::move(second_times), second);
+  for (size_t i = 0; i < contenders.size(); ++i) SetTimes(std::move(times[i]), contenders[i].row);
   return absl::OkStatus();
 }
 

@@ -8,7 +8,8 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "model/device/backend.h"
+#include "absl/types/span.h"
+#include "model/device/device.h"
 
 namespace prefilld::bench {
 
@@ -20,7 +21,7 @@ struct Ceilings {
 
 struct Row {
   std::string what;
-  std::string shape;
+  std::string shape = {};
   double median_ms = 0.0;
   double min_ms = 0.0;
   double max_ms = 0.0;
@@ -44,14 +45,23 @@ class Report {
   std::vector<std::pair<std::string, std::string>> facts_;
 };
 
+// Runs `ops` and waits for them: the milliseconds they took by the device's clock. Uses the last
+// two marks of the device.
+absl::StatusOr<double> TimeMs(model::Device& device, absl::FunctionRef<absl::Status()> ops);
+
 // Two warm-up runs, then `runs` timed ones: fills median, min and max of `row`.
-absl::Status Measure(model::Backend& backend, int runs, absl::FunctionRef<absl::Status()> ops,
+absl::Status Measure(model::Device& device, int runs, absl::FunctionRef<absl::Status()> ops,
                      Row* row);
 
-// The same of two rivals in turns, so that a card that gets warm and slow does so for both.
-absl::Status MeasureInTurns(model::Backend& backend, int runs,
-                            absl::FunctionRef<absl::Status()> first_ops, Row* first,
-                            absl::FunctionRef<absl::Status()> second_ops, Row* second);
+// One of several ways to do a thing: `ops` runs it on `device`.
+struct Contender {
+  model::Device& device;
+  absl::FunctionRef<absl::Status()> ops;
+  Row* row;
+};
+
+// Measures all of them in turns, so that a card that gets warm and slow does so for each.
+absl::Status MeasureInTurns(int runs, absl::Span<const Contender> contenders);
 
 }  // namespace prefilld::bench
 

@@ -61,9 +61,9 @@ class SyntheticSequence : public model::PrefillSequence {
 
 absl::StatusOr<std::unique_ptr<SyntheticEngine>> SyntheticEngine::Create(int64_t max_tokens) {
   std::unique_ptr<SyntheticEngine> engine(new SyntheticEngine);
-  auto backend = model::CreateBackend(model::DeviceChoice::kCpu, 1);
-  if (!backend.ok()) return backend.status();
-  engine->backend_ = *std::move(backend);
+  auto device = model::CreateDevice(model::DeviceChoice::kCpu, 1);
+  if (!device.ok()) return device.status();
+  engine->device_ = *std::move(device);
   engine->info_.model_name = "synthetic";
   engine->info_.fingerprint = "synthetic";
   engine->info_.device_name = "none";
@@ -87,7 +87,7 @@ absl::StatusOr<std::unique_ptr<model::PrefillSequence>> SyntheticEngine::Start(
 }
 
 absl::StatusOr<model::DeviceBuffer> SyntheticEngine::AllocateStaging(size_t bytes) {
-  return backend_->AllocateStaging(bytes);
+  return device_->AllocateStaging(bytes);
 }
 
 }  // namespace prefilld::bench

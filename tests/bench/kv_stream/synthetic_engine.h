@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "model/device/backend.h"
+#include "model/device/device.h"
 #include "model/prefill/prefill_engine.h"
 
 namespace prefilld::bench {
@@ -30,7 +30,7 @@ class SyntheticEngine : public model::PrefillEngine {
   SyntheticEngine() = default;
 
   model::EngineInfo info_;
-  std::unique_ptr<model::Backend> backend_;
+  std::unique_ptr<model::Device> device_;
   std::vector<uint8_t> kv_;
 };
 

@@ -1,4 +1,4 @@
-#include "model/device/cpu_backend.h"
+#include "model/device/cpu_device.h"
 
 #include <array>
 #include <atomic>
@@ -24,39 +24,9 @@ namespace cpu = kernels::cpu;
 // A cache line, and the widest vector.
 constexpr size_t kAlignment = 64;
 
-class CpuBackend final : public Backend {
+class CpuOps final : public Ops {
  public:
-  explicit CpuBackend(int num_threads) : num_threads_(num_threads) {}
-
-  const std::string& device_name() const override { return device_name_; }
-  kernels::DType compute_dtype() const override { return kernels::DType::kFp32; }
-  size_t allocated_bytes() const override { return allocated_bytes_.load(); }
-
-  absl::StatusOr<DeviceBuffer> Allocate(size_t bytes) override {
-    return AllocateKind(MemoryKind::kDevice, bytes);
-  }
-  absl::StatusOr<DeviceBuffer> AllocateStaging(size_t bytes) override {
-    return AllocateKind(MemoryKind::kStaging, bytes);
-  }
-
-  absl::Status Upload(void* dst, const void* src, size_t bytes) override {
-    return Copy(dst, src, bytes);
-  }
-  absl::Status Download(void* dst, const void* src, size_t bytes) override {
-    return Copy(dst, src, bytes);
-  }
-  absl::Status StartDownload(void* dst, const void* src, size_t bytes) override {
-    return Copy(dst, src, bytes);
-  }
-  absl::Status FinishDownloads() override { return absl::OkStatus(); }
-  absl::Status Synchronize() override { return absl::OkStatus(); }
-  absl::Status Mark(int mark) override {
-    marks_[mark] = std::chrono::steady_clock::now();
-    return absl::OkStatus();
-  }
-  absl::StatusOr<double> ElapsedUs(int from, int to) override {
-    return std::chrono::duration<double, std::micro>(marks_[to] - marks_[from]).count();
-  }
+  explicit CpuOps(int num_threads) : num_threads_(num_threads) {}
 
   absl::Status Embedding(const kernels::EmbeddingParams& p) override {
     return Run(cpu::Embedding, p);
@@ -64,7 +34,6 @@ class CpuBackend final : public Backend {
   absl::Status RmsNorm(const kernels::RmsNormParams& p) override { return Run(cpu::RmsNorm, p); }
   absl::Status Linear(const kernels::LinearParams& p) override { return Run(cpu::Linear, p); }
   absl::Status QkvRope(const kernels::QkvRopeParams& p) override { return Run(cpu::QkvRope, p); }
-  absl::Status SwiGlu(const kernels::SwiGluParams& p) override { return Run(cpu::SwiGlu, p); }
   absl::Status GatedLinear(const kernels::GatedLinearParams& p) override {
     return Run(cpu::GatedLinear, p);
   }
@@ -93,6 +62,58 @@ class CpuBackend final : public Backend {
   absl::Status MeasurePattern(const kernels::MeasurePatternParams& p) override {
     return Run(cpu::MeasurePattern, p);
   }
+
+ private:
+  // The calling thread may be another one each time, and the number of OpenMP threads belongs to
+  // the thread.
+  template <typename Params>
+  absl::Status Run(void (*op)(const Params&), const Params& params) {
+    cpu::UseThreads(num_threads_);
+    try {
+      op(params);
+    } catch (const std::bad_alloc&) {
+      return absl::ResourceExhaustedError("host memory: scratch of an op refused");
+    }
+    return absl::OkStatus();
+  }
+
+  const int num_threads_;
+};
+
+class CpuDevice final : public Device {
+ public:
+  explicit CpuDevice(int num_threads) : ops_(num_threads) {}
+
+  const DeviceTraits& traits() const override { return traits_; }
+  Ops& ops() override { return ops_; }
+  size_t allocated_bytes() const override { return allocated_bytes_.load(); }
+
+  absl::StatusOr<DeviceBuffer> Allocate(size_t bytes) override {
+    return AllocateKind(MemoryKind::kDevice, bytes);
+  }
+  absl::StatusOr<DeviceBuffer> AllocateStaging(size_t bytes) override {
+    return AllocateKind(MemoryKind::kStaging, bytes);
+  }
+
+  absl::Status Upload(void* dst, const void* src, size_t bytes) override {
+    return Copy(dst, src, bytes);
+  }
+  absl::Status Download(void* dst, const void* src, size_t bytes) override {
+    return Copy(dst, src, bytes);
+  }
+  absl::Status StartDownload(void* dst, const void* src, size_t bytes) override {
+    return Copy(dst, src, bytes);
+  }
+  absl::Status FinishDownloads() override { return absl::OkStatus(); }
+  absl::Status Synchronize() override { return absl::OkStatus(); }
+  absl::Status Mark(int mark) override {
+    marks_[mark] = std::chrono::steady_clock::now();
+    return absl::OkStatus();
+  }
+  absl::StatusOr<double> ElapsedUs(int from, int to) override {
+    return std::chrono::duration<double, std::micro>(marks_[to] - marks_[from]).count();
+  }
+
   // On the calling thread, beside the ops.
   absl::Status PackKv(const kernels::PackKvParams& p) override {
     cpu::PackKv(p);
@@ -122,33 +143,20 @@ class CpuBackend final : public Backend {
     return absl::OkStatus();
   }
 
-  // The calling thread may be another one each time, and the number of OpenMP threads belongs to
-  // the thread.
-  template <typename Params>
-  absl::Status Run(void (*op)(const Params&), const Params& params) {
-    cpu::UseThreads(num_threads_);
-    try {
-      op(params);
-    } catch (const std::bad_alloc&) {
-      return absl::ResourceExhaustedError("host memory: scratch of an op refused");
-    }
-    return absl::OkStatus();
-  }
-
-  const std::string device_name_ = "cpu";
-  const int num_threads_;
+  const DeviceTraits traits_ = {.name = "cpu", .compute_dtype = kernels::DType::kFp32};
+  CpuOps ops_;
   std::array<std::chrono::steady_clock::time_point, kNumMarks> marks_;
   std::atomic<size_t> allocated_bytes_ = 0;
 };
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(int num_threads) {
+absl::StatusOr<std::unique_ptr<Device>> CreateCpuDevice(int num_threads) {
   if (num_threads < 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("cpu_threads ", num_threads, " is negative; 0 means all cores"));
   }
-  return std::make_unique<CpuBackend>(num_threads > 0 ? num_threads : cpu::AvailableThreads());
+  return std::make_unique<CpuDevice>(num_threads > 0 ? num_threads : cpu::AvailableThreads());
 }
 
 }  // namespace prefilld::model

@@ -1,11 +1,11 @@
-// The backend over kernels/cuda: bf16 on one GPU.
-#ifndef PREFILLD_MODEL_DEVICE_CUDA_BACKEND_H_
-#define PREFILLD_MODEL_DEVICE_CUDA_BACKEND_H_
+// The device over kernels/cuda: bf16 on one GPU.
+#ifndef PREFILLD_MODEL_DEVICE_CUDA_DEVICE_H_
+#define PREFILLD_MODEL_DEVICE_CUDA_DEVICE_H_
 
 #include <memory>
 
 #include "absl/status/statusor.h"
-#include "model/device/backend.h"
+#include "model/device/device.h"
 
 namespace prefilld::model {
 
@@ -13,10 +13,10 @@ namespace prefilld::model {
 // driver's reason, when there is none or it is older than compute capability 8.0.
 //
 // Ops run on one stream, PackKv on streams of its own. An error of the device itself (a fault in a
-// kernel, a lost GPU) is UNAVAILABLE, and the backend is of no use from then on: every later call
+// kernel, a lost GPU) is UNAVAILABLE, and the device is of no use from then on: every later call
 // returns the same error.
-absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend();
+absl::StatusOr<std::unique_ptr<Device>> CreateCudaDevice();
 
 }  // namespace prefilld::model
 
-#endif  // PREFILLD_MODEL_DEVICE_CUDA_BACKEND_H_
+#endif  // PREFILLD_MODEL_DEVICE_CUDA_DEVICE_H_

@@ -1,4 +1,4 @@
-#include "model/device/cuda_backend.h"
+#include "model/device/cuda_device.h"
 
 #include <cstring>
 #include <numeric>
@@ -13,102 +13,102 @@ namespace {
 
 using kernels::testing::Bf16;
 
-class CudaBackend : public kernels::testing::GpuTest {
+class CudaDevice : public kernels::testing::GpuTest {
  protected:
   void SetUp() override {
     GpuTest::SetUp();
     if (IsSkipped()) return;
-    absl::StatusOr<std::unique_ptr<Backend>> backend = CreateCudaBackend();
-    ASSERT_TRUE(backend.ok()) << backend.status();
-    backend_ = *std::move(backend);
+    absl::StatusOr<std::unique_ptr<Device>> device = CreateCudaDevice();
+    ASSERT_TRUE(device.ok()) << device.status();
+    device_ = *std::move(device);
   }
 
   DeviceBuffer Allocate(size_t bytes) {
-    absl::StatusOr<DeviceBuffer> buffer = backend_->Allocate(bytes);
+    absl::StatusOr<DeviceBuffer> buffer = device_->Allocate(bytes);
     EXPECT_TRUE(buffer.ok()) << buffer.status();
     return buffer.ok() ? *std::move(buffer) : DeviceBuffer();
   }
 
-  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<Device> device_;
 };
 
-TEST_F(CudaBackend, IsNamedAfterTheGpuAndComputesInBf16) {
-  EXPECT_FALSE(backend_->device_name().empty());
-  EXPECT_EQ(backend_->compute_dtype(), kernels::DType::kBf16);
+TEST_F(CudaDevice, IsNamedAfterTheGpuAndComputesInBf16) {
+  EXPECT_FALSE(device_->traits().name.empty());
+  EXPECT_EQ(device_->traits().compute_dtype, kernels::DType::kBf16);
 }
 
-TEST_F(CudaBackend, CountsTheMemoryItHandsOut) {
-  const size_t before = backend_->allocated_bytes();
+TEST_F(CudaDevice, CountsTheMemoryItHandsOut) {
+  const size_t before = device_->allocated_bytes();
   {
     const DeviceBuffer buffer = Allocate(12345);
-    EXPECT_EQ(backend_->allocated_bytes(), before + 12345);
+    EXPECT_EQ(device_->allocated_bytes(), before + 12345);
   }
-  EXPECT_EQ(backend_->allocated_bytes(), before);
+  EXPECT_EQ(device_->allocated_bytes(), before);
 }
 
-TEST_F(CudaBackend, RefusesMoreMemoryThanThereIsAndWorksOn) {
-  const absl::StatusOr<DeviceBuffer> buffer = backend_->Allocate(size_t{1} << 50);
+TEST_F(CudaDevice, RefusesMoreMemoryThanThereIsAndWorksOn) {
+  const absl::StatusOr<DeviceBuffer> buffer = device_->Allocate(size_t{1} << 50);
   EXPECT_EQ(buffer.status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_NE(buffer.status().message().find("1125899906842624"), std::string::npos);
-  EXPECT_TRUE(backend_->Synchronize().ok());
+  EXPECT_TRUE(device_->Synchronize().ok());
   EXPECT_NE(Allocate(16).data(), nullptr);
 }
 
-TEST_F(CudaBackend, UploadsFromPageableAndPinnedMemory) {
+TEST_F(CudaDevice, UploadsFromPageableAndPinnedMemory) {
   std::vector<uint32_t> values(100000);
   std::iota(values.begin(), values.end(), 1u);
   const size_t bytes = values.size() * sizeof(uint32_t);
-  absl::StatusOr<DeviceBuffer> staging = backend_->AllocateStaging(bytes);
+  absl::StatusOr<DeviceBuffer> staging = device_->AllocateStaging(bytes);
   ASSERT_TRUE(staging.ok());
   std::memcpy(staging->data(), values.data(), bytes);
   const DeviceBuffer device = Allocate(bytes);
   for (void* source : {static_cast<void*>(values.data()), staging->data()}) {
-    ASSERT_TRUE(backend_->Upload(device.data(), source, bytes).ok());
+    ASSERT_TRUE(device_->Upload(device.data(), source, bytes).ok());
     std::memset(source, 0, bytes);  // the source may be reused on return
     std::vector<uint32_t> back(values.size());
-    ASSERT_TRUE(backend_->Download(back.data(), device.data(), bytes).ok());
+    ASSERT_TRUE(device_->Download(back.data(), device.data(), bytes).ok());
     for (size_t i = 0; i < back.size(); ++i) ASSERT_EQ(back[i], i + 1);
   }
 }
 
-TEST_F(CudaBackend, DownloadsBesideLaterOpsWhatEarlierOnesLeft) {
+TEST_F(CudaDevice, DownloadsBesideLaterOpsWhatEarlierOnesLeft) {
   std::vector<uint32_t> values(1 << 20);
   std::iota(values.begin(), values.end(), 1u);
   const size_t bytes = values.size() * sizeof(uint32_t);
   const DeviceBuffer device = Allocate(bytes);
-  absl::StatusOr<DeviceBuffer> staging = backend_->AllocateStaging(2 * bytes);
+  absl::StatusOr<DeviceBuffer> staging = device_->AllocateStaging(2 * bytes);
   ASSERT_TRUE(staging.ok());
-  ASSERT_TRUE(backend_->Mark(0).ok());
+  ASSERT_TRUE(device_->Mark(0).ok());
   for (const size_t place : {0, 1}) {
-    ASSERT_TRUE(backend_->Upload(device.data(), values.data(), bytes).ok());
+    ASSERT_TRUE(device_->Upload(device.data(), values.data(), bytes).ok());
     ASSERT_TRUE(
-        backend_->StartDownload(staging->as<char>() + place * bytes, device.data(), bytes).ok());
-    ASSERT_TRUE(backend_->FinishDownloads().ok());
+        device_->StartDownload(staging->as<char>() + place * bytes, device.data(), bytes).ok());
+    ASSERT_TRUE(device_->FinishDownloads().ok());
     for (uint32_t& value : values) ++value;
   }
-  ASSERT_TRUE(backend_->Mark(Backend::kNumMarks - 1).ok());
+  ASSERT_TRUE(device_->Mark(Device::kNumMarks - 1).ok());
   for (size_t i = 0; i < values.size(); ++i) {
     ASSERT_EQ(staging->as<uint32_t>()[i], i + 1);
     ASSERT_EQ(staging->as<uint32_t>()[values.size() + i], i + 2);
   }
-  const absl::StatusOr<double> elapsed = backend_->ElapsedUs(0, Backend::kNumMarks - 1);
+  const absl::StatusOr<double> elapsed = device_->ElapsedUs(0, Device::kNumMarks - 1);
   ASSERT_TRUE(elapsed.ok()) << elapsed.status();
   EXPECT_GT(*elapsed, 0.0);
   EXPECT_LT(*elapsed, 1e7);
 }
 
-TEST_F(CudaBackend, NamesTheShapeThatItHasNoKernelFor) {
+TEST_F(CudaDevice, NamesTheShapeThatItHasNoKernelFor) {
   kernels::AttentionParams params;
   params.num_queries = params.num_keys = 1;
   params.num_heads = params.num_kv_heads = 1;
   params.head_dim = 96;
-  const absl::Status status = backend_->Attention(params);
+  const absl::Status status = device_->ops().Attention(params);
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_NE(status.message().find("head_dim 96"), std::string::npos) << status;
-  EXPECT_TRUE(backend_->Synchronize().ok());
+  EXPECT_TRUE(device_->Synchronize().ok());
 }
 
-TEST_F(CudaBackend, AttentionWithinWhatWasReservedAllocatesNothing) {
+TEST_F(CudaDevice, AttentionWithinWhatWasReservedAllocatesNothing) {
   constexpr int64_t kTokens = 2000;
   constexpr int kHeads = 4;
   kernels::AttentionParams params;
@@ -116,9 +116,9 @@ TEST_F(CudaBackend, AttentionWithinWhatWasReservedAllocatesNothing) {
   params.kv_head_stride = kTokens * 128;
   params.num_heads = params.num_kv_heads = kHeads;
   params.head_dim = 128;
-  const size_t before = backend_->allocated_bytes();
-  ASSERT_TRUE(backend_->ReserveAttention(params, /*block_mass=*/true).ok());
-  EXPECT_GT(backend_->allocated_bytes(), before);
+  const size_t before = device_->allocated_bytes();
+  ASSERT_TRUE(device_->ops().ReserveAttention(params, /*block_mass=*/true).ok());
+  EXPECT_GT(device_->allocated_bytes(), before);
 
   const DeviceBuffer tensor = Allocate(kTokens * kHeads * 128 * sizeof(Bf16));
   const DeviceBuffer out = Allocate(tensor.bytes());
@@ -128,7 +128,7 @@ TEST_F(CudaBackend, AttentionWithinWhatWasReservedAllocatesNothing) {
   kernels::HeadWork work[kHeads];
   params.work = work;
   params.num_work = kHeads;
-  const size_t reserved = backend_->allocated_bytes();
+  const size_t reserved = device_->allocated_bytes();
   for (const bool block_mass : {false, true}) {
     for (int head = 0; head < kHeads; ++head) {
       work[head] = {.head = head,
@@ -136,14 +136,14 @@ TEST_F(CudaBackend, AttentionWithinWhatWasReservedAllocatesNothing) {
     }
     for (const int64_t num_tokens : {int64_t{1}, int64_t{700}, kTokens}) {
       params.num_queries = params.num_keys = num_tokens;
-      EXPECT_TRUE(backend_->Attention(params).ok());
-      EXPECT_EQ(backend_->allocated_bytes(), reserved) << num_tokens;
+      EXPECT_TRUE(device_->ops().Attention(params).ok());
+      EXPECT_EQ(device_->allocated_bytes(), reserved) << num_tokens;
     }
   }
-  EXPECT_TRUE(backend_->Synchronize().ok());
+  EXPECT_TRUE(device_->Synchronize().ok());
 }
 
-TEST_F(CudaBackend, PacksFromSeveralThreadsBesideOps) {
+TEST_F(CudaDevice, PacksFromSeveralThreadsBesideOps) {
   // 2 x 20 MB in fp32: more than one piece of the packing buffer.
   constexpr int64_t kTokens = 20000;
   constexpr int kHeads = 4;
@@ -154,9 +154,9 @@ TEST_F(CudaBackend, PacksFromSeveralThreadsBesideOps) {
   const DeviceBuffer device_v = Allocate(v.size() * 2);
   const std::vector<Bf16> k_bits = kernels::testing::ToBf16(k);
   const std::vector<Bf16> v_bits = kernels::testing::ToBf16(v);
-  ASSERT_TRUE(backend_->Upload(device_k.data(), k_bits.data(), device_k.bytes()).ok());
-  ASSERT_TRUE(backend_->Upload(device_v.data(), v_bits.data(), device_v.bytes()).ok());
-  ASSERT_TRUE(backend_->Synchronize().ok());
+  ASSERT_TRUE(device_->Upload(device_k.data(), k_bits.data(), device_k.bytes()).ok());
+  ASSERT_TRUE(device_->Upload(device_v.data(), v_bits.data(), device_v.bytes()).ok());
+  ASSERT_TRUE(device_->Synchronize().ok());
 
   kernels::PackKvParams params;
   params.kv_head_stride = kTokens * kHeadDim;
@@ -179,12 +179,12 @@ TEST_F(CudaBackend, PacksFromSeveralThreadsBesideOps) {
   std::vector<std::thread> threads;
   for (int i = 0; i < 4; ++i) {
     threads.emplace_back([this, params, bytes, &expected] {
-      absl::StatusOr<DeviceBuffer> staging = backend_->AllocateStaging(bytes);
+      absl::StatusOr<DeviceBuffer> staging = device_->AllocateStaging(bytes);
       ASSERT_TRUE(staging.ok());
       std::memset(staging->data(), 0xff, bytes);
       kernels::PackKvParams mine = params;
       mine.dst = staging->data();
-      const absl::Status status = backend_->PackKv(mine);
+      const absl::Status status = device_->PackKv(mine);
       EXPECT_TRUE(status.ok()) << status;
       EXPECT_EQ(std::memcmp(staging->data(), expected.data(), bytes), 0);
     });
@@ -197,14 +197,14 @@ TEST_F(CudaBackend, PacksFromSeveralThreadsBesideOps) {
     norm.y = y.data();
     norm.num_tokens = kTokens;
     norm.hidden = kHeads * kHeadDim;
-    EXPECT_TRUE(backend_->RmsNorm(norm).ok());
+    EXPECT_TRUE(device_->ops().RmsNorm(norm).ok());
   }
-  EXPECT_TRUE(backend_->Synchronize().ok());
+  EXPECT_TRUE(device_->Synchronize().ok());
   for (std::thread& thread : threads) thread.join();
 }
 
 // Last: after it the process has lost the device.
-TEST_F(CudaBackend, ZFaultOfTheDeviceIsReportedByEveryLaterCall) {
+TEST_F(CudaDevice, ZFaultOfTheDeviceIsReportedByEveryLaterCall) {
   kernels::RmsNormParams params;
   params.x = reinterpret_cast<void*>(16);
   params.weight = params.x;
@@ -212,11 +212,11 @@ TEST_F(CudaBackend, ZFaultOfTheDeviceIsReportedByEveryLaterCall) {
   params.num_tokens = 1;
   params.hidden = 8;
   // The launch may succeed: the fault shows at the next wait.
-  backend_->RmsNorm(params).IgnoreError();
-  EXPECT_EQ(backend_->Synchronize().code(), absl::StatusCode::kUnavailable);
-  EXPECT_EQ(backend_->Allocate(16).status().code(), absl::StatusCode::kUnavailable);
-  EXPECT_EQ(backend_->RmsNorm(params).code(), absl::StatusCode::kUnavailable);
-  backend_.reset();
+  device_->ops().RmsNorm(params).IgnoreError();
+  EXPECT_EQ(device_->Synchronize().code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(device_->Allocate(16).status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(device_->ops().RmsNorm(params).code(), absl::StatusCode::kUnavailable);
+  device_.reset();
 }
 
 }  // namespace

@@ -1,0 +1,63 @@
+#include "model/device/device.h"
+
+#include <spdlog/spdlog.h>
+
+#include <utility>
+
+#include "model/device/cpu_device.h"
+#ifdef PREFILLD_HAVE_CUDA
+#include "model/device/cuda_device.h"
+#endif
+
+namespace prefilld::model {
+namespace {
+
+#ifndef PREFILLD_HAVE_CUDA
+absl::StatusOr<std::unique_ptr<Device>> CreateCudaDevice() {
+  return absl::FailedPreconditionError("this build has no CUDA device");
+}
+#endif
+
+}  // namespace
+
+DeviceBuffer& DeviceBuffer::operator=(DeviceBuffer&& other) noexcept {
+  if (this != &other) {
+    if (data_ != nullptr) device_->Free(kind_, data_, bytes_);
+    device_ = other.device_;
+    kind_ = other.kind_;
+    data_ = std::exchange(other.data_, nullptr);
+    bytes_ = std::exchange(other.bytes_, 0);
+  }
+  return *this;
+}
+
+DeviceBuffer::~DeviceBuffer() {
+  if (data_ != nullptr) device_->Free(kind_, data_, bytes_);
+}
+
+absl::Status Device::Repeat(const RecordingKey&, absl::FunctionRef<absl::Status()> ops) {
+  return ops();
+}
+
+absl::Status Ops::TuneLinear(const kernels::LinearParams&) { return absl::OkStatus(); }
+
+absl::Status Ops::TuneGatedLinear(const kernels::GatedLinearParams&) { return absl::OkStatus(); }
+
+// Attention of such a device works in the caller's memory alone.
+absl::Status Ops::ReserveAttention(const kernels::AttentionParams&, bool) {
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<Device>> CreateDevice(DeviceChoice choice, int cpu_threads) {
+  if (choice == DeviceChoice::kCpu) return CreateCpuDevice(cpu_threads);
+  absl::StatusOr<std::unique_ptr<Device>> cuda = CreateCudaDevice();
+  if (choice == DeviceChoice::kCuda) return cuda;
+  if (cuda.ok()) {
+    spdlog::info("device auto: {} (first CUDA device)", (*cuda)->traits().name);
+    return cuda;
+  }
+  spdlog::info("device auto: cpu ({})", std::string(cuda.status().message()));
+  return CreateCpuDevice(cpu_threads);
+}
+
+}  // namespace prefilld::model
