@@ -2,41 +2,43 @@
 #ifndef PREFILLD_KERNELS_CUDA_GATED_LINEAR_H_
 #define PREFILLD_KERNELS_CUDA_GATED_LINEAR_H_
 
-#include <cublasLt.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 #include <vector>
 
+#include "kernels/cuda/kernel_path.h"
+#include "kernels/cuda/launch_status.h"
 #include "kernels/cuda/linear.h"
 #include "kernels/layer_ops.h"
 
 namespace prefilld::kernels::cuda {
 
-// kTwoSteps: cuBLASLt's product into gate_up, then SwiGLU; on any GPU. kFused: the kernel of
-// gated_linear/sm90, which leaves gate_up as it is; on Hopper. kFastest: the one that Tune found
-// faster for the features, two steps where it has not tried.
-enum class GatedLinearPath { kFastest, kFused, kTwoSteps };
-
-// For use by one thread and on one stream, as LinearLauncher.
+// Computes GatedLinear in one of two ways:
+// - kPortable: cuBLASLt's product into gate_up, then SwiGLU; on any GPU.
+// - kHopper: the kernel of gated_linear/sm90, which fuses both and leaves gate_up as it is.
+// kFastest is the one that Tune found faster for the features; kPortable where it has not tried.
+//
+// One thread uses it, on one stream, like LinearLauncher.
 class GatedLinearLauncher {
  public:
-  // `linear` is borrowed. Looks at the current device.
-  explicit GatedLinearLauncher(LinearLauncher* linear);
+  // `linear` is borrowed.
+  explicit GatedLinearLauncher(LinearLauncher* linear) : linear_(linear) {}
 
-  // CUBLAS_STATUS_NOT_SUPPORTED: kFused for a shape or on a GPU that it does not compute, or
+  // cudaErrorInvalidValue: kHopper for a shape or on a GPU that it does not compute, or
   // intermediate is not a multiple of 8.
-  cublasStatus_t Launch(const GatedLinearParams& params, cudaStream_t stream,
-                        GatedLinearPath path = GatedLinearPath::kFastest);
+  LaunchStatus Launch(const GatedLinearParams& params, cudaStream_t stream,
+                      KernelPath path = KernelPath::kFastest);
 
-  // Tunes the product, then times both ways; as LinearLauncher::Tune. gate_up and y are
+  // Tunes the product, as LinearLauncher::Tune does, then times both ways. gate_up and y are
   // overwritten.
-  cublasStatus_t Tune(const GatedLinearParams& params, cudaStream_t stream);
+  LaunchStatus Tune(const GatedLinearParams& params, cudaStream_t stream);
 
-  // Whether Launch by kFastest takes the fused kernel.
+  // Whether Launch takes the fused kernel for kFastest.
   bool IsFused(const GatedLinearParams& params) const;
 
  private:
+  // The outcome of a Tune.
   struct Tuning {
     int64_t num_tokens;
     int64_t in_features;
@@ -44,10 +46,10 @@ class GatedLinearLauncher {
     bool fused;
   };
 
-  bool CanFuse(const GatedLinearParams& params) const;
+  // Whether the fused kernel computes the params on the current device, whose traits it returns.
+  bool CanFuse(const GatedLinearParams& params, GpuTraits* gpu) const;
 
   LinearLauncher* const linear_;
-  int num_sms_ = 0;  // of a Hopper GPU; 0 of others
   std::vector<Tuning> tunings_;
 };
 

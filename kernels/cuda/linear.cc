@@ -7,21 +7,22 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/cuda/rivals.h"
+#include "kernels/cuda/tuning.h"
 
 namespace prefilld::kernels::cuda {
 namespace {
 
-// Prompts of any length pass by; a plan is small, but their number must have a limit.
+// Prompts can have any length, and each needs plans of its own. A plan is small, but their number
+// must have a limit.
 constexpr size_t kMaxPlans = 512;
 
-// Of Tune. The first round leaves out what is far behind. A slow GPU has time for fewer rounds, for
-// one at least.
+// The limits of Tune. Candidates that are far behind after the first round are left out. A slow GPU
+// has time for fewer rounds, but for at least one.
 constexpr int kMaxProposals = 8;
 constexpr float kFarBehind = 1.25f;
 constexpr float kMaxTuneMs = 1000.0f;
 
-// Frees what the library created. cuBLASLt's handles are pointers.
+// Destroys an object that the library created. cuBLASLt's handles are pointers.
 template <auto kDestroy>
 struct Destroy {
   template <typename T>
@@ -35,7 +36,7 @@ using MatrixLayout =
 using Preference =
     std::unique_ptr<cublasLtMatmulPreferenceOpaque_t, Destroy<cublasLtMatmulPreferenceDestroy>>;
 
-// The first failure of a sequence of calls, which stops the rest.
+// Makes calls until one fails, and keeps that failure.
 class Sequence {
  public:
   template <typename Call>
@@ -93,14 +94,14 @@ LinearLauncher::~LinearLauncher() {
   if (handle_ != nullptr) cublasLtDestroy(handle_);
 }
 
-cublasStatus_t LinearLauncher::Initialize(void* workspace, size_t workspace_bytes) {
+LaunchStatus LinearLauncher::Initialize(void* workspace, size_t workspace_bytes) {
   workspace_ = workspace;
   workspace_bytes_ = workspace_bytes;
   return cublasLtCreate(&handle_);
 }
 
-// Row-major y = x W^T is, in the library's column-major terms, y' = W'^T x' with W' of shape
-// [in, out], x' [in, tokens] and y' [out, tokens]: the same memory.
+// The library's matrices are column-major. In its terms, y = x W^T is y' = W'^T x' over the same
+// memory, with W' of shape [in, out], x' [in, tokens] and y' [out, tokens].
 cublasStatus_t LinearLauncher::MakePlan(const LinearShape& shape, int max_proposals,
                                         std::unique_ptr<Plan>* result) const {
   auto plan = std::make_unique<Plan>();
@@ -185,8 +186,8 @@ cublasStatus_t LinearLauncher::Run(const Plan& plan, const LinearParams& params,
                         &plan.algorithm, workspace_, workspace_bytes_, stream);
 }
 
-cublasStatus_t LinearLauncher::Launch(const LinearParams& params, cudaStream_t stream) {
-  if (params.num_tokens == 0) return CUBLAS_STATUS_SUCCESS;
+LaunchStatus LinearLauncher::Launch(const LinearParams& params, cudaStream_t stream) {
+  if (params.num_tokens == 0) return {};
   const LinearShape shape = ShapeOf(params);
   const auto found = plans_.find(shape);
   if (found != plans_.end()) return Run(*found->second, params, stream);
@@ -219,50 +220,48 @@ const LinearLauncher::Plan* LinearLauncher::TuningFor(const LinearShape& shape) 
 
 bool LinearLauncher::IsTuned(const LinearShape& shape) const { return TuningFor(shape) != nullptr; }
 
-cublasStatus_t LinearLauncher::Tune(const LinearParams& params, cudaStream_t stream) {
-  if (params.num_tokens == 0) return CUBLAS_STATUS_SUCCESS;
+LaunchStatus LinearLauncher::Tune(const LinearParams& params, cudaStream_t stream) {
+  if (params.num_tokens == 0) return {};
   const LinearShape shape = ShapeOf(params);
   std::unique_ptr<Plan> plan;
-  cublasStatus_t status = MakePlan(shape, kMaxProposals, &plan);
-  if (status != CUBLAS_STATUS_SUCCESS) return status;
+  LaunchStatus status = MakePlan(shape, kMaxProposals, &plan);
+  if (!status.ok()) return status;
   const int repetitions =
       TuneRepetitions(params.num_tokens, params.in_features, params.out_features);
 
-  struct Candidate {
-    cublasLtMatmulAlgo_t algorithm;
-    std::vector<float> ms;
-  };
-  std::vector<Candidate> candidates;
+  using Algorithm = Candidate<cublasLtMatmulAlgo_t>;
+  std::vector<Algorithm> candidates;
   for (const cublasLtMatmulAlgo_t& proposal : plan->proposals) candidates.push_back({proposal, {}});
   float spent_ms = 0.0f;
   for (int round = 0; round < kTuneRounds && (round == 0 || spent_ms < kMaxTuneMs); ++round) {
     float best_ms = std::numeric_limits<float>::max();
-    for (Candidate& candidate : candidates) {
-      plan->algorithm = candidate.algorithm;
+    for (Algorithm& candidate : candidates) {
+      plan->algorithm = candidate.way;
       float ms = 0.0f;
-      status = TimeLaunches([&] { return Run(*plan, params, stream); }, repetitions, stream, &ms);
-      if (status == CUBLAS_STATUS_EXECUTION_FAILED) return status;
-      if (status != CUBLAS_STATUS_SUCCESS) continue;  // cannot run after all
+      status = TimeLaunches([&]() -> LaunchStatus { return Run(*plan, params, stream); },
+                            repetitions, stream, &ms);
+      if (status.is_fault()) return status;
+      if (!status.ok()) continue;  // this algorithm cannot run here, although it was proposed
       candidate.ms.push_back(ms);
       best_ms = std::min(best_ms, ms);
       spent_ms += ms;
     }
     if (round > 0) continue;
-    std::erase_if(candidates, [best_ms](const Candidate& candidate) {
+    std::erase_if(candidates, [best_ms](const Algorithm& candidate) {
       return candidate.ms.empty() || candidate.ms.front() > kFarBehind * best_ms;
     });
     if (candidates.empty()) return status;
   }
   float fastest_ms = std::numeric_limits<float>::max();
-  for (const Candidate& candidate : candidates) {
+  for (const Algorithm& candidate : candidates) {
     const float ms = MedianMs(candidate.ms);
     if (ms >= fastest_ms) continue;
     fastest_ms = ms;
-    plan->algorithm = candidate.algorithm;
+    plan->algorithm = candidate.way;
   }
   plan->tuned = true;
   Keep(shape, std::move(plan));
-  return CUBLAS_STATUS_SUCCESS;
+  return {};
 }
 
 }  // namespace prefilld::kernels::cuda

@@ -10,11 +10,12 @@
 #include <map>
 #include <memory>
 
+#include "kernels/cuda/launch_status.h"
 #include "kernels/layer_ops.h"
 
 namespace prefilld::kernels::cuda {
 
-// What cuBLASLt chooses an algorithm by.
+// The properties of a product by which cuBLASLt chooses an algorithm.
 struct LinearShape {
   int64_t num_tokens = 0;
   int64_t in_features = 0;
@@ -27,9 +28,10 @@ struct LinearShape {
 };
 LinearShape ShapeOf(const LinearParams& params);
 
-// Holds the library's handle, its workspace and the algorithm chosen for each shape seen so far:
-// the library's own first choice, or the fastest by trying for shapes that were tuned. For use by
-// one thread and on one stream, since all products share the workspace.
+// Computes products by cuBLASLt. It holds the library's handle, its workspace and the algorithm
+// chosen for each shape seen so far: the fastest by trying for shapes that were tuned, the
+// library's own first choice for others. One thread uses it, on one stream, since all products
+// share the workspace.
 class LinearLauncher {
  public:
   LinearLauncher();
@@ -38,29 +40,33 @@ class LinearLauncher {
   ~LinearLauncher();
 
   // `workspace` is device memory, aligned to 256 bytes, borrowed. Call once, before Launch.
-  cublasStatus_t Initialize(void* workspace, size_t workspace_bytes);
-  // CUBLAS_STATUS_NOT_SUPPORTED: no algorithm for the shape.
-  cublasStatus_t Launch(const LinearParams& params, cudaStream_t stream);
+  LaunchStatus Initialize(void* workspace, size_t workspace_bytes);
+  // CUBLAS_STATUS_NOT_SUPPORTED: the library has no algorithm for the shape.
+  LaunchStatus Launch(const LinearParams& params, cudaStream_t stream);
 
-  // Times what the library proposes for the shape, in turns, and keeps the fastest for Launch.
-  // Takes about a second for a product of two TFLOP and waits for the stream; y is overwritten. The
+  // Times the algorithms that the library proposes for the shape, and keeps the fastest for Launch.
+  // It takes about a second for a product of two TFLOP, waits for the stream, and overwrites y. The
   // operands should hold numbers like those to come: with zeros, or for a moment, a GPU runs at
-  // clocks that it cannot keep up, and other algorithms win. On failure Launch is as it was.
-  cublasStatus_t Tune(const LinearParams& params, cudaStream_t stream);
+  // clocks that it cannot keep up, and other algorithms win. A failure leaves Launch as it was.
+  LaunchStatus Tune(const LinearParams& params, cudaStream_t stream);
 
-  // Whether Launch takes the choice of a Tune for this shape, its own or one taken over.
+  // Whether Launch uses a tuned algorithm for this shape. It may have been tuned for the same
+  // product with another number of tokens (TuningHolds).
   bool IsTuned(const LinearShape& shape) const;
 
   static constexpr size_t kWorkspaceBytes = size_t{32} << 20;  // cuBLAS's own choice on Hopper
 
  private:
   struct Plan;
-  // The library's proposals, at most `max_proposals`, its favourite first and chosen.
+  // Makes a plan with at most `max_proposals` of the library's algorithms. Its favourite is the
+  // first and the one chosen.
   cublasStatus_t MakePlan(const LinearShape& shape, int max_proposals,
                           std::unique_ptr<Plan>* plan) const;
   cublasStatus_t Run(const Plan& plan, const LinearParams& params, cudaStream_t stream) const;
-  // The plan whose tuning holds for the shape; null: none.
+  // Returns the plan whose tuning holds for the shape; null where there is none.
   const Plan* TuningFor(const LinearShape& shape) const;
+  // Stores the plan for later launches. Where there are too many, those not tuned are dropped
+  // first.
   Plan& Keep(const LinearShape& shape, std::unique_ptr<Plan> plan);
 
   cublasLtHandle_t handle_ = nullptr;

@@ -23,14 +23,15 @@ namespace cuda = kernels::cuda;
 absl::Status CudaOps::Initialize() {
   PREFILLD_ASSIGN_OR_RETURN(linear_workspace_,
                             device_.Allocate(cuda::LinearLauncher::kWorkspaceBytes));
-  return CublasStatus(linear_.Initialize(linear_workspace_.data(), linear_workspace_.bytes()),
-                      "cuBLASLt");
+  return CudaStatus(linear_.Initialize(linear_workspace_.data(), linear_workspace_.bytes()),
+                    "cuBLASLt");
 }
 
-absl::Status CudaOps::CheckLaunch(cudaError_t error, const char* op, int head_dim,
-                                  int block_tokens) {
-  absl::Status status = fault_.Check(error, op);
-  return error == cudaErrorInvalidValue ? UnsupportedShape(op, head_dim, block_tokens) : status;
+absl::Status CudaOps::CheckLaunch(const cuda::LaunchStatus& launch, absl::string_view op,
+                                  int head_dim, int block_tokens) {
+  absl::Status status = fault_.Check(launch, op);
+  return launch.cuda() == cudaErrorInvalidValue ? UnsupportedShape(op, head_dim, block_tokens)
+                                                : status;
 }
 
 template <typename Params>
@@ -98,13 +99,18 @@ absl::Status CudaOps::TuneLinear(const kernels::LinearParams& params) {
   return LinearStatus(linear_.Tune(params, stream_), params);
 }
 
-absl::Status CudaOps::LinearStatus(cublasStatus_t status, const kernels::LinearParams& params) {
-  if (status == CUBLAS_STATUS_SUCCESS) return absl::OkStatus();
-  // A fault of an earlier kernel shows here as a failure of the library.
-  PREFILLD_RETURN_IF_ERROR(fault_.Check(cudaPeekAtLastError(), "linear"));
-  return CublasStatus(status,
+absl::Status CudaOps::LinearStatus(const cuda::LaunchStatus& launch,
+                                   const kernels::LinearParams& params) {
+  if (launch.ok()) return absl::OkStatus();
+  return CheckProduct(launch,
                       absl::StrCat("linear [", params.num_tokens, ", ", params.in_features, "] x [",
                                    params.out_features, ", ", params.in_features, "]^T"));
+}
+
+absl::Status CudaOps::CheckProduct(const cuda::LaunchStatus& launch, absl::string_view product) {
+  // A fault of an earlier kernel shows here as a failure of cuBLASLt.
+  PREFILLD_RETURN_IF_ERROR(fault_.Check(cudaPeekAtLastError(), product));
+  return CheckLaunch(launch, product, /*head_dim=*/0, /*block_tokens=*/0);
 }
 
 absl::Status CudaOps::GatedLinear(const kernels::GatedLinearParams& params) {
@@ -122,12 +128,12 @@ absl::Status CudaOps::TuneGatedLinear(const kernels::GatedLinearParams& params) 
   return status;
 }
 
-absl::Status CudaOps::GatedLinearStatus(cublasStatus_t status,
+absl::Status CudaOps::GatedLinearStatus(const cuda::LaunchStatus& launch,
                                         const kernels::GatedLinearParams& params) {
-  // A failure of the product, of SwiGLU behind it or of the kernel that is both.
-  return LinearStatus(status, {.num_tokens = params.num_tokens,
-                               .in_features = params.in_features,
-                               .out_features = 2 * params.intermediate});
+  if (launch.ok()) return absl::OkStatus();
+  return CheckProduct(
+      launch, absl::StrCat("gate, up and SwiGLU of [", params.num_tokens, ", ", params.in_features,
+                           "] x [", 2 * params.intermediate, ", ", params.in_features, "]^T"));
 }
 
 absl::Status CudaOps::ReserveAttentionScratch(size_t bytes) {

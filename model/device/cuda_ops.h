@@ -2,12 +2,12 @@
 #ifndef PREFILLD_MODEL_DEVICE_CUDA_OPS_H_
 #define PREFILLD_MODEL_DEVICE_CUDA_OPS_H_
 
-#include <cublasLt.h>
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
 
 #include "absl/status/status.h"
+#include "absl/strings/string_view.h"
 #include "kernels/cuda/gated_linear.h"
 #include "kernels/cuda/linear.h"
 #include "model/device/cuda_recordings.h"
@@ -45,10 +45,15 @@ class CudaOps final : public Ops {
   absl::Status PooledMass(const kernels::PooledMassParams& params) override;
 
  private:
-  absl::Status LinearStatus(cublasStatus_t status, const kernels::LinearParams& params);
-  absl::Status GatedLinearStatus(cublasStatus_t status, const kernels::GatedLinearParams& params);
+  // Turn the result of launching or tuning a product into a status; its message has the shape.
+  absl::Status LinearStatus(const kernels::cuda::LaunchStatus& launch,
+                            const kernels::LinearParams& params);
+  absl::Status GatedLinearStatus(const kernels::cuda::LaunchStatus& launch,
+                                 const kernels::GatedLinearParams& params);
+  absl::Status CheckProduct(const kernels::cuda::LaunchStatus& launch, absl::string_view product);
   // Turns the result of a launcher, which refuses shapes as invalid values, into a status.
-  absl::Status CheckLaunch(cudaError_t error, const char* op, int head_dim, int block_tokens);
+  absl::Status CheckLaunch(const kernels::cuda::LaunchStatus& launch, absl::string_view op,
+                           int head_dim, int block_tokens);
   template <typename Params>
   absl::Status Launch(const char* op, cudaError_t (*launch)(const Params&, cudaStream_t),
                       const Params& params, int head_dim = 0, int block_tokens = 0);

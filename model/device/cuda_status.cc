@@ -28,18 +28,17 @@ bool IsDeviceFault(cudaError_t error) {
   }
 }
 
-absl::Status CudaStatus(cudaError_t error, absl::string_view what) {
-  if (error == cudaSuccess) return absl::OkStatus();
+absl::Status CudaStatus(const kernels::cuda::LaunchStatus& launch, absl::string_view what) {
+  if (launch.ok()) return absl::OkStatus();
+  if (launch.cublas() != CUBLAS_STATUS_SUCCESS) {
+    return absl::InternalError(absl::StrCat(what, ": ", cublasLtGetStatusName(launch.cublas())));
+  }
+  const cudaError_t error = launch.cuda();
   const std::string message =
       absl::StrCat(what, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
   if (IsDeviceFault(error)) return absl::UnavailableError(message);
   if (error == cudaErrorMemoryAllocation) return absl::ResourceExhaustedError(message);
   return absl::InternalError(message);
-}
-
-absl::Status CublasStatus(cublasStatus_t status, absl::string_view what) {
-  if (status == CUBLAS_STATUS_SUCCESS) return absl::OkStatus();
-  return absl::InternalError(absl::StrCat(what, ": ", cublasLtGetStatusName(status)));
 }
 
 absl::Status UnsupportedShape(absl::string_view op, int head_dim, int block_tokens) {
@@ -51,11 +50,11 @@ absl::Status UnsupportedShape(absl::string_view op, int head_dim, int block_toke
   return absl::InvalidArgumentError(message);
 }
 
-absl::Status CudaFault::Check(cudaError_t error, absl::string_view what) {
-  if (error == cudaSuccess) return absl::OkStatus();
+absl::Status CudaFault::Check(const kernels::cuda::LaunchStatus& launch, absl::string_view what) {
+  if (launch.ok()) return absl::OkStatus();
   cudaGetLastError();  // kept by the runtime: the next launch must not take it for its own
-  absl::Status status = CudaStatus(error, what);
-  if (IsDeviceFault(error)) {
+  absl::Status status = CudaStatus(launch, what);
+  if (IsDeviceFault(launch.cuda())) {
     absl::MutexLock lock(&mu_);
     if (fault_.ok()) fault_ = status;
     faulted_.store(true);

@@ -1,8 +1,7 @@
-// What CUDA and cuBLAS say, as statuses.
+// Turns the errors of CUDA and cuBLASLt into statuses.
 #ifndef PREFILLD_MODEL_DEVICE_CUDA_STATUS_H_
 #define PREFILLD_MODEL_DEVICE_CUDA_STATUS_H_
 
-#include <cublasLt.h>
 #include <cuda_runtime_api.h>
 
 #include <atomic>
@@ -11,16 +10,16 @@
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
 #include "absl/synchronization/mutex.h"
+#include "kernels/cuda/launch_status.h"
 
 namespace prefilld::model {
 
 // After such an error the device's context is lost: every later call fails.
 bool IsDeviceFault(cudaError_t error);
 
-// UNAVAILABLE for a fault, RESOURCE_EXHAUSTED for lack of memory, else INTERNAL; the message names
-// `what` and the error.
-absl::Status CudaStatus(cudaError_t error, absl::string_view what);
-absl::Status CublasStatus(cublasStatus_t status, absl::string_view what);
+// UNAVAILABLE for a fault, RESOURCE_EXHAUSTED for lack of memory, else INTERNAL. The message names
+// `what` and the error of the library that failed. cudaError_t converts to LaunchStatus.
+absl::Status CudaStatus(const kernels::cuda::LaunchStatus& launch, absl::string_view what);
 
 // INVALID_ARGUMENT: no kernel is built for this shape. A dimension of 0 is left out.
 absl::Status UnsupportedShape(absl::string_view op, int head_dim, int block_tokens);
@@ -29,7 +28,7 @@ absl::Status UnsupportedShape(absl::string_view op, int head_dim, int block_toke
 class CudaFault {
  public:
   // The status of a call. A fault of the device is kept.
-  absl::Status Check(cudaError_t error, absl::string_view what);
+  absl::Status Check(const kernels::cuda::LaunchStatus& launch, absl::string_view what);
   // OK as long as the device works.
   absl::Status status() const;
 

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/cuda/rivals.h"
+#include "kernels/cuda/tuning.h"
 #include "tests/gpu/device_array.h"
 #include "tests/kernels/closeness.h"
 #include "tests/kernels/reference_layer_ops.h"
@@ -15,7 +15,7 @@
 namespace prefilld::kernels::testing {
 namespace {
 
-using cuda::GatedLinearPath;
+using cuda::KernelPath;
 
 // Roundings to bf16, 2^-9 at most and 2^-10.6 on average: of the result, and in two steps of gate
 // and up before.
@@ -47,9 +47,9 @@ class CudaGatedLinear : public GpuTest {
     if (IsSkipped()) return;
     workspace_ = DeviceArray<char>(cuda::LinearLauncher::kWorkspaceBytes);
     ASSERT_EQ(linear_.Initialize(workspace_.data(), workspace_.size()), CUBLAS_STATUS_SUCCESS);
-    int major = 0;
-    ASSERT_EQ(cudaSuccess, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-    hopper_ = major == 9;
+    cuda::GpuTraits gpu;
+    ASSERT_EQ(cudaSuccess, cuda::CurrentGpu(&gpu));
+    hopper_ = gpu.is_hopper();
   }
 
   // Tensors of a shape, and the op on them.
@@ -71,7 +71,7 @@ class CudaGatedLinear : public GpuTest {
                     LargeNormal(2 * shape.intermediate * shape.in_features, deviation, 2));
   }
 
-  void ExpectReference(GatedLinearPath path, double tolerance);
+  void ExpectReference(KernelPath path, double tolerance);
 
   DeviceArray<char> workspace_;
   cuda::LinearLauncher linear_;
@@ -80,7 +80,7 @@ class CudaGatedLinear : public GpuTest {
 };
 
 // Around the kernel's tiles of 128 tokens, 128 columns and 64 features.
-void CudaGatedLinear::ExpectReference(GatedLinearPath path, double tolerance) {
+void CudaGatedLinear::ExpectReference(KernelPath path, double tolerance) {
   constexpr int64_t kMostTokens = 1000;
   for (const int64_t in : {8, 64, 72, 512, 3584}) {
     for (const int64_t intermediate : {8, 64, 128, 136, 704}) {
@@ -117,11 +117,11 @@ void CudaGatedLinear::ExpectReference(GatedLinearPath path, double tolerance) {
 
 TEST_F(CudaGatedLinear, FusedEqualsReference) {
   if (!hopper_) GTEST_SKIP() << "no Hopper GPU";
-  ExpectReference(GatedLinearPath::kFused, kFusedTolerance);
+  ExpectReference(KernelPath::kHopper, kFusedTolerance);
 }
 
 TEST_F(CudaGatedLinear, TwoStepsEqualReference) {
-  ExpectReference(GatedLinearPath::kTwoSteps, kTwoStepsTolerance);
+  ExpectReference(KernelPath::kPortable, kTwoStepsTolerance);
 }
 
 // Every CTA takes several tiles; the ring of stages, whose length does not divide the steps of a
@@ -133,13 +133,11 @@ TEST_F(CudaGatedLinear, ManyTilesEqualTwoSteps) {
     SCOPED_TRACE(::testing::Message() << shape.num_tokens << " tokens, " << shape.in_features
                                       << " -> " << shape.intermediate);
     const Operands op = Large(shape);
-    ASSERT_EQ(launcher_.Launch(op.params, nullptr, GatedLinearPath::kTwoSteps),
-              CUBLAS_STATUS_SUCCESS);
+    ASSERT_EQ(launcher_.Launch(op.params, nullptr, KernelPath::kPortable), CUBLAS_STATUS_SUCCESS);
     const std::vector<float> expected = FromBf16(op.y.Read());
     PREFILLD_ASSERT_CUDA(cudaMemset(op.y.data(), 0xff, op.y.size() * sizeof(Bf16)));
     for (int i = 0; i < 3; ++i) {
-      ASSERT_EQ(launcher_.Launch(op.params, nullptr, GatedLinearPath::kFused),
-                CUBLAS_STATUS_SUCCESS);
+      ASSERT_EQ(launcher_.Launch(op.params, nullptr, KernelPath::kHopper), CUBLAS_STATUS_SUCCESS);
     }
     const std::vector<float> actual = FromBf16(op.y.Read());
     const Closeness c = Compare(actual.data(), expected.data(), actual.size());
@@ -149,7 +147,7 @@ TEST_F(CudaGatedLinear, ManyTilesEqualTwoSteps) {
   }
 }
 
-// As gate and up are saturated, infinite or not a number, so is the result.
+// Where gate and up are saturated, infinite or not a number, so is the result.
 TEST_F(CudaGatedLinear, FollowsLargeGatesAndNonFiniteTokens) {
   constexpr int64_t kTokens = 130;
   constexpr int64_t kIn = 64;
@@ -162,8 +160,8 @@ TEST_F(CudaGatedLinear, FollowsLargeGatesAndNonFiniteTokens) {
   reference::GatedLinear(
       {x.data(), w.data(), nullptr, expected.data(), kTokens, kIn, kIntermediate});
   const DeviceArray<Bf16> device_x(ToBf16(x)), device_w(ToBf16(w)), gate_up(2 * expected.size());
-  for (const GatedLinearPath path : {GatedLinearPath::kFused, GatedLinearPath::kTwoSteps}) {
-    if (path == GatedLinearPath::kFused && !hopper_) continue;
+  for (const KernelPath path : {KernelPath::kHopper, KernelPath::kPortable}) {
+    if (path == KernelPath::kHopper && !hopper_) continue;
     const DeviceArray<Bf16> y(expected.size());
     ASSERT_EQ(launcher_.Launch({device_x.data(), device_w.data(), gate_up.data(), y.data(), kTokens,
                                 kIn, kIntermediate},
@@ -199,17 +197,15 @@ TEST_F(CudaGatedLinear, RefusesWhatItHasNoKernelFor) {
   const DeviceArray<Bf16> memory(4096);
   GatedLinearParams params = {memory.data(), memory.data(), memory.data(), memory.data(), 1, 8, 8};
   params.in_features = 12;
-  EXPECT_EQ(launcher_.Launch(params, nullptr, GatedLinearPath::kFused),
-            CUBLAS_STATUS_NOT_SUPPORTED);
+  EXPECT_EQ(launcher_.Launch(params, nullptr, KernelPath::kHopper), cudaErrorInvalidValue);
   params.in_features = 8;
   params.intermediate = 12;
-  for (const GatedLinearPath path : {GatedLinearPath::kFused, GatedLinearPath::kTwoSteps}) {
-    EXPECT_EQ(launcher_.Launch(params, nullptr, path), CUBLAS_STATUS_NOT_SUPPORTED);
+  for (const KernelPath path : {KernelPath::kHopper, KernelPath::kPortable}) {
+    EXPECT_EQ(launcher_.Launch(params, nullptr, path), cudaErrorInvalidValue);
   }
   params.intermediate = 8;
   params.x = memory.data() + 1;
-  EXPECT_EQ(launcher_.Launch(params, nullptr, GatedLinearPath::kFused),
-            CUBLAS_STATUS_NOT_SUPPORTED);
+  EXPECT_EQ(launcher_.Launch(params, nullptr, KernelPath::kHopper), cudaErrorInvalidValue);
   params.x = memory.data();
   params.num_tokens = 0;
   EXPECT_EQ(launcher_.Launch(params, nullptr), CUBLAS_STATUS_SUCCESS);
@@ -232,14 +228,14 @@ TEST_F(CudaGatedLinear, TimesAtTheShapeOfAModel) {
                                 .out_features = 2 * kShape.intermediate};
   std::vector<float> two_steps, fused, product_alone;
   for (int round = 0; round < kRounds; ++round) {
-    const auto time = [&](const std::function<cublasStatus_t()>& launch, std::vector<float>* ms) {
+    const auto time = [&](const std::function<cuda::LaunchStatus()>& launch,
+                          std::vector<float>* ms) {
       ms->push_back(0.0f);
       ASSERT_EQ(cuda::TimeLaunches(launch, kRepetitions, nullptr, &ms->back()),
                 CUBLAS_STATUS_SUCCESS);
     };
-    time([&] { return launcher_.Launch(op.params, nullptr, GatedLinearPath::kTwoSteps); },
-         &two_steps);
-    time([&] { return launcher_.Launch(op.params, nullptr, GatedLinearPath::kFused); }, &fused);
+    time([&] { return launcher_.Launch(op.params, nullptr, KernelPath::kPortable); }, &two_steps);
+    time([&] { return launcher_.Launch(op.params, nullptr, KernelPath::kHopper); }, &fused);
     time([&] { return linear_.Launch(product, nullptr); }, &product_alone);
   }
   const double flop = 4.0 * static_cast<double>(kShape.num_tokens * kShape.in_features) *

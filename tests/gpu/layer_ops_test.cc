@@ -270,7 +270,7 @@ TEST_F(CudaLayerOps, QkvRopeEqualsReference) {
   }
 }
 
-// As first_position counts them, bit for bit, prompt by prompt.
+// Positions token by token give the same, bit for bit, as first_position gives prompt by prompt.
 TEST_F(CudaLayerOps, QkvRopeTakesPositionsTokenByToken) {
   constexpr int64_t kTokens = 203;
   constexpr int kHeadDim = 64;

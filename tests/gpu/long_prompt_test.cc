@@ -189,7 +189,7 @@ TEST_F(CudaLongPromptOp, LayerOpsPastTheLimit) {
   ExpectClose(FromBf16(half.Read(last_row / 2, kWidth / 2)),
               {expected.begin(), expected.begin() + kWidth / 2});
 
-  // As a projection of 16 query heads and 8 + 8 KV heads.
+  // The rows are taken as a projection of 16 query heads and 8 + 8 KV heads.
   const std::vector<float> inv_freq(kHeadDim / 2, 0.01f);
   const DeviceArray<float> device_inv_freq(inv_freq);
   DeviceArray<Bf16> q(static_cast<size_t>(kRows * kWidth / 2));

@@ -67,7 +67,7 @@ void ExpectEstimateEqualsReference(const EstimateCase& c, int64_t num_queries) {
   p.k = k.data();
   for (const cuda::KernelPath path : {cuda::KernelPath::kFastest, cuda::KernelPath::kPortable}) {
     const std::string name = path == cuda::KernelPath::kFastest ? "fastest" : "portable";
-    // What a kernel leaves out stays no number.
+    // An output that a kernel leaves out stays not a number.
     const std::vector<float> unset(vertical.size(), std::numeric_limits<float>::quiet_NaN());
     const DeviceArray<float> device_block_mass(std::vector<float>(block_mass.size(), unset[0])),
         device_vertical(unset), device_slash(unset);
@@ -201,7 +201,7 @@ TEST_F(CudaPattern, VerticalSlashEqualsReferenceWithAndWithoutTies) {
   }
 }
 
-// Of heads with masses made here, in blocks of the default size.
+// Does the same with masses made here, in blocks of the default size.
 void ExpectVerticalSlashEqualsReference(int num_heads, int64_t num_keys, bool ties, float gamma) {
   VerticalSlashParams p;
   p.num_keys = num_keys;

@@ -10,8 +10,10 @@
 #include "kernels/attention.h"
 #include "kernels/cuda/attention/plan.h"
 #include "kernels/cuda/attention/sm90/forward.h"
+#include "kernels/cuda/gated_linear.h"
 #include "kernels/cuda/gated_linear/sm90/tile_order.h"
 #include "kernels/cuda/kernel_path.h"
+#include "kernels/cuda/launch_status.h"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/pattern/estimate_plan.h"
 #include "kernels/cuda/pattern/vertical_slash_plan.h"
@@ -174,6 +176,35 @@ TEST(LinearShape, KnowsTheAlignmentOfAllOperands) {
   params.bias = memory + 2;
   EXPECT_EQ(ShapeOf(params).alignment, 2u);
   EXPECT_TRUE(ShapeOf(params).bias);
+}
+
+TEST(LaunchStatus, KeepsTheErrorOfTheLibraryThatFailed) {
+  EXPECT_TRUE(LaunchStatus().ok());
+  EXPECT_TRUE(LaunchStatus(cudaSuccess).ok());
+  EXPECT_TRUE(LaunchStatus(CUBLAS_STATUS_SUCCESS).ok());
+  const LaunchStatus launch = cudaErrorLaunchFailure;
+  EXPECT_FALSE(launch.ok());
+  EXPECT_EQ(launch.cuda(), cudaErrorLaunchFailure);
+  EXPECT_EQ(launch.cublas(), CUBLAS_STATUS_SUCCESS);
+  const LaunchStatus product = CUBLAS_STATUS_NOT_SUPPORTED;
+  EXPECT_FALSE(product.ok());
+  EXPECT_EQ(product.cuda(), cudaSuccess);
+  EXPECT_EQ(product.cublas(), CUBLAS_STATUS_NOT_SUPPORTED);
+}
+
+TEST(LaunchStatus, TuningGoesOnWithoutACandidateButNotWithoutTheGpu) {
+  EXPECT_FALSE(LaunchStatus().is_fault());
+  EXPECT_FALSE(LaunchStatus(cudaErrorInvalidValue).is_fault());
+  EXPECT_FALSE(LaunchStatus(CUBLAS_STATUS_NOT_SUPPORTED).is_fault());
+  EXPECT_TRUE(LaunchStatus(cudaErrorIllegalAddress).is_fault());
+  EXPECT_TRUE(LaunchStatus(CUBLAS_STATUS_EXECUTION_FAILED).is_fault());
+}
+
+TEST(GatedLinearLauncher, ReportsWhatSwiGluSaysAndNotTheProduct) {
+  LinearLauncher linear;
+  GatedLinearLauncher launcher(&linear);
+  const GatedLinearParams params = {.num_tokens = 0, .in_features = 8, .intermediate = 12};
+  EXPECT_EQ(launcher.Launch(params, nullptr, KernelPath::kPortable), cudaErrorInvalidValue);
 }
 
 TEST(GatedLinearTileOrder, VisitsEachTileOnceAndKeepsTheSquareOfAWave) {

@@ -9,7 +9,7 @@
 
 namespace prefilld::kernels::testing {
 
-// How a case's heads attend.
+// The attention of a case's heads.
 enum class Blocks {
   kDense,
   kDenseWithMass,

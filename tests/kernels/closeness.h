@@ -1,4 +1,4 @@
-// How far a tensor is from its reference.
+// The distance of a tensor from its reference.
 #ifndef PREFILLD_TESTS_KERNELS_CLOSENESS_H_
 #define PREFILLD_TESTS_KERNELS_CLOSENESS_H_
 

@@ -13,7 +13,7 @@ float RoundToBf16(float x) {
   return std::bit_cast<float>((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
 }
 
-// Where each character's features lie: head_dim is cut into four quarters, for the sink, the
+// The places of each character's features: head_dim is cut into four quarters, for the sink, the
 // position, the topic, and noise.
 enum Quarter { kSink, kPosition, kTopic, kNoise };
 

@@ -1,4 +1,4 @@
-#include "kernels/cuda/rivals.h"
+#include "kernels/cuda/tuning.h"
 
 #include <algorithm>
 #include <cstddef>
@@ -35,18 +35,19 @@ int TuneRepetitions(int64_t num_tokens, int64_t in_features, int64_t out_feature
   return static_cast<int>(std::clamp(kTuneFlop / flop, 1.0, double{kMaxRepetitions}));
 }
 
-cublasStatus_t TimeLaunches(const std::function<cublasStatus_t()>& launch, int repetitions,
-                            cudaStream_t stream, float* ms) {
+LaunchStatus TimeLaunches(const std::function<LaunchStatus()>& launch, int repetitions,
+                          cudaStream_t stream, float* ms) {
   const Event begin;
   const Event end;
-  if (begin.Record(stream) != cudaSuccess) return CUBLAS_STATUS_EXECUTION_FAILED;
+  cudaError_t error = begin.Record(stream);
+  if (error != cudaSuccess) return error;
   for (int i = 0; i < repetitions; ++i) {
-    if (const cublasStatus_t status = launch(); status != CUBLAS_STATUS_SUCCESS) return status;
+    if (const LaunchStatus status = launch(); !status.ok()) return status;
   }
-  const bool timed = end.Record(stream) == cudaSuccess &&
-                     cudaEventSynchronize(end.get()) == cudaSuccess &&
-                     cudaEventElapsedTime(ms, begin.get(), end.get()) == cudaSuccess;
-  return timed ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
+  error = end.Record(stream);
+  if (error == cudaSuccess) error = cudaEventSynchronize(end.get());
+  if (error == cudaSuccess) error = cudaEventElapsedTime(ms, begin.get(), end.get());
+  return error;
 }
 
 float MedianMs(std::vector<float> ms) {
