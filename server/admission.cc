@@ -9,7 +9,7 @@ namespace {
 
 constexpr absl::Duration kMinRetryDelay = absl::Seconds(1);
 constexpr absl::Duration kMaxRetryDelay = absl::Seconds(60);
-// Serves for the retry delay until a prompt has been measured.
+// This speed serves for the retry delay until a prompt has been measured.
 constexpr double kUnmeasuredTokensPerSecond = 1000.0;
 
 // A deadline is out of reach when it leaves less than this share of the time that is needed.
@@ -25,7 +25,7 @@ int64_t WaitingLine::num_tokens() const {
 
 absl::Status CheckRoom(const QueueLimits& limits, const WaitingLine& line, int64_t num_tokens) {
   const auto queued = static_cast<int64_t>(line.prompts.size());
-  // With nothing computing, the first of the line is about to.
+  // When nothing computes, the prompt at the head of the line is about to.
   const int64_t waiting = queued - (line.computing ? 0 : 1);
   if (waiting >= limits.capacity) {
     return absl::ResourceExhaustedError(

@@ -1,4 +1,4 @@
-// Who may wait, and who computes together: the rules of the queue as plain functions.
+// The rules of the queue, as plain functions: which prompts may wait, and which compute together.
 //
 // They read what they are given and change nothing, so that each rule can be tested by itself. The
 // scheduler applies them under its lock.
@@ -39,30 +39,31 @@ struct WaitingLine {
   int64_t num_tokens() const;
 };
 
-// RESOURCE_EXHAUSTED, naming the limit, when a prompt of `num_tokens` may not wait behind `line`.
+// Returns RESOURCE_EXHAUSTED, naming the limit, when a prompt of `num_tokens` may not wait behind
+// `line`.
 absl::Status CheckRoom(const QueueLimits& limits, const WaitingLine& line, int64_t num_tokens);
 
-// When a caller who was refused for want of room should come back: after the time that the waiting
-// tokens take at `tokens_per_second` (0: unknown), but within one second and one minute.
+// Tells when a caller who was refused for want of room should come back: after the time that the
+// waiting tokens take at `tokens_per_second` (0: unknown), but within one second and one minute.
 absl::Duration RetryDelay(const WaitingLine& line, double tokens_per_second);
 
-// DEADLINE_EXCEEDED when less is left to the newcomer's deadline than half of what the queue and
-// its own prompt take at the best recent speed. The rest of a running pass does not count, because
-// that pass may end at any moment.
+// Returns DEADLINE_EXCEEDED when the time left to the newcomer's deadline is less than half of what
+// the queue and its own prompt take at the best recent speed. The rest of a running pass does not
+// count, because that pass may end at any moment.
 absl::Status CheckDeadline(const WaitingLine& line, const WaitingPrompt& newcomer,
                            const PromptSpeed& speed, absl::Time now);
 
-// How long the newcomer waits at the best recent speed. One that can be batched may join the first
-// pass of prompts like it, and so overtakes everyone behind them.
+// Estimates how long the newcomer waits, at the best recent speed. A newcomer that can be batched
+// may join the first pass of prompts like it, and so overtakes everyone behind them.
 absl::Duration QueueAtBest(const WaitingLine& line, const WaitingPrompt& newcomer,
                            const PromptSpeed& speed, absl::Time now);
 
-// The prompts of the next pass, as positions in the line, ascending. `line` is not empty.
+// Chooses the prompts of the next pass, as ascending positions in the line. `line` is not empty.
 //
 // - The head of the line always computes, so nobody starves.
-// - If the head can be batched, others that can be are taken in their order, as long as the batch
-//   has room for them and the deadlines of all in it allow, at the best recent speed.
-// - Prompts that do not fit are overtaken: by what fills this one pass, each time.
+// - If the head can be batched, others that can be batched are taken in their order, as long as the
+//   batch has room for them and the deadlines of all in it allow, at the best recent speed.
+// - A prompt that does not fit may be overtaken by those that do, in this pass and in later ones.
 std::vector<size_t> ChooseNextPass(absl::Span<const WaitingPrompt> line, int64_t max_batch_tokens,
                                    const PromptSpeed& speed, absl::Time now);
 

@@ -1,4 +1,4 @@
-// The time, as an interface so that tests can move it, and when work last made progress.
+// Time as an interface, so that tests can move it, and a record of when work last made progress.
 #ifndef PREFILLD_SERVER_CLOCK_H_
 #define PREFILLD_SERVER_CLOCK_H_
 
@@ -14,13 +14,13 @@ class Clock {
   virtual ~Clock() = default;
   virtual absl::Time Now() const = 0;  // thread-safe, never goes back
 
-  // Wall time at the start of the process, advanced by the monotonic clock from there on: an
-  // adjustment of the system's clock is no time-out.
+  // Real time: the wall time at the start of the process, advanced by the monotonic clock. So an
+  // adjustment of the system's clock causes no time-out.
   static const Clock& Real();
 };
 
-// When something last got done for any request: a step computed, a frame handed over. Everyone who
-// works records it; the watchdog reads it. Thread-safe.
+// Remembers when something was last done for any request: a step computed or a frame handed over.
+// The threads that work record it, and the watchdog reads it. Thread-safe.
 class Progress {
  public:
   explicit Progress(const Clock& clock) : clock_(clock) { Record(); }

@@ -43,7 +43,7 @@ int Delivery::SendFrame(KvFrame frame) {
   return lane;
 }
 
-// Lane 0 is always a candidate: its stream exists, though the first frame may be faster.
+// Lane 0 always counts as attached: its stream is about to open, even if a frame is ready before.
 int Delivery::NextLane() {
   int best = -1;
   size_t best_bytes = 0;
@@ -72,7 +72,8 @@ void Delivery::SendResult(v1::PrefillResult result) {
     result_ = result;
   }
   if (pushes_) {
-    // The receiver goes on from the cache; how likely the prompt is, the caller asked.
+    // The receiver continues from the cache. The log-probabilities go to the caller, who asked for
+    // them.
     result.clear_prompt_logprobs();
     result.clear_best_logprobs();
     v1::PrefillEvent last;

@@ -32,32 +32,35 @@ class Delivery {
     int64_t bytes = 0;  // payloads
     std::vector<int64_t> frames_per_lane;
   };
-  // How the consumer is doing, over all streams.
+  // The state of the consumer, over all streams.
   struct ConsumerState {
     bool all_attached = false;
     bool control_idle = false;  // the control stream has nothing to send
-    // The longest time that any stream has not taken the message it was given.
+    // The longest time that any stream has been unable to pass on the message it was given.
     absl::Duration stalled;
-    // KV that all lanes have taken, and the longest that one of them was busy with it.
+    // The KV that all lanes have taken, and the longest time that one of them was busy with it.
     LaneQueue::Taken kv_taken;
   };
 
   Delivery(int num_lanes, bool pushes, const Clock& clock);
 
-  // Streams are attached to these. INVALID_ARGUMENT: no such side lane.
+  // The queues that streams are attached to. side_lane fails with INVALID_ARGUMENT when the request
+  // has no such lane.
   LaneQueue& control() { return *control_; }
   absl::StatusOr<LaneQueue*> side_lane(uint32_t lane);
-  // The stream of a side lane has ended well. (If not, the request is aborted.)
+  // Records that the stream of a side lane has ended well. If a stream fails, the request is
+  // aborted instead.
   void OnSideLaneDone();
 
-  // To be kept up to date by the request.
+  // The progress that frames report; the request keeps it up to date.
   ComputeProgress& progress() { return progress_; }
 
   void Send(::prefill::v1::PrefillEvent event);
   // Hands a frame to the attached lane with the least to do, and returns that lane. The header
   // needs layer, blocks and checksum; the lane fills in the rest.
   int SendFrame(KvFrame frame);
-  // After the last frame. Adds kv_bytes, kv_frames and frames_per_lane.
+  // Sends the result once the last frame has been handed over. Adds kv_bytes, kv_frames and
+  // frames_per_lane to it.
   void SendResult(::prefill::v1::PrefillResult result);
 
   // Ends every stream with `status` and drops what they have not sent.

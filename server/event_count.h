@@ -9,8 +9,8 @@
 
 namespace prefilld::server {
 
-// A sleeper reads count(), looks for work, and if there is none awaits the next event after that
-// count. So an event that comes while it looks is not missed. Thread-safe.
+// A sleeper reads count(), looks for work, and if it finds none, waits for the next event after
+// that count. So an event that comes while it looks is not missed. Thread-safe.
 class EventCount {
  public:
   int64_t count() const {

@@ -1,4 +1,4 @@
-// Messages as the gRPC transports send them.
+// Encodes messages as the gRPC transports send them.
 #ifndef PREFILLD_SERVER_GRPC_ENCODING_H_
 #define PREFILLD_SERVER_GRPC_ENCODING_H_
 
@@ -10,14 +10,15 @@
 
 namespace prefilld::server {
 
-// A PrefillEvent, and byte for byte the same a ReceiveRequest, that holds the frame. Its payload is
-// not copied: the staging buffer goes back to its ring when gRPC lets go of the message.
+// Encodes a frame as a PrefillEvent, whose bytes are those of the ReceiveRequest with the same
+// frame. The payload is not copied: its staging buffer goes back to the ring when gRPC lets go of
+// the message.
 grpc::ByteBuffer EncodeFrame(KvFrame frame);
 
-// As a PrefillEvent.
+// Encodes a message as a PrefillEvent.
 grpc::ByteBuffer EncodeEvent(Message message);
-// As a ReceiveRequest: Accepted opens the transfer `transfer_id`, the result ends it, and there are
-// frames between. Other events have no place there.
+// Encodes a message as a ReceiveRequest. Accepted opens the transfer `transfer_id`, frames follow,
+// and the result ends it. No other event may be passed.
 grpc::ByteBuffer EncodeReceiveRequest(Message message, const std::string& transfer_id);
 
 }  // namespace prefilld::server

@@ -28,7 +28,7 @@ struct KvPacker::Request {
   std::shared_ptr<PrefillJob> job;
   std::shared_ptr<StagingRing::Credit> credit = std::make_shared<StagingRing::Credit>();
   int open_parts = 0;
-  int64_t last_turn = 0;  // of turns_
+  int64_t last_turn = 0;  // value of turns_ at its latest turn
 };
 
 // A finished layer until all of its parts are closed.
@@ -46,7 +46,7 @@ struct KvPacker::State {
   std::vector<Request> requests;
   std::deque<Layer> layers;  // finished and not released, oldest first
   int frames_underway = 0;
-  absl::Status status;               // of packing
+  absl::Status status;               // failure of packing
   std::atomic<bool> failed = false;  // status is not OK; what is left is dropped
 };
 
@@ -98,7 +98,7 @@ void KvPacker::Remove(State& source) {
   sources_.erase(std::find(sources_.begin(), sources_.end(), &source));
 }
 
-// Takes a few words per request from the heap.
+// Allocates a few words per request.
 void KvPacker::AddLayer(State& source, int layer) {
   absl::MutexLock lock(&mu_);
   Layer& done = source.layers.emplace_back(Layer{.index = layer, .parts = {}});
@@ -153,8 +153,8 @@ bool KvPacker::PackNext(bool wait) {
   return true;
 }
 
-// The one that comes first first: those in the oldest layers of their sources, and among them who
-// has waited longest for a turn.
+// Lists the requests that may go next, first choice first. The oldest layer of each source comes
+// first, and among those requests the one that has waited longest for a turn.
 std::vector<KvPacker::Candidate> KvPacker::NextRequests() const {
   std::vector<Candidate> candidates;
   for (const State* source : sources_) {
@@ -180,8 +180,8 @@ std::vector<KvPacker::Candidate> KvPacker::NextRequests() const {
   return candidates;
 }
 
-// Gives up when there are other requests to wait for than `candidates`: another thread took the
-// last frame of one, a layer is done, or a source is removed.
+// Gives up when the requests to wait for are no longer `candidates`: another thread took the last
+// frame of one, a layer is done, or a source is removed.
 StagingRing::Lease KvPacker::AcquireBuffer(absl::Span<const Candidate> candidates, int64_t changes,
                                            bool wait) {
   std::vector<std::shared_ptr<StagingRing::Credit>> credits;
@@ -193,7 +193,8 @@ StagingRing::Lease KvPacker::AcquireBuffer(absl::Span<const Candidate> candidate
   });
 }
 
-// nullopt: another thread took the last frame of that request, or it was dropped.
+// Returns nullopt when another thread took the last frame of that request, or the frame was
+// dropped.
 std::optional<KvPacker::Frame> KvPacker::TakeFrame(const StagingRing::Credit* credit) {
   for (State* source : sources_) {
     const auto owner =
@@ -228,7 +229,7 @@ std::optional<KvPacker::Frame> KvPacker::TakeFrame(const StagingRing::Credit* cr
   return std::nullopt;
 }
 
-// OK, without packing, when the request has ended or packing has failed.
+// Returns OK without packing when the request has ended or packing has failed.
 absl::Status KvPacker::PackFrame(const Frame& frame, PrefillJob& job, StagingRing::Lease buffer) {
   if (job.ended() || frame.source->failed) return absl::OkStatus();
   const auto& layout = job.work().layout;

@@ -1,5 +1,5 @@
-// From finished layers to frames: packs the KV of every pass into staging memory and hands it to
-// the lanes, while later layers compute.
+// The packer turns finished layers into frames: it packs the KV of every pass into staging memory
+// and hands it to the lanes while later layers compute.
 #ifndef PREFILLD_SERVER_KV_PACKER_H_
 #define PREFILLD_SERVER_KV_PACKER_H_
 
@@ -27,11 +27,11 @@ namespace prefilld::server {
 
 class Metrics;
 
-// Packing threads, the ring of buffers that they fill, and a source for each pass that is under
-// way.
+// Owns the packing threads and a source for each pass that is under way, and fills the buffers of
+// the staging ring.
 //
-// Each thread takes the next frame, packs it, computes its checksum and hands it to a lane. A lane
-// that is idle is written to by that same thread.
+// Each thread takes the next frame, packs it, computes its checksum and hands it to a lane. If the
+// lane is idle, the same thread also writes the frame to it.
 //
 // The requests of all sources take turns, frame by frame. Within a source the oldest layer goes
 // first, because its KV slot is the one that the compute waits for.
@@ -54,20 +54,20 @@ class KvPacker {
     EventCount& wake;  // notified when a source has more room, or a request has left
   };
 
-  // The layers of one pass. The pass ends it by destroying it.
+  // The layers of one pass. The pass destroys it at its end.
   class Source {
    public:
-    // Drops what is not packed yet and waits for the frames that are being packed: afterwards
+    // Drops what is not packed yet and waits for the frames that are being packed. After that
     // nobody uses the sequence.
     ~Source();
 
     // Hands over a finished layer, oldest first.
     void LayerDone(int layer);
-    // Whether the sequence may compute one more layer, for fewer than kv_slots are still held. Not
-    // OK: the device failed to pack.
+    // Tells whether the sequence may compute one more layer, that is, whether fewer than kv_slots
+    // layers are still held. It fails once the device has failed to pack.
     absl::StatusOr<bool> HasRoom() const;
-    // Whether every frame of the layers handed over so far has left this request: handed to a lane,
-    // or dropped because the request has ended.
+    // Tells whether every frame of the layers handed over so far has left this request: it was
+    // handed to a lane, or dropped because the request has ended.
     bool HasLeft(size_t request) const;
 
    private:
@@ -78,17 +78,17 @@ class KvPacker {
     const std::unique_ptr<State> state_;  // guarded by the packer's lock
   };
 
-  // With num_threads 0 the caller packs, by PackOne.
+  // If num_threads is 0, the caller packs by calling PackOne.
   KvPacker(const Surroundings& surroundings, int kv_slots, int num_threads);
-  // No source may be left.
+  // All sources must be gone before.
   ~KvPacker();
 
-  // Prompt i of the sequence is that of jobs[i]. The sequence is borrowed until the source is
-  // destroyed. A job has one source at most.
+  // Adds a source. Prompt i of the sequence belongs to jobs[i]. The sequence is borrowed until the
+  // source is destroyed. A job has one source at most.
   std::unique_ptr<Source> Add(absl::Span<const std::shared_ptr<PrefillJob>> jobs,
                               model::PrefillSequence& sequence);
 
-  // Packs one frame on the caller's thread. False: none can be packed now.
+  // Packs one frame on the caller's thread. Returns false when none can be packed now.
   bool PackOne();
 
  private:
@@ -120,7 +120,7 @@ class KvPacker {
 
   void AddLayer(State& source, int layer);
   void Remove(State& source);
-  // Lets go of frames that nobody took yet: of requests that have ended, or of all.
+  // Drops the frames that no thread has taken yet: all, or those of requests that have ended.
   void DropUntaken(State& source, bool all) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void ReleaseLayers(State& source) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void NoteChange() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -128,7 +128,7 @@ class KvPacker {
   const Surroundings surroundings_;
   const int kv_slots_;
 
-  // Counts changes of what NextRequests would return, other than turns.
+  // Counts the changes of what NextRequests would return, except for the order of turns.
   std::atomic<int64_t> changes_ = 0;
 
   absl::Mutex mu_;

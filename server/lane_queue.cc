@@ -56,7 +56,7 @@ void LaneQueue::Abort(const absl::Status& status) {
     end_ = status;
     dropped.swap(queue_);
     pending_bytes_ = in_flight_bytes_;
-    // Under the lock, so that End cannot come between and take the transport away.
+    // This runs under the lock, so that End cannot come between and take the transport away.
     if (writing_) transport_->Cancel(status);
   }
   Pump();
@@ -80,8 +80,8 @@ void LaneQueue::OnWriteDone(bool ok) {
   Pump();
 }
 
-// The transport is called without the lock: `writing_` keeps everyone else from it until the
-// write is done, and a null transport_ after that.
+// The transport is called without the lock. `writing_` keeps all other threads from it until the
+// write is done; after that a null transport_ does.
 void LaneQueue::Pump() {
   Transport* transport = nullptr;
   Message message;

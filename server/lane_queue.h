@@ -1,4 +1,4 @@
-// The messages of one stream on their way to the transport: in order, one write at a time.
+// The messages of one stream on their way to its transport, in order and one write at a time.
 #ifndef PREFILLD_SERVER_LANE_QUEUE_H_
 #define PREFILLD_SERVER_LANE_QUEUE_H_
 
@@ -17,7 +17,7 @@
 
 namespace prefilld::server {
 
-// How far the compute of a request has come, which its frames report.
+// The progress of a request's compute, which its frames report.
 struct ComputeProgress {
   absl::Time started_at;  // set before the first frame
   std::atomic<uint32_t> layers_computed = 0;
@@ -30,14 +30,14 @@ class LaneQueue {
   LaneQueue(const Clock& clock, uint32_t lane, const ComputeProgress& progress)
       : clock_(clock), lane_(lane), progress_(progress) {}
 
-  // Once per queue: false when a transport was attached before.
+  // Attaches the transport. Returns false when one was attached before; a queue takes one only.
   bool Attach(Transport* transport);
   bool attached() const;
 
-  // Ignored after Abort. A frame's lane, sequence, sent_at_us and layers_computed are filled in
-  // when its turn has come, so that they tell the moment of sending.
+  // Queues a message; does nothing after Abort. A frame's lane, sequence, sent_at_us and
+  // layers_computed are filled in when its turn comes, so that they tell the moment of sending.
   void Push(Message message);
-  // No more messages follow: ends with OK after those queued, and `last` if there is one.
+  // Takes no more messages. The stream ends with OK after those queued and `last`, if there is one.
   void Close(std::optional<Message> last = std::nullopt);
   // Drops what is queued, breaks off the write in progress, ends with `status`.
   void Abort(const absl::Status& status);
@@ -46,14 +46,14 @@ class LaneQueue {
 
   size_t pending_bytes() const;  // payloads of frames, queued or being written
   bool idle() const;             // nothing queued or being written
-  // For how long the transport has not taken the message it was given; 0 when it has none.
+  // Tells for how long the transport has not taken the message it was given; 0 when it has none.
   absl::Duration StalledFor(absl::Time now) const;
 
   struct Taken {
     size_t payload_bytes = 0;
-    absl::Duration busy;  // how long there was a message to take
+    absl::Duration busy;  // time in which a message waited to be taken
   };
-  // How much the transport has taken so far.
+  // Tells how much the transport has taken so far.
   Taken taken(absl::Time now) const;
 
  private:

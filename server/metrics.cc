@@ -12,7 +12,8 @@
 namespace prefilld::server {
 namespace {
 
-// From a millisecond to half an hour: a step of a short prompt, and a prompt of a million tokens.
+// The buckets reach from a millisecond to half an hour: from a step of a short prompt to a prompt
+// of a million tokens.
 const std::vector<double> kSeconds = {0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1,
                                       0.25,  0.5,    1,     2.5,  5,     10,   20,
                                       40,    60,     120,   300,  600,   1800};
@@ -21,16 +22,16 @@ const std::vector<double> kTokens = {128,   512,   1024,   2048,   4096,   8192,
 const std::vector<double> kPrompts = {1, 2, 4, 8, 16, 32, 64, 128};
 const std::vector<double> kShares = {0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0};
 
-// Recall is interesting near 1.
+// The buckets are finer near 1, where recall is interesting.
 const std::vector<double> kRecalls = {0.3, 0.5,   0.6,  0.7,   0.75, 0.8,   0.85,
                                       0.9, 0.925, 0.95, 0.975, 0.99, 0.999, 1.0};
-// The `kind` label of what recall is measured of.
+// The values of the `kind` label of recall.
 constexpr std::pair<model::PatternSource, const char*> kSparseKinds[] = {
     {model::PatternSource::kPivot, "shared"},
     {model::PatternSource::kVerticalSlash, "vertical_slash"},
     {model::PatternSource::kBaseline, "baseline"}};
 
-// The `kind` label of each count of heads in a layer's report.
+// The values of the `kind` label of heads, one for each count in a layer's report.
 constexpr std::pair<int model::LayerReport::*, const char*> kHeadKinds[] = {
     {&model::LayerReport::dense_heads, "dense"},
     {&model::LayerReport::pivot_heads, "pivot"},
@@ -38,7 +39,7 @@ constexpr std::pair<int model::LayerReport::*, const char*> kHeadKinds[] = {
     {&model::LayerReport::vertical_slash_heads, "vertical_slash"},
     {&model::LayerReport::baseline_heads, "baseline"}};
 
-// Lanes above are counted with the last.
+// Lanes with higher numbers are counted with the last of these.
 constexpr int kLanes = 16;
 
 prometheus::Family<prometheus::Counter>& NewFamily(prometheus::Registry& registry,
@@ -183,7 +184,7 @@ Metrics::Metrics(const model::EngineInfo& engine)
   for (const auto& [source, kind] : kSparseKinds) {
     recall_[source] = &recall.Add({{"kind", kind}}, kRecalls);
     lowest_recall_[source] = &lowest.Add({{"kind", kind}});
-    // A 0 would set off an alarm before anything is measured.
+    // A value of 0 would set off an alarm before anything is measured.
     lowest_recall_[source]->Set(std::numeric_limits<double>::quiet_NaN());
   }
 }

@@ -26,7 +26,7 @@ class Registry;
 
 namespace prefilld::server {
 
-// The queue and memory at one moment.
+// The use of queue and memory at one moment.
 struct ResourceUse {
   int64_t queued_requests = 0;
   int64_t queued_tokens = 0;
@@ -49,7 +49,7 @@ class Metrics {
   void CountRefused(Outcome outcome);
   void CountRequest(const PrefillJob& job, absl::Time now);  // once, when its Prefill call is over
   void CountPass(int num_prompts);
-  // `num_tokens` of all prompts of the pass.
+  // `num_tokens` counts the tokens of all prompts of the pass.
   void CountLayer(const model::LayerReport& report, int num_prompts, int64_t num_tokens);
   void CountFrame(int lane, int64_t payload_bytes);
   void CountStall(absl::Duration stalled);
@@ -82,7 +82,7 @@ class Metrics {
   prometheus::Histogram& step_time_;
   prometheus::Counter& computed_layers_;
   prometheus::Counter& computed_token_layers_;
-  // Each adds up one of a layer's counts.
+  // One counter for each count of heads in a layer's report.
   std::vector<std::pair<int model::LayerReport::*, prometheus::Counter*>> heads_;
   prometheus::Counter& recall_audits_;
   prometheus::Counter& recall_audit_time_;

@@ -116,7 +116,8 @@ model::DeviceChoice DeviceFromName(absl::string_view name) {
   return model::DeviceChoice::kAuto;
 }
 
-// Values that are words; a word outside its set is a problem, the rest is for Validate.
+// Reads the flags that take a word out of a fixed set. A word outside of it is a problem here; the
+// other checks are made by Validate.
 void ReadNamedValues(ServerOptions& options, std::vector<std::string>& problems) {
   const std::string device = absl::GetFlag(FLAGS_device);
   if (!IsDeviceName(device)) {

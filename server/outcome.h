@@ -14,7 +14,7 @@ enum class Outcome : uint8_t {
   kQueueFull,       // refused: requests or tokens
   kUnavailable,     // refused: draining, or the device has failed
   kDeadline,        // its deadline passed
-  kCancelled,       // by the caller, or because its connection died
+  kCancelled,       // cancelled by the caller, or its connection died
   kStalled,         // the consumer took nothing
   kTooSlow,         // the consumer took little while others waited
   kLanesMissing,    // lanes were announced and not attached

@@ -75,7 +75,7 @@ void PrefillJob::Abort(Outcome outcome, const absl::Status& status) {
 }
 
 void PrefillJob::OnCallCancelled() {
-  // gRPC cancels at the deadline too, by a clock of its own.
+  // gRPC cancels at the deadline too, but by its own clock.
   if (clock_.Now() + kClockSlack >= work_.deadline) {
     Abort(Outcome::kDeadline, DeadlinePassed());
   } else {

@@ -1,4 +1,4 @@
-// One admitted request on its way through the house: the object that carries its state along.
+// One admitted request on its way through the server, as the object that carries its state.
 #ifndef PREFILLD_SERVER_PREFILL_JOB_H_
 #define PREFILLD_SERVER_PREFILL_JOB_H_
 
@@ -30,14 +30,15 @@ struct JobTimeouts {
   double min_consumer_bytes_per_s = 0;
 };
 
-// How a request ended.
+// The way in which a request ended.
 struct Ending {
   Outcome outcome = Outcome::kOk;
   absl::Status status;
 };
 
-// A request ends once: by Abort, whoever finds a reason first, or with its result sent. Held by
-// shared_ptr: its streams, the queue and the pass that computes it own it together. Thread-safe.
+// A request ends once: by Abort, from whichever thread finds a reason first, or with its result
+// sent. Its streams, the queue and the pass that computes it own it together, by shared_ptr.
+// Thread-safe.
 class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
  public:
   // Opens the call to the receiver of a push.
@@ -51,23 +52,26 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
   RequestRecord& record() { return record_; }
   const RequestRecord& record() const { return record_; }
 
-  // The way through, in this order, called by the compute thread. Start comes before the first
-  // layer, RecordLayer after each, and Finish, which sends the result, after the last frame.
+  // The compute thread calls these in this order: Start before the first layer, RecordLayer after
+  // each layer, and Finish, which sends the result, after the last frame.
   void Start(model::AttentionPolicy policy, int batch_prompts);
   void RecordLayer(const model::LayerReport& report);
   void Finish();
 
-  // Ends the request unless it has ended: every stream ends with `status`, buffers come back.
+  // Ends the request unless it has ended: every stream ends with `status` and the buffers come
+  // back.
   void Abort(Outcome outcome, const absl::Status& status);
-  // Ends it, unless it has ended, because its caller cancelled or is gone or its deadline passed.
+  // Ends the request, unless it has ended, because its caller cancelled, its connection died or its
+  // deadline passed.
   void OnCallCancelled();
-  // Ends it well: the result and an OK status went out.
+  // Ends the request well: its result and an OK status went out.
   void OnResultSent();
   bool ended() const { return ended_.load(std::memory_order_acquire); }
-  Ending ending() const;  // after ended()
+  Ending ending() const;  // valid after ended()
 
-  // Aborts for a passed deadline, missing lanes, a consumer that takes nothing, or one that is slow
-  // while others wait. Sends progress when the control stream has been silent for long.
+  // Aborts the request if its deadline has passed, lanes are missing, its consumer takes nothing,
+  // or its consumer is slow while others wait. Sends progress when the control stream has been
+  // silent for long.
   void CheckTimers(const JobTimeouts& timeouts, int64_t queue_position, bool others_wait);
 
  private:
@@ -90,7 +94,7 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
   Ending ending_ ABSL_GUARDED_BY(mu_);
 };
 
-// The first event of a request.
+// Makes the first event of a request.
 ::prefill::v1::PrefillEvent AcceptedEvent(const PrefillWork& work, int64_t queue_position);
 
 }  // namespace prefilld::server

@@ -91,8 +91,8 @@ std::optional<size_t> PrefillPass::NextLogprobs() const {
   return std::nullopt;
 }
 
-// The engine computes them in small parts, between which other jobs get their results. OK also when
-// the job ended on the way.
+// The engine computes log-probabilities in small parts, and other jobs get their results between
+// them. Returns OK also when the job ended meanwhile.
 absl::Status PrefillPass::ComputeLogprobs(size_t i) {
   PrefillJob& job = *jobs_[i];
   const auto go_on = [&] {
@@ -110,7 +110,7 @@ absl::Status PrefillPass::ComputeLogprobs(size_t i) {
   return absl::OkStatus();
 }
 
-// A layer that waited for a slot waited until now, whether or not there is one.
+// Ends the time of a layer that waited for a slot, whether or not there is one now.
 void PrefillPass::EndStall() {
   if (!stalled_since_.has_value()) return;
   const absl::Duration stalled = resources_.clock.Now() - *stalled_since_;
@@ -131,7 +131,7 @@ bool PrefillPass::AllEnded() {
   return std::all_of(jobs_.begin(), jobs_.end(), ended);
 }
 
-// Whether every job has its result or has ended.
+// Sends the results that are due. Returns whether every job has its result or has ended.
 bool PrefillPass::FinishWhatHasLeft() {
   bool all = true;
   for (size_t i = 0; i < jobs_.size(); ++i) {

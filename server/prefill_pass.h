@@ -1,5 +1,4 @@
-// One pass through the layers: the jobs whose prompts are computed together, each with an end of
-// its own.
+// One pass through the layers: jobs whose prompts are computed together and end one by one.
 #ifndef PREFILLD_SERVER_PREFILL_PASS_H_
 #define PREFILLD_SERVER_PREFILL_PASS_H_
 
@@ -32,12 +31,12 @@ struct PassResources {
 };
 
 // A pass is computed step by step: its layers, then the first tokens, then the log-probabilities of
-// each prompt that asked for them. Several passes may be under way; their steps may come in any
+// each prompt that asked for them. Several passes may be under way, and their steps may come in any
 // order.
 //
-// Each step first looks for jobs that have ended. Such a job is computed on with the others of its
-// batch and delivered no more; when all have ended, the pass is over. A job gets its result as soon
-// as that is known and its last frame has left.
+// Each step first looks for jobs that have ended. The prompt of such a job is still computed with
+// its batch, but nothing more is delivered for it; when all jobs have ended, the pass is over. A
+// job gets its result as soon as the result is known and its last frame has left.
 //
 // Only the compute thread uses it.
 class PrefillPass {
@@ -49,17 +48,18 @@ class PrefillPass {
   };
   struct StepReport {
     Next next = Next::kAnotherStep;
-    // Set by the step that computed the first tokens: how long this pass has computed so far, waits
-    // and steps of other passes left out.
+    // The time that this pass has computed until its first tokens, without waits and without the
+    // steps of other passes. It is set by the step that computed them.
     std::optional<absl::Duration> first_tokens_after;
   };
 
-  // Starts the jobs. Prompt i of the sequence is that of jobs[i].
+  // Starts the jobs. Prompt i of the sequence belongs to jobs[i].
   PrefillPass(const PassResources& resources, std::vector<std::shared_ptr<PrefillJob>> jobs,
               std::unique_ptr<model::PrefillSequence> sequence, int num_layers);
 
-  // Computes one layer, the first tokens, or one prompt's log-probabilities, if it need not wait
-  // for consumers. Not OK: the device failed, and jobs that have not ended are left to be aborted.
+  // Computes one layer, the first tokens, or one prompt's log-probabilities, unless it must wait
+  // for consumers. It fails when the device failed; the caller must then abort the jobs that have
+  // not ended.
   absl::StatusOr<StepReport> Step();
 
   absl::Span<const std::shared_ptr<PrefillJob>> jobs() const { return jobs_; }
@@ -87,7 +87,7 @@ class PrefillPass {
   absl::Duration computing_;                 // the steps so far
   std::optional<absl::Time> stalled_since_;  // the next layer waits for a slot
 
-  // The source borrows the sequence, so it goes first.
+  // The source borrows the sequence, so it is destroyed first.
   const std::unique_ptr<model::PrefillSequence> sequence_;
   const std::unique_ptr<KvPacker::Source> source_;
 };

@@ -34,14 +34,16 @@ absl::StatusOr<Message> Decode(const grpc::ByteBuffer& buffer) {
   return message;
 }
 
-// The deadline by our clock. On the wire it is a time-out, which gRPC adds to the system's clock.
+// Converts the deadline to our clock. On the wire it is a time-out, which gRPC adds to the system's
+// clock.
 absl::Time DeadlineOf(const grpc::CallbackServerContext& context, const Clock& clock) {
   const auto deadline = context.deadline();
   if (deadline == std::chrono::system_clock::time_point::max()) return absl::InfiniteFuture();
   return clock.Now() + (absl::FromChrono(deadline) - absl::Now());
 }
 
-// The trace id of a W3C traceparent header, "00-<32 hex digits>-<16>-<2>"; empty: none.
+// Returns the trace id of a W3C traceparent header, "00-<32 hex digits>-<16>-<2>", or "" if there
+// is none.
 std::string TraceIdOf(const grpc::CallbackServerContext& context) {
   const auto header = context.client_metadata().find("traceparent");
   if (header == context.client_metadata().end() || header->second.size() < 35) return "";
@@ -141,7 +143,7 @@ Stream* PrefillService::AttachLane(grpc::CallbackServerContext* context,
                                    job->OnCallCancelled();  // unless it has ended
                                  }
                                }});
-  // Tells the consumer that the lane is attached, though frames may be long in coming.
+  // Tells the consumer that the lane is attached, because its first frame may be long in coming.
   stream->StartSendInitialMetadata();
   if (!(*queue)->Attach(stream.get())) {
     return RefuseStream(

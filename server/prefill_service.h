@@ -1,4 +1,5 @@
-// prefill.v1.PrefillService: decodes and validates requests, and hands jobs to the scheduler.
+// The gRPC service prefill.v1.PrefillService: it decodes and validates requests, and hands jobs to
+// the scheduler.
 #ifndef PREFILLD_SERVER_PREFILL_SERVICE_H_
 #define PREFILLD_SERVER_PREFILL_SERVICE_H_
 
@@ -20,8 +21,8 @@ class Metrics;
 class PushDialer;
 class Scheduler;
 
-// Streams carry messages encoded by hand (proto/wire/frame_codec.h), so those methods take raw
-// buffers.
+// The streams carry messages that are encoded by hand (proto/wire/frame_codec.h), so those methods
+// take raw buffers.
 using PrefillServiceBase = ::prefill::v1::PrefillService::WithRawCallbackMethod_Prefill<
     ::prefill::v1::PrefillService::WithRawCallbackMethod_AttachLane<
         ::prefill::v1::PrefillService::WithCallbackMethod_GetServerInfo<

@@ -1,4 +1,4 @@
-// One request after validation: what to compute and in which form to deliver it.
+// One request after validation: what to compute, and the form in which to deliver it.
 #ifndef PREFILLD_SERVER_PREFILL_WORK_H_
 #define PREFILLD_SERVER_PREFILL_WORK_H_
 
@@ -31,7 +31,7 @@ struct PrefillWork {
   std::string trace_id;                          // W3C trace context; empty: none
 
   bool pushes() const { return !deliver_to.address().empty(); }
-  // Blocks to send per layer.
+  // The number of blocks to send per layer.
   int64_t num_sent_blocks() const { return layout.num_blocks() - layout.first_block(); }
 };
 
@@ -45,17 +45,19 @@ struct RequestLimits {
   int max_lanes = 1;
 };
 
-// INVALID_ARGUMENT names field, value and limit; FAILED_PRECONDITION: another model was asked for;
-// PERMISSION_DENIED: push to an address that the operator does not allow; UNIMPLEMENTED: push, and
-// the operator allows none. An empty request_id is replaced by a new one.
+// Validates a request. An empty request_id is replaced by a new one. Errors:
+// - INVALID_ARGUMENT names field, value and limit.
+// - FAILED_PRECONDITION: another model was asked for.
+// - PERMISSION_DENIED: the operator does not allow a push to this address.
+// - UNIMPLEMENTED: a push was asked for, and the operator allows none.
 absl::StatusOr<PrefillWork> ValidateRequest(const ::prefill::v1::PrefillRequest& request,
                                             const RequestLimits& limits);
 
-// Longest prompt whose log-probabilities fit, with room to spare, into a message of 4 MiB, which is
-// what gRPC clients take unless told otherwise.
+// The longest prompt whose log-probabilities fit, with room to spare, into a message of 4 MiB,
+// which is what gRPC clients accept by default.
 inline constexpr int kMaxPromptLogprobsTokens = 262144;
 
-// The part of `layout` that a run of its blocks is.
+// Selects a run of blocks of `layout`.
 model::KvSelection SelectBlocks(const ::prefill::v1::KvLayout& layout, int64_t first_block,
                                 int64_t num_blocks);
 

@@ -6,7 +6,7 @@ namespace prefilld::server {
 namespace {
 
 constexpr size_t kMaxSamples = 32;
-// A shorter prompt is all overhead, and says nothing about longer ones.
+// The time of a shorter prompt is mostly overhead and says nothing about longer ones.
 constexpr int64_t kMinTokens = 1024;
 
 double SpeedOf(int64_t num_tokens, absl::Duration compute) {

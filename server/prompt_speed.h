@@ -1,4 +1,4 @@
-// How fast prompts have been computed lately, so that admission can tell a caller beforehand.
+// The speed at which prompts were computed lately, from which admission predicts times.
 #ifndef PREFILLD_SERVER_PROMPT_SPEED_H_
 #define PREFILLD_SERVER_PROMPT_SPEED_H_
 
@@ -11,8 +11,8 @@
 
 namespace prefilld::server {
 
-// Prompts computed alone and in batches are told apart: a batch gets through more tokens a second
-// than any of its prompts would alone, and each of its prompts takes longer. Not thread-safe.
+// Keeps prompts computed alone apart from batches: a batch computes more tokens a second than any
+// of its prompts would alone, but each of its prompts takes longer. Not thread-safe.
 class PromptSpeed {
  public:
   // Records a prompt that was computed alone. `policy` is the one that was asked for; `compute` is
@@ -25,15 +25,15 @@ class PromptSpeed {
   // Tokens per second of the latest prompt or batch; 0: none yet.
   double latest() const { return latest_; }
 
-  // A lower bound for the time that such a prompt takes alone, by the best speed among the samples
-  // that count: prompts of the same policy that were no longer, and measured within kMaxAge. Longer
-  // prompts are slower per token, so the bound errs on the short side.
+  // Returns a lower bound for the time that such a prompt takes alone, by the best speed among the
+  // samples that count: prompts of the same policy that were no longer, measured within kMaxAge.
+  // Longer prompts are slower per token, so the bound errs on the short side.
   //
-  // Zero means unknown, with fewer than kMinSamples that count. Samples expire because a class of
-  // prompts that is refused for its speed is not measured again, and would be refused forever.
+  // Zero means unknown: fewer than kMinSamples samples count. Samples expire because prompts that
+  // are refused for their speed are not measured, and would otherwise be refused forever.
   absl::Duration AtBest(absl::Time now, int64_t num_tokens, model::AttentionPolicy policy) const;
-  // The same for `num_tokens` of prompts that are batched. Larger batches are faster per token, so
-  // the samples that count are batches of no fewer tokens.
+  // Returns the same bound for `num_tokens` of prompts that are batched. Larger batches are faster
+  // per token, so the samples that count are batches of at least as many tokens.
   absl::Duration BatchedAtBest(absl::Time now, int64_t num_tokens) const;
 
   static constexpr int kMinSamples = 4;

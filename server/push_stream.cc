@@ -24,9 +24,9 @@ constexpr char kReceiveMethod[] = "/prefill.v1.KvReceiver/Receive";
 
 }  // namespace
 
-// Sends every message as a ReceiveRequest. Owns itself: deleted when gRPC is done with the call.
-// The method is client-streaming; on the wire that is a bidirectional stream with one response,
-// which lets requests be encoded by hand.
+// Sends every message as a ReceiveRequest. It owns itself and is deleted when gRPC is done with the
+// call. The method is client-streaming; on the wire that is a bidirectional stream with one
+// response, which lets requests be encoded by hand.
 class PushStream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>,
                          public Transport {
  public:
@@ -51,14 +51,14 @@ class PushStream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::
   grpc::GenericStub stub_;
   grpc::ByteBuffer response_;
 
-  // The last message counts as taken when the receiver has answered it, too: until then its stall
-  // is timed, and an abort finds the stream.
+  // The last message counts as taken once it was written and the receiver has answered. Until then
+  // its stall is timed and an abort finds the stream.
   enum Half : int { kWritten = 1, kAnswered = 2 };
   std::atomic<int> halves_ = 0;
   bool sending_last_ = false;   // written by Send, read when its write is done
-  grpc::ByteBuffer under_way_;  // gRPC's from Send to OnWriteDone
+  grpc::ByteBuffer under_way_;  // belongs to gRPC from Send to OnWriteDone
 
-  bool sent_all_ = false;  // written by End, read by OnDone, which cannot come before
+  bool sent_all_ = false;  // written by End; OnDone, which comes later, reads it
 };
 
 PushStream::PushStream(std::shared_ptr<PrefillJob> job, LaneQueue* queue, const PushDialer& dialer)
@@ -80,7 +80,7 @@ PushStream::PushStream(std::shared_ptr<PrefillJob> job, LaneQueue* queue, const 
 
 void PushStream::Start() {
   stub_.PrepareBidiStreamingCall(&context_, kReceiveMethod, {}, this);
-  // The queue writes from other threads than reactions: the hold keeps OnDone away until End.
+  // The queue writes from threads other than gRPC's reactions. This hold delays OnDone until End.
   AddHold();
   StartRead(&response_);
   StartCall();
@@ -109,7 +109,7 @@ void PushStream::End(const absl::Status& status) {
   RemoveHold();
 }
 
-// The queue may send the next message from another thread at once, so the buffer goes first.
+// The queue may send the next message from another thread at once, so the buffer is cleared first.
 void PushStream::OnWriteDone(bool ok) {
   under_way_.Clear();
   if (!sending_last_) return queue_->OnWriteDone(ok);
@@ -117,8 +117,8 @@ void PushStream::OnWriteDone(bool ok) {
   TakeHalf(kWritten);
 }
 
-// There is one response, at the end. A stream that ends without one has failed, which would go
-// unnoticed until the next frame.
+// The receiver responds once, at the end. A stream that ends without a response has failed; without
+// this read the failure would go unnoticed until the next frame.
 void PushStream::OnReadDone(bool ok) {
   if (!ok) queue_->Abort(absl::CancelledError("the receiver ended the call"));
   TakeHalf(kAnswered);

@@ -1,4 +1,4 @@
-// The KV of one request on its way to a decode worker that prefilld calls (KvReceiver).
+// The call to a decode worker's KvReceiver, by which the KV of one request is pushed.
 #ifndef PREFILLD_SERVER_PUSH_STREAM_H_
 #define PREFILLD_SERVER_PUSH_STREAM_H_
 
@@ -12,7 +12,7 @@
 
 namespace prefilld::server {
 
-// Opens the calls to receivers, and outlives them. Thread-safe.
+// Opens the calls to receivers, and must outlive them. Thread-safe.
 class PushDialer {
  public:
   PushDialer(std::shared_ptr<grpc::ChannelCredentials> credentials, const Clock& clock);
@@ -21,14 +21,15 @@ class PushDialer {
   // receiver's status if the receiver refuses, fails or goes away.
   void Start(std::shared_ptr<PrefillJob> job);
 
-  // Waits until every call is over, its channel gone. A channel that is the last user of gRPC's
-  // callback threads ends them, which it must not do on one of them: so this comes before the end
-  // of the server, which uses them too.
+  // Waits until every call is over and its channel gone. If a channel is the last user of gRPC's
+  // callback threads, it ends them, and must not do so on one of them. So this must be called
+  // before the end of the server, which uses those threads too.
   void AwaitIdle();
 
  private:
   friend class PushStream;
-  // Counts the open calls. They co-own it, because the last one leaves while AwaitIdle returns.
+  // Counts the open calls. The calls own it together, because the last one leaves while AwaitIdle
+  // returns.
   struct Open {
     absl::Mutex mu;
     int calls ABSL_GUARDED_BY(mu) = 0;

@@ -1,4 +1,4 @@
-// The line that the log keeps of a request that is over.
+// Writes the log line of a request that is over.
 #ifndef PREFILLD_SERVER_REQUEST_LOG_H_
 #define PREFILLD_SERVER_REQUEST_LOG_H_
 

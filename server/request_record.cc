@@ -63,7 +63,7 @@ v1::SampledToken ToProto(const model::SampledToken& token) {
   return proto;
 }
 
-// Adds everything but the density.
+// Adds up every field but the density.
 void Add(const model::LayerReport& layer, model::LayerReport& sum) {
   sum.dense_heads += layer.dense_heads;
   sum.pivot_heads += layer.pivot_heads;

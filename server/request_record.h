@@ -1,4 +1,4 @@
-// The measurements of a request: for its result, its log line and the metrics.
+// The measurements of one request, for its result, its log line and the metrics.
 #ifndef PREFILLD_SERVER_REQUEST_RECORD_H_
 #define PREFILLD_SERVER_REQUEST_RECORD_H_
 
@@ -24,11 +24,11 @@ struct RequestStats {
   int batch_prompts = 0;                         // computed together, this one included
   int layers_computed = 0;
   model::LayerReport total;                // sums over the layers; density is their mean by queries
-  absl::Duration stalled;                  // how long layers waited for the consumers
-  std::optional<absl::Duration> logprobs;  // how long those of the prompt took, if asked for
+  absl::Duration stalled;                  // time in which layers waited for the consumers
+  std::optional<absl::Duration> logprobs;  // time of the prompt's log-probabilities, if asked for
 };
 
-// The summary over the heads of one source; absent without any.
+// Summarizes the recall of the heads with the given source; nullopt if there are none.
 std::optional<model::RecallSummary> RecallOf(const std::vector<model::HeadRecall>& heads,
                                              model::PatternSource source);
 
@@ -44,8 +44,8 @@ class RequestRecord {
   void SetLogprobs(model::PromptLogprobs logprobs, absl::Duration took);
 
   RequestStats stats() const;  // a snapshot
-  // The result as far as it is known here, with the report of every layer if `layers` is set.
-  // Gives the log-probabilities away: call it once.
+  // Makes the result as far as it is known here, with a report per layer if `layers` is set. The
+  // log-probabilities are moved out, so call it once.
   ::prefill::v1::PrefillResult TakeResult(bool layers);
 
  private:

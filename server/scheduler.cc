@@ -38,9 +38,9 @@ Scheduler::Admission Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
   absl::Status deadline = CheckDeadline(line, Describe(*job), speed_, resources_.clock.Now());
   if (!deadline.ok()) return refused(std::move(deadline));
 
-  // An idle server has made no progress for a while; that is no wedge.
+  // An idle server has made no progress for a while, which must not count as a wedge.
   if (queue_.empty() && running_.empty()) resources_.progress.Record();
-  // Before the compute thread can see the job, so that Accepted is the first event.
+  // Accepted is sent before the compute thread can see the job, so that it is the first event.
   job->delivery().Send(
       AcceptedEvent(job->work(), static_cast<int64_t>(queue_.size() + running_.size())));
   live_[job->work().id] = job;
@@ -109,7 +109,7 @@ std::vector<LiveJob> Scheduler::LiveJobs() const {
   return jobs;
 }
 
-// Not counted: those that have ended, which wait for nothing.
+// Jobs that have ended are not counted: they wait for nothing.
 int64_t Scheduler::RunningBeside(const PrefillJob* job) const {
   return std::count_if(running_.begin(), running_.end(), [job](const auto& running) {
     return running.get() != job && !running->ended();

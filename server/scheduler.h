@@ -1,4 +1,4 @@
-// Who computes when: the queue of requests, the pass that computes, and the thread that steps it.
+// The queue of requests, the pass that computes, and the thread that steps it.
 #ifndef PREFILLD_SERVER_SCHEDULER_H_
 #define PREFILLD_SERVER_SCHEDULER_H_
 
@@ -42,14 +42,14 @@ struct LiveJob {
   bool others_wait = false;  // for the compute or the staging that it may hold
 };
 
-// Requests wait in the order of their arrival, and one pass computes at a time. Who may wait, and
-// which prompts make up the next pass, is decided by the rules in admission.h.
+// Requests wait in the order of their arrival, and one pass computes at a time. The rules in
+// admission.h decide who may wait and which prompts make up the next pass.
 //
-// It has no thread of its own: the compute thread calls StepOnce, and everything else may be called
-// by any thread.
+// The scheduler has no thread of its own: the compute thread calls StepOnce, and any thread may
+// call everything else.
 class Scheduler {
  public:
-  // All of it is borrowed. `wake` is notified when there may be something to compute.
+  // All parameters are borrowed. `wake` is notified when there may be something to compute.
   Scheduler(model::PrefillEngine& engine, const PassResources& resources, EventCount& wake,
             const QueueLimits& limits);
   // No job may be live.
@@ -59,27 +59,31 @@ class Scheduler {
     absl::Status status;
     std::optional<absl::Duration> retry_after;  // with RESOURCE_EXHAUSTED
   };
-  // Takes the job in and sends Accepted. RESOURCE_EXHAUSTED: the queue is full; DEADLINE_EXCEEDED:
-  // the deadline is out of reach; ALREADY_EXISTS: a live request has this id; UNAVAILABLE: closed.
+  // Takes the job in and sends Accepted. Errors:
+  // - RESOURCE_EXHAUSTED: the queue is full.
+  // - DEADLINE_EXCEEDED: the deadline is out of reach.
+  // - ALREADY_EXISTS: a live request has this id.
+  // - UNAVAILABLE: the scheduler is closed.
   Admission Submit(std::shared_ptr<PrefillJob> job);
-  // The job's call is over; it leaves the queue if it is still there.
+  // Ends the life of a job whose call is over. The job leaves the queue if it is still there.
   void Retire(PrefillJob& job);
 
-  // Computes one step of the running pass, or starts the next one. False: nothing can be computed
-  // before `wake` is notified. For the compute thread.
+  // Computes one step of the running pass, or starts the next one. Returns false when nothing can
+  // be computed before `wake` is notified. Only the compute thread may call it.
   bool StepOnce();
 
   std::shared_ptr<PrefillJob> Find(const std::string& id) const;  // null: no such live request
   std::vector<LiveJob> LiveJobs() const;
   QueueState state() const;
 
-  // From now on Submit answers UNAVAILABLE with this reason.
+  // Closes the scheduler: from now on Submit answers UNAVAILABLE with this reason.
   void Close(const std::string& reason);
   void AbortAll(Outcome outcome, const absl::Status& status);
-  // Waits until nothing is live. False: the time ran out.
+  // Waits until no job is live. Returns false when the time ran out.
   bool AwaitIdle(absl::Duration timeout);
 
-  // Not OK once the device has failed; every request has been ended with UNAVAILABLE then.
+  // Returns an error once the device has failed. Every request has been ended with UNAVAILABLE
+  // then.
   absl::Status failure() const;
 
  private:
@@ -89,8 +93,7 @@ class Scheduler {
   WaitingLine Line() const ABSL_SHARED_LOCKS_REQUIRED(mu_);
   int64_t RunningBeside(const PrefillJob* job) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
 
-  // For the compute thread.
-  Jobs TakeNextJobs();  // of a pass; none: none wait
+  Jobs TakeNextJobs();  // jobs of the next pass; empty: none wait
   void StartPass(Jobs jobs);
   PrefillPass::Next StepPass();
   void RecordSpeed(absl::Duration compute);
@@ -110,13 +113,13 @@ class Scheduler {
   absl::flat_hash_map<std::string, std::shared_ptr<PrefillJob>> live_ ABSL_GUARDED_BY(mu_);
   PromptSpeed speed_ ABSL_GUARDED_BY(mu_);
 
-  // The compute thread's. Jobs that were taken out of the queue are started batch by batch: as one,
-  // or one by one if the engine refuses that.
+  // Only the compute thread uses the members from here on. Jobs that were taken out of the queue
+  // are started as one pass, or one by one if the engine refuses that.
   std::deque<Jobs> starting_;
   std::unique_ptr<PrefillPass> pass_;  // null: none runs
 };
 
-// Steps a scheduler, and sleeps when it has nothing to compute.
+// The thread that steps a scheduler. It sleeps when there is nothing to compute.
 class ComputeThread {
  public:
   ComputeThread(Scheduler& scheduler, EventCount& wake);

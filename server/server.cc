@@ -27,23 +27,23 @@ namespace {
 
 namespace v1 = ::prefill::v1;
 
-// Calls that are in flight when the server is destroyed have so long to unwind.
+// The time that calls have to unwind when the server is destroyed.
 constexpr absl::Duration kShutdownTime = absl::Seconds(5);
 
-// Prompts a good deal too long are still read, so that the caller is told the limit.
+// Requests somewhat above the limit are still read, so that the caller is told the limit.
 int64_t MaxRequestBytes(int64_t max_prompt_tokens) {
   constexpr int64_t kVarintBytes = 5;
   constexpr int64_t kOtherFields = int64_t{1} << 20;
   return 2 * kVarintBytes * max_prompt_tokens + kOtherFields;
 }
 
-// Every request that can be live, probes, and as much again.
+// Allows every request that can be live, probes, and as much again.
 int64_t MaxStreams(const ServerOptions& options) {
   return 2 * (options.queue_capacity + options.max_lanes) + 64;
 }
 
-// Pushes show the server's own certificate. Receivers are trusted by the certificates that sign
-// clients, or by the system's where there are none.
+// For pushes the server presents its own certificate. Receivers are trusted by the certificates
+// that sign clients, or by the system's where there are none.
 absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakePushCredentials(
     const wire::ServerTls& tls) {
   if (tls.cert_file.empty()) return wire::MakeChannelCredentials(std::nullopt);
@@ -208,8 +208,8 @@ PrefillServer::~PrefillServer() {
   }
   if (push_dialer_ != nullptr) push_dialer_->AwaitIdle();
   watchdog_.reset();
-  // The transport may hold on to the last frames for a moment. Rather leak the memory than take
-  // it from under a socket.
+  // The transport may hold on to the last frames for a moment. If it takes too long, the memory is
+  // leaked rather than freed while a socket uses it.
   if (ring_ != nullptr && !ring_->AwaitIdle(kShutdownTime)) {
     process::LogEvent(process::LogLevel::kError, "staging_not_returned",
                       {{"staged_bytes", ring_->staged_bytes()}});

@@ -1,4 +1,4 @@
-// The process without its command line: all pieces put together over an engine.
+// The server without its command line: all parts put together over an engine.
 #ifndef PREFILLD_SERVER_SERVER_H_
 #define PREFILLD_SERVER_SERVER_H_
 
@@ -34,8 +34,8 @@ class Watchdog;
 // Serves from Create to Drain. Thread-safe.
 class PrefillServer {
  public:
-  // `engine` and `clock` outlive the server; of `options`, engine is not looked at. Every error
-  // names the flag.
+  // `engine` and `clock` must outlive the server. `options.engine` is not read. Every error names
+  // the flag.
   static absl::StatusOr<std::unique_ptr<PrefillServer>> Create(const ServerOptions& options,
                                                                model::PrefillEngine& engine,
                                                                const Clock& clock);
@@ -47,11 +47,11 @@ class PrefillServer {
 
   const Metrics& metrics() const { return *metrics_; }
 
-  // Stops accepting work and waits until what was accepted is done. False: the time ran out.
-  // Health says NOT_SERVING from the call on; connections stay open.
+  // Stops accepting work and waits until what was accepted is done. Returns false when the time ran
+  // out. From the call on health says NOT_SERVING; connections stay open.
   bool Drain(absl::Duration timeout);
 
-  // Not OK once the device has failed; the server accepts nothing then.
+  // Returns an error once the device has failed. The server accepts nothing then.
   absl::Status failure() const { return scheduler_->failure(); }
 
  private:
@@ -69,7 +69,7 @@ class PrefillServer {
   JobTimeouts timeouts_;
   int port_ = 0;
 
-  // In order of construction, destroyed in reverse.
+  // Members stand in the order of construction and are destroyed in reverse.
   Progress progress_;
   EventCount wake_;  // of the compute thread
   std::unique_ptr<Metrics> metrics_;

@@ -1,4 +1,4 @@
-// What an operator can set; the flags that set it are read in options.cc.
+// The settings of an operator. The flags that set them are read in options.cc.
 #ifndef PREFILLD_SERVER_SERVER_OPTIONS_H_
 #define PREFILLD_SERVER_SERVER_OPTIONS_H_
 
@@ -17,17 +17,18 @@
 
 namespace prefilld::server {
 
-// Requests whose recall is measured (model/sparse/recall_audit.h).
+// Limits for requests whose recall is measured (model/sparse/recall_audit.h).
 struct RecallAuditLimits {
-  double fraction = 0.0;  // of the requests that do not ask; drawn at random
-  int64_t rows = 8;       // query blocks per layer for those, and the most that one may ask for
+  double fraction = 0.0;  // share of the requests that do not ask; drawn at random
+  int64_t rows =
+      8;  // query blocks per layer: for the drawn requests, and the most that a request may ask for
 };
 
 struct ServerOptions {
   model::EngineOptions engine;
-  // What is not set is the engine's default, which may come from the checkpoint's head clusters.
+  // Unset fields take the engine's defaults, which may come from the checkpoint's head clusters.
   model::AttentionOverrides attention;
-  // Baselines are for evaluations: an operator has to name them.
+  // Baselines serve evaluations, so an operator has to name them.
   std::vector<model::AttentionPolicy> allowed_policies = {
       model::AttentionPolicy::kDense, model::AttentionPolicy::kVerticalSlash,
       model::AttentionPolicy::kShare, model::AttentionPolicy::kAuto};
@@ -53,13 +54,13 @@ struct ServerOptions {
   absl::Duration drain_timeout = absl::Seconds(25);
 };
 
-// All problems of `options` in one INVALID_ARGUMENT, separated by "; ".
+// Returns all problems of `options` in one INVALID_ARGUMENT, separated by "; ".
 absl::Status Validate(const ServerOptions& options);
 
-// By model::Name; nullopt for anything else.
+// Finds a policy by its model::Name; nullopt for any other name.
 std::optional<model::AttentionPolicy> ParsePolicy(const std::string& name);
 
-// The effective configuration as (flag, value) pairs, for the log.
+// Lists the effective configuration as (flag, value) pairs, for the log.
 std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& options);
 
 }  // namespace prefilld::server

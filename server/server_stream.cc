@@ -34,7 +34,7 @@ void ServerStream::End(const absl::Status& status) {
 }
 
 // Finish would wait behind the message that the peer does not take. Cancelling the core call sends
-// the status past it, and drops the message with the staging buffer that it borrows.
+// the status at once and drops the message with the staging buffer that it borrows.
 void ServerStream::Cancel(const absl::Status& status) {
   const grpc::Status grpc_status = wire::ToGrpc(status);
   grpc_call_cancel_with_status(context_->c_call(),
@@ -42,7 +42,7 @@ void ServerStream::Cancel(const absl::Status& status) {
                                grpc_status.error_message().c_str(), nullptr);
 }
 
-// The queue may send the next message from another thread at once, so the buffer goes first.
+// The queue may send the next message from another thread at once, so the buffer is cleared first.
 void ServerStream::OnWriteDone(bool ok) {
   under_way_.Clear();
   queue_->OnWriteDone(ok);

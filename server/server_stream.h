@@ -1,4 +1,4 @@
-// The response stream of a call as a transport: the Prefill call itself, or a lane.
+// The response stream of a call, as a transport: the Prefill call itself or a lane.
 #ifndef PREFILLD_SERVER_SERVER_STREAM_H_
 #define PREFILLD_SERVER_SERVER_STREAM_H_
 
@@ -13,15 +13,16 @@
 
 namespace prefilld::server {
 
-// Sends every message as a PrefillEvent. Owns itself: deleted when gRPC is done with the call.
+// Sends every message as a PrefillEvent. It owns itself and is deleted when gRPC is done with the
+// call.
 class ServerStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>, public Transport {
  public:
   struct Events {
-    // The peer cancelled, or is gone.
+    // Called when the peer has cancelled or is gone.
     absl::AnyInvocable<void()> on_cancel;
-    // Everything that will be sent has been, and this status is about to follow.
+    // Called when everything has been sent and this status is about to follow.
     absl::AnyInvocable<void(const absl::Status&)> on_end;
-    // The call is over. May be null.
+    // Called when the call is over. May be null.
     absl::AnyInvocable<void()> on_done = nullptr;
   };
 
@@ -40,10 +41,10 @@ class ServerStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>, pu
   grpc::CallbackServerContext* const context_;
   LaneQueue* const queue_;
   Events events_;
-  grpc::ByteBuffer under_way_;  // gRPC's from Send to OnWriteDone
+  grpc::ByteBuffer under_way_;  // belongs to gRPC from Send to OnWriteDone
 };
 
-// A stream that ends at once.
+// Returns a stream that ends at once with `status`.
 grpc::ServerWriteReactor<grpc::ByteBuffer>* RefuseStream(const absl::Status& status);
 
 }  // namespace prefilld::server

@@ -58,7 +58,7 @@ StagingRing::Lease StagingRing::Acquire(absl::Span<const std::shared_ptr<Credit>
   return Lease(this, *credit, data);
 }
 
-// Conditions are evaluated when the lock is released.
+// Taking and releasing the lock is enough: absl evaluates all waiting conditions on release.
 void StagingRing::AskAgain() { absl::MutexLock lock(&mu_); }
 
 void StagingRing::Return(Credit& credit, std::byte* data) {

@@ -1,7 +1,7 @@
 // Host memory for KV on its way to consumers: a fixed number of equal buffers, lent one by one.
 //
-// This is the bound on what slow consumers can hold. Each request has a credit of its own, so
-// that those that stand still leave room for the others.
+// The ring bounds what slow consumers can hold. Each request has a credit of its own, so that
+// requests whose consumers stand still leave room for the others.
 #ifndef PREFILLD_SERVER_STAGING_RING_H_
 #define PREFILLD_SERVER_STAGING_RING_H_
 
@@ -27,7 +27,7 @@ namespace prefilld::server {
 // Thread-safe. Must outlive its leases (AwaitIdle).
 class StagingRing {
  public:
-  // Counts the buffers that one request holds. Guarded by the ring's lock.
+  // Counts the buffers that one request holds. The ring's lock guards it.
   class Credit {
    private:
     friend class StagingRing;
@@ -56,27 +56,29 @@ class StagingRing {
     std::byte* data_ = nullptr;
   };
 
-  // Allocates num_buffers (at least 2) of buffer_bytes in the engine's staging memory. `patience`
-  // is how long Acquire waits before it asks by itself whether to give up: anyone may end a
-  // request, and the end need not bring a buffer back.
+  // Allocates num_buffers (at least 2) of buffer_bytes in the engine's staging memory. While
+  // Acquire waits, it asks every `patience` whether to give up, because any thread may end a
+  // request without bringing a buffer back.
   static absl::StatusOr<std::unique_ptr<StagingRing>> Create(
       model::PrefillEngine& engine, int num_buffers, size_t buffer_bytes,
       absl::Duration patience = absl::Milliseconds(5));
 
-  // Waits for a buffer within the credit of a request, of the first of `credits` that has room: it
-  // holds less than is free. So one request gets half the ring, two a third each, and a last third
-  // is left for others. An empty lease means that `give_up` returned true; it is asked under the
-  // ring's lock, now, whenever a buffer comes back, at AskAgain and every `patience`.
+  // Waits for a buffer and charges it to the first of `credits` that has room, which means that it
+  // holds fewer buffers than are free. So one request can hold half the ring, or two a third each
+  // with a third left for others.
+  //
+  // Returns an empty lease when `give_up` returned true. It is asked under the ring's lock: at
+  // once, whenever a buffer comes back, at AskAgain and every `patience`.
   Lease Acquire(absl::Span<const std::shared_ptr<Credit>> credits,
                 absl::FunctionRef<bool()> give_up);
-  // Asks those who wait in Acquire again whether to give up.
+  // Makes those who wait in Acquire ask again whether to give up.
   void AskAgain();
 
   size_t buffer_bytes() const { return buffer_bytes_; }
   int64_t capacity_bytes() const { return int64_t{num_buffers_} * buffer_bytes_; }
-  int64_t staged_bytes() const;  // in buffers on loan
+  int64_t staged_bytes() const;  // bytes of the buffers on loan
 
-  // Waits until every buffer is back. False: the time ran out.
+  // Waits until every buffer is back. Returns false when the time ran out.
   bool AwaitIdle(absl::Duration timeout);
 
  private:

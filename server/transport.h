@@ -1,4 +1,4 @@
-// The stream below a lane, whatever it runs over.
+// The interface of the stream below a lane.
 #ifndef PREFILLD_SERVER_TRANSPORT_H_
 #define PREFILLD_SERVER_TRANSPORT_H_
 
@@ -19,21 +19,21 @@ struct KvFrame {
   size_t payload_bytes = 0;
 };
 
-// A stream carries these. The event is never a frame.
+// A stream carries these messages. The event never holds a frame.
 using Message = std::variant<::prefill::v1::PrefillEvent, KvFrame>;
 
-// One stream to a peer, driven by the LaneQueue that it is attached to: the transport encodes what
-// it is given and sends it. It must call the queue's OnWriteDone once per Send, when the peer's
-// side has taken the message and its staging buffer has been let go; and it must live until End is
-// called, which is the queue's last word to it.
+// One stream to a peer, driven by the LaneQueue that it is attached to. It encodes the messages
+// that it is given and sends them. It must call the queue's OnWriteDone once per Send, when the
+// message has been taken and its staging buffer released. It must live until End, which is the
+// queue's last call.
 class Transport {
  public:
   virtual ~Transport() = default;
-  // One message is under way at a time. `last`: nothing but End follows.
+  // Sends a message; one at a time is under way. If `last` is set, only End follows.
   virtual void Send(Message message, bool last) = 0;
   virtual void End(const absl::Status& status) = 0;  // OK: everything has been sent
-  // Breaks off the message under way, whose OnWriteDone follows; the peer gets `status`. Called
-  // under the queue's lock, so it must not call back.
+  // Breaks off the message under way, whose OnWriteDone still follows. The peer gets `status`. It
+  // is called under the queue's lock, so it must not call back.
   virtual void Cancel(const absl::Status& status) = 0;
 };
 

@@ -1,4 +1,5 @@
-// Looks after what no other thread is awake for: timers of requests, gauges, and liveness.
+// The thread that checks what no other thread is awake for: timers of requests, gauges, and
+// liveness.
 #ifndef PREFILLD_SERVER_WATCHDOG_H_
 #define PREFILLD_SERVER_WATCHDOG_H_
 
@@ -24,7 +25,7 @@ class Metrics;
 class Scheduler;
 class StagingRing;
 
-// All it is given outlives it.
+// All parameters must outlive it.
 class Watchdog {
  public:
   struct Watched {
@@ -40,7 +41,7 @@ class Watchdog {
            absl::Duration wedge_timeout);
   ~Watchdog();
 
-  // Looks around every few milliseconds from now on, by a thread that the destructor ends.
+  // Starts a thread that calls LookAround every few milliseconds. The destructor ends it.
   void Start();
   // Checks the timers of all live requests, sets the gauges, and reports a wedge when work has
   // waited for longer than the time-out without any progress. Not thread-safe.
