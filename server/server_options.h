@@ -19,9 +19,9 @@ namespace prefilld::server {
 
 // Limits for requests whose recall is measured (model/sparse/recall_audit.h).
 struct RecallAuditLimits {
-  double fraction = 0.0;  // share of the requests that do not ask; drawn at random
-  int64_t rows =
-      8;  // query blocks per layer: for the drawn requests, and the most that a request may ask for
+  double fraction = 0.0;  // share of the requests that do not ask, drawn at random
+  // Query blocks per layer: those of a drawn request, and the most that a request may ask for.
+  int64_t rows = 8;
 };
 
 struct ServerOptions {

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Prefill of the embedded model through a running prefilld, KV received and verified by the client,
-# beside transformers on the same CPU and threads (where a Python with transformers is given).
+# Measures prefills of the embedded model through a running prefilld, with the KV received and
+# verified by the client. Where a Python with transformers is given, transformers runs on the same
+# CPU and threads for comparison.
 #   tests/bench/prefill_bench.sh [--threads N] [--runs N] [--tokens "8192 16384"] [--python PYTHON]
 # Needs the binaries in build/release/bin (./deploy/quickstart.sh or ./tests/run.sh builds them).
 set -euo pipefail
@@ -20,7 +21,7 @@ while [[ $# -gt 0 ]]; do
     --python) python=$2 ;;
     --model) model=$2 ;;
     *)
-      sed -n '2,5s/^# *//p' "$0" >&2
+      sed -n '2,6s/^# *//p' "$0" >&2
       exit 2
       ;;
   esac
@@ -36,7 +37,7 @@ cleanup() {
 trap cleanup EXIT
 
 memory_mb() { awk -v key="$1:" '$1 == key {printf "%.0f", $2 / 1024}' "/proc/$server/status"; }
-# number KEY FILE: the first number under this key in a JSON file.
+# number KEY FILE: prints the first number under this key in a JSON file.
 number() { grep -oE "\"$1\": *[-0-9.e+]+" "$2" | head -n 1 | sed 's/.*: *//'; }
 
 "$bin/prefilld" --model="$model" --device=cpu --cpu_threads="$threads" --max_prompt_tokens=32768 \

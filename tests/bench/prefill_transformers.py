@@ -1,11 +1,12 @@
-"""Time to first token of a checkpoint in Hugging Face transformers, to stand beside prefilld's.
+"""Measures the time to first token of a checkpoint in Hugging Face transformers, to compare with prefilld's.
 
     prefill_transformers.py MODEL_FOLDER PROMPT_FILE [--device cpu|cuda] [--threads 2] [--dtype bfloat16]
                             [--repeats 3] [--tokens 8192,32768] [--json FILE]
 
-A PROMPT_FILE that ends in .json is a list of token ids, cut to each of --tokens; of any other the tokens are the bytes
-after one beginning-of-text token, as for the embedded model. One line per run, then per length the best and the median:
-the whole forward pass with its KV cache, logits of the last position alone, SDPA attention (by cuDNN on a GPU).
+A PROMPT_FILE that ends in .json is a list of token ids, cut to each of --tokens. The tokens of any other file are its
+bytes after one beginning-of-text token, as for the embedded model. Prints one line per run, then the best and the
+median per length. A run is the whole forward pass with its KV cache, logits of the last position alone, and SDPA
+attention (by cuDNN on a GPU).
 """
 
 import argparse

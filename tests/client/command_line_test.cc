@@ -1,4 +1,4 @@
-// The decode worker and the command-line client: what they do with their command lines.
+// Tests the command lines of the decode worker and of the command-line client.
 #include <string>
 #include <utility>
 
@@ -26,7 +26,7 @@ TEST(CliCommandLine, HelpListsEveryFlagWithItsDefault) { ExpectHelpListsEveryFla
 
 TEST(CliCommandLine, HelpIsGivenBehindACommandAndIsNoFlagsValue) {
   EXPECT_EQ(RunProgram(CLI_BINARY, "generate --text x --help").first, 0);
-  // The text of this prompt is --help; nobody listens there.
+  // Here --help is the text of the prompt, and nobody listens at the address.
   EXPECT_EQ(RunProgram(CLI_BINARY, "generate --worker=127.0.0.1:1 --text --help").first, 3);
 }
 

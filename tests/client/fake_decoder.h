@@ -13,8 +13,8 @@
 
 namespace prefilld::client {
 
-// A decoder without a model, of the shape of SmallLayout() (scripted_server.h), vocabulary 100.
-// After token t the most likely one is t + 1. Keeps what is stored.
+// A decoder without a model, with the shape of SmallLayout() (scripted_server.h) and a vocabulary
+// of 100. After token t the most likely token is t + 1. It keeps what is stored.
 class FakeDecoder : public model::Decoder {
  public:
   explicit FakeDecoder(int64_t num_blocks = 16);
@@ -30,11 +30,11 @@ class FakeDecoder : public model::Decoder {
   absl::StatusOr<std::vector<float>> Step(uint32_t token, int64_t position, int64_t rope_tokens,
                                           absl::Span<const int32_t> block_table) override;
 
-  // Called in every step, before it; an error becomes the step's.
+  // Called at the beginning of every step. An error that it returns becomes the step's error.
   std::function<absl::Status(uint32_t token)> before_step;
-  // Bytes of a block by (layer, is_value, pool block).
+  // Returns the bytes of each block by (layer, is_value, pool block).
   std::map<std::tuple<int, bool, int32_t>, std::string> stored();
-  // (token, position) of the steps so far.
+  // Returns (token, position) of the steps so far.
   std::vector<std::pair<uint32_t, int64_t>> steps();
 
  private:

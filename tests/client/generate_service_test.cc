@@ -1,4 +1,4 @@
-// Generate over a pulled cache: what it answers, refuses, and gives back.
+// Tests Generate over a pulled cache: its answers, its refusals, and what it gives back.
 #include <thread>
 
 #include "absl/synchronization/notification.h"
@@ -188,7 +188,7 @@ TEST_F(WorkerServices, ACallerThatReadsNothingIsCutOffAndFreesTheBlocks) {
     for (uint32_t layer = 0; layer < 3; ++layer) {
       writer.Write(FrameEvent(SmallLayout(), 0, layer, layer, 0, 3));
     }
-    // Passed on to the caller, and more than a stream's window.
+    // This result is passed on to the caller, and is larger than a stream's window.
     PrefillEvent result = ResultEvent({3});
     for (uint32_t id = 0; id < 3'000'000; ++id) {
       result.mutable_result()->mutable_first_token()->add_top_logprobs()->set_token_id(id);

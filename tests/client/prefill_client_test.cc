@@ -51,7 +51,7 @@ absl::StatusOr<PrefillResult> Call(const ScriptedServer& server, KvSink& sink,
   return (*client)->Prefill(request, sink, options);
 }
 
-// Writes Accepted, one frame per layer after `edit` has been at it, and the result.
+// Writes Accepted, one frame per layer after `edit` has changed it, and the result.
 ScriptedServer::PrefillScript OneFramePerLayer(std::function<void(KvFrame&)> edit = nullptr) {
   return [edit](grpc::ServerContext&, const PrefillRequest&, PrefillWriter& writer) {
     const KvLayout layout = SmallLayout();
@@ -223,7 +223,7 @@ TEST(PrefillClient, RefusesALayoutThatWasNotAskedFor) {
   refused(SmallRequest(), "keys_rotated");
 }
 
-// Lane 0 carries layer 0, lane 1 the rest.
+// Lane 0 carries layer 0, and lane 1 carries the others.
 class TwoLanes : public ::testing::Test {
  protected:
   static PrefillRequest Request() {
@@ -231,7 +231,7 @@ class TwoLanes : public ::testing::Test {
     request.set_num_lanes(2);
     return request;
   }
-  // Lane 0 ends only when lane 1 was there, as the real server's would.
+  // Lane 0 ends only once lane 1 was attached, as the real server's would.
   ScriptedServer::PrefillScript Lane0(std::vector<uint64_t> frames_per_lane) {
     return [=, this](grpc::ServerContext&, const PrefillRequest&, PrefillWriter& writer) {
       writer.Write(AcceptedEvent(SmallLayout(), 2));
@@ -294,7 +294,7 @@ TEST_F(TwoLanes, ALaneThatCannotBeAttachedEndsTheCall) {
   EXPECT_TRUE(cancelled.WaitForNotificationWithTimeout(absl::Seconds(5)));
 }
 
-// A server that has accepted and then says nothing until the client is gone.
+// Plays a server that sends Accepted and then says nothing until the client is gone.
 ScriptedServer::PrefillScript SilentUntilCancelled(absl::Notification& accepted) {
   return [&accepted](grpc::ServerContext& context, const PrefillRequest&, PrefillWriter& writer) {
     writer.Write(AcceptedEvent(SmallLayout(), 1));

@@ -1,4 +1,4 @@
-// Caches that are pushed to a worker, and what hostile senders can do.
+// Tests caches that are pushed to a worker, and what hostile senders can do.
 #include <random>
 #include <thread>
 
@@ -70,7 +70,7 @@ TEST_F(WorkerServices, APushedCacheOfAnotherLayoutIsRefused) {
   EXPECT_THAT(reply.status.error_message(), HasSubstr("model_fingerprint"));
 }
 
-// Its payloads are smaller than the blocks of the decoder's pool.
+// The payloads of this cache are smaller than the blocks of the decoder's pool.
 TEST_F(WorkerServices, APushedCacheOfAnotherShapeIsRefusedThoughItsFingerprintFits) {
   KvLayout layout = SmallLayout();
   layout.set_head_dim(4);
@@ -180,7 +180,7 @@ TEST_F(WorkerServices, CancellingTheWaitEndsASilentPush) {
   push->Write(message);
   while (decoder_.stored().empty()) absl::SleepFor(absl::Milliseconds(1));
   context.TryCancel();
-  // No more is sent: the worker ends the stream of its own accord.
+  // The test sends no more: the worker ends the stream by itself.
   EXPECT_EQ(push->Finish().error_code(), grpc::StatusCode::CANCELLED);
   stream->Finish();
   ExpectPoolFree();
@@ -206,7 +206,7 @@ TEST_F(WorkerServices, APushingServerThatGoesAwayEndsTheWait) {
   ExpectPoolFree();
 }
 
-// Random bytes, and random damage to good messages, on both services.
+// Sends random bytes, and good messages with random damage, to both services.
 TEST_F(WorkerServices, HostileBytesLeaveItServing) {
   options_.transfer_timeout = absl::Milliseconds(20);
   grpc::GenericStub generic(channel_);

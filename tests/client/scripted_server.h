@@ -1,4 +1,4 @@
-// A prefill server that does as it is told, in this process, on a real socket.
+// A prefill server that follows a script. It runs in this process, on a real socket.
 #ifndef PREFILLD_TESTS_CLIENT_SCRIPTED_SERVER_H_
 #define PREFILLD_TESTS_CLIENT_SCRIPTED_SERVER_H_
 
@@ -25,7 +25,7 @@ class ScriptedServer : public ::prefill::v1::PrefillService::Service {
   ~ScriptedServer() override;
 
   const std::string& address() const { return address_; }
-  // Connections that carried a Prefill or AttachLane call.
+  // Returns the connections that carried a Prefill or AttachLane call.
   std::vector<std::string> peers();
 
   grpc::Status Prefill(grpc::ServerContext* context, const ::prefill::v1::PrefillRequest* request,
@@ -52,7 +52,7 @@ class ScriptedServer : public ::prefill::v1::PrefillService::Service {
 ::prefill::v1::PrefillRequest SmallRequest();
 ::prefill::v1::KvLayout SmallLayout();
 ::prefill::v1::PrefillEvent AcceptedEvent(const ::prefill::v1::KvLayout& layout, int num_lanes);
-// Both blocks' bytes are made from layer and block, so that a mix-up changes them.
+// The bytes of every block are made from layer and block, so that a mix-up changes them.
 ::prefill::v1::PrefillEvent FrameEvent(const ::prefill::v1::KvLayout& layout, uint32_t lane,
                                        uint64_t sequence, uint32_t layer, uint32_t first_block,
                                        uint32_t num_blocks);

@@ -37,7 +37,7 @@ using ::prefill::v1::PrefillRequest;
 using ::prefill::v1::ReceiveRequest;
 using ::prefill::v1::ReceiveResponse;
 
-// The whole of a small transfer whose first token is 7; its requests are kept.
+// The prefill server's script is one small transfer whose first token is 7. Its requests are kept.
 class WorkerServices : public ::testing::Test {
  protected:
   WorkerServices()
@@ -103,7 +103,7 @@ class WorkerServices : public ::testing::Test {
     return reply;
   }
 
-  // Opens a pushed stream, sends `frames`, then the result and the end.
+  // Opens a pushed stream, sends `frames`, then the result, and closes the stream.
   grpc::Status Push(const KvLayout& layout, const std::vector<KvFrame>& frames,
                     ReceiveResponse* response) {
     grpc::ClientContext context;
@@ -129,7 +129,7 @@ class WorkerServices : public ::testing::Test {
     return frames;
   }
 
-  // Runs `push` once the worker waits for transfer t1; returns how the request ended.
+  // Runs `push` once the worker waits for transfer t1. Returns how the request ended.
   Reply GenerateWithPush(const std::function<void()>& push) {
     GenerateRequest request = Request();
     request.set_pushed_transfer_id("t1");

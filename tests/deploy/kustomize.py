@@ -1,6 +1,6 @@
 """Renders the kustomizations of this repository where no kubectl is installed.
 
-Knows what they use and refuses the rest: resources, images (newTag), and strategic-merge patches by path with
+Supports what they use and refuses everything else: resources, images (newTag), and strategic-merge patches by path with
 lists merged by name or mountPath and the directives `$patch: replace` and `$patch: delete`.
 """
 
@@ -22,7 +22,7 @@ def identity(resource):
 
 
 def merge(target, patch):
-    """Strategic merge of two values of the same place; the result shares nothing with its inputs."""
+    """Merges two values of the same place strategically. The result shares nothing with its inputs."""
     if isinstance(target, dict) and isinstance(patch, dict):
         if patch.get("$patch") == "replace":
             return {key: copy.deepcopy(value) for key, value in patch.items() if key != "$patch"}

@@ -1,4 +1,4 @@
-"""The Kubernetes manifests: valid in every field, and agreeing with each other and with the programs they start."""
+"""Tests that the Kubernetes manifests are valid, and agree with each other and with the programs they start."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ KUSTOMIZATIONS = ["deploy/kubernetes/base", "deploy/kubernetes/overlays/cpu"]
 KUBERNETES_VERSIONS = ["1.30.0", "1.37.0"]  # the oldest we say we need, the newest with a schema
 OPTIONS = {"prefilld": "server/options.cc", "prefilld-decode-worker": "client/decode_worker/options.cc"}
 
-# The API schemas do not cover the Prometheus operator: what we use of a ServiceMonitor.
+# The API schemas do not cover the Prometheus operator. These are the fields of a ServiceMonitor that we use.
 SERVICE_MONITOR_FIELDS = {
     "": {"apiVersion", "kind", "metadata", "spec"},
     "spec": {"selector", "endpoints", "namespaceSelector", "jobLabel", "targetLabels"},
@@ -184,7 +184,7 @@ class Manifests(unittest.TestCase):
 
 
 def comparable(resources):
-    """Comparable: kubectl sorts keys and resources, we do not."""
+    """Makes two renderings comparable: kubectl sorts keys and resources, and we do not."""
     return sorted(json.dumps(resource, sort_keys=True) for resource in resources.values())
 
 

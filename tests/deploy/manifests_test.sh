@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs manifests_test.py in a virtual environment, made on first use in the folder given.
-# Exit code 77 (skipped, for CTest) when the schemas cannot be installed.
+# Runs manifests_test.py in a virtual environment, made on first use in the folder given. Exits with
+# 77 (skipped, for CTest) when the schemas cannot be installed.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$1/manifests_venv

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The shell scripts parse, pass shellcheck where it is installed, refuse nonsense, and the prompt
-# script keeps its promises.
+# Tests that the shell scripts parse, pass shellcheck where it is installed, and refuse wrong
+# arguments, and that the prompt script writes what it promises.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 scripts=(deploy/*.sh tests/*.sh tests/*/*.sh .ci/run)
@@ -26,7 +26,7 @@ for script in deploy/install_packages.sh deploy/quickstart.sh; do
   fi
 done
 
-# The tests of the Python client run where its dependencies are, and are skipped elsewhere.
+# Every dependency of the Python client is among the test packages, so that its tests run.
 dependencies=$(sed -n 's/^dependencies = //p' client/python/pyproject.toml | grep -oE '"[a-z]+' | tr -d '"')
 [[ -n "$dependencies" ]] || fail "no dependencies in client/python/pyproject.toml"
 for dependency in $dependencies; do

@@ -14,7 +14,7 @@
 namespace prefilld::kernels::testing {
 namespace {
 
-// Probabilities and outputs are rounded to bf16 (2^-9 each, at most).
+// Probabilities and outputs are rounded to bf16, with an error of 2^-9 each at most.
 constexpr double kRelativeTolerance = 5e-3;
 constexpr double kMassTolerance = 1e-3;
 
@@ -113,7 +113,8 @@ TEST_P(CudaAttention, EqualsReference) {
 
 INSTANTIATE_TEST_SUITE_P(Common, CudaAttention, ::testing::ValuesIn(AttentionCases()),
                          CaseName<::testing::TestParamInfo<AttentionCase>>);
-// More tiles than the kernel with block mass has CTAs, more heads than one launch takes.
+// These have more tiles than the kernel with block mass has CTAs, and more heads than one launch
+// takes.
 INSTANTIATE_TEST_SUITE_P(
     Large, CudaAttention,
     ::testing::Values(AttentionCase{"SeveralTilesPerCta", 1500, 1700, 24, 8, 64, 64,
@@ -216,7 +217,7 @@ TEST_F(CudaAttentionOp, RefusesWhatItHasNoKernelFor) {
   params = device.params;
   params.block_tokens = 32;
   EXPECT_EQ(cuda::LaunchAttention(params, nullptr, nullptr), cudaErrorInvalidValue);
-  // A head with block mass and no scratch.
+  // A head asks for block mass, and there is no scratch.
   EXPECT_EQ(cuda::LaunchAttention(device.params, nullptr, nullptr), cudaErrorInvalidValue);
 }
 
@@ -226,7 +227,7 @@ TEST_P(CudaPagedAttention, EqualsReferenceInBothOrders) {
   const PagedCase& c = GetParam();
   const Qkv data = MakeQkv(1, c.num_keys, c.num_heads, c.num_kv_heads, c.head_dim, 3);
   const int64_t blocks = CeilDiv(c.num_keys, c.block_tokens);
-  // The sequence's blocks lie scattered in a pool that is full of NaN otherwise.
+  // The sequence's blocks lie scattered in a pool whose other blocks are full of NaN.
   std::vector<int32_t> table(static_cast<size_t>(blocks));
   for (int64_t b = 0; b < blocks; ++b) table[static_cast<size_t>(b)] = static_cast<int32_t>(2 * b);
   std::shuffle(table.begin(), table.end(), std::mt19937(5));

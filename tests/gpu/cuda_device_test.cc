@@ -144,7 +144,7 @@ TEST_F(CudaDevice, AttentionWithinWhatWasReservedAllocatesNothing) {
 }
 
 TEST_F(CudaDevice, PacksFromSeveralThreadsBesideOps) {
-  // 2 x 20 MB in fp32: more than one piece of the packing buffer.
+  // The tensors are 2 x 20 MB in fp32, which is more than one piece of the packing buffer.
   constexpr int64_t kTokens = 20000;
   constexpr int kHeads = 4;
   constexpr int kHeadDim = 64;
@@ -203,7 +203,7 @@ TEST_F(CudaDevice, PacksFromSeveralThreadsBesideOps) {
   for (std::thread& thread : threads) thread.join();
 }
 
-// Last: after it the process has lost the device.
+// This test runs last, because after it the process has lost the device.
 TEST_F(CudaDevice, ZFaultOfTheDeviceIsReportedByEveryLaterCall) {
   kernels::RmsNormParams params;
   params.x = reinterpret_cast<void*>(16);
@@ -211,7 +211,7 @@ TEST_F(CudaDevice, ZFaultOfTheDeviceIsReportedByEveryLaterCall) {
   params.y = reinterpret_cast<void*>(16);
   params.num_tokens = 1;
   params.hidden = 8;
-  // The launch may succeed: the fault shows at the next wait.
+  // The launch may succeed, and the fault show only at the next wait.
   device_->ops().RmsNorm(params).IgnoreError();
   EXPECT_EQ(device_->Synchronize().code(), absl::StatusCode::kUnavailable);
   EXPECT_EQ(device_->Allocate(16).status().code(), absl::StatusCode::kUnavailable);

@@ -1,4 +1,4 @@
-// Errors of CUDA and cuBLASLt as statuses: no GPU needed.
+// Tests that errors of CUDA and cuBLASLt become statuses. Needs no GPU.
 #include "model/device/cuda_status.h"
 
 #include <gmock/gmock.h>

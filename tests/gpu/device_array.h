@@ -1,4 +1,4 @@
-// Device memory for tests, and tensors on their way there and back.
+// Device memory for tests, with copies of tensors to and from it.
 #ifndef PREFILLD_TESTS_GPU_DEVICE_ARRAY_H_
 #define PREFILLD_TESTS_GPU_DEVICE_ARRAY_H_
 
@@ -12,7 +12,7 @@
 
 namespace prefilld::kernels::testing {
 
-// Skips the tests of a machine without a GPU, and says so.
+// Skips the calling test, with a message, on a machine without a GPU.
 inline void SkipWithoutGpu() {
   int num_devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&num_devices);
@@ -33,8 +33,8 @@ class GpuTestWithParam : public ::testing::TestWithParam<Case> {
   void SetUp() override { SkipWithoutGpu(); }
 };
 
-// Fresh memory is filled with 0xff bytes: NaN as bf16, fp16 and fp32, -1 as an integer. An output
-// that a kernel leaves out shows.
+// Fresh memory is filled with 0xff bytes: NaN as bf16, fp16 and fp32, -1 as an integer. So an
+// element that a kernel fails to write shows.
 template <typename T>
 class DeviceArray {
  public:
@@ -80,10 +80,10 @@ using Bf16 = uint16_t;  // as bits
 
 std::vector<Bf16> ToBf16(const std::vector<float>& values);
 std::vector<float> FromBf16(const std::vector<Bf16>& values);
-// Rounds to what bf16 can hold, so that a reference works on the very inputs of the kernel.
+// Rounds to what bf16 can hold, so that the reference works on exactly the kernel's inputs.
 std::vector<float> RoundToBf16(const std::vector<float>& values);
 
-// Normal values of the given standard deviation, exact in bf16.
+// Makes normal values of the given standard deviation that are exact in bf16.
 std::vector<float> NormalValues(size_t count, float deviation, uint32_t seed);
 
 }  // namespace prefilld::kernels::testing

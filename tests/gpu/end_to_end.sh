@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# The whole service on a GPU: prefilld and a decode worker as two processes, asked by the CLI.
+# Tests the whole service on a GPU: prefilld and a decode worker as two processes, asked by the CLI.
 #
 #   tests/gpu/end_to_end.sh BUILD_DIR OUT_DIR [STEP…]    steps: tiny synthetic million; the first two by default
 #
 #   tiny       the embedded model: pass keys in 8k, 16k and 32k tokens, every policy
-#   synthetic  a Qwen2.5-7B-shaped checkpoint made here (15 GB in $TMPDIR; needs python3 with numpy): whole prefills of
-#              8k to 128k tokens, then 32k tokens through both processes
+#   synthetic  a Qwen2.5-7B-shaped checkpoint made here (15 GB in $TMPDIR; needs python3 with numpy): whole
+#              prefills of 8k to 128k tokens, then 32k tokens through both processes
 #   million    one prefill of 1,000,000 tokens of that checkpoint
-# OUT_DIR gets JSON and logs, in one file end_to_end.json. Exit status: number of failed steps.
+# OUT_DIR gets JSON and logs, and the figures in one file end_to_end.json. The exit status is the
+# number of failed steps.
 set -uo pipefail
 
 if (($# < 2)); then
@@ -26,7 +27,7 @@ checkpoint=${PREFILLD_SYNTHETIC:-$work/qwen2.5-7b-synthetic}
 pids=()
 trap 'kill "${pids[@]}" 2>/dev/null; rm -rf "$work"' EXIT
 
-# start NAME COMMAND…: waits until the process has written its ports.
+# start NAME COMMAND…: starts a process and waits until it has written its ports.
 start() {
   local name=$1
   shift
@@ -42,7 +43,7 @@ start() {
 }
 port() { sed -n "s/^$2=//p" "$work/$1.ports"; }
 
-# serve NAME MODEL TOKENS: both processes with that model.
+# serve NAME MODEL TOKENS: starts both processes with that model.
 serve() {
   start "$1-prefilld" "$bin/prefilld" --model="$2" --device=cuda --max_prompt_tokens="$3" --listen=127.0.0.1:0 \
     --metrics_listen=127.0.0.1:0 || return 1
@@ -50,7 +51,7 @@ serve() {
     --kv_pool_tokens=$(($3 + 1024)) --prefill_address=127.0.0.1:"$(port "$1-prefilld" grpc)" || return 1
 }
 
-# Both must end with 0 on SIGTERM.
+# Stops both processes. Each must exit with 0 on SIGTERM.
 stop() {
   local pid status=0
   for pid in "${pids[@]}"; do
@@ -88,12 +89,13 @@ make_checkpoint() {
   [[ -s "$checkpoint/config.json" ]] || python3 model/synthetic/make_checkpoint.py qwen2.5-7b "$checkpoint"
 }
 
-# prompt TOKENS [SEED]: makes prompt.json.
+# prompt TOKENS [SEED]: writes prompt.json.
 prompt() {
   python3 model/synthetic/make_checkpoint.py qwen2.5-7b --prompt "$1" --seed "${2:-0}" >"$work/prompt.json"
 }
 
-# whole_prefill NAME TOKENS FLAGS…: the JSON of prefill-bench goes to OUT_DIR/prefill_NAME.json.
+# whole_prefill NAME TOKENS FLAGS…: runs prefill-bench and writes its JSON to
+# OUT_DIR/prefill_NAME.json.
 whole_prefill() {
   local name=$1 tokens=$2
   shift 2

@@ -17,8 +17,8 @@ namespace {
 
 using cuda::KernelPath;
 
-// Roundings to bf16, 2^-9 at most and 2^-10.6 on average: of the result, and in two steps of gate
-// and up before.
+// Each rounding to bf16 errs by 2^-9 at most and 2^-10.6 on average. The fused kernel rounds the
+// result alone; the two steps round gate and up before it.
 constexpr double kFusedTolerance = 3e-3;
 constexpr double kTwoStepsTolerance = 6e-3;
 
@@ -28,7 +28,8 @@ struct Shape {
   int64_t intermediate;
 };
 
-// Repeats itself after some million values: drawing hundreds of millions takes minutes.
+// Makes normal values that repeat after some millions, because drawing hundreds of millions takes
+// minutes.
 DeviceArray<Bf16> LargeNormal(int64_t count, float deviation, uint32_t seed) {
   const size_t size = static_cast<size_t>(count);
   const size_t period = std::min<size_t>(size, (1 << 20) + 7);
@@ -52,7 +53,7 @@ class CudaGatedLinear : public GpuTest {
     hopper_ = gpu.is_hopper();
   }
 
-  // Tensors of a shape, and the op on them.
+  // The tensors of a shape, and the op on them.
   struct Operands {
     Operands(const Shape& shape, DeviceArray<Bf16> x, DeviceArray<Bf16> w)
         : x(std::move(x)),
@@ -64,7 +65,7 @@ class CudaGatedLinear : public GpuTest {
     DeviceArray<Bf16> x, w, gate_up, y;
     GatedLinearParams params;
   };
-  // Gate and up of about unit variance.
+  // Makes gate and up of about unit variance.
   static Operands Large(const Shape& shape) {
     const float deviation = 1.0f / std::sqrt(static_cast<float>(shape.in_features));
     return Operands(shape, LargeNormal(shape.num_tokens * shape.in_features, 1.0f, 1),
@@ -79,7 +80,7 @@ class CudaGatedLinear : public GpuTest {
   bool hopper_ = false;
 };
 
-// Around the kernel's tiles of 128 tokens, 128 columns and 64 features.
+// Tests sizes around the kernel's tiles of 128 tokens, 128 columns and 64 features.
 void CudaGatedLinear::ExpectReference(KernelPath path, double tolerance) {
   constexpr int64_t kMostTokens = 1000;
   for (const int64_t in : {8, 64, 72, 512, 3584}) {
@@ -98,7 +99,7 @@ void CudaGatedLinear::ExpectReference(KernelPath path, double tolerance) {
         SCOPED_TRACE(::testing::Message()
                      << num_tokens << " tokens, " << in << " -> " << intermediate);
         const size_t size = static_cast<size_t>(num_tokens * intermediate);
-        // Some rows more, which must stay as they are.
+        // The output has some rows more, which must stay as they are.
         const DeviceArray<Bf16> gate_up(2 * size), y(size + static_cast<size_t>(intermediate));
         ASSERT_EQ(launcher_.Launch({device_x.data(), device_w.data(), gate_up.data(), y.data(),
                                     num_tokens, in, intermediate},
@@ -124,8 +125,8 @@ TEST_F(CudaGatedLinear, TwoStepsEqualReference) {
   ExpectReference(KernelPath::kPortable, kTwoStepsTolerance);
 }
 
-// Every CTA takes several tiles; the ring of stages, whose length does not divide the steps of a
-// tile, goes round many times.
+// Every CTA takes several tiles, and the ring of stages wraps around many times at changing places,
+// because its length does not divide the steps of a tile.
 TEST_F(CudaGatedLinear, ManyTilesEqualTwoSteps) {
   if (!hopper_) GTEST_SKIP() << "no Hopper GPU";
   for (const Shape& shape : {Shape{2300, 64, 4104}, Shape{2300, 136, 4104}, Shape{4000, 320, 9000},
@@ -147,7 +148,7 @@ TEST_F(CudaGatedLinear, ManyTilesEqualTwoSteps) {
   }
 }
 
-// Where gate and up are saturated, infinite or not a number, so is the result.
+// Tests that saturated, infinite and NaN values of gate and up give what the formula gives.
 TEST_F(CudaGatedLinear, FollowsLargeGatesAndNonFiniteTokens) {
   constexpr int64_t kTokens = 130;
   constexpr int64_t kIn = 64;
@@ -212,7 +213,7 @@ TEST_F(CudaGatedLinear, RefusesWhatItHasNoKernelFor) {
   PREFILLD_ASSERT_CUDA(cudaDeviceSynchronize());
 }
 
-// Prints how fast either way is at the shape of a model of 7 billion parameters.
+// Prints the time of both ways at the shape of a model of 7 billion parameters.
 TEST_F(CudaGatedLinear, TimesAtTheShapeOfAModel) {
   constexpr Shape kShape = {8192, 3584, 18944};
   constexpr int kRepetitions = 10;

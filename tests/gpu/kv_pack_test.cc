@@ -14,10 +14,10 @@ class CudaPackKv : public GpuTestWithParam<PackCase> {};
 
 TEST_P(CudaPackKv, GivesTheBytesOfTheReference) {
   const PackCase& c = GetParam();
-  // Two tokens of slack between the heads.
+  // The distance between heads has room for two more tokens.
   const int64_t stride = (c.num_tokens + 2) * c.head_dim;
   const auto count = static_cast<size_t>(c.num_kv_heads * stride);
-  // Large enough that some pass the range of fp16.
+  // The values are so large that some are out of range for fp16.
   const std::vector<float> k = NormalValues(count, 30000.0f, 1);
   const std::vector<float> v = NormalValues(count, 1.0f, 2);
   const DeviceArray<Bf16> device_k(ToBf16(k)), device_v(ToBf16(v));
@@ -36,7 +36,7 @@ TEST_P(CudaPackKv, GivesTheBytesOfTheReference) {
       p.head_dim = c.head_dim;
       p.order = order;
       p.dst_dtype = dtype;
-      // Eight bytes longer, to show writes past the end.
+      // The buffer is eight bytes longer, so that writes past the end show.
       std::vector<char> expected(static_cast<size_t>(PackedBytes(p)) + 8, static_cast<char>(0xff));
       p.dst = expected.data();
       reference::PackKv(p);

@@ -12,7 +12,7 @@
 namespace prefilld::kernels::testing {
 namespace {
 
-// One rounding of the output to bf16: 2^-9 at most, 2^-10.6 on average.
+// The output is rounded to bf16 once: 2^-9 at most, 2^-10.6 on average.
 constexpr double kRelativeTolerance = 3e-3;
 
 std::vector<float> Normal(int64_t count, uint32_t seed) {
@@ -86,7 +86,8 @@ TEST_F(CudaLayerOps, TokenLogprobsEqualReferenceForAnyVocabulary) {
     for (float& logit : logits) logit *= 10.0f;
     const auto last = static_cast<uint32_t>(vocab_size - 1);
     logits[0] = 3008.0f;  // its exponential overflows
-    // Above all others: one by the least that bf16 can tell, and two that are equal.
+    // The largest logit leads by the smallest step of bf16 in the second row; in the fourth two are
+    // equal.
     logits[vocab_size] = 59.75f;
     logits[vocab_size + last] = 60.0f;
     logits[3 * vocab_size] = logits[3 * vocab_size + last] = 60.0f;
@@ -139,7 +140,8 @@ TEST_F(CudaLayerOps, LinearEqualsReferenceWithBiasAndAccumulation) {
                          in,
                          out,
                          accumulate};
-          // Twice where it may be: the second time with the remembered algorithm.
+          // If nothing accumulates, the op runs twice: the second time it uses the remembered
+          // algorithm.
           for (int i = 0; i < (accumulate ? 1 : 2); ++i) {
             ASSERT_EQ(launcher.Launch(p, nullptr), CUBLAS_STATUS_SUCCESS)
                 << num_tokens << ", " << in << " -> " << out;
@@ -190,7 +192,7 @@ TEST_F(CudaLayerOps, TunedLinearEqualsReferenceForFewerAndMoreTokens) {
           {x.data(), w.data(), bias.data(), expected.data(), num_tokens, kIn, kOut, accumulate});
       ExpectClose(FromBf16(y.Read()), expected, kLinearTolerance);
     }
-    // Untuned shapes come and go; what was tuned stays.
+    // Algorithms of untuned shapes come and go, but tuned ones stay.
     const DeviceArray<Bf16> y(ToBf16(before));
     for (int64_t num_tokens = 1; num_tokens <= kMostTokens; ++num_tokens) {
       for (const int64_t out : {kOut, kOut - 8}) {
@@ -230,7 +232,7 @@ TEST_F(CudaLayerOps, QkvRopeEqualsReference) {
       inv_freq[i] =
           std::pow(500000.0f, -2.0f * static_cast<float>(i) / static_cast<float>(c.head_dim));
     }
-    // Room for five more tokens, which must stay as they are.
+    // The cache has room for five more tokens, which must stay as they are.
     const int64_t capacity = c.num_tokens + 5;
     std::vector<float> q(static_cast<size_t>(c.num_tokens * c.num_heads * c.head_dim));
     std::vector<float> k(static_cast<size_t>(c.num_kv_heads * capacity * c.head_dim), 9.0f);
@@ -270,7 +272,7 @@ TEST_F(CudaLayerOps, QkvRopeEqualsReference) {
   }
 }
 
-// Positions token by token give the same, bit for bit, as first_position gives prompt by prompt.
+// Positions given token by token yield bit for bit what first_position yields prompt by prompt.
 TEST_F(CudaLayerOps, QkvRopeTakesPositionsTokenByToken) {
   constexpr int64_t kTokens = 203;
   constexpr int kHeadDim = 64;

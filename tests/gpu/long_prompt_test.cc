@@ -1,4 +1,4 @@
-// Tensors of more than 2^31 elements: a prompt of a million tokens has them at once. The few rows
+// Tests tensors of more than 2^31 elements, as a prompt of a million tokens has them. The few rows
 // that are checked lie past that limit.
 #include <bit>
 #include <cmath>
@@ -21,7 +21,7 @@ constexpr int kHeadDim = 128;
 constexpr int kBlock = 128;
 constexpr double kRelativeTolerance = 5e-3;
 
-// Uniform values in (-scale, scale), made fast.
+// Makes uniform values in (-scale, scale), fast.
 std::vector<Bf16> UniformValues(size_t count, float scale, uint32_t seed) {
   std::vector<Bf16> values(count);
   uint64_t state = seed * 0x9e3779b97f4a7c15u + 1;
@@ -35,7 +35,7 @@ std::vector<Bf16> UniformValues(size_t count, float scale, uint32_t seed) {
 
 float ToFloat(Bf16 bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 
-// One row of attention in double precision. `sees(key block)` says which blocks are computed.
+// Computes one row of attention in double precision. `sees(key block)` tells which blocks count.
 template <typename Sees>
 std::vector<float> ReferenceRow(const Bf16* q, const std::vector<Bf16>& k,
                                 const std::vector<Bf16>& v, int64_t position, float scale,
@@ -80,11 +80,11 @@ class CudaLongPromptOp : public GpuTest {};
 
 TEST_P(CudaLongPrompt, KeysPastTheLimit) {
   const KernelPath path = GetParam();
-  // Two KV heads whose distance alone passes it; the second is used.
+  // The distance between the two KV heads alone passes the limit. The second head is used.
   const int64_t stride = kLimit + 64;
   const std::vector<Bf16> k = UniformValues(kTokens * kHeadDim, 1.0f, 1);
   const std::vector<Bf16> v = UniformValues(kTokens * kHeadDim, 1.0f, 2);
-  constexpr int64_t kQueries = 130;  // of three query blocks, the first and the last partial
+  constexpr int64_t kQueries = 130;  // three query blocks, the first and the last partial
   const std::vector<Bf16> q = UniformValues(kQueries * 2 * kHeadDim, 8.0f, 3);
   DeviceArray<Bf16> device_k(static_cast<size_t>(stride + kTokens * kHeadDim));
   DeviceArray<Bf16> device_v(device_k.size());

@@ -20,8 +20,7 @@
 namespace prefilld::kernels::testing {
 namespace {
 
-// Keys of [num_kv_heads, num_keys, head_dim] with `padding` of no number behind those of every
-// head.
+// Adds `padding` NaNs behind each head of keys [num_kv_heads, num_keys, head_dim].
 std::vector<float> Padded(const std::vector<float>& k, const EstimateCase& c, int64_t padding) {
   const int64_t length = c.num_keys * c.head_dim;
   std::vector<float> padded;
@@ -33,8 +32,8 @@ std::vector<float> Padded(const std::vector<float>& k, const EstimateCase& c, in
   return padded;
 }
 
-// The estimate of num_queries queries on both paths against the reference. Keys lie as a prefill
-// has them: with room behind each head's, which nobody may read.
+// Compares the estimate of num_queries queries, on both paths, with the reference. As in a prefill
+// there is room behind each head's keys, which nobody may read.
 void ExpectEstimateEqualsReference(const EstimateCase& c, int64_t num_queries) {
   const Qkv data = MakeQkv(num_queries, c.num_keys, c.num_heads, c.num_kv_heads, c.head_dim, 2);
   const auto scratch_bytes =
@@ -67,7 +66,7 @@ void ExpectEstimateEqualsReference(const EstimateCase& c, int64_t num_queries) {
   p.k = k.data();
   for (const cuda::KernelPath path : {cuda::KernelPath::kFastest, cuda::KernelPath::kPortable}) {
     const std::string name = path == cuda::KernelPath::kFastest ? "fastest" : "portable";
-    // An output that a kernel leaves out stays not a number.
+    // An output that a kernel fails to write stays NaN.
     const std::vector<float> unset(vertical.size(), std::numeric_limits<float>::quiet_NaN());
     const DeviceArray<float> device_block_mass(std::vector<float>(block_mass.size(), unset[0])),
         device_vertical(unset), device_slash(unset);
@@ -81,7 +80,7 @@ void ExpectEstimateEqualsReference(const EstimateCase& c, int64_t num_queries) {
                                   const std::vector<float>& expected) {
       const Closeness closeness = Compare(actual.data(), expected.data(), actual.size());
       EXPECT_EQ(closeness.wrong_non_finite, 0u) << what << ", " << name;
-      // The products are exact; sums and exponentials are in fp32.
+      // The products are exact, while sums and exponentials are in fp32.
       EXPECT_LT(closeness.relative, 1e-4) << what << ", " << name << ": " << closeness;
     };
     expect_close("block mass", device_block_mass.Read(), block_mass);
@@ -99,7 +98,8 @@ TEST_P(CudaEstimate, EqualsReference) {
 
 INSTANTIATE_TEST_SUITE_P(Common, CudaEstimate, ::testing::ValuesIn(EstimateCases()),
                          CaseName<::testing::TestParamInfo<EstimateCase>>);
-// Chunks of more than the least number of keys; more items than a GPU has multiprocessors.
+// These take chunks of more than the smallest number of keys, and more items than a GPU has
+// multiprocessors.
 INSTANTIATE_TEST_SUITE_P(Large, CudaEstimate,
                          ::testing::Values(EstimateCase{"LongChunks", 33000, 2, 1, 128, 128},
                                            EstimateCase{"ManyItems", 9000, 28, 4, 64, 128},
@@ -107,8 +107,8 @@ INSTANTIATE_TEST_SUITE_P(Large, CudaEstimate,
                                                         64}),
                          CaseName<::testing::TestParamInfo<EstimateCase>>);
 
-// More heads than one KV head has, groups of 16 blocks of the Hopper kernel with and without a
-// rest, and more of them than a GPU has multiprocessors.
+// These have more heads than one KV head has, groups of 16 blocks of the Hopper kernel with and
+// without a remainder, and more groups than a GPU has multiprocessors.
 INSTANTIATE_TEST_SUITE_P(Groups, CudaEstimate,
                          ::testing::Values(EstimateCase{"OneGroup", 2048, 4, 2, 128, 128},
                                            EstimateCase{"OneBlockMore", 2176, 4, 2, 128, 128},
@@ -118,8 +118,8 @@ INSTANTIATE_TEST_SUITE_P(Groups, CudaEstimate,
 
 class CudaPattern : public GpuTest {};
 
-// The recall audit asks for rows of blocks before the last, too, and a prompt's last block may hold
-// few queries.
+// The recall audit also asks for blocks before the last one, and the last block of a prompt may
+// hold few queries.
 TEST_F(CudaPattern, EstimateOfFewQueriesEqualsReference) {
   for (const int64_t num_keys : {200, 2048, 2100, 4200}) {
     for (const int64_t num_queries : {1, 63, 64, 100}) {
@@ -130,8 +130,8 @@ TEST_F(CudaPattern, EstimateOfFewQueriesEqualsReference) {
   }
 }
 
-// Masses of `num_heads` rows that sum to 1: a few large ones, many small ones; with `ties`, of
-// few distinct values.
+// Makes masses of `num_heads` rows that sum to 1: a few large ones and many small ones. With `ties`
+// they have few distinct values.
 std::vector<float> MakeMasses(int num_heads, int64_t n, bool ties, uint32_t seed) {
   std::mt19937 random(seed);
   std::exponential_distribution<float> exponential;
@@ -150,12 +150,12 @@ std::vector<float> MakeMasses(int num_heads, int64_t n, bool ties, uint32_t seed
   return mass;
 }
 
-// Kernel and reference sum in different arithmetic (pattern/smallest_set.cuh). Their sets are
-// equal unless the running sum comes within rounding of the target: all mass of many distinct
-// values (gamma 1) asks for just that, so gamma 1 goes with few distinct values only.
+// Kernel and reference sum in different arithmetic (pattern/smallest_set.cuh), so their sets are
+// equal unless the running sum comes within rounding of the target. Gamma 1 over many distinct
+// values always does, so gamma 1 is tested with few distinct values only.
 bool DecidedByRounding(bool ties, float gamma) { return gamma == 1.0f && !ties; }
 
-// Columns and diagonals of p, whose pointers are not set, against the reference.
+// Compares the columns and diagonals of p, whose pointers are not set, with the reference.
 void ExpectVerticalSlashEqualsReference(VerticalSlashParams p, const std::vector<float>& vertical,
                                         const std::vector<float>& slash) {
   const auto num_words =
@@ -217,7 +217,7 @@ TEST_F(CudaPattern, VerticalSlashOfClustersOfEverySizeEqualsReference) {
   cuda::GpuTraits gpu;
   PREFILLD_ASSERT_CUDA(cuda::CurrentGpu(&gpu));
   std::set<int> sizes;
-  // On 132 multiprocessors: 1, 2, 4 and 8 CTAs.
+  // On 132 multiprocessors these get 1, 2, 4 and 8 CTAs per set.
   for (const int num_heads : {70, 30, 14, 3}) {
     sizes.insert(cuda::VerticalSlashClusterSize(num_heads, kNumKeys, gpu.num_sms));
     for (const bool ties : {false, true}) {
@@ -230,13 +230,13 @@ TEST_F(CudaPattern, VerticalSlashOfClustersOfEverySizeEqualsReference) {
   }
 }
 
-// Small enough for racecheck: eight CTAs search each set.
+// This is small enough for racecheck. Eight CTAs search each set.
 TEST_F(CudaPattern, VerticalSlashOfOneHeadEqualsReference) {
   ExpectVerticalSlashEqualsReference(1, 131073, /*ties=*/false, 0.7f);
 }
 
-// A CTA's histogram has room for 2^18 masses. Here eight CTAs, of one head, have more; masses of
-// few values fill some bins up.
+// A CTA's histogram has room for 2^18 masses. Here the eight CTAs of one head have more, and masses
+// of few values fill up some bins.
 TEST_F(CudaPattern, VerticalSlashOfMoreKeysThanHistogramsTakeEqualsReference) {
   for (const int64_t num_keys : {int64_t{8} << 18, (int64_t{8} << 18) + 1, int64_t{2300001}}) {
     for (const bool ties : {false, true}) {
@@ -307,7 +307,7 @@ TEST_F(CudaPattern, ExpandVerticalSlashEqualsReferenceHeadByHead) {
   }
 }
 
-// Block mass as attention writes it: rows sum to 1, nothing above the diagonal.
+// Makes block mass as attention writes it: rows sum to 1, and nothing is above the diagonal.
 std::vector<float> MakeBlockMass(int64_t query_blocks, int64_t key_blocks, bool ties) {
   std::vector<float> mass(static_cast<size_t>(query_blocks * key_blocks));
   for (int64_t row = 0; row < query_blocks; ++row) {

@@ -1,4 +1,4 @@
-// Host functions that choose launches and lay out scratch memory: no GPU needed.
+// Tests the host functions that choose launches and lay out scratch memory. Needs no GPU.
 #include <gtest/gtest.h>
 
 #include <algorithm>

@@ -24,8 +24,8 @@ using kernels::testing::ToBf16;
 
 class CudaRecallAudit : public kernels::testing::GpuTestWithParam<AttentionCase> {};
 
-// Computes recall by its definition, from the exact mass of the whole prompt: the mean over all
-// queries of the mass inside the pattern of `head`.
+// Computes the recall of `head` by its definition: the mean over all queries of the exact mass
+// inside its pattern.
 double Recall(const AttentionData& data, int head) {
   const int64_t num_keys = data.params.num_keys;
   const int64_t block_tokens = data.params.block_tokens;

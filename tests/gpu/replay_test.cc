@@ -1,4 +1,4 @@
-// Layers that are replayed as CUDA graphs, and layers queued ahead of the one that is waited for,
+// Tests that layers replayed as CUDA graphs, and layers queued ahead of the one that is waited for,
 // give what layers launched one by one give.
 #include <cmath>
 #include <memory>
@@ -36,7 +36,7 @@ void ExpectSame(const PromptRun& a, const PromptRun& b) {
   EXPECT_EQ(a.kv, b.kv);
 }
 
-// ||a - b|| / ||b||.
+// Returns ||a - b|| / ||b||.
 double RelativeError(const std::vector<float>& a, const std::vector<float>& b) {
   double difference = 0.0, norm = 0.0;
   for (size_t i = 0; i < b.size(); ++i) {
@@ -46,8 +46,9 @@ double RelativeError(const std::vector<float>& a, const std::vector<float>& b) {
   return std::sqrt(difference / norm);
 }
 
-// Launched, recorded, replayed; between them come other prompts of the same length. An engine that
-// records nothing pads nothing: its products are of other shapes, and may add in another order.
+// The same prompt is launched, recorded and replayed, with other prompts of its length between. An
+// engine that records nothing pads nothing, so its products have other shapes and may add in
+// another order.
 TEST_F(Replay, GivesWhatWasLaunched) {
   const auto engine = Create(512);
   const auto unpadded = Create(0);
@@ -104,7 +105,8 @@ TEST_F(Replay, TheLastLayerComputesNoMoreThanIsRead) {
   }
 }
 
-// A layer that is still under way when its sequence goes may not reach into the next one.
+// When a sequence is destroyed, a layer of it that is still under way must not write into the next
+// sequence.
 TEST_F(Replay, AnAbandonedLayerAheadLeavesNoTrace) {
   for (const int64_t max_graph_tokens : {0, 2048}) {
     const auto engine = Create(max_graph_tokens);
@@ -120,7 +122,7 @@ TEST_F(Replay, AnAbandonedLayerAheadLeavesNoTrace) {
   }
 }
 
-// The consumer is slow: no slot is free for a layer ahead.
+// The consumer is slow, so that no slot is free for a layer ahead.
 TEST_F(Replay, HeldSlotsDelayTheLayerAhead) {
   const auto engine = Create(2048);
   const PromptRun alone = RunPrompt(*engine, Prompt(300, 1), DenseAttention());

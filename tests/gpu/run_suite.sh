@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: kernel and backend tests, the comparison with Hugging
-# Face goldens, compute-sanitizer on small shapes, and the benchmarks.
+# Runs everything that needs a GPU: kernel and device tests, the comparison with Hugging Face
+# goldens, compute-sanitizer on small shapes, and the benchmarks.
 #
 #   tests/gpu/run_suite.sh BUILD_DIR OUT_DIR [STEP…]    steps: tests sanitizer bench; all by default
 #
@@ -10,7 +10,7 @@
 set -uo pipefail
 
 if (($# < 2)); then
-  sed -n '2,10p' "$0"
+  sed -n '2,9p' "$0"
   exit 2
 fi
 mkdir -p "$2"
@@ -32,7 +32,8 @@ printf '{"gpu": "%s", "driver": "%s", "cuda": "%s", "commit": "%s"}\n' \
 
 summary=()
 failed=0
-# NAME COMMAND…: runs the command with its output in OUT_DIR/NAME.log; shows the log's end if it fails.
+# step NAME COMMAND…: runs the command with its output in OUT_DIR/NAME.log, and shows the log's end
+# if it fails.
 step() {
   local name=$1 start=$SECONDS
   shift
@@ -56,8 +57,8 @@ run_tests() {
   step batch "$build/tests/model/prompt_batch_test" --device=cuda --gtest_brief=1
 }
 
-# Small shapes of every kernel; compute-sanitizer slows kernels down by one to two orders. The test
-# of a device fault is a fault, and tensors past 2^31 elements are for the plain run.
+# Runs small shapes of every kernel, because compute-sanitizer is one to two orders slower. The test
+# that causes a device fault and the tensors past 2^31 elements belong to the plain run.
 run_sanitizer() {
   local tool filter subject
   for tool in memcheck racecheck synccheck; do
@@ -67,7 +68,7 @@ run_sanitizer() {
         filter='Common/*AboveA*:Common/*Mass*:Common/*Offset*:Common/*LastRow*:Common/*Ratio*:Common/*Blocks*:Large/*Tiles*-*Refuses*'
       [[ $subject == gated_linear ]] && filter='*-*ManyTiles*:*Times*'
       [[ $subject == pattern ]] && filter='*-Large/*:*VerticalSlashEquals*:*OfClusters*:*MoreKeys*:*MeasurePattern*:*FewQueries*'
-      # racecheck fails in kernels of cuBLAS, even where it is told to leave them alone.
+      # racecheck fails in kernels of cuBLAS, even if it is told to leave them alone.
       [[ $tool == racecheck && $subject == layer_ops ]] && filter='*-*Linear*'
       [[ $tool == racecheck && $subject == gated_linear ]] && filter='*FusedEquals*'
       step "$tool.$subject" compute-sanitizer --tool "$tool" --error-exitcode 9 \
@@ -75,7 +76,7 @@ run_sanitizer() {
         "$build/tests/gpu/cuda_${subject}_test" --gtest_brief=1 --gtest_filter="$filter"
     done
   done
-  # The whole engine, layers ahead and replayed ones among them.
+  # This runs the whole engine, with layers ahead and replayed ones.
   step memcheck.replay compute-sanitizer --tool memcheck --error-exitcode 9 --report-api-errors no \
     --kernel-name kernel_substring=prefilld "$build/tests/gpu/cuda_replay_test" --gtest_brief=1
   step memcheck.batch compute-sanitizer --tool memcheck --error-exitcode 9 --report-api-errors no \

@@ -1,8 +1,8 @@
-"""The answers that end_to_end.sh left in OUT_DIR as one file, end_to_end.json, for the results folder.
+"""Collects the answers that end_to_end.sh left in OUT_DIR into one file, end_to_end.json, for the results folder.
 
     summarize_end_to_end.py OUT_DIR
 
-Rows of the embedded model are medians over its prompts; rows of the synthetic checkpoint are one request each.
+Rows of the embedded model are medians over its prompts. Rows of the synthetic checkpoint are one request each.
 """
 
 import json

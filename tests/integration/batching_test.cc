@@ -1,4 +1,5 @@
-// Clients that come together are computed together, and none of them can tell.
+// Tests that prompts of clients that come together are computed together, and that no client can
+// tell.
 #include <cmath>
 #include <cstdint>
 #include <iterator>
@@ -27,9 +28,9 @@ using ::prefill::v1::PrefillRequest;
 using ::prefill::v1::PrefillResult;
 
 constexpr int kLengths[] = {1, 15, 16, 127, 128, 129, 300, 511};
-// Keeps the engine busy while the others come, and is too long to be batched.
+// This prompt keeps the engine busy while the others come. It is too long to be batched.
 constexpr int kLongPrompt = 3000;
-// The GEMMs of more rows may add in another order, in fp32.
+// GEMMs of more rows may add in another order, in fp32.
 constexpr double kTolerance = 1e-4;
 
 model::ModelConfig Config() {
@@ -88,7 +89,7 @@ void Ask(const std::string& address, int num_tokens, Answer& answer) {
   answer.result = (*client)->Prefill(Request(num_tokens), answer.cache);
 }
 
-// All at once, behind a long prompt.
+// Asks all at once, behind a long prompt.
 std::vector<Answer> AskTogether(const std::string& address) {
   Answer busy;
   std::thread holder([&] { Ask(address, kLongPrompt, busy); });
@@ -142,7 +143,7 @@ TEST(Batching, GivesConcurrentClientsWhatEachGetsAlone) {
       ExpectNear(frames.at(place), values);
     }
   }
-  // Those that came too late for the first batch are in another, or alone.
+  // Prompts that came too late for the first batch are in another one, or alone.
   EXPECT_GE(batched, 2);
   const MetricsPage page(batching.metrics_address());
   EXPECT_EQ(page.Value("prefilld_batch_prompts_sum"), 1 + answers.size());

@@ -12,8 +12,8 @@
 
 namespace prefilld::integration {
 
-// A program of this build, run as a process of its own; killed on destruction. What it prints goes
-// to files. Not thread-safe.
+// A program of this build, run as a process and killed on destruction. Its output goes to files.
+// Not thread-safe.
 class ChildProcess {
  public:
   // `program` is a name in the build's bin folder.
@@ -23,7 +23,8 @@ class ChildProcess {
   ChildProcess& operator=(const ChildProcess&) = delete;
 
   void Signal(int signal);
-  // The exit code, or 128 + the signal that ended it; nullopt when it still runs after `timeout`.
+  // Returns the exit code, or 128 + the signal that ended the process, or nullopt if it still runs
+  // after `timeout`.
   std::optional<int> Wait(absl::Duration timeout);
 
   std::string stdout_text() const;
@@ -35,8 +36,8 @@ class ChildProcess {
   std::optional<int> exit_code_;
 };
 
-// A server program with --port_file: ready when the constructor returns, else it aborts with the
-// program's log.
+// A server program with --port_file. It is ready when the constructor returns; otherwise the
+// constructor aborts with the program's log.
 class ServerProcess : public ChildProcess {
  public:
   ServerProcess(const std::string& program, std::vector<std::string> args);

@@ -1,4 +1,4 @@
-// Prefill in one process and decode in another give the tokens of a single process.
+// Tests that prefill in one process and decode in another give the tokens of a single process.
 #include <string>
 #include <tuple>
 #include <vector>
@@ -84,7 +84,7 @@ void PrintTo(const Layout& layout, std::ostream* os) {
 class EveryLayout : public Disaggregated, public ::testing::WithParamInterface<Layout> {};
 
 TEST_P(EveryLayout, TheWorkersTokensAreThoseOfOneProcess) {
-  // One lane for one order, several for the other.
+  // One order goes over one lane, the other over several.
   const bool is_nhd = std::string(GetParam().order) == "nhd";
   ServerProcess worker = StartWorker({absl::StrCat("--kv_block_tokens=", GetParam().block_tokens),
                                       absl::StrCat("--kv_order=", GetParam().order),
@@ -103,7 +103,7 @@ INSTANTIATE_TEST_SUITE_P(BlockAndOrder, EveryLayout,
                                            Layout{32, "hnd"}, Layout{64, "nhd"}, Layout{64, "hnd"},
                                            Layout{128, "nhd"}, Layout{128, "hnd"}));
 
-// Stores what comes into a decoder of this process, the heads the layout names.
+// Stores the received cache into a decoder of this process, for the heads that the layout names.
 class DecoderSink : public client::KvSink {
  public:
   DecoderSink(model::Decoder* decoder, const std::vector<int32_t>& block_table)
@@ -147,7 +147,7 @@ TEST_P(HalvesOfTheHeads, JoinedInOneDecoderTheyGiveTheTokensOfOneProcess) {
   options.pool_tokens = 1024;
   const auto decoder = model::Decoder::Create(options);
   ASSERT_TRUE(decoder.ok()) << decoder.status();
-  // Backwards, so that a block at the wrong place shows.
+  // The table runs backwards, so that a block at the wrong place shows.
   std::vector<int32_t> block_table;
   for (int32_t b = static_cast<int32_t>((*decoder)->num_pool_blocks()) - 1; b >= 0; --b) {
     block_table.push_back(b);
@@ -204,7 +204,7 @@ TEST_F(Disaggregated, APushedCacheGivesTheSameTokens) {
   ServerProcess worker = StartWorker({"--prefill_address=", "--kv_order=hnd"});
   ::prefill::v1::GenerateRequest request = DenseRequest(*prompt_, kNewTokens);
   request.set_pushed_transfer_id("transfer-1");
-  // The router's part: once the worker waits, have the cache computed and sent there.
+  // This is the router's part: once the worker waits, it has the cache computed and sent there.
   const auto prefill = client::PrefillClient::Create({.address = prefilld_->address()});
   absl::StatusOr<::prefill::v1::PrefillResult> prefilled = absl::UnknownError("not called");
   std::thread router;

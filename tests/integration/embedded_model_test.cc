@@ -1,4 +1,4 @@
-// The trained model of this repository, end to end: a question about a long prompt is answered.
+// Tests the trained model of this repository end to end: it answers a question about a long prompt.
 #include <cstdio>
 #include <string>
 
@@ -13,7 +13,7 @@ namespace {
 
 using ::testing::StartsWith;
 
-// Bytes of prose with a pass key in it and the question for it at the end.
+// Makes prose of `num_bytes` bytes with a pass key in it and the question for it at the end.
 std::string PassKeyPrompt(int num_bytes, const std::string& key, double depth) {
   const std::string command =
       absl::StrCat("deploy/pass_key_prompt.sh ", num_bytes, " ", key, " ", depth);

@@ -21,7 +21,7 @@ struct Generation {
   grpc::Status status;
 };
 
-// One Generate call on a worker; `on_event` sees every event as it comes.
+// Makes one Generate call to a worker. `on_event` sees every event as it comes.
 Generation Generate(
     const std::string& worker_address, const ::prefill::v1::GenerateRequest& request,
     const std::function<void(const ::prefill::v1::GenerateEvent&, grpc::ClientContext&)>& on_event =

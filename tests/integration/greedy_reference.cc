@@ -11,7 +11,7 @@
 namespace prefilld::integration {
 namespace {
 
-// Between two ways to compute the same logits in fp32.
+// Two ways to compute the same logits in fp32 differ by less than this.
 constexpr float kClearMargin = 1e-3f;
 
 uint32_t ClearWinner(const std::vector<float>& logits) {

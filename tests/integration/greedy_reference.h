@@ -1,4 +1,4 @@
-// What the tokens must be: everything in one process, nothing sent, nothing paged.
+// The tokens that are right: computed in one process, with nothing sent and nothing paged.
 #ifndef PREFILLD_TESTS_INTEGRATION_GREEDY_REFERENCE_H_
 #define PREFILLD_TESTS_INTEGRATION_GREEDY_REFERENCE_H_
 
@@ -8,9 +8,9 @@
 
 namespace prefilld::integration {
 
-// Greedy tokens after `prompt`, on the CPU: the whole sequence is prefilled afresh, with dense
-// attention, for every token, so that neither the decoder nor the KV plane has a part in it.
-// Aborts when some token is no clear winner: a prompt like that tests nothing.
+// Returns the greedy tokens after `prompt`, on the CPU. For every token the whole sequence is
+// prefilled afresh with dense attention, so neither the decoder nor the KV plane takes part. Aborts
+// when the likeliest token leads by too little, because such a prompt tests nothing.
 std::vector<uint32_t> GreedyReference(const std::string& checkpoint_dir,
                                       const std::vector<uint32_t>& prompt, int num_new_tokens);
 

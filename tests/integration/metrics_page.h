@@ -13,7 +13,7 @@ class MetricsPage {
  public:
   explicit MetricsPage(const std::string& address);
 
-  // The value of the sample written exactly so, labels included; aborts when there is none.
+  // Returns the value of the sample written exactly so, with its labels. Aborts when there is none.
   double Value(const std::string& sample) const;
   const std::string& text() const { return text_; }
 
@@ -21,7 +21,7 @@ class MetricsPage {
   std::string text_;
 };
 
-// Scrapes until `condition` holds; false after `timeout`.
+// Scrapes until `condition` holds. Returns false after `timeout`.
 bool WaitForMetrics(const std::string& address, absl::Duration timeout,
                     const std::function<bool(const MetricsPage&)>& condition);
 

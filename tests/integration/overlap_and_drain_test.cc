@@ -1,4 +1,4 @@
-// What a consumer sees of a long prefill while it runs, and of servers that are told to stop.
+// Tests what a consumer sees of a long prefill while it runs, and of servers that are told to stop.
 #include <signal.h>
 
 #include <string>
@@ -53,7 +53,7 @@ class OverlapAndDrain : public ::testing::Test {
   const std::vector<uint32_t> prompt_;
 };
 
-// Notes when the last frame of each layer came, and when each layer was reported computed.
+// Notes when the last frame of each layer came, and when each layer was reported as computed.
 class Timeline : public client::KvSink {
  public:
   absl::Status OnAccepted(const ::prefill::v1::Accepted&) override { return absl::OkStatus(); }
@@ -88,7 +88,7 @@ TEST_F(OverlapAndDrain, TheFirstLayersCacheIsHereBeforeAThirdOfTheLayersIsComput
   absl::MutexLock lock(&timeline.mu);
   EXPECT_LE(timeline.layers_computed[0], kLayers / 3);
   EXPECT_LT(timeline.arrived[0], timeline.computed[kLayers / 3]);
-  // And so it goes on: every layer but the last few leaves while others compute.
+  // Every layer but the last few leaves while later layers compute.
   for (uint32_t layer = 0; layer + 4 < kLayers; ++layer) {
     EXPECT_LT(timeline.arrived[layer], timeline.computed[layer + 4]) << "layer " << layer;
   }
@@ -107,7 +107,7 @@ TEST_F(OverlapAndDrain, SigtermLetsThePrefillServerFinishWhatItHasAccepted) {
     ASSERT_TRUE(timeline.mu.AwaitWithTimeout(absl::Condition(&under_way), absl::Seconds(30)));
   }
   prefilld_.Signal(SIGTERM);
-  // The open connection still answers, but nothing new is taken.
+  // The open connection still answers, but new requests are refused.
   absl::Status refused;
   for (int i = 0; i < 100 && refused.ok(); ++i) {
     Timeline unused;

@@ -1,4 +1,5 @@
-// SIGTERM while the model loads: there is nothing to drain, and nobody waits for the load.
+// Tests SIGTERM while the model loads: there is nothing to drain, and the process must not wait for
+// the load.
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/stat.h>
@@ -18,7 +19,7 @@ class SignalWhileLoading : public ::testing::TestWithParam<const char*> {
   SignalWhileLoading() {
     char name[] = "/tmp/endless_model_XXXXXX";
     folder_ = mkdtemp(name);
-    // Whoever opens it waits for a writer that never comes.
+    // Opening this file for reading blocks, because no writer ever comes.
     EXPECT_EQ(mkfifo(config().c_str(), 0600), 0);
   }
   ~SignalWhileLoading() override {

@@ -1,5 +1,5 @@
-// Whoever dies in the middle of a transfer: the work stops within two layers, everything it held
-// comes back, and the next request succeeds.
+// Tests the sudden death of each process in the middle of a transfer: the work stops within two
+// layers, everything it held comes back, and the next request succeeds.
 #include <signal.h>
 
 #include <functional>
@@ -65,7 +65,7 @@ class SuddenDeath : public ::testing::Test {
     }));
   }
 
-  // Does `harm` in the middle of the running prefill.
+  // Runs `harm` in the middle of the prefill.
   void ExpectItStopsWithinTwoLayers(const std::function<void()>& harm) const {
     WaitForLayers(3);
     harm();
@@ -79,7 +79,8 @@ class SuddenDeath : public ::testing::Test {
     EXPECT_LE(Scrape().Value("prefilld_steps_total"), before + 2);
   }
 
-  // The memory of the layers is free too, or this could not run.
+  // This also shows that the memory of the layers is free, because the request could not run
+  // otherwise.
   void ExpectTheNextRequestSucceeds() const {
     PrefillRequest request;
     request.mutable_token_ids()->Assign(long_prompt_.begin(), long_prompt_.begin() + 500);

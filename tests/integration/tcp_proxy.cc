@@ -5,7 +5,7 @@
 namespace prefilld::integration {
 namespace {
 
-// Until one side ends.
+// Forwards until one side closes.
 void Forward(int from, int to) {
   std::vector<char> buffer(64 << 10);
   ssize_t size;

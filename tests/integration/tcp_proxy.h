@@ -13,14 +13,14 @@
 
 namespace prefilld::integration {
 
-// A network between two processes that can be cut.
+// A TCP proxy between two processes whose connections can be cut.
 class TcpProxy {
  public:
   explicit TcpProxy(const std::string& target);
   ~TcpProxy();
 
   const std::string& address() const { return address_; }
-  // Resets the connections there are; later ones go through again.
+  // Resets the open connections. Later ones go through again.
   void Cut();
 
  private:

@@ -6,7 +6,7 @@
 
 namespace prefilld::integration {
 
-// A file descriptor that is closed on destruction. Move-only; -1 is none.
+// A file descriptor that is closed on destruction; -1 means none. Move-only.
 class TcpSocket {
  public:
   TcpSocket() = default;
@@ -18,9 +18,9 @@ class TcpSocket {
   }
   ~TcpSocket();
 
-  // To "a.b.c.d:port"; aborts when refused.
+  // Connects to "a.b.c.d:port". Aborts when refused.
   static TcpSocket Connect(const std::string& address);
-  // On a free port of 127.0.0.1, which goes to `port`.
+  // Listens on a free port of 127.0.0.1, which it writes to `port`.
   static TcpSocket Listen(int& port);
 
   int descriptor() const { return descriptor_; }

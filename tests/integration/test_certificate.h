@@ -5,8 +5,8 @@
 
 namespace prefilld::integration {
 
-// A key and a self-signed certificate for 127.0.0.1, made on the spot, in a folder that goes with
-// this object. Whoever trusts the certificate trusts its holder, as server and as client.
+// A key and a self-signed certificate for 127.0.0.1, in a folder that is removed with this object.
+// A peer that trusts the certificate trusts its holder as server and as client.
 class TestCertificate {
  public:
   TestCertificate();

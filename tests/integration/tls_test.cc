@@ -1,4 +1,4 @@
-// The KV plane under mutual TLS, pulled over several lanes and pushed.
+// Tests the KV plane under mutual TLS, pulled over several lanes and pushed.
 #include <string>
 #include <vector>
 
@@ -48,7 +48,7 @@ class Tls : public ::testing::Test {
             "--ignore_eos"};
   }
 
-  // Runs prefill-cli with `first` before the common flags; the process has ended.
+  // Runs prefill-cli with `first` before the common flags, and waits for it to end.
   static std::unique_ptr<ChildProcess> RunCli(std::vector<std::string> first,
                                               const std::vector<std::string>& common) {
     first.insert(first.end(), common.begin(), common.end());
@@ -76,7 +76,7 @@ TEST_F(Tls, ThePushedCacheIsDecoded) {
                 {"generate", "--worker=" + worker_.address(), "--pushed_transfer_id=t"});
     return args;
   }());
-  // Until the worker waits for the transfer, pushing it is refused.
+  // Until the worker waits for the transfer, a push of it is refused.
   int exit_code = -1;
   std::string error;
   for (int i = 0; i < 50 && exit_code != 0; ++i) {

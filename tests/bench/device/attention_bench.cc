@@ -29,7 +29,8 @@ double CausalTflop(const AttentionData& data) {
          static_cast<double>(data.num_tokens) / 1e12;
 }
 
-// One random pattern per head: block 0, the diagonal, and others with this probability.
+// One random pattern per head: block 0, the diagonal, and each other block with a given
+// probability.
 struct RandomPatterns {
   std::vector<uint32_t> words;  // [num_heads, n, PatternWords(n)]
   model::DeviceBuffer on_device;
@@ -64,7 +65,8 @@ absl::StatusOr<RandomPatterns> MakePatterns(model::Device& device, const Attenti
   return patterns;
 }
 
-// ||out - reference|| / ||reference|| of two tensors in the compute dtype, given as raw bytes.
+// Returns ||out - reference|| / ||reference|| of two tensors in the compute dtype, given as raw
+// bytes.
 double RelativeError(const std::vector<uint8_t>& out, const std::vector<uint8_t>& reference,
                      kernels::DType dtype) {
   const auto at = [&](const std::vector<uint8_t>& bytes, size_t i) -> double {
@@ -121,7 +123,8 @@ absl::Status BenchAttention(model::Device& device, const AttentionData& data,
     absl::Status status = MeasureInTurns(
         runs, {{device, attend_dense, &dense}, {device, attend_with_mass, &with_mass}});
     if (!status.ok()) return status;
-    // Of attention with mass, whose turn was the last; then without.
+    // The output is still that of attention with mass, whose turn was the last. Attention without
+    // mass runs once more before its check.
     const absl::StatusOr<double> mass_error = check->Error({});
     if (!mass_error.ok()) return mass_error.status();
     if (status = Attend(device, data, dense_work); !status.ok()) return status;

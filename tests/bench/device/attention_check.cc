@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kBlock = 128;
 constexpr int64_t kQueries = 4;
-// P and the output are rounded to bf16, 2^-9 each at most.
+// P and the output are rounded to bf16, with an error of 2^-9 each at most.
 constexpr double kBf16Tolerance = 1e-2;
 constexpr double kFp32Tolerance = 1e-4;
 
@@ -76,7 +76,7 @@ std::vector<double> AttentionCheck::Expected(const float* q, int64_t query, int 
     double logit = 0.0;
     for (int d = 0; d < data_.head_dim; ++d) logit += double{q[d]} * k[d];
     logit *= data_.Params().scale;
-    if (logit > largest) {  // all so far was relative to another one
+    if (logit > largest) {  // the sums so far are relative to the old maximum
       const double factor = std::exp(largest - logit);
       weights *= factor;
       for (double& s : sum) s *= factor;
@@ -110,7 +110,7 @@ absl::StatusOr<double> AttentionCheck::Error(absl::Span<const uint32_t> patterns
   const double relative = std::sqrt(error / norm);
   const bool is_fp32 = device_.traits().compute_dtype == kernels::DType::kFp32;
   const double tolerance = is_fp32 ? kFp32Tolerance : kBf16Tolerance;
-  if (relative <= tolerance) return relative;  // not so if it is NaN
+  if (relative <= tolerance) return relative;  // false for NaN
   return absl::InternalError(absl::StrCat("the attention that was timed is wrong: relative error ",
                                           relative, ", at most ", tolerance));
 }

@@ -25,7 +25,7 @@ uint16_t FloatToBf16(float value) {
   return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-// A tensor whose element i is value(i), in the compute dtype.
+// Makes a tensor in the compute dtype whose element i is value(i).
 absl::StatusOr<model::DeviceBuffer> Fill(model::Device& device, int64_t size,
                                          absl::FunctionRef<float(int64_t)> value) {
   const bool wide = device.traits().compute_dtype == kernels::DType::kFp32;
@@ -104,7 +104,7 @@ absl::StatusOr<AttentionData> RandomAttentionData(model::Device& device, int64_t
   data.num_heads = num_heads;
   data.num_kv_heads = num_kv_heads;
   data.head_dim = head_dim;
-  // A long period of normal values, so that filling gigabytes does not take minutes.
+  // The normal values repeat with a long period, so that filling gigabytes does not take minutes.
   std::mt19937 generator(1);
   std::normal_distribution<float> normal;
   std::vector<float> values((1 << 20) + 7);
@@ -137,7 +137,7 @@ absl::StatusOr<AttentionData> LoadAttentionData(model::Device& device, const std
   const auto element = [](const model::Tensor* tensor, int64_t i) {
     return Bf16ToFloat(reinterpret_cast<const uint16_t*>(tensor->data)[i]);
   };
-  // From token-major to head-major.
+  // The file is token-major, and the device expects head-major.
   const int64_t d = data.head_dim, tokens = data.num_tokens, kv_heads = data.num_kv_heads;
   const auto head_major = [&](const model::Tensor* tensor, int64_t i) {
     const int64_t head = i / (tokens * d), token = i / d % tokens;

@@ -1,4 +1,4 @@
-// Queries, keys and values of one layer in a device's memory.
+// The queries, keys and values of one layer in a device's memory.
 #ifndef PREFILLD_TESTS_BENCH_DEVICE_ATTENTION_DATA_H_
 #define PREFILLD_TESTS_BENCH_DEVICE_ATTENTION_DATA_H_
 
@@ -21,15 +21,16 @@ struct AttentionData {
   model::DeviceBuffer v;    // as k
   model::DeviceBuffer out;  // as q
 
-  // Of the whole prompt, 128-token blocks, without work.
+  // Describes attention over the whole prompt in blocks of 128 tokens, without work items.
   kernels::AttentionParams Params() const;
 };
 
-// Independent normal values: attention is near flat, so only dense or given patterns make sense.
+// Makes independent normal values. Their attention is nearly flat, so only dense attention and
+// given patterns make sense.
 absl::StatusOr<AttentionData> RandomAttentionData(model::Device& device, int64_t num_tokens,
                                                   int num_heads, int num_kv_heads, int head_dim);
 
-// Tensors q [1, N, H, d], k and v [1, N, H_kv, d] of `folder`/model.safetensors.
+// Loads the tensors q [1, N, H, d], k and v [1, N, H_kv, d] of `folder`/model.safetensors.
 absl::StatusOr<AttentionData> LoadAttentionData(model::Device& device, const std::string& folder);
 
 }  // namespace prefilld::bench

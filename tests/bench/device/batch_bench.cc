@@ -7,7 +7,7 @@
 namespace prefilld::bench {
 namespace {
 
-// Milliseconds of one pass.
+// Returns the milliseconds of one pass.
 absl::StatusOr<double> RunPass(model::PrefillEngine& engine,
                                absl::Span<const model::PromptInput> prompts) {
   const auto start = std::chrono::steady_clock::now();

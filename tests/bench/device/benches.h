@@ -1,4 +1,4 @@
-// What is measured. Every function adds rows to the report.
+// The benchmarks. Each function adds its rows to the report.
 #ifndef PREFILLD_TESTS_BENCH_DEVICE_BENCHES_H_
 #define PREFILLD_TESTS_BENCH_DEVICE_BENCHES_H_
 
@@ -15,15 +15,15 @@
 
 namespace prefilld::bench {
 
-// Attention alone: dense, dense with the block mass of every head, and random patterns of the
-// densities (percent). `vs_linear` is the time over density * dense time, `error` of some queries
-// against the host (attention_check.h): one that is too large ends the run.
+// Measures attention alone: dense, dense with the block mass of every head, and random patterns of
+// the densities (percent). `vs_linear` is the time over density * dense time. `error` is that of
+// some queries against the host (attention_check.h); an error that is too large ends the run.
 absl::Status BenchAttention(model::Device& device, const AttentionData& data,
                             const std::vector<int>& densities, int runs, Report* report);
 
-// Everything that pattern sharing does for one layer, from the estimate to the output: a layer
-// that makes its pivots, and a later one whose pivots exist, both on `data`. `clusters_path`
-// names heads of layers 0 and 1. `error` is ||out - dense|| / ||dense|| over all heads.
+// Measures all that pattern sharing does for one layer, from the estimate to the output: a layer
+// that makes its pivots, and a later one whose pivots exist, both on `data`. `clusters_path` names
+// heads of layers 0 and 1. `error` is ||out - dense|| / ||dense|| over all heads.
 absl::Status BenchSharing(model::Device& device, AttentionData& data,
                           const std::string& clusters_path, const model::AttentionOptions& options,
                           int runs, Report* report);
@@ -36,25 +36,25 @@ struct LayerShape {
   int head_dim = 128;
 };
 
-// The ops of a layer other than attention, each alone, over `num_tokens` tokens.
+// Measures the ops of a layer other than attention, each alone, over `num_tokens` tokens.
 absl::Status BenchLayerOps(model::Device& device, const LayerShape& shape, int64_t num_tokens,
                            int runs, Report* report);
 
-// The linear layers of a whole prefill and nothing else, back to back, in tiles of tokens: what the
-// library's matrix products alone take at the clock that so long a run leaves the card. By
-// `device` as the library chooses how to compute them, by `tuned`, another device of the same
-// device, by the choice that is fastest for a whole tile; in turns. Then gate, up and SwiGLU of a
-// tile, apart and in one op.
+// Measures the linear layers of a whole prefill back to back, in tiles of tokens: the time of the
+// library's matrix products alone, at the clock that so long a run leaves the card. `device` uses
+// the algorithms that the library chooses; `tuned`, opened on the same hardware, uses those that
+// are fastest for a whole tile. The two take turns. Then gate, up and SwiGLU of a tile are measured
+// as two ops and as one.
 absl::Status BenchLinears(model::Device& device, model::Device& tuned, const LayerShape& shape,
                           int num_layers, int64_t num_tokens, int64_t tile_tokens, Report* report);
 
-// Whole prefills of a prompt with one policy; KV is released unread.
+// Measures whole prefills of a prompt with one policy. The KV is released unread.
 absl::Status BenchPrefill(model::PrefillEngine& engine, const std::vector<uint32_t>& tokens,
                           const model::AttentionOptions& options, bool warm_up, int runs,
                           Report* report);
 
-// A batch of so many dense prompts in one pass, and the same prompts one by one, in turns; KV is
-// released unread.
+// Measures a batch of `num_prompts` dense prompts in one pass, in turns with the same prompts one
+// by one. The KV is released unread.
 absl::Status BenchBatch(model::PrefillEngine& engine, const std::vector<uint32_t>& tokens,
                         int num_prompts, int runs, Report* report);
 

@@ -2,7 +2,7 @@
 
     draw_layer_time.py PREFILL_JSON... --layers 28 --out layer_time.svg
 
-Reads the rows "prefill dense" and "prefill share" of prefill-bench; of several with the same length the first counts.
+Reads the rows "prefill dense" and "prefill share" of prefill-bench. If several have the same length, the first counts.
 Needs matplotlib.
 """
 
@@ -19,7 +19,7 @@ STAGES = [("linear layers and the rest", "#9aa5b1"), ("attention", "#2b6cb0"), (
 
 
 def read_rows(paths, layers):
-    """{(tokens, policy): [ms of one layer per stage]}, in the order of STAGES."""
+    """Returns {(tokens, policy): [ms of one layer per stage]}, with the stages in the order of STAGES."""
     cells = {}
     for path in paths:
         for row in json.loads(path.read_text())["rows"]:

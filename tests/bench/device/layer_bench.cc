@@ -8,7 +8,7 @@
 namespace prefilld::bench {
 namespace {
 
-// Random normal bf16 or fp32 values: constants would run faster than real data.
+// Makes random normal values in bf16 or fp32. Constants would run faster than real data.
 absl::StatusOr<model::DeviceBuffer> Random(model::Device& device, int64_t size, float scale) {
   const size_t element = kernels::SizeOf(device.traits().compute_dtype);
   absl::StatusOr<model::DeviceBuffer> buffer = device.Allocate(size * element);
@@ -31,12 +31,12 @@ absl::StatusOr<model::DeviceBuffer> Random(model::Device& device, int64_t size, 
   return buffer;
 }
 
-// The clock falls while the card warms up, so both take turns.
+// The clock falls while the card warms up, so the contenders take turns.
 constexpr int kLinearsTurns = 5;
 constexpr int kGatedRepetitions = 10;
 
-// Gate, up and SwiGLU of one tile: as cuBLASLt's product and SwiGLU behind it, and the way that
-// tuning found fastest.
+// Measures gate, up and SwiGLU of one tile in two ways: as cuBLASLt's product followed by SwiGLU,
+// and as tuning found fastest.
 absl::Status BenchGatedLinear(model::Device& untuned, model::Device& tuned,
                               const kernels::GatedLinearParams& params, Report* report) {
   if (absl::Status status = tuned.ops().TuneGatedLinear(params); !status.ok()) return status;

@@ -1,4 +1,4 @@
-// prefill-bench: how fast a device runs the parts of a prefill, and the whole.
+// prefill-bench measures how fast a device runs a whole prefill and its parts.
 //
 //   prefill-bench --mode=attention [--tokens=…] [--qkv=FOLDER [--clusters=FILE]]
 //   prefill-bench --mode=layer [--tokens=…]
@@ -188,7 +188,7 @@ absl::Status RunPolicies(model::PrefillEngine& engine, const std::vector<uint32_
   return absl::OkStatus();
 }
 
-// Modes prefill and, where `batches` is not empty, batch.
+// Runs mode prefill or, if `batches` is not empty, mode batch.
 absl::Status RunEngine(model::DeviceChoice device, const std::vector<int64_t>& batches,
                        Report* report) {
   absl::StatusOr<std::vector<int64_t>> lengths = Numbers(absl::GetFlag(FLAGS_tokens));

@@ -7,7 +7,7 @@
 namespace prefilld::bench {
 namespace {
 
-// Sums over the layers of one prefill.
+// The sums over the layers of one prefill.
 struct Totals {
   double seconds = 0.0;
   double attention_ms = 0.0;

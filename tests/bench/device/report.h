@@ -1,4 +1,4 @@
-// Benchmark rows: printed as they come, written as JSON at the end.
+// The rows of a benchmark: printed as they come, written as JSON at the end.
 #ifndef PREFILLD_TESTS_BENCH_DEVICE_REPORT_H_
 #define PREFILLD_TESTS_BENCH_DEVICE_REPORT_H_
 
@@ -13,7 +13,8 @@
 
 namespace prefilld::bench {
 
-// Ceilings of the machine, from --peak_tflops and --peak_gbps; 0: unknown, no percentage.
+// The ceilings of the machine, from --peak_tflops and --peak_gbps. 0: unknown, so no percentage is
+// printed.
 struct Ceilings {
   double tflops = 0.0;
   double gbps = 0.0;
@@ -35,7 +36,7 @@ class Report {
   explicit Report(const Ceilings& ceilings) : ceilings_(ceilings) {}
 
   void Add(Row row);  // prints it
-  // Facts about the run: device, model, commit.
+  // Adds a fact about the run, such as device, model or commit.
   void Fact(const std::string& name, const std::string& value) { facts_.push_back({name, value}); }
   absl::Status WriteJson(const std::string& path) const;
 
@@ -45,22 +46,22 @@ class Report {
   std::vector<std::pair<std::string, std::string>> facts_;
 };
 
-// Runs `ops` and waits for them: the milliseconds they took by the device's clock. Uses the last
-// two marks of the device.
+// Runs `ops`, waits for them, and returns the milliseconds they took by the device's clock. Uses
+// the last two marks of the device.
 absl::StatusOr<double> TimeMs(model::Device& device, absl::FunctionRef<absl::Status()> ops);
 
-// Two warm-up runs, then `runs` timed ones: fills median, min and max of `row`.
+// Runs `ops` twice to warm up, then `runs` times timed. Fills median, min and max of `row`.
 absl::Status Measure(model::Device& device, int runs, absl::FunctionRef<absl::Status()> ops,
                      Row* row);
 
-// One of several ways to do a thing: `ops` runs it on `device`.
+// One of several ways to do the same work. `ops` runs it on `device`.
 struct Contender {
   model::Device& device;
   absl::FunctionRef<absl::Status()> ops;
   Row* row;
 };
 
-// Measures all of them in turns, so that a card that gets warm and slow does so for each.
+// Measures all contenders in turns, so that a card that slows down as it warms up does so for each.
 absl::Status MeasureInTurns(int runs, absl::Span<const Contender> contenders);
 
 }  // namespace prefilld::bench

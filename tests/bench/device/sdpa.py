@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""PyTorch's attention on the same shapes as `prefill-bench --mode=attention`, to stand beside it.
+"""Measures PyTorch's attention on the shapes of `prefill-bench --mode=attention`, for comparison.
 
     sdpa.py [--tokens 8192,32768,131072] [--json OUT]
 
-Causal bf16 forward on random normal data, cuDNN and FlashAttention-2 back ends, medians of CUDA-event timings.
+Causal bf16 forward on random normal data, with the cuDNN and FlashAttention-2 back ends. The figures are medians of
+CUDA-event timings.
 """
 import argparse
 import json

@@ -1,5 +1,5 @@
-// kv-stream-bench: how fast a KV cache travels from a prefilld to a consumer on loopback, framed,
-// checksummed at both ends and verified, beside bare TCP.
+// kv-stream-bench measures how fast a KV cache travels from a prefilld to a consumer on loopback,
+// framed, checksummed at both ends and verified, beside bare TCP.
 //
 //   kv-stream-bench [--tokens=16384] [--lanes=1,2,4] [--frame_bytes=2097152] [--runs=3]
 #include <algorithm>

@@ -1,4 +1,4 @@
-// An engine whose layers cost nothing: what is left is the transfer of their KV.
+// An engine whose layers cost nothing, so that only the transfer of their KV takes time.
 #ifndef PREFILLD_TESTS_BENCH_KV_STREAM_SYNTHETIC_ENGINE_H_
 #define PREFILLD_TESTS_BENCH_KV_STREAM_SYNTHETIC_ENGINE_H_
 
@@ -11,7 +11,7 @@
 
 namespace prefilld::bench {
 
-// Llama-3.1-8B's KV: 32 layers of 8 heads of 128, bf16, 131,072 bytes a token.
+// Has the KV of Llama-3.1-8B: 32 layers of 8 heads of 128 in bf16, 131,072 bytes a token.
 class SyntheticEngine : public model::PrefillEngine {
  public:
   static absl::StatusOr<std::unique_ptr<SyntheticEngine>> Create(int64_t max_tokens);
@@ -19,7 +19,7 @@ class SyntheticEngine : public model::PrefillEngine {
   const model::EngineInfo& info() const override { return info_; }
   int kv_slots() const override { return 3; }
   size_t allocated_bytes() const override { return 0; }
-  // Packing is one copy out of a buffer of this content, as from a finished layer's KV.
+  // Packing is one copy out of a buffer of this content, as it would be from a finished layer's KV.
   absl::StatusOr<std::unique_ptr<model::PrefillSequence>> Start(
       absl::Span<const model::PromptInput> prompts) override;
   int64_t max_batch_tokens() const override { return 0; }

@@ -1,4 +1,5 @@
-// The ceiling: the same bytes over bare TCP connections on loopback, neither framed nor checked.
+// The ceiling for KV streams: the same bytes over bare TCP connections on loopback, neither framed
+// nor checked.
 #ifndef PREFILLD_TESTS_BENCH_KV_STREAM_TCP_STREAM_H_
 #define PREFILLD_TESTS_BENCH_KV_STREAM_TCP_STREAM_H_
 
@@ -8,8 +9,8 @@
 
 namespace prefilld::bench {
 
-// Seconds that `total_bytes` take over `connections` connections, a sending and a receiving thread
-// each, written in pieces of `chunk_bytes` from memory that is not cached.
+// Returns the seconds that `total_bytes` take over `connections` connections. Each has a sending
+// and a receiving thread and writes pieces of `chunk_bytes` from memory that is not cached.
 absl::StatusOr<double> StreamOverTcp(int64_t total_bytes, int connections, int64_t chunk_bytes);
 
 }  // namespace prefilld::bench
