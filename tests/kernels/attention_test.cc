@@ -17,7 +17,7 @@
 namespace prefilld::kernels::testing {
 namespace {
 
-// fp32 sums of some thousand products; measured up to 3e-7.
+// The sums of some thousand products are in fp32. The error measured is at most 3e-7.
 constexpr double kRelativeTolerance = 3e-6;
 
 class CpuAttention : public ::testing::TestWithParam<AttentionCase> {};
@@ -109,7 +109,7 @@ TEST(CpuAttentionOp, SurvivesLogitsFarApart) {
   reference::Attention(expected.params);
   const Closeness c = Compare(actual.out.data(), expected.out.data(), actual.out.size());
   EXPECT_EQ(c.wrong_non_finite, 0u);
-  // Logits of some thousands: their rounding in fp32 is what is left.
+  // The logits are some thousands, so their rounding in fp32 decides the error.
   EXPECT_LT(c.relative, 1e-3) << c;
 }
 
@@ -129,7 +129,7 @@ TEST_P(CpuPagedAttention, EqualsReferenceInBothOrders) {
   const PagedCase& c = GetParam();
   const Qkv data = MakeQkv(1, c.num_keys, c.num_heads, c.num_kv_heads, c.head_dim, 3);
   const int64_t blocks = CeilDiv(c.num_keys, c.block_tokens);
-  // The sequence's blocks lie scattered in a pool that is full of NaN otherwise.
+  // The sequence's blocks lie scattered in a pool whose other blocks are full of NaN.
   std::vector<int32_t> table(static_cast<size_t>(blocks));
   for (int64_t b = 0; b < blocks; ++b) table[static_cast<size_t>(b)] = static_cast<int32_t>(2 * b);
   std::shuffle(table.begin(), table.end(), std::mt19937(5));
@@ -173,7 +173,7 @@ TEST_P(CpuPagedAttention, EqualsReferenceInBothOrders) {
     const Closeness close = Compare(actual.data(), expected.data(), actual.size());
     EXPECT_EQ(close.wrong_non_finite, 0u);
     EXPECT_LT(close.relative, kRelativeTolerance) << close;
-    // Over its own query, as the contract allows.
+    // The output overwrites its own query, as the contract allows.
     std::vector<float> in_place = data.q;
     p.q = p.out = in_place.data();
     cpu::PagedAttention(p);

@@ -1,4 +1,4 @@
-// The shapes that every device's kernels are tested with.
+// The shapes with which the kernels of every device are tested.
 #ifndef PREFILLD_TESTS_KERNELS_CASES_H_
 #define PREFILLD_TESTS_KERNELS_CASES_H_
 
@@ -9,7 +9,7 @@
 
 namespace prefilld::kernels::testing {
 
-// The attention of a case's heads.
+// The kind of attention of a case's heads.
 enum class Blocks {
   kDense,
   kDenseWithMass,
@@ -36,7 +36,7 @@ struct AttentionCase {
 
 inline void PrintTo(const AttentionCase& c, std::ostream* out) { *out << c.name; }
 
-// head_dim 64 and 128 with blocks of 64 and 128: what every device supports.
+// These cases have head_dim 64 and 128 with blocks of 64 and 128, which every device supports.
 inline const std::vector<AttentionCase>& AttentionCases() {
   static const std::vector<AttentionCase> cases = {
       {"OneToken", 1, 1, 2, 1, 64, 128, Blocks::kDense},
@@ -75,7 +75,7 @@ inline const std::vector<AttentionCase>& AttentionCases() {
   return cases;
 }
 
-// Head dimensions that only the CPU kernels take.
+// These head dimensions are supported by the CPU kernels only.
 inline const std::vector<AttentionCase>& OtherHeadDimCases() {
   static const std::vector<AttentionCase> cases = {
       {"HeadDim16", 150, 150, 4, 2, 16, 64, Blocks::kMixed},
@@ -121,7 +121,7 @@ struct PackCase {
 
 inline void PrintTo(const PackCase& c, std::ostream* out) { *out << c.name; }
 
-// Each is run for both orders and all wire dtypes.
+// Each case is run for both orders and all wire dtypes.
 inline const std::vector<PackCase>& PackCases() {
   static const std::vector<PackCase> cases = {
       {"OneToken", 1, 0, 1, 16, 2, 0, 2, 64},
@@ -146,7 +146,7 @@ struct PagedCase {
 
 inline void PrintTo(const PagedCase& c, std::ostream* out) { *out << c.name; }
 
-// Each is run for both orders of a cache block.
+// Each case is run for both orders of a cache block.
 inline const std::vector<PagedCase>& PagedCases() {
   static const std::vector<PagedCase> cases = {
       {"OneKey", 1, 4, 2, 64, 16},         {"FifteenKeys", 15, 2, 2, 128, 16},
@@ -157,7 +157,7 @@ inline const std::vector<PagedCase>& PagedCases() {
   return cases;
 }
 
-// Name of a parameterised test.
+// Returns the name of a parameterised test.
 template <typename Info>
 std::string CaseName(const Info& info) {
   return info.param.name;

@@ -8,8 +8,8 @@
 namespace prefilld::kernels::testing {
 
 struct Closeness {
-  // Elements where only one of the two is NaN or infinite, or both differently. The figures below
-  // leave non-finite elements out.
+  // Number of elements where only one of the two is NaN or infinite, or both in different ways. The
+  // figures below leave non-finite elements out.
   size_t wrong_non_finite = 0;
   double max_absolute = 0.0;
   double relative = 0.0;  // norm of the difference over norm of the reference

@@ -27,7 +27,7 @@ TEST_P(CpuPackKv, GivesTheBytesOfTheReference) {
   const PackCase& c = GetParam();
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
-  // Two tokens of slack between the heads.
+  // The distance between heads has room for two more tokens.
   const int64_t stride = (c.num_tokens + 2) * c.head_dim;
   std::vector<float> k(static_cast<size_t>(c.num_kv_heads * stride)), v(k.size());
   for (float& x : k) x = normal(random);

@@ -1,5 +1,5 @@
-// Offsets beyond 2^31 elements, as a prompt of a million tokens has them, in memory that is mapped
-// but hardly touched.
+// Tests offsets beyond 2^31 elements, as a prompt of a million tokens has them, in memory that is
+// mapped but hardly touched.
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kStride = (int64_t{1} << 31) + 4096;  // elements
 
-// Zeros, twice kStride long.
+// Zeros, of twice kStride elements.
 class SparseMemory {
  public:
   SparseMemory()
@@ -37,7 +37,7 @@ class SparseMemory {
   void* data_;
 };
 
-// The KV of a case, its second head kStride behind the first.
+// The KV of a case whose second head begins kStride after the first.
 class LargeStrides : public ::testing::Test {
  protected:
   static constexpr AttentionCase kCase = {"", 16, 16, 2, 2, 64, 64, Blocks::kDense};
@@ -80,7 +80,8 @@ TEST_F(LargeStrides, PackKv) {
 }
 
 TEST_F(LargeStrides, PagedAttentionInAFarBlock) {
-  // One head's 16 tokens are one cache block; the last block that fits into the pool.
+  // The 16 tokens of one head make one cache block. The far block is the last that fits into the
+  // pool.
   const int32_t near_block = 0, far_block = static_cast<int32_t>(kStride / kHeadElements);
   static_assert(kStride % kHeadElements == 0);
   std::vector<float> scratch(static_cast<size_t>(PagedAttentionScratchFloats(1, 64)));

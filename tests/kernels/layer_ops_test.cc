@@ -99,7 +99,7 @@ TEST(CpuQkvRope, EqualsReference) {
           std::pow(500000.0f, -2.0f * static_cast<float>(i) / static_cast<float>(c.head_dim));
     }
     const auto run = [&](void (*op)(const QkvRopeParams&)) {
-      // Room for five more tokens, which must stay as they are.
+      // The cache has room for five more tokens, which must stay as they are.
       const int64_t capacity = c.num_tokens + 5;
       std::vector<float> q(static_cast<size_t>(c.num_tokens * c.num_heads * c.head_dim));
       std::vector<float> k(static_cast<size_t>(c.num_kv_heads * capacity * c.head_dim), 9.0f);
@@ -129,7 +129,8 @@ TEST(CpuQkvRope, EqualsReference) {
   }
 }
 
-// Runs that begin and end within a task and at its edges, in a tile that begins within a run.
+// The runs of positions begin and end within a task and at its edges, and one tile begins within a
+// run.
 TEST(CpuQkvRope, TakesPositionsTokenByToken) {
   constexpr int64_t kTokens = 200;
   constexpr int kHeadDim = 64;

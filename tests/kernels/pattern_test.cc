@@ -68,8 +68,8 @@ TEST_P(CpuEstimate, EqualsReference) {
 INSTANTIATE_TEST_SUITE_P(Common, CpuEstimate, ::testing::ValuesIn(EstimateCases()),
                          CaseName<::testing::TestParamInfo<EstimateCase>>);
 
-// Masses of `num_heads` rows that sum to 1: a few large ones, many small ones; with `ties`, of
-// few distinct values.
+// Makes masses of `num_heads` rows that sum to 1: a few large ones and many small ones. With `ties`
+// they have few distinct values.
 std::vector<float> MakeMasses(int num_heads, int64_t n, bool ties, uint32_t seed) {
   std::mt19937 random(seed);
   std::exponential_distribution<float> exponential;
@@ -207,7 +207,7 @@ TEST(CpuExpandVerticalSlash, SeveralHeadsAreCounted) {
   }
 }
 
-// Block mass as attention writes it: rows sum to 1, nothing above the diagonal.
+// Makes block mass as attention writes it: rows sum to 1, and nothing is above the diagonal.
 std::vector<float> MakeBlockMass(int64_t query_blocks, int64_t key_blocks, bool ties) {
   std::vector<float> mass(static_cast<size_t>(query_blocks * key_blocks));
   for (int64_t row = 0; row < query_blocks; ++row) {

@@ -136,10 +136,12 @@ uint16_t ToFp16(float x) {
   if (std::isnan(x)) return sign | 0x7e00;
   const double abs = std::fabs(static_cast<double>(x));
   if (abs >= 65520.0) return sign | 0x7c00;
-  // In units of the last place of its binade, 2^-24 at the least; nearbyint rounds to even.
+  // The value is counted in units of the last place of its binade, 2^-24 at the least. nearbyint
+  // rounds to even.
   const int exponent = std::max(abs > 0.0 ? std::ilogb(abs) : -14, -14);
   const auto units = static_cast<int>(std::nearbyint(std::ldexp(abs, 10 - exponent)));
-  // A normal number has units in [1024, 2048]; the carry to 2048 moves on to the next exponent.
+  // A normal number has 1024 to 2048 units. If they are rounded up to 2048, the carry increments
+  // the exponent.
   return static_cast<uint16_t>(sign | (((exponent + 14) << 10) + units));
 }
 

@@ -1,4 +1,5 @@
-// The layer ops and KV packing once more, in the plainest form: fp32 host memory, double inside.
+// The layer ops and KV packing again, in the plainest form: fp32 in host memory, computed in double
+// precision.
 #ifndef PREFILLD_TESTS_KERNELS_REFERENCE_LAYER_OPS_H_
 #define PREFILLD_TESTS_KERNELS_REFERENCE_LAYER_OPS_H_
 
@@ -16,7 +17,7 @@ void GatedLinear(const GatedLinearParams& params);  // gate_up is not used
 void TokenLogprobs(const TokenLogprobsParams& params);
 void PackKv(const PackKvParams& params);
 
-// Round to nearest even; a NaN stays a NaN.
+// Rounds to nearest even. A NaN stays a NaN.
 uint16_t ToBf16(float x);
 uint16_t ToFp16(float x);
 

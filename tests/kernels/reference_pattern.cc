@@ -25,8 +25,8 @@ void ToWords(const Bits& bits, uint32_t* words) {
   }
 }
 
-// Indices by descending mass, lowest first among equals, until they reach gamma of the total and
-// are at least `floor` many.
+// Takes indices by descending mass, the lowest first among equals, until they reach gamma of the
+// total and number at least `floor`.
 std::vector<int64_t> SmallestSet(const float* mass, int64_t n, double gamma, int64_t floor) {
   std::vector<int64_t> order(static_cast<size_t>(n));
   std::iota(order.begin(), order.end(), 0);

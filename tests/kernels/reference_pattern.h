@@ -1,4 +1,4 @@
-// The pattern ops once more, in the plainest form: fp32 host memory, double precision inside.
+// The pattern ops again, in the plainest form: fp32 in host memory, computed in double precision.
 #ifndef PREFILLD_TESTS_KERNELS_REFERENCE_PATTERN_H_
 #define PREFILLD_TESTS_KERNELS_REFERENCE_PATTERN_H_
 

@@ -7,7 +7,7 @@
 namespace prefilld::kernels::reference {
 namespace {
 
-// The mean of element d over a block.
+// Returns the mean of element d over a block.
 double Mean(const float* x, int64_t stride, const PooledMassParams& p, int64_t block, int d) {
   const int64_t first = block * p.block_tokens;
   const int64_t end = std::min(first + p.block_tokens, p.num_tokens);

@@ -1,4 +1,5 @@
-// The pooled-mass op once more, in the plainest form: fp32 host memory, double precision inside.
+// The pooled-mass op again, in the plainest form: fp32 in host memory, computed in double
+// precision.
 #ifndef PREFILLD_TESTS_KERNELS_REFERENCE_POOLED_MASS_H_
 #define PREFILLD_TESTS_KERNELS_REFERENCE_POOLED_MASS_H_
 
@@ -6,7 +7,7 @@
 
 namespace prefilld::kernels::reference {
 
-// Uses no scratch.
+// Does not use the scratch.
 void PooledMass(const PooledMassParams& params);
 
 }  // namespace prefilld::kernels::reference

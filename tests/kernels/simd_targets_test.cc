@@ -1,5 +1,5 @@
-// Runs the ops once on every instruction set of this machine that they are compiled for; the other
-// tests run on the best one only.
+// Runs the ops once on every instruction set that they are compiled for and this machine has. The
+// other tests run on the best one only.
 #include <gtest/gtest.h>
 
 #include <vector>

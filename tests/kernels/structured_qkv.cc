@@ -13,7 +13,7 @@ float RoundToBf16(float x) {
   return std::bit_cast<float>((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
 }
 
-// The places of each character's features: head_dim is cut into four quarters, for the sink, the
+// The place of each character's features: head_dim is cut into four quarters, for the sink, the
 // position, the topic, and noise.
 enum Quarter { kSink, kPosition, kTopic, kNoise };
 
@@ -25,7 +25,7 @@ void AddPosition(double position, double strength, int64_t quarter, float* to) {
   }
 }
 
-// Topics change every 40 tokens or so and come back.
+// Topics change about every 40 tokens and come back.
 void AddTopic(int64_t position, double strength, int64_t quarter, float* to) {
   const int64_t topic = (position / 40) * 7 % 5;
   std::mt19937 random(static_cast<uint32_t>(topic));

@@ -1,4 +1,4 @@
-// Queries, keys, values and patterns that look like attention: neither zeros nor pure noise.
+// Queries, keys, values and patterns that resemble real attention: neither zeros nor pure noise.
 #ifndef PREFILLD_TESTS_KERNELS_STRUCTURED_QKV_H_
 #define PREFILLD_TESTS_KERNELS_STRUCTURED_QKV_H_
 
@@ -17,22 +17,22 @@ struct Qkv {
   std::vector<float> v;  // as k
 };
 
-// Query head h has one of four characters by h % 4: attends to the first key (sink), to its
-// neighbours (local band), to a fixed distance behind it (slash), or to keys of its own topic. All
-// values are exact in bf16.
+// Makes queries, keys and values whose query head h attends, by h % 4, to the first key (sink), to
+// its neighbours (local band), to a fixed distance before it (slash), or to keys of its own topic.
+// All values are exact in bf16.
 Qkv MakeQkv(int64_t num_queries, int64_t num_keys, int num_heads, int num_kv_heads, int head_dim,
             uint32_t seed);
 
-// A causal pattern, [num_query_blocks, PatternWords(num_key_blocks)], of random blocks with
-// probability `density`, block 0 and the diagonal. The rows are the last of num_key_blocks.
+// Makes a causal pattern, [num_query_blocks, PatternWords(num_key_blocks)]: block 0, the diagonal,
+// and each other block with probability `density`. The query blocks are the last of num_key_blocks.
 std::vector<uint32_t> MakePattern(int64_t num_query_blocks, int64_t num_key_blocks, double density,
                                   uint32_t seed);
 
-// The pattern of packed prompts of 1, 3, 1, 6, 2, 1, ... blocks, now and then with a block of
-// padding behind one, whose row is zero. The queries are those of all blocks.
+// Makes the pattern of packed prompts of 1, 3, 1, 6, 2, 1, ... blocks. Some are followed by a block
+// of padding, whose row is zero. The queries cover all blocks.
 std::vector<uint32_t> MakePackedPattern(int64_t num_blocks);
 
-// Everything an attention case needs, in host memory. `work` points into the other members.
+// All data of an attention case, in host memory. `work` points into the other members.
 struct AttentionData {
   explicit AttentionData(const AttentionCase& c);
   AttentionData(const AttentionData&) = delete;

@@ -1,4 +1,4 @@
-// prefill-calibrate and its sibling prefill-bench: what they tell about their command lines.
+// Tests the command lines of prefill-calibrate and prefill-bench.
 #include <gtest/gtest.h>
 
 #include "tests/proto/program_run.h"

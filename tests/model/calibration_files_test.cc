@@ -29,7 +29,7 @@ TEST(SafetensorsWriter, WritesWhatTheReaderReads) {
   const std::string path = folder.path() + "/a.safetensors";
   auto writer = SafetensorsWriter::Create(path, {{"z", {2, 3}}, {"a", {1}}}, {{"prompt", "\"x\""}});
   ASSERT_TRUE(writer.ok()) << writer.status();
-  // Pieces that end within a tensor and across two.
+  // One piece ends within a tensor, and one spans two.
   ASSERT_TRUE((*writer)->Append({1.0f, 2.0f}).ok());
   ASSERT_TRUE((*writer)->Append({3.0f, 4.0f, 5.0f, 6.0f, 7.0f}).ok());
   EXPECT_FALSE(std::filesystem::exists(path));

@@ -24,7 +24,8 @@ constexpr int64_t kTokens = 4 * kBlockTokens + 41;  // the last block is a part 
 constexpr int64_t kBlocks = 5;
 constexpr float kTolerance = 1e-4f;  // fp32 against double
 
-// Exact block mass of all heads of a layer, [num_heads][kBlocks * kBlocks], by the definition.
+// Computes the exact block mass of all heads of a layer by the definition: [num_heads][kBlocks *
+// kBlocks].
 std::vector<std::vector<double>> ReferenceMass(const ModelConfig& config, const float* queries,
                                                const float* keys) {
   const int dim = config.head_dim;
@@ -100,7 +101,8 @@ class AttentionRecorderTest : public testing::Test {
     return {reinterpret_cast<const float*>(tensor.data), tensor.bytes / sizeof(float)};
   }
 
-  // The reference of every layer, [num_layers]: the layer step once more, with attention between.
+  // Computes the reference of every layer, [num_layers], by a second layer step with exact
+  // attention.
   std::vector<std::vector<std::vector<double>>> ReferenceOfAllLayers() {
     auto step = LayerStep::Create(device_.get(), &config(), &weights_, kTokens, 128,
                                   /*max_batch_tokens=*/0);
@@ -229,7 +231,8 @@ TEST_F(AttentionRecorderTest, AGridJoinsWholeBlocks) {
 }
 
 TEST(JoinBlocks, SumsColumnsAndAveragesQueries) {
-  // Seven tokens in blocks of 2: the last query is alone in its block and counts once, not twice.
+  // There are seven tokens in blocks of 2, so the last query is alone in its block and counts once,
+  // not twice.
   const std::vector<float> blocks = {1.0f, 0.0f, 0.0f, 0.0f,  //
                                      0.4f, 0.6f, 0.0f, 0.0f,  //
                                      0.2f, 0.2f, 0.6f, 0.0f,  //

@@ -61,7 +61,7 @@ std::string Reason(const absl::StatusOr<ModelConfig>& refused) {
 
 absl::StatusOr<ModelConfig> Load(const json& config) { return LoadText(config.dump()); }
 
-// `config` with the fields of `patch`; null erases a field.
+// Loads `config` with the fields of `patch`. A null erases a field.
 absl::StatusOr<ModelConfig> LoadWith(json config, const char* patch) {
   config.merge_patch(json::parse(patch));
   return Load(config);
@@ -155,7 +155,7 @@ TEST(LoadModelConfig, AcceptsWindowsThatNeverClose) {
   EXPECT_TRUE(LoadWith(Qwen2(), R"({"use_sliding_window": true})").ok());
 }
 
-// Whole files as published, whatever else they carry.
+// These are whole files as published, with all fields that they carry.
 TEST(LoadModelConfig, AcceptsPublishedFiles) {
   const struct {
     const char* name;
@@ -231,7 +231,7 @@ TEST(LoadModelConfig, AcceptsPublishedFiles) {
     const auto config = LoadText(file.text);
     EXPECT_TRUE(config.ok()) << file.name << ": " << config.status();
   }
-  // Traces of the library that saved the file.
+  // These fields are traces of the library that saved the file.
   EXPECT_TRUE(LoadWith(Llama(), R"({"_attn_implementation_autoset": true,
                                     "max_sequence_length": 2048,
                                     "tokenizer_class": "LlamaTokenizer"})")
@@ -264,7 +264,7 @@ TEST(LoadModelConfig, RefusesTextThatIsNoConfig) {
   EXPECT_THAT(Reason(LoadText(std::string(100000, '['))), HasSubstr("nested deeper"));
 }
 
-// Whatever bytes change, there is a config or a reason.
+// Any change of bytes yields a config or an error that says why.
 TEST(LoadModelConfig, SurvivesMutatedFiles) {
   const std::string alphabet = "{}[]\",:-0123456789.eE \\\xff";
   std::mt19937 random(7);

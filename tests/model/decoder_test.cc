@@ -40,7 +40,7 @@ uint32_t Greedy(const std::vector<float>& logits, int64_t position) {
   return token.ok() ? token->token_id : 0;
 }
 
-// A block table that owns the pool's blocks out of order, some of them side by side.
+// Makes a block table that has the pool's blocks out of order, some of them side by side.
 std::vector<int32_t> ScrambledTable(const Decoder& decoder) {
   std::vector<int32_t> table(decoder.num_pool_blocks());
   std::iota(table.begin(), table.end(), 0);
@@ -50,7 +50,7 @@ std::vector<int32_t> ScrambledTable(const Decoder& decoder) {
   return table;
 }
 
-// Hands a layer's KV from engine to decoder, the heads in `shares` parts.
+// Hands a layer's KV from the engine to the decoder, with the heads in `shares` parts.
 void HandOver(PrefillEngine& engine, PrefillSequence& sequence, Decoder& decoder, int layer,
               int64_t num_tokens, int block_tokens, KvOrder order, int shares,
               const std::vector<int32_t>& table) {
@@ -70,7 +70,8 @@ void HandOver(PrefillEngine& engine, PrefillSequence& sequence, Decoder& decoder
   }
 }
 
-// Prefill by the engine, KV handed over layer by layer, then `count` greedy tokens by the decoder.
+// Prefills by the engine, hands the KV over layer by layer, and returns `count` greedy tokens of
+// the decoder.
 std::vector<uint32_t> GenerateDisaggregated(PrefillEngine& engine, Decoder& decoder,
                                             const std::vector<uint32_t>& prompt, int block_tokens,
                                             KvOrder order, int shares, int count) {
@@ -95,7 +96,7 @@ std::vector<uint32_t> GenerateDisaggregated(PrefillEngine& engine, Decoder& deco
   return generated;
 }
 
-// The same tokens by prefilling prompt and answer anew for each one.
+// Returns the same tokens by prefilling prompt and answer anew for each of them.
 std::vector<uint32_t> GenerateByPrefill(PrefillEngine& engine, std::vector<uint32_t> tokens,
                                         int count) {
   std::vector<uint32_t> generated;

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-// A refused allocation is an answer here, not the end of the process.
+// A refused allocation must return an error here instead of ending the process.
 extern "C" const char* __asan_default_options() { return "allocator_may_return_null=1"; }
 
 namespace prefilld::model {

@@ -38,7 +38,7 @@ uint64_t SplitMix64(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// mean + k / 2^shift, k the signed top byte of the name's random stream.
+// Each value is mean + k / 2^shift, where k is the signed top byte of the name's random stream.
 std::vector<float> Values(const std::string& name, size_t count, double mean, int shift) {
   const uint64_t seed = Fnv1a(name);
   std::vector<float> values(count);

@@ -1,4 +1,4 @@
-// The models that tests/python/make_goldens.py had Hugging Face transformers compute.
+// The models whose goldens tests/python/make_goldens.py had Hugging Face transformers compute.
 #ifndef PREFILLD_TESTS_MODEL_GOLDEN_CHECKPOINT_H_
 #define PREFILLD_TESTS_MODEL_GOLDEN_CHECKPOINT_H_
 
@@ -9,9 +9,9 @@
 
 namespace prefilld::model {
 
-// The checkpoint folder of a golden case. Where the case holds a recipe (checkpoint.json) the
-// weights are made from it, as tests/python/golden_cases.py defines them; else the case's folder
-// is the checkpoint. Aborts on a broken recipe.
+// The checkpoint folder of a golden case. If the case has a recipe (checkpoint.json), the weights
+// are made from it as tests/python/golden_cases.py defines them; otherwise the case's folder is the
+// checkpoint. Aborts on a broken recipe.
 class GoldenCheckpoint {
  public:
   explicit GoldenCheckpoint(const std::string& case_dir);

@@ -1,4 +1,4 @@
-// A golden.safetensors of tests/python/make_goldens.py.
+// Reads a golden.safetensors of tests/python/make_goldens.py.
 #ifndef PREFILLD_TESTS_MODEL_GOLDEN_FILE_H_
 #define PREFILLD_TESTS_MODEL_GOLDEN_FILE_H_
 
@@ -12,7 +12,7 @@
 
 namespace prefilld::model {
 
-// All its tensors are fp32. Aborts when the file is missing or broken.
+// All tensors of the file are fp32. Aborts when the file is missing or broken.
 class GoldenFile {
  public:
   explicit GoldenFile(const std::string& path);
@@ -20,7 +20,7 @@ class GoldenFile {
   GoldenFile& operator=(const GoldenFile&) = delete;
 
   absl::Span<const float> Get(absl::string_view name) const;
-  // The prompt lengths it has, ascending.
+  // Returns the prompt lengths of the file in ascending order.
   std::vector<int64_t> lengths() const;
 
  private:

@@ -1,5 +1,5 @@
-// Prefill with dense attention equals Hugging Face transformers: every layer's K and V, and the
-// logits. The log-probabilities of the prompt are those of such logits.
+// Tests that prefill with dense attention equals Hugging Face transformers in every layer's K and V
+// and in the logits, and that the log-probabilities of the prompt follow from such logits.
 //
 //   golden_test [--device=cpu|cuda] [--goldens=DIR]
 //
@@ -34,7 +34,7 @@ DeviceChoice device = DeviceChoice::kCpu;
 std::string goldens_dir = "tests/model/goldens";
 double worst_relative = 0.0;  // error of all comparisons
 
-// fp32 differs by the order of sums alone; bf16 rounds every activation to 8 bits.
+// fp32 differs by the order of sums alone, while bf16 rounds every activation to 8 bits.
 struct Tolerance {
   double relative;
   double cosine;
@@ -62,7 +62,7 @@ void ExpectClose(absl::Span<const float> actual, absl::Span<const float> expecte
   EXPECT_GE(cosine, tolerance.cosine) << what;
 }
 
-// K or V of one layer as transformers saw it: [num_tokens, num_kv_heads, head_dim].
+// K or V of one layer as transformers computed it, [num_tokens, num_kv_heads, head_dim].
 class LayerTensor {
  public:
   LayerTensor(const float* data, int64_t row) : data_(data), row_(static_cast<size_t>(row)) {}
@@ -98,7 +98,7 @@ void PrintTo(const Prompt& prompt, std::ostream* out) {
   *out << prompt.case_name << ", " << prompt.num_tokens << " tokens";
 }
 
-// Every length of every case of the folder.
+// Lists every length of every case of the folder.
 std::vector<Prompt> ListPrompts() {
   std::vector<Prompt> prompts;
   for (const auto& entry : fs::directory_iterator(goldens_dir)) {
@@ -114,7 +114,7 @@ std::vector<Prompt> ListPrompts() {
   return prompts;
 }
 
-// A case's model, made once and used by all its prompts.
+// The model of a case, made once for all its prompts.
 class GoldenModel {
  public:
   explicit GoldenModel(const std::string& name)
@@ -152,7 +152,7 @@ class GoldenTest : public testing::TestWithParam<Prompt> {
   static inline std::map<std::string, std::unique_ptr<GoldenModel>> models_;
 };
 
-// Fetches the layer's KV as a consumer would and compares it.
+// Fetches the layer's KV as a consumer would, and compares it.
 void CheckLayer(PrefillEngine& engine, PrefillSequence& sequence, int layer, int64_t num_tokens,
                 const GoldenFile& golden) {
   const ModelConfig& config = engine.info().config;
@@ -160,7 +160,7 @@ void CheckLayer(PrefillEngine& engine, PrefillSequence& sequence, int layer, int
   selection.num_blocks = kernels::CeilDiv(num_tokens, selection.block_tokens);
   selection.num_heads = config.num_kv_heads;
   selection.dtype = kernels::DType::kFp32;
-  // Blocks of NHD order follow each other like rows.
+  // In NHD order the blocks follow each other like rows.
   const int64_t row = int64_t{config.num_kv_heads} * config.head_dim;
   const int64_t elements = selection.num_blocks * selection.block_tokens * row;
   absl::StatusOr<DeviceBuffer> staging =
@@ -204,7 +204,8 @@ TEST_P(GoldenTest, EqualsTransformers) {
   ExpectClose(logits->front(), golden.Get(absl::StrCat(num_tokens, ".logits")), "logits");
 }
 
-// What one run says of every position is what runs that end there say in their logits.
+// The log-probabilities of one run at some positions must equal those from the final logits of runs
+// that end there.
 TEST_P(GoldenTest, LogprobsAreThoseOfTheBeginningsLogits) {
   GoldenModel& model = Model(GetParam().case_name);
   ASSERT_TRUE(model.engine().ok()) << model.engine().status();
@@ -228,7 +229,8 @@ TEST_P(GoldenTest, LogprobsAreThoseOfTheBeginningsLogits) {
     const std::vector<float>& logits = all_logits->front();
     sequence.reset();
     const double best = *std::max_element(logits.begin(), logits.end());
-    // bf16 is spaced by up to 2^-7 of a logit: one step in the token's, one in the likeliest's.
+    // bf16 is spaced by up to 2^-7 of a logit. One step may be lost in the token's logit and one in
+    // the likeliest's.
     const double largest = std::max(best, -double{*std::min_element(logits.begin(), logits.end())});
     const double tolerance = device == DeviceChoice::kCpu ? 1e-3 : largest / 64;
     double sum = 0;
@@ -239,7 +241,7 @@ TEST_P(GoldenTest, LogprobsAreThoseOfTheBeginningsLogits) {
   }
 }
 
-// Evaluated after the flags are read.
+// The list is evaluated after the flags are read.
 INSTANTIATE_TEST_SUITE_P(, GoldenTest, testing::ValuesIn(ListPrompts()),
                          [](const testing::TestParamInfo<Prompt>& info) {
                            return absl::StrCat(info.param.case_name, "_", info.param.num_tokens);

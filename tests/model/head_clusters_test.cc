@@ -93,8 +93,8 @@ TEST_F(HeadClustersTest, IsForTheModelItNames) {
               HasSubstr("model_fingerprint \"3\" is not 32 lower-case hexadecimal digits"));
 }
 
-// As the release writes it for a model of 32 layers of 32 heads: clusters out of order, named by
-// numbers from 1, some of them single, one of them shared.
+// The release writes such a file for a model of 32 layers of 32 heads: clusters out of order and
+// named by numbers from 1, some with one head, one shared.
 TEST_F(HeadClustersTest, ReadsAFileOfTheShapeThatTheReleaseHas) {
   constexpr int kLayers = 32, kHeads = 32, kClusters = 44, kShared = 17;
   config_.num_layers = kLayers;

@@ -1,4 +1,4 @@
-// One layer of one prompt on the CPU, and what its heads ought to attend to.
+// One layer of one prompt on the CPU, with the attention that its heads should have.
 #ifndef PREFILLD_TESTS_MODEL_ONE_LAYER_H_
 #define PREFILLD_TESTS_MODEL_ONE_LAYER_H_
 
@@ -14,9 +14,9 @@
 
 namespace prefilld::model {
 
-// Heads of the four characters of structured_qkv.h by turns, over values that tell blocks apart:
-// token t's value is 1 at the number of its block and 0 elsewhere. So the output of a query says
-// which blocks were computed, and there may be as many blocks as head_dim.
+// The heads have the four characters of structured_qkv.h in turn. The values tell blocks apart: a
+// token's value is 1 at the number of its block and 0 elsewhere. So the output of a query shows
+// which blocks were computed. There may be at most head_dim blocks.
 class OneLayer {
  public:
   static constexpr int kHeadDim = 64;
@@ -33,13 +33,14 @@ class OneLayer {
   std::vector<float>& q() { return qkv_.q; }  // [num_tokens, kNumHeads, kHeadDim]
   std::vector<float>& k() { return qkv_.k; }  // [kNumKvHeads, num_tokens, kHeadDim]
 
-  // Attention in place on `out`, which is a copy of q().
+  // Describes attention in place on `out`, which becomes a copy of q().
   kernels::AttentionParams Params(std::vector<float>* out);
 
-  // True mass of one query's attention by key block, in double precision.
+  // Returns the true mass of one query's attention by key block, in double precision.
   std::vector<double> Mass(int64_t query, int head) const;
 
-  // Recall of every head by the definition, from what a run put out, over the queries of `rows`.
+  // Returns the recall of every head by its definition, from the output of a run, over the queries
+  // of `rows`.
   std::vector<double> RecallOf(const std::vector<float>& out,
                                const std::vector<int64_t>& rows) const;
   std::vector<int64_t> AllRows() const;

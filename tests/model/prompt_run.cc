@@ -83,7 +83,7 @@ std::unique_ptr<PrefillSequence> RunLayers(PrefillEngine& engine, absl::Span<con
 
 namespace {
 
-// The layers and the logits.
+// Runs the layers and computes the logits.
 std::vector<PromptRun> Compute(PrefillEngine& engine, PrefillSequence& sequence,
                                const std::vector<int64_t>& lengths) {
   const ModelConfig& config = engine.info().config;

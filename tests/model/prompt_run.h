@@ -1,5 +1,5 @@
-// Engines made in a line, and whole prompts run through them: everything that comes out is kept.
-// What is called here aborts on an error.
+// Makes engines, and runs whole prompts through them and keeps everything that comes out. The
+// functions abort on an error.
 #ifndef PREFILLD_TESTS_MODEL_PROMPT_RUN_H_
 #define PREFILLD_TESTS_MODEL_PROMPT_RUN_H_
 
@@ -13,42 +13,42 @@
 
 namespace prefilld::model {
 
-// Two threads of the CPU.
+// Options for an engine on the CPU with two threads.
 EngineOptions CpuEngineOptions(const std::string& checkpoint_dir, int64_t max_tokens);
 std::unique_ptr<PrefillEngine> NewEngine(const EngineOptions& options);
 
 AttentionOptions DenseAttention();
 
-// Keys and values of one layer as one block of HND fp32: [num_kv_heads, num_tokens rounded up to
-// a block, head_dim], values after keys.
+// The outcome of one prompt. `kv` holds the keys and values of each layer as one block of HND fp32:
+// [num_kv_heads, num_tokens rounded up to a block, head_dim], values after keys.
 struct PromptRun {
   std::vector<LayerReport> reports;
   std::vector<std::vector<float>> kv;  // [num_layers]
   std::vector<float> logits;
-  PromptLogprobs logprobs;  // of RunPrompts
+  PromptLogprobs logprobs;  // set by RunPrompts
 };
 
-// Uniform ids below vocab_size, a function of the seed.
+// Makes uniform ids below vocab_size, as a function of the seed.
 std::vector<uint32_t> RandomTokens(int64_t count, int64_t vocab_size, uint64_t seed = 1);
 
 // Packs a layer's whole KV in the given form.
 std::vector<uint8_t> PackLayer(PrefillEngine& engine, PrefillSequence& sequence, int layer,
                                const KvSelection& selection);
 
-// Every block of every head.
+// Selects every block of every head.
 KvSelection WholeLayer(const ModelConfig& config, int64_t num_tokens, int block_tokens,
                        kernels::KvOrder order, kernels::DType dtype);
 
-// All layers, whose KV nobody takes: FinalLogits comes next and, if asked for, Logprobs.
+// Runs all layers and releases their KV. FinalLogits comes next and, if asked for, Logprobs.
 std::unique_ptr<PrefillSequence> RunLayers(PrefillEngine& engine, absl::Span<const uint32_t> tokens,
                                            const AttentionOptions& options, bool logprobs);
 
-// Prompts computed together.
+// Runs prompts that are computed together.
 std::vector<PromptRun> RunPrompts(PrefillEngine& engine,
                                   const std::vector<std::vector<uint32_t>>& prompts,
                                   const AttentionOptions& options);
 
-// One prompt alone, without its log-probabilities.
+// Runs one prompt alone, without its log-probabilities.
 PromptRun RunPrompt(PrefillEngine& engine, const std::vector<uint32_t>& tokens,
                     const AttentionOptions& options);
 

@@ -1,4 +1,5 @@
-// Rotations equal those of transformers; the numbers come from tests/python/make_goldens.py.
+// Tests that rotations equal those of transformers. The numbers come from
+// tests/python/make_goldens.py.
 #include <gtest/gtest.h>
 
 #include <fstream>
@@ -12,7 +13,7 @@ namespace {
 
 using nlohmann::json;
 
-// A few units in the last place of fp32: the power and the divisions round differently.
+// The power and the divisions round differently, by a few units in the last place of fp32.
 constexpr float kRelativeTolerance = 5e-7f;
 
 TEST(MakeRopeTable, EqualsTransformers) {

@@ -1,4 +1,4 @@
-// Writing safetensors files, well-formed or not.
+// Makes safetensors files, well-formed or not.
 #ifndef PREFILLD_TESTS_MODEL_SAFETENSORS_IMAGE_H_
 #define PREFILLD_TESTS_MODEL_SAFETENSORS_IMAGE_H_
 
@@ -10,7 +10,7 @@
 
 namespace prefilld::model {
 
-// Length, header as given, data as given: nothing is checked or padded.
+// Makes a file of the length, the header and the data as given. Nothing is checked or padded.
 std::string RawSafetensors(absl::string_view header, absl::string_view data);
 
 struct ImageTensor {
@@ -20,7 +20,7 @@ struct ImageTensor {
   std::string bytes;
 };
 
-// A well-formed file of these tensors, in this order.
+// Makes a well-formed file of these tensors, in this order.
 std::string SafetensorsImage(const std::vector<ImageTensor>& tensors);
 
 }  // namespace prefilld::model

@@ -18,7 +18,7 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::SizeIs;
 
-// Memory of a file, aligned as a mapping is.
+// The memory of a file, aligned as a mapping is.
 class AlignedImage {
  public:
   explicit AlignedImage(const std::string& content)
@@ -40,7 +40,7 @@ absl::Status Parse(const std::string& content) {
   return ParseSafetensors(AlignedImage(content).span()).status();
 }
 
-// A header padded to the alignment that writers keep, before `data_bytes` zeros.
+// Parses a header, padded to the alignment that writers keep, before `data_bytes` zeros.
 absl::Status ParseHeader(std::string header, size_t data_bytes) {
   header.resize((header.size() + 7) / 8 * 8, ' ');
   return Parse(RawSafetensors(header, std::string(data_bytes, '\0')));
@@ -153,7 +153,7 @@ INSTANTIATE_TEST_SUITE_P(
                   R"("a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}})",
                   8, "key \"a\" twice"}));
 
-// Whatever bytes change, the parser answers, and what it accepts lies within the file.
+// Whatever bytes change, the parser returns, and the tensors it accepts lie within the file.
 TEST(ParseSafetensors, SurvivesMutatedFiles) {
   const std::string valid = ValidImage();
   const std::string alphabet = "{}[]\",:-0123456789.eE \\\xff";

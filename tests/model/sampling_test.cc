@@ -96,7 +96,7 @@ uint64_t Mix(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// As its definition says: the whole vocabulary sorted, cut at top_k, then at top_p.
+// Follows the definition: the whole vocabulary is sorted, cut at top_k, then at top_p.
 uint32_t DrawFromAll(const std::vector<float>& logits, const SamplingOptions& options,
                      int64_t position) {
   const double largest = *std::max_element(logits.begin(), logits.end());

@@ -46,8 +46,7 @@ TEST(JensenShannonDistance, ZerosAreNoNaN) {
   EXPECT_EQ(distance, JensenShannonDistance({0.5f, 0.5f, 0.0f}, {1.0f, 0.0f, 0.0f}));
 }
 
-// Masses over many orders of magnitude, zeros among them, of lengths that are no multiple of
-// anything.
+// The masses span many orders of magnitude, with zeros among them.
 TEST(JensenShannonDistance, EqualsTheFormulaInDouble) {
   std::mt19937 random(1);
   std::exponential_distribution<double> exponential;

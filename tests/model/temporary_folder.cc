@@ -30,7 +30,7 @@ TemporaryFolder::~TemporaryFolder() {
 
 void TemporaryFolder::Write(absl::string_view name, absl::string_view content) const {
   const std::string path = absl::StrCat(path_, "/", name);
-  // Some file systems flush a file that is written over, which takes milliseconds.
+  // Some file systems flush a file that is overwritten, which takes milliseconds.
   std::error_code ignored;
   std::filesystem::remove(path, ignored);
   std::ofstream file(path, std::ios::binary);

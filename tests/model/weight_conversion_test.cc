@@ -26,7 +26,7 @@ uint16_t Narrow(float value, DType dtype) {
   return bits;
 }
 
-// By definition of the formats, in double.
+// Computes the value by the definition of the format, in double precision.
 double ValueOf(DType dtype, uint16_t bits) {
   const int fraction_bits = dtype == DType::kBf16 ? 7 : 10;
   const int bias = dtype == DType::kBf16 ? 127 : 15;

@@ -23,7 +23,7 @@ using ::testing::HasSubstr;
 
 constexpr char kQ[] = "model.layers.1.self_attn.q_proj.weight";
 
-// One layer pair with everything a layer can have.
+// A model of two layers with every tensor that a layer can have.
 ModelConfig FullConfig() {
   ModelConfig config = SmallRandomConfig();
   config.family = Family::kQwen3;
@@ -60,7 +60,7 @@ class LoadWeightsTest : public testing::Test {
     return std::string(LoadEdited(edit).status().message());
   }
 
-  // The checkpoint's weights after `edit`, in one file.
+  // Loads the checkpoint's weights after `edit`, from one file.
   absl::StatusOr<Weights> LoadEdited(const std::function<void(std::vector<ImageTensor>&)>& edit) {
     std::vector<ImageTensor> tensors = ReadTensors(checkpoint_.dir());
     edit(tensors);
@@ -75,7 +75,7 @@ class LoadWeightsTest : public testing::Test {
     return values;
   }
 
-  // The named tensors of the file, one after the other.
+  // Returns the named tensors of the file, one after the other.
   std::vector<float> Expected(const std::string& dir, const std::vector<std::string>& names) {
     const auto checkpoint = Checkpoint::Open(dir);
     std::vector<float> values;

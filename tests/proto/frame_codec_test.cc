@@ -43,7 +43,7 @@ void ExpectSameHeader(const FrameHeader& a, const FrameHeader& b) {
   EXPECT_EQ(a.layers_computed, b.layers_computed);
 }
 
-// Tells when the transport lets go of it.
+// Tells when the transport lets go of the payload.
 struct LentPayload {
   explicit LentPayload(size_t size) : bytes(size, '\0') {
     for (size_t i = 0; i < size; ++i) bytes[i] = static_cast<char>(i * 7);
@@ -117,11 +117,11 @@ TEST(MakeReceivedFrame, TakesEveryFieldOfAParsedMessage) {
 }
 
 TEST(Checksum, IsXxh3) {
-  // XXH3_64bits of the empty input, from its specification.
+  // This is XXH3_64bits of the empty input, from its specification.
   EXPECT_EQ(Checksum("", 0), 0x2d06800538d394c2u);
 }
 
-// As many slices as pieces of at most `slice_bytes`.
+// Cuts the bytes into slices of at most `slice_bytes`.
 grpc::ByteBuffer Cut(const std::string& bytes, size_t slice_bytes) {
   std::vector<grpc::Slice> slices;
   for (size_t i = 0; i < bytes.size(); i += slice_bytes) {
@@ -194,7 +194,7 @@ TEST(ParseFrame, LeavesOtherMessagesToTheGeneralParser) {
   ASSERT_TRUE(ParseMessage(buffer, again).ok());
   EXPECT_EQ(again.progress().layers_computed(), 2);
 
-  // Two halves of a frame, which protobuf merges: legal, if odd.
+  // The two halves of a frame are merged by protobuf, which is legal, though odd.
   PrefillEvent first, second;
   first.mutable_kv_frame()->set_layer(1);
   second.mutable_kv_frame()->set_lane(2);
@@ -210,7 +210,7 @@ TEST(ParseFrame, EveryTruncationIsAnErrorOrLeftToTheGeneralParser) {
     const auto parsed = ParseFrame(buffer);
     EXPECT_FALSE(parsed.ok() && parsed->has_value()) << size;
   }
-  // The frame's length is right, the payload's is not.
+  // The frame's length is right, and the payload's is not.
   std::string wrong = bytes;
   const size_t payload_length = bytes.size() - 1000 - 2;
   wrong[payload_length] = static_cast<char>(0xff);

@@ -31,7 +31,7 @@ std::string OneLine(absl::string_view text) {
   return absl::StrJoin(absl::StrSplit(text, absl::ByAnyChar(" \n"), absl::SkipEmpty()), " ");
 }
 
-// The flags of files outside Abseil.
+// Lists the flags that files outside Abseil declare.
 std::vector<DeclaredFlag> DeclaredFlags(const std::string& program) {
   static const std::regex kFlag(R"(--([a-z0-9_]+) \((.*?)\); default: ?(.*?);(?= --|$))");
   std::vector<DeclaredFlag> flags;
@@ -80,7 +80,7 @@ void ExpectHelpListsEveryFlag(const std::string& program) {
                                                ") ", flag.help)));
     }
   }
-  // The listing has no flag twice, and none that the program does not declare.
+  // The listing must have no flag twice, and none that the program does not declare.
   size_t listed = 0;
   for (size_t at = output.find("\n  --"); at != std::string::npos;
        at = output.find("\n  --", at + 1)) {

@@ -1,4 +1,4 @@
-// Programs of this build run by a shell, and what every one of them must do with --help.
+// Runs programs of this build through a shell, and checks what each of them must do with --help.
 #ifndef PREFILLD_TESTS_PROTO_PROGRAM_RUN_H_
 #define PREFILLD_TESTS_PROTO_PROGRAM_RUN_H_
 
@@ -7,7 +7,7 @@
 
 namespace prefilld {
 
-// The exit status of `command`, -1 after a signal, and everything it printed.
+// Returns the exit status of `command`, or -1 after a signal, and everything that it printed.
 std::pair<int, std::string> RunCommand(const std::string& command);
 
 // Expects that --help lists every flag that the program declares, as Abseil's own --helpfull tells

@@ -1,4 +1,4 @@
-// Signals end processes, so each test has one of its own: a child that exits.
+// Signals end processes, so each test runs in a process of its own: a child that exits.
 #include "proto/process/signals.h"
 
 #include <sys/wait.h>
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kDone = 42;
 
-// What `body`, or a signal on its way, ends the child with.
+// Returns the exit code of a child that runs `body`, or that a signal ends.
 int ExitCodeOf(const std::function<void()>& body) {
   const pid_t child = fork();
   if (child == 0) {

@@ -24,7 +24,7 @@ WaitingPrompt Short(int64_t num_tokens, absl::Duration time_left = absl::Infinit
           .time_left = time_left};
 }
 
-// Prompts alone take a second a thousand tokens, batches half of it.
+// Prompts alone take one second per thousand tokens, and batches take half a second.
 PromptSpeed Measured() {
   PromptSpeed speed;
   for (int i = 0; i < PromptSpeed::kMinSamples; ++i) {
@@ -134,7 +134,7 @@ TEST(ChooseNextPass, LeavesOutWhatHasEnded) {
               ElementsAre(0, 2));
 }
 
-// Batches take half a second a thousand tokens.
+// Batches take half a second per thousand tokens.
 TEST(ChooseNextPass, IsNoLargerThanTheDeadlinesInItAllow) {
   const PromptSpeed speed = Measured();
   const WaitingPrompt hasty = Short(1000, absl::Seconds(2));

@@ -1,4 +1,4 @@
-// Requests that are refused before anything is queued, each with field, value and limit.
+// Tests requests that are refused before anything is queued, each with field, value and limit.
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -44,7 +44,7 @@ TEST_P(BadRequestTest, IsRefusedWithFieldValueAndLimit) {
   EXPECT_EQ(engine_->started(), 0);
   EXPECT_EQ(Metric("prefilld_requests_total{outcome=\"invalid\"}"), 1);
 
-  // And the next one is served.
+  // The next request is served.
   EXPECT_TRUE(Prefill(PromptOf(10)).status.ok());
 }
 

@@ -1,4 +1,4 @@
-// Short prompts that wait are computed together, and each keeps its own end.
+// Tests that short prompts that wait are computed together, and that each ends by itself.
 #include <memory>
 #include <utility>
 #include <vector>
@@ -20,7 +20,7 @@ class Batch : public ServerFixture {
  protected:
   Batch() { engine_options_.max_batch_tokens = 1000; }
 
-  // Long ones would be sparse.
+  // The policy is set because long prompts would be sparse by default.
   static v1::PrefillRequest DensePromptOf(int num_tokens) {
     v1::PrefillRequest request = PromptOf(num_tokens);
     request.mutable_attention()->set_policy(v1::ATTENTION_POLICY_DENSE);
@@ -32,15 +32,15 @@ class Batch : public ServerFixture {
     call->ReadUntil(v1::PrefillEvent::kAccepted);
     return call;
   }
-  // A prompt that is alone in its pass, too long for a batch, and holds the engine.
+  // Runs a prompt that holds the engine, alone in its pass, because it is too long for a batch.
   std::unique_ptr<OpenStream> HoldEngine() {
     engine_->HoldAfter(0);
     auto call = Submit(PromptOf(static_cast<int>(engine_options_.max_batch_tokens) + 1));
     EXPECT_TRUE(Eventually([this] { return engine_->alive() == 1; }));
     return call;
   }
-  // Prompts of these lengths that wait for the engine and, once it is let go, get no further than
-  // `layers` layers. One more layer was run before, of 1001 tokens.
+  // Queues prompts of these lengths behind a held engine, then lets it go on, for no more than
+  // `layers` layers. The held prompt of 1001 tokens has run one layer before.
   Calls RunTogether(const std::vector<int>& lengths, int layers = -1) {
     const auto holder = HoldEngine();
     Calls calls;
@@ -193,7 +193,7 @@ class BatchWithALargePrompt : public Batch {
   static constexpr int kLarge = 40'000;  // more than the sockets of an idle reader take in
 };
 
-// The last layer included, all are computed: what has left is done with.
+// All layers are computed, the last one included, so a request whose frames have left is done.
 TEST_F(BatchWithALargePrompt, GivesAPromptItsResultThoughAnothersConsumerStandsStill) {
   engine_options_.num_layers = 3;
   engine_options_.kv_slots = 3;
@@ -229,7 +229,7 @@ TEST_F(BatchWithALargePrompt, CutsOffASlowConsumerForTheOthersWait) {
   StartServer();
   const Calls calls = RunTogether({kLarge, 100});
   EXPECT_TRUE(Eventually([&] { return Metric("prefilld_staged_bytes") >= 4 << 20; }));
-  // Never at a standstill, and far below 50 MB/s.
+  // The consumer is never at a standstill, and far below 50 MB/s.
   const auto cut_off = [&] { return Metric("prefilld_requests_total{outcome=\"too_slow\"}") == 1; };
   for (int i = 0; i < 10 && !cut_off(); ++i) {
     for (int j = 0; j < 2; ++j) {
@@ -306,7 +306,7 @@ TEST_F(Batch, IsNoLargerThanTheDeadlinesOfItsPromptsAllow) {
   const auto holder = HoldEngine();
   OpenStream hasty(*NewStub(), DensePromptOf(1000), absl::Now() + absl::Seconds(5));
   hasty.ReadUntil(v1::PrefillEvent::kAccepted);
-  // At the best speed of late 3900 tokens take 9.75 seconds, 1100 take 2.75.
+  // At the best recent speed 3900 tokens take 9.75 seconds, and 1100 take 2.75.
   const auto large = Submit(DensePromptOf(2900)), small = Submit(DensePromptOf(100));
   engine_->HoldAfter(-1);
   for (OpenStream* call : {&hasty, large.get(), small.get()}) {

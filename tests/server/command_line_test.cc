@@ -1,4 +1,4 @@
-// The program itself: what it does with its command line.
+// Tests the command line of prefilld.
 #include <string>
 #include <utility>
 

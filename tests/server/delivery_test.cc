@@ -15,7 +15,7 @@ namespace v1 = ::prefill::v1;
 
 constexpr auto kNever = [] { return false; };
 
-// Takes everything at once.
+// A transport that takes everything at once.
 class FastTransport final : public Transport {
  public:
   explicit FastTransport(LaneQueue* queue) : queue_(queue) {}

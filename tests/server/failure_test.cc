@@ -1,4 +1,5 @@
-// Cancels, dead and stalled consumers, a failing device, drain, and what health says meanwhile.
+// Tests cancels, dead and stalled consumers, a failing device, drain, and what health says
+// meanwhile.
 #include <thread>
 
 #include <gmock/gmock.h>
@@ -13,7 +14,7 @@ using ::testing::HasSubstr;
 
 class Failure : public ServerFixture {
  protected:
-  // Larger than what the sockets of an idle reader take in.
+  // This prompt's KV is larger than what the sockets of an idle reader take in.
   v1::PrefillRequest LargePrompt() { return PromptOf(40'000); }
 };
 
@@ -51,7 +52,7 @@ TEST_F(Failure, AStalledConsumerIsCutOffAndOthersGoOn) {
   const auto stub = NewStub();
   OpenStream stalled(*stub, LargePrompt());
   EXPECT_TRUE(Eventually([&] { return Metric("prefilld_staged_bytes") >= 4 << 20; }));
-  // Half the staging is the most that one request can hold.
+  // One request can hold at most half of the staging memory.
   absl::SleepFor(absl::Milliseconds(50));
   EXPECT_EQ(Metric("prefilld_staged_bytes"), 4 << 20);
 
@@ -102,8 +103,8 @@ TEST_F(Failure, ASlowConsumerIsCutOffWhenOthersWait) {
   const auto stub = NewStub();
   OpenStream slow(*stub, LargePrompt());
   EXPECT_TRUE(Eventually([&] { return Metric("prefilld_staged_bytes") >= 4 << 20; }));
-  // A few frames every five seconds: never at a standstill, though the sockets' buffers hold
-  // several before the server sees that one was taken.
+  // The consumer takes a few frames every five seconds. It is never at a standstill, although the
+  // sockets' buffers hold several frames before the server notices that one was taken.
   for (int i = 0; i < 10; ++i) {
     for (int j = 0; j < 2; ++j) slow.ReadUntil(v1::PrefillEvent::kKvFrame);
     absl::SleepFor(absl::Milliseconds(50));
@@ -164,7 +165,7 @@ TEST_F(Failure, OfOnePromptsLogitsIsThatPromptsAlone) {
 TEST_F(Failure, ToProgressTurnsLivenessOffUntilThereIsProgressAgain) {
   StartServer();
   EXPECT_EQ(HealthOf("liveness"), "serving");
-  // Idle for long is no wedge.
+  // A long idle time is not a wedge.
   clock_.Advance(options_.wedge_timeout * 2);
   absl::SleepFor(absl::Milliseconds(60));
   EXPECT_EQ(HealthOf("liveness"), "serving");

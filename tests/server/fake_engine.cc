@@ -10,7 +10,7 @@
 namespace prefilld::server {
 namespace {
 
-// Stands for the value of one element, in as many bytes as the dtype has.
+// Makes the value of one element, in as many bytes as the dtype has.
 uint32_t Element(int layer, bool is_value, int64_t token, int head, int element) {
   return static_cast<uint32_t>(layer * 1000003 + (is_value ? 500009 : 0) + token * 8191 +
                                head * 131 + element);
@@ -95,7 +95,7 @@ class FakeSequence final : public model::PrefillSequence {
     report.num_queries = prompts_.front().num_tokens;
     report.density = policy_ == model::AttentionPolicy::kDense ? 1.0 : 0.25;
     report.compute_us = absl::ToInt64Microseconds(time) + 1;
-    // Heads 1 to 3 of layer l: 0.9, 0.91, 0.92, less l / 10.
+    // Heads 1 to 3 of layer l have recalls 0.9, 0.91 and 0.92, less l / 10.
     for (int head = 1; audited_ && head <= report.shared_heads; ++head) {
       const auto recall = static_cast<float>(0.89 + 0.01 * head - 0.1 * report.layer);
       report.recall.push_back({report.layer, head, model::PatternSource::kPivot, recall});
@@ -129,7 +129,7 @@ class FakeSequence final : public model::PrefillSequence {
     return all;
   }
 
-  // Of entry i: minus i for the token, half of it for the likeliest.
+  // Entry i has minus i for the token, and half of that for the likeliest.
   absl::StatusOr<model::PromptLogprobs> Logprobs(int prompt,
                                                  absl::FunctionRef<bool()> go_on) override {
     for (int part = 0; part < FakeEngine::kLogprobsParts; ++part) {

@@ -1,4 +1,4 @@
-// An engine whose every behaviour a test decides.
+// An engine whose whole behaviour the test decides.
 #ifndef PREFILLD_TESTS_SERVER_FAKE_ENGINE_H_
 #define PREFILLD_TESTS_SERVER_FAKE_ENGINE_H_
 
@@ -28,39 +28,41 @@ struct FakeEngineOptions {
   int max_sequences = 4;  // at once; Start answers RESOURCE_EXHAUSTED beyond
 };
 
-// The first token of a prompt is its last token plus one. K and V are a pure function of
-// (layer, K or V, token, head, element), whatever the prompt: see ExpectedPayload. Dense prompts
-// are batched, without padding.
+// The first token of a prompt is its last token plus one. K and V are a pure function of (layer, K
+// or V, token, head, element), whatever the prompt: see ExpectedPayload. Dense prompts are batched,
+// without padding.
 class FakeEngine final : public model::PrefillEngine {
  public:
   explicit FakeEngine(const FakeEngineOptions& options);
 
-  // From now on every layer takes this long, and fails from `layer` on (-1: never).
+  // Makes every layer take this long from now on.
   void set_layer_time(absl::Duration time);
-  // Called in every layer from now on, by the thread that runs it: a test's clock goes on there.
+  // Sets a function that is called in every layer from now on, by the thread that runs the layer. A
+  // test advances its clock there.
   void set_on_layer(std::function<void()> on_layer);
+  // Makes layers fail with `status` from `layer` on. -1: never.
   void FailFrom(int layer, absl::Status status);
   void FailPacking(absl::Status status);
-  // No sequence gets past its first `layers` layers until the next call. -1: no limit.
+  // Stops every sequence after its first `layers` layers until the next call. -1: no limit.
   void HoldAfter(int layers);
   void set_logits_are_nan(bool nan) { logits_are_nan_ = nan; }
   void set_refuses_batches(bool refuses) { refuses_batches_ = refuses; }
-  // Log-probabilities are computed in kLogprobsParts; none gets past its first `parts` until the
-  // next call. -1: no limit.
+  // Stops every prompt's log-probabilities, which are computed in kLogprobsParts parts, after the
+  // first `parts` until the next call. -1: no limit.
   static constexpr int kLogprobsParts = 4;
   void HoldLogprobsAfter(int parts);
-  // From now on their second part fails.
+  // Makes the second part fail from now on.
   void FailLogprobs(absl::Status status);
 
-  int started() const { return started_; }                // sequences, ever
-  int alive() const { return alive_; }                    // sequences
+  int started() const { return started_; }                // sequences started so far
+  int alive() const { return alive_; }                    // sequences that exist now
   int layers_run() const { return layers_run_; }          // over all sequences
   int held() const { return held_; }                      // unreleased layers now
-  int most_held() const { return most_held_; }            // unreleased layers at once
+  int most_held() const { return most_held_; }            // most unreleased layers at any time
   int logprobs_parts() const { return logprobs_parts_; }  // over all sequences
-  std::vector<std::vector<int64_t>> lengths() const;      // of every sequence's prompts, ever
-  std::vector<uint32_t> last_tokens() const;              // of the latest sequence's first prompt
-  model::AttentionOptions last_attention() const;         // likewise
+  std::vector<std::vector<int64_t>> lengths() const;      // for every sequence so far
+  std::vector<uint32_t> last_tokens() const;              // for the latest sequence's first prompt
+  model::AttentionOptions last_attention() const;         // for the latest sequence's first prompt
 
   const model::EngineInfo& info() const override { return info_; }
   int kv_slots() const override { return options_.kv_slots; }
@@ -96,7 +98,7 @@ class FakeEngine final : public model::PrefillEngine {
   model::AttentionOptions last_attention_ ABSL_GUARDED_BY(mu_);
 };
 
-// The bytes that the fake packs for these blocks.
+// Returns the bytes that the fake packs for these blocks.
 std::string ExpectedPayload(int layer, const model::KvSelection& selection, int64_t num_tokens,
                             int head_dim);
 

@@ -31,7 +31,8 @@ class FakeClock final : public Clock {
   std::atomic<int64_t> now_us_ = 1'000'000'000'000'000;
 };
 
-// A dense prompt of so many tokens for a model like the fake engine's, every default resolved.
+// Makes a dense prompt of `num_tokens` tokens for the fake engine's model, with every default
+// resolved.
 PrefillWork WorkOf(const FakeEngine& engine, int num_tokens, const std::string& id = "");
 
 // Takes what a stream sends, at once unless it is told to hold still.
@@ -40,11 +41,11 @@ class Consumer final : public Transport {
   // Attaches itself to the job's control stream, or to one of its lanes.
   explicit Consumer(std::shared_ptr<PrefillJob> job, uint32_t lane = 0);
 
-  // From now on nothing is taken.
+  // Takes nothing from now on.
   void HoldStill() { holds_still_ = true; }
-  // Takes what it was given meanwhile, and everything after it.
+  // Takes what came meanwhile, and everything after it.
   void GoOn();
-  // Takes one message of those that wait.
+  // Takes one of the messages that wait.
   void TakeOne();
 
   std::vector<::prefill::v1::KvFrame> frames() const;
@@ -67,11 +68,12 @@ class Consumer final : public Transport {
   bool cancelled_ = false;
 };
 
-// What passes work with, over a fake engine and a fake clock. No thread: the test packs.
+// All that a pass works with, over a fake engine and a fake clock. By default there are no packing
+// threads, and the test packs.
 struct Bench {
   explicit Bench(const FakeEngineOptions& options = {}, int num_buffers = 64, int pack_threads = 0);
 
-  // Packs and sends all that can be.
+  // Packs and sends all that can be packed.
   void PackAll() {
     while (packer.PackOne()) {
     }

@@ -18,7 +18,7 @@ using Jobs = std::vector<std::shared_ptr<PrefillJob>>;
 
 constexpr int kBlockTokens = 16;  // a frame holds one block
 
-// A sequence of its own for these jobs, and its source.
+// A sequence for these jobs, and its source.
 struct Layers {
   Layers(Bench& bench, const Jobs& jobs) {
     std::vector<model::PromptInput> prompts;
@@ -65,7 +65,7 @@ TEST(KvPacker, KeepsALayersSlotUntilItsLastFrameHasLeft) {
   EXPECT_EQ(consumer.frames().size(), 4u);
 }
 
-// Packs one frame after the other and tells who got it, and of which layer.
+// Packs one frame after the other and returns which consumer got each, and of which layer.
 std::vector<std::pair<int, int>> PackInTurn(Bench& bench, const std::vector<Consumer*>& consumers) {
   std::vector<std::pair<int, int>> order;
   std::vector<size_t> had(consumers.size(), 0);
@@ -168,8 +168,8 @@ TEST(KvPacker, AFailureToPackIsThatOfItsSourceAlone) {
   EXPECT_TRUE(of_other.source->HasLeft(0));
 }
 
-// The one packing thread waits for a consumer that takes nothing, in a ring that does not ask by
-// itself whether that is still worth it.
+// The only packing thread waits for a consumer that takes nothing. The ring never asks by itself
+// whether the thread should give up, so the finished layer must wake it.
 TEST(KvPacker, AFinishedLayerWakesAThreadThatWaitsForAnotherPromptsConsumer) {
   Bench bench({.kv_slots = 4, .max_batch_tokens = 10'000}, /*num_buffers=*/8, /*pack_threads=*/1);
   const auto slow = bench.NewJob(100 * kBlockTokens), fast = bench.NewJob(kBlockTokens);
@@ -177,7 +177,7 @@ TEST(KvPacker, AFinishedLayerWakesAThreadThatWaitsForAnotherPromptsConsumer) {
   Layers layers(bench, {slow, fast});
   for (int layer = 0; layer < 4; ++layer) {
     layers.Compute(1);
-    // Half of the ring is all that the slow one gets.
+    // The slow request gets half of the ring and no more.
     EXPECT_TRUE(Eventually([&] {
       return layers.source->HasLeft(1) &&
              bench.ring->staged_bytes() == bench.ring->capacity_bytes() / 2;
@@ -190,7 +190,7 @@ TEST(KvPacker, AFinishedLayerWakesAThreadThatWaitsForAnotherPromptsConsumer) {
   EXPECT_TRUE(bench.ring->AwaitIdle(absl::Seconds(5)));
 }
 
-// The one packing thread waits for the consumer of a source that is destroyed.
+// The only packing thread waits for a consumer whose source is then destroyed.
 TEST(KvPacker, AThreadThatWaitsForASlowConsumerHoldsUpNoNewSource) {
   Bench bench({}, /*num_buffers=*/8, /*pack_threads=*/1);
   const auto slow = bench.NewJob(100 * kBlockTokens), next = bench.NewJob(kBlockTokens);

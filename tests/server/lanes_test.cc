@@ -1,4 +1,4 @@
-// KV over several streams at once.
+// Tests KV over several streams at once.
 #include <thread>
 
 #include <gmock/gmock.h>
@@ -129,7 +129,7 @@ TEST_F(Lanes, AStalledOneEndsTheRequestThoughTheOthersFlow) {
   OpenStream never_read(*stub, Lane("laned", 1));
   StreamContents rest;
   std::thread reader([&] { rest = control.Rest(); });
-  // Its share of staging fills up, and it takes no more.
+  // The request's share of staging fills up, and its consumer takes no more.
   EXPECT_TRUE(Eventually([&] { return Metric("prefilld_staged_bytes") >= 1 << 20; }));
   absl::SleepFor(absl::Milliseconds(300));
   clock_.Advance(options_.stall_timeout + absl::Seconds(1));

@@ -1,4 +1,4 @@
-// Ten thousand requests that no client library would send.
+// Sends ten thousand requests that no client library would send.
 #include <fstream>
 #include <random>
 
@@ -26,7 +26,7 @@ int64_t ResidentBytes() {
   return resident_pages * sysconf(_SC_PAGESIZE);
 }
 
-// Starts unary-looking calls with raw bytes, a few at a time, and counts how they end.
+// Makes calls with raw bytes, a few at a time, and counts how they end.
 class RawCaller {
  public:
   explicit RawCaller(const std::string& address)
@@ -96,7 +96,7 @@ class MalformedRequests : public ServerFixture {
     return bytes;
   }
 
-  // At least one field is out of range.
+  // Makes a request of which at least one field is out of range.
   v1::PrefillRequest RandomFields() {
     v1::PrefillRequest request = PromptOf(1 + static_cast<int>(random_() % 40));
     if (random_() % 2 == 0) request.set_token_ids(0, Number());
@@ -156,8 +156,8 @@ TEST_F(MalformedRequests, LeaveTheServerServingAndItsMemoryFlat) {
   send_thousand(caller);  // pools and arenas reach their size
   const int64_t resident_before = ResidentBytes();
   for (int i = 0; i < 9; ++i) send_thousand(caller);
-  // Not all are INVALID_ARGUMENT: there are lanes of unknown requests, and requests for
-  // information whose unknown fields are ignored.
+  // Not all are INVALID_ARGUMENT: some ask for lanes of unknown requests, and some are requests for
+  // information, where unknown fields are ignored.
   EXPECT_GT(caller.invalid(), 10 * 800);
   EXPECT_TRUE(EverythingIsFree());
   if (kMemoryIsOurs) {

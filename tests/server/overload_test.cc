@@ -1,4 +1,4 @@
-// More work than the server takes: queue bounds, order, deadlines.
+// Tests more work than the server takes: queue bounds, order, deadlines.
 #include <gmock/gmock.h>
 
 #include "google/rpc/retry_info.pb.h"
@@ -13,7 +13,7 @@ using ::testing::HasSubstr;
 
 class Overload : public ServerFixture {
  protected:
-  // A request that computes and gets no further than its first `layers` layers.
+  // Starts a request that stops after its first `layers` layers.
   std::unique_ptr<OpenStream> RunHeld(const v1::PrefillRequest& request, int layers = 0) {
     engine_->HoldAfter(layers);
     auto call = std::make_unique<OpenStream>(*stub_, request);
@@ -157,7 +157,7 @@ TEST_F(Overload, RefusesADeadlineThatIsOutOfReachOnceItKnowsItsSpeed) {
     return OpenStream(*stub_, PromptOf(num_tokens), absl::Now() + time).Rest();
   };
   const auto refused = [&] { return Metric("prefilld_requests_total{outcome=\"deadline\"}"); };
-  // Nothing is known yet: it is tried.
+  // No speed is known yet, so the request is tried.
   engine_->set_layer_time(absl::Milliseconds(100));
   EXPECT_EQ(with_deadline(20'000, absl::Milliseconds(300)).status.error_code(),
             grpc::StatusCode::DEADLINE_EXCEEDED);
@@ -174,7 +174,7 @@ TEST_F(Overload, RefusesADeadlineThatIsOutOfReachOnceItKnowsItsSpeed) {
   EXPECT_THAT(status.error_message(), HasSubstr("at the best speed of late the queue takes 0 and"));
   EXPECT_EQ(refused(), 2);
   EXPECT_EQ(engine_->started(), started);
-  // In reach, and nothing is known of prompts so short.
+  // The deadline can be met. The speed of shorter prompts is unknown, so the next request is tried.
   EXPECT_TRUE(with_deadline(2000, absl::Seconds(10)).status.ok());
   EXPECT_EQ(with_deadline(1500, absl::Milliseconds(80)).status.error_code(),
             grpc::StatusCode::DEADLINE_EXCEEDED);

@@ -78,7 +78,7 @@ TEST(PrefillPass, TheTimeThatALayerWaitsForASlotIsAStallAndNoneOfItsSpeed) {
   const auto report = pass->Step();
   ASSERT_TRUE(report.ok());
   EXPECT_EQ(report->first_tokens_after, absl::Milliseconds(300));
-  // What is left to take after the last layer is no stall.
+  // The time to take what is left after the last layer is no stall.
   EXPECT_EQ(Step(*pass), Next::kConsumers);
   bench.clock.Advance(absl::Seconds(2));
   bench.PackAll();

@@ -1,4 +1,4 @@
-// What a well-behaved consumer receives.
+// Tests what a consumer that keeps the protocol receives.
 #include <algorithm>
 #include <map>
 
@@ -106,7 +106,7 @@ INSTANTIATE_TEST_SUITE_P(
                       LayoutCase{32, v1::KV_ORDER_HND, v1::DTYPE_FP16, 1, 1, 0, 33},
                       LayoutCase{64, v1::KV_ORDER_NHD, v1::DTYPE_FP32, 0, 1, 3, 1000},
                       LayoutCase{128, v1::KV_ORDER_HND, v1::DTYPE_FP32, 1, 0, 0, 5000},
-                      // Every block is held already: no KV at all, and a result.
+                      // The consumer holds every block already, so it gets a result and no KV.
                       LayoutCase{16, v1::KV_ORDER_NHD, v1::DTYPE_BF16, 0, 0, 7, 100}));
 
 TEST_F(PrefillStream, CutsALayerIntoFramesOfTheConfiguredSize) {

@@ -1,5 +1,5 @@
-// How likely a prompt is: in the result when asked for, and on the way there as interruptible and
-// as visible as a layer.
+// Tests log-probabilities of a prompt: they are in the result if asked for, and their computation
+// can be interrupted and observed as a layer's can.
 #include <gmock/gmock.h>
 #include <grpcpp/create_channel.h>
 #include <grpcpp/security/credentials.h>
@@ -57,7 +57,7 @@ TEST_F(PromptLogprobs, TakeTimeThatResultAndLogTellApart) {
   EXPECT_EQ(log.find("logprobs_ms"), log.rfind("logprobs_ms")) << "of a request that did not ask";
 }
 
-// The largest result passes a channel that has gRPC's default limit for messages.
+// The largest result fits through a channel that has gRPC's default limit for messages.
 TEST_F(PromptLogprobs, OfTheLongestPromptFitIntoAMessage) {
   StartServer();
   const auto stub = v1::PrefillService::NewStub(

@@ -35,7 +35,7 @@ TEST(PromptSpeed, LeavesOutPromptsThatAreAllOverhead) {
   EXPECT_EQ(speed.AtBest(kNow, 100'000, kDense), absl::ZeroDuration());
 }
 
-// Ten prompts at once get through faster than one, and each takes longer.
+// Ten prompts together finish sooner than one by one, but each takes longer.
 TEST(PromptSpeed, TellsBatchesFromPromptsAlone) {
   PromptSpeed speed;
   EXPECT_EQ(speed.BatchedAtBest(kNow, 4000), absl::ZeroDuration());

@@ -1,4 +1,4 @@
-// KV pushed to a decode worker that prefilld calls.
+// Tests KV pushed to a decode worker that prefilld calls.
 #include <gmock/gmock.h>
 #include <grpcpp/server.h>
 #include <grpcpp/server_builder.h>
@@ -14,7 +14,7 @@ namespace {
 
 using ::testing::HasSubstr;
 
-// Takes what comes and answers as told.
+// A receiver that takes all frames and answers as told.
 class FakeReceiver final : public v1::KvReceiver::Service {
  public:
   enum class Behaviour {

@@ -14,7 +14,7 @@ using ::testing::StartsWith;
 
 constexpr absl::Duration kLayerTime = absl::Milliseconds(250);
 
-// The stream of a request, as the service holds it.
+// A request's control stream, as the service holds it.
 struct Call {
   std::shared_ptr<PrefillJob> job;
   std::unique_ptr<Consumer> consumer;
@@ -37,7 +37,7 @@ class SchedulerTest : public ::testing::Test {
     work.deadline = bench_.clock.Now() + deadline;
     return Submit(std::move(work));
   }
-  // Computes and packs until nothing is left that could be.
+  // Computes and packs until nothing is left to do.
   void Run() {
     do {
       bench_.PackAll();
@@ -125,7 +125,7 @@ TEST_F(SchedulerTest, AFullQueueRefusesAndSaysWhenToComeBack) {
   EXPECT_EQ(refused.status.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_EQ(refused.retry_after, absl::Seconds(8)) << "8000 tokens wait, 1000 a second unmeasured";
   EXPECT_EQ(scheduler_.state().queued_requests, 4);
-  // The place of one that leaves is free at once.
+  // The place of a request that leaves is free at once.
   queued[1]->job->OnCallCancelled();
   Retire(*queued[1]);
   EXPECT_TRUE(Submit(2000).ok());

@@ -133,7 +133,8 @@ std::string ServerFixture::HealthOf(const std::string& service) const {
   grpc::GenericStub stub(grpc::CreateChannel(address(), grpc::InsecureChannelCredentials()));
   grpc::ClientContext context;
   grpc::CompletionQueue queue;
-  // HealthCheckRequest{service = 1}, HealthCheckResponse{status = 1: 1 serving, 2 not}.
+  // The bytes are HealthCheckRequest{service = 1}; the answer is HealthCheckResponse{status = 1},
+  // which is 1 for serving and 2 for not serving.
   const grpc::Slice slice(absl::StrCat("\n", std::string(1, service.size()), service));
   auto call = stub.PrepareUnaryCall(&context, "/grpc.health.v1.Health/Check",
                                     grpc::ByteBuffer(&slice, 1), &queue);

@@ -26,7 +26,7 @@ namespace prefilld::server {
 
 namespace v1 = ::prefill::v1;
 
-// Real time, plus what a test has added.
+// A clock of real time plus what a test has added.
 class ShiftedClock final : public Clock {
  public:
   absl::Time Now() const override {
@@ -40,7 +40,7 @@ class ShiftedClock final : public Clock {
 
 v1::PrefillRequest PromptOf(int num_tokens, const std::string& request_id = "");
 
-// Everything that one stream brought.
+// The messages of one stream, and its status.
 struct StreamContents {
   std::vector<v1::PrefillEvent> events;
   grpc::Status status;
@@ -49,7 +49,7 @@ struct StreamContents {
   const v1::PrefillResult* result() const;  // null: none came
 };
 
-// A Prefill or AttachLane call whose reading the test controls.
+// A Prefill or AttachLane call that reads when the test says so.
 class OpenStream {
  public:
   OpenStream(v1::PrefillService::Stub& stub, const v1::PrefillRequest& request,
@@ -58,9 +58,9 @@ class OpenStream {
   ~OpenStream() { Cancel(); }
 
   bool Read(v1::PrefillEvent* event) { return reader_->Read(event); }
-  // Reads until an event of that kind, which it returns; fails the test if none comes.
+  // Reads until an event of that kind and returns it. The test fails if none comes.
   v1::PrefillEvent ReadUntil(v1::PrefillEvent::EventCase kind);
-  // A lane is attached when its headers come.
+  // Returns when the lane is attached, which its response headers tell.
   void WaitUntilAttached() { reader_->WaitForInitialMetadata(); }
   // Reads to the end.
   StreamContents Rest();
@@ -73,7 +73,7 @@ class OpenStream {
   std::unique_ptr<grpc::ClientReader<v1::PrefillEvent>> reader_;
 };
 
-// True as soon as `condition` holds; false after ten seconds.
+// Returns true as soon as `condition` holds, and false after ten seconds.
 bool Eventually(absl::FunctionRef<bool()> condition);
 
 class ServerFixture : public ::testing::Test {
@@ -81,7 +81,7 @@ class ServerFixture : public ::testing::Test {
   ServerFixture();
   ~ServerFixture() override;
 
-  // To be changed before StartServer.
+  // A test may change these before StartServer.
   FakeEngineOptions engine_options_;
   ServerOptions options_;
 
@@ -91,11 +91,13 @@ class ServerFixture : public ::testing::Test {
   std::string address() const;
 
   StreamContents Prefill(const v1::PrefillRequest& request);
-  // The value of a series as Prometheus scrapes it: `name` or `name{label="value"}`. 0: absent.
+  // Returns the value of a series as Prometheus scrapes it, named `name` or `name{label="value"}`;
+  // 0 if it is absent.
   double Metric(const std::string& series) const;
-  // One grpc.health.v1.Health/Check by hand: "serving", "not_serving", or the call's error.
+  // Makes one grpc.health.v1.Health/Check and returns "serving", "not_serving", or the call's
+  // error.
   std::string HealthOf(const std::string& service) const;
-  // All that a request holds has come back.
+  // Tells whether everything that requests hold has come back.
   bool EverythingIsFree();
 
   ShiftedClock clock_;
@@ -104,7 +106,7 @@ class ServerFixture : public ::testing::Test {
   std::unique_ptr<v1::PrefillService::Stub> stub_;
 };
 
-// Checks numbering, checksums, payloads and completeness of one request's frames, all lanes.
+// Checks numbering, checksums, payloads and completeness of one request's frames over all lanes.
 void ExpectWholeCache(const std::vector<v1::KvFrame>& frames, const v1::KvLayout& layout);
 
 }  // namespace prefilld::server

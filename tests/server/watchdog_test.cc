@@ -12,7 +12,7 @@
 namespace prefilld::server {
 namespace {
 
-// Remembers what the services were set to.
+// Remembers the states that the services were set to.
 class FakeHealthService final : public grpc::HealthCheckServiceInterface {
  public:
   void SetServingStatus(const std::string& service, bool serving) override {
