@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The rules of the house that grep can check: who may include whom, what stands at the top, how long
-# a file may be, and that the README names only what exists. Prints every breach; exits 1 on any.
+# a file may be, and that the READMEs name only what exists. Prints every breach; exits 1 on any.
 #   tests/layers_test.sh [ROOT]
 set -euo pipefail
 cd "${1:-$(dirname "${BASH_SOURCE[0]}")/..}"
@@ -92,35 +92,65 @@ top='CMakeLists\.txt|CMakePresets\.json|LICENSE|README\.md|proto|server|kernels|
 listed() { git ls-files 2>/dev/null | cut -d/ -f1 | sort -u || find . -maxdepth 1 -printf '%P\n'; }
 check 'not in the fixed top level' "$(listed | grep -vxE "$top|build|\..*|" || true)"
 
-# What the README names exists: paths, links, programs, flags.
+# What the READMEs name exists. A path stands from the top or from the README's own folder.
+mapfile -t readmes < <(find . -name README.md -not -path './build/*' -not -path '*/.*/*' -printf '%P\n' | sort)
+# sorted lists: what there is
+words() { grep -rhowE --include='*.h' --include='*.cc' --include='*.cu' --include='*.cuh' --include='*.proto' "$@" | sort -u; }
+list=$(mktemp -d)
+trap 'rm -rf "$list"' EXIT
+words '[A-Z][a-z]+[A-Za-z]*' proto kernels model server client >"$list/names"
+words '"prefilld_[a-z_]+"' server client | tr -d '"' >"$list/metrics"
+{
+  find proto server client model tests -name '*.cc' -print0 | xargs -0 cat | tr '\n' ' ' |
+    grep -oE 'ABSL_FLAG\( *[a-z0-9_:<>]+, *[a-z0-9_]+,' | grep -oE '[a-z0-9_]+,$' | tr -d ,
+  grep -rhE --include='*.py' --include='*.sh' -- '^ *[^# ].*--[a-z]|^ *--[a-z]' deploy model tests client |
+    grep -oE -- '--[a-z][a-z0-9_-]+' | cut -c3-
+} | sort -u >"$list/flags"
+grep -rhoE --include=CMakeLists.txt --include='*.yaml' '\b(prefilld?|kv-stream)(-[a-z]+)+\b' client deploy model server tests | sort -u >"$list/programs"
+
+# is_there README PATH: braces name several.
+is_there() {
+  local folder path
+  folder=$(dirname "$1")
+  for path in $(eval "echo $2"); do
+    [[ -e "$path" || -e "$folder/$path" ]] || return 1
+  done
+}
+# missing LIST KIND README: those of the names read that are not in the list.
+missing() { sort -u | comm -23 - "$list/$1" | sed "s|.*|$3: & ($2)|"; }
 readme_missing() {
-  local path flag program
-  grep -oE '(\./)?\b(deploy|tests|proto|server|kernels|model|client)/[A-Za-z0-9_./-]*[A-Za-z0-9_/]' README.md |
-    sort -u | while IFS= read -r path; do
-      [[ -e "$path" ]] || echo "$path"
-    done
-  grep -oE '\]\([^)#]+' README.md | cut -c3- | grep -v '^https\?:' | sort -u | while IFS= read -r path; do
-    [[ -e "$path" ]] || echo "$path (link)"
+  local readme=$1 path
+  {
+    grep -oE '(\./)?\b(deploy|tests|proto|server|kernels|model|client)/[A-Za-z0-9_./-]*[A-Za-z0-9_/]' "$readme"
+    grep -oE '\]\([^)#]+' "$readme" | cut -c3- | grep -v '^https\?:'
+    # In backquotes: folders and files; a name alone only if it is that of a source.
+    grep -oE '`[^` ]+`' "$readme" | tr -d '`' | grep -xE '[A-Za-z0-9_./{},-]+' |
+      grep -E '[a-z}0-9]/|\.(h|cc|cu|cuh|py|sh|proto|md)$' | grep -vE '^(/|build/)'
+  } | sort -u | while IFS= read -r path; do
+    is_there "$readme" "$path" || echo "$readme: $path"
   done
-  local options=(server/options.cc client/*/options.cc deploy/quickstart.sh tests/run.sh)
-  grep -oE -- '(^|[^-A-Za-z0-9])--[a-z][a-z0-9_-]+' README.md | grep -oE -- '--.*' | sort -u |
-    grep -vxE -- "--(help|target|preset|build|gpus|python_out|grpc_python_out)" | while IFS= read -r flag; do
-      grep -qE -- "ABSL_FLAG\(.*[ >]${flag#--},|[ (|]$flag\b" "${options[@]}" || echo "$flag (flag)"
-    done
-  grep -oE '\b(prefilld-[a-z-]+|prefill-cli)\b' README.md | sort -u | while IFS= read -r program; do
-    grep -rqE "\b$program\b" --include=CMakeLists.txt --include='*.yaml' server client deploy || echo "$program (program)"
-  done
+  grep -oE -- '(^|[^-A-Za-z0-9])--[a-z][a-z0-9_-]+' "$readme" | grep -oE -- '[a-z].*' |
+    grep -vxE 'help|target|preset|build|gpus|python_out|grpc_python_out' | missing flags flag "$readme"
+  grep -oE '\b(prefilld?|kv-stream)(-[a-z]+)+\b' "$readme" | missing programs program "$readme"
+  grep -oE '\bprefilld_[a-z_]+' "$readme" | missing metrics metric "$readme"
+  grep -oE '`[A-Z][a-z]+[A-Za-z]*(::[A-Z][A-Za-z]*)*`' "$readme" | tr -d '`' | sed 's/::/\n/g' |
+    missing names name "$readme"
 }
-# and metrics.
-readme_metrics_missing() {
-  grep -oE '\bprefilld_[a-z_]+' README.md | sort -u | while IFS= read -r metric; do
-    grep -rqE "\"$metric\"" --include='*.cc' server client || echo "$metric"
-  done
-}
-if [[ -e README.md ]]; then
-  check 'metrics named in README.md but not there' "$(readme_metrics_missing)"
-  check 'named in README.md but not there' "$(readme_missing)"
-fi
+check 'named in a README but not there' \
+  "$(for readme in "${readmes[@]}"; do readme_missing "$readme" || true; done)"
+
+# A README that grows is no longer read: at the top bytes, in the rooms lines.
+check 'README.md has more than 9000 bytes' "$(wc -c README.md | awk '$1 > 9000')"
+check 'a README longer than its readers are patient' "$(
+  while read -r most readme; do
+    awk -v most="$most" 'END { if (NR > most) print FILENAME ": " NR " lines, at most " most }' "$readme"
+  done <<'LIMITS'
+40 server/README.md
+40 client/decode_worker/README.md
+40 tests/README.md
+60 model/README.md
+LIMITS
+)"
 
 if [[ $breaches -gt 0 ]]; then
   echo "$breaches rules broken"
