@@ -1,4 +1,4 @@
-"""What a group of heads saves by sharing, and which part of it saves most: measured on recorded prompts.
+"""Measures, on recorded prompts, what a group of heads saves by sharing, and which part of it saves most.
 
 Heads that keep more and heads that cost less are made comparable by a price: what vertical-slash pays for recall.
 """
@@ -12,21 +12,21 @@ import numpy as np
 from dumps import GAMMAS, Dump
 from simulation import PIVOT, SHARED, Group, Thresholds, over_pivot, serve_group
 
-# What heads may keep less than gamma over another's pattern: mean, and 5th percentile. Served they are to stay within 0.03
-# and 0.10; other prompts than those of the choice take the difference.
+# Over another head's pattern, heads may keep less than gamma by this much: in the mean, and at the 5th percentile. The
+# served limits are 0.03 and 0.10; the rest is left for prompts other than those of the choice.
 SHARED_SLACK, LOW_SHARED_SLACK = 0.0, 0.07
 
 
 @dataclass(frozen=True)
 class Prices:
-    """In density of one head."""
+    """Prices in the density of one head."""
 
     recall: float  # of all of it
     pivot: float = 1.0  # of an exact head
 
 
 def price_of_recall(dumps: list[Dump], thresholds: Thresholds) -> float:
-    """The density that vertical-slash pays for a little more recall at these thresholds, per recall."""
+    """Returns the density per recall that vertical-slash pays for a little more recall at these thresholds."""
     budget, gamma = thresholds.at
     around = [max(0, gamma - 2), min(len(GAMMAS) - 1, gamma + 2)]
     density, recall = (
@@ -37,8 +37,9 @@ def price_of_recall(dumps: list[Dump], thresholds: Thresholds) -> float:
 
 
 def shared_heads_hold(dumps: list[Dump], recall: np.ndarray, shared: np.ndarray, gamma: float) -> bool:
-    """Whether shared heads keep what they are to keep at every length, to a power of two: on longer prompts another's
-    pattern fits less well. [prompts, heads]."""
+    """Tells whether shared heads keep what they must at every length, rounded to a power of two, because on longer
+    prompts another head's pattern fits less well. Arrays are [prompts, heads].
+    """
     length = np.array([d.num_tokens.bit_length() for d in dumps])
     kept = (recall[length == one][shared[length == one]] for one in set(length))
     return all(
@@ -49,7 +50,7 @@ def shared_heads_hold(dumps: list[Dump], recall: np.ndarray, shared: np.ndarray,
 
 
 def patterns_hold(dumps: list[Dump], groups: list[Group], gamma: float) -> bool:
-    """Whether all heads of each group could share the pattern of its first one."""
+    """Tells whether all heads of each group could share the pattern of its first one."""
     if not groups:
         return True
     recall = np.array(
@@ -60,7 +61,7 @@ def patterns_hold(dumps: list[Dump], groups: list[Group], gamma: float) -> bool:
 
 @dataclass(frozen=True)
 class GroupServed:
-    """A group that shares, on several prompts; arrays are [prompts, heads]."""
+    """A group that shares, on several prompts. Arrays are [prompts, heads]."""
 
     role: np.ndarray
     recall: np.ndarray
@@ -81,15 +82,16 @@ class GroupServed:
         return self.role == SHARED
 
     def saved(self, prices: Prices) -> np.ndarray:
-        """[heads]: by sharing, against vertical-slash; mean over the prompts."""
+        """Returns what each head saves by sharing against vertical-slash, mean over the prompts, [heads]."""
         density = np.where(self.role == PIVOT, prices.pivot, self.density)
         saved = self.slash_density - density + prices.recall * (self.recall - self.slash_recall)
         return saved.mean(0)
 
 
 def part_that_saves(dumps: list[Dump], group: Group, thresholds: Thresholds, prices: Prices) -> Group:
-    """The pivot that saves most, with those heads after it that save something and keep what shared heads are to keep.
-    Empty where no pivot pays."""
+    """Returns the pivot that saves most, with those heads after it that save something and keep what shared heads must.
+    Empty when no pivot pays.
+    """
     best, most = (), 0.0
     for first in range(len(group) - 1):
         candidates = group[first:]
@@ -109,7 +111,7 @@ def part_that_saves(dumps: list[Dump], group: Group, thresholds: Thresholds, pri
 
 
 def parts_that_save(dumps: list[Dump], group: Group, thresholds: Thresholds, prices: Prices) -> list[Group]:
-    """One after the other, of what the ones before leave."""
+    """Returns the parts that save, one after the other, each from what the ones before leave."""
     parts = []
     while part := part_that_saves(dumps, group, thresholds, prices):
         parts.append(part)
@@ -119,7 +121,9 @@ def parts_that_save(dumps: list[Dump], group: Group, thresholds: Thresholds, pri
 
 @dataclass(frozen=True)
 class Benefit:
-    """A group of heads if it shares, mean over its heads and prompts. Exact heads have recall 1 and density 1."""
+    """The figures of a group of heads if it shares, mean over its heads and prompts. Exact heads have recall 1 and
+    density 1.
+    """
 
     heads: int
     shared: float  # share of the members that found the pivot near enough
@@ -134,7 +138,9 @@ class Benefit:
     saved: float  # by all its heads together, in density of one, recall at its price
 
     def wins(self, coverage: float) -> bool:
-        """Sharing saves, the pivot's pass included, and at the members' cost vertical-slash fails one of them."""
+        """Tells whether sharing saves, the pivot's pass included, while vertical-slash at the members' cost fails one
+        of them.
+        """
         return self.shared > 0 and self.saved > 0 and self.vertical_slash_recall_at_member_density_worst < coverage
 
 
@@ -142,7 +148,7 @@ def benefit(dumps: list[Dump], group: Group, thresholds: Thresholds, prices: Pri
     served = GroupServed.of(dumps, group, thresholds)
     shared = served.shared
     of_shared = lambda values: float(values[shared].mean()) if shared.any() else float("nan")  # noqa: E731
-    # The least floor buys most recall per block.
+    # The smallest floor buys most recall per block.
     rival = np.array(
         [
             [np.interp(cost, d.slash_density[h, 0], d.slash_recall[h, 0]) for h, cost in zip(group, density)]

@@ -24,7 +24,7 @@ class ClusterFile:
 
 
 def read(path: Path, num_layers: int, num_heads: int) -> ClusterFile:
-    """A file for a model of that shape, whether the release's or ours."""
+    """Reads a file, the release's or ours, for a model of that shape."""
     data = json.loads(path.read_text())
     version = data.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
@@ -48,7 +48,8 @@ def read(path: Path, num_layers: int, num_heads: int) -> ClusterFile:
 
 
 def write(path: Path, file: ClusterFile, calibration: dict | None = None, statistics: dict | None = None) -> None:
-    """What is None is left out; with the clusters alone it is a plain file."""
+    """Writes a file. Fields that are None are left out, so with the clusters alone it is a plain file of the release.
+    """
     optional = {
         "model_fingerprint": file.fingerprint,
         "thresholds": file.thresholds,

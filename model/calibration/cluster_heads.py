@@ -34,7 +34,7 @@ PAPER = Thresholds(gamma=0.9, tau=0.2, delta=0.3)
 
 @dataclass
 class Parts:
-    """Prompts apart by what they are for; each domain deals out its own in turn, the shorter ones first."""
+    """The prompts, split by what they are for. Each domain deals out its own in turn, the shorter ones first."""
 
     forming: list[Dump]  # the groups
     choosing: list[Dump]  # what shares, and the thresholds
@@ -54,7 +54,9 @@ class Parts:
 
 
 def form_groups(args: argparse.Namespace, parts: Parts, features: dict[Dump, np.ndarray]) -> tuple[list[Group], float]:
-    """The coarsest cut, hence the fewest pivots, at which the first head's pattern still holds what is asked for."""
+    """Cuts as coarsely as possible, for the fewest pivots, while the first head's pattern still holds what is asked
+    for.
+    """
     tree = grouping.tree_of([features[dump] for dump in parts.forming])
     for cut in [args.cut] if args.cut else CUTS:
         report.progress(f"cut at {cut:.2f} of the largest distance")
@@ -65,7 +67,7 @@ def form_groups(args: argparse.Namespace, parts: Parts, features: dict[Dump, np.
 
 
 def apart(named: dict[str, Group], shared: list[Group], smallest: int) -> dict[str, Group]:
-    """The parts that share, and what is left of the groups that they were found in."""
+    """Returns the parts that share, and what is left of the groups that they were found in."""
     taken = {head for part in shared for head in part}
     rest = (tuple(head for head in group if head not in taken) for group in named.values())
     groups = [*shared, *(group for group in rest if len(group) >= smallest)]
@@ -80,7 +82,7 @@ def given_groups(file: ClusterFile, num_heads: int) -> dict[str, Group]:
 def rows_to_compare(
     goal: tuning.Goal, parts: Parts, groups: list[Group], chosen: tuning.Choice, given: ClusterFile | None
 ) -> list[report.Row]:
-    """The choice beside its alternatives, all judged on prompts that had no part in it."""
+    """Returns the choice and its alternatives, all judged on prompts that had no part in it."""
     judged = lambda name, shared, t: report.Row(name, t, tuning.judge(parts.judging, shared, t))  # noqa: E731
     alone = tuning.vertical_slash_alone(parts.choosing, goal)
     rows = [
@@ -100,7 +102,7 @@ def provenance(
     args: argparse.Namespace, dumps: list[Dump], cut: float | None, chosen: tuning.Choice, rows: list[report.Row],
     agreement: dict[str, float], overlap: dict[str, tuple[float, float]],
 ) -> dict:  # fmt: skip
-    """How the file came about, and what was measured; for people, no program reads it."""
+    """Describes how the file came about and what was measured. It is for people; no program reads it."""
     return {
         "prompts": dict(sorted(Counter(d.domain for d in dumps).items())),
         "tokens": sorted({d.num_tokens for d in dumps}),

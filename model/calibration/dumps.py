@@ -1,4 +1,4 @@
-"""What prefill-calibrate recorded of one prompt, and the patterns that follow from it.
+"""Reads what prefill-calibrate recorded of one prompt, and derives the patterns that follow from it.
 
 Heads are numbered layer * num_heads + head. Patterns and block mass are kept as the causal entries alone, row by row:
 `Causal` maps them to (row, column, distance).
@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import safe_open
 
 FORMAT = "prefilld-calibration-1"
-# Vertical-slash is known at each of these; thresholds are tuned among them.
+# Vertical-slash is known at each of these budgets and gammas. Thresholds are tuned among them.
 BUDGETS = (16, 32, 64, 128)  # least number of columns, and of diagonals
 GAMMAS = np.round(np.concatenate([[0.1, 0.2, 0.3, 0.4], np.arange(0.5, 1.0, 0.025), [1.0]]), 3)
 SAME_BLOCKS = 0.02  # what this step and the program may differ by, from the order of sums
@@ -41,7 +41,7 @@ class Causal:
 
     @cached_property
     def forced(self) -> np.ndarray:
-        """Block 0 and the diagonal, which every pattern has."""
+        """Returns the entries that every pattern has: block 0 and the diagonal."""
         return (self.column == 0) | (self.distance == 0)
 
     @cached_property
@@ -50,7 +50,9 @@ class Causal:
 
 
 def smallest_set(mass: np.ndarray, gamma: float) -> np.ndarray:
-    """Bool, same shape: per row (last axis) the fewest entries that reach gamma of the row's sum; ties by index."""
+    """Returns, per row (last axis), the fewest entries that reach gamma of the row's sum, as bool of the same shape.
+    Ties go by index.
+    """
     order = np.argsort(-mass, axis=-1, kind="stable")
     ordered = np.take_along_axis(mass, order, -1).astype(np.float64)
     before = ordered.cumsum(-1) - ordered
@@ -60,7 +62,7 @@ def smallest_set(mass: np.ndarray, gamma: float) -> np.ndarray:
 
 
 def js_distance(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Jensen-Shannon distance in nats over the last axis, 0 to LARGEST_DISTANCE; 0 ln 0 = 0."""
+    """Returns the Jensen-Shannon distance in nats over the last axis, 0 to LARGEST_DISTANCE, with 0 ln 0 = 0."""
     middle = (p + q) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         terms = np.where(p > 0, p * np.log(p / middle), 0) + np.where(q > 0, q * np.log(q / middle), 0)
@@ -68,7 +70,9 @@ def js_distance(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 class VerticalSlash:
-    """One head's vertical-slash sets for any gamma: at which rank a block column and a block diagonal come in."""
+    """One head's vertical-slash sets for any gamma, kept as the rank at which each block column and block diagonal
+    enters.
+    """
 
     def __init__(self, vertical: np.ndarray, slash: np.ndarray, block: int):
         length = len(vertical)
@@ -87,7 +91,7 @@ class VerticalSlash:
             self._ranks.append(first[:n])
 
     def counts(self, gamma: float, min_budget: int) -> tuple[int, int]:
-        """Columns and diagonals, in tokens."""
+        """Returns the numbers of columns and of diagonals, in tokens."""
         columns, diagonals = (
             min(len(sums), max(min_budget, 1 + int(np.searchsorted(sums, gamma * sums[-1])))) for sums in self._sums
         )
@@ -99,8 +103,9 @@ class VerticalSlash:
 
 
 class Dump:
-    """One prompt. `mass` [heads, causal entries], `estimate` [heads, n]; of the heads' vertical-slash sets
-    `slash_recall` and `slash_density` [heads, budgets, gammas]."""
+    """The dump of one prompt: `mass` [heads, causal entries], `estimate` [heads, n], and the heads' vertical-slash sets
+    as `slash_recall` and `slash_density` [heads, budgets, gammas].
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -147,7 +152,7 @@ class Dump:
             self._expect_agreement(np.array(at_gamma), np.array(recorded))
 
     def _expect_agreement(self, here: np.ndarray, recorded: np.ndarray) -> None:
-        """The program measured the vertical-slash sets that it would serve; ours must be the same."""
+        """Checks that our vertical-slash sets are those that the program measured, which it would serve."""
         head = int(np.abs(here - recorded).max(1).argmax())
         if np.abs(here[head] - recorded[head]).max() > SAME_BLOCKS:
             raise ValueError(
@@ -158,23 +163,24 @@ class Dump:
 
     @cached_property
     def from_uniform(self) -> np.ndarray:
-        """[heads]: distance of the estimate from uniform."""
+        """Returns the distance of each estimate from uniform, [heads]."""
         return js_distance(self.estimate, np.float32(1 / self.n))
 
     def square(self, head: int) -> np.ndarray:
-        """[n, n] block mass."""
+        """Returns a head's block mass as [n, n]."""
         square = np.zeros((self.n, self.n), np.float32)
         square[self.causal.row, self.causal.column] = self.mass[head]
         return square
 
     def pivot_pattern(self, head: int, gamma: float) -> np.ndarray:
-        """Per row the smallest set of blocks that holds gamma of it, with block 0 and the diagonal."""
+        """Returns, per row, the smallest set of blocks that holds gamma of it, with block 0 and the diagonal."""
         chosen = smallest_set(self.square(head), gamma)
         return chosen[self.causal.row, self.causal.column] | self.causal.forced
 
 
 def load(paths: list[Path], progress: Callable[[str], None] = lambda text: None) -> list[Dump]:
-    """The dumps of all files and folders, of one model and block size; sorted by domain and name."""
+    """Loads the dumps of all files and folders, which must be of one model and block size, sorted by domain and name.
+    """
     files = sorted({file for path in paths for file in (path.rglob("*.safetensors") if path.is_dir() else [path])})
     if not files:
         raise ValueError(f"no .safetensors files in {', '.join(map(str, paths))}")

@@ -39,7 +39,7 @@ def name_of(head: Pair) -> str:
 
 
 def parse_heads(listed: list[str], num_layers: int, num_heads: int) -> list[Pair]:
-    """5.6 is a head, 5 all heads of a layer, 3-5 those of three."""
+    """Parses heads: 5.6 is a head, 5 is all heads of a layer, 3-5 is all heads of three layers."""
     found: dict[Pair, None] = {}
     for item in listed:
         match = re.fullmatch(r"(\d+)(?:\.(\d+)|-(\d+))?", item)
@@ -59,7 +59,7 @@ def sharing_heads(file: ClusterFile) -> set[Pair]:
 
 
 def with_exact(file: ClusterFile, heads: list[Pair]) -> ClusterFile:
-    """The file with a sharing group of its own for each of these heads; all else keeps its name and order."""
+    """Returns the file with a sharing group for each of these heads. Everything else keeps its name and order."""
     if taken := sharing_heads(file) & set(heads):
         raise ValueError(f"head {name_of(min(taken))} is in a group that shares already")
     clusters = {name: [head for head in group if head not in heads] for name, group in file.clusters.items()}
@@ -70,7 +70,7 @@ def with_exact(file: ClusterFile, heads: list[Pair]) -> ClusterFile:
 
 
 def take(source: Path, target: Path, heads: list[Pair], shape: tuple[int, int]) -> None:
-    """What the source says about its making stays, but for the statistics of groups that lose a head."""
+    """Keeps what the source says about its making, except the statistics of groups that lose a head."""
     before, data = cluster_file.read(source, *shape), json.loads(source.read_text())
     after = with_exact(before, heads)
     calibration, statistics = data.get("calibration"), data.get("statistics")
@@ -93,12 +93,12 @@ class Row:
 
 
 def falls(before: dict, after: dict, length: str) -> list[float]:
-    """Of nats a token, text by text."""
+    """Returns how much each text's nats per token fall."""
     return [b - a for b, a in zip(before["nats"][length], after["nats"][length], strict=True)]
 
 
 def to_dense(runs: dict[str, dict], name: str) -> dict[str, float]:
-    """Perplexity of a run over dense perplexity, by length."""
+    """Returns the perplexity of a run over dense perplexity, by length."""
     return {length: math.exp(-fmean(falls(runs[DENSE], runs[name], length))) for length in runs[name]["nats"]}
 
 
@@ -107,14 +107,14 @@ def row_of(runs: dict[str, dict], name: str, heads_of_model: int) -> Row:
     fallen = [value for length in after["nats"] for value in falls(before, after, length)]
     error = stdev(fallen) / math.sqrt(len(fallen)) if len(fallen) > 1 else None
     added = fmean(after["density"][length] - before["density"][length] for length in after["density"])
-    # One exact head changes what later heads attend to, and so their density: a head that seems to cost less than a
-    # tenth of one counts as a tenth.
+    # One exact head changes what later heads attend to, and so their density. A head that seems to cost less than a
+    # tenth of a head counts as a tenth.
     per_density = fmean(fallen) / max(added, 0.1 / heads_of_model)
     return Row(name, to_dense(runs, name), fmean(fallen), error, added, per_density)
 
 
 def rank(runs: dict[str, dict], names: list[str], heads_of_model: int) -> list[Row]:
-    """The head with the most gain per density first."""
+    """Ranks the heads by gain per density, the best first."""
     rows = [row_of(runs, name, heads_of_model) for name in names]
     return sorted(rows, key=lambda row: -row.gain_per_density)
 
@@ -135,7 +135,7 @@ def show(rows: list[Row], before: dict[str, float], density: float) -> None:
 
 
 def compared_with(server: Server, clusters: Path, texts: Texts, journal: Journal) -> None:
-    """Adds the runs that heads are compared with, where the journal has not got them."""
+    """Adds the runs that heads are compared with, if the journal does not have them."""
     missing = [name for name in (DENSE, BEFORE) if name not in journal.runs]
     if not missing:
         return
@@ -148,7 +148,7 @@ def compared_with(server: Server, clusters: Path, texts: Texts, journal: Journal
 def each_exact(
     server: Server, file: ClusterFile, heads: list[Pair], texts: Texts, journal: Journal, at_once: int
 ) -> None:
-    """Adds a run for every head that the journal has not got, `at_once` servers side by side."""
+    """Adds a run for every head that the journal does not have, with `at_once` servers side by side."""
     left, begin = [head for head in heads if name_of(head) not in journal.runs], time.monotonic()
     one_writes = Lock()
     with tempfile.TemporaryDirectory(prefix="exact-heads-") as folder, ThreadPoolExecutor(at_once) as pool:

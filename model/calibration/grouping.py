@@ -1,4 +1,5 @@
-"""Which heads attend alike: maps to vectors, vectors to groups, and how far groups agree."""
+"""Finds heads that attend alike: turns maps into vectors and vectors into groups, and measures how well groups agree.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +19,16 @@ PAIRS = 400  # per prompt, for the overlap of patterns
 
 
 def overlap_of_intervals(many: int, few: int) -> np.ndarray:
-    """[few, many]: which share of each of `many` equal intervals lies in each of `few`."""
+    """Returns the share of each of `many` equal intervals that lies in each of `few`, as [few, many]."""
     edges = np.minimum(np.arange(1, few + 1)[:, None] / few, np.arange(1, many + 1) / many)
     starts = np.maximum(np.arange(few)[:, None] / few, np.arange(many) / many)
     return np.maximum(edges - starts, 0) * many
 
 
 def pooled_log_mass(dump: Dump, grid: int) -> np.ndarray:
-    """[heads, causal cells of the grid]: rows averaged and columns summed, so that a row keeps the sum 1; then log."""
+    """Averages rows and sums columns onto the grid, so that a row keeps the sum 1, then takes the logarithm. [heads,
+    causal cells of the grid].
+    """
     columns = overlap_of_intervals(dump.n, grid)
     rows = columns / columns.sum(1, keepdims=True)
     lower = np.tril_indices(grid)
@@ -34,9 +37,9 @@ def pooled_log_mass(dump: Dump, grid: int) -> np.ndarray:
 
 
 def embed(features: np.ndarray) -> np.ndarray:
-    """[heads, values] -> [heads, components]: the principal components that keep VARIANCE of the variance."""
+    """Reduces [heads, values] to [heads, components]: the principal components that keep VARIANCE of the variance."""
     centred = features - features.mean(0)
-    # Heads are few and values many, so the components come from the Gram matrix.
+    # There are few heads and many values, so the components come from the Gram matrix.
     variance, vectors = np.linalg.eigh(centred.astype(np.float64) @ centred.T)
     variance, vectors = np.maximum(variance[::-1], 0), vectors[:, ::-1]
     if variance.sum() == 0:
@@ -47,12 +50,12 @@ def embed(features: np.ndarray) -> np.ndarray:
 
 
 def tree_of(features: list[np.ndarray]) -> np.ndarray:
-    """Average linkage of the heads; `features` of several prompts, [heads, values] each."""
+    """Links the heads by average linkage. `features` has [heads, values] of each prompt."""
     return linkage(embed(np.concatenate(features, axis=1)), method="average")
 
 
 def cut_at(tree: np.ndarray, share: float) -> np.ndarray:
-    """Labels [heads]: groups that were joined below `share` of the largest distance."""
+    """Labels the heads, [heads], by groups that were joined below `share` of the largest distance."""
     return fcluster(tree, share * tree[:, 2].max(), criterion="distance")
 
 
@@ -61,13 +64,13 @@ def cut_into(tree: np.ndarray, count: int) -> np.ndarray:
 
 
 def groups_of(labels: np.ndarray, smallest: int) -> list[Group]:
-    """The groups of at least `smallest` heads, largest first; what is smaller is noise."""
+    """Returns the groups of at least `smallest` heads, largest first. Smaller ones count as noise."""
     groups = [tuple(np.flatnonzero(labels == label).tolist()) for label in np.unique(labels)]
     return sorted((g for g in groups if len(g) >= smallest), key=lambda g: (-len(g), g))
 
 
 def adjusted_rand_index(a: np.ndarray, b: np.ndarray) -> float:
-    """1: the same groups; 0: as alike as chance makes them."""
+    """Returns 1 for the same groups, and 0 for groups that agree as well as chance makes them."""
     pairs = lambda counts: float((counts * (counts - 1) / 2).sum())  # noqa: E731
     table = np.zeros((a.max() + 1, b.max() + 1))
     np.add.at(table, (a, b), 1)
@@ -78,8 +81,9 @@ def adjusted_rand_index(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def stability(features: dict[str, list[np.ndarray]], count: int) -> dict[str, float]:
-    """Adjusted Rand index of `count` groups by one domain alone against those by another; and, as the measure of what
-    other prompts of the same domain change, between two halves of each domain that has them ("prose/prose")."""
+    """Returns the adjusted Rand index of `count` groups by one domain against those by another. To show what other
+    prompts of the same domain change, it does the same with two halves of each domain that has them ("prose/prose").
+    """
     labels = {domain: cut_into(tree_of(maps), count) for domain, maps in features.items()}
     found = {
         f"{a}/{b}": adjusted_rand_index(labels[a], labels[b]) for a, b in itertools.combinations(sorted(labels), 2)
@@ -96,7 +100,9 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def pattern_overlap(dumps: list[Dump], groups: list[Group], gamma: float) -> tuple[float, float]:
-    """Jaccard index of patterns at gamma: (members with their group's first head, heads of different groups)."""
+    """Returns the Jaccard index of patterns at gamma: (members with their group's first head, heads of different
+    groups).
+    """
     random = np.random.default_rng(1)
     alike, unlike = [], []
     for dump in dumps:

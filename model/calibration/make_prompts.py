@@ -34,7 +34,7 @@ def text_of(blob: bytes, rng: random.Random, size: int) -> bytes:
 
 
 def with_tokenizer(folder: Path, bytes_of_size, length: int) -> list[int]:
-    """At most `length` ids of the text that bytes_of_size(bytes) gives, and nearly as many."""
+    """Returns at most `length` ids, and nearly as many, of the text that bytes_of_size(bytes) gives."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -62,7 +62,7 @@ def main() -> None:
     args = parser.parse_args()
 
     texts = dict(entry.split("=", 1) for entry in args.text)
-    # The files that the embedded model was not trained on, where it was trained on the folder.
+    # If the embedded model was trained on the folder, only the files that it has not seen are used.
     blobs = {domain: corpus.load([folder], held_out=True).blobs[0] for domain, folder in texts.items()}
     filler = corpus.Corpus(list(blobs.values()), [1.0] * len(blobs)).filler
     for domain in (*RETRIEVAL, *blobs):

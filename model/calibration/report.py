@@ -1,4 +1,4 @@
-"""What cluster_heads.py prints."""
+"""Prints the report of cluster_heads.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tuning import Choice
 
 @dataclass(frozen=True)
 class Row:
-    """A way to serve, and how it did."""
+    """A way to serve, with its results."""
 
     name: str
     thresholds: Thresholds
@@ -27,7 +27,7 @@ def progress(text: str) -> None:
 
 
 def rounded(values: dict) -> dict:
-    """Numbers to four digits; NaN, which JSON has not, as null."""
+    """Rounds numbers to four digits, and turns NaN, which JSON does not have, into null."""
 
     def fit(value):
         if not isinstance(value, float):

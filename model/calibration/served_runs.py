@@ -1,4 +1,4 @@
-"""What a cluster file does to perplexity, measured by serving the model with it.
+"""Measures what a cluster file does to perplexity, by serving the model with it.
 
 Needs the Python client's packages (grpcio, protobuf, numpy, xxhash) once something is served.
 """
@@ -29,7 +29,7 @@ Texts = dict[int, list[list[int]]]  # token ids, by length
 
 
 def read_texts(folders: list[str], lengths: list[int], count: int, tokenizer: Path | None, seed: int) -> Texts:
-    """Cut from anywhere in the folders, the same ones in every run; bytes without a tokenizer."""
+    """Cuts texts from anywhere in the folders, the same ones in every run. They are bytes without a tokenizer."""
     blobs = []
     for held_out in (True, False):
         try:
@@ -55,7 +55,7 @@ def read_texts(folders: list[str], lengths: list[int], count: int, tokenizer: Pa
 
 @dataclass(frozen=True)
 class Server:
-    """How to start a prefilld."""
+    """The way to start a prefilld."""
 
     prefilld: Path
     model: Path
@@ -64,7 +64,7 @@ class Server:
 
     @contextmanager
     def serving(self, clusters: Path) -> Iterator[str]:
-        """Address of a prefilld of its own with this cluster file; it ends with the `with` block."""
+        """Starts a prefilld with this cluster file and yields its address. The process ends with the `with` block."""
         with tempfile.TemporaryDirectory(prefix="prefilld-calibration-") as folder:
             ports, log = Path(folder) / "ports", Path(folder) / "log"
             command = [
@@ -86,7 +86,7 @@ class Server:
 
 
 def measure(name: str, policy: str, address: str, texts: Texts) -> dict:
-    """Nats a token of every text, and mean density, by length; a line of the journal."""
+    """Returns nats per token of every text and mean density, by length, as a line of the journal."""
     import grpc
     from prefilld import Attention, Layout, PrefillClient
 
@@ -110,10 +110,10 @@ def measure(name: str, policy: str, address: str, texts: Texts) -> dict:
 
 
 class Journal:
-    """Finished runs, one JSON object a line below a line that says what they are of."""
+    """Finished runs, one JSON object a line, below a line that identifies what they measure."""
 
     def __init__(self, path: Path, subject: dict):
-        """ValueError when the file holds runs of something else."""
+        """Raises ValueError when the file holds runs of something else."""
         lines = []
         for line in path.read_text().splitlines() if path.exists() else []:
             try:

@@ -1,4 +1,5 @@
-"""What the server would do with a recorded prompt: the decisions of model/sparse/sharing_decision.h on the dumps.
+"""Simulates what the server would do with a recorded prompt: the decisions of model/sparse/sharing_decision.h on the
+dumps.
 
 The maps are those of dense attention; under a sparse policy later layers see slightly other inputs.
 """
@@ -14,7 +15,7 @@ import numpy as np
 from dumps import BUDGETS, GAMMAS, Dump, js_distance, smallest_set
 
 VERTICAL_SLASH, PIVOT, SHARED = range(3)  # roles
-DEARER = 1.25  # so many more blocks vertical-slash may cost, since it follows each head by itself
+DEARER = 1.25  # factor by which vertical-slash may cost more blocks, since it follows each head by itself
 LARGE_MODEL_HEADS = 1024
 
 Group = tuple[int, ...]  # heads, ascending
@@ -31,14 +32,14 @@ class Thresholds:
 
     @property
     def at(self) -> tuple[int, int]:
-        """Where a dump has the vertical-slash sets: those of the nearest threshold that was kept."""
+        """Returns where a dump has the vertical-slash sets of the nearest thresholds that were kept."""
         nearest = lambda values, value: int(np.abs(np.array(values) - value).argmin())  # noqa: E731
         return nearest(BUDGETS, self.min_budget_tokens), nearest(GAMMAS, self.vertical_slash_gamma or self.gamma)
 
 
 @dataclass
 class Served:
-    """A prompt's heads: role, recall and density of each, [heads]."""
+    """The heads of a prompt: role, recall and density of each, [heads]."""
 
     role: np.ndarray
     recall: np.ndarray
@@ -47,7 +48,7 @@ class Served:
 
 @dataclass(frozen=True)
 class OverPivot:
-    """A group's heads over the pattern of one of them; arrays are [heads of the group]."""
+    """The heads of a group over the pattern of one of them. Arrays are [heads of the group]."""
 
     pattern_density: float
     recall: np.ndarray
@@ -73,7 +74,7 @@ def distances(dump: Dump, group: Group, pivot: int) -> np.ndarray:
 
 
 def serve_group(dump: Dump, group: Group, thresholds: Thresholds) -> Served:
-    """The heads of a group that may share, in its order."""
+    """Simulates the heads of a group that may share, in its order."""
     heads, (budget, gamma) = np.array(group), thresholds.at
     served = Served(
         role=np.full(len(group), VERTICAL_SLASH),
@@ -101,7 +102,7 @@ def serve_group(dump: Dump, group: Group, thresholds: Thresholds) -> Served:
 
 
 def serve(dump: Dump, groups: Iterable[Group], thresholds: Thresholds) -> Served:
-    """A whole prompt; `groups` are those that share."""
+    """Simulates a whole prompt. `groups` are those that share."""
     budget, gamma = thresholds.at
     served = Served(
         role=np.full(len(dump.mass), VERTICAL_SLASH),
@@ -116,7 +117,9 @@ def serve(dump: Dump, groups: Iterable[Group], thresholds: Thresholds) -> Served
 
 @dataclass(frozen=True)
 class Summary:
-    """Prompts together. Recall is of the heads that are not exact, low_ the 5th percentile over heads and prompts."""
+    """Several prompts together. Recall is that of heads that are not exact; low_ is the 5th percentile over heads and
+    prompts.
+    """
 
     density: float
     density_among_1024: float  # the same pivots in a model of 1024 heads

@@ -1,4 +1,4 @@
-"""Which groups are to share, and at which thresholds: measured on recorded prompts, for a recall that is asked for."""
+"""Chooses the groups that share and the thresholds, measured on recorded prompts, for a given recall."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benefit import Prices, benefit, parts_that_save, price_of_recall, shared_he
 from dumps import BUDGETS, GAMMAS, Dump
 from simulation import SHARED, Group, Summary, Thresholds, serve, summarize
 
-# Of equals the first is taken.
+# If several are equally good, the first is taken.
 PATTERN_GAMMAS = (0.9, 0.95, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 TAUS = (0.4, 0.3, 0.5, 0.2, 0.6, 0.1)
 DELTAS = (1.0, 0.5, 0.3)
@@ -21,7 +21,7 @@ SLASH_GAMMAS = [float(g) for g in GAMMAS if 0.4 <= g < 1]
 
 @dataclass(frozen=True)
 class Goal:
-    """What the sparse heads are to keep, over heads and prompts; and what decides on sharing."""
+    """The recall that sparse heads must keep, over heads and prompts, and the figures that decide on sharing."""
 
     recall: float
     low_recall: float  # 5th percentile
@@ -59,8 +59,9 @@ def members_hold(dumps: list[Dump], shared: list[Group], thresholds: Thresholds)
 
 
 def tune_vertical_slash(dumps: list[Dump], shared: list[Group], thresholds: Thresholds, goal: Goal) -> Choice:
-    """gamma and floor of vertical-slash of the lowest density that reaches the goal; where none does, those with the
-    highest recall."""
+    """Returns gamma and floor of vertical-slash with the lowest density that reaches the goal; if none does, those with
+    the highest recall.
+    """
     best: Choice | None = None
     for gamma, budget in itertools.product(SLASH_GAMMAS, BUDGETS):
         tried = replace(thresholds, vertical_slash_gamma=gamma, min_budget_tokens=budget)
@@ -83,7 +84,7 @@ def prices_at(dumps: list[Dump], choice: Choice, goal: Goal) -> Prices:
 def most_saving(
     dumps: list[Dump], groups: list[Group], thresholds: Thresholds, prices: Prices, whole: bool
 ) -> tuple[Thresholds, list[Group]]:
-    """tau and delta at which sharing saves most, and what shares then."""
+    """Returns tau and delta at which sharing saves most, and the heads that share then."""
     best, most = (thresholds, []), 0.0
     for tau, delta in itertools.product(TAUS, DELTAS):
         tried = replace(thresholds, tau=tau, delta=delta)
@@ -105,9 +106,10 @@ def tune(
     whole: bool,
     progress: Callable[[float], None] = lambda done: None,
 ) -> Choice:
-    """Vertical-slash first, since most heads are left to it; then, for every gamma of patterns, what shares by what it
-    saves, and vertical-slash again, now that those heads share. The cheapest of these. `whole`: a group shares as it is
-    or not at all; otherwise the parts of it that save something do."""
+    """Tunes vertical-slash first, since most heads use it. Then, for every gamma of patterns, chooses what shares by
+    what it saves, and tunes vertical-slash again for the heads that are left. Returns the cheapest result. With `whole`
+    a group shares as it is or not at all; otherwise the parts of it that save something share.
+    """
     best = alone = vertical_slash_alone(dumps, goal)
     prices = prices_at(dumps, alone, goal)
     for done, gamma in enumerate(PATTERN_GAMMAS):
@@ -121,5 +123,7 @@ def tune(
 
 
 def oracle_density(dumps: list[Dump], gamma: float) -> float:
-    """Mean density when every row of every head keeps gamma with the fewest blocks; gamma in the mean can cost less."""
+    """Returns the mean density when every row of every head keeps gamma with the fewest blocks. Keeping gamma only in
+    the mean can cost less.
+    """
     return float(np.mean([d.pivot_pattern(head, gamma).mean() for d in dumps for head in range(len(d.mass))]))

@@ -34,7 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 SHAPES = {
-    # As Qwen2.5-7B-Instruct-1M, whose rotation is ten times slower than Qwen2.5-7B-Instruct's.
+    # The rotation is that of Qwen2.5-7B-Instruct-1M, which is ten times slower than Qwen2.5-7B-Instruct's.
     "qwen2.5-7b": dict(model_type="qwen2", hidden=3584, intermediate=18944, layers=28, heads=28,
                        kv_heads=4, head_dim=128, vocab=152064, theta=1e7, eps=1e-6, bias=True,
                        max_positions=1048576),
@@ -48,11 +48,11 @@ SHAPES = {
 NUM_TOPICS = 48
 TOPIC_DIMS = 16
 COLUMN_TOKENS = 64  # ids 1 .. 63 are columns, id 0 is the sink
-# Feature dimensions of the embedding, in front of the noise.
+# These dimensions of the embedding hold its features; the others hold noise.
 ONE, SINK, COLUMN, TOPIC = 0, 1, 2, 3
 FEATURE_DIMS = TOPIC + TOPIC_DIMS
 
-# Peak logits per head type: local band, sink, columns, topic; offsets of slashes in tokens.
+# Peak logits per head type: local band, sink, columns, topic. The offsets of slashes are in tokens.
 HEAD_TYPES = {
     "local": dict(band=17.0, sink=13.0, column=0.0, topic=0.0, offsets=(0,)),
     "vertical": dict(band=10.0, sink=13.0, column=15.0, topic=0.0, offsets=(0,)),
@@ -63,7 +63,7 @@ HEAD_TYPES = {
 
 
 def to_bf16(x):
-    """fp32 -> bf16 bits, round to nearest even."""
+    """Rounds fp32 to bf16 bits, to nearest even."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
@@ -84,7 +84,7 @@ def write_safetensors(path, tensors):
 
 
 def head_types_of(heads, kv_heads, layer):
-    """One type per query head; the members of a KV group differ, groups rotate with the layer."""
+    """Returns one type per query head. The members of a KV group differ, and groups rotate with the layer."""
     group = heads // kv_heads
     cycle = ["local", "vertical", "slash", "topic", "local", "vertical", "slash"]
     types = []
@@ -95,8 +95,9 @@ def head_types_of(heads, kv_heads, layer):
 
 
 def rotary_pairs(shape):
-    """(fast, topic, column, sink): the pairs that carry distance, and those of the features. The slower a pair, the
-    farther its feature is seen: sink and columns from everywhere, topics from as far as their pairs hardly turn."""
+    """Returns (fast, topic, column, sink): the pairs that carry distance, and those of the features. The slower a pair,
+    the farther its feature is seen: sink and columns from everywhere, topics as far as their pairs hardly turn.
+    """
     pairs = shape["head_dim"] // 2
     fast = pairs - TOPIC_DIMS - 2
     return range(fast), range(fast, pairs - 2), pairs - 2, pairs - 1
@@ -108,14 +109,14 @@ def layer_tensors(shape, layer, seed):
     heads, kv_heads, half = shape["heads"], shape["kv_heads"], shape["head_dim"] // 2
     fast, topic, column, sink = rotary_pairs(shape)
     frequencies = shape["theta"] ** (-np.arange(half) / half)
-    # Fast pairs that are worth using: from a full turn in 8 tokens to one in about 30k.
+    # These fast pairs are worth using: from a full turn in 8 tokens to one in about 30k.
     band = [i for i in fast if frequencies[i] < 0.8 and frequencies[i] > 2e-4]
     scale = math.sqrt(d)
 
     def noise(*dims, std):
         return rng.standard_normal(dims, dtype=np.float32) * std
 
-    # A normalised embedding has features of the size that `embedding_tensors` gives them.
+    # In a normalised embedding the features have the size that `embedding_tensors` gives them.
     q = noise(heads * d, hidden, std=0.3 * math.sqrt(scale) / math.sqrt(hidden))
     k = noise(kv_heads * d, hidden, std=0.3 * math.sqrt(scale) / math.sqrt(hidden))
     q[:, :FEATURE_DIMS] = 0
@@ -137,7 +138,7 @@ def layer_tensors(shape, layer, seed):
         for offset in spec["offsets"]:
             amplitude = spec["band"] * jitter[0] * scale / len(band)
             for i in band:
-                # Turned back by `offset`: the peak of q R(distance) k moves to that distance.
+                # The query is turned back by `offset`, so that the peak of q R(distance) k moves to that distance.
                 angle = -offset * frequencies[i]
                 q_const[row + i] += amplitude * math.cos(angle)
                 q_const[row + i + half] += amplitude * math.sin(angle)
@@ -174,8 +175,8 @@ def layer_tensors(shape, layer, seed):
     return tensors, types
 
 
-# Sizes of the features in a normalised embedding: the rest is noise of unit size per dimension,
-# so that the norm is close to sqrt(hidden) and RMSNorm leaves the features about as they are.
+# These are the sizes of the features in a normalised embedding. The other dimensions are noise of unit size, so that
+# the norm is close to sqrt(hidden) and RMSNorm hardly changes the features.
 SPIKE = 6.0
 TOPIC_SIZE = 3.0
 
@@ -215,7 +216,7 @@ def config_of(shape):
 
 
 def make_prompt(shape, num_tokens, seed):
-    """Token 0, then segments of one topic each with column tokens sprinkled in."""
+    """Makes token 0, then segments of one topic each with column tokens sprinkled in."""
     rng = np.random.default_rng([seed, num_tokens])
     ids, per_topic = [], (shape["vocab"] - COLUMN_TOKENS) // NUM_TOPICS - 1
     while len(ids) < num_tokens:

@@ -1,4 +1,4 @@
-"""Text folders as one byte string each, for training and for held-out evaluation.
+"""Loads text folders as one byte string each, for training and for held-out evaluation.
 
 A source is `FOLDER` or `FOLDER:WEIGHT`; the weight says how often text is drawn from it. One file in forty, chosen by a
 hash of its contents, is held out, so that training and evaluation agree on the split on any machine.
@@ -20,7 +20,7 @@ HELD_OUT_ONE_IN = 40
 
 
 def _readable(data: bytes) -> bool:
-    """Prose or source in ASCII for the most part, no tables of numbers and no minified lines."""
+    """Tells whether a file is mostly ASCII prose or source, without tables of numbers and minified lines."""
     if len(data) < 300 or b"\x00" in data:
         return False
     try:
@@ -43,7 +43,7 @@ class Corpus:
         return self.blobs[bisect(self._cumulative, rng.random() * self._cumulative[-1])]
 
     def chunk(self, rng: random.Random, size: int) -> bytes:
-        """`size` bytes from anywhere, sometimes from the start of a file; files are parted by END_OF_FILE."""
+        """Returns `size` bytes from anywhere, sometimes from the start of a file. END_OF_FILE separates files."""
         blob = self.blob(rng)
         start = int(rng.random() * max(1, len(blob) - size))
         if rng.random() < 0.3:
@@ -69,7 +69,7 @@ def load(sources: list[str], held_out: bool = False) -> Corpus:
             data = file.read_bytes()
             if (zlib.crc32(data) % HELD_OUT_ONE_IN == 0) == held_out and _readable(data):
                 kept.append(data)
-        # The same file often lies in several packages; a random order parts neighbours that are alike.
+        # The same file often lies in several packages. A random order separates neighbours that are alike.
         kept = sorted(set(kept), key=zlib.adler32)
         if kept:
             blobs.append(bytes([END_OF_FILE]).join(kept) + bytes([END_OF_FILE]))

@@ -29,7 +29,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [N,H,d]; cos, sin [N,d/2]; halves are rotated against each other, as Hugging Face does."""
+    """Rotates x [N,H,d] by cos and sin [N,d/2]. The halves are rotated against each other, as in Hugging Face."""
     a, b = x.float().chunk(2, -1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
@@ -57,13 +57,14 @@ Layer = dict[str, Tensor]
 
 
 def project(h: Tensor, layer: Layer, name: str, head_dim: int) -> Tensor:
-    """h [N,D] -> [N,heads,d]"""
+    """Projects h [N,D] to [N,heads,d]."""
     bias = layer["b" + name].to(h.dtype) if "b" + name in layer else None
     return F.linear(h, layer["w" + name].to(h.dtype), bias).unflatten(-1, (-1, head_dim))
 
 
 def before_attention(x: Tensor, layer: Layer, cos: Tensor, sin: Tensor, head_dim: int, eps: float):
-    """x [N,D] -> q [N,H,d], k and v [N,Hkv,d]: norm, projections, q/k norm where there is one, rotation."""
+    """Computes q [N,H,d] and k, v [N,Hkv,d] from x [N,D]: norm, projections, q/k norm if the model has one, rotation.
+    """
     h = rms_norm(x, layer["attention_norm"], eps)
     q, k, v = (project(h, layer, name, head_dim) for name in "qkv")
     if "q_norm" in layer:
@@ -72,7 +73,7 @@ def before_attention(x: Tensor, layer: Layer, cos: Tensor, sin: Tensor, head_dim
 
 
 def after_attention(x: Tensor, attended: Tensor, layer: Layer, eps: float) -> Tensor:
-    """x [N,D], attended [N,H*d] -> x of the next layer: output projection, then the gated MLP."""
+    """Computes x of the next layer from x [N,D] and attended [N,H*d]: output projection, then the gated MLP."""
     x = x + F.linear(attended, layer["wo"].to(x.dtype))
     h = rms_norm(x, layer["mlp_norm"], eps)
     h = F.silu(F.linear(h, layer["w_gate"].to(h.dtype))) * F.linear(h, layer["w_up"].to(h.dtype))
@@ -106,25 +107,26 @@ class Decoder(nn.Module):
         self.wq, self.wk, self.wv = normal(q_width, width), normal(kv_width, width), normal(kv_width, width)
         self.wo = nn.Parameter(torch.zeros(layers, width, q_width))
         if "q_norm" in self.layer_tensors:
-            # Unit vectors times gains bound the logits by sqrt(d) * gain^2: 1.5 gives 18, enough to be sharp over 32k keys.
+            # Unit vectors times gains bound the logits by sqrt(d) * gain^2. 1.5 gives 18, which is sharp enough over
+            # 32k keys.
             self.q_norm, self.k_norm = gain(self.head_dim, 1.5), gain(self.head_dim, 1.5)
         else:
             self.bq, self.bk, self.bv = gain(q_width, 0.0), gain(kv_width, 0.0), gain(kv_width, 0.0)
         self.w_gate, self.w_up = normal(mlp, width), normal(mlp, width)
         self.w_down = nn.Parameter(torch.zeros(layers, width, mlp))
         self.final_norm = nn.Parameter(torch.full((width,), 0.3))
-        # Replaced by compiled versions in training.
+        # Training replaces these by compiled versions.
         self.before_attention, self.after_attention = before_attention, after_attention
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, [len(positions), d/2], fp32."""
+        """Returns cos and sin, [len(positions), d/2], in fp32."""
         half = self.head_dim // 2
         exponents = torch.arange(half, device=positions.device, dtype=torch.float64) / half
         angles = positions.double()[:, None] * self.config["rope_theta"] ** -exponents
         return angles.cos().float(), angles.sin().float()
 
     def forward(self, tokens: Tensor, attend: Attend = dense_causal, first_position: int = 0) -> Tensor:
-        """tokens [B,T] -> normed hidden states [B,T,D]."""
+        """Computes normed hidden states [B,T,D] from tokens [B,T]."""
         batch, length = tokens.shape
         positions = torch.arange(first_position, first_position + length, device=tokens.device)
         cos, sin = (t.repeat(batch, 1) for t in self.rotation(positions))
@@ -162,7 +164,7 @@ class Decoder(nn.Module):
     # --- Hugging Face folders ---
 
     def export(self, folder: Path, num_shards: int = 2) -> None:
-        """Writes bf16 safetensors shards and their index; config.json is the caller's."""
+        """Writes bf16 safetensors shards and their index. The caller writes config.json."""
         folder.mkdir(parents=True, exist_ok=True)
         layers = self.config["num_hidden_layers"]
         named = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.final_norm}
@@ -184,7 +186,7 @@ class Decoder(nn.Module):
 
     @staticmethod
     def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> "Decoder":
-        """Reads what `export` wrote; for inference, until gradients are switched on."""
+        """Loads what `export` wrote, for inference until gradients are switched on."""
         model = Decoder(json.loads((folder / "config.json").read_text()), dtype)
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         tensors: dict[str, Tensor] = {}

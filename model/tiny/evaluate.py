@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Scores of the embedded model under dense attention: retrieval by length and depth, text loss by position, samples.
+"""Scores the embedded model under dense attention: retrieval by length and depth, text loss by position, samples.
 
-    evaluate.py --model FOLDER --text DOCS SOURCES --out evaluation.json
+evaluate.py --model FOLDER --text DOCS SOURCES --out evaluation.json
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OPENINGS = [
 
 
 def examples(task: str, length: int, count: int, text: corpus.Corpus, seed: int = 1) -> list[tasks.Example]:
-    """Depths spread evenly over the prompt; sentences and held-out text are the filler by turns."""
+    """Makes examples with depths spread evenly over the prompt. Sentences and held-out text are the filler in turn."""
     rng = random.Random(f"{seed} {task} {length}")
     fillers = (tasks.sentence_filler, text.filler)
     return [tasks.make(task, rng, length, fillers[i % 2], (i + 0.5) / count) for i in range(count)]
@@ -37,7 +37,8 @@ def examples(task: str, length: int, count: int, text: corpus.Corpus, seed: int 
 
 @torch.no_grad()
 def right_answers(model: Decoder, prompts: list[tasks.Example], tokens_per_batch: int) -> list[bool]:
-    """Whether greedy decoding gives the answer: with the answer fed in, every byte of it must be the likeliest."""
+    """Tells whether greedy decoding gives the answer: with the answer fed in, each of its bytes must be the likeliest.
+    """
     size = max(1, tokens_per_batch // len(prompts[0].prompt))
     right = []
     for start in range(0, len(prompts), size):
@@ -51,7 +52,7 @@ def right_answers(model: Decoder, prompts: list[tasks.Example], tokens_per_batch
 
 @torch.no_grad()
 def text_loss(model: Decoder, text: corpus.Corpus, length: int, count: int) -> dict[str, float]:
-    """Bits per byte of held-out text, by position."""
+    """Returns bits per byte of held-out text, by position."""
     rng = random.Random(3)
     total = torch.zeros(length - 1)
     for _ in range(count):

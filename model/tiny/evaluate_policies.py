@@ -32,7 +32,7 @@ def mean(values: list[float]) -> float:
 
 
 class Scorer:
-    """One task at one length: the same prompts for every policy."""
+    """Scores one task at one length, with the same prompts for every policy."""
 
     def __init__(self, model: Decoder, task: str, length: int, count: int, text: corpus.Corpus):
         self.model, self.task, self.length = model, task, length
@@ -83,7 +83,7 @@ def summary(scores: list[float], traces: list[Trace]) -> dict:
 
 
 def gamma_of_density(scorer: Scorer, policy: Policy, density: float) -> float:
-    """The gamma at which vertical-slash has this density, from two prompts."""
+    """Finds the gamma at which vertical-slash has this density, from two prompts."""
     low, high = 0.0, 1.0
     for _ in range(6):
         middle = (low + high) / 2

@@ -1,7 +1,7 @@
 """The attention policies in plain PyTorch: `dense`, `vertical_slash` and `share` by coverage, as block masks.
 
-What the kernels are checked against. Decisions use only what the online algorithm sees: the scores of the last query
-block, and the exact block mass of heads that are computed densely anyway. Clear and exact, not fast.
+The kernels are checked against them. Decisions use only what the online algorithm sees: the scores of the last query
+block, and the exact block mass of heads that are computed densely anyway. The code is clear and exact, not fast.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Policy:
 
 
 def smallest_set(mass: Tensor, gamma: float | Tensor) -> Tensor:
-    """Bool, same shape: per row the fewest entries whose sum reaches gamma of the row's; ties by index."""
+    """Returns, per row, the fewest entries whose sum reaches gamma of the row's, as bool of the same shape. Ties go by
+    index.
+    """
     ordered, index = mass.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
     keep = before < gamma * mass.sum(-1, keepdim=True)
@@ -44,33 +46,33 @@ def smallest_set(mass: Tensor, gamma: float | Tensor) -> Tensor:
 
 
 def js_distance(p: Tensor, q: Tensor) -> Tensor:
-    """sqrt of the Jensen-Shannon divergence in nats, over the last axis; 0 ln 0 = 0."""
+    """Returns the square root of the Jensen-Shannon divergence in nats, over the last axis, with 0 ln 0 = 0."""
     m = (p + q) / 2
     divergence = (torch.xlogy(p, p / m.clamp_min(1e-30)) + torch.xlogy(q, q / m.clamp_min(1e-30))).sum(-1) / 2
     return divergence.clamp_min(0).sqrt()
 
 
 def with_forced(pattern: Tensor) -> Tensor:
-    """Block 0 and the diagonal always belong; nothing above the diagonal does."""
+    """Adds block 0 and the diagonal, and removes everything above the diagonal."""
     pattern = pattern | torch.eye(pattern.shape[-1], dtype=torch.bool, device=pattern.device)
     pattern[..., 0] = True
     return pattern.tril()
 
 
 def density(pattern: Tensor) -> Tensor:
-    """Share of the causal blocks, per head."""
+    """Returns the share of the causal blocks, per head."""
     n = pattern.shape[-1]
     return pattern.sum((-2, -1)) / (n * (n + 1) / 2)
 
 
 def mass_inside(mass: Tensor, pattern: Tensor) -> Tensor:
-    """Share of the attention that falls inside the pattern, mean over the rows, per head."""
+    """Returns the share of the attention inside the pattern, mean over the rows, per head."""
     return (mass * pattern).sum(-1).mean(-1)
 
 
 @dataclass
 class Estimate:
-    """What the last query block tells."""
+    """The mass that the last query block finds."""
 
     blocks: Tensor  # [H,n], rows sum to 1
     vertical: Tensor  # [H,N], mass per key column
@@ -94,12 +96,12 @@ def estimate(q: Tensor, k: Tensor, block: int) -> Estimate:
 
 
 def vertical_slash(seen: Estimate, gamma: float | Tensor, block: int) -> Tensor:
-    """[H,n,n]; gamma may differ by head, [H,1]."""
+    """Returns the pattern [H,n,n]. gamma may differ by head, [H,1]."""
     n = seen.blocks.shape[-1]
     in_blocks = lambda kept: F.pad(kept, (0, n * block - kept.shape[-1])).unflatten(-1, (n, block))  # noqa: E731
     columns = in_blocks(smallest_set(seen.vertical, gamma)).any(-1)
     offsets = in_blocks(smallest_set(seen.slash, gamma))
-    # Off the block grid, a diagonal crosses two block diagonals.
+    # A diagonal off the block grid crosses two block diagonals.
     diagonals = offsets.any(-1)
     diagonals[:, 1:] |= offsets[:, :-1, 1:].any(-1)
     index = torch.arange(n, device=columns.device)
@@ -107,7 +109,7 @@ def vertical_slash(seen: Estimate, gamma: float | Tensor, block: int) -> Tensor:
 
 
 def vertical_slash_of_cost(seen: Estimate, cost: Tensor, block: int) -> Tensor:
-    """Per head the largest vertical-slash set of at most cost [H] blocks, by bisection on its gamma."""
+    """Finds, per head, the largest vertical-slash set of at most cost [H] blocks, by bisection on its gamma."""
     low, high = torch.zeros_like(cost[:, None], dtype=torch.float), torch.ones(len(cost), 1, device=cost.device)
     for _ in range(10):
         middle = (low + high) / 2
@@ -121,7 +123,9 @@ def pivot_pattern(mass: Tensor, gamma: float) -> Tensor:
 
 
 def shared_pattern(pivot: Tensor, seen: Estimate, gamma: float) -> Tensor:
-    """[H,n,n]: the pivot's pattern, and in the last row what each head was seen to want itself."""
+    """Returns the pivot's pattern [H,n,n], with the blocks added that each head wants by its own estimate in the last
+    row.
+    """
     pattern = pivot.expand(len(seen.blocks), -1, -1).clone()
     pattern[:, -1] |= smallest_set(seen.blocks, gamma)
     return with_forced(pattern)
@@ -135,7 +139,8 @@ def pick(seen: Estimate, heads: list[int]) -> Estimate:
 
 
 def dense_with_mass(q: Tensor, k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """out [H,N,d] and the exact block mass [H,n,n]: mean over the rows of a block of what falls on each key block."""
+    """Returns out [H,N,d] and the exact block mass [H,n,n]: the mean over a block's rows of the mass on each key block.
+    """
     heads, length, dim = q.shape
     n = -(-length // block)
     out = torch.empty_like(v)
@@ -144,7 +149,7 @@ def dense_with_mass(q: Tensor, k: Tensor, v: Tensor, block: int) -> tuple[Tensor
     for start in range(0, length, tile):
         stop = min(start + tile, length)
         columns = -(-stop // block)
-        # In fp32: bf16 scores have 8 bits, too coarse for the mass of 16k keys.
+        # The scores are in fp32, because bf16 scores have 8 bits, too coarse for the mass of 16k keys.
         scores = q[:, start:stop].float() @ k[:, :stop].float().mT * dim**-0.5
         ahead = torch.arange(stop, device=q.device) > torch.arange(start, stop, device=q.device)[:, None]
         probability = scores.masked_fill_(ahead, -math.inf).softmax(-1)
@@ -156,7 +161,7 @@ def dense_with_mass(q: Tensor, k: Tensor, v: Tensor, block: int) -> tuple[Tensor
 
 
 def attend_chosen(q: Tensor, k: Tensor, v: Tensor, patterns: Tensor, block: int) -> Tensor:
-    """Exact softmax over the chosen blocks [H,n,n] alone, causal inside the diagonal block."""
+    """Computes exact softmax over the chosen blocks [H,n,n] alone, causal inside the diagonal block."""
     length = q.shape[1]
     out = torch.empty_like(v)
     tile = max(1, TILE_ROWS // block) * block
@@ -187,7 +192,7 @@ class Trace:
 
 
 class Prefill:
-    """Attention of one prompt under a policy, layer by layer; keeps keys and values for decoding."""
+    """The attention of one prompt under a policy, layer by layer. Keeps keys and values for decoding."""
 
     def __init__(self, policy: Policy, clusters: dict[tuple[int, int], str]):
         self.policy, self.clusters = policy, clusters  # (layer, head) -> shared cluster
@@ -259,8 +264,9 @@ class Prefill:
 
 @torch.no_grad()
 def answers_right(model: Decoder, example: tasks.Example, prefill: Prefill) -> bool:
-    """Is every byte of the answer the likeliest one? The prompt runs under the policy, and the answer decodes densely
-    over its keys and values, as in a decode worker."""
+    """Tells whether every byte of the answer is the likeliest one. The prompt runs under the policy, and the answer
+    decodes densely over its keys and values, as in a decode worker.
+    """
     device = model.embedding.device
     prompt, answer = tasks.encode(example.prompt), list(example.answer)
     hidden = model(torch.tensor([prompt], device=device), prefill)[0, -1:]
@@ -276,6 +282,6 @@ def answers_right(model: Decoder, example: tasks.Example, prefill: Prefill) -> b
 
 
 def read_clusters(path: Path) -> dict[tuple[int, int], str]:
-    """(layer, head) -> cluster, for shared clusters only."""
+    """Reads (layer, head) -> cluster, for shared clusters only."""
     data = json.loads(path.read_text())
     return {(layer, head): name for name in data["shared_clusters"] for layer, head in data["clusters"][name]}

@@ -40,7 +40,7 @@ def encode(prompt: bytes) -> list[int]:
 
 
 def decode(ids: list[int]) -> bytes:
-    """The bytes before the first EOS; other specials have no text."""
+    """Returns the bytes before the first EOS. Other specials have no text."""
     if EOS in ids:
         ids = ids[: ids.index(EOS)]
     return bytes(i for i in ids if i < 256)
@@ -100,7 +100,7 @@ def _noun_phrase(rng: random.Random) -> str:
 
 
 def sentence(rng: random.Random) -> str:
-    """A plain English sentence from a word grammar: some 10^13 of them, so filler does not repeat."""
+    """Makes a plain English sentence from a word grammar with some 10^13 sentences, so that filler does not repeat."""
     subject, thing = _noun_phrase(rng), _noun_phrase(rng)
     verb = VERBS[int(rng.random() * len(VERBS))]
     place = PLACES[int(rng.random() * len(PLACES))]
@@ -131,7 +131,7 @@ def sentence_filler(rng: random.Random, size: int) -> bytes:
 
 
 def classic_filler(rng: random.Random, size: int) -> bytes:
-    """The five sentences that pass-key tests elsewhere repeat."""
+    """Returns the five sentences that pass-key tests elsewhere repeat."""
     start = rng.randrange(len(CLASSIC)) if rng.random() < 0.5 else 0
     text = CLASSIC.encode()
     return (text * (size // len(text) + 2))[start : start + size]
@@ -142,7 +142,8 @@ def digits(rng: random.Random, count: int) -> str:
 
 
 def repeating_digits(rng: random.Random, count: int) -> str:
-    """Digits that come in runs (7733300912): a copy must keep count, not only recall the last digit."""
+    """Makes digits that come in runs (7733300912), so that a copy must keep count and not only recall the last digit.
+    """
     text = ""
     while len(text) < count:
         text += rng.choice(string.digits) * rng.choice((1, 1, 2, 2, 3))
@@ -195,7 +196,7 @@ def key_value_question(key: str) -> str:
 
 
 def _hide(rng: random.Random, filler: Filler, size: int, needles: list[tuple[float, str]]) -> bytes:
-    """`size` bytes of filler in which each needle stands at its depth (0..1), set off by blanks."""
+    """Returns `size` bytes of filler in which each needle stands at its depth (0..1), set off by blanks."""
     needles = sorted(needles)
     room = size - sum(len(text) + 2 for _, text in needles)
     if room < 0:
@@ -224,7 +225,7 @@ def number_string(rng: random.Random, length: int, filler: Filler, depth: float,
 
 
 def multi_needle(rng: random.Random, length: int, filler: Filler, depth: float, num_needles: int = 8) -> Example:
-    """`num_needles` named numbers; the one asked for lies at `depth`, the others anywhere."""
+    """Makes `num_needles` named numbers. The one asked for lies at `depth`, the others anywhere."""
     names: list[str] = []
     while len(names) < num_needles:
         candidate = name(rng)
@@ -239,7 +240,7 @@ def multi_needle(rng: random.Random, length: int, filler: Filler, depth: float, 
 
 
 def key_value(rng: random.Random, length: int, filler: Filler, depth: float) -> Example:
-    """Nothing but `key 4f9a2c: 58210` lines, every key once; filler only fills the odd bytes at the start."""
+    """Makes only `key 4f9a2c: 58210` lines, every key once. Filler takes the odd bytes at the start."""
     question_size = len(key_value_question("0" * 6))
     line_size = len(key_value_line("0" * 6, "0" * 5))
     count, rest = divmod(length - 1 - question_size, line_size)
@@ -257,9 +258,11 @@ def key_value(rng: random.Random, length: int, filler: Filler, depth: float) -> 
 
 
 def interleaved(rng: random.Random, length: int) -> tuple[bytes, list[tuple[int, int]]]:
-    """`key …: …` lines in which every other key came before, and the (begin, end) of the values that can be recalled.
+    """Makes `key …: …` lines in which every other key came before, and returns the (begin, end) of the values that can
+    be recalled.
 
-    Questions at every row, not only in the last: what a sparse prefill must not lose. The prompt is `length` ids at most.
+    Every row asks a question, not only the last, which is what a sparse prefill must not lose. The prompt is `length`
+    ids at most.
     """
     known: dict[str, str] = {}
     lines, spans, size = [], [], 0
@@ -281,7 +284,9 @@ TASKS = {"pass_key": pass_key, "number_string": number_string, "key_value": key_
 def make(
     task: str, rng: random.Random, length: int, filler: Filler = sentence_filler, depth: float | None = None
 ) -> Example:
-    """An example whose prompt is exactly `length` ids long, BOS included; depth None means anywhere."""
+    """Makes an example whose prompt is exactly `length` ids long, BOS included. If depth is None, the needle lies
+    anywhere.
+    """
     if task not in TASKS:
         raise ValueError(f"task {task!r} unknown; one of {', '.join(TASKS)}")
     return TASKS[task](rng, length, filler, rng.random() if depth is None else depth)

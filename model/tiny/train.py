@@ -57,7 +57,7 @@ def produce(text: corpus.Corpus, seed: int, lengths: list[int], tokens: int, sta
 
 
 class Feed:
-    """Batches made by other processes, which follow the stage; started before CUDA is."""
+    """Batches made by other processes, which follow the stage. Must be started before CUDA is."""
 
     def __init__(self, text: corpus.Corpus, lengths: list[int], tokens: int, workers: int):
         context = multiprocessing.get_context("fork")
@@ -112,7 +112,7 @@ class Muon:
 
 
 def rate(progress: float, warm_up: float, decay_from: float, least: float = 0.02) -> float:
-    """Linear warm-up, constant, linear decay."""
+    """Returns the rate: linear warm-up, constant, linear decay."""
     if progress < warm_up:
         return max(0.05, progress / warm_up)
     return 1.0 if progress < decay_from else max(least, (1 - progress) / (1 - decay_from))
@@ -122,7 +122,9 @@ def rate(progress: float, warm_up: float, decay_from: float, least: float = 0.02
 
 
 def grade(hidden: Tensor, embedding: Tensor, targets: Tensor, kinds: Tensor, text_weight: Tensor, answer_weight: Tensor):
-    """hidden [N,D] -> loss, and sums for the log: text nats, text bytes, right and all answers, right and all stream."""
+    """Returns, from hidden [N,D], the loss, and sums for the log: text nats, text bytes, right and all answers, right
+    and all stream.
+    """
     logits = F.linear(hidden, embedding.to(hidden.dtype)).float()
     nats = F.cross_entropy(logits, targets, reduction="none")
     text, answer = text_weight[kinds], answer_weight[kinds]
@@ -157,7 +159,9 @@ def grouped_kv(backend: SDPBackend):
 
 
 def fastest_attention(model: Decoder, batch: int, length: int):
-    """Times the fused backends forward and backward on this shape; one that errs or strays is out."""
+    """Times the fused backends forward and backward on this shape and takes the fastest. One that fails or gives other
+    results is left out.
+    """
     shape = (batch, length, model.num_heads, model.head_dim)
     kv_shape = (batch, length, model.num_kv_heads, model.head_dim)
     make = lambda s: torch.randn(s, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_()  # noqa: E731
@@ -214,7 +218,7 @@ class Trainer:
         self.adam = torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
 
     def prepare(self) -> None:
-        """Everything but attention sees [tokens_per_step, …] at every context length: it compiles once."""
+        """Compiles everything but attention once: it sees [tokens_per_step, …] at every context length."""
         if self.device != "cuda":
             return
         for length in self.attend:

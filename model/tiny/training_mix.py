@@ -1,4 +1,4 @@
-"""Training sequences: what the model sees, and which bytes it is graded on.
+"""Makes training sequences, and tells the bytes that the model is graded on.
 
 Every sequence is exactly `length` ids and starts with BOS. Each id carries a kind, which sets its weight in the loss:
 random keys and numbers cannot be predicted where they are first stated (IGNORE), grammar filler is not worth learning
@@ -19,7 +19,7 @@ from corpus import END_OF_FILE, Corpus
 IGNORE, FILLER, TEXT, ANSWER, STREAM = range(5)
 EOS_BYTE = END_OF_FILE  # stands for EOS until bytes become ids
 
-# Share of each recipe; short sequences learn to recall, long ones to recall from far away.
+# Each recipe has a share. Short sequences train recall, and long ones train recall from far away.
 SHORT_MIX = {"stream": 0.27, "facts": 0.20, "prompt": 0.15, "key_values": 0.06, "copy": 0.05, "text": 0.27}
 LONG_MIX = {"stream": 0.10, "facts": 0.24, "prompt": 0.24, "key_values": 0.10, "copy": 0.05, "text": 0.27}
 LONG = 4096
@@ -60,7 +60,7 @@ def pseudo_word(rng: random.Random) -> str:
 
 
 def pseudo_filler(rng: random.Random, size: int) -> bytes:
-    """Sentences of made-up words from a vocabulary that is new each time: filler that no grammar predicts."""
+    """Makes sentences of made-up words from a vocabulary that is new each time: filler that no grammar predicts."""
     words = [pseudo_word(rng) for _ in range(rng.choice((40, 200, 800)))]
     text = rng.choices(words, k=size // 4 + 8)
     at = 0
@@ -105,14 +105,14 @@ class Mix:
         self.rng = random.Random(seed)
 
     def batch(self, length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids [count, length] uint16 and kinds [count, length] uint8."""
+        """Returns ids [count, length] uint16 and kinds [count, length] uint8."""
         mix = SHORT_MIX if length < LONG else LONG_MIX
         names = self.rng.choices(list(mix), list(mix.values()), k=count)
         rows = [getattr(self, name)(length) for name in names]
         return np.stack([r[0] for r in rows]), np.stack([r[1] for r in rows])
 
     def _filler(self) -> tuple[tasks.Filler, int]:
-        """A filler and the kind its bytes have."""
+        """Returns a filler and the kind of its bytes."""
         draw = self.rng.random()
         if draw < 0.45:
             return self.corpus.filler, TEXT
@@ -128,7 +128,7 @@ class Mix:
         return sequence.finish(length)
 
     def prompt(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """A prompt as evaluation poses it, with its answer and EOS."""
+        """Makes a prompt as evaluation poses it, with its answer and EOS."""
         rng = self.rng
         task = rng.choices(list(tasks.TASKS), (4, 2, 2, 3))[0]
         filler, kind = self._filler()
@@ -147,7 +147,7 @@ class Mix:
         return sequence.finish(length)
 
     def stream(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Lines of key and value in which keys come back: an answer every few bytes, at every distance."""
+        """Makes lines of key and value in which keys come back: an answer every few bytes, at every distance."""
         rng, sequence = self.rng, Sequence()
         key_style, key_size = rng.randrange(5), rng.randrange(2, 8)
         value_style, value_size = rng.randrange(8), rng.randrange(1, 7)
@@ -175,7 +175,7 @@ class Mix:
         return sequence.finish(length)
 
     def key_values(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """A list of `key …: …` lines, then many of its keys asked for in words."""
+        """Makes a list of `key …: …` lines, then asks for many of its keys in words."""
         rng, sequence = self.rng, Sequence()
         size = rng.choice((3, 4, 6, 6, 6))
         asked = max(1, int(length * rng.uniform(0.05, 0.4) / 70))
@@ -191,7 +191,7 @@ class Mix:
         return sequence.finish(length)
 
     def copy(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Passages that come back word for word; graded from where the repeat is beyond doubt."""
+        """Makes passages that come back word for word. They are graded from where the repeat is beyond doubt."""
         rng, sequence = self.rng, Sequence()
         filler, kind = self._filler()
         passages: list[bytes] = []
@@ -207,7 +207,7 @@ class Mix:
         return sequence.finish(length)
 
     def facts(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Facts of several kinds in filler, each asked for at some later point, in the middle or at the end."""
+        """Makes facts of several kinds in filler, each asked for later, in the middle or at the end."""
         rng = self.rng
         most = max(1, min(80, length // 160))
         facts = [self._fact() for _ in range(rng.randrange(1, most + 1))]
@@ -235,7 +235,7 @@ class Mix:
         return sequence.finish(length)
 
     def _fact(self) -> tuple[str, str, str]:
-        """statement, question, answer"""
+        """Returns statement, question and answer."""
         rng = self.rng
         draw = rng.random()
         if draw < 0.2:

@@ -33,7 +33,7 @@ class Asking:
 
 
 class Asker:
-    """Not thread-safe. Raises grpc.RpcError when the server or the worker refuses."""
+    """Asks one prompt after the other. Not thread-safe. Raises grpc.RpcError when the server or the worker refuses."""
 
     def __init__(self, asking: Asking, codec):
         self._asking, self._codec = asking, codec
@@ -114,7 +114,7 @@ def _common(prompt: prompts.Prompt, setting: settings.Setting, result) -> dict:
 
 
 def _recall(audit) -> dict[str, list[float]]:
-    """Of every head that was sparse, by kind."""
+    """Returns the recall of every sparse head, by kind."""
     kinds = {kind: getattr(audit, kind).heads for kind in scoring.SPARSE_KINDS}
     return {kind: [round(value, 4) for value in heads] for kind, heads in kinds.items() if heads}
 

@@ -42,14 +42,14 @@ class Row:
     same_answers: float | None = None  # share of prompts with the same generated text
 
     def agrees(self, density_tolerance: float) -> bool:
-        # Rounding in a summary must not make a difference of nothing.
+        # Rounding in a summary must not turn an equal result into a difference.
         within = self.difference.low <= 1e-9 and self.difference.high >= -1e-9
         return within and abs(self.density_difference) <= density_tolerance
 
 
 @dataclass
 class Evaluation:
-    """What was asked, and its records by cell and prompt; or, of a summary, its cells."""
+    """The questions of an evaluation and its records by cell and prompt; or, if it is a summary, its cells."""
 
     path: Path
     subject: dict
@@ -74,7 +74,8 @@ def load(path: Path) -> Evaluation:
 
 
 def check_same_questions(first: Evaluation, second: Evaluation) -> None:
-    """ValueError where they did not ask the same model the same; where text lies does not matter, what it says does."""
+    """Raises ValueError unless both asked the same model the same. Text must have the same content, wherever it lies.
+    """
     for name in ("model_fingerprint", "seed", "depths", "asked_within", "text_digest"):
         here, there = first.subject.get(name), second.subject.get(name)
         if here is not None and there is not None and here != there:
@@ -82,7 +83,7 @@ def check_same_questions(first: Evaluation, second: Evaluation) -> None:
 
 
 def compare(first: Evaluation, second: Evaluation) -> list[Row]:
-    """The cells that both have, in the order of the first."""
+    """Compares the cells that both have, in the order of the first."""
     common = sorted(set(first.cells()) & set(second.cells()), key=list(first.cells()).index)
     if first.records is not None and second.records is not None:
         rows = [_paired(cell, first.records[cell], second.records[cell]) for cell in common]
@@ -112,7 +113,7 @@ def _paired(cell: Cell, first: dict[int, dict], second: dict[int, dict]) -> Row 
 
 
 def _summed(evaluation: Evaluation, cell: Cell) -> dict:
-    """A cell as a summary has it."""
+    """Makes a cell as a summary has it."""
     if evaluation.summary is not None:
         return evaluation.summary[cell]
     records = list(evaluation.records[cell].values())
@@ -121,7 +122,7 @@ def _summed(evaluation: Evaluation, cell: Cell) -> dict:
 
 
 def _independent(cell: Cell, first: dict, second: dict) -> Row:
-    """Newcombe's interval, from the two Wilson intervals."""
+    """Returns Newcombe's interval, from the two Wilson intervals."""
     a, b = (Estimate(**side["score"]) for side in (first, second))
     value = a.value - b.value
     below, above = math.hypot(a.value - a.low, b.high - b.value), math.hypot(a.high - a.value, b.value - b.low)

@@ -1,4 +1,4 @@
-"""Unit tests of compare.py. Standard library only."""
+"""Tests compare.py. Standard library only."""
 
 from __future__ import annotations
 

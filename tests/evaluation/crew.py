@@ -19,7 +19,7 @@ Job = tuple[PromptKey, list[settings.Setting]]  # all that one prompt is still t
 
 
 class Refused(Exception):
-    """What the server answered, or what went wrong in a process."""
+    """The server's refusal, or the error in a process."""
 
 
 class Crew:
@@ -51,11 +51,11 @@ class Crew:
             process.join()
 
     def stop(self) -> None:
-        """Starts no other prompt; records() ends once those under way are finished."""
+        """Starts no other prompt. records() ends once those under way are finished."""
         self._stopping = True
 
     def records(self, jobs: Iterable[Job]) -> Iterator[dict]:
-        """As they are finished. Raises Refused, and starts nothing else, when one fails."""
+        """Yields records as prompts are finished. When one fails, raises Refused and starts nothing else."""
         jobs = iter(jobs)
         left: dict[Connection, Job] = {}
 

@@ -12,7 +12,7 @@ from scoring import DENSE, SHARE
 from settings import THRESHOLDS
 from table import ASKED
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
+# These are the colours of Okabe and Ito, which colour-blind readers can tell apart.
 COLOURS = {
     "dense": "#333333",
     "vertical_slash": "#D55E00",
@@ -26,7 +26,7 @@ SYMBOLS = {"gamma": "γ", "vertical_slash_gamma": "γ of v.-s.", "tau": "τ", "d
 MARKERS = {"vertical_slash": "s", "share": "o", "auto": "D", "baseline_query_aware": "^", "baseline_random": "X"}
 LINES = ("-", "--", ":", "-.")
 SCORES = plt.colormaps["Blues"].with_extremes(bad="#d0d0d0")  # what is missed stays white; grey: not asked
-WITHIN = 0.01  # of dense: what counts as having kept the answers
+WITHIN = 0.01  # a score this far below dense counts as keeping the answers
 
 
 def draw(summary: dict) -> Iterator[tuple[str, plt.Figure]]:
@@ -47,7 +47,7 @@ def _parsed(name: str) -> settings.Setting:
 
 
 def _label(name: str) -> tuple[str, str]:
-    """share:gamma=0.5,tau=0.4 -> share and γ 0.5, τ 0.4"""
+    """Turns share:gamma=0.5,tau=0.4 into share and γ 0.5, τ 0.4."""
     setting = _parsed(name)
     thresholds = dict(setting.thresholds)
     words = [f"{SYMBOLS.get(n, n.replace('_', ' '))} {thresholds[n]:g}" for n in THRESHOLDS if n in thresholds]
@@ -71,7 +71,7 @@ def _in_order(values) -> list:
 
 
 def _styles(families: list[str]) -> dict[str, dict]:
-    """One colour and marker per policy; the families of a policy differ by line and by what fills the marker."""
+    """Gives each policy a colour and marker, and each of its families a line and a fill of the marker."""
     seen: dict[str, int] = defaultdict(int)
     styles = {}
     for family in families:
@@ -99,7 +99,7 @@ def _grid(rows: int, columns: int, width: float, height: float):
 
 
 def score_against_density(summary: dict) -> plt.Figure:
-    """Means over tasks: a row for each place where it is asked, a column per length."""
+    """Draws means over tasks: a row for each place of the question, a column per length."""
     rows = summary["overall"]
     groups, lengths = [a for a in ASKED if any(r["asked"] == a for r in rows)], sorted({r["length"] for r in rows})
     panels = {(r, c): [] for r in range(len(groups)) for c in range(len(lengths))}
@@ -110,7 +110,7 @@ def score_against_density(summary: dict) -> plt.Figure:
 
 
 def scores_by_task(summary: dict, asked: str) -> plt.Figure:
-    """Rows are lengths, columns the tasks of one group, the last one their mean."""
+    """Draws a row per length and a column per task of one group, with their mean in the last column."""
     cells = [c for c in summary["tasks"] if c["asked"] == asked]
     tasks = _in_order(c["task"] for c in cells)
     if len(tasks) > 1:
@@ -125,7 +125,7 @@ def scores_by_task(summary: dict, asked: str) -> plt.Figure:
 
 
 def _panels(panels: dict[tuple[int, int], list[dict]], rows: list[str], columns: list[str], title: str) -> plt.Figure:
-    """A panel each of score against density; a line joins the settings of one family."""
+    """Draws score against density, panel by panel. A line joins the settings of one family."""
     cells = [cell for panel in panels.values() for cell in panel]
     styles = _styles(_in_order(_parsed(c["setting"]).family for c in cells))
     figure, axes = _grid(len(rows), len(columns), 2.3, 1.9)
@@ -166,7 +166,9 @@ def _draw_curve(axis, family: str, curve: list[dict], style: dict) -> None:
 
 
 def compared_settings(summary: dict) -> list[str]:
-    """dense; the sparsest share that stays within a point of it; of every other family the setting nearest in density."""
+    """Chooses dense, the sparsest share that stays within a point of it, and of every other family the setting nearest
+    in density.
+    """
     density, difference = defaultdict(list), defaultdict(list)
     for row in summary["overall"]:
         density[row["setting"]].append(row["density"])
@@ -189,7 +191,9 @@ def compared_settings(summary: dict) -> list[str]:
 
 
 def needle_depths(summary: dict, asked: str) -> plt.Figure:
-    """Rows are tasks, columns settings of about one density; in each, the needle's depth against the prompt's length."""
+    """Draws a row per task and a column per setting of about one density: the needle's depth against the prompt's
+    length.
+    """
     names = compared_settings(summary)
     chosen = [c for c in summary["tasks"] if c["asked"] == asked and c.get("by_depth")]
     cells = {(c["task"], c["setting"], c["length"]): c for c in chosen}
@@ -230,7 +234,7 @@ def _right(cell: dict | None, depth: float) -> float:
 
 
 def perplexity(summary: dict) -> plt.Figure:
-    """A panel per length: perplexity against dense in each part of the text."""
+    """Draws a panel per length: perplexity against dense in each part of the text."""
     cells = [c for c in summary["text"] if c["perplexity_to_dense"]]
     names, lengths = _in_order(c["setting"] for c in cells), sorted({c["length"] for c in cells})
     styles = _styles(names)

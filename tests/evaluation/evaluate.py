@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Scores what is served: retrieval prompts and held-out text, for each attention setting.
+"""Scores a served model on retrieval prompts and held-out text, for each attention setting.
 
     PYTHONPATH=client/python python3 tests/evaluation/evaluate.py \
         --server localhost:50051 --worker localhost:50052 --out build/evaluation
 
-Questions at the end of a prompt go to the decode worker, questions within one and text to prefilld.
-Finished prompts are kept in OUT/results.jsonl; the same command goes on where it was stopped. At the
-end, and after Ctrl-C or --seconds, OUT/summary.json and OUT/table.txt hold the figures. README.md in
-this folder explains them. Needs the Python client (grpcio, protobuf, numpy, xxhash).
+Questions at the end of a prompt go to the decode worker, questions within one and text to prefilld. Finished prompts
+are kept in OUT/results.jsonl, so that the same command continues where it was stopped. At the end, and after Ctrl-C or
+--seconds, the figures are written to OUT/summary.json and OUT/table.txt. README.md in this folder explains them. Needs
+the Python client (grpcio, protobuf, numpy, xxhash).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DEFAULT_SETTINGS = [
     "dense",
     "vertical_slash:gamma=0.8/0.9/0.95/0.98",
     "share:gamma=0.8/0.9/0.95",
-    # Left out unless the server allows them (--allowed_policies).
+    # These are left out unless the server allows them (--allowed_policies).
     "baseline_query_aware:tau=0.1/1.0,gamma=0.8/0.9/0.95",
     "baseline_random:density=0.3",
 ]
@@ -80,7 +80,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def questions(args: argparse.Namespace) -> Iterator[PromptKey]:
-    """Short prompts first and tasks by turns: whatever is done is comparable."""
+    """Orders the questions: short prompts first and tasks in turn, so that what is done at any time can be compared."""
     for length in args.lengths:
         for index in range(args.prompts):
             for task in args.tasks:
@@ -89,7 +89,7 @@ def questions(args: argparse.Namespace) -> Iterator[PromptKey]:
 
 
 def pending(args: argparse.Namespace, journal: Journal) -> list[Job]:
-    """What is not done."""
+    """Returns what is not done."""
     named = [(key, [s for s in args.settings if not journal.has((s.name, *key))]) for key in questions(args)]
     return [(key, left) for key, left in named if left]
 
@@ -115,7 +115,7 @@ def evaluate(args: argparse.Namespace, jobs: list[Job], crew: Crew, journal: Jou
 
 
 def restrict(args: argparse.Namespace, info, text) -> None:
-    """Leaves out, and says so, what this server or this call cannot do."""
+    """Leaves out what this server or this call cannot do, and says so."""
     allowed = [enum_name("AttentionPolicy", p) for p in info.allowed_policies]
     for setting in [s for s in args.settings if s.policy not in allowed]:
         print(f"left out: {setting.name}; the server allows {', '.join(allowed)}", file=sys.stderr)

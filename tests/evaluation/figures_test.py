@@ -1,4 +1,4 @@
-"""The pictures of a summary. Needs matplotlib; exit code 77 (skipped, for CTest) without it."""
+"""Tests the pictures of a summary. Needs matplotlib; exits with 77 (skipped, for CTest) without it."""
 
 from __future__ import annotations
 

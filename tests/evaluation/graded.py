@@ -23,7 +23,11 @@ Task = Callable[[random.Random, int, tasks.Filler, float], tasks.Example]
 
 @dataclass(frozen=True)
 class Graded:
-    """text: END_OF_FILE stands for EOS. spans: (begin, end) in its bytes; one is right when all of it is likeliest."""
+    """A text with the stretches that are graded.
+
+    text: END_OF_FILE stands for EOS. spans: (begin, end) in its bytes; a span is right when each of its bytes is the
+    likeliest.
+    """
 
     text: bytes
     spans: tuple[tuple[int, int], ...]
@@ -32,7 +36,9 @@ class Graded:
 def asked_within(
     task: Task, rng: random.Random, size: int, filler: tasks.Filler, depth: float, asked_at: float
 ) -> Graded:
-    """`size` ids, BOS included; the question ends at `asked_at`, and in what stands before the needle lies at `depth`."""
+    """Makes a prompt of `size` ids, BOS included, whose question ends at `asked_at`. The needle lies at `depth` of the
+    text before it.
+    """
     example = task(rng, round(asked_at * size), filler, depth)
     answered = example.prompt + example.answer + AFTER_ANSWER
     rest = size - 1 - len(answered)
@@ -42,7 +48,7 @@ def asked_within(
 
 
 def interleaved(rng: random.Random, size: int) -> Graded:
-    """At most `size` ids of `key: value` lines; every value whose key came before is asked for."""
+    """Makes at most `size` ids of `key: value` lines. Every value whose key came before is asked for."""
     text, spans = tasks.interleaved(rng, size)
     return Graded(text, tuple(spans))
 

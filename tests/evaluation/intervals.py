@@ -20,12 +20,12 @@ class Estimate:
         return {name: round(number, digits) for name, number in vars(self).items()}
 
     def clipped(self, low: float, high: float) -> Estimate:
-        """With its interval cut to what is possible."""
+        """Returns the estimate with its interval cut to what is possible."""
         return Estimate(self.value, max(low, self.low), min(high, self.high))
 
 
 def proportion(right: int, count: int) -> Estimate:
-    """Wilson score interval."""
+    """Returns the Wilson score interval."""
     if count < 1:
         raise ValueError("a proportion of nothing")
     share, spread = right / count, Z * Z / count
@@ -35,7 +35,7 @@ def proportion(right: int, count: int) -> Estimate:
 
 
 def paired_difference(pairs: Sequence[tuple[bool, bool]]) -> Estimate:
-    """Share right of the first minus that of the second, on the same prompts (Bonett and Price 2012).
+    """Returns the first share of right answers minus the second, on the same prompts (Bonett and Price 2012).
 
     Adding one to each discordant count keeps the interval honest where the two always agree.
     """
@@ -51,7 +51,9 @@ def paired_difference(pairs: Sequence[tuple[bool, bool]]) -> Estimate:
 
 
 def student_t(freedom: int) -> float:
-    """The 97.5 % point of Student's t, to 0.2 %: Abramowitz and Stegun 26.7.5, which needs three degrees of freedom."""
+    """Returns the 97.5 % point of Student's t, to 0.2 %, by Abramowitz and Stegun 26.7.5, which needs three degrees of
+    freedom.
+    """
     if freedom == 1:
         return math.tan(0.475 * math.pi)
     if freedom == 2:
@@ -66,14 +68,14 @@ def student_t(freedom: int) -> float:
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """Student's interval; a single value has no spread, and its interval is all numbers."""
+    """Returns Student's interval. A single value has no spread, and its interval is all numbers."""
     centre, count = fmean(values), len(values)
     half = student_t(count - 1) * stdev(values) / math.sqrt(count) if count > 1 else math.inf
     return Estimate(centre, centre - half, centre + half)
 
 
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of independent estimates, one per task: every task counts alike."""
+    """Returns the mean of independent estimates, one per task, with equal weights."""
     count = len(estimates)
     value = fmean(e.value for e in estimates)
     below = math.sqrt(sum((e.value - e.low) ** 2 for e in estimates)) / count

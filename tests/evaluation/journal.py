@@ -13,7 +13,8 @@ def key_of(record: dict) -> Key:
 
 
 class Journal:
-    """Raises ValueError when the folder holds an evaluation of something else."""
+    """The finished prompts of an evaluation. Raises ValueError when the folder holds an evaluation of something else.
+    """
 
     def __init__(self, folder: Path, subject: dict):
         """subject: what makes results comparable (model, seed, depths); kept beside them."""
@@ -22,7 +23,7 @@ class Journal:
         path = folder / "results.jsonl"
         self.records = read(path)
         self._keys = {key_of(r) for r in self.records}
-        # A line cut off by a kill goes; its prompt runs again.
+        # A line that was cut off by a kill is dropped, and its prompt runs again.
         path.write_text("".join(json.dumps(r) + "\n" for r in self.records))
         self._file = path.open("a")
 
@@ -53,7 +54,7 @@ class Journal:
 
 
 def read(path: Path) -> list[dict]:
-    """The whole lines of a results file; none when there is no file."""
+    """Reads the whole lines of a results file; none when there is no file."""
     if not path.exists():
         return []
     records = []

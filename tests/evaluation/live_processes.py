@@ -1,4 +1,4 @@
-"""prefilld and a decode worker of a build, over model/tiny, for the length of a test."""
+"""Runs prefilld and a decode worker of a build, over model/tiny, for the length of a test."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POLICIES = "dense,vertical_slash,share,auto,baseline_query_aware,baseline_random
 
 
 def reason_to_skip() -> str | None:
-    """Why tests over real processes cannot run here, None when they can."""
+    """Returns why tests over real processes cannot run here, or None when they can."""
     try:
         import google.protobuf  # noqa: F401
         import grpc  # noqa: F401
@@ -26,7 +26,7 @@ def reason_to_skip() -> str | None:
 
 
 class LiveProcesses:
-    """server and worker are host:port; both processes end with the `with` block."""
+    """The two processes. server and worker are host:port; both end with the `with` block."""
 
     def __init__(self, bin_dir: Path):
         self._bin_dir = bin_dir

@@ -37,7 +37,7 @@ MOST_MEMBERS = 7  # of a cluster, beside its pivot
 
 @dataclass
 class Prompt:
-    """A dump with what the server would decide on it."""
+    """A dump with the decisions that the server would make on it."""
 
     dump: Dump
     cluster_of: dict[int, str]  # head -> its cluster
@@ -53,7 +53,9 @@ class Prompt:
         return next((head for head in group if self.served.role[head] == PIVOT), group[0])
 
     def sharing(self) -> dict[str, tuple[int, ...]]:
-        """A head that has a cluster of its own is computed exactly and lends its pattern to nobody."""
+        """Returns the groups that share. A head with a cluster of its own is computed exactly and gives its pattern to
+        no other.
+        """
         return {name: group for name, group in self.groups.items() if len(group) > 1}
 
 
@@ -94,7 +96,7 @@ def _vertical_slash(dump: Dump, gamma: float, thresholds: simulation.Thresholds)
 
 
 def _with_last_row(dump: Dump, head: int, pattern: np.ndarray, gamma: float) -> np.ndarray:
-    """A head that shares adds what its own estimate finds in the last row."""
+    """Adds to a head that shares what its own estimate finds in the last row."""
     pattern = pattern.copy()
     pattern[dump.causal.last_row] |= smallest_set(dump.estimate[[head]], gamma)[0]
     return pattern
@@ -104,7 +106,7 @@ def _with_last_row(dump: Dump, head: int, pattern: np.ndarray, gamma: float) -> 
 
 
 def _tile(dump: Dump, colours: np.ndarray) -> np.ndarray:
-    """colours [causal entries, 3]"""
+    """Draws one map. colours: [causal entries, 3]."""
     tile = np.full((dump.n, dump.n, 3), FUTURE, np.float32)
     tile[dump.causal.row, dump.causal.column] = colours
     return tile
@@ -122,7 +124,7 @@ def _pattern_tile(prompt: Prompt, head: int, role: int) -> np.ndarray:
 
 
 def _mosaic(prompt: Prompt, tiles: list[np.ndarray], notes: list[str], title: str):
-    """All heads, a row per layer; a note stands in the empty corner of each tile."""
+    """Draws all heads, a row per layer. A note stands in the empty corner of each tile."""
     dump = prompt.dump
     n, step = dump.n, dump.n + max(2, dump.n // 12)
     picture = np.ones((step * dump.num_layers, step * dump.num_heads, 3), np.float32)
@@ -180,7 +182,9 @@ def chosen_patterns(prompt: Prompt):
 
 
 def cluster_gallery(prompt: Prompt):
-    """A row per shared cluster: the pivot, its pattern, and members with the share of their attention that it holds."""
+    """Draws a row per shared cluster: the pivot, its pattern, and members with the share of their attention that it
+    holds.
+    """
     groups = prompt.sharing()
     columns = 2 + min(MOST_MEMBERS, max(len(group) for group in groups.values()) - 1)
     rows = len(groups)

@@ -26,10 +26,10 @@ def _distinct_names(rng: random.Random, count: int) -> list[str]:
 
 
 def variable_tracking(rng: random.Random, length: int, filler: tasks.Filler, depth: float) -> tasks.Example:
-    """`VAR a = 58210.`, later `VAR b = VAR a.`, and so on: what is the last one of the chain?
+    """Makes `VAR a = 58210.`, later `VAR b = VAR a.`, and so on, and asks for the value of the last one of the chain.
 
-    The chain that is asked for begins at `depth`; its links follow in order up to the end of the
-    text. Other chains lie anywhere, so that the answer cannot be had without following.
+    The chain that is asked for begins at `depth`; its links follow in order up to the end of the text. Other chains lie
+    anywhere, so that the answer cannot be found without following.
     """
     needles, asked, answer = [], "", ""
     for chain in range(CHAINS):
@@ -46,10 +46,10 @@ def variable_tracking(rng: random.Random, length: int, filler: tasks.Filler, dep
 
 
 def copy(rng: random.Random, length: int, filler: tasks.Filler, depth: float) -> tasks.Example:
-    """Ends in the first bytes of a passage that stands at `depth`; the answer is how the passage goes on.
+    """Makes a prompt that ends in the first bytes of a passage at `depth`. The answer is how the passage continues.
 
-    Passages are sentences of the word grammar whatever the filler, so that their continuation can
-    be had only by looking it up.
+    Passages are sentences of the word grammar whatever the filler, so that their continuation can be found only by
+    looking it up.
     """
     passage = tasks.sentence_filler(rng, PASSAGE_BYTES).replace(b"\n", b" ")
     split = passage.rindex(b" ", 0, CUE_BYTES) + 1

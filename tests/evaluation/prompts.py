@@ -32,7 +32,9 @@ Spans = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One of three: a question at its end (`answer` is to be generated), questions within (`spans`), or text."""
+    """A prompt of one of three kinds: a question at its end (`answer` is to be generated), questions within it
+    (`spans`), or text.
+    """
 
     task: str
     length: int
@@ -47,22 +49,22 @@ class Prompt:
 
 
 def group(task: str) -> str | None:
-    """Which mean a task counts in: "end" or "within"; None for text, which has no score."""
+    """Returns the mean in which a task counts: "end" or "within", or None for text, which has no score."""
     if task == TEXT:
         return None
     return "end" if task in AT_THE_END else "within"
 
 
 class ByteCodec:
-    """The embedded model: a token is a byte, after one BOS."""
+    """Tokens of the embedded model: each is a byte, after one BOS."""
 
     def fit(self, example_of_size, length: int) -> tuple[list[int], bytes]:
-        """Exactly `length` ids, and the answer; example_of_size(bytes + 1) -> tasks.Example."""
+        """Returns exactly `length` ids, and the answer. example_of_size(bytes + 1) makes a tasks.Example."""
         example = example_of_size(length)
         return tasks.encode(example.prompt), example.answer
 
     def fit_graded(self, graded_of_size, length: int) -> tuple[list[int], Spans]:
-        """As many ids as graded_of_size(bytes + 1) -> Graded has bytes, and its spans in ids."""
+        """Returns as many ids as the text of graded_of_size(bytes + 1), a Graded, has bytes, and its spans in ids."""
         made: Graded = graded_of_size(length)
         ids = [tasks.EOS if byte == corpus.END_OF_FILE else byte for byte in made.text]
         return [tasks.BOS, *ids], tuple((begin + 1, end + 1) for begin, end in made.spans)
@@ -71,7 +73,7 @@ class ByteCodec:
         return tasks.encode(text)[:length]
 
     def text_bytes(self, length: int) -> int:
-        """Bytes of text that give at least `length` ids."""
+        """Returns how many bytes of text give at least `length` ids."""
         return length
 
     def answer_tokens(self, answer: bytes) -> int:
@@ -94,10 +96,10 @@ class TokenizerCodec:
         self._tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
 
     def fit(self, example_of_size, length: int) -> tuple[list[int], bytes]:
-        """At most `length` ids, at least 99 % of it.
+        """Returns at most `length` ids, at least 99 % of it, and the answer.
 
-        The blank before an answer belongs to the answer's first token in most vocabularies, so the
-        prompt ends before it and answers are compared without it.
+        The blank before an answer belongs to the answer's first token in most vocabularies, so the prompt ends before
+        it and answers are compared without it.
         """
 
         def encoded(size: int) -> tuple[list[int], bytes]:
@@ -108,11 +110,11 @@ class TokenizerCodec:
         return self._fitted(encoded, length)
 
     def fit_graded(self, graded_of_size, length: int) -> tuple[list[int], Spans]:
-        """As fit(); a token that holds any part of a span, and be it the blank's, is part of it."""
+        """Does as fit(). A token that holds any part of a span, even only its blank, belongs to the span."""
 
         def encoded(size: int) -> tuple[list[int], Spans]:
             made: Graded = graded_of_size(size)
-            # Where a turn ends has no text that all vocabularies share; spans lie before it.
+            # The end of a turn has no text that all vocabularies share. Spans lie before it.
             text = made.text.replace(bytes([corpus.END_OF_FILE]), b"")
             encoding = self._tokenizer.encode(text.decode(errors="replace"))
             return encoding.ids, self._token_spans(encoding.offsets, text, made.spans)
@@ -121,7 +123,8 @@ class TokenizerCodec:
 
     @staticmethod
     def _token_spans(offsets: list[tuple[int, int]], text: bytes, spans: Spans) -> Spans:
-        """offsets: of every token, in characters; empty for those that stand for no text, as BOS."""
+        """Converts spans to tokens. offsets: of every token, in characters; empty for tokens without text, such as BOS.
+        """
 
         def character(place: int) -> int:
             return place if text.isascii() else len(text[:place].decode(errors="replace"))
@@ -153,7 +156,7 @@ class TokenizerCodec:
         return 8 * length
 
     def answer_tokens(self, answer: bytes) -> int:
-        """With room for a blank, and for digits that the model groups in another way."""
+        """Returns the tokens that an answer may take, with room for a blank and for other groupings of digits."""
         return len(self._tokenizer.encode(answer.decode(), add_special_tokens=False).ids) + 4
 
     def decode(self, ids: list[int]) -> bytes:
@@ -161,10 +164,11 @@ class TokenizerCodec:
 
 
 class Prompts:
-    """Makes them. `text` is held-out text or None, `depths` how many depths from 0 to 1 take turns.
+    """Makes prompts. `text` is held-out text or None; `depths` is the number of depths, from 0 to 1, that are used in
+    turn.
 
-    limit: tokens that the model takes, prompt and answer together; a prompt of that length whose
-    answer is generated is made shorter by the room for it.
+    limit: tokens that the model takes, prompt and answer together. A prompt of that length whose answer is generated is
+    made shorter by the room for it.
     """
 
     def __init__(self, codec, text: corpus.Corpus | None, depths: int, seed: int, limit: int):
@@ -179,7 +183,7 @@ class Prompts:
             return self._text_prompt(length, index)
         if task == INTERLEAVED:
             return self._interleaved(length, index)
-        # Depths and fillers take turns, each depth with each filler.
+        # Depths and fillers are used in turn, so that each depth meets each filler.
         filler = self._fillers[index // self._depths % len(self._fillers)]
         return (self._at_the_end if task in AT_THE_END else self._within)(task, length, index, filler)
 
@@ -226,7 +230,7 @@ class Prompts:
 
 
 def digest(text: corpus.Corpus | None) -> str:
-    """Says whether two evaluations drew their prompts from the same text."""
+    """Returns a digest that tells whether two evaluations drew their prompts from the same text."""
     whole = hashlib.sha256()
     for blob, weight in zip(text.blobs, text.weights) if text else ():
         whole.update(f"{weight} {len(blob)} ".encode() + blob)
@@ -234,7 +238,9 @@ def digest(text: corpus.Corpus | None) -> str:
 
 
 def load_text(trained_on: list[str], unseen: list[str]) -> corpus.Corpus | None:
-    """Text the model has not seen: the held-out part of the folders it was trained on, and all of the others."""
+    """Loads text that the model has not seen: the held-out part of the folders it was trained on, and all of the
+    others.
+    """
     parts = [corpus.load(trained_on, held_out=True)] if trained_on else []
     for folder in unseen:
         both = []

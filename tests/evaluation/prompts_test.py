@@ -1,4 +1,4 @@
-"""Every prompt has its exact length, its answer at its depth, and is made the same way twice. Standard library only."""
+"""Tests that every prompt has its exact length and its answer at its depth, and is made the same way twice."""
 
 import random
 import re
@@ -114,7 +114,9 @@ class AskedWithin(unittest.TestCase):
 
 
 class WordsAsTokens(unittest.TestCase):
-    """TokenizerCodec.fit_graded() over a tokenizer made here: a token is a word with the blank before it; BOS first."""
+    """Tests TokenizerCodec.fit_graded() with a tokenizer made here: BOS first, then a token per word with the blank
+    before it.
+    """
 
     class Tokenizer:
         def encode(self, text):

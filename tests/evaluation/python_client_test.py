@@ -1,8 +1,8 @@
-"""The Python client, and evaluate.py, against real processes of this build.
+"""Tests the Python client, and evaluate.py, against real processes of this build.
 
     python3 tests/evaluation/python_client_test.py build/release/bin
 
-Exit code 77 (skipped, for CTest) without the client's packages or the weights of model/tiny.
+Exits with 77 (skipped, for CTest) without the client's packages or the weights of model/tiny.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ PROMPT = [256, *b"The old fisher carried a lantern to the harbour, and the harbo
 
 
 class Frames(unittest.TestCase):
-    """TransferCheck on frames made here: 2 layers, 3 blocks of 16 tokens, 2 heads of 4."""
+    """Tests TransferCheck on frames made here: 2 layers, 3 blocks of 16 tokens, 2 heads of 4."""
 
     def setUp(self):
         self.layout = wire.KvLayout(
@@ -112,7 +112,7 @@ class Frames(unittest.TestCase):
 
 
 class Grading(unittest.TestCase):
-    """What evaluate.py makes of a graded prompt of 20 tokens with answers at 5 to 8 and 12 to 13."""
+    """Tests what evaluate.py makes of a graded prompt of 20 tokens with answers at 5 to 8 and 12 to 13."""
 
     PROMPT = prompts.Prompt("interleaved", 20, 0, [256] * 20, spans=((5, 8), (12, 13)), text_bytes=19)
 
@@ -147,7 +147,7 @@ class Live(unittest.TestCase):
             return to_float32(stream.read_all()), stream
 
     def by_token(self, cache, stream):
-        """[layers, 2, tokens, heads, head_dim] from any layout."""
+        """Converts any layout to [layers, 2, tokens, heads, head_dim]."""
         if wire.enum_name("KvOrder", stream.layout.order) == "hnd":
             cache = cache.swapaxes(3, 4)
         return cache.reshape(*cache.shape[:2], -1, *cache.shape[-2:])[:, :, : len(PROMPT)]
@@ -206,7 +206,7 @@ class Live(unittest.TestCase):
                 stream.read_all()
             audit = stream.result.total.recall
             heads = getattr(audit, kind).heads
-            # Of the last layer one query is computed, exactly.
+            # In the last layer one query is computed, exactly.
             self.assertEqual(len(heads), (info.num_layers - 1) * info.num_heads)
             self.assertTrue(0 < min(heads) <= getattr(audit, kind).mean <= 1)
             self.assertEqual(len(audit.shared.heads), 0)
@@ -276,7 +276,7 @@ class Live(unittest.TestCase):
         self.assertEqual(self.server.server_info().running_requests, 0)
 
     def evaluate(self, out, *arguments, until=None):
-        """Ctrl-C comes once until() holds."""
+        """Runs evaluate.py, and sends it Ctrl-C once until() holds."""
         command = [sys.executable, "-B", Path(__file__).with_name("evaluate.py"), "--out", out,
                    "--server", self.processes.server, "--worker", self.processes.worker, *arguments]  # fmt: skip
         environment = {**os.environ, "PYTHONPATH": str(CLIENT)}

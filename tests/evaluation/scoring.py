@@ -1,4 +1,4 @@
-"""From one answer to a record, from records to the summary. Standard library only."""
+"""Turns an answer into a record, and records into the summary. Standard library only."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ def _share_right(record: dict) -> float:
 
 
 def score(records: list[dict]) -> Estimate:
-    """Share of questions answered. Those of one prompt are not independent: several count as one mean per prompt."""
+    """Returns the share of questions answered. The questions of one prompt are not independent, so several count as one
+    mean per prompt.
+    """
     if all(r.get("asked", 1) == 1 for r in records):
         return intervals.proportion(sum(r["right"] for r in records), len(records))
     return intervals.mean([_share_right(r) for r in records]).clipped(0, 1)
 
 
 def difference(pairs: list[tuple[dict, dict]]) -> Estimate:
-    """Of score(), first minus second, on the same prompts."""
+    """Returns the difference of score(), first minus second, on the same prompts."""
     if all(r.get("asked", 1) == 1 for pair in pairs for r in pair):
         return intervals.paired_difference([(bool(a["right"]), bool(b["right"])) for a, b in pairs])
     return intervals.mean([_share_right(a) - _share_right(b) for a, b in pairs]).clipped(-1, 1)
@@ -46,10 +48,10 @@ def nats_per_token(record: dict) -> float:
 
 
 def density_in_large_model(density: float, heads: int, pivots: int) -> float:
-    """The density if the same pivots stood among 1024 heads, the others being as dense as they are here.
+    """Estimates the density if the same pivots stood among 1024 heads, the others being as dense as they are here.
 
-    Pivots are computed whole and their number grows with the kinds of heads, not with the heads; in
-    a small model they are most of what is computed.
+    Pivots are computed whole and their number grows with the kinds of heads, not with the heads; in a small model they
+    are most of what is computed.
     """
     if pivots >= heads or heads >= LARGE_MODEL_HEADS:
         return density
@@ -59,7 +61,7 @@ def density_in_large_model(density: float, heads: int, pivots: int) -> float:
 
 
 def summarize(records: list[dict], setting_order: list[str]) -> dict:
-    """Every figure of the evaluation; see README.md of this folder for the fields."""
+    """Computes every figure of the evaluation. README.md of this folder explains the fields."""
     cells: dict[tuple[str, str, int], dict[int, dict]] = defaultdict(dict)
     for record in records:
         cells[record["setting"], record["task"], record["length"]][record["index"]] = record
@@ -86,7 +88,7 @@ def _cost(records: list[dict]) -> dict:
         values = [r[field] for r in timed if field in r]
         return round(median(values) / 1000, 2) if values else None
 
-    # Measuring recall takes time of its own.
+    # Measuring recall takes time, so the times of those records are left out if there are others.
     timed = [r for r in records if "recall" not in r] or records
     large = [density_in_large_model(r["density"], r["heads"], r["pivot_heads"]) for r in records]
     return {
@@ -103,7 +105,7 @@ def _cost(records: list[dict]) -> dict:
 
 
 def _pairs(cells, cell) -> list[tuple[dict, dict]]:
-    """(this setting's, dense's) on the prompts that both have done; none for dense itself."""
+    """Returns (this setting's, dense's) on the prompts that both have done; none for dense itself."""
     setting, task, length = cell
     here, dense = cells[cell], cells.get((DENSE, task, length), {})
     return [] if setting == DENSE else [(here[i], dense[i]) for i in here if i in dense]
@@ -160,7 +162,7 @@ def _nats_in(record: dict, part: int) -> float:
 
 
 def _to_dense(nats: list[float]) -> dict | None:
-    """The ratio of perplexities, from the differences text by text."""
+    """Returns the ratio of perplexities, from the differences text by text."""
     return _exponential(intervals.mean(nats)).rounded() if nats else None
 
 
@@ -173,7 +175,7 @@ def _exp(x: float) -> float:
 
 
 def _overall(tasks: list[dict]) -> list[dict]:
-    """Mean over the tasks of one group, each counting alike, per length and setting."""
+    """Returns the mean over the tasks of one group, with equal weights, per length and setting."""
     groups = defaultdict(list)
     for cell in tasks:
         groups[cell["length"], cell["setting"], cell["asked"]].append(cell)
@@ -198,7 +200,7 @@ def _overall(tasks: list[dict]) -> list[dict]:
 
 
 def interpolate(curve: list[tuple[float, float]], x: float) -> tuple[float, bool]:
-    """(y at x, whether x lies within the curve); beyond its ends the nearest point counts."""
+    """Returns (y at x, whether x lies within the curve). Beyond its ends the nearest point counts."""
     curve = sorted(curve)
     for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
         if x0 <= x <= x1:
@@ -208,7 +210,8 @@ def interpolate(curve: list[tuple[float, float]], x: float) -> tuple[float, bool
 
 
 def _at_equal_density(tasks: list[dict]) -> list[dict]:
-    """Each share setting beside every other choice at the same density, read off the line between its settings."""
+    """Compares each share setting with every other family at the same density, read off the line between its settings.
+    """
     curves = defaultdict(list)
     for cell in tasks:
         if _parsed(cell["setting"]).policy in COMPARED_WITH_SHARE:
@@ -237,12 +240,12 @@ def _at_equal_density(tasks: list[dict]) -> list[dict]:
 
 
 def percentile(values: list[float], share: float) -> float:
-    """The least value that at least `share` of the values do not exceed."""
+    """Returns the smallest value that at least `share` of the values do not exceed."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def _recall(cells, order: list[tuple[str, str, int]]) -> list[dict]:
-    """Per length, setting and kind of head: over all heads of all prompts that were measured."""
+    """Returns recall by length, setting and kind of head, over all heads of all prompts that were measured."""
     heads = defaultdict(list)
     prompts = defaultdict(int)
     for cell in order:

@@ -1,4 +1,4 @@
-"""Intervals, settings, scores, the journal and the summary. Standard library only."""
+"""Tests intervals, settings, scores, the journal and the summary. Standard library only."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def answered(setting, index, right, *, task="pass_key", length=2048, **fields):
 
 class Intervals(unittest.TestCase):
     def test_proportion_agrees_with_published_values(self):
-        # Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
+        # These are from table I of Newcombe 1998: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
         for right, count, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
                                         (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):  # fmt: skip
             made = intervals.proportion(right, count)
@@ -96,7 +96,8 @@ class Scores(unittest.TestCase):
         self.assertFalse(scoring.is_right(b"123", b"12"))
 
     def test_questions_of_one_prompt_count_as_one_mean(self):
-        # 90 % of 400 questions, but half of the prompts have all right: a spread that 400 independent ones would hide.
+        # The share is 90 % of 400 questions, but half of the prompts have all right. 400 independent answers would hide
+        # that spread.
         records = [answered("dense", i, 40 if i < 5 else 32, asked=40) for i in range(10)]
         made = scoring.score(records)
         self.assertAlmostEqual(made.value, 0.9)
@@ -114,7 +115,7 @@ class Scores(unittest.TestCase):
         self.assertEqual(scoring.score(records), intervals.proportion(15, 20))
 
     def test_pivots_weigh_less_among_1024_heads(self):
-        # 6 pivots and 58 heads of density 0.25.
+        # There are 6 pivots and 58 heads of density 0.25.
         density = (6 + 58 * 0.25) / 64
         self.assertAlmostEqual(scoring.density_in_large_model(density, 64, 6), 6 / 1024 + (1 - 6 / 1024) * 0.25)
         self.assertEqual(scoring.density_in_large_model(0.3, 1024, 12), 0.3)
@@ -182,7 +183,7 @@ class Summary(unittest.TestCase):
     def test_perplexity_is_compared_prompt_by_prompt(self):
         cell = next(c for c in self.summary["text"] if c["setting"] == "share:gamma=0.9")
         ratio = cell["perplexity_to_dense"]
-        # Every text is worse by 0.01 nats but in its last eighth: no spread, though the texts differ.
+        # Every text is worse by 0.01 nats except in its last eighth, so there is no spread, though the texts differ.
         self.assertAlmostEqual(ratio["value"], math.exp(0.01 * 7 / 8), places=4)
         self.assertAlmostEqual(ratio["high"] - ratio["low"], 0, places=4)
         self.assertEqual([round(p["to_dense"]["value"], 4) for p in cell["by_part"]], [1.0101] * 7 + [1.0])
@@ -234,7 +235,7 @@ class Summary(unittest.TestCase):
         self.assertEqual(rows["shared"]["fifth_percentile"], 0.8)
         self.assertEqual(rows["vertical_slash"]["lowest"], 0.7)
         self.assertIn("5th percentile", table.render(summary))
-        # Times are those of the prompt that was not measured.
+        # Times are those of the prompt whose recall was not measured.
         self.assertEqual(summary["tasks"][0]["compute_ms"], 1.0)
 
     def test_percentile_is_one_of_the_values(self):

@@ -1,4 +1,4 @@
-"""What is compared: an attention policy with the thresholds a request sets. Standard library only."""
+"""The settings that are compared: an attention policy with the thresholds a request sets. Standard library only."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """As parse() takes it: share:gamma=0.9,tau=0.4."""
+        """Returns the name that parse() takes: share:gamma=0.9,tau=0.4."""
         return self.policy + ("" if not self.thresholds else ":" + self._listed(self.thresholds))
 
     @property
     def family(self) -> str:
-        """The name without gammas or density: the settings of one family are the points of one curve."""
+        """Returns the name without gammas or density. The settings of one family are the points of one curve."""
         rest = [t for t in self.thresholds if t[0] not in AMOUNTS]
         return self.policy + ("" if not rest else ":" + self._listed(rest))
 
@@ -51,7 +51,7 @@ class Setting:
 
 
 def parse(text: str) -> list[Setting]:
-    """`share:gamma=0.8/0.9,tau=0.4` -> two settings. ValueError names what is wrong."""
+    """Turns `share:gamma=0.8/0.9,tau=0.4` into two settings. Raises ValueError that says what is wrong."""
     policy, _, listed = text.partition(":")
     if policy not in POLICIES:
         raise ValueError(f"policy {policy!r} unknown; one of {', '.join(POLICIES)}")
@@ -68,5 +68,5 @@ def parse(text: str) -> list[Setting]:
 
 
 def parse_all(texts: list[str]) -> list[Setting]:
-    """In the order given, each once."""
+    """Parses settings in the order given, each once."""
     return list(dict.fromkeys(setting for text in texts for setting in parse(text)))

@@ -1,4 +1,4 @@
-"""The summary as text: a table for a terminal, and JSON with a line per cell for a file."""
+"""Writes the summary as text: a table for a terminal, and JSON with a line per cell for a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def columns(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _points(estimate: dict | None, sign: str = "") -> str:
-    """In percent, with the interval."""
+    """Formats an estimate in percent, with the interval."""
     if estimate is None:
         return ""
     value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
@@ -24,7 +24,7 @@ def _points(estimate: dict | None, sign: str = "") -> str:
 
 
 def _overview(summary: dict) -> list[str]:
-    """The two means side by side, and perplexity."""
+    """Formats the two means side by side, and perplexity."""
     groups = {(r["length"], r["setting"], r["asked"]): r for r in summary["overall"]}
     text = {(c["length"], c["setting"]): c["perplexity_to_dense"] for c in summary["text"]}
     rows = []
@@ -44,7 +44,7 @@ def _overview(summary: dict) -> list[str]:
 def _ratio(estimate: dict | None) -> str:
     if not estimate:
         return ""
-    # Of two or three texts the interval may be as wide as the world.
+    # The interval of two or three texts may be too wide to mean anything.
     interval = "[{low:.4f}, {high:.4f}]".format(**estimate) if estimate["high"] < 100 else "[?]"
     return f"{estimate['value']:.4f} {interval}"
 
@@ -84,7 +84,7 @@ def _scores(summary: dict, length: int, asked: str) -> list[str]:
 
 
 def _text(summary: dict) -> list[str]:
-    """Whole texts, and the ratio in each part of them."""
+    """Formats whole texts, and the ratio in each part of them."""
     parts = max(len(c["by_part"]) for c in summary["text"])
     rows = [
         [

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The clustering step: on planted heads, and on what prefill-calibrate records of the embedded model.
+"""Tests the clustering step on planted heads, and on what prefill-calibrate records of the embedded model.
 
 cluster_heads_test.py FOLDER_OF_PROGRAMS. Needs NumPy, SciPy and safetensors; without them it exits with 77, skipped.
 """
@@ -38,7 +38,7 @@ import simulation  # noqa: E402
 PROGRAMS = Path(sys.argv.pop()) if len(sys.argv) > 1 else None
 LAYERS, HEADS, BLOCK, BLOCKS = 3, 8, 64, 32
 FINGERPRINT = "0123456789abcdef" * 2
-# Planted, as layer * HEADS + head.
+# These are the planted heads, as layer * HEADS + head.
 LOCAL = (0, 1, 2, 3, 9, 10)  # the first key and the neighbourhood: vertical-slash has all of it
 TOPICS = (4, 5, 8, 11, 12, 16, 17)  # earlier blocks about the same topic: the last row tells little of the others
 STRIDED = (6, 7, 13, 18, 19)  # every fourth block
@@ -46,7 +46,7 @@ LONERS = (14, 15, 20, 21, 22, 23)  # columns of their own
 
 
 def planted_map(head: int, prompt: int) -> np.ndarray:
-    """[BLOCKS, BLOCKS] mass; rows sum to 1."""
+    """Makes mass [BLOCKS, BLOCKS] whose rows sum to 1."""
     row, column = np.indices((BLOCKS, BLOCKS))
     if head in LOCAL:
         mass = 8.0 * (column == 0) + 2.0 ** (column - row)
@@ -63,7 +63,7 @@ def planted_map(head: int, prompt: int) -> np.ndarray:
 
 
 def vertical_slash_by_definition(vertical, slash, gamma: float, min_budget: int) -> np.ndarray:
-    """Bool [BLOCKS, BLOCKS], token by token."""
+    """Makes the pattern token by token, as bool [BLOCKS, BLOCKS]."""
     kept = []
     for mass in (vertical, slash):
         order, chosen, held = sorted(range(len(mass)), key=lambda i: (-mass[i], i)), {0}, 0.0
@@ -115,7 +115,7 @@ def write_dump(path: Path, domain: str, prompt: int, spoil: bool = False) -> Non
 
 
 def run(*arguments: object) -> str:
-    """cluster_heads.py, and what it printed."""
+    """Runs cluster_heads.py and returns what it printed."""
     printed = io.StringIO()
     with mock.patch.object(sys, "argv", ["cluster_heads.py", *map(str, arguments)]), redirect_stdout(printed):
         cluster_heads.main()

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The step that looks for heads worth computing exactly: on made-up runs, and with prefilld over the embedded model.
+"""Tests the step that looks for heads worth computing exactly, on made-up runs, and with prefilld over the embedded
+model.
 
 exact_heads_test.py FOLDER_OF_PROGRAMS. The second part needs the Python client's packages (grpcio, protobuf, numpy,
 xxhash); without them the script exits with 77, skipped.

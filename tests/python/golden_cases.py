@@ -88,7 +88,7 @@ CASES = (
          shards=2),
 )
 
-# Configurations whose rotation alone is compared: the published parameters of real models.
+# Only the rotation of these configurations is compared. They have the published parameters of real models.
 ROPE_ONLY = {
     "llama-2-7b": ("llama", dict(head_dim=128, max_position_embeddings=4096,
                                  rope_parameters=rope("default"))),
@@ -125,14 +125,14 @@ def hf_config(model_type, overrides):
 
 
 def _mix(x):
-    """The finaliser of SplitMix64."""
+    """Computes the finaliser of SplitMix64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def _stream(name, count):
-    """`count` 64-bit numbers that depend on the name (FNV-1a) and the index alone."""
+    """Makes `count` 64-bit numbers that depend on the name (FNV-1a) and the index alone."""
     seed = 0xCBF29CE484222325
     for byte in name.encode():
         seed = ((seed ^ byte) * 0x100000001B3) % 2**64
@@ -142,21 +142,22 @@ def _stream(name, count):
 
 
 def tensor_values(name, shape, mean, shift):
-    """mean + k / 2^shift, k a signed byte."""
+    """Makes mean + k / 2^shift, where k is a signed byte."""
     k = (_stream(name, int(np.prod(shape))) >> np.uint64(56)).astype(np.uint8).view(np.int8)
     return (mean + k.astype(np.float32) * np.float32(2.0**-shift)).reshape(shape)
 
 
 def distribution(name, shape):
-    """(mean, shift) of a tensor, such that activations stay near 1 and attention is peaked, but
-    not so much that a rounding error to bf16 moves it to another key."""
+    """Returns (mean, shift) of a tensor, such that activations stay near 1 and attention is peaked, but not so much
+    that a rounding error to bf16 moves it to another key.
+    """
     if "norm" in name:
         return 1.0, 7
     if name.endswith(".bias"):
         return 0.0, 8
     if "embed_tokens" in name:
         return 0.0, 7
-    # A projection multiplies the scale of its input by `gain`: a byte deviates by 74.
+    # A byte deviates by 74, and a projection is to multiply the scale of its input by `gain`.
     gain = 1.6 if "q_proj" in name or "lm_head" in name else 0.8
     return 0.0, round(math.log2(74 * math.sqrt(shape[-1]) / gain))
 
@@ -166,7 +167,7 @@ def prompt_tokens(case, count, vocab_size):
 
 
 def position_signs(count):
-    """+1 or -1 per position: a sum with these notices a value that moved to another position."""
+    """Returns +1 or -1 per position. A sum with these signs shows when a value moved to another position."""
     return np.where(_stream("signs", count) >> np.uint64(63), -1.0, 1.0)
 
 

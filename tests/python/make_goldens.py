@@ -45,7 +45,7 @@ def build_model(case):
 
 
 def old_form(config, kind_key):
-    """config.json as transformers 4 wrote it: rope_theta and rope_scaling."""
+    """Converts config.json to the form of transformers 4, with rope_theta and rope_scaling."""
     parameters = dict(config.pop("rope_parameters"))
     config["rope_theta"] = parameters.pop("rope_theta")
     kind = parameters.pop("rope_type")
@@ -62,7 +62,7 @@ def config_json(case, model):
 
 
 def checkpoint_recipe(case, model):
-    """Tensors dealt out to the shards in turn."""
+    """Deals out the tensors to the shards in turn."""
     names = ["model.safetensors"]
     if case.shards > 1:
         names = [f"model-{i + 1:05}-of-{case.shards:05}.safetensors" for i in range(case.shards)]

@@ -1,4 +1,6 @@
-"""The trainer's decoder, in both shapes. Needs PyTorch and safetensors; exit code 77 (skipped, for CTest) without them."""
+"""Tests the trainer's decoder, in both shapes. Needs PyTorch and safetensors; exits with 77 (skipped, for CTest)
+without them.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ CONFIGS = {name: json.loads((TINY / f"{name}.json").read_text()) for name in ("c
 
 
 def made(name: str) -> Decoder:
-    """With every tensor away from where training starts it."""
+    """Makes a decoder whose every tensor differs from where training starts it."""
     torch.manual_seed(1)
     model = Decoder({**CONFIGS[name], "num_hidden_layers": 2}, torch.float32)
     with torch.no_grad():
