@@ -65,7 +65,7 @@ void JoinBlocks(absl::Span<const float> mass, int64_t num_tokens, int block_toke
     const int64_t first = cell * cell_blocks;
     const int64_t end = std::min(first + cell_blocks, blocks);
     for (int64_t row = first; row < end; ++row) {
-      // The last block may have fewer queries, and counts for so much less.
+      // The last block may have fewer queries, and then weighs accordingly less.
       const int64_t queries = std::min<int64_t>(block_tokens, num_tokens - row * block_tokens);
       for (int64_t column = 0; column <= row; ++column) {
         row_of_cells[column / cell_blocks] +=

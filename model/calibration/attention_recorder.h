@@ -37,20 +37,20 @@ namespace prefilld::model {
 struct RecorderOptions {
   int64_t max_tokens = 0;  // longest prompt; fixes the workspace
   int block_tokens = 128;  // 64 or 128, as the server that will use the clusters
-  // Largest number of cells a side; blocks are joined by the smallest whole number that gets
-  // there. 0: every block is a cell. The file is then what larger blocks would have given.
+  // The largest number of cells a side. Blocks are joined by the smallest whole number that
+  // satisfies it; the values are then those of larger blocks. 0: every block is a cell.
   int64_t max_grid = 0;
   float gamma = 0.9f;               // of the vertical-slash sets, (0, 1]
   int64_t min_budget_tokens = 128;  // likewise
 };
 
-// Blocks per cell and side for a prompt.
+// Returns the blocks per cell and side for a prompt.
 int64_t CellBlocks(int64_t num_tokens, const RecorderOptions& options);
 
 std::vector<TensorShape> RecordedTensors(const ModelConfig& config, int64_t num_tokens,
                                          const RecorderOptions& options);
 
-// Text form of what the values depend on: format, model_fingerprint, num_layers, num_heads,
+// Returns, as text, what the values depend on: format, model_fingerprint, num_layers, num_heads,
 // num_tokens, block_tokens, cell_blocks, gamma, min_budget_tokens. The caller adds what it knows of
 // the prompt.
 std::map<std::string, std::string> CalibrationMetadata(const ModelConfig& config,
@@ -64,14 +64,14 @@ std::map<std::string, std::string> CalibrationMetadata(const ModelConfig& config
 // head's block mass or one of the other tensors. Not thread-safe.
 class AttentionRecorder {
  public:
-  // All borrowed; they outlive the recorder.
+  // All parameters are borrowed and must outlive the recorder.
   static absl::StatusOr<std::unique_ptr<AttentionRecorder>> Create(Device* device,
                                                                    const ModelConfig* config,
                                                                    const Weights* weights,
                                                                    const RecorderOptions& options);
 
-  // Appends RecordedTensors() to `file`. Takes 1 .. max_tokens ids below vocab_size. `progress`
-  // hears of every layer that is done.
+  // Records a prompt of 1 .. max_tokens ids below vocab_size and appends RecordedTensors() to
+  // `file`. Calls `progress` after every layer.
   absl::Status Record(absl::Span<const uint32_t> tokens, SafetensorsWriter& file,
                       absl::FunctionRef<void(int layer)> progress);
 
@@ -81,7 +81,7 @@ class AttentionRecorder {
 
   absl::Status Allocate(const Weights* weights);
 
-  // The stages of a layer, in order; queries are overwritten by the second.
+  // These are the stages of a layer, in order. The second overwrites the queries.
   absl::Status RecordEstimate(SafetensorsWriter& file);
   absl::Status RecordMass(SafetensorsWriter& file);
   absl::Status RecordVerticalSlash(SafetensorsWriter& file);
@@ -98,7 +98,7 @@ class AttentionRecorder {
   const RecorderOptions options_;
   std::unique_ptr<LayerStep> step_;
 
-  // Device memory; H heads, n blocks, W words of a pattern's row.
+  // These lie in device memory. H is heads, n blocks, W words of a pattern's row.
   DeviceBuffer keys_, values_;  // [num_kv_heads, max_tokens rounded up, head_dim]
   std::unique_ptr<HeadEstimate> estimate_;
   DeviceBuffer vertical_slash_patterns_;  // [H, n, W]
@@ -112,8 +112,8 @@ class AttentionRecorder {
   std::vector<float> cells_;  // [c, c]
 };
 
-// Joins blocks into cells: sum over the columns of a cell, mean over its query rows. `mass` is
-// [num_blocks, num_blocks], `cells` [c, c].
+// Joins blocks into cells: sums the columns of a cell and takes the mean over its query rows.
+// `mass` is [num_blocks, num_blocks], `cells` [c, c].
 void JoinBlocks(absl::Span<const float> mass, int64_t num_tokens, int block_tokens,
                 int64_t cell_blocks, absl::Span<float> cells);
 

@@ -25,7 +25,7 @@ absl::Status Invalid(const std::string& path, absl::string_view reason) {
   return absl::InvalidArgumentError(absl::StrCat(path, ": ", reason));
 }
 
-// The files a path stands for.
+// Lists the files that a path stands for.
 absl::StatusOr<std::vector<std::string>> Expand(const std::string& path) {
   std::error_code error;
   const fs::file_status status = fs::status(path, error);

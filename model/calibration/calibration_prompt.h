@@ -19,16 +19,16 @@ struct CalibrationPrompt {
   std::string FileName() const { return domain + "." + name + ".safetensors"; }
 };
 
-// A prompt from what a file says. `path` ends in one of
+// Makes a prompt from the content of a file. `path` ends in one of
 //   .json  a list of token ids, or {"token_ids": [...], "domain": "..."}; other keys are not read
 //   .txt   text for byte-level models: one token per byte, after the token `bos` (-1: none)
 // INVALID_ARGUMENT begins with the path.
 absl::StatusOr<CalibrationPrompt> ParseCalibrationPrompt(const std::string& path,
                                                          absl::string_view content, int bos);
 
-// The prompts of all paths, in the order given; a folder stands for the .json and .txt files in
-// and below it, sorted. Ids are checked against vocab_size and lengths against max_tokens; no two
-// prompts may have one FileName. NOT_FOUND and INVALID_ARGUMENT begin with the path.
+// Reads the prompts of all paths in the order given. A folder stands for the .json and .txt files
+// in it and below, sorted. Ids are checked against vocab_size and lengths against max_tokens, and
+// no two prompts may have the same FileName. NOT_FOUND and INVALID_ARGUMENT begin with the path.
 absl::StatusOr<std::vector<CalibrationPrompt>> ReadCalibrationPrompts(
     const std::vector<std::string>& paths, int bos, int64_t vocab_size, int64_t max_tokens);
 

@@ -1,4 +1,4 @@
-// prefill-calibrate: records what a model's heads attend to, prompt by prompt.
+// prefill-calibrate records what a model's heads attend to, prompt by prompt.
 #include <unistd.h>
 
 #include <algorithm>
@@ -17,7 +17,7 @@
 namespace prefilld::model {
 namespace {
 
-// A model ready to run.
+// A device with a model, ready to run.
 struct Loaded {
   ModelConfig config;
   std::unique_ptr<Device> device;

@@ -21,7 +21,7 @@ struct CalibrateOptions {
   RecorderOptions recorder;  // max_tokens is left to the prompts
 };
 
-// INVALID_ARGUMENT lists every problem.
+// Reads the command line. INVALID_ARGUMENT lists every problem.
 absl::StatusOr<CalibrateOptions> OptionsFromCommandLine(int argc, char** argv);
 
 }  // namespace prefilld::model

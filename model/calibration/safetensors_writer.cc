@@ -16,7 +16,7 @@ static_assert(std::endian::native == std::endian::little, "safetensors are littl
 absl::StatusOr<std::unique_ptr<SafetensorsWriter>> SafetensorsWriter::Create(
     const std::string& path, const std::vector<TensorShape>& tensors,
     const std::map<std::string, std::string>& metadata) {
-  // Ordered: readers may expect the data in the header's order.
+  // The object keeps its order, because readers may expect the data in the header's order.
   nlohmann::ordered_json header;
   header["__metadata__"] = metadata;
   int64_t bytes = 0;

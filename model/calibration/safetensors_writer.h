@@ -1,4 +1,4 @@
-// Writing a safetensors file of fp32 tensors piece by piece, so that it may be larger than memory.
+// Writes a safetensors file of fp32 tensors piece by piece, so that it may be larger than memory.
 #ifndef PREFILLD_MODEL_CALIBRATION_SAFETENSORS_WRITER_H_
 #define PREFILLD_MODEL_CALIBRATION_SAFETENSORS_WRITER_H_
 
@@ -20,9 +20,9 @@ struct TensorShape {
   std::vector<int64_t> shape;
 };
 
-// The header is written first, from the shapes; the values follow in the order of `tensors`. The
-// file has the suffix ".part" until Finish gives it its name, and is removed when that never
-// happens: what bears the name is whole. Errors begin with the path. Not thread-safe.
+// The header is written first, from the shapes, and the values follow in the order of `tensors`.
+// The file has the suffix ".part" until Finish renames it, and is removed if Finish is never
+// called, so a file without the suffix is whole. Errors begin with the path. Not thread-safe.
 class SafetensorsWriter {
  public:
   static absl::StatusOr<std::unique_ptr<SafetensorsWriter>> Create(
@@ -32,13 +32,13 @@ class SafetensorsWriter {
   SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
   ~SafetensorsWriter();
 
-  // The next values; pieces need not end where tensors do.
+  // Writes the next values. Pieces may end anywhere.
   absl::Status Append(absl::Span<const float> values);
 
-  // FAILED_PRECONDITION when the tensors are not filled exactly.
+  // Renames the file. FAILED_PRECONDITION when the tensors are not filled exactly.
   absl::Status Finish();
 
-  int64_t file_bytes() const { return file_bytes_; }  // when finished
+  int64_t file_bytes() const { return file_bytes_; }  // valid after Finish
 
  private:
   explicit SafetensorsWriter(const std::string& path) : path_(path), part_path_(path + ".part") {}

@@ -44,7 +44,7 @@ class PagedDecoder final : public Decoder {
   int64_t block_elements() const {
     return int64_t{block_tokens_} * config_.num_kv_heads * config_.head_dim;
   }
-  // Within a block, in elements.
+  // These are the strides within a block, in elements.
   int64_t head_stride() const {
     return order_ == kernels::KvOrder::kNhd ? config_.head_dim
                                             : int64_t{block_tokens_} * config_.head_dim;
@@ -127,8 +127,8 @@ absl::Status PagedDecoder::StoreBlocks(int layer, bool is_value,
   }
   if (absl::Status status = CheckBlocks(pool_blocks); !status.ok()) return status;
 
-  // Copied in runs that are contiguous on both sides: neighbouring pool blocks as one where all
-  // heads come, the heads of a block (HND) or of a token (NHD) where a part of them does.
+  // Copies runs that are contiguous on both sides. If all heads come, a run is one or more
+  // neighbouring pool blocks; otherwise it is the heads of a block (HND) or of a token (NHD).
   const bool all_heads = num_heads == config_.num_kv_heads;
   const int64_t runs_per_block = !all_heads && order_ == kernels::KvOrder::kNhd ? block_tokens_ : 1;
   const size_t element = kernels::SizeOf(kv_dtype());

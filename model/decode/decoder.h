@@ -1,4 +1,4 @@
-// Decoding over a paged KV cache: the reference decode worker's model half.
+// Decoding over a paged KV cache, for the reference decode worker.
 #ifndef PREFILLD_MODEL_DECODE_DECODER_H_
 #define PREFILLD_MODEL_DECODE_DECODER_H_
 
@@ -25,9 +25,9 @@ struct DecoderOptions {
   int64_t pool_tokens = 0;  // capacity of the KV pool in tokens, over all sequences
 };
 
-// One model, one device, one pool of KV blocks in the device's compute dtype. Pool blocks are
-// numbered 0 .. num_pool_blocks() - 1; who owns which is the caller's business. StoreBlocks and
-// Step may be called from different threads; Steps exclude each other.
+// One model on one device, with one pool of KV blocks in the device's compute dtype. Pool blocks
+// are numbered 0 .. num_pool_blocks() - 1, and the caller keeps account of who owns them.
+// StoreBlocks and Step may be called from different threads; Steps exclude each other.
 class Decoder {
  public:
   static absl::StatusOr<std::unique_ptr<Decoder>> Create(const DecoderOptions& options);
@@ -38,18 +38,18 @@ class Decoder {
   virtual const std::string& device_name() const = 0;
   virtual kernels::DType kv_dtype() const = 0;
   virtual int64_t num_pool_blocks() const = 0;
-  // Bytes of one block of one layer, K or V.
+  // Returns the bytes of one block of one layer, K or V.
   virtual size_t block_bytes() const = 0;
 
-  // Copies packed K or V (is_value) of consecutive sequence blocks, all heads or the heads
-  // [first_head, first_head + num_heads), from host memory in this pool's order and dtype to the
-  // pool blocks named: data is [pool_blocks.size(), one block of num_heads heads].
+  // Copies packed K or V (is_value) of consecutive sequence blocks from host memory, in this pool's
+  // order and dtype, to the pool blocks named. The data are those of the heads [first_head,
+  // first_head + num_heads): [pool_blocks.size(), one block of num_heads heads].
   virtual absl::Status StoreBlocks(int layer, bool is_value, absl::Span<const int32_t> pool_blocks,
                                    int first_head, int num_heads, const void* data) = 0;
 
-  // One decode step of one sequence: the token at `position` (its KV is written to the pool),
-  // attending to positions 0 .. position. Returns the logits after it, [vocab_size].
-  // `rope_tokens` is the prompt's length (dynamic NTK fixes its base there).
+  // Computes one decode step of one sequence: the token at `position`, whose KV is written to the
+  // pool, attends to positions 0 .. position. Returns the logits after it, [vocab_size].
+  // `rope_tokens` is the prompt's length, at which dynamic NTK fixes its base.
   virtual absl::StatusOr<std::vector<float>> Step(uint32_t token, int64_t position,
                                                   int64_t rope_tokens,
                                                   absl::Span<const int32_t> block_table) = 0;

@@ -17,13 +17,13 @@ uint64_t Mix(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// Uniform in [0, 1), a pure function of its arguments.
+// Returns a number uniform in [0, 1), as a pure function of the arguments.
 double Uniform(uint64_t seed, int64_t position) {
   return static_cast<double>(Mix(Mix(seed) ^ static_cast<uint64_t>(position)) >> 11) * 0x1p-53;
 }
 
-// The ids by falling logit, lowest id first among equals; logits that are not numbers rank last.
-// Sorted no further than asked for: a draw rarely needs more than the head of a vocabulary.
+// The ids by falling logit, lowest id first among equals; NaNs rank last. They are sorted only as
+// far as asked for, because a draw rarely needs more than the head of a vocabulary.
 class Ranking {
  public:
   explicit Ranking(absl::Span<const float> logits) : logits_(logits), ids_(logits.size()) {
@@ -55,7 +55,7 @@ class Ranking {
   size_t sorted_ = 0;
 };
 
-// log(sum(exp(logits))) over the finite ones.
+// Computes log(sum(exp(logits))) over the finite logits.
 double LogSumExp(absl::Span<const float> logits, double largest) {
   double sum = 0.0;
   for (float logit : logits) {

@@ -1,5 +1,5 @@
-// From logits to a token. Host code, used by prefill for the first token and by decode for the
-// rest.
+// Draws tokens from logits, on the host. Prefill uses it for the first token, decode for the
+// others.
 #ifndef PREFILLD_MODEL_DECODE_SAMPLING_H_
 #define PREFILLD_MODEL_DECODE_SAMPLING_H_
 
@@ -13,7 +13,7 @@
 
 namespace prefilld::model {
 
-// See prefill/v1/sampling.proto for meaning and ranges.
+// prefill/v1/sampling.proto explains the fields and their ranges.
 struct SamplingOptions {
   float temperature = 0.0f;
   uint32_t top_k = 0;
@@ -31,11 +31,11 @@ struct SampledToken {
   std::vector<std::pair<uint32_t, float>> top_logprobs;  // descending
 };
 
-// INVALID_ARGUMENT names field, value and range.
+// Checks the ranges. INVALID_ARGUMENT names field, value and range.
 absl::Status Validate(const SamplingOptions& options);
 
-// `position` is that of the token being drawn: equal (logits, seed, position) draw equally.
-// INTERNAL when no logit is finite.
+// Draws a token. `position` is that of the token being drawn; equal (logits, seed, position) give
+// equal tokens. INTERNAL when no logit is finite.
 absl::StatusOr<SampledToken> Sample(absl::Span<const float> logits, const SamplingOptions& options,
                                     int64_t position);
 

@@ -21,7 +21,7 @@ namespace {
 
 namespace cpu = kernels::cpu;
 
-// A cache line, and the widest vector.
+// This is a cache line, and the width of the widest vector.
 constexpr size_t kAlignment = 64;
 
 class CpuOps final : public Ops {
@@ -64,8 +64,8 @@ class CpuOps final : public Ops {
   }
 
  private:
-  // The calling thread may be another one each time, and the number of OpenMP threads belongs to
-  // the thread.
+  // Sets the number of OpenMP threads at each call, because it belongs to the calling thread, which
+  // may be another one each time.
   template <typename Params>
   absl::Status Run(void (*op)(const Params&), const Params& params) {
     cpu::UseThreads(num_threads_);
@@ -114,7 +114,7 @@ class CpuDevice final : public Device {
     return std::chrono::duration<double, std::micro>(marks_[to] - marks_[from]).count();
   }
 
-  // On the calling thread, beside the ops.
+  // Runs on the calling thread, beside the ops.
   absl::Status PackKv(const kernels::PackKvParams& p) override {
     cpu::PackKv(p);
     return absl::OkStatus();

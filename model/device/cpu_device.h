@@ -1,4 +1,4 @@
-// The device over kernels/cpu: fp32 in ordinary memory, every op done when it returns.
+// The device over kernels/cpu: fp32 in ordinary memory. Every op is done when it returns.
 #ifndef PREFILLD_MODEL_DEVICE_CPU_DEVICE_H_
 #define PREFILLD_MODEL_DEVICE_CPU_DEVICE_H_
 
@@ -9,7 +9,7 @@
 
 namespace prefilld::model {
 
-// `num_threads` 0 means all cores; INVALID_ARGUMENT when negative.
+// Creates the device. num_threads 0 means all cores; INVALID_ARGUMENT when it is negative.
 absl::StatusOr<std::unique_ptr<Device>> CreateCpuDevice(int num_threads);
 
 }  // namespace prefilld::model

@@ -27,7 +27,7 @@ class CudaDevice final : public Device {
 
   const DeviceTraits& traits() const override { return traits_; }
   Ops& ops() override { return *ops_; }
-  // Device memory only.
+  // Counts device memory only.
   size_t allocated_bytes() const override { return allocated_bytes_.load(); }
 
   absl::StatusOr<DeviceBuffer> Allocate(size_t bytes) override;
@@ -60,15 +60,15 @@ class CudaDevice final : public Device {
       .compute_dtype = kernels::DType::kBf16, .asynchronous = true, .records = true};
   std::atomic<size_t> allocated_bytes_{0};
   CudaFault fault_;
-  cudaStream_t stream_ = nullptr;  // of the ops
+  cudaStream_t stream_ = nullptr;  // runs the ops
   cudaStream_t download_stream_ = nullptr;
-  cudaEvent_t download_ready_ = nullptr;  // on stream_: its source is written
+  cudaEvent_t download_ready_ = nullptr;  // recorded on stream_ when the source is written
   cudaEvent_t marks_[kNumMarks] = {};
   CudaPackLanes pack_lanes_;
   CudaRecordings recordings_;
   bool recording_ = false;          // ops are recorded, not run
-  bool recordings_failed_ = false;  // so nothing more is recorded
-  std::unique_ptr<CudaOps> ops_;    // on stream_
+  bool recordings_failed_ = false;  // nothing more is recorded then
+  std::unique_ptr<CudaOps> ops_;    // run on stream_
 };
 
 absl::StatusOr<std::unique_ptr<Device>> CudaDevice::Create(int ordinal) {
@@ -159,8 +159,8 @@ void CudaDevice::Free(MemoryKind kind, void* data, size_t bytes) {
 absl::Status CudaDevice::Upload(void* dst, const void* src, size_t bytes) {
   PREFILLD_RETURN_IF_ERROR(fault_.status());
   if (bytes == 0) return absl::OkStatus();
-  // From pageable memory the call returns once the driver has its own copy; from pinned memory it
-  // returns at once, and the caller's right to reuse the source has to be waited for.
+  // A copy from pageable memory returns once the driver has its own copy. From pinned memory it
+  // returns at once, so it has to be waited for before the caller may reuse the source.
   cudaPointerAttributes source = {};
   PREFILLD_RETURN_IF_ERROR(fault_.Check(cudaPointerGetAttributes(&source, src), "upload"));
   PREFILLD_RETURN_IF_ERROR(
@@ -200,7 +200,8 @@ absl::Status CudaDevice::Synchronize() {
 
 absl::Status CudaDevice::Mark(int mark) {
   PREFILLD_RETURN_IF_ERROR(fault_.status());
-  // Within a recording the event is to be recorded by each replay, as one of the outside.
+  // In a recording the event must be one that every replay records and that is visible outside of
+  // it.
   const unsigned flags = recording_ ? cudaEventRecordExternal : cudaEventRecordDefault;
   return fault_.Check(cudaEventRecordWithFlags(marks_[mark], stream_, flags), "mark");
 }
@@ -217,9 +218,9 @@ absl::StatusOr<double> CudaDevice::ElapsedUs(int from, int to) {
   return 1e3 * milliseconds;
 }
 
-// The first time the ops run, and find their algorithms on the way; the second time they are
-// recorded; from then on the recording does. A recording that fails, for lack of memory perhaps,
-// has queued nothing: the ops run then.
+// The first time a key comes, the ops run and find their algorithms. The second time they are
+// recorded, and from then on the recording is replayed. If recording fails, for lack of memory
+// perhaps, nothing has been queued, and the ops run.
 absl::Status CudaDevice::Repeat(const RecordingKey& key, absl::FunctionRef<absl::Status()> ops) {
   PREFILLD_RETURN_IF_ERROR(fault_.status());
   if (recordings_failed_) return ops();

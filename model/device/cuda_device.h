@@ -9,12 +9,12 @@
 
 namespace prefilld::model {
 
-// On the first visible CUDA device (CUDA_VISIBLE_DEVICES chooses). FAILED_PRECONDITION, with the
-// driver's reason, when there is none or it is older than compute capability 8.0.
+// Creates the device on the first visible GPU (CUDA_VISIBLE_DEVICES chooses). FAILED_PRECONDITION,
+// with the driver's reason, when there is none or it is older than compute capability 8.0.
 //
-// Ops run on one stream, PackKv on streams of its own. An error of the device itself (a fault in a
-// kernel, a lost GPU) is UNAVAILABLE, and the device is of no use from then on: every later call
-// returns the same error.
+// Ops run on one stream, and PackKv on streams of its own. An error of the device itself (a fault
+// in a kernel, a lost GPU) is UNAVAILABLE and cannot be recovered: every later call returns the
+// same error.
 absl::StatusOr<std::unique_ptr<Device>> CreateCudaDevice();
 
 }  // namespace prefilld::model

@@ -18,12 +18,12 @@ namespace prefilld::model {
 
 class CudaOps final : public Ops {
  public:
-  // All borrowed; they outlive the ops. `recordings` are cleared when the scratch of attention
-  // moves, because its address is in them.
+  // All parameters are borrowed and must outlive the ops. When the scratch of attention moves,
+  // `recordings` are cleared, because they hold its address.
   CudaOps(Device* device, cudaStream_t stream, CudaFault* fault, CudaRecordings* recordings)
       : device_(*device), stream_(stream), fault_(*fault), recordings_(*recordings) {}
 
-  // Allocates the workspace of products. Before any op.
+  // Allocates the workspace of products. Must be called before any op.
   absl::Status Initialize();
 
   absl::Status Embedding(const kernels::EmbeddingParams& params) override;

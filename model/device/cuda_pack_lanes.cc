@@ -68,10 +68,11 @@ cudaError_t CudaPackLanes::PackOnLane(const kernels::PackKvParams& params, Lane*
   return ConvertOnLane(params, lane);
 }
 
-// A kernel converts into the lane's memory. At the stream's priority its blocks go first wherever
-// an SM comes free, which between two tiles of a persistent kernel none does.
+// A kernel converts into the lane's memory. The stream has a higher priority, so the kernel's
+// blocks go first wherever an SM comes free; a persistent kernel frees none between two of its
+// tiles.
 cudaError_t CudaPackLanes::ConvertOnLane(const kernels::PackKvParams& params, Lane* lane) {
-  // K and V of one block, and of one block alone.
+  // These are the bytes of K and V of one block together, and of one of them.
   const auto pair_bytes = static_cast<size_t>(kernels::PackedBytes(params) / params.num_blocks);
   const size_t block_bytes = pair_bytes / 2;
   if (lane->bytes < pair_bytes) {
@@ -89,7 +90,7 @@ cudaError_t CudaPackLanes::ConvertOnLane(const kernels::PackKvParams& params, La
         error != cudaSuccess) {
       return error;
     }
-    // The whole call's K blocks come first, then its V blocks.
+    // The output holds the K blocks of the whole call first, then its V blocks.
     const size_t piece_bytes = static_cast<size_t>(piece.num_blocks) * block_bytes;
     for (int64_t half = 0; half < 2; ++half) {
       const cudaError_t error = cudaMemcpyAsync(

@@ -1,4 +1,4 @@
-// KV from device memory to pinned host memory beside the compute stream.
+// Packs KV from device memory into pinned host memory, beside the compute stream.
 #ifndef PREFILLD_MODEL_DEVICE_CUDA_PACK_LANES_H_
 #define PREFILLD_MODEL_DEVICE_CUDA_PACK_LANES_H_
 
@@ -13,14 +13,14 @@
 
 namespace prefilld::model {
 
-// A few streams, and device memory to convert into. KV that is wanted as it is, in bf16, goes by
-// the copy engines alone. Thread-safe: a caller takes a free lane or waits.
+// A few streams with device memory to convert into. KV that is wanted as it is, in bf16, needs only
+// the copy engines. Thread-safe: a caller takes a free lane or waits for one.
 class CudaPackLanes {
  public:
-  // Two keep the copy engine busy; other threads sum up and send meanwhile.
+  // Two lanes keep the copy engine busy while other threads checksum and send.
   static constexpr int kLanes = 2;
-  // Large enough that packing is a small part of the copy's time. K and V of one block of 64 heads
-  // of 128 in fp32 fill it; of a model with more, a block grows it.
+  // The size makes the packing kernel's time small beside the copy's. K and V of one block of 64
+  // heads of 128 in fp32 fill it. A lane grows if a block of a larger model needs more.
   static constexpr size_t kPieceBytes = size_t{8} << 20;
   static constexpr size_t kReservedBytes = kLanes * kPieceBytes;
 
@@ -29,11 +29,12 @@ class CudaPackLanes {
   CudaPackLanes& operator=(const CudaPackLanes&) = delete;
   ~CudaPackLanes();
 
-  // Takes the memory that packing needs, kReservedBytes, so that none is asked for on a full device
-  // later but for blocks larger than a piece. Before the first Pack, on the device that packs.
+  // Allocates kReservedBytes of device memory, so that later, when the device may be full, only
+  // blocks larger than a piece need more. Must be called before the first Pack, by the thread whose
+  // current device is the one that packs.
   cudaError_t Reserve();
 
-  // Packs into params.dst in pinned host memory; returns when the bytes are there.
+  // Packs into params.dst in pinned host memory. Returns when the bytes are there.
   cudaError_t Pack(const kernels::PackKvParams& params);
 
  private:
@@ -51,7 +52,7 @@ class CudaPackLanes {
   static cudaError_t ConvertOnLane(const kernels::PackKvParams& params, Lane* lane);
 
   absl::Mutex mu_;
-  std::array<Lane, kLanes> lanes_;  // `busy` is guarded by mu_, the rest belongs to who set it
+  std::array<Lane, kLanes> lanes_;  // mu_ guards `busy`; the thread that set it owns the rest
 };
 
 }  // namespace prefilld::model

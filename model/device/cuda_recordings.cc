@@ -17,7 +17,8 @@ void CudaRecordings::Clear() {
   count_ = 0;
 }
 
-// Other threads pack KV meanwhile: what they call is none of this recording's business.
+// The capture is limited to this thread, because other threads pack KV meanwhile and must not be
+// recorded.
 cudaError_t CudaRecordings::Record(cudaStream_t stream, absl::FunctionRef<absl::Status()> ops,
                                    absl::Status* ops_status, cudaGraphExec_t* graph) {
   cudaError_t error = cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);

@@ -1,4 +1,4 @@
-// Work that comes again, kept as CUDA graphs.
+// Keeps work that is repeated as CUDA graphs.
 #ifndef PREFILLD_MODEL_DEVICE_CUDA_RECORDINGS_H_
 #define PREFILLD_MODEL_DEVICE_CUDA_RECORDINGS_H_
 
@@ -16,26 +16,28 @@
 
 namespace prefilld::model {
 
-// Not thread-safe, but where it says so.
+// The recordings by key. Not thread-safe, except for count().
 class CudaRecordings {
  public:
-  // Keys that are known: 16 lengths of a model of 80 layers, alone and as batches, and as many
-  // again for layers that met another KV slot. What comes when all are taken is not recorded.
+  // The number of keys that are remembered: 16 lengths of a model of 80 layers, alone and as
+  // batches, and as many again for layers that met another KV slot. Work of further keys is not
+  // recorded.
   static constexpr size_t kMaxKeys = 5120;
 
   bool IsKnown(const Device::RecordingKey& key) const { return graphs_.contains(key); }
   bool full() const { return graphs_.size() >= kMaxKeys; }
   void MakeKnown(const Device::RecordingKey& key) { graphs_.try_emplace(key); }
-  // Takes the graph.
+  // Stores the graph of a key and takes ownership of it.
   void Keep(const Device::RecordingKey& key, cudaGraphExec_t graph);
-  // Null unless the key was given to Keep.
+  // Returns null unless the key was given to Keep.
   cudaGraphExec_t Find(const Device::RecordingKey& key) const;
-  // Of graphs. Thread-safe.
+  // Counts the graphs. Thread-safe.
   int64_t count() const { return count_.load(); }
-  // Forgets all keys. None of the graphs may be running.
+  // Forgets all keys. No graph may be running.
   void Clear();
 
-  // Has `ops` queue their work on `stream`, as a graph instead. `ops_status` is what they return.
+  // Captures the work that `ops` queue on `stream` as a graph, without running it. `ops_status`
+  // gets what `ops` return.
   static cudaError_t Record(cudaStream_t stream, absl::FunctionRef<absl::Status()> ops,
                             absl::Status* ops_status, cudaGraphExec_t* graph);
 

@@ -14,22 +14,25 @@
 
 namespace prefilld::model {
 
-// After such an error the device's context is lost: every later call fails.
+// Tells whether the error is a fault, after which the device's context is lost and every later call
+// fails.
 bool IsDeviceFault(cudaError_t error);
 
-// UNAVAILABLE for a fault, RESOURCE_EXHAUSTED for lack of memory, else INTERNAL. The message names
-// `what` and the error of the library that failed. cudaError_t converts to LaunchStatus.
+// Makes a status: UNAVAILABLE for a fault, RESOURCE_EXHAUSTED for lack of memory, otherwise
+// INTERNAL. The message names `what` and the error of the library that failed. cudaError_t converts
+// to LaunchStatus.
 absl::Status CudaStatus(const kernels::cuda::LaunchStatus& launch, absl::string_view what);
 
-// INVALID_ARGUMENT: no kernel is built for this shape. A dimension of 0 is left out.
+// Returns INVALID_ARGUMENT that says for which shape no kernel is built. A dimension of 0 is left
+// out.
 absl::Status UnsupportedShape(absl::string_view op, int head_dim, int block_tokens);
 
 // Remembers the first fault of a device, after which every call answers with it. Thread-safe.
 class CudaFault {
  public:
-  // The status of a call. A fault of the device is kept.
+  // Turns an error into a status and keeps it if it is a fault of the device.
   absl::Status Check(const kernels::cuda::LaunchStatus& launch, absl::string_view what);
-  // OK as long as the device works.
+  // Returns OK as long as the device works.
   absl::Status status() const;
 
  private:

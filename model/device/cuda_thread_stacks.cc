@@ -1,10 +1,10 @@
-// Stacks that hold the thread-local data of the CUDA libraries.
+// Enlarges thread stacks so that they hold the thread-local data of the CUDA libraries.
 //
-// Every thread's stack also holds the thread-local data of all libraries a program is linked with;
-// libcublasLt alone has 94 KB of it. The HTTP server inside prometheus-cpp asks for stacks of 100
-// KB, with which no thread can then be made, and the metrics endpoint would not start. So programs
-// with CUDA give no thread less than this, through a function that takes the place of libc's for
-// all their libraries (model/CMakeLists.txt makes the linker take it).
+// Every thread's stack also holds the thread-local data of all libraries that a program is linked
+// with; libcublasLt alone has 94 KB. The HTTP server inside prometheus-cpp asks for stacks of 100
+// KB, with which no thread could be made, so the metrics endpoint would not start. Therefore
+// programs with CUDA give every thread at least the size below, by a function that replaces libc's
+// for all their libraries (model/CMakeLists.txt makes the linker use it).
 #include <dlfcn.h>
 #include <pthread.h>
 

@@ -43,7 +43,7 @@ absl::Status Ops::TuneLinear(const kernels::LinearParams&) { return absl::OkStat
 
 absl::Status Ops::TuneGatedLinear(const kernels::GatedLinearParams&) { return absl::OkStatus(); }
 
-// Attention of such a device works in the caller's memory alone.
+// Such a device needs no scratch: its attention works in the caller's memory alone.
 absl::Status Ops::ReserveAttention(const kernels::AttentionParams&, bool) {
   return absl::OkStatus();
 }

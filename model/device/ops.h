@@ -19,7 +19,7 @@ class Ops {
  public:
   virtual ~Ops() = default;
 
-  // A layer, token by token (kernels/layer_ops.h).
+  // These compute a layer token by token (kernels/layer_ops.h).
   virtual absl::Status Embedding(const kernels::EmbeddingParams& params) = 0;
   virtual absl::Status RmsNorm(const kernels::RmsNormParams& params) = 0;
   virtual absl::Status Linear(const kernels::LinearParams& params) = 0;
@@ -33,7 +33,7 @@ class Ops {
   virtual absl::Status TuneLinear(const kernels::LinearParams& params);
   virtual absl::Status TuneGatedLinear(const kernels::GatedLinearParams& params);
 
-  // Attention (kernels/attention.h).
+  // Computes attention (kernels/attention.h).
   virtual absl::Status Attention(const kernels::AttentionParams& params) = 0;
   virtual absl::Status PagedAttention(const kernels::PagedAttentionParams& params) = 0;
   // Allocates the scratch that Attention needs for all heads of this shape, with their block mass
@@ -41,7 +41,7 @@ class Ops {
   // read. A larger call allocates when it comes.
   virtual absl::Status ReserveAttention(const kernels::AttentionParams& largest, bool block_mass);
 
-  // Patterns (kernels/pattern.h, kernels/pooled_mass.h).
+  // These build patterns (kernels/pattern.h, kernels/pooled_mass.h).
   virtual absl::Status Estimate(const kernels::EstimateParams& params) = 0;
   virtual absl::Status VerticalSlash(const kernels::VerticalSlashParams& params) = 0;
   virtual absl::Status ExpandVerticalSlash(const kernels::ExpandVerticalSlashParams& params) = 0;

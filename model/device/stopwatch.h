@@ -6,10 +6,10 @@
 
 namespace prefilld::model {
 
-// Wall time in laps, for the stages of a layer.
+// Measures wall time in laps, for the stages of a layer.
 class Stopwatch {
  public:
-  // Microseconds since construction or the last lap.
+  // Returns the microseconds since construction or the last lap.
   int64_t LapUs() {
     const Clock::time_point now = Clock::now();
     const auto lap = std::chrono::duration_cast<std::chrono::microseconds>(now - lap_start_);

@@ -1,4 +1,5 @@
-// What a prompt's last queries look at, head by head, and the vertical-slash patterns by it.
+// Estimates what each head attends to from a prompt's last queries, and builds vertical-slash
+// patterns from that.
 #ifndef PREFILLD_MODEL_SPARSE_HEAD_ESTIMATE_H_
 #define PREFILLD_MODEL_SPARSE_HEAD_ESTIMATE_H_
 
@@ -12,25 +13,26 @@
 
 namespace prefilld::model {
 
-// The estimate of kernels/pattern.h with the device memory that it takes; n and W as there. Not
-// thread-safe.
+// The estimate of kernels/pattern.h with the device memory that it takes. n and W are defined
+// there. Not thread-safe.
 class HeadEstimate {
  public:
-  // For prompts of up to max_tokens. The device is borrowed and outlives this.
+  // Creates an estimate for prompts of up to max_tokens. The device is borrowed and must outlive
+  // it.
   static absl::StatusOr<std::unique_ptr<HeadEstimate>> Create(Device* device, int num_heads,
                                                               int64_t max_tokens, int block_tokens);
 
-  // From the last block_tokens queries of `attention`, which describes the whole prompt.
+  // Estimates from the last block_tokens queries of `attention`, which describes the whole prompt.
   absl::Status OfLastQueries(const kernels::AttentionParams& attention);
-  // From queries [first, end), at most a block, as if the prompt ended with them.
+  // Estimates from queries [first, end), at most a block, as if the prompt ended with them.
   absl::Status OfQueries(const kernels::AttentionParams& attention, int64_t first, int64_t end);
 
-  // By the last estimate. Writes patterns [num_heads, n, W] and how many blocks each has, `blocks`
-  // [num_heads], which may be null.
+  // Builds patterns [num_heads, n, W] from the last estimate. Writes the number of blocks of each
+  // to `blocks` [num_heads], which may be null.
   absl::Status BuildVerticalSlash(float gamma, int64_t min_budget_tokens, uint32_t* patterns,
                                   int64_t* blocks);
 
-  // Of the last estimate, which ends after num_keys keys; fp32.
+  // The results of the last estimate, in fp32. num_keys is the number of keys that it covered.
   const DeviceBuffer& block_mass() const { return block_mass_; }  // [num_heads, n]
   const DeviceBuffer& vertical() const { return vertical_; }      // [num_heads, num_keys]
   const DeviceBuffer& slash() const { return slash_; }            // [num_heads, num_keys]

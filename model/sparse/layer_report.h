@@ -1,4 +1,4 @@
-// What one layer of a prefill did, as the response and the metrics report it.
+// The report on one layer of a prefill, for the response and the metrics.
 #ifndef PREFILLD_MODEL_SPARSE_LAYER_REPORT_H_
 #define PREFILLD_MODEL_SPARSE_LAYER_REPORT_H_
 
@@ -9,12 +9,13 @@
 
 namespace prefilld::model {
 
-// What was done for one layer. Head counts add up to num_heads, or to 0 where num_queries is 1 of
-// several tokens, and are those of every prompt of a batch; times are the batch's.
+// The report on one layer. Head counts add up to num_heads, or to 0 if num_queries is 1 of several
+// tokens. They hold for every prompt of a batch; times are those of the whole batch.
 struct LayerReport {
   int layer = 0;
-  // Whose attention was computed: all tokens, padding included; in the last layer of a prompt alone
-  // the last one, whatever the policy, as no other is read unless logprobs were asked for.
+  // The number of queries whose attention was computed: all tokens, padding included. In the last
+  // layer of a prompt alone it is 1 whatever the policy, because only the last query is read there
+  // unless logprobs were asked for.
   int64_t num_queries = 0;
   int dense_heads = 0;
   int pivot_heads = 0;
@@ -26,8 +27,8 @@ struct LayerReport {
   int64_t compute_us = 0;
   int64_t attention_us = 0;
   int64_t pattern_us = 0;  // estimate, decide, build
-  // With AttentionOptions.recall_audit_rows: the heads that are not exact. Its time is part of
-  // compute_us alone.
+  // With AttentionOptions.recall_audit_rows: the recall of the heads that are not exact. audit_us
+  // is part of compute_us, and of no other time.
   std::vector<HeadRecall> recall;
   int64_t audit_us = 0;
 };

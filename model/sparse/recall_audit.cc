@@ -9,7 +9,7 @@
 namespace prefilld::model {
 namespace {
 
-// Multiples of it, modulo 1, fall evenly into [0, 1) however many there are.
+// The multiples of this number, modulo 1, spread evenly over [0, 1), however many there are.
 constexpr double kGoldenRatio = 0.6180339887498949;
 
 }  // namespace
@@ -82,7 +82,7 @@ absl::Status RecallAudit::Measure(const kernels::AttentionParams& attention, int
   return absl::OkStatus();
 }
 
-// The row's queries, as if the prompt ended with them.
+// Measures the row's queries as if the prompt ended with them.
 absl::Status RecallAudit::MeasureRow(const kernels::AttentionParams& attention, int64_t row,
                                      HeadEstimate& estimate) {
   const int64_t num_blocks = kernels::CeilDiv(attention.num_keys, attention.block_tokens);
@@ -93,7 +93,8 @@ absl::Status RecallAudit::MeasureRow(const kernels::AttentionParams& attention, 
   for (int i = 0; i < attention.num_work && status.ok(); ++i) {
     const kernels::HeadWork& work = attention.work[i];
     if (work.pattern == nullptr) continue;
-    // Nothing of the row's pattern lies beyond its diagonal, where its block mass ends.
+    // The row's pattern has no block beyond its diagonal, where the block mass of the estimate
+    // ends.
     status = device_.ops().MeasurePattern(
         {.block_mass = estimate.block_mass().as<float>() + work.head * (row + 1),
          .pattern = work.pattern + pattern_offset,

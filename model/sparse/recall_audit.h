@@ -1,13 +1,14 @@
-// Whether sparsity is safe on this prompt: how much of the true attention mass the patterns hold.
+// Measures how much of the true attention mass the patterns of a prompt hold, to tell whether
+// sparsity is safe on it.
 //
-// The recall of a head is the mean over its queries of the softmax mass that lies inside its
-// pattern: 1 is dense attention, 1 - recall is the weight that the sparse output lost. Which blocks
-// a head ought to have computed is only known from the whole softmax, so the audit computes it, for
-// a sample: the rows of a few query blocks against all of their keys. That is exact for those
-// queries and unbiased for the rest, since every query block has the same chance to be looked at.
+// The recall of a head is the mean over its queries of the softmax mass inside its pattern. 1 is
+// dense attention; 1 - recall is the weight that the sparse output lost. Only the whole softmax
+// tells which blocks a head should have computed, so the audit computes it for a sample: the rows
+// of a few query blocks against all of their keys. The result is exact for those queries and
+// unbiased for the others, since every query block has the same chance to be chosen.
 //
-// Cost: a row costs about as much as the estimate does for as many keys, half of it on average over
-// the prompt. k rows of B queries are k B / N of the layer's dense attention (8 rows: 0.8 % at 128k
+// A row costs about as much as the estimate does for as many keys, half of it on average over the
+// prompt. k rows of B queries are k B / N of the layer's dense attention (8 rows: 0.8 % at 128k
 // tokens, 12 % at 8k), whatever the number of heads, and take no memory that grows with the prompt.
 #ifndef PREFILLD_MODEL_SPARSE_RECALL_AUDIT_H_
 #define PREFILLD_MODEL_SPARSE_RECALL_AUDIT_H_
@@ -26,7 +27,7 @@ namespace prefilld::model {
 
 class HeadEstimate;
 
-// Where a sparse head has its pattern from.
+// The origin of a sparse head's pattern.
 enum class PatternSource : uint8_t { kPivot, kVerticalSlash, kBaseline };
 
 struct HeadRecall {
@@ -41,23 +42,24 @@ struct RecallSummary {
   double fifth_percentile = 0.0;  // at least one head in twenty is no better than this
   HeadRecall lowest;              // the first in order among equals
 };
-// `heads` is not empty.
+// Summarizes the recalls. `heads` must not be empty.
 RecallSummary Summarize(absl::Span<const HeadRecall> heads);
 
-// The query blocks that are looked at, ascending and distinct: one of each of `num_rows` equal
-// stretches of the prompt, at a place that differs from layer to layer, but not from one request to
-// the next. All of them when num_rows is num_blocks or more.
+// Chooses the query blocks to measure, ascending and distinct: one of each of `num_rows` equal
+// stretches of the prompt. The place in a stretch differs from layer to layer, but not from one
+// request to the next. All blocks are chosen when num_rows is num_blocks or more.
 std::vector<int64_t> AuditedRows(int64_t num_blocks, int64_t num_rows, int layer);
 
-// Not thread-safe.
+// Measures recall on one device. Not thread-safe.
 class RecallAudit {
  public:
-  // The device is borrowed and outlives this. `num_heads` bounds attention.num_work.
+  // Creates an audit. The device is borrowed and must outlive it. `num_heads` bounds
+  // attention.num_work.
   static absl::StatusOr<std::unique_ptr<RecallAudit>> Create(Device* device, int num_heads);
 
-  // recall[i] is that of attention.work[i], 1 for a dense head; [num_work]. `attention` is what is
-  // about to run over the whole prompt: afterwards its queries may be overwritten. Waits for the
-  // device once per row. `estimate` is overwritten.
+  // Measures before `attention`, which describes the whole prompt, runs; afterwards its queries may
+  // be overwritten. recall[i] is that of attention.work[i], 1 for a dense head; [num_work]. Waits
+  // for the device once per row. `estimate` is overwritten.
   absl::Status Measure(const kernels::AttentionParams& attention, int layer, int64_t num_rows,
                        HeadEstimate& estimate, absl::Span<float> recall);
 

@@ -10,13 +10,13 @@
 namespace prefilld::model {
 namespace {
 
-// ln x to about 1e-7 for positive x; some number for zero. Without a table or a branch, unlike the
-// library's, so that loops over it become vector code.
+// Computes ln x to about 1e-7 for positive x, and some finite number for zero. Unlike the library's
+// it has no table or branch, so that loops over it become vector code.
 float Log(float x) {
   // x = 2^exponent (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
   const int32_t exponent = (std::bit_cast<int32_t>(x) - 0x3f3504f3) >> 23;
   const float f = std::bit_cast<float>(std::bit_cast<int32_t>(x) - (exponent << 23)) - 1.0f;
-  // Least squares of (ln(1 + f) - f) / f^2 at Chebyshev nodes.
+  // The coefficients are the least-squares fit of (ln(1 + f) - f) / f^2 at Chebyshev nodes.
   float series = 0.0900420212f;
   series = series * f - 0.14257795f;
   series = series * f + 0.148064596f;
@@ -28,17 +28,17 @@ float Log(float x) {
   return series * f * f + f + static_cast<float>(exponent) * 0.693147181f;
 }
 
-// One element's share of twice the Jensen-Shannon divergence: p ln(p / m) + q ln(q / m). Zeros take
-// part as zero times a number; the least of floats, which no other sum feels, keeps theirs from
-// being one.
+// Computes one element's share of twice the Jensen-Shannon divergence: p ln(p / m) + q ln(q / m)
+// with m = (p + q) / 2. FLT_MIN avoids 1 / 0 when p = q = 0; it is too small to change any other
+// sum.
 float DivergenceTerm(float p, float q) {
   const float inverse_m = 2.0f / (p + q + std::numeric_limits<float>::min());
   return p * Log(p * inverse_m) + q * Log(q * inverse_m);
 }
 
-// Twice the divergence of p from q(i). In fp32, as its arguments are, and in runs whose terms are
-// computed first and added up then, so that both loops become vector code: the distances of a layer
-// stand between the device's work.
+// Computes twice the divergence of p from q(i), in fp32 as its arguments are. The terms of a run
+// are computed first and added up then, so that both loops become vector code. It must be fast
+// because the device waits for the distances of a layer.
 template <typename Other>
 double TwiceDivergence(const float* p, size_t n, Other q) {
   constexpr size_t kRun = 256;
@@ -61,7 +61,8 @@ double ToDistance(double twice_divergence) {
   return twice_divergence < 0.0 ? 0.0 : std::sqrt(0.5 * twice_divergence);
 }
 
-// The paper's exclusion of highly sparse heads. No distance exceeds 0.8326, so delta 1 is off.
+// This rule is the paper's exclusion of highly sparse heads. No distance exceeds 0.8326, so delta 1
+// switches it off.
 bool DeltaRuleExcludes(absl::Span<const float> estimate, float delta) {
   return delta < 1.0f && DistanceFromUniform(estimate) > delta;
 }

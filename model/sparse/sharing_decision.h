@@ -1,6 +1,6 @@
 // The decisions of SharePrefill (Peng et al., arXiv 2505.19578) as pure functions of small host
-// arrays; model/sparse/pattern_sharing.h feeds them. "Paper" below means that article, "ours" what
-// we decided differently, with the reason.
+// arrays. model/sparse/pattern_sharing.h calls them. Below, "the paper" is that article, and "ours"
+// marks what we decided differently, with the reason.
 #ifndef PREFILLD_MODEL_SPARSE_SHARING_DECISION_H_
 #define PREFILLD_MODEL_SPARSE_SHARING_DECISION_H_
 
@@ -12,21 +12,21 @@
 
 namespace prefilld::model {
 
-// Jensen-Shannon distance with natural logarithm: the square root of the divergence, 0 (equal) to
-// sqrt(ln 2) = 0.8326 (disjoint). p and q are distributions of equal length; 0 ln 0 = 0.
+// Returns the Jensen-Shannon distance with natural logarithm: the square root of the divergence, 0
+// (equal) to sqrt(ln 2) = 0.8326 (disjoint). p and q are distributions of equal length; 0 ln 0 = 0.
 double JensenShannonDistance(absl::Span<const float> p, absl::Span<const float> q);
 double DistanceFromUniform(absl::Span<const float> p);
 
 enum class HeadRole : uint8_t { kVerticalSlash, kPivot, kShared };
 
-// The head that computed exactly on behalf of its cluster, for one prompt.
+// The head that is computed exactly on behalf of its cluster, for one prompt.
 struct ClusterPivot {
   static constexpr int kNone = -1;
   int layer = kNone;  // provenance; kNone: no pivot yet
   int head = kNone;
   // The pivot's own estimate from the last query block, [num_key_blocks]. The paper compares with
-  // the last row of its exact block mass. Ours is the same quantity up to a partial last block,
-  // and known before any attention runs, so that a whole layer is decided at once.
+  // the last row of its exact block mass. Ours is the same quantity up to a partial last block, and
+  // is known before any attention runs, so that a whole layer is decided at once.
   std::vector<float> estimate;
   bool worth_sharing = false;      // WorthSharing() of the pivot's exact block mass
   int64_t pattern_blocks = 0;      // of the whole pattern
@@ -34,33 +34,35 @@ struct ClusterPivot {
   bool exists() const { return layer != kNone; }
 };
 
-// The heads of a layer that become pivots, ascending: the first head of every cluster that has no
-// pivot yet, unless the delta rule leaves it to vertical-slash. cluster_of is [num_heads] with
-// HeadClusters::kNoCluster; estimate is [num_heads, num_key_blocks]; pivots is [num_clusters].
-// With coverage 0 no cluster can ever share and there are no pivots.
+// Chooses the heads of a layer that become pivots, ascending: the first head of every cluster that
+// has no pivot yet, unless the delta rule leaves it to vertical-slash. cluster_of is [num_heads]
+// with HeadClusters::kNoCluster; estimate is [num_heads, num_key_blocks]; pivots is [num_clusters].
+// With coverage 0 no cluster can ever share, so there are no pivots.
 std::vector<int> ChoosePivots(absl::Span<const int> cluster_of, absl::Span<const float> estimate,
                               absl::Span<const ClusterPivot> pivots,
                               const AttentionOptions& options);
 
-// What a head of `layer` that is no pivot of this layer does, given its cluster's pivot (null: in
-// no cluster that shares) once the pivots of this layer are measured. Shares when the cluster is
-// worth it, when its estimate is nearer than tau to the pivot's, and when the delta rule does not
-// object. Ours: a pivot of the same layer serves at once, for pivots run first; the switch
-// restores the release's behaviour, which begins one layer later.
+// Decides the role of a head of `layer` that is no pivot of this layer. `pivot` is that of its
+// cluster, or null if it is in no cluster that shares; the pivots of this layer must have been
+// measured. The head shares when the cluster is worth it, when its estimate is nearer than tau to
+// the pivot's, and when the delta rule does not object. Ours: a pivot of the same layer serves at
+// once, because pivots run first; the switch restores the release's behaviour, which begins one
+// layer later.
 HeadRole DecideHead(int layer, absl::Span<const float> estimate, const ClusterPivot* pivot,
                     const AttentionOptions& options);
 
-// What a set of blocks holds of a head's exact block mass, and what it costs.
+// The share of a head's exact block mass that a set of blocks holds, and the cost of the set.
 struct PatternFigures {
   double mass = 0.0;  // mean over the rows, 0 to 1
   int64_t blocks = 0;
 };
 
-// Ours, in place of excluding heads far from uniform: sharing pays where vertical-slash fails,
-// which the last query block alone cannot tell. `pattern` is the pivot's own, `vertical_slash` its
-// vertical-slash set as it would run. The cluster shares when that set holds less than `coverage`
-// of the pivot's mass, or when it costs more blocks than the pattern by over a quarter: so much
-// more it may cost, since it follows each head by itself. Coverage 1 shares always, 0 never.
+// Tells whether a cluster is worth sharing. Ours, in place of excluding heads far from uniform:
+// sharing pays where vertical-slash fails, and the last query block alone cannot tell where.
+// `pattern` is the pivot's own, and `vertical_slash` the pivot's vertical-slash set as it would
+// run. The cluster shares when that set holds less than `coverage` of the pivot's mass, or when it
+// costs over a quarter more blocks than the pattern. It may cost that quarter more, since it
+// follows each head by itself. Coverage 1 shares always, 0 never.
 bool WorthSharing(const PatternFigures& pattern, const PatternFigures& vertical_slash,
                   float coverage);
 
