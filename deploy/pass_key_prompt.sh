@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Writes a prompt of exactly BYTES bytes of invented prose with a pass key hidden in it and the
-# question for it at the end; the answer follows at once. For the embedded model a byte is a token.
-# The format is that of model/tiny/tasks.py, which the model learnt; here without Python.
+# question for it at the end, so that the answer follows at once. For the embedded model a byte is a
+# token. The format is that of model/tiny/tasks.py, which the model has learnt, but this script
+# needs no Python.
 #   deploy/pass_key_prompt.sh BYTES KEY [DEPTH [SEED]]    DEPTH: 0 is the start, 1 the end
 set -euo pipefail
 

@@ -58,7 +58,7 @@ fail() {
   exit 1
 }
 
-# Runs on every exit: nothing that was started here outlives it unless asked to.
+# Runs on every exit. Ends everything that was started here unless told to keep it.
 cleanup() {
   local pid
   for pid in "${pids[@]}"; do
@@ -105,7 +105,8 @@ build() {
   fi
 }
 
-# start NAME COMMAND...: runs it in the background until it has written its ports.
+# start NAME COMMAND...: runs the command in the background and waits until it has written its
+# ports.
 start() {
   local name=$1
   shift
@@ -120,7 +121,7 @@ start() {
   done
 }
 
-# port NAME KIND: one of the ports that a process wrote.
+# port NAME KIND: prints one of the ports that a process wrote.
 port() { sed -n "s/^$2=//p" "$work/$1.ports"; }
 
 start_both() {
@@ -156,7 +157,7 @@ ask() {
 
 show_metrics() {
   echo "http://$metrics/metrics, for example:"
-  # /dev/tcp is bash's own: nothing to install for one GET.
+  # /dev/tcp is built into bash, so one GET needs no other program.
   exec 3<>"/dev/tcp/${metrics%:*}/${metrics#*:}"
   printf 'GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n' >&3
   tr -d '\r' <&3 >"$work/metrics.txt"

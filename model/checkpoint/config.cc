@@ -20,7 +20,7 @@ namespace {
 using nlohmann::json;
 
 constexpr size_t kMaxConfigBytes = size_t{4} << 20;
-// Far above any model of these families, and low enough that no product of two overflows.
+// No model of these families comes near these limits, and no product of two of them overflows.
 constexpr int64_t kMaxVocabSize = int64_t{1} << 24;
 constexpr int64_t kMaxWidth = int64_t{1} << 20;  // hidden and intermediate
 constexpr int64_t kMaxLayers = 1024;
@@ -35,7 +35,7 @@ struct FamilyTraits {
   Family family;
   absl::string_view model_type;
   absl::string_view architecture;
-  // What transformers assumes when the file does not say; 0: derived from other fields.
+  // These are transformers' defaults for fields that the file omits. 0: derived from other fields.
   int64_t default_num_kv_heads;
   int64_t default_head_dim;
 };
@@ -99,7 +99,7 @@ void ReadShape(const FamilyTraits& traits, ConfigFields& fields, ModelConfig& co
   }
 }
 
-// Which projections have biases, and which heads are normalised.
+// Reads which projections have biases, and whether q and k are normalised.
 void ReadProjections(Family family, ConfigFields& fields, ModelConfig& config) {
   switch (family) {
     case Family::kLlama:
@@ -127,10 +127,11 @@ void ReadProjections(Family family, ConfigFields& fields, ModelConfig& config) {
   config.tied_embeddings = fields.Flag("tie_word_embeddings", false);
 }
 
-// Every layer must attend to the whole prompt.
+// Refuses a model unless every layer attends to the whole prompt.
 void CheckFullAttention(Family family, ConfigFields& fields, const ModelConfig& config) {
   const bool is_qwen = family == Family::kQwen2 || family == Family::kQwen3;
-  // transformers gives Mistral a window of 4096 when the file does not mention it; null is none.
+  // transformers gives Mistral a window of 4096 when the file does not mention the field; null
+  // means no window.
   const bool window_assumed = family == Family::kMistral && !fields.Mentions("sliding_window");
   const int64_t window =
       fields.Integer("sliding_window", 0, INT64_MAX, window_assumed ? 4096 : INT64_MAX);
@@ -149,8 +150,8 @@ void CheckFullAttention(Family family, ConfigFields& fields, const ModelConfig& 
   }
 }
 
-// Dual chunk attention keeps the rotation of long prompts within the lengths trained on. A prompt
-// of one chunk it attends to as usual; longer ones are not built.
+// Dual chunk attention keeps the rotation of long prompts within the lengths that were trained. A
+// prompt of one chunk is attended to as usual. Longer prompts are not supported.
 void LimitToOneChunk(ConfigFields& outer, ModelConfig& config) {
   constexpr char kName[] = "dual_chunk_attention_config";
   const json* object = outer.Value(kName);
@@ -166,14 +167,14 @@ void LimitToOneChunk(ConfigFields& outer, ModelConfig& config) {
   ConfigFields fields(*object, absl::StrCat(kName, "."));
   const int64_t local_size = fields.Integer("local_size", 0, kMaxPositions);
   const int64_t chunk_size = fields.Integer("chunk_size", local_size + 1, kMaxPositions + 1);
-  // Past this length logits are scaled as well; 0: never.
+  // Beyond this length logits are scaled as well; 0 means never.
   const int64_t original = fields.Integer("original_max_position_embeddings", 0, kMaxPositions, 0);
   const int64_t unscaled = original == 0 ? kMaxPositions : original;
   config.max_positions = std::min({config.max_positions, chunk_size - local_size, unscaled});
   outer.Fail(fields.Finish());
 }
 
-// One id or a list of ids, added to `ids` unless already there.
+// Reads one id or a list of ids, and adds those that are new to `ids`.
 void ReadEosIds(ConfigFields& fields, std::vector<uint32_t>& ids) {
   const json* value = fields.Value("eos_token_id");
   if (value == nullptr) return;
@@ -192,14 +193,15 @@ void ReadEosIds(ConfigFields& fields, std::vector<uint32_t>& ids) {
   }
 }
 
-// Training, generation and bookkeeping: no say in what the layers compute.
+// Ignores fields of training, generation and bookkeeping, which do not change what the layers
+// compute.
 void IgnoreHarmless(ConfigFields& fields) {
   fields.Ignore({"_attn_implementation", "_attn_implementation_autoset", "_name_or_path",
                  "attention_dropout", "attn_implementation", "bos_token_id", "dtype",
                  "initializer_range", "is_llama_config", "max_sequence_length", "pad_token_id",
                  "pretraining_tp", "tokenizer_class", "torch_dtype", "transformers.js_config",
                  "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache"});
-  // Defaults of transformers' base class, which older files spell out.
+  // These are defaults of transformers' base class, which older files spell out.
   fields.Ignore({"bad_words_ids",
                  "chunk_size_feed_forward",
                  "diversity_penalty",
@@ -259,7 +261,7 @@ absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& checkpoint_dir) {
   absl::StatusOr<ModelConfig> config = ReadConfig(*object);
   if (!config.ok()) return Within(path, config.status());
 
-  // Only its end-of-sequence ids matter to us; it may be absent.
+  // Only the end-of-sequence ids of this file are used. The file may be absent.
   const std::string generation_path = absl::StrCat(checkpoint_dir, "/generation_config.json");
   absl::StatusOr<json> generation = ReadJsonObject(generation_path, kMaxConfigBytes);
   if (absl::IsNotFound(generation.status())) return config;

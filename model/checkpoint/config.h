@@ -1,4 +1,4 @@
-// What a decoder-only transformer is, read from a Hugging Face config.json.
+// The configuration of a decoder-only transformer, read from a Hugging Face config.json.
 #ifndef PREFILLD_MODEL_CHECKPOINT_CONFIG_H_
 #define PREFILLD_MODEL_CHECKPOINT_CONFIG_H_
 
@@ -16,7 +16,7 @@ enum class Family : uint8_t { kLlama, kQwen2, kQwen3, kMistral };
 enum class RopeKind : uint8_t { kDefault, kLinear, kDynamicNtk, kLlama3, kYarn };
 
 // Rotary position embedding: the fields of `rope_theta` / `rope_scaling` / `rope_parameters`.
-// Which of them mean something depends on `kind`.
+// `kind` determines which of them are used.
 struct RopeConfig {
   RopeKind kind = RopeKind::kDefault;
   double theta = 10000.0;
@@ -41,7 +41,7 @@ struct ModelConfig {
   int num_heads = 0;
   int num_kv_heads = 0;
   int head_dim = 0;
-  int64_t max_positions = 0;  // with dual chunk attention: of one chunk
+  int64_t max_positions = 0;  // with dual chunk attention the length of one chunk
   double rms_norm_epsilon = 1e-6;
   bool qkv_bias = false;
   bool output_bias = false;  // bias of the attention output projection (Llama attention_bias)
@@ -51,22 +51,23 @@ struct ModelConfig {
   std::vector<uint32_t> eos_token_ids;  // config.json, completed by generation_config.json
 };
 
-// INVALID_ARGUMENT names the field, its value and what is supported; an unsupported field is
-// never ignored (sliding window, other activations, other head_dim, ...).
+// Loads the configuration. INVALID_ARGUMENT names the field, its value and what is supported. An
+// unsupported field is never ignored (sliding window, other activations, other head_dim, ...).
 absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& checkpoint_dir);
 
-// The longest prompt that the model's rotation is made for; beyond it answers are noise.
+// Returns the longest prompt that the model's rotation is made for. Beyond it the answers are
+// noise.
 int64_t PositionLimit(const ModelConfig& config);
 
 // The rotation of a prompt of `num_tokens`: [head_dim / 2] inverse frequencies in radians per
-// position, and the factor on cos and sin. The length matters to dynamic NTK alone, which
-// stretches the base for prompts past the original length.
+// position, and the factor on cos and sin. The length matters only to dynamic NTK, which stretches
+// the base for prompts past the original length.
 struct RopeTable {
   std::vector<float> inv_freq;
   float attention_factor = 1.0f;
 };
 RopeTable MakeRopeTable(const ModelConfig& config, int64_t num_tokens);
-// Whether a prompt of `num_tokens` has the table of every shorter one.
+// Tells whether a prompt of `num_tokens` has the same table as every shorter one.
 bool HasCommonRopeTable(const ModelConfig& config, int64_t num_tokens);
 
 }  // namespace prefilld::model

@@ -1,4 +1,4 @@
-// Reading the fields of a config.json so that none is overlooked.
+// Reads the fields of a config.json so that none is overlooked.
 #ifndef PREFILLD_MODEL_CHECKPOINT_CONFIG_FIELDS_H_
 #define PREFILLD_MODEL_CHECKPOINT_CONFIG_FIELDS_H_
 
@@ -14,9 +14,9 @@
 
 namespace prefilld::model {
 
-// One JSON object, read field by field. The first error sticks and later reads return defaults, so
-// a reader is a straight list of fields with one check at its end. Null counts as absent. `object`
-// must outlive this.
+// One JSON object, read field by field. The first error is kept and later reads return defaults, so
+// that a reader is a list of fields with one check at its end. Null counts as absent. `object` must
+// outlive this.
 class ConfigFields {
  public:
   // `prefix` precedes names in messages, such as "rope_scaling.".
@@ -24,30 +24,30 @@ class ConfigFields {
       : object_(object), prefix_(std::move(prefix)) {}
 
   bool Has(absl::string_view name) const { return Find(name) != nullptr; }
-  // As Has, but null counts too.
+  // Tells whether the field is there, null included.
   bool Mentions(const std::string& name) const;
 
-  // Without a default the field must be there. Bounds are inclusive.
+  // Reads a number within inclusive bounds. A field without a default must be there.
   int64_t Integer(const std::string& name, int64_t min, int64_t max,
                   std::optional<int64_t> absent = std::nullopt);
   double Number(const std::string& name, double min, double max,
                 std::optional<double> absent = std::nullopt);
   bool Flag(const std::string& name, bool absent);
   std::string Text(const std::string& name, absl::string_view absent);
-  // The raw value, null when absent.
+  // Returns the raw value, or null when it is absent.
   const nlohmann::json* Value(const std::string& name);
 
-  // Fields that cannot change the result.
+  // Ignores fields that cannot change the result.
   void Ignore(std::initializer_list<absl::string_view> names);
 
-  // "<prefix><name> <value> <reason>".
+  // Records the error "<prefix><name> <value> <reason>".
   void Refuse(absl::string_view name, absl::string_view reason);
   void Fail(absl::Status status);
 
   const absl::Status& status() const { return status_; }  // the first error so far
 
-  // The first error; else a field that nobody read or ignored, because it might ask for something
-  // that is not done. False, [] and {} ask for nothing.
+  // Returns the first error, or else an error that names a field that was neither read nor ignored,
+  // because it might ask for something that is not done. False, [] and {} ask for nothing.
   absl::Status Finish();
 
  private:

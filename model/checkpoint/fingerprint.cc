@@ -10,13 +10,14 @@
 namespace prefilld::model {
 namespace {
 
-// Changes whenever the text below does, so that an old fingerprint never equals a new one by luck.
+// This must change whenever the text below does, so that an old fingerprint never equals a new one
+// by chance.
 constexpr char kFormat[] = "prefilld-fingerprint 1\n";
 
-// Bit patterns, because decimal forms depend on who prints them.
+// Numbers are written as bit patterns, because decimal forms depend on who prints them.
 auto Bits(double value) { return absl::Hex(std::bit_cast<uint64_t>(value)); }
 
-// Fields that do not change the result (eos ids, longest prompt, family) are not in it.
+// Writes the fields that change the result; eos ids, longest prompt and family do not.
 std::string ConfigFacts(const ModelConfig& c) {
   const RopeConfig& r = c.rope;
   return absl::StrCat(

@@ -1,4 +1,4 @@
-// What two processes compare to know that they hold the same model.
+// The fingerprint that two processes compare to know that they hold the same model.
 #ifndef PREFILLD_MODEL_CHECKPOINT_FINGERPRINT_H_
 #define PREFILLD_MODEL_CHECKPOINT_FINGERPRINT_H_
 
@@ -13,7 +13,7 @@
 
 namespace prefilld::model {
 
-// Digest of one stretch of a tensor's bytes.
+// The digest of one stretch of a tensor's bytes.
 struct ContentDigest {
   uint64_t low = 0;
   uint64_t high = 0;
@@ -29,8 +29,9 @@ struct TensorDigest {
   std::vector<ContentDigest> stretches;
 };
 
-// 32 hexadecimal digits: XXH3-128 over a canonical text of the configuration's facts that change
-// what the model computes, and per tensor, sorted by name, its name, dtype, shape and digests.
+// Returns 32 hexadecimal digits: XXH3-128 over a canonical text of the configuration's facts that
+// change what the model computes, and per tensor, sorted by name, its name, dtype, shape and
+// digests.
 std::string Fingerprint(const ModelConfig& config,
                         const std::map<std::string, TensorDigest>& tensors);
 

@@ -6,15 +6,16 @@
 #include "model/checkpoint/config.h"
 
 // Frequencies are computed in fp32 where transformers does (modeling_rope_utils), because models
-// were trained with those: an exponent or a base that differs in the last bit turns into radians at
-// long positions.
+// were trained with those. An exponent or a base that differs in the last bit causes errors of
+// radians at long positions.
 
 namespace prefilld::model {
 namespace {
 
 constexpr double kPi = 3.14159265358979323846;
 
-// base^(2i / head_dim), correctly rounded: how far pair i goes per radian.
+// Returns base^(2i / head_dim), correctly rounded: the positions in which pair i turns by one
+// radian.
 std::vector<float> PositionsPerRadian(double base, int head_dim) {
   std::vector<float> lengths(static_cast<size_t>(head_dim / 2));
   for (size_t i = 0; i < lengths.size(); ++i) {
@@ -30,7 +31,7 @@ std::vector<float> InverseFrequencies(double base, int head_dim) {
   return inv_freq;
 }
 
-// A base that lets the longest wavelength grow with the prompt while the shortest stays.
+// Returns a base that lets the longest wavelength grow with the prompt while the shortest stays.
 double DynamicNtkBase(const RopeConfig& rope, int head_dim, int64_t num_tokens) {
   const double original = static_cast<double>(rope.original_max_positions);
   const double length = std::max(static_cast<double>(num_tokens), original);
@@ -38,7 +39,7 @@ double DynamicNtkBase(const RopeConfig& rope, int head_dim, int64_t num_tokens) 
   return rope.theta * std::pow(stretch, head_dim / (head_dim - 2.0));
 }
 
-// Long wavelengths are stretched by the factor, short ones kept, those between blended.
+// Stretches long wavelengths by the factor, keeps short ones, and blends those between.
 void StretchLlama3(const RopeConfig& rope, std::vector<float>& inv_freq) {
   const auto original = static_cast<float>(rope.original_max_positions);
   const auto factor = static_cast<float>(rope.factor);
@@ -56,7 +57,8 @@ void StretchLlama3(const RopeConfig& rope, std::vector<float>& inv_freq) {
   }
 }
 
-// The pair of dimensions that turns `rotations` times over the original length, as a real number.
+// Returns, as a real number, the pair of dimensions that turns `rotations` times over the original
+// length.
 double YarnDimension(const RopeConfig& rope, int head_dim, double rotations) {
   const double original = static_cast<double>(rope.original_max_positions);
   return head_dim * std::log(original / (rotations * 2.0 * kPi)) / (2.0 * std::log(rope.theta));
@@ -85,7 +87,7 @@ std::vector<float> YarnInverseFrequencies(const RopeConfig& rope, int head_dim) 
   return inv_freq;
 }
 
-// Sharpens attention in proportion to the logarithm of the stretch.
+// Returns a factor that sharpens attention in proportion to the logarithm of the stretch.
 double YarnScale(double factor, double mscale) {
   return factor <= 1.0 ? 1.0 : 0.1 * mscale * std::log(factor) + 1.0;
 }

@@ -14,7 +14,7 @@ namespace {
 using nlohmann::json;
 
 constexpr double kDefaultTheta = 10000.0;
-// Bases near 1 make YaRN's logarithm vanish; real ones are 10^4 to 10^8.
+// Bases near 1 make YaRN's logarithm vanish. Real bases are 10^4 to 10^8.
 constexpr double kMinTheta = 2.0;
 constexpr double kMaxTheta = 1e12;
 constexpr double kMaxFactor = 1e4;
@@ -31,7 +31,7 @@ std::optional<RopeKind> ParseKind(const std::string& name) {
   return std::nullopt;
 }
 
-// "rope_type", or "type" as older files call it; files touched by several versions have both.
+// Reads "rope_type", or "type" as older files call it. Files that several versions wrote have both.
 RopeKind ReadKind(ConfigFields& fields) {
   const std::string type = fields.Text("type", "");
   const std::string kind_name = fields.Text("rope_type", type.empty() ? "default" : type);
@@ -46,7 +46,7 @@ RopeKind ReadKind(ConfigFields& fields) {
   return kind.value_or(RopeKind::kDefault);
 }
 
-// YaRN reads 0 as "not given".
+// YaRN takes 0 for "not given".
 double NonZero(double value, double otherwise) { return value == 0.0 ? otherwise : value; }
 
 void ReadYarn(ConfigFields& fields, int64_t max_positions, RopeConfig& rope) {
@@ -79,8 +79,8 @@ void ReadLlama3(ConfigFields& fields, RopeConfig& rope) {
   }
 }
 
-// Pretraining length: inside the RoPE object, where Phi-style files have it beside, or the
-// model's maximum.
+// Reads the original length: from inside the RoPE object, from beside it as in Phi-style files, or
+// else the model's maximum.
 int64_t ReadOriginalPositions(ConfigFields& outer, ConfigFields& rope, int64_t max_positions) {
   const int64_t beside =
       outer.Integer("original_max_position_embeddings", 1, kMaxPositions, max_positions);
@@ -116,7 +116,7 @@ RopeConfig ReadRopeObject(ConfigFields& outer, ConfigFields& fields, int64_t max
       break;
     case RopeKind::kDynamicNtk:
       rope.factor = fields.Number("factor", 1.0, kMaxFactor);
-      // transformers stretches past max_position_embeddings whatever this field says.
+      // transformers stretches past max_position_embeddings, whatever this field says.
       if (rope.original_max_positions != max_positions) {
         fields.Refuse("original_max_position_embeddings",
                       absl::StrCat("unsupported for dynamic unless it is max_position_embeddings ",

@@ -59,7 +59,7 @@ struct Extent {
   const std::string* name = nullptr;
 };
 
-// One entry of the header. `data` is all that follows the header.
+// Parses one entry of the header. `data` is all that follows the header.
 absl::StatusOr<Tensor> ParseTensor(const json& entry, absl::Span<const std::byte> data,
                                    Extent& extent) {
   if (!entry.is_object() || entry.size() != 3 || !entry.contains("dtype") ||
@@ -118,7 +118,7 @@ absl::StatusOr<Tensor> ParseTensor(const json& entry, absl::Span<const std::byte
   return tensor;
 }
 
-// The tensors must fill [0, data_bytes) exactly.
+// Checks that the tensors fill [0, data_bytes) exactly.
 absl::Status CheckCoverage(std::vector<Extent> extents, uint64_t data_bytes) {
   std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) {
     return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
@@ -224,14 +224,14 @@ class Checkpoint::MappedFile {
 
 namespace {
 
-// A shard is a file of the folder itself: no separators, so no way out of it.
+// Accepts names of files in the folder itself only. A name with separators could lead out of it.
 bool IsShardName(absl::string_view name) {
   return absl::EndsWith(name, ".safetensors") && !absl::StrContains(name, '/') &&
          !absl::StrContains(name, '\\') && !absl::StrContains(name, '\0') &&
          !absl::StartsWith(name, ".");
 }
 
-// The weight_map of an index: shard file of each tensor.
+// Reads the weight_map of an index, which names the shard file of each tensor.
 absl::StatusOr<std::map<std::string, std::string>> ReadWeightMap(const std::string& path) {
   absl::StatusOr<json> index = ReadJsonObject(path, kMaxIndexBytes);
   if (!index.ok()) return index.status();

@@ -1,9 +1,10 @@
-// Reading safetensors files: memory-mapped, trusting nothing that a file says about itself.
+// Reads safetensors files: they are memory-mapped, and nothing that a file says about itself is
+// trusted.
 //
-// The format: 8 bytes header length N (little-endian), N bytes JSON header padded with spaces,
-// then the data. The header maps each tensor's name to {"dtype", "shape", "data_offsets": [begin,
-// end)} relative to the data; "__metadata__" may map strings to strings. Tensors fill the data
-// without holes or overlap.
+// Format: 8 bytes header length N (little-endian), N bytes JSON header padded with spaces, then the
+// data. The header maps each tensor's name to {"dtype", "shape", "data_offsets": [begin, end)}
+// relative to the data; "__metadata__" may map strings to strings. Tensors fill the data without
+// holes or overlap.
 #ifndef PREFILLD_MODEL_CHECKPOINT_SAFETENSORS_H_
 #define PREFILLD_MODEL_CHECKPOINT_SAFETENSORS_H_
 
@@ -24,8 +25,8 @@ namespace prefilld::model {
 inline constexpr size_t kMaxSafetensorsHeaderBytes = size_t{16} << 20;
 inline constexpr size_t kMaxTensorRank = 8;
 
-// A tensor in mapped memory: row-major, little-endian, aligned to its element size. Borrowed from
-// the reader that handed it out.
+// A tensor in mapped memory: row-major, little-endian, aligned to its element size. The reader that
+// returned it owns the memory.
 struct Tensor {
   kernels::DType dtype = kernels::DType::kFp32;
   std::vector<int64_t> shape;
@@ -33,19 +34,20 @@ struct Tensor {
   size_t bytes = 0;
 };
 
-// Sorted by name.
+// The tensors of a file, sorted by name.
 using TensorMap = std::map<std::string, Tensor, std::less<>>;
 
-// Checks a whole file image. Every tensor lies inside `file`. INVALID_ARGUMENT names tensor and
-// reason.
+// Parses and checks a whole file image. Every tensor of the result lies inside `file`.
+// INVALID_ARGUMENT names tensor and reason.
 absl::StatusOr<TensorMap> ParseSafetensors(absl::Span<const std::byte> file);
 
 // The tensors of a checkpoint folder: model.safetensors, or the shards that
-// model.safetensors.index.json names. The files stay mapped as long as the object lives and must
+// model.safetensors.index.json names. The files stay mapped as long as the object lives, and must
 // not be changed meanwhile. Immutable, so thread-safe.
 class Checkpoint {
  public:
-  // NOT_FOUND: no such files. INVALID_ARGUMENT: message begins with the file, then the reason.
+  // Opens a folder. NOT_FOUND: there are no such files. INVALID_ARGUMENT: the message begins with
+  // the file, then the reason.
   static absl::StatusOr<std::unique_ptr<Checkpoint>> Open(const std::string& checkpoint_dir);
   ~Checkpoint();
 

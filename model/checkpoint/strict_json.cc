@@ -17,8 +17,8 @@ namespace {
 
 using nlohmann::json;
 
-// Builds the document event by event; returning false stops the parser at once, so that a hostile
-// text costs no more than the part that was still acceptable.
+// Builds the document event by event. Returning false stops the parser at once, so that a hostile
+// text costs no more than its acceptable beginning.
 class Builder : public nlohmann::json_sax<json> {
  public:
   explicit Builder(int max_depth) : max_depth_(max_depth) {}
@@ -50,7 +50,8 @@ class Builder : public nlohmann::json_sax<json> {
   const std::string& error() const { return error_; }
 
  private:
-  // The new value's place: the document itself, the open array's end or the open object's key.
+  // Adds a value in its place: as the document itself, at the open array's end, or under the open
+  // object's key.
   json* Add(json value) {
     if (open_.empty()) {
       document_ = std::move(value);
@@ -68,7 +69,8 @@ class Builder : public nlohmann::json_sax<json> {
     if (static_cast<int>(open_.size()) == max_depth_) {
       return Refuse(absl::StrCat("nested deeper than ", max_depth_));
     }
-    // Stays valid while it is open: its parent grows only after it is closed.
+    // The pointer stays valid while the container is open, because its parent grows only after it
+    // is closed.
     open_.push_back(Add(std::move(container)));
     return true;
   }

@@ -1,5 +1,5 @@
-// JSON as checkpoint files are allowed to use it: strict syntax, bounded size and depth, no key
-// twice in one object (where readers would disagree about which one counts).
+// Parses JSON as checkpoint files may use it: strict syntax, bounded size and depth, and no key
+// twice in one object, because readers would disagree about which one counts.
 #ifndef PREFILLD_MODEL_CHECKPOINT_STRICT_JSON_H_
 #define PREFILLD_MODEL_CHECKPOINT_STRICT_JSON_H_
 
@@ -14,15 +14,15 @@ namespace prefilld::model {
 
 inline constexpr int kMaxJsonDepth = 16;
 
-// INVALID_ARGUMENT says what is wrong and at which byte.
+// Parses a text. INVALID_ARGUMENT says what is wrong and at which byte.
 absl::StatusOr<nlohmann::json> ParseStrictJson(absl::string_view text,
                                                int max_depth = kMaxJsonDepth);
 
-// Reads and parses a whole file. NOT_FOUND when there is none, INVALID_ARGUMENT when it is larger
+// Reads and parses a whole file. NOT_FOUND when there is none; INVALID_ARGUMENT when it is larger
 // than max_bytes or not a JSON object. Messages begin with the path.
 absl::StatusOr<nlohmann::json> ReadJsonObject(const std::string& path, size_t max_bytes);
 
-// A value as a message shows it: JSON on one line, cut when long.
+// Formats a value for a message: JSON on one line, cut when long.
 std::string Shown(const nlohmann::json& value);
 
 }  // namespace prefilld::model

@@ -8,8 +8,8 @@ namespace {
 
 using kernels::DType;
 
-// Storage types of the three formats. ToFloat and FromFloat are branch-free, so that the loop over
-// them vectorises.
+// The storage types of the three formats. ToFloat and FromFloat have no branches, so that loops
+// over them become vector code.
 struct Bf16 {
   uint16_t bits;
 };
@@ -23,8 +23,8 @@ float ToFloat(float x) { return x; }
 float ToFloat(Fp16 x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
-  // Exponent and fraction moved into fp32's place count 2^112 too low; multiplying by that also
-  // normalises subnormals.
+  // Exponent and fraction, moved into the places of fp32, give a number 2^112 times too small.
+  // Multiplying by 2^112 also normalises subnormals.
   const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
   const uint32_t special = (magnitude << 13) | 0x7f800000u;  // infinity and NaN
   const uint32_t bits = magnitude >= 0x7c00u ? special : std::bit_cast<uint32_t>(scaled);
@@ -44,9 +44,9 @@ void FromFloat(float x, Fp16& y) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  // Normal range: move the exponent's bias from 127 to 15 and round away 13 bits.
+  // In the normal range, this moves the exponent's bias from 127 to 15 and rounds away 13 bits.
   const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Below 2^-14: adding 0.5 leaves the bits of fp16's subnormal grid at the bottom, rounded.
+  // Below 2^-14, adding 0.5 leaves the rounded bits of fp16's subnormal grid at the bottom.
   const uint32_t subnormal =
       std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t half = magnitude < 0x38800000u ? subnormal : normal;

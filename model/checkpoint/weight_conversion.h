@@ -1,4 +1,4 @@
-// Element types of checkpoints to those of devices.
+// Converts element types of checkpoints to those of devices.
 #ifndef PREFILLD_MODEL_CHECKPOINT_WEIGHT_CONVERSION_H_
 #define PREFILLD_MODEL_CHECKPOINT_WEIGHT_CONVERSION_H_
 
@@ -8,9 +8,9 @@
 
 namespace prefilld::model {
 
-// dst[i] = src[i] for `count` elements, rounded to nearest even where the target is narrower;
-// what exceeds bf16 or fp16 becomes infinity, NaN stays NaN. Both are aligned to their element
-// size and do not overlap.
+// Sets dst[i] = src[i] for `count` elements, rounded to nearest even if the target is narrower.
+// Values beyond the range of bf16 or fp16 become infinity, and NaN stays NaN. Both are aligned to
+// their element size and do not overlap.
 void ConvertElements(kernels::DType src_dtype, const void* src, kernels::DType dst_dtype, void* dst,
                      int64_t count);
 

@@ -31,8 +31,8 @@ int64_t ElementCount(const std::vector<int64_t>& shape) {
   return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
 }
 
-// First collects which tensor goes where, then moves them all. The first error sticks: placing
-// after it does nothing.
+// Collects first which tensor goes where, then moves them all. After the first error placing does
+// nothing.
 class WeightLoader {
  public:
   WeightLoader(const Checkpoint& checkpoint, Device& device)
@@ -43,20 +43,20 @@ class WeightLoader {
     std::vector<int64_t> shape;
   };
 
-  // `buffer` becomes memory for the parts, one after the other.
+  // Allocates `buffer` for the parts, one after the other.
   void Place(DeviceBuffer& buffer, const std::vector<Part>& parts);
 
-  // A tensor that may be there but is not used.
+  // Marks a tensor that may be there but is not used.
   void Ignore(const std::string& name) { ignored_.insert(name); }
 
-  // Converts and uploads everything placed, digesting the content on the way. Fails if a tensor
-  // of the checkpoint was neither placed nor ignored: a model that has it is another model.
+  // Converts and uploads everything placed, and digests the content on the way. Fails if a tensor
+  // of the checkpoint was neither placed nor ignored, because a model that has it is another model.
   absl::Status Transfer();
 
   std::string fingerprint(const ModelConfig& config) const { return Fingerprint(config, digests_); }
 
  private:
-  // One stretch of one tensor: what a worker takes at a time.
+  // One stretch of one tensor, which a worker takes at a time.
   struct Stretch {
     const Tensor* source = nullptr;
     std::byte* destination = nullptr;  // of the whole tensor, device memory
@@ -122,7 +122,7 @@ void WeightLoader::Place(DeviceBuffer& buffer, const std::vector<Part>& parts) {
 
 absl::Status WeightLoader::CheckNothingLeft() const {
   for (const auto& [name, tensor] : checkpoint_.tensors()) {
-    // Old Llama files store the frequencies that RoPE is computed from anyway.
+    // Old Llama files store the frequencies from which RoPE is computed.
     if (digests_.contains(name) || ignored_.contains(name) ||
         absl::EndsWith(name, ".rotary_emb.inv_freq")) {
       continue;

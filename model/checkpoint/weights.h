@@ -12,7 +12,7 @@
 
 namespace prefilld::model {
 
-// All in the device's compute dtype. A buffer whose data() is null is absent.
+// The weights of one layer, in the device's compute dtype. A buffer whose data() is null is absent.
 struct LayerWeights {
   DeviceBuffer input_norm;   // [hidden]
   DeviceBuffer qkv;          // [(num_heads + 2 * num_kv_heads) * head_dim, hidden]: q, k, v
@@ -32,16 +32,16 @@ struct Weights {
   DeviceBuffer final_norm;  // [hidden]
   DeviceBuffer head;        // [vocab_size, hidden]; absent when tied: use embedding
   const void* head_data() const { return head.data() ? head.data() : embedding.data(); }
-  // 32 hexadecimal digits: equal for equal configuration and weights, whatever the sharding,
-  // the device or the path. Covers every byte of the tensors (model/checkpoint/fingerprint.h).
+  // 32 hexadecimal digits, equal for equal configuration and weights whatever the sharding, the
+  // device or the path. They cover every byte of the tensors (model/checkpoint/fingerprint.h).
   std::string fingerprint;
 };
 
-// Memory-maps the safetensors of `checkpoint_dir` (model.safetensors, or the shards named by
-// model.safetensors.index.json; bf16, fp16 or fp32), checks every tensor's presence and shape
-// against the config, converts and uploads. A hostile or truncated file gets INVALID_ARGUMENT
-// with file, tensor and reason; so does a tensor that the model has no use for. Staging memory on
-// the host is bounded; the files stay mapped only during the call.
+// Loads the weights: memory-maps the safetensors of `checkpoint_dir` (model.safetensors, or the
+// shards named by model.safetensors.index.json; bf16, fp16 or fp32), checks every tensor's presence
+// and shape against the config, converts and uploads. INVALID_ARGUMENT with file, tensor and reason
+// for a hostile or truncated file, and for a tensor that the model does not use. Staging memory on
+// the host is bounded, and the files stay mapped only during the call.
 absl::StatusOr<Weights> LoadWeights(const std::string& checkpoint_dir, const ModelConfig& config,
                                     Device& device);
 

@@ -45,8 +45,8 @@ class DeviceBuffer {
   MemoryKind kind_ = MemoryKind::kDevice;
 };
 
-// What the model must know of a device to choose sizes and defaults. Code asks for a trait, never
-// for the name.
+// The facts about a device by which the model chooses sizes and defaults. Code asks for a trait,
+// never for the name.
 struct DeviceTraits {
   std::string name = {};  // "cpu", or the GPU's name
   kernels::DType compute_dtype = kernels::DType::kFp32;

@@ -22,7 +22,8 @@ namespace {
 constexpr size_t kLineWidth = 100;
 constexpr absl::string_view kIndent = "      ";
 
-// Abseil declares a dozen flags in every program: --flagfile, --undefok and the like.
+// Tells whether a flag comes from Abseil, which declares a dozen in every program: --flagfile,
+// --undefok and the like.
 bool IsOfAbseil(const absl::CommandLineFlag& flag) {
   return absl::StrContains(flag.Filename(), "absl/flags/");
 }
@@ -56,7 +57,7 @@ bool AsksForHelp(absl::string_view argument) {
   return argument == "--help" || argument == "-help" || argument == "-h";
 }
 
-// Whether the argument behind this one is its value: it names a flag, other than a boolean one,
+// Tells whether the next argument is this one's value: it names a flag, other than a boolean one,
 // and has no '='.
 bool TakesNextArgument(absl::string_view argument) {
   if (!absl::ConsumePrefix(&argument, "-")) return false;

@@ -1,8 +1,8 @@
-// grpc.health.v1 and what stands behind it.
+// The gRPC health service (grpc.health.v1) of a process.
 //
 // Readiness: the service "" and the process's own services serve while new requests are accepted.
 // Liveness: the service "liveness" serves as long as work makes progress. It stops when the process
-// is wedged, so that an orchestrator restarts it, and not because of a drain.
+// is wedged, so that an orchestrator restarts it, but not because of a drain.
 #ifndef PREFILLD_PROTO_PROCESS_HEALTH_H_
 #define PREFILLD_PROTO_PROCESS_HEALTH_H_
 
@@ -19,8 +19,8 @@ namespace prefilld::process {
 // Thread-safe.
 class Health {
  public:
-  // `service` is the running gRPC server's and outlives this object. `names` are the full names of
-  // the services that are ready together.
+  // `service` belongs to the running gRPC server and must outlive this object. `names` are the full
+  // names of the services that are ready together.
   Health(grpc::HealthCheckServiceInterface* service, std::vector<std::string> names);
 
   void SetReady(bool ready);

@@ -19,13 +19,13 @@ using LogFields = std::vector<std::pair<std::string, LogValue>>;
 
 enum class LogLevel : uint8_t { kInfo, kWarning, kError };
 
-// Must be called once; events before it are dropped. Lines go to standard error.
+// Sets up the log, which goes to standard error. Must be called once; events before it are dropped.
 void InitLogging(LogFormat format);
 
 void LogEvent(LogLevel level, absl::string_view event, const LogFields& fields);
 
-// The line of an event without its time and level. Values are quoted and escaped where needed, so
-// that what comes from outside can forge neither a field nor a line.
+// Formats an event without its time and level. Values are quoted and escaped where needed, so that
+// text from outside can forge neither a field nor a line.
 std::string FormatEvent(LogFormat format, absl::string_view event, const LogFields& fields);
 
 }  // namespace prefilld::process

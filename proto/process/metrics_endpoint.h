@@ -15,10 +15,10 @@ class Exposer;
 
 namespace prefilld::process {
 
-// Serves what it is given at http://<address>/metrics while it lives. Co-owns the collectables.
+// Serves the collectables at http://<address>/metrics while it lives. It is one of their owners.
 class MetricsEndpoint {
  public:
-  // UNAVAILABLE, with the flag's name: the address cannot be bound.
+  // Starts the endpoint. UNAVAILABLE, with the flag's name, when the address cannot be bound.
   static absl::StatusOr<std::unique_ptr<MetricsEndpoint>> Create(
       const std::string& address,
       std::vector<std::shared_ptr<prometheus::Collectable>> collectables);
@@ -30,7 +30,7 @@ class MetricsEndpoint {
   MetricsEndpoint(std::unique_ptr<prometheus::Exposer> exposer,
                   std::vector<std::shared_ptr<prometheus::Collectable>> collectables, int port);
 
-  // The exposer refers to the collectables and goes first.
+  // The exposer refers to the collectables, so it is destroyed first.
   const std::vector<std::shared_ptr<prometheus::Collectable>> collectables_;
   const std::unique_ptr<prometheus::Exposer> exposer_;
   const int port_;

@@ -13,17 +13,18 @@
 
 namespace prefilld::process {
 
-// One sentence each, which names the flag, its value and what is allowed.
+// Each is one sentence that names the flag, its value and what is allowed.
 using Problems = std::vector<std::string>;
 
 void AddIfAny(std::optional<std::string> problem, Problems& problems);
 void CheckRange(absl::string_view flag, int64_t value, int64_t low, int64_t high,
                 Problems& problems);
-// `value` is more than 0 and at most `high_seconds`.
+// Adds a problem unless `value` is more than 0 and at most `high_seconds`.
 void CheckSeconds(absl::string_view flag, absl::Duration value, double high_seconds,
                   Problems& problems);
 
-// OK without problems, else INVALID_ARGUMENT with all of them, separated by "; ".
+// Returns OK if there are no problems, otherwise INVALID_ARGUMENT with all of them, separated by ";
+// ".
 absl::Status ToStatus(const Problems& problems);
 
 }  // namespace prefilld::process

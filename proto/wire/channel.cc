@@ -12,7 +12,8 @@ namespace {
 
 // A frame is 1 to 4 MiB, and a single block of 128 tokens of a large model can be more.
 constexpr int kMaxMessageBytes = 64 << 20;
-// Frames cross the wire in few HTTP/2 frames, and the next one flows while one is verified.
+// With this size frames cross the wire in few HTTP/2 frames, and the next one flows while one is
+// verified.
 constexpr int kHttp2FrameBytes = 4 << 20;
 constexpr int kLookaheadBytes = 8 << 20;
 

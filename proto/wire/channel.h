@@ -20,16 +20,16 @@ struct ChannelOptions {
   std::optional<ChannelTls> tls = std::nullopt;  // absent: plain text
 };
 
-// A channel with a connection of its own, shared with no other channel of the process: lanes of
-// one transfer must not end up on one TCP connection. Connects lazily.
+// Opens a channel with a connection of its own, shared with no other channel of the process,
+// because lanes of one transfer must not share a TCP connection. It connects lazily.
 //
-// A peer that vanished without a word is noticed by keep-alive pings within half a minute. They are
-// sent only while a call is open.
+// Keep-alive pings, sent only while a call is open, notice within half a minute that a peer
+// vanished without a word.
 //
 // INVALID_ARGUMENT: as MakeChannelCredentials.
 absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const ChannelOptions& options);
 
-// The same with credentials at hand, for many channels to changing targets.
+// Opens the same kind of channel with given credentials, for many channels to changing targets.
 std::shared_ptr<grpc::Channel> OpenChannel(
     const std::string& target, const std::shared_ptr<grpc::ChannelCredentials>& credentials,
     const std::string& server_name = "");

@@ -10,7 +10,7 @@
 namespace prefilld::wire {
 namespace {
 
-// The payload that holds a received google.rpc.Status as it came.
+// The payload under this URL holds a received google.rpc.Status unchanged.
 constexpr absl::string_view kReceivedUrl = "type.googleapis.com/google.rpc.Status";
 constexpr absl::string_view kRetryInfoUrl = "type.googleapis.com/google.rpc.RetryInfo";
 
@@ -35,7 +35,7 @@ grpc::Status ToGrpc(const absl::Status& status) {
   if (added.details().empty()) return grpc::Status(code, message, received);
   added.set_code(static_cast<int32_t>(code));
   added.set_message(message);
-  // Protobuf merges messages that are written one behind the other: the details add up.
+  // Protobuf merges messages that are concatenated, so the details of both are kept.
   return grpc::Status(code, message, received + added.SerializeAsString());
 }
 

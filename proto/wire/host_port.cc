@@ -66,7 +66,8 @@ std::optional<std::string> DialAddressProblem(absl::string_view setting, absl::s
 
 bool AddressMatches(absl::string_view pattern, absl::string_view address) {
   if (!ParseHostPort(address).has_value()) return false;
-  // On a mismatch the last '*' takes one more character: linear space, no recursion.
+  // On a mismatch the last '*' takes one more character. So the match needs neither recursion nor
+  // extra memory.
   size_t p = 0, a = 0;
   size_t star = absl::string_view::npos, star_end = 0;
   while (a < address.size()) {

@@ -1,4 +1,4 @@
-// When both ends of a connection ask each other whether they are still there.
+// The settings by which both ends of a connection notice that the other one is gone.
 #ifndef PREFILLD_PROTO_WIRE_KEEP_ALIVE_H_
 #define PREFILLD_PROTO_WIRE_KEEP_ALIVE_H_
 
@@ -10,14 +10,14 @@
 namespace prefilld::wire {
 
 // A peer that vanished without a word is noticed within half a minute: after 20 s in which nothing
-// came it is pinged, and it has 10 s to answer. A long prefill is silent, so that pings are not
-// limited to so many per message sent.
+// came it is pinged, and it has 10 s to answer. The number of pings is not limited, because a long
+// prefill sends nothing.
 inline constexpr std::array<std::pair<const char*, int>, 3> kKeepAliveArguments = {
     {{GRPC_ARG_KEEPALIVE_TIME_MS, 20'000},
      {GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 10'000},
      {GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0}}};
 
-// Servers accept pings of clients every 10 s, with some allowance for jitter.
+// Servers accept a ping every 10 s, with some allowance for jitter.
 inline constexpr int kMinPingIntervalMs = 5'000;
 
 }  // namespace prefilld::wire

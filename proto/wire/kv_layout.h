@@ -1,7 +1,7 @@
 // Sizes of the KV cache on the wire, as prefill/v1/kv.proto defines them.
 //
-// A layer has two tensors, K and V. One block of a layer therefore takes KvTensorBytes twice, and
-// frames, whose payload holds both, count in KvPairBytes.
+// A layer has two tensors, K and V. One block of a layer therefore takes twice KvTensorBytes.
+// Frames, whose payload holds both, count in KvPairBytes.
 #ifndef PREFILLD_PROTO_WIRE_KV_LAYOUT_H_
 #define PREFILLD_PROTO_WIRE_KV_LAYOUT_H_
 
@@ -23,14 +23,14 @@ constexpr bool IsBlockTokens(int64_t num_tokens) {
   return std::find(kBlockTokens.begin(), kBlockTokens.end(), num_tokens) != kBlockTokens.end();
 }
 
-// 0 for a type that this version does not know.
+// Returns 0 for a type that this version does not know.
 int64_t BytesPerElement(::prefill::v1::DType dtype);
 
-// The bytes of one block of one layer, K or V, with the layout's range of heads.
+// Returns the bytes of one block of one layer, K or V, with the layout's range of heads.
 int64_t KvTensorBytes(const ::prefill::v1::KvLayout& layout);
-// The bytes of one block of one layer, K and V together.
+// Returns the bytes of one block of one layer, K and V together.
 int64_t KvPairBytes(const ::prefill::v1::KvLayout& layout);
-// The greatest KvPairBytes of any layout of a model: all its heads, the largest block, fp32.
+// Returns the largest KvPairBytes of any layout of a model: all its heads, the largest block, fp32.
 int64_t MaxKvPairBytes(int64_t num_kv_heads, int64_t head_dim);
 
 }  // namespace prefilld::wire

@@ -17,8 +17,8 @@ namespace {
 
 constexpr int64_t kMaxStreams = 1 << 16;
 
-// Unwinding gRPC's globals with the last server waits up to 10 s for its backup poller; the process
-// keeps them instead.
+// Keeps gRPC initialised to the end of the process. Shutting it down with the last server would
+// wait up to 10 s for its backup poller.
 void KeepGrpcInitialized() {
   static const bool initialized = [] {
     grpc_init();
@@ -53,7 +53,7 @@ absl::StatusOr<Listener> Listen(const ListenOptions& options,
   grpc::ServerBuilder builder;
   SetLimits(options, builder);
   SetKeepAlive(builder);
-  // A second process on the same port would take half of the connections.
+  // Otherwise a second process on the same port would take half of the connections.
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
   Listener listener;
   builder.AddListeningPort(options.address, credentials, &listener.port);

@@ -26,8 +26,8 @@ struct Listener {
   int port = 0;  // the one that was bound
 };
 
-// Serves `services`, which outlive the server. No second process can share the port. A caller that
-// vanished without a word is noticed within half a minute.
+// Serves `services`, which must outlive the server. No second process can share the port. A caller
+// that vanished without a word is noticed within half a minute.
 //
 // INVALID_ARGUMENT: a TLS file cannot be read. UNAVAILABLE: the address cannot be served. Both name
 // the flag.

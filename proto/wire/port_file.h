@@ -1,4 +1,4 @@
-// The file in which a serving process tells the ports that it was given for port 0:
+// The file in which a serving process writes the ports that it was given for port 0:
 //   grpc=50051
 //   metrics=9464
 #ifndef PREFILLD_PROTO_WIRE_PORT_FILE_H_
@@ -16,11 +16,12 @@ struct Ports {
   int metrics = 0;  // 0: no metrics endpoint
 };
 
-// Writes the file aside and renames it, so that whoever sees it sees all of it. Does nothing for an
-// empty path. INVALID_ARGUMENT, with the flag's name: the file cannot be written.
+// Writes the file under another name and renames it, so that a reader sees all of it or nothing.
+// Does nothing for an empty path. INVALID_ARGUMENT, with the flag's name, when the file cannot be
+// written.
 absl::Status WritePortFile(const std::string& path, const Ports& ports);
 
-// UNAVAILABLE: the file is not there yet. INVALID_ARGUMENT: it is not a port file.
+// Reads the file. UNAVAILABLE: it is not there yet. INVALID_ARGUMENT: it is not a port file.
 absl::StatusOr<Ports> ReadPortFile(const std::string& path);
 
 }  // namespace prefilld::wire

@@ -20,7 +20,7 @@ const char* ServerTls::mode() const {
 absl::StatusOr<std::string> ReadPemFile(const char* field, const std::string& path) {
   if (path.empty()) return std::string();
   std::ifstream file(path, std::ios::binary);
-  // A folder opens like a file. This read fails on it; the iterator's would throw.
+  // A folder opens like a file. This read fails on it, while the iterator's would throw.
   file.peek();
   std::string pem;
   if (file.good()) pem.assign(std::istreambuf_iterator<char>(file), {});
