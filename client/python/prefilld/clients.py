@@ -23,7 +23,8 @@ _CHANNEL_OPTIONS = (
 
 
 def retry_after(error: grpc.RpcError) -> float | None:
-    """Seconds after which the server asks to come back (RESOURCE_EXHAUSTED), None when it does not say."""
+    """Returns after how many seconds the server asks to come back (RESOURCE_EXHAUSTED), or None when it does not say.
+    """
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin":
             for detail in wire.RpcStatus.FromString(value).details:
@@ -106,10 +107,10 @@ class PrefillStream(_Stream):
         return next(self._blocks)
 
     def read_all(self) -> np.ndarray:
-        """The whole cache: [num_layers, 2 (K, V), num_blocks, *block_shape(layout)], writable.
+        """Reads the whole cache: [num_layers, 2 (K, V), num_blocks, *block_shape(layout)], writable.
 
-        num_blocks counts from layout.first_block. With block order NHD and all blocks,
-        `.reshape(layers, 2, -1, heads, head_dim)[:, :, :num_tokens]` is the cache by token.
+        num_blocks counts from layout.first_block. With block order NHD and all blocks, `.reshape(layers, 2, -1, heads,
+        head_dim)[:, :, :num_tokens]` is the cache by token.
         """
         first, layout = self.layout.first_block, self.layout
         shape = (layout.num_layers, 2, layout.num_blocks - first, *block_shape(layout))
@@ -139,12 +140,12 @@ class PrefillStream(_Stream):
 
 
 class PrefillClient(_Client):
-    """Of a prefilld server. Frames come on one lane; the C++ client has several."""
+    """The client of a prefilld server. Frames come on one lane; the C++ client has several."""
 
     _service = "PrefillService"
 
     def server_info(self, timeout: float = 10):
-        """The ServerInfo message: model, fingerprint, limits, policies, load."""
+        """Returns the ServerInfo message: model, fingerprint, limits, policies, load."""
         return self._stub.GetServerInfo(wire.GetServerInfoRequest(), timeout=timeout)
 
     def prefill(
@@ -239,7 +240,7 @@ class GenerateStream(_Stream):
 
 
 class DecodeClient(_Client):
-    """Of a decode worker, which has the prompt prefilled by a prefilld and generates."""
+    """The client of a decode worker, which has the prompt prefilled by a prefilld and generates."""
 
     _service = "DecodeService"
 

@@ -21,7 +21,7 @@ PROTO_ROOT = Path(__file__).resolve().parents[3] / "proto"
 
 
 def _run_compiler(arguments: list[str]) -> None:
-    """protoc of the system, else the one inside grpcio-tools."""
+    """Runs the system's protoc, or else the one inside grpcio-tools."""
     if shutil.which("protoc"):
         done = subprocess.run(["protoc", *arguments], capture_output=True, text=True)
         if done.returncode != 0:
@@ -48,7 +48,7 @@ def compile_descriptors() -> bytes:
 
 
 def load_descriptors() -> bytes:
-    """In a checkout compiled afresh where that is possible, else the packaged file."""
+    """Compiles the contract afresh in a checkout where that is possible, otherwise reads the packaged file."""
     in_checkout = (PROTO_ROOT / "prefill" / "v1").is_dir()
     if not in_checkout:
         return PACKAGED.read_bytes()

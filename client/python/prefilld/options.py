@@ -1,4 +1,4 @@
-"""What a caller may wish for. Everything left out takes the server's default."""
+"""The wishes of a caller. Everything left out takes the server's default."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The KV cache as it arrives: frames are compared with what the layout promises, then shown as arrays."""
+"""Compares the frames of a KV cache with what the layout promises as they arrive, then shows them as arrays."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ class TransferError(Exception):
 
 
 def to_float32(array: np.ndarray) -> np.ndarray:
-    """Values of bf16 (uint16 bits), fp16 or fp32 as float32, in an array of the same shape."""
+    """Converts values of bf16 (uint16 bits), fp16 or fp32 to float32, in an array of the same shape."""
     if array.dtype == np.uint16:
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32)
 
 
 def block_shape(layout) -> tuple[int, int, int]:
-    """Of one block of K or V: [block_tokens, num_heads, head_dim] (NHD) or [num_heads, block_tokens, head_dim]."""
+    """Returns the shape of one block of K or V: [block_tokens, num_heads, head_dim] (NHD) or [num_heads, block_tokens,
+    head_dim].
+    """
     if wire.enum_name("KvOrder", layout.order) == "hnd":
         return layout.num_heads, layout.block_tokens, layout.head_dim
     return layout.block_tokens, layout.num_heads, layout.head_dim
@@ -61,7 +63,7 @@ class KvBlocks:
 
 
 def check_layout(layout, wished, num_tokens: int, fingerprint: str) -> None:
-    """TransferError FAILED_PRECONDITION when `layout` contradicts itself or the request `wished`."""
+    """Raises TransferError FAILED_PRECONDITION when `layout` contradicts itself or the request `wished`."""
 
     def expect(field: str, value, expected) -> None:
         if value != expected:
@@ -85,10 +87,10 @@ def check_layout(layout, wished, num_tokens: int, fingerprint: str) -> None:
 
 
 class TransferCheck:
-    """Takes the frames of one lane: numbered without gaps, in place, whole, undamaged, each block once."""
+    """Checks the frames of one lane: numbered without gaps, in place, whole, undamaged, each block once."""
 
     def __init__(self, layout, prompt_logprobs: bool = False):
-        """prompt_logprobs: whether the result is due to grade the prompt."""
+        """prompt_logprobs: whether the result must have log-probabilities of the prompt."""
         self._layout = layout
         self._num_logprobs = layout.num_tokens - 1 if prompt_logprobs else 0
         self._shape = block_shape(layout)

@@ -15,7 +15,7 @@ from prefilld.descriptors import load_descriptors
 _PACKAGE = "prefill.v1"
 
 _files = descriptor_pb2.FileDescriptorSet.FromString(load_descriptors()).file
-# A pool of our own: other packages may bring their copies of google/rpc/*.proto.
+# The pool is private, because other packages may bring their copies of google/rpc/*.proto.
 _pool = descriptor_pool.DescriptorPool()
 for _file in _files:
     _pool.AddSerializedFile(_file.SerializeToString())
@@ -40,13 +40,13 @@ RetryInfo = _message_class("google.rpc.RetryInfo")
 
 
 def _prefix(enum: str) -> str:
-    """AttentionPolicy -> ATTENTION_POLICY_, DType -> DTYPE_: what stands before each value's name."""
+    """Returns what stands before each value's name: AttentionPolicy -> ATTENTION_POLICY_, DType -> DTYPE_."""
     first = _pool.FindEnumTypeByName(f"{_PACKAGE}.{enum}").values_by_number[0].name
     return first.removesuffix("UNSPECIFIED")
 
 
 def enum_value(enum: str, name: str) -> int:
-    """enum_value("AttentionPolicy", "share") -> 3. ValueError names what is allowed."""
+    """Turns ("AttentionPolicy", "share") into 3. Raises ValueError that names what is allowed."""
     values = _pool.FindEnumTypeByName(f"{_PACKAGE}.{enum}").values_by_name
     full_name = _prefix(enum) + name.upper()
     if full_name not in values:
@@ -56,13 +56,13 @@ def enum_value(enum: str, name: str) -> int:
 
 
 def enum_name(enum: str, number: int) -> str:
-    """enum_name("AttentionPolicy", 3) -> "share"; "17" for a value newer than this contract."""
+    """Turns ("AttentionPolicy", 3) into "share", and a value newer than this contract into its number, such as "17"."""
     value = _pool.FindEnumTypeByName(f"{_PACKAGE}.{enum}").values_by_number.get(number)
     return str(number) if value is None else value.name.removeprefix(_prefix(enum)).lower()
 
 
 class Stub:
-    """The methods of one service as attributes, callable as those of a generated stub are."""
+    """The methods of one service as attributes, which are called like those of a generated stub."""
 
     def __init__(self, channel: grpc.Channel, service: str):
         for method in self._methods(service):
