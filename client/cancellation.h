@@ -9,8 +9,8 @@
 
 namespace prefilld::client {
 
-// One request's wish to stop, passed from whoever decides to whoever waits. Thread-safe. Must
-// outlive the CancelHooks on it.
+// One request's wish to stop, passed from the thread that decides to the threads that wait.
+// Thread-safe. Must outlive the CancelHooks on it.
 class Cancellation {
  public:
   // Runs the hooks that are registered, in the calling thread. Idempotent.
@@ -26,9 +26,9 @@ class Cancellation {
   Hooks hooks_ ABSL_GUARDED_BY(mu_);
 };
 
-// Calls `hook` on cancellation, at once if that has happened, for as long as it lives: once the
-// destructor has returned the hook neither runs nor will. The hook must not block, nor touch the
-// Cancellation. A null `cancellation` never cancels.
+// Calls `hook` on cancellation, or at once if that has happened already, for as long as this lives:
+// once the destructor has returned, the hook neither runs nor will run. The hook must not block,
+// nor touch the Cancellation. A null `cancellation` never cancels.
 class CancelHook {
  public:
   CancelHook(Cancellation* cancellation, absl::AnyInvocable<void()> hook);

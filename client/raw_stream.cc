@@ -25,7 +25,7 @@ void RawStream::Start(const std::string& method, const google::protobuf::Message
 
 RawStream::~RawStream() {
   if (call_ != nullptr && !finished_) {
-    // The library wants the end of every call to be seen.
+    // gRPC requires that the end of every call is awaited.
     context_.TryCancel();
     (void)Finish();
   }
@@ -36,7 +36,7 @@ RawStream::~RawStream() {
   }
 }
 
-// There is never more than one operation under way.
+// At most one operation is under way.
 bool RawStream::WaitForOperation() {
   void* tag;
   bool ok = false;

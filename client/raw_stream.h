@@ -14,9 +14,9 @@
 
 namespace prefilld::client {
 
-// A server-streaming call whose messages arrive undecoded, as the slices gRPC read from the
-// socket. For one thread, which also drives the connection while it waits; Cancel may come from
-// any, at any time.
+// A server-streaming call whose messages arrive undecoded, as the slices that gRPC read from the
+// socket. One thread uses it, which also drives the connection while it waits; any thread may call
+// Cancel at any time.
 class RawStream {
  public:
   explicit RawStream(std::shared_ptr<grpc::Channel> channel);
@@ -24,13 +24,13 @@ class RawStream {
   RawStream(const RawStream&) = delete;
   RawStream& operator=(const RawStream&) = delete;
 
-  // Once. Blocks while the channel connects. `method` is "/package.Service/Method". Errors show up
-  // at the end of the stream.
+  // Starts the call; may be called once. Blocks while the channel connects. `method` is
+  // "/package.Service/Method". Errors show at the end of the stream.
   void Start(const std::string& method, const google::protobuf::MessageLite& request,
              absl::Time deadline);
-  // False at the end of the stream; Finish tells why it ended.
+  // Reads a message. Returns false at the end of the stream; Finish tells why it ended.
   bool Read(grpc::ByteBuffer& message);
-  // Once, after Read returned false.
+  // Returns the call's status. May be called once, after Read returned false.
   absl::Status Finish();
   void Cancel() { context_.TryCancel(); }
 

@@ -1,4 +1,4 @@
-// prefill-cli: talks to a decode worker or to prefilld from the command line.
+// prefill-cli talks to a decode worker or to prefilld from the command line.
 #include <unistd.h>
 
 #include <csignal>
@@ -17,7 +17,8 @@ namespace {
 
 constexpr int kExitInterrupted = 130;
 
-// The first Ctrl-C cancels the call, so that the servers stop at once; the second one ends us.
+// The first Ctrl-C cancels the call, so that the servers stop at once. The second one ends this
+// program.
 void CancelOnInterrupt(Cancellation& cancellation) {
   sigset_t signals;
   sigemptyset(&signals);
@@ -71,7 +72,7 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "prefill-cli: %s\n", std::string(options.status().message()).c_str());
     return 2;
   }
-  // Lives as long as the thread that waits for signals, which is to the end of the process.
+  // This lives to the end of the process, as the thread that waits for signals does.
   static Cancellation cancellation;
   CancelOnInterrupt(cancellation);
   const absl::Status status = RunCommand(*options, cancellation);

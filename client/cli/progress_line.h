@@ -9,15 +9,15 @@
 
 namespace prefilld::client {
 
-// Shows how far a prefill is, on standard error: one line that is rewritten on a terminal, else a
-// line every few seconds. Nothing for a prefill that is over within a second.
+// Shows the progress of a prefill on standard error: on a terminal as one line that is rewritten,
+// otherwise as a line every few seconds. Shows nothing if the prefill ends within a second.
 class ProgressLine {
  public:
   explicit ProgressLine(bool enabled);
   ~ProgressLine() { Clear(); }
 
   void Update(const ::prefill::v1::Progress& progress, uint64_t kv_bytes);
-  // Takes the line away; other output may follow.
+  // Clears the line, so that other output may follow.
   void Clear();
 
  private:
@@ -27,7 +27,7 @@ class ProgressLine {
   bool shown_ = false;
 };
 
-// "layer 12 of 32, 4.2 s, 1.1 GB of KV", or "queued behind 3".
+// Formats "layer 12 of 32, 4.2 s, 1.1 GB of KV", or "queued behind 3".
 std::string ProgressText(const ::prefill::v1::Progress& progress, uint64_t kv_bytes);
 
 }  // namespace prefilld::client

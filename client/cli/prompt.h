@@ -16,13 +16,14 @@ struct Prompt {
   bool is_text = false;  // bytes are tokens: show what is generated as text
 };
 
-// INVALID_ARGUMENT: the file cannot be read, the ids do not parse, or there is nothing.
+// Reads a prompt. INVALID_ARGUMENT: the file cannot be read, the ids do not parse, or the prompt is
+// empty.
 absl::StatusOr<Prompt> ReadPrompt(const PromptSource& source);
 
-// "1, 2 3" or "[1,2,3]"; INVALID_ARGUMENT shows what is no id.
+// Parses "1, 2 3" or "[1,2,3]". INVALID_ARGUMENT shows what is no id.
 absl::StatusOr<std::vector<uint32_t>> ParseTokenIds(absl::string_view text);
 
-// The bytes of a token of a byte-level model; none for its special tokens (256 and up).
+// Returns the bytes of a token of a byte-level model; none for its special tokens (256 and up).
 std::string TokenText(uint32_t token_id);
 
 }  // namespace prefilld::client

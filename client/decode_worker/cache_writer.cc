@@ -15,8 +15,8 @@ using ::prefill::v1::KvLayoutRequest;
 CacheWriter::CacheWriter(model::Decoder* decoder, absl::Span<const int32_t> block_table)
     : decoder_(decoder), block_table_(block_table) {}
 
-// The decoder takes as many bytes per block as its own shape has: a sender that promises a smaller
-// one would have it read past the end of the payload.
+// The decoder takes as many bytes per block as its own shape has. A sender that promises smaller
+// blocks would make it read past the end of the payload.
 absl::Status CacheWriter::CheckShape(const KvLayout& layout) const {
   const model::ModelConfig& config = decoder_->config();
   const auto expect = [](const char* field, uint32_t value, int64_t expected) {
@@ -36,7 +36,8 @@ absl::Status CacheWriter::Write(const wire::ReceivedFrame& frame) {
     return absl::InternalError(absl::StrCat("blocks up to ", frame.first_block + frame.num_blocks,
                                             " of a sequence with ", block_table_.size()));
   }
-  // One copy at most: gRPC hands a message of this size over in several slices.
+  // The payload is copied at most once, because gRPC delivers a message of this size in several
+  // slices.
   thread_local std::vector<uint8_t> scratch;
   const uint8_t* k = frame.payload.Contiguous(scratch);
   const uint8_t* v = k + frame.payload.size() / 2;

@@ -10,7 +10,7 @@ Finish StopRule::After(uint32_t token_id, uint32_t num_tokens) const {
   return num_tokens >= max_new_tokens ? Finish::kLength : Finish::kNo;
 }
 
-// Guarded by the loop's mutex, except for the decoder's step.
+// The loop's mutex guards a sequence, except during the decoder's step.
 struct DecodeLoop::Sequence {
   explicit Sequence(const DecodeRequest& request)
       : request(request), last_token(request.first_token) {}
@@ -96,7 +96,7 @@ void DecodeLoop::Run() {
 void DecodeLoop::StepOnce(Sequence& sequence) {
   stepping_ = &sequence;
   const DecodeRequest& request = sequence.request;
-  // The token generated as number i, from 1, stands at the prompt's length + i - 1.
+  // Token i of those generated, counted from 1, stands at position prompt length + i - 1.
   const int64_t position = request.num_prompt_tokens + sequence.num_tokens - 1;
   mu_.Unlock();
   absl::StatusOr<std::vector<float>> logits =

@@ -1,4 +1,4 @@
-// prefilld-decode-worker: takes prompts, has them prefilled by prefilld, decodes over the cache
+// prefilld-decode-worker takes prompts, has them prefilled by prefilld, and decodes over the cache
 // that comes back.
 #include <cstdio>
 #include <cstdlib>

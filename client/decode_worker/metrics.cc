@@ -18,7 +18,7 @@ prometheus::Histogram::BucketBoundaries TtftBuckets() {
   return {0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000};
 }
 
-// Asks for the number of free blocks when it is scraped.
+// A gauge that asks for the number of free blocks when it is scraped.
 class PoolGauge : public prometheus::Collectable {
  public:
   PoolGauge(int64_t num_blocks, std::function<int64_t()> free_blocks)

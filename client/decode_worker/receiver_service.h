@@ -9,12 +9,12 @@
 
 namespace prefilld::client {
 
-// prefill.v1.KvReceiver: takes pushed caches for the requests that wait for them. Messages are
-// read undecoded, so that payloads are not copied on their way to the pool.
+// The gRPC service prefill.v1.KvReceiver, which takes pushed caches for the requests that wait for
+// them. It reads messages undecoded, so that payloads are not copied on their way to the pool.
 class ReceiverService : public ::prefill::v1::KvReceiver::WithRawCallbackMethod_Receive<
                             ::prefill::v1::KvReceiver::Service> {
  public:
-  // A stream that does not begin with its ReceiveOpen within `open_timeout` is ended.
+  // A stream whose ReceiveOpen does not come within `open_timeout` is ended.
   ReceiverService(PendingTransfers* transfers, absl::Duration open_timeout)
       : transfers_(transfers), open_timeout_(open_timeout) {}
 

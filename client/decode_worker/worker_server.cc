@@ -10,7 +10,8 @@
 namespace prefilld::client {
 
 int MaxMessageBytes(const WorkerOptions& options, const model::ModelConfig& model) {
-  // prefilld fills frames of 4 MiB at most, or of its largest block, whatever the blocks asked for.
+  // A frame of prefilld has at most 4 MiB or the bytes of its largest block, whatever blocks were
+  // asked for.
   constexpr int64_t kFrameBytes = int64_t{4} << 20;
   constexpr int64_t kTokenBytes = 5;  // an id as varint
   constexpr int64_t kOtherFields = int64_t{1} << 20;
@@ -21,7 +22,7 @@ int MaxMessageBytes(const WorkerOptions& options, const model::ModelConfig& mode
       std::min<int64_t>(payload + kOtherFields, std::numeric_limits<int32_t>::max()));
 }
 
-// A Generate and a Receive for every request that can run, probes, and as many refused ones.
+// Allows a Generate and a Receive for every request that can run, probes, and as many refused ones.
 int MaxStreamsPerConnection(const WorkerOptions& options) { return 2 * options.max_requests + 64; }
 
 absl::StatusOr<wire::Listener> StartWorkerServer(const WorkerOptions& options,

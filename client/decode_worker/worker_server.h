@@ -11,18 +11,18 @@ namespace prefilld::client {
 class GenerateService;
 class ReceiverService;
 
-// Serves both, health and reflection at options.listen. Size and number of what callers may send
-// are limited. INVALID_ARGUMENT and UNAVAILABLE: as wire::Listen.
+// Serves both services, health and reflection at options.listen. Limits the size and number of what
+// callers may send. INVALID_ARGUMENT and UNAVAILABLE: as wire::Listen.
 absl::StatusOr<wire::Listener> StartWorkerServer(const WorkerOptions& options,
                                                  const model::ModelConfig& model,
                                                  GenerateService& generate,
                                                  ReceiverService& receiver);
 
-// Enough for a frame of the model's cache and for a prompt that fills the pool twice, so that a
-// prompt a good deal too long is told the limit.
+// Returns enough for a frame of the model's cache and for a prompt that fills the pool twice, so
+// that a prompt somewhat above the limit is told the limit.
 int MaxMessageBytes(const WorkerOptions& options, const model::ModelConfig& model);
 
-// Calls that one connection may have open at once; more wait in the client.
+// Returns how many calls one connection may have open at once. More wait in the client.
 int MaxStreamsPerConnection(const WorkerOptions& options);
 
 }  // namespace prefilld::client

@@ -15,7 +15,7 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 "$@" 2>"$log" || { code=$?; cat "$log" >&2; exit "$code"; }
 
-# What the compiler said beside the figures goes on to the reader.
+# Everything that the compiler said apart from the figures is passed on.
 figures='^ptxas info +: (Compiling entry function|Function properties|Used |Compile time|[0-9]+ bytes gmem)|bytes stack frame'
 grep -vE "$figures" "$log" >&2 || true
 fail() {
