@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <memory>
 #include <string>
+#include <variant>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
@@ -42,20 +43,18 @@ void LogConfiguration(const ServerOptions& options, const model::EngineInfo& eng
   LogEvent(LogLevel::kInfo, "configuration", fields);
 
   const model::AttentionOptions attention = Apply(options.attention, engine.default_attention);
-  LogEvent(LogLevel::kInfo, "model",
-           {{"name", engine.model_name},
+  fields = {{"name", engine.model_name},
             {"fingerprint", engine.fingerprint},
             {"device", engine.device_name},
             {"layers", static_cast<int64_t>(engine.config.num_layers)},
             {"max_prompt_tokens", engine.max_tokens},
-            {"policy", model::Name(attention.policy)},
-            {"gamma", attention.gamma},
-            {"vertical_slash_gamma", attention.gamma_of_vertical_slash()},
-            {"tau", attention.tau},
-            {"delta", attention.delta},
-            {"coverage", attention.coverage},
-            {"min_budget_tokens", attention.min_budget_tokens},
-            {"crossover_tokens", attention.crossover_tokens}});
+            {"policy", model::Name(attention.policy)}};
+  for (const model::AttentionThreshold& threshold : model::kAttentionThresholds) {
+    if ((threshold.setters & model::kOperator) == 0) continue;
+    std::visit([&](auto value) { fields.emplace_back(threshold.name, value); },
+               model::ValueOf(threshold, attention));
+  }
+  LogEvent(LogLevel::kInfo, "model", fields);
 }
 
 std::string WithPort(const std::string& listen, int port) {

@@ -63,9 +63,9 @@ absl::flat_hash_map<model::AttentionPolicy, prometheus::Counter*> NewPolicies(
   auto& family = NewFamily(registry, "prefilld_policy_requests_total",
                            "Requests that began to compute, by the attention policy that ran.");
   absl::flat_hash_map<model::AttentionPolicy, prometheus::Counter*> counters;
-  for (const auto policy : model::kAttentionPolicies) {
-    if (policy == model::AttentionPolicy::kAuto) continue;  // never runs: it is resolved before
-    counters[policy] = &family.Add({{"policy", model::Name(policy)}});
+  for (const model::AttentionPolicyInfo& info : model::kAttentionPolicies) {
+    if (info.policy == model::AttentionPolicy::kAuto) continue;  // resolved before it runs
+    counters[info.policy] = &family.Add({{"policy", info.name}});
   }
   return counters;
 }

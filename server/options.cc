@@ -1,14 +1,23 @@
 #include "server/options.h"
 
 #include <algorithm>
+#include <optional>
+#include <type_traits>
+#include <variant>
 
 #include "absl/flags/flag.h"
+#include "absl/flags/reflection.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/string_view.h"
+#include "model/sparse/attention_options.h"
 #include "proto/process/command_line.h"
 #include "proto/process/problems.h"
 #include "proto/status_macros.h"
+
+// Thresholds' help comes from their table.
+using ::prefilld::model::ThresholdHelp;
+using ::prefilld::model::ThresholdNamed;
 
 ABSL_FLAG(std::string, model, "", "Checkpoint folder (config.json, *.safetensors). Required.");
 ABSL_FLAG(std::string, clusters, "",
@@ -48,27 +57,25 @@ ABSL_FLAG(std::string, tls_client_ca, "",
 ABSL_FLAG(std::string, log_format, "text", "text (key=value) or json, one event per line.");
 
 ABSL_FLAG(std::optional<std::string>, policy, std::nullopt,
-          "Default attention: dense, vertical_slash, share or auto. Not set, like the thresholds "
-          "below: the head-cluster file's value, else the built-in one.");
+          absl::StrCat("Default attention: ",
+                       prefilld::model::PolicyNames(prefilld::model::PoliciesForServing()),
+                       ". Not set: auto. The thresholds below, not set, are the head-cluster "
+                       "file's, else the built-in ones."));
 ABSL_FLAG(std::vector<std::string>, allowed_policies, {},
-          "Policies that requests may ask for, comma-separated. Empty: all but those for "
-          "evaluations, which are baseline_query_aware and baseline_random.");
-ABSL_FLAG(std::optional<float>, gamma, std::nullopt,
-          "Mass that a pattern must cover, (0, 1]. Named, it is --vertical_slash_gamma as well, "
-          "unless that is named too.");
+          absl::StrCat("Policies that requests may ask for, comma-separated, among ",
+                       prefilld::model::AllPolicyNames(),
+                       ". Empty: all but the baselines, which are for evaluations."));
+// One for each threshold that an operator may set; a test compares them with the table.
+ABSL_FLAG(std::optional<float>, gamma, std::nullopt, ThresholdHelp(ThresholdNamed("gamma")));
 ABSL_FLAG(std::optional<float>, vertical_slash_gamma, std::nullopt,
-          "--gamma of vertical-slash alone, whose columns and diagonals each reach it, (0, 1]. "
-          "Absent: --gamma if that is named, else the head clusters' or the built-in one.");
-ABSL_FLAG(std::optional<float>, tau, std::nullopt, "Distance below which heads share, [0, 1].");
-ABSL_FLAG(std::optional<float>, delta, std::nullopt,
-          "Distance from uniform above which a head does not share, [0, 1]. 1: no such rule.");
-ABSL_FLAG(std::optional<float>, coverage, std::nullopt,
-          "A cluster shares when vertical-slash covers less of its pivot than this, [0, 1], or "
-          "costs more.");
+          ThresholdHelp(ThresholdNamed("vertical_slash_gamma")));
+ABSL_FLAG(std::optional<float>, tau, std::nullopt, ThresholdHelp(ThresholdNamed("tau")));
+ABSL_FLAG(std::optional<float>, delta, std::nullopt, ThresholdHelp(ThresholdNamed("delta")));
+ABSL_FLAG(std::optional<float>, coverage, std::nullopt, ThresholdHelp(ThresholdNamed("coverage")));
 ABSL_FLAG(std::optional<int64_t>, min_budget_tokens, std::nullopt,
-          "Least number of columns, and of diagonals, that vertical-slash keeps.");
+          ThresholdHelp(ThresholdNamed("min_budget_tokens")));
 ABSL_FLAG(std::optional<int64_t>, crossover_tokens, std::nullopt,
-          "Policy auto is dense for prompts shorter than this.");
+          ThresholdHelp(ThresholdNamed("crossover_tokens")));
 ABSL_FLAG(double, recall_audit_fraction, 0,
           "Share of the requests whose recall is measured, [0, 1]: how much of the true attention "
           "mass the patterns hold.");
@@ -131,11 +138,9 @@ void ReadNamedValues(ServerOptions& options, std::vector<std::string>& problems)
   }
   options.log_format = format == "json" ? process::LogFormat::kJson : process::LogFormat::kText;
 
-  const std::string policies = absl::StrJoin(
-      model::kAttentionPolicies, ", ",
-      [](std::string* out, auto policy) { absl::StrAppend(out, model::Name(policy)); });
+  const std::string policies = model::AllPolicyNames();
   if (const auto name = absl::GetFlag(FLAGS_policy); name.has_value()) {
-    options.attention.policy = ParsePolicy(*name);
+    options.attention.policy = model::ParsePolicy(*name);
     if (!options.attention.policy.has_value()) {
       problems.push_back(absl::StrCat("--policy=", *name, " is not one of ", policies));
     }
@@ -143,7 +148,7 @@ void ReadNamedValues(ServerOptions& options, std::vector<std::string>& problems)
   const std::vector<std::string> allowed = absl::GetFlag(FLAGS_allowed_policies);
   if (!allowed.empty()) options.allowed_policies.clear();
   for (const std::string& name : allowed) {
-    if (const auto policy = ParsePolicy(name); policy.has_value()) {
+    if (const auto policy = model::ParsePolicy(name); policy.has_value()) {
       options.allowed_policies.push_back(*policy);
     } else {
       problems.push_back(absl::StrCat("--allowed_policies: '", name, "' is not one of ", policies));
@@ -151,6 +156,21 @@ void ReadNamedValues(ServerOptions& options, std::vector<std::string>& problems)
   }
   options.engine.baselines = std::any_of(options.allowed_policies.begin(),
                                          options.allowed_policies.end(), model::IsBaseline);
+}
+
+// A flag has the threshold's name and is an optional of its type.
+void ReadThresholds(model::AttentionOverrides& overrides) {
+  for (const model::AttentionThreshold& threshold : model::kAttentionThresholds) {
+    if ((threshold.setters & model::kOperator) == 0) continue;
+    const absl::CommandLineFlag* flag = absl::FindCommandLineFlag(threshold.name);
+    if (flag == nullptr) continue;
+    std::visit(
+        [&](const auto& members) {
+          using T = typename std::decay_t<decltype(members)>::Value;
+          overrides.*members.named = flag->TryGet<std::optional<T>>().value_or(std::nullopt);
+        },
+        threshold.members);
+  }
 }
 
 ServerOptions ReadPlainValues() {
@@ -161,13 +181,7 @@ ServerOptions ReadPlainValues() {
   options.engine.max_tokens = absl::GetFlag(FLAGS_max_prompt_tokens);
   options.engine.max_batch_tokens = absl::GetFlag(FLAGS_max_batch_tokens);
   options.engine.max_graph_tokens = absl::GetFlag(FLAGS_max_graph_tokens);
-  options.attention.gamma = absl::GetFlag(FLAGS_gamma);
-  options.attention.vertical_slash_gamma = absl::GetFlag(FLAGS_vertical_slash_gamma);
-  options.attention.tau = absl::GetFlag(FLAGS_tau);
-  options.attention.delta = absl::GetFlag(FLAGS_delta);
-  options.attention.coverage = absl::GetFlag(FLAGS_coverage);
-  options.attention.min_budget_tokens = absl::GetFlag(FLAGS_min_budget_tokens);
-  options.attention.crossover_tokens = absl::GetFlag(FLAGS_crossover_tokens);
+  ReadThresholds(options.attention);
   options.recall_audit.fraction = absl::GetFlag(FLAGS_recall_audit_fraction);
   options.recall_audit.rows = absl::GetFlag(FLAGS_recall_audit_rows);
   options.listen = absl::GetFlag(FLAGS_listen);
@@ -190,6 +204,14 @@ ServerOptions ReadPlainValues() {
   return options;
 }
 
+std::vector<const char*> AttentionFlags() {
+  std::vector<const char*> names = {"policy", "allowed_policies"};
+  for (const model::AttentionThreshold& threshold : model::kAttentionThresholds) {
+    if ((threshold.setters & model::kOperator) != 0) names.push_back(threshold.name);
+  }
+  return names;
+}
+
 process::ProgramHelp Help() {
   return {
       .usage = "Disaggregated prefill server. prefilld --model=DIR [flags]",
@@ -200,9 +222,7 @@ process::ProgramHelp Help() {
           {"Addresses, TLS and log",
            {"listen", "metrics_listen", "port_file", "tls_cert", "tls_key", "tls_client_ca",
             "log_format"}},
-          {"Attention",
-           {"policy", "allowed_policies", "gamma", "vertical_slash_gamma", "tau", "delta",
-            "coverage", "min_budget_tokens", "crossover_tokens"}},
+          {"Attention", AttentionFlags()},
           {"Recall audit", {"recall_audit_fraction", "recall_audit_rows"}},
           {"Queue", {"queue_capacity", "max_queued_tokens"}},
           {"KV delivery",
@@ -214,7 +234,10 @@ process::ProgramHelp Help() {
 }  // namespace
 
 absl::StatusOr<ServerOptions> OptionsFromCommandLine(int argc, char** argv) {
-  const std::vector<char*> positional = process::ParseCommandLine(argc, argv, Help());
+  return OptionsFromFlags(process::ParseCommandLine(argc, argv, Help()));
+}
+
+absl::StatusOr<ServerOptions> OptionsFromFlags(const std::vector<char*>& positional) {
   process::Problems problems;
   for (size_t i = 1; i < positional.size(); ++i) {
     problems.push_back(absl::StrCat("argument '", positional[i], "' is not a flag"));

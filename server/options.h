@@ -2,6 +2,8 @@
 #ifndef PREFILLD_SERVER_OPTIONS_H_
 #define PREFILLD_SERVER_OPTIONS_H_
 
+#include <vector>
+
 #include "absl/status/statusor.h"
 #include "server/server_options.h"
 
@@ -10,6 +12,10 @@ namespace prefilld::server {
 // Reads the command line; an unknown flag ends the process with a message. INVALID_ARGUMENT lists
 // every invalid value, not only the first.
 absl::StatusOr<ServerOptions> OptionsFromCommandLine(int argc, char** argv);
+
+// The second half of that: the options that the flags, as they are set now, stand for. `positional`
+// is the program's name and whatever else was no flag.
+absl::StatusOr<ServerOptions> OptionsFromFlags(const std::vector<char*>& positional);
 
 }  // namespace prefilld::server
 

@@ -20,15 +20,9 @@ namespace v1 = ::prefill::v1;
 
 constexpr size_t kMaxAddressLength = 256;
 
-std::mt19937_64& Random() {
+std::string NewRequestId() {
   static thread_local std::mt19937_64 random{std::random_device{}()};
-  return random;
-}
-
-std::string NewRequestId() { return absl::StrFormat("%016x", Random()()); }
-
-bool Drawn(double probability) {
-  return std::uniform_real_distribution<>(0, 1)(Random()) < probability;
+  return absl::StrFormat("%016x", random());
 }
 
 absl::Status CheckTokens(const v1::PrefillRequest& request, const model::EngineInfo& engine) {
@@ -105,68 +99,6 @@ absl::StatusOr<v1::KvLayout> ResolveLayout(const v1::KvLayoutRequest& request, i
   return layout;
 }
 
-absl::StatusOr<model::AttentionOptions> ResolveAttention(const v1::AttentionOptions& request,
-                                                         const RequestLimits& limits) {
-  model::AttentionOptions options = limits.default_attention;
-  switch (request.policy()) {
-    case v1::ATTENTION_POLICY_UNSPECIFIED:
-      break;
-    case v1::ATTENTION_POLICY_DENSE:
-      options.policy = model::AttentionPolicy::kDense;
-      break;
-    case v1::ATTENTION_POLICY_VERTICAL_SLASH:
-      options.policy = model::AttentionPolicy::kVerticalSlash;
-      break;
-    case v1::ATTENTION_POLICY_SHARE:
-      options.policy = model::AttentionPolicy::kShare;
-      break;
-    case v1::ATTENTION_POLICY_AUTO:
-      options.policy = model::AttentionPolicy::kAuto;
-      break;
-    case v1::ATTENTION_POLICY_BASELINE_QUERY_AWARE:
-      options.policy = model::AttentionPolicy::kBaselineQueryAware;
-      break;
-    case v1::ATTENTION_POLICY_BASELINE_RANDOM:
-      options.policy = model::AttentionPolicy::kBaselineRandom;
-      break;
-    default:
-      return absl::InvalidArgumentError(
-          absl::StrCat("attention.policy ", static_cast<int>(request.policy()),
-                       " unknown; DENSE, VERTICAL_SLASH, SHARE or AUTO"));
-  }
-  const auto& allowed = limits.allowed_policies;
-  if (request.policy() != v1::ATTENTION_POLICY_UNSPECIFIED &&
-      std::find(allowed.begin(), allowed.end(), options.policy) == allowed.end()) {
-    std::string names;
-    for (const auto policy : allowed) absl::StrAppend(&names, " ", model::Name(policy));
-    return absl::InvalidArgumentError(absl::StrCat("attention.policy ", model::Name(options.policy),
-                                                   " is not allowed here; allowed:", names));
-  }
-  model::AttentionOverrides asked;
-  if (request.has_gamma()) asked.gamma = request.gamma();
-  if (request.has_vertical_slash_gamma()) {
-    asked.vertical_slash_gamma = request.vertical_slash_gamma();
-  }
-  if (request.has_tau()) asked.tau = request.tau();
-  if (request.has_delta()) asked.delta = request.delta();
-  if (request.has_coverage()) asked.coverage = request.coverage();
-  if (request.has_min_budget_tokens()) asked.min_budget_tokens = request.min_budget_tokens();
-  if (request.has_same_layer_sharing()) asked.same_layer_sharing = request.same_layer_sharing();
-  options = model::Apply(asked, options);
-  if (request.has_density()) options.density = request.density();
-  if (!request.has_recall_audit_rows()) {
-    options.recall_audit_rows = Drawn(limits.recall_audit.fraction) ? limits.recall_audit.rows : 0;
-  } else if (request.recall_audit_rows() <= limits.recall_audit.rows) {
-    options.recall_audit_rows = request.recall_audit_rows();
-  } else {
-    return absl::InvalidArgumentError(absl::StrCat("attention.recall_audit_rows ",
-                                                   request.recall_audit_rows(), "; at most ",
-                                                   limits.recall_audit.rows));
-  }
-  PREFILLD_RETURN_IF_ERROR(model::Validate(options));
-  return options;
-}
-
 absl::StatusOr<model::SamplingOptions> ResolveSampling(const v1::Sampling& request) {
   const model::SamplingOptions options{.temperature = request.temperature(),
                                        .top_k = request.top_k(),
@@ -238,7 +170,8 @@ absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
   PrefillWork work;
   PREFILLD_ASSIGN_OR_RETURN(work.layout,
                             ResolveLayout(request.layout(), request.token_ids_size(), engine));
-  PREFILLD_ASSIGN_OR_RETURN(work.attention, ResolveAttention(request.attention(), limits));
+  PREFILLD_ASSIGN_OR_RETURN(work.attention,
+                            ResolveAttention(request.attention(), limits.attention));
   PREFILLD_ASSIGN_OR_RETURN(work.sampling, ResolveSampling(request.sampling()));
   PREFILLD_RETURN_IF_ERROR(CheckLogprobs(request));
   PREFILLD_RETURN_IF_ERROR(CheckLanes(request, limits));
@@ -279,24 +212,6 @@ v1::DType ToProto(kernels::DType dtype) {
       return v1::DTYPE_FP32;
   }
   return v1::DTYPE_UNSPECIFIED;
-}
-
-v1::AttentionPolicy ToProto(model::AttentionPolicy policy) {
-  switch (policy) {
-    case model::AttentionPolicy::kDense:
-      return v1::ATTENTION_POLICY_DENSE;
-    case model::AttentionPolicy::kVerticalSlash:
-      return v1::ATTENTION_POLICY_VERTICAL_SLASH;
-    case model::AttentionPolicy::kShare:
-      return v1::ATTENTION_POLICY_SHARE;
-    case model::AttentionPolicy::kBaselineQueryAware:
-      return v1::ATTENTION_POLICY_BASELINE_QUERY_AWARE;
-    case model::AttentionPolicy::kBaselineRandom:
-      return v1::ATTENTION_POLICY_BASELINE_RANDOM;
-    case model::AttentionPolicy::kAuto:
-      return v1::ATTENTION_POLICY_AUTO;
-  }
-  return v1::ATTENTION_POLICY_UNSPECIFIED;
 }
 
 }  // namespace prefilld::server

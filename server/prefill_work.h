@@ -10,9 +10,8 @@
 #include "absl/time/time.h"
 #include "model/decode/sampling.h"
 #include "model/prefill/prefill_engine.h"
-#include "model/sparse/attention_policy.h"
 #include "prefill/v1/prefill.pb.h"
-#include "server/server_options.h"
+#include "server/attention_request.h"
 
 namespace prefilld::server {
 
@@ -38,9 +37,7 @@ struct PrefillWork {
 // The limits that requests must keep; fixed at start.
 struct RequestLimits {
   const model::EngineInfo* engine = nullptr;
-  model::AttentionOptions default_attention;
-  std::vector<model::AttentionPolicy> allowed_policies;
-  RecallAuditLimits recall_audit;
+  AttentionLimits attention;
   std::vector<std::string> deliver_to_allow;
   int max_lanes = 1;
 };
@@ -62,7 +59,6 @@ model::KvSelection SelectBlocks(const ::prefill::v1::KvLayout& layout, int64_t f
                                 int64_t num_blocks);
 
 ::prefill::v1::DType ToProto(kernels::DType dtype);
-::prefill::v1::AttentionPolicy ToProto(model::AttentionPolicy policy);
 
 }  // namespace prefilld::server
 

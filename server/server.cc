@@ -141,9 +141,9 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
   const model::EngineInfo& engine = engine_.info();
   const model::AttentionOptions attention = Apply(options.attention, engine.default_attention);
   RequestLimits limits{.engine = &engine,
-                       .default_attention = attention,
-                       .allowed_policies = options.allowed_policies,
-                       .recall_audit = options.recall_audit,
+                       .attention = {.defaults = attention,
+                                     .allowed_policies = options.allowed_policies,
+                                     .recall_audit = options.recall_audit},
                        .deliver_to_allow = options.deliver_to_allow,
                        .max_lanes = options.max_lanes};
   push_dialer_ = std::make_unique<PushDialer>(std::move(push_credentials), clock_);

@@ -55,13 +55,6 @@ void CheckAttention(const ServerOptions& o, process::Problems& problems) {
 
 }  // namespace
 
-std::optional<model::AttentionPolicy> ParsePolicy(const std::string& name) {
-  for (const auto policy : model::kAttentionPolicies) {
-    if (name == model::Name(policy)) return policy;
-  }
-  return std::nullopt;
-}
-
 absl::Status Validate(const ServerOptions& o) {
   process::Problems problems;
   if (o.engine.checkpoint_dir.empty()) problems.push_back("--model is required");
@@ -99,8 +92,10 @@ absl::Status Validate(const ServerOptions& o) {
 }
 
 std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o) {
-  std::vector<std::string> allowed;
-  for (const auto policy : o.allowed_policies) allowed.push_back(model::Name(policy));
+  const std::string allowed =
+      absl::StrJoin(o.allowed_policies, ",", [](std::string* out, model::AttentionPolicy policy) {
+        absl::StrAppend(out, model::Name(policy));
+      });
   return {{"model", o.engine.checkpoint_dir},
           {"device", DeviceName(o.engine.device)},
           {"cpu_threads", absl::StrCat(o.engine.cpu_threads)},
@@ -112,7 +107,7 @@ std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o
           {"listen", o.listen},
           {"metrics_listen", o.metrics_listen},
           {"tls", o.tls.mode()},
-          {"allowed_policies", absl::StrJoin(allowed, ",")},
+          {"allowed_policies", allowed},
           {"recall_audit_fraction", absl::StrCat(o.recall_audit.fraction)},
           {"recall_audit_rows", absl::StrCat(o.recall_audit.rows)},
           {"queue_capacity", absl::StrCat(o.queue_capacity)},

@@ -11,7 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "model/prefill/prefill_engine.h"
-#include "model/sparse/attention_policy.h"
+#include "model/sparse/attention_options.h"
 #include "proto/process/log.h"
 #include "proto/wire/tls.h"
 
@@ -29,9 +29,7 @@ struct ServerOptions {
   // Unset fields take the engine's defaults, which may come from the checkpoint's head clusters.
   model::AttentionOverrides attention;
   // Baselines serve evaluations, so an operator has to name them.
-  std::vector<model::AttentionPolicy> allowed_policies = {
-      model::AttentionPolicy::kDense, model::AttentionPolicy::kVerticalSlash,
-      model::AttentionPolicy::kShare, model::AttentionPolicy::kAuto};
+  std::vector<model::AttentionPolicy> allowed_policies = model::PoliciesForServing();
   RecallAuditLimits recall_audit;
 
   std::string listen = "0.0.0.0:50051";         // port 0: any free one
@@ -56,9 +54,6 @@ struct ServerOptions {
 
 // Returns all problems of `options` in one INVALID_ARGUMENT, separated by "; ".
 absl::Status Validate(const ServerOptions& options);
-
-// Finds a policy by its model::Name; nullopt for any other name.
-std::optional<model::AttentionPolicy> ParsePolicy(const std::string& name);
 
 // Lists the effective configuration as (flag, value) pairs, for the log.
 std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& options);

@@ -1,12 +1,19 @@
 #include "client/cli/options.h"
 
+#include <google/protobuf/descriptor.h>
+#include <google/protobuf/message.h>
+
+#include <optional>
+
 #include "absl/flags/flag.h"
+#include "absl/flags/reflection.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "proto/process/command_line.h"
 #include "proto/process/problems.h"
 #include "proto/status_macros.h"
+#include "proto/wire/enum_names.h"
 #include "proto/wire/host_port.h"
 
 ABSL_FLAG(std::string, worker, "localhost:50052", "host:port of the decode worker (generate).");
@@ -46,8 +53,10 @@ ABSL_FLAG(std::string, pushed_transfer_id, "",
           "generate: wait for a cache that `prefill --deliver_to` pushes under this id.");
 
 ABSL_FLAG(std::string, policy, "",
-          "Attention: dense, vertical_slash, share or auto; where the server allows them, "
-          "baseline_query_aware and baseline_random. Empty: the server's default.");
+          absl::StrCat("Attention, as far as the server allows it: ",
+                       ::prefilld::wire::EnumNames<::prefill::v1::AttentionPolicy>(),
+                       ". Empty: the server's default."));
+// One for each field of prefill.v1.AttentionOptions, by its name; a test compares them.
 ABSL_FLAG(std::optional<float>, gamma, std::nullopt,
           "Mass that a pattern must cover, (0, 1]. Named, it is --vertical_slash_gamma as well, "
           "unless that is named too.");
@@ -87,7 +96,7 @@ ABSL_FLAG(std::string, transfer_id, "", "prefill: the pushed_transfer_id it wait
 namespace prefilld::client {
 namespace {
 
-using ::prefill::v1::AttentionPolicy;
+using ::google::protobuf::FieldDescriptor;
 using process::Problems;
 
 constexpr char kUsage[] =
@@ -121,6 +130,23 @@ T ReadName(const char* flag, const std::string& text, const NamedValue<T> (&name
       names, ", ", [](std::string* out, const NamedValue<T>& e) { absl::StrAppend(out, e.name); });
   problems.push_back(absl::StrCat(flag, "=", text, " is not one of ", allowed));
   return T();
+}
+
+// The value of an enum of the contract. Empty text stands for UNSPECIFIED, the server's choice.
+template <typename Enum>
+Enum ReadEnum(const char* flag, const std::string& text, Problems& problems) {
+  if (text.empty()) return Enum();
+  const auto value = wire::EnumFromName<Enum>(text);
+  if (!value.has_value()) {
+    problems.push_back(absl::StrCat(flag, "=", text, " is not one of ", wire::EnumNames<Enum>()));
+  }
+  return value.value_or(Enum());
+}
+
+// The value of a flag that is an optional T and was given; nullopt for a flag of another type too.
+template <typename T>
+std::optional<T> Named(const absl::CommandLineFlag& flag) {
+  return flag.TryGet<std::optional<T>>().value_or(std::nullopt);
 }
 
 Command ReadCommand(const std::vector<char*>& positional, Problems& problems) {
@@ -162,32 +188,17 @@ PromptSource ReadPrompt(Command command, Problems& problems) {
 }
 
 ::prefill::v1::AttentionOptions ReadAttention(Problems& problems) {
-  constexpr NamedValue<AttentionPolicy> kPolicies[] = {
-      {"", AttentionPolicy::ATTENTION_POLICY_UNSPECIFIED},
-      {"dense", AttentionPolicy::ATTENTION_POLICY_DENSE},
-      {"vertical_slash", AttentionPolicy::ATTENTION_POLICY_VERTICAL_SLASH},
-      {"share", AttentionPolicy::ATTENTION_POLICY_SHARE},
-      {"auto", AttentionPolicy::ATTENTION_POLICY_AUTO},
-      {"baseline_query_aware", AttentionPolicy::ATTENTION_POLICY_BASELINE_QUERY_AWARE},
-      {"baseline_random", AttentionPolicy::ATTENTION_POLICY_BASELINE_RANDOM}};
   ::prefill::v1::AttentionOptions attention;
-  attention.set_policy(ReadName("--policy", absl::GetFlag(FLAGS_policy), kPolicies, problems));
-  if (const auto value = absl::GetFlag(FLAGS_gamma)) attention.set_gamma(*value);
-  if (const auto value = absl::GetFlag(FLAGS_vertical_slash_gamma)) {
-    attention.set_vertical_slash_gamma(*value);
-  }
-  if (const auto value = absl::GetFlag(FLAGS_tau)) attention.set_tau(*value);
-  if (const auto value = absl::GetFlag(FLAGS_delta)) attention.set_delta(*value);
-  if (const auto value = absl::GetFlag(FLAGS_coverage)) attention.set_coverage(*value);
-  if (const auto value = absl::GetFlag(FLAGS_min_budget_tokens)) {
-    attention.set_min_budget_tokens(*value);
-  }
-  if (const auto value = absl::GetFlag(FLAGS_same_layer_sharing)) {
-    attention.set_same_layer_sharing(*value);
-  }
-  if (const auto value = absl::GetFlag(FLAGS_density)) attention.set_density(*value);
-  if (const auto value = absl::GetFlag(FLAGS_recall_audit_rows)) {
-    attention.set_recall_audit_rows(*value);
+  attention.set_policy(
+      ReadEnum<::prefill::v1::AttentionPolicy>("--policy", absl::GetFlag(FLAGS_policy), problems));
+  const google::protobuf::Reflection& values = *attention.GetReflection();
+  for (int i = 0; i < attention.GetDescriptor()->field_count(); ++i) {
+    const FieldDescriptor* field = attention.GetDescriptor()->field(i);
+    const absl::CommandLineFlag* flag = absl::FindCommandLineFlag(field->name());
+    if (flag == nullptr) continue;
+    if (const auto number = Named<float>(*flag)) values.SetFloat(&attention, field, *number);
+    if (const auto count = Named<uint32_t>(*flag)) values.SetUInt32(&attention, field, *count);
+    if (const auto yes = Named<bool>(*flag)) values.SetBool(&attention, field, *yes);
   }
   return attention;
 }
@@ -205,14 +216,11 @@ PromptSource ReadPrompt(Command command, Problems& problems) {
 ::prefill::v1::KvLayoutRequest ReadLayout(Problems& problems) {
   constexpr NamedValue<::prefill::v1::KvOrder> kOrders[] = {{"nhd", ::prefill::v1::KV_ORDER_NHD},
                                                             {"hnd", ::prefill::v1::KV_ORDER_HND}};
-  constexpr NamedValue<::prefill::v1::DType> kDTypes[] = {{"", ::prefill::v1::DTYPE_UNSPECIFIED},
-                                                          {"bf16", ::prefill::v1::DTYPE_BF16},
-                                                          {"fp16", ::prefill::v1::DTYPE_FP16},
-                                                          {"fp32", ::prefill::v1::DTYPE_FP32}};
   ::prefill::v1::KvLayoutRequest layout;
   layout.set_block_tokens(absl::GetFlag(FLAGS_block_tokens));
   layout.set_order(ReadName("--kv_order", absl::GetFlag(FLAGS_kv_order), kOrders, problems));
-  layout.set_dtype(ReadName("--kv_dtype", absl::GetFlag(FLAGS_kv_dtype), kDTypes, problems));
+  layout.set_dtype(
+      ReadEnum<::prefill::v1::DType>("--kv_dtype", absl::GetFlag(FLAGS_kv_dtype), problems));
   layout.set_first_head(absl::GetFlag(FLAGS_first_head));
   layout.set_num_heads(absl::GetFlag(FLAGS_num_heads));
   layout.set_first_block(absl::GetFlag(FLAGS_first_block));
@@ -232,6 +240,13 @@ std::vector<uint32_t> ReadStopTokens(Problems& problems) {
   return ids;
 }
 
+std::vector<const char*> AttentionFlags() {
+  const auto& fields = *::prefill::v1::AttentionOptions::descriptor();
+  std::vector<const char*> names;
+  for (int i = 0; i < fields.field_count(); ++i) names.push_back(fields.field(i)->name().c_str());
+  return names;
+}
+
 process::ProgramHelp Help() {
   return {
       .usage = kUsage,
@@ -243,9 +258,7 @@ process::ProgramHelp Help() {
           {"Generation",
            {"max_new_tokens", "stop_token_ids", "ignore_eos", "temperature", "top_k", "top_p",
             "seed", "top_logprobs", "pushed_transfer_id"}},
-          {"Attention",
-           {"policy", "gamma", "vertical_slash_gamma", "tau", "delta", "coverage",
-            "min_budget_tokens", "same_layer_sharing", "density", "recall_audit_rows"}},
+          {"Attention", AttentionFlags()},
           {"Prefill and its KV",
            {"block_tokens", "kv_order", "kv_dtype", "first_head", "num_heads", "first_block",
             "lanes", "layer_stats", "prompt_logprobs", "deliver_to", "transfer_id"}}}};
@@ -254,7 +267,10 @@ process::ProgramHelp Help() {
 }  // namespace
 
 absl::StatusOr<CliOptions> OptionsFromCommandLine(int argc, char** argv) {
-  const std::vector<char*> positional = process::ParseCommandLine(argc, argv, Help());
+  return OptionsFromFlags(process::ParseCommandLine(argc, argv, Help()));
+}
+
+absl::StatusOr<CliOptions> OptionsFromFlags(const std::vector<char*>& positional) {
   Problems problems;
   CliOptions options;
   options.command = ReadCommand(positional, problems);

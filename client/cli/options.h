@@ -58,6 +58,10 @@ struct CliOptions {
 // INVALID_ARGUMENT lists every problem.
 absl::StatusOr<CliOptions> OptionsFromCommandLine(int argc, char** argv);
 
+// The second half of that: the options that the flags, as they are set now, stand for. `positional`
+// is the program's name and the command.
+absl::StatusOr<CliOptions> OptionsFromFlags(const std::vector<char*>& positional);
+
 }  // namespace prefilld::client
 
 #endif  // PREFILLD_CLIENT_CLI_OPTIONS_H_

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "nlohmann/json.hpp"
+#include "proto/wire/enum_names.h"
 #include "proto/wire/grpc_status.h"
 
 namespace prefilld::client {
@@ -19,38 +20,7 @@ using ::prefill::v1::PrefillResult;
 using ::prefill::v1::RecallAudit;
 using ::prefill::v1::RecallSummary;
 using ::prefill::v1::ServerInfo;
-
-const char* PolicyName(AttentionPolicy policy) {
-  switch (policy) {
-    case AttentionPolicy::ATTENTION_POLICY_DENSE:
-      return "dense";
-    case AttentionPolicy::ATTENTION_POLICY_VERTICAL_SLASH:
-      return "vertical_slash";
-    case AttentionPolicy::ATTENTION_POLICY_SHARE:
-      return "share";
-    case AttentionPolicy::ATTENTION_POLICY_AUTO:
-      return "auto";
-    case AttentionPolicy::ATTENTION_POLICY_BASELINE_QUERY_AWARE:
-      return "baseline_query_aware";
-    case AttentionPolicy::ATTENTION_POLICY_BASELINE_RANDOM:
-      return "baseline_random";
-    default:
-      return "unknown";
-  }
-}
-
-const char* DTypeName(::prefill::v1::DType dtype) {
-  switch (dtype) {
-    case ::prefill::v1::DTYPE_BF16:
-      return "bf16";
-    case ::prefill::v1::DTYPE_FP16:
-      return "fp16";
-    case ::prefill::v1::DTYPE_FP32:
-      return "fp32";
-    default:
-      return "unknown";
-  }
-}
+using wire::EnumName;
 
 const char* FinishName(::prefill::v1::FinishReason reason) {
   return reason == ::prefill::v1::FINISH_REASON_STOP ? "stop" : "length";
@@ -78,7 +48,7 @@ std::string AttentionLine(const PrefillResult& prefill) {
       "attention",
       absl::StrFormat("%s, density %.1f %%; heads: %u dense, %u pivot, %u shared, "
                       "%u vertical-slash%s; attention %s, patterns %s",
-                      PolicyName(prefill.policy()), 100 * total.density(), total.dense_heads(),
+                      EnumName(prefill.policy()), 100 * total.density(), total.dense_heads(),
                       total.pivot_heads(), total.shared_heads(), total.vertical_slash_heads(),
                       total.baseline_heads() == 0
                           ? ""
@@ -197,7 +167,7 @@ json ToJson(const PrefillResult& result) {
   object["compute_us"] = result.compute_us();
   object["queue_us"] = result.queue_us();
   object["stall_us"] = result.stall_us();
-  object["policy"] = PolicyName(result.policy());
+  object["policy"] = EnumName(result.policy());
   object["batch_prompts"] = result.batch_prompts();
   object["prompt_tokens"] = result.num_tokens();
   object["kv_bytes"] = result.kv_bytes();
@@ -254,7 +224,7 @@ std::string Summary(const ServerInfo& info) {
   std::string allowed;
   for (int policy : info.allowed_policies()) {
     absl::StrAppend(&allowed, allowed.empty() ? "" : ", ",
-                    PolicyName(static_cast<AttentionPolicy>(policy)));
+                    EnumName(static_cast<AttentionPolicy>(policy)));
   }
   return absl::StrCat(
       Line("model",
@@ -263,11 +233,11 @@ std::string Summary(const ServerInfo& info) {
                                info.num_layers(), info.num_heads(), info.num_kv_heads(),
                                info.head_dim(), CountText(info.vocab_size()))),
       Line("device",
-           absl::StrFormat("%s, computes in %s", info.device(), DTypeName(info.native_dtype()))),
+           absl::StrFormat("%s, computes in %s", info.device(), EnumName(info.native_dtype()))),
       Line("accepts", absl::StrFormat("up to %s tokens, %u lanes",
                                       CountText(info.max_prompt_tokens()), info.max_lanes())),
       Line("attention", absl::StrFormat("%s by default, allowed: %s; auto shares from %s tokens on",
-                                        PolicyName(info.default_policy()), allowed,
+                                        EnumName(info.default_policy()), allowed,
                                         CountText(info.crossover_tokens()))),
       Line("load", absl::StrFormat("%u running, %u of %u queued, %s tokens waiting",
                                    info.running_requests(), info.queued_requests(),
@@ -312,7 +282,7 @@ json ToJson(const ServerInfo& info) {
                  {"model_name", info.model_name()},
                  {"model_fingerprint", info.model_fingerprint()},
                  {"device", info.device()},
-                 {"native_dtype", DTypeName(info.native_dtype())},
+                 {"native_dtype", EnumName(info.native_dtype())},
                  {"vocab_size", info.vocab_size()},
                  {"num_layers", info.num_layers()},
                  {"num_heads", info.num_heads()},
@@ -320,14 +290,14 @@ json ToJson(const ServerInfo& info) {
                  {"head_dim", info.head_dim()},
                  {"max_prompt_tokens", info.max_prompt_tokens()},
                  {"max_lanes", info.max_lanes()},
-                 {"default_policy", PolicyName(info.default_policy())},
+                 {"default_policy", EnumName(info.default_policy())},
                  {"crossover_tokens", info.crossover_tokens()},
                  {"queue_capacity", info.queue_capacity()},
                  {"queued_requests", info.queued_requests()},
                  {"running_requests", info.running_requests()},
                  {"queued_tokens", info.queued_tokens()}};
   for (int policy : info.allowed_policies()) {
-    object["allowed_policies"].push_back(PolicyName(static_cast<AttentionPolicy>(policy)));
+    object["allowed_policies"].push_back(EnumName(static_cast<AttentionPolicy>(policy)));
   }
   object["eos_token_ids"] =
       json(std::vector<uint32_t>(info.eos_token_ids().begin(), info.eos_token_ids().end()));

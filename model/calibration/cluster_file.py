@@ -1,7 +1,7 @@
 """Reading and writing head_clusters.json.
 
 The format is that of the SharePrefill release, `clusters` and `shared_clusters`, and optional fields that
-model/checkpoint/head_clusters.h describes. Without them it is a plain file of the release, which both sides read.
+model/sparse/head_clusters.h describes. Without them it is a plain file of the release, which both sides read.
 """
 
 from __future__ import annotations

@@ -8,13 +8,13 @@
 #include <vector>
 
 #include "kernels/attention.h"
-#include "model/checkpoint/head_clusters.h"
 #include "model/checkpoint/weights.h"
 #include "model/device/device.h"
 #include "model/prefill/kv_slots.h"
 #include "model/prefill/layer_step.h"
 #include "model/prefill/prefill_engine.h"
 #include "model/sparse/baseline_attention.h"
+#include "model/sparse/head_clusters.h"
 #include "model/sparse/pattern_sharing.h"
 
 namespace prefilld::model {

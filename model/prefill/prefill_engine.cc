@@ -172,17 +172,6 @@ absl::StatusOr<HeadClusters> LoadClusters(const EngineOptions& options, const Mo
   return none;
 }
 
-AttentionOptions DefaultAttention(const EngineOptions& options, const HeadClusters& clusters) {
-  AttentionOverrides of_file;
-  of_file.gamma = clusters.gamma;
-  of_file.vertical_slash_gamma = clusters.vertical_slash_gamma;
-  of_file.tau = clusters.tau;
-  of_file.delta = clusters.delta;
-  of_file.coverage = clusters.coverage;
-  of_file.min_budget_tokens = clusters.min_budget_tokens;
-  return Apply(options.attention_overrides, Apply(of_file, options.attention));
-}
-
 absl::StatusOr<int64_t> MaxTokens(const EngineOptions& options, const ModelConfig& config) {
   if (options.max_tokens == 0) return std::min(config.max_positions, kDefaultMaxTokens);
   const int64_t limit = std::min(PositionLimit(config), kMaxPositions);
@@ -269,7 +258,8 @@ absl::StatusOr<std::unique_ptr<PrefillEngine>> CreatePrefillEngine(const EngineO
   absl::StatusOr<HeadClusters> clusters = LoadClusters(options, info.config);
   if (!clusters.ok()) return clusters.status();
   parts->clusters = *std::move(clusters);
-  info.default_attention = DefaultAttention(options, parts->clusters);
+  info.default_attention =
+      Apply(options.attention_overrides, Apply(parts->clusters.thresholds, AttentionOptions()));
   if (absl::Status status = Validate(info.default_attention); !status.ok()) return status;
 
   absl::StatusOr<std::unique_ptr<Device>> device =

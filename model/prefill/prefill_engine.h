@@ -21,7 +21,7 @@
 #include "model/checkpoint/config.h"
 #include "model/device/device.h"
 #include "model/prefill/prompt_logprobs.h"
-#include "model/sparse/attention_policy.h"
+#include "model/sparse/attention_options.h"
 #include "model/sparse/layer_report.h"
 
 namespace prefilld::model {
@@ -147,9 +147,8 @@ struct EngineOptions {
   int block_tokens = 128;  // of attention patterns: 64 or 128
   // Reserves the memory that baseline policies take; without it Start refuses them.
   bool baselines = false;
-  // EngineInfo.default_attention is `attention`, with the thresholds that the cluster file brings,
-  // with what the operator asked for by name. A request may override it in its turn.
-  AttentionOptions attention;
+  // EngineInfo.default_attention is the built-in options with the thresholds that the cluster file
+  // names, and these over them. A request may override it in its turn.
   AttentionOverrides attention_overrides;
 };
 

@@ -1,105 +1,61 @@
 #include "model/sparse/attention_policy.h"
 
-#include <string>
+#include <cstddef>
+#include <iterator>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 
 namespace prefilld::model {
 namespace {
 
-// Written so that NaN fails.
-absl::Status CheckRange(const char* field, float value, float lowest, float highest,
-                        bool lowest_allowed) {
-  const bool above = lowest_allowed ? value >= lowest : value > lowest;
-  if (above && value <= highest) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("attention.", field, " ", value, " is outside ",
-                                                 lowest_allowed ? "[" : "(", lowest, ", ", highest,
-                                                 "]"));
+constexpr bool IsIndexedByPolicy() {
+  for (size_t i = 0; i < std::size(kAttentionPolicies); ++i) {
+    if (static_cast<size_t>(kAttentionPolicies[i].policy) != i) return false;
+  }
+  return true;
 }
-
-absl::Status CheckNotNegative(const char* field, int64_t value) {
-  if (value >= 0) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("attention.", field, " ", value, " is negative"));
-}
-
-template <typename T>
-void Override(const std::optional<T>& asked, T& value) {
-  if (asked) value = *asked;
-}
+static_assert(IsIndexedByPolicy(), "a row of kAttentionPolicies stands out of the enum's order");
 
 }  // namespace
 
+bool IsValid(AttentionPolicy policy) {
+  return static_cast<size_t>(policy) < std::size(kAttentionPolicies);
+}
+
 const char* Name(AttentionPolicy policy) {
-  switch (policy) {
-    case AttentionPolicy::kDense:
-      return "dense";
-    case AttentionPolicy::kVerticalSlash:
-      return "vertical_slash";
-    case AttentionPolicy::kShare:
-      return "share";
-    case AttentionPolicy::kBaselineQueryAware:
-      return "baseline_query_aware";
-    case AttentionPolicy::kBaselineRandom:
-      return "baseline_random";
-    case AttentionPolicy::kAuto:
-      return "auto";
-  }
-  return "?";
+  return IsValid(policy) ? kAttentionPolicies[static_cast<size_t>(policy)].name : "?";
 }
 
 bool IsBaseline(AttentionPolicy policy) {
-  return policy == AttentionPolicy::kBaselineQueryAware ||
-         policy == AttentionPolicy::kBaselineRandom;
+  return IsValid(policy) && kAttentionPolicies[static_cast<size_t>(policy)].is_baseline;
 }
 
-absl::Status Validate(const AttentionOptions& options) {
-  if (options.policy > AttentionPolicy::kAuto) {
-    std::string names;
-    for (const AttentionPolicy policy : kAttentionPolicies) {
-      absl::StrAppend(&names, names.empty() ? "" : ", ", Name(policy));
-    }
-    return absl::InvalidArgumentError(
-        absl::StrCat("attention.policy ", static_cast<int>(options.policy), " is none of ", names));
+std::optional<AttentionPolicy> ParsePolicy(absl::string_view name) {
+  for (const AttentionPolicyInfo& info : kAttentionPolicies) {
+    if (name == info.name) return info.policy;
   }
-  absl::Status status = CheckRange("gamma", options.gamma, 0.0f, 1.0f, /*lowest_allowed=*/false);
-  if (options.vertical_slash_gamma) {
-    status.Update(CheckRange("vertical_slash_gamma", *options.vertical_slash_gamma, 0.0f, 1.0f,
-                             /*lowest_allowed=*/false));
-  }
-  status.Update(CheckRange("tau", options.tau, 0.0f, 1.0f, true));
-  status.Update(CheckRange("delta", options.delta, 0.0f, 1.0f, true));
-  status.Update(CheckRange("coverage", options.coverage, 0.0f, 1.0f, true));
-  status.Update(CheckRange("density", options.density, 0.0f, 1.0f, /*lowest_allowed=*/false));
-  status.Update(CheckNotNegative("min_budget_tokens", options.min_budget_tokens));
-  status.Update(CheckNotNegative("crossover_tokens", options.crossover_tokens));
-  status.Update(CheckNotNegative("recall_audit_rows", options.recall_audit_rows));
-  return status;
+  return std::nullopt;
 }
 
-AttentionOptions Apply(const AttentionOverrides& overrides, AttentionOptions options) {
-  Override(overrides.policy, options.policy);
-  if (overrides.gamma) {
-    options.gamma = *overrides.gamma;
-    options.vertical_slash_gamma.reset();
+std::vector<AttentionPolicy> PoliciesForServing() {
+  std::vector<AttentionPolicy> policies;
+  for (const AttentionPolicyInfo& info : kAttentionPolicies) {
+    if (!info.is_baseline) policies.push_back(info.policy);
   }
-  if (overrides.vertical_slash_gamma) {
-    options.vertical_slash_gamma = overrides.vertical_slash_gamma;
-  }
-  Override(overrides.tau, options.tau);
-  Override(overrides.delta, options.delta);
-  Override(overrides.coverage, options.coverage);
-  Override(overrides.min_budget_tokens, options.min_budget_tokens);
-  Override(overrides.same_layer_sharing, options.same_layer_sharing);
-  Override(overrides.crossover_tokens, options.crossover_tokens);
-  return options;
+  return policies;
 }
 
-AttentionPolicy ResolvePolicy(const AttentionOptions& options, int64_t num_tokens, int block_tokens,
-                              bool has_clusters) {
-  if (num_tokens <= 2 * block_tokens) return AttentionPolicy::kDense;
-  if (options.policy != AttentionPolicy::kAuto) return options.policy;
-  const bool long_enough = num_tokens >= options.crossover_tokens;
-  return long_enough && has_clusters ? AttentionPolicy::kShare : AttentionPolicy::kDense;
+std::string PolicyNames(const std::vector<AttentionPolicy>& policies) {
+  return absl::StrJoin(policies, ", ", [](std::string* out, AttentionPolicy policy) {
+    absl::StrAppend(out, Name(policy));
+  });
+}
+
+std::string AllPolicyNames() {
+  return absl::StrJoin(
+      kAttentionPolicies, ", ",
+      [](std::string* out, const AttentionPolicyInfo& info) { absl::StrAppend(out, info.name); });
 }
 
 }  // namespace prefilld::model

@@ -22,7 +22,7 @@
 #include "absl/types/span.h"
 #include "model/checkpoint/config.h"
 #include "model/device/device.h"
-#include "model/sparse/attention_policy.h"
+#include "model/sparse/attention_options.h"
 #include "model/sparse/head_estimate.h"
 #include "model/sparse/layer_report.h"
 #include "model/sparse/recall_audit.h"

@@ -2,7 +2,7 @@
 // Long-Context LLMs via Sparse Pattern Sharing", arXiv 2505.19578), online part.
 //
 // Two observations carry it: the attention patterns of many heads are alike, and which heads are
-// alike is a property of the model (model/checkpoint/head_clusters.h) though the patterns change
+// alike is a property of the model (model/sparse/head_clusters.h) though the patterns change
 // with the prompt. So, prompt by prompt and layer by layer:
 //   1 Estimate  From the last block of queries: mass per key block, per column, per diagonal.
 //   2 Decide    The first head of a cluster becomes its pivot; heads near enough to their
@@ -27,9 +27,9 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "model/checkpoint/config.h"
-#include "model/checkpoint/head_clusters.h"
 #include "model/device/device.h"
-#include "model/sparse/attention_policy.h"
+#include "model/sparse/attention_options.h"
+#include "model/sparse/head_clusters.h"
 #include "model/sparse/head_estimate.h"
 #include "model/sparse/layer_report.h"
 #include "model/sparse/recall_audit.h"

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <limits>
 
-#include "model/checkpoint/head_clusters.h"
+#include "model/sparse/head_clusters.h"
 
 namespace prefilld::model {
 namespace {

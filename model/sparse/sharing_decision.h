@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "absl/types/span.h"
-#include "model/sparse/attention_policy.h"
+#include "model/sparse/attention_options.h"
 
 namespace prefilld::model {
 

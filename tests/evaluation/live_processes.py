@@ -7,10 +7,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import contract
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "model" / "tiny"
 START_SECONDS = 60
-POLICIES = "dense,vertical_slash,share,auto,baseline_query_aware,baseline_random"
 
 
 def reason_to_skip() -> str | None:
@@ -35,7 +36,8 @@ class LiveProcesses:
     def __enter__(self) -> LiveProcesses:
         self._folder = tempfile.TemporaryDirectory(prefix="prefilld-live-")
         try:
-            self.server = self._start("prefilld", "--metrics_listen=", f"--allowed_policies={POLICIES}")
+            allowed = ",".join(contract.policies())
+            self.server = self._start("prefilld", "--metrics_listen=", f"--allowed_policies={allowed}")
             self.worker = self._start("prefilld-decode-worker", f"--prefill_address={self.server}")
         except BaseException:
             self.__exit__()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-POLICIES = ("dense", "vertical_slash", "share", "auto", "baseline_query_aware", "baseline_random")
+import contract
+
+POLICIES = contract.policies()
 AMOUNTS = ("gamma", "vertical_slash_gamma", "density")  # how much is computed
 
 
@@ -14,14 +16,9 @@ def _flag(text: str) -> bool:
 
 
 THRESHOLDS = {
-    "gamma": float,
-    "vertical_slash_gamma": float,
-    "tau": float,
-    "delta": float,
-    "coverage": float,
-    "min_budget_tokens": int,
-    "same_layer_sharing": _flag,
-    "density": float,
+    name: _flag if kind is bool else kind
+    for name, kind in contract.thresholds().items()
+    if name != "recall_audit_rows"  # changes no result, so it belongs to no setting
 }
 
 

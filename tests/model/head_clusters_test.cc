@@ -1,4 +1,4 @@
-#include "model/checkpoint/head_clusters.h"
+#include "model/sparse/head_clusters.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -49,8 +49,9 @@ TEST_F(HeadClustersTest, NumbersTheClustersThatShareAndLeavesOutTheOthers) {
   EXPECT_EQ(clusters->num_clusters, 2);
   EXPECT_THAT(clusters->cluster_of,
               ElementsAre(ElementsAre(1, kNone, kNone), ElementsAre(0, 0, 1)));
-  EXPECT_FALSE(clusters->gamma || clusters->vertical_slash_gamma || clusters->tau ||
-               clusters->delta || clusters->coverage);
+  EXPECT_FALSE(clusters->thresholds.gamma || clusters->thresholds.vertical_slash_gamma ||
+               clusters->thresholds.tau || clusters->thresholds.delta ||
+               clusters->thresholds.coverage);
 }
 
 TEST_F(HeadClustersTest, ReadsTheThresholdsThatAreThere) {
@@ -60,11 +61,38 @@ TEST_F(HeadClustersTest, ReadsTheThresholdsThatAreThere) {
     "model": "somewhere/something"})");
   ASSERT_TRUE(clusters.ok()) << clusters.status();
   EXPECT_TRUE(clusters->empty());
-  EXPECT_EQ(clusters->gamma, 0.95f);
-  EXPECT_EQ(clusters->vertical_slash_gamma, 0.5f);
-  EXPECT_EQ(clusters->coverage, 0.5f);
-  EXPECT_EQ(clusters->min_budget_tokens, 16);
-  EXPECT_FALSE(clusters->tau || clusters->delta);
+  EXPECT_EQ(clusters->thresholds.gamma, 0.95f);
+  EXPECT_EQ(clusters->thresholds.vertical_slash_gamma, 0.5f);
+  EXPECT_EQ(clusters->thresholds.coverage, 0.5f);
+  EXPECT_EQ(clusters->thresholds.min_budget_tokens, 16);
+  EXPECT_FALSE(clusters->thresholds.tau || clusters->thresholds.delta);
+}
+
+TEST_F(HeadClustersTest, ReadsEachThresholdThatAClusterFileMayNameAndRefusesTheOthers) {
+  for (const AttentionThreshold& threshold : kAttentionThresholds) {
+    SCOPED_TRACE(threshold.name);
+    const auto file = [&](const char* value) {
+      return absl::StrCat(R"({"clusters": {}, "shared_clusters": [], "thresholds": {")",
+                          threshold.name, "\": ", value, "}}");
+    };
+    if ((threshold.setters & kClusterFile) == 0) {
+      EXPECT_THAT(Refusal(file("1")),
+                  HasSubstr(absl::StrCat("thresholds.", threshold.name, " 1 unsupported")));
+      continue;
+    }
+    const auto clusters = Load(file("1"));
+    ASSERT_TRUE(clusters.ok()) << clusters.status();
+    std::visit(
+        [&](const auto& members) {
+          EXPECT_EQ(clusters->thresholds.*members.named, 1);
+          const std::string refusal = Refusal(file("-1"));
+          EXPECT_THAT(refusal,
+                      HasSubstr(absl::StrCat("thresholds.", threshold.name, " -1 is not ")));
+          EXPECT_THAT(refusal,
+                      HasSubstr(absl::StrCat("in [", members.lowest, ", ", members.highest)));
+        },
+        threshold.members);
+  }
 }
 
 TEST_F(HeadClustersTest, RefusesAFormatItDoesNotKnow) {

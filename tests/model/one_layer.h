@@ -8,8 +8,8 @@
 
 #include "kernels/attention.h"
 #include "model/checkpoint/config.h"
-#include "model/checkpoint/head_clusters.h"
 #include "model/device/device.h"
+#include "model/sparse/head_clusters.h"
 #include "tests/kernels/structured_qkv.h"
 
 namespace prefilld::model {

@@ -8,7 +8,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "model/checkpoint/head_clusters.h"
+#include "model/sparse/head_clusters.h"
 
 namespace prefilld::model {
 namespace {

@@ -16,7 +16,7 @@ PrefillWork WorkOf(const FakeEngine& engine, int num_tokens, const std::string& 
   for (int i = 0; i < num_tokens; ++i) request.add_token_ids(i % 250);
   RequestLimits limits;
   limits.engine = &engine.info();
-  limits.default_attention.policy = model::AttentionPolicy::kDense;
+  limits.attention.defaults.policy = model::AttentionPolicy::kDense;
   limits.max_lanes = 8;
   auto work = ValidateRequest(request, limits);
   EXPECT_TRUE(work.ok()) << work.status();

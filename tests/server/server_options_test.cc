@@ -69,12 +69,5 @@ TEST(ServerOptions, RefusesContradictions) {
   EXPECT_FALSE(Validate(options).ok());
 }
 
-TEST(ServerOptions, PoliciesGoByTheirNames) {
-  EXPECT_EQ(ParsePolicy("vertical_slash"), model::AttentionPolicy::kVerticalSlash);
-  EXPECT_EQ(ParsePolicy("baseline_random"), model::AttentionPolicy::kBaselineRandom);
-  EXPECT_EQ(ParsePolicy("Dense"), std::nullopt);
-  EXPECT_EQ(ParsePolicy(""), std::nullopt);
-}
-
 }  // namespace
 }  // namespace prefilld::server

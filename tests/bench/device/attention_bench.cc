@@ -5,7 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "model/checkpoint/head_clusters.h"
+#include "model/sparse/head_clusters.h"
 #include "model/sparse/pattern_sharing.h"
 #include "tests/bench/device/attention_check.h"
 #include "tests/bench/device/benches.h"

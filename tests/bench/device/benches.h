@@ -9,7 +9,7 @@
 #include "absl/status/status.h"
 #include "model/device/device.h"
 #include "model/prefill/prefill_engine.h"
-#include "model/sparse/attention_policy.h"
+#include "model/sparse/attention_options.h"
 #include "tests/bench/device/attention_data.h"
 #include "tests/bench/device/report.h"
 

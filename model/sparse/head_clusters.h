@@ -5,21 +5,20 @@
 //    "shared_clusters": ["<id>", ...],                  those that may share patterns
 //    "format_version": 1,                               optional; another one is refused
 //    "model_fingerprint": "<32 hexadecimal digits>",    optional; of the model it was made for
-//    "thresholds": {"gamma": g, "vertical_slash_gamma": v, "tau": t, "delta": d, "coverage": c,
-//                   "min_budget_tokens": m}}            optional, tuned; any of them
+//    "thresholds": {"gamma": 0.9, ...}}                 optional, tuned: any threshold that a
+//                                                       cluster file may name (attention_options.h)
 // Other keys may say where the file comes from and are not read. model/calibration makes such
 // files.
-#ifndef PREFILLD_MODEL_CHECKPOINT_HEAD_CLUSTERS_H_
-#define PREFILLD_MODEL_CHECKPOINT_HEAD_CLUSTERS_H_
+#ifndef PREFILLD_MODEL_SPARSE_HEAD_CLUSTERS_H_
+#define PREFILLD_MODEL_SPARSE_HEAD_CLUSTERS_H_
 
-#include <cstdint>
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "model/checkpoint/config.h"
+#include "model/sparse/attention_options.h"
 
 namespace prefilld::model {
 
@@ -29,9 +28,8 @@ struct HeadClusters {
   // [num_layers][num_heads]: dense cluster number 0 .. num_clusters - 1, or kNoCluster for heads
   // in no cluster and for heads of clusters that do not share.
   std::vector<std::vector<int>> cluster_of;
-  int num_clusters = 0;  // shared ones
-  std::optional<float> gamma, vertical_slash_gamma, tau, delta, coverage;
-  std::optional<int64_t> min_budget_tokens;
+  int num_clusters = 0;           // shared ones
+  AttentionOverrides thresholds;  // those that the file names
   std::string model_fingerprint;  // empty: the file does not say
 
   bool empty() const { return num_clusters == 0; }
@@ -47,4 +45,4 @@ absl::Status CheckMadeFor(const HeadClusters& clusters, const std::string& finge
 
 }  // namespace prefilld::model
 
-#endif  // PREFILLD_MODEL_CHECKPOINT_HEAD_CLUSTERS_H_
+#endif  // PREFILLD_MODEL_SPARSE_HEAD_CLUSTERS_H_

@@ -1,16 +1,19 @@
-#include "model/checkpoint/head_clusters.h"
+#include "model/sparse/head_clusters.h"
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <type_traits>
+#include <variant>
 
 #include "absl/status/status.h"
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "model/checkpoint/config_fields.h"
 #include "model/checkpoint/strict_json.h"
+#include "proto/status_macros.h"
 
 namespace prefilld::model {
 namespace {
@@ -69,25 +72,38 @@ absl::Status AssignHead(const json& head, const std::string& cluster, int number
   return absl::OkStatus();
 }
 
+// Limits are checked here, so that a message names the key of the file.
+template <typename Members>
+void ReadThreshold(const char* name, const Members& members, ConfigFields& fields,
+                   AttentionOverrides& thresholds) {
+  using T = typename Members::Value;
+  T value;
+  if constexpr (std::is_same_v<T, bool>) {
+    value = fields.Flag(name, false);
+  } else if constexpr (std::is_same_v<T, int64_t>) {
+    value = fields.Integer(name, members.lowest, members.highest, members.lowest);
+  } else {
+    value = static_cast<T>(fields.Number(name, members.lowest, members.highest, members.lowest));
+  }
+  if (!fields.Has(name)) return;
+  if (!members.Contains(value)) {
+    fields.Refuse(name, absl::StrCat("is not in ", members.LimitsText()));
+  }
+  thresholds.*members.named = value;
+}
+
 absl::Status ReadThresholds(const json& file, HeadClusters& result) {
   const auto found = file.find("thresholds");
   if (found == file.end() || found->is_null()) return absl::OkStatus();
   if (!found->is_object()) return absl::InvalidArgumentError("thresholds is not an object");
   ConfigFields fields(*found, "thresholds.");
-  const auto read = [&](const char* name, std::optional<float>& threshold) {
-    const double value = fields.Number(name, 0.0, 1.0, 0.0);
-    if (fields.Has(name)) threshold = static_cast<float>(value);
-  };
-  read("gamma", result.gamma);
-  read("vertical_slash_gamma", result.vertical_slash_gamma);
-  read("tau", result.tau);
-  read("delta", result.delta);
-  read("coverage", result.coverage);
-  const int64_t min_budget_tokens = fields.Integer("min_budget_tokens", 0, INT64_MAX, 0);
-  if (fields.Has("min_budget_tokens")) result.min_budget_tokens = min_budget_tokens;
-  if (result.gamma == 0.0f) fields.Refuse("gamma", "is not in (0, 1]");
-  if (result.vertical_slash_gamma == 0.0f) {
-    fields.Refuse("vertical_slash_gamma", "is not in (0, 1]");
+  for (const AttentionThreshold& threshold : kAttentionThresholds) {
+    if ((threshold.setters & kClusterFile) == 0) continue;
+    std::visit(
+        [&](const auto& members) {
+          ReadThreshold(threshold.name, members, fields, result.thresholds);
+        },
+        threshold.members);
   }
   return fields.Finish();
 }
@@ -112,36 +128,34 @@ absl::Status ReadProvenance(const json& file, HeadClusters& result) {
 }
 
 absl::StatusOr<HeadClusters> ReadClusters(const json& file, const ModelConfig& config) {
-  absl::StatusOr<std::map<std::string, int>> number_of = NumberSharedClusters(file);
-  if (!number_of.ok()) return number_of.status();
+  PREFILLD_ASSIGN_OR_RETURN(const auto number_of, NumberSharedClusters(file));
 
   const auto num_layers = static_cast<size_t>(config.num_layers);
   const auto num_heads = static_cast<size_t>(config.num_heads);
   HeadClusters result;
-  if (absl::Status s = ReadProvenance(file, result); !s.ok()) return s;
-  result.num_clusters = static_cast<int>(number_of->size());
+  PREFILLD_RETURN_IF_ERROR(ReadProvenance(file, result));
+  result.num_clusters = static_cast<int>(number_of.size());
   result.cluster_of.assign(num_layers, std::vector<int>(num_heads, HeadClusters::kNoCluster));
   std::vector<std::vector<bool>> taken(num_layers, std::vector<bool>(num_heads, false));
   for (const auto& [id, heads] : file["clusters"].items()) {
     if (!heads.is_array()) {
       return absl::InvalidArgumentError(absl::StrCat("cluster ", Shown(id), " is not an array"));
     }
-    const auto found = number_of->find(id);
-    const int number = found == number_of->end() ? HeadClusters::kNoCluster : found->second;
+    const auto found = number_of.find(id);
+    const int number = found == number_of.end() ? HeadClusters::kNoCluster : found->second;
     for (const json& head : heads) {
-      if (absl::Status s = AssignHead(head, id, number, taken, result); !s.ok()) return s;
+      PREFILLD_RETURN_IF_ERROR(AssignHead(head, id, number, taken, result));
     }
   }
-  if (absl::Status s = ReadThresholds(file, result); !s.ok()) return s;
+  PREFILLD_RETURN_IF_ERROR(ReadThresholds(file, result));
   return result;
 }
 
 }  // namespace
 
 absl::StatusOr<HeadClusters> LoadHeadClusters(const std::string& path, const ModelConfig& config) {
-  absl::StatusOr<json> file = ReadJsonObject(path, kMaxFileBytes);
-  if (!file.ok()) return file.status();
-  absl::StatusOr<HeadClusters> clusters = ReadClusters(*file, config);
+  PREFILLD_ASSIGN_OR_RETURN(const json file, ReadJsonObject(path, kMaxFileBytes));
+  absl::StatusOr<HeadClusters> clusters = ReadClusters(file, config);
   if (!clusters.ok()) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": ", clusters.status().message()));
   }

@@ -1,8 +1,13 @@
-#include "model/sparse/attention_policy.h"
+#include "model/sparse/attention_options.h"
 
 #include <limits>
+#include <set>
 #include <string>
+#include <type_traits>
+#include <variant>
+#include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -10,6 +15,15 @@ namespace prefilld::model {
 namespace {
 
 using ::testing::HasSubstr;
+
+template <typename Members>
+std::vector<typename Members::Value> OutsideOf(const Members& members) {
+  using T = typename Members::Value;
+  std::vector<T> values = {static_cast<T>(members.lowest - 1)};
+  if (!members.lowest_allowed) values.push_back(members.lowest);
+  if (members.highest < std::numeric_limits<T>::max()) values.push_back(members.highest + 1);
+  return values;
+}
 
 TEST(ValidateAttention, DefaultsAreValid) { EXPECT_TRUE(Validate(AttentionOptions()).ok()); }
 
@@ -53,10 +67,71 @@ TEST(ValidateAttention, MessagesNameFieldValueAndRange) {
 }
 
 TEST(AttentionPolicyNames, SayWhichAreBaselines) {
-  for (const AttentionPolicy policy : kAttentionPolicies) {
-    EXPECT_EQ(IsBaseline(policy), std::string(Name(policy)).rfind("baseline_", 0) == 0)
-        << Name(policy);
+  for (const AttentionPolicyInfo& info : kAttentionPolicies) {
+    EXPECT_EQ(IsBaseline(info.policy), std::string(info.name).rfind("baseline_", 0) == 0)
+        << info.name;
   }
+}
+
+TEST(AttentionPolicyNames, AreReadAsTheyAreWritten) {
+  for (const AttentionPolicyInfo& info : kAttentionPolicies) {
+    EXPECT_EQ(ParsePolicy(Name(info.policy)), info.policy) << info.name;
+  }
+  EXPECT_EQ(ParsePolicy("vertical_slash"), AttentionPolicy::kVerticalSlash);
+  EXPECT_EQ(ParsePolicy("baseline_random"), AttentionPolicy::kBaselineRandom);
+  EXPECT_EQ(ParsePolicy("Dense"), std::nullopt);
+  EXPECT_EQ(ParsePolicy(""), std::nullopt);
+}
+
+TEST(AttentionPolicyNames, BaselinesAreNotForServing) {
+  EXPECT_EQ(PolicyNames(PoliciesForServing()), "dense, vertical_slash, share, auto");
+}
+
+// Every row by itself, so that a row with a member of another row fails.
+TEST(AttentionThresholds, EveryRowNamesItsOwnMembersAndItsLimits) {
+  std::set<std::string> names;
+  for (const AttentionThreshold& threshold : kAttentionThresholds) {
+    SCOPED_TRACE(threshold.name);
+    EXPECT_TRUE(names.insert(threshold.name).second) << "twice";
+    EXPECT_NE(threshold.setters, 0u);
+    std::visit(
+        [&](const auto& members) {
+          using T = typename std::decay_t<decltype(members)>::Value;
+          AttentionOverrides overrides;
+          if constexpr (std::is_same_v<T, bool>) {
+            overrides.*members.named = !std::get<bool>(ValueOf(threshold, AttentionOptions()));
+          } else {
+            for (const T value : OutsideOf(members)) {
+              overrides.*members.named = value;
+              const absl::Status status = Validate(Apply(overrides, AttentionOptions()));
+              EXPECT_EQ(status.message(), absl::StrCat("attention.", threshold.name, " ", value,
+                                                       " is outside ", members.LimitsText()));
+            }
+            overrides.*members.named = static_cast<T>(1);
+          }
+          const AttentionOptions options = Apply(overrides, AttentionOptions());
+          EXPECT_TRUE(Validate(options).ok());
+          for (const AttentionThreshold& other : kAttentionThresholds) {
+            // vertical_slash_gamma follows gamma.
+            const bool follows = std::string(threshold.name) == "gamma" &&
+                                 std::string(other.name) == "vertical_slash_gamma";
+            const bool changed = ValueOf(other, options) != ValueOf(other, AttentionOptions());
+            const bool keeps = threshold.name == std::string("delta");  // 1 is built in
+            EXPECT_EQ(changed, (other.name == threshold.name && !keeps) || follows) << other.name;
+          }
+        },
+        threshold.members);
+  }
+}
+
+TEST(AttentionThresholds, HelpSaysLimitsAndTheBuiltInValue) {
+  EXPECT_THAT(ThresholdHelp(ThresholdNamed("tau")), HasSubstr(" In [0, 1]. Built in: 0.4."));
+  EXPECT_THAT(ThresholdHelp(ThresholdNamed("vertical_slash_gamma")),
+              HasSubstr(" In (0, 1]. Built in: 0.9."));
+  EXPECT_THAT(ThresholdHelp(ThresholdNamed("min_budget_tokens")),
+              HasSubstr(" In [0, inf). Built in: 128."));
+  EXPECT_THAT(ThresholdHelp(ThresholdNamed("same_layer_sharing")),
+              HasSubstr("layer. Built in: true."));
 }
 
 TEST(ApplyOverrides, ReplacesWhatWasSaidAndNothingElse) {

@@ -1,0 +1,82 @@
+// What prefill-cli's flags become in a request.
+#include "client/cli/options.h"
+
+#include <google/protobuf/descriptor.h>
+#include <google/protobuf/message.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "absl/flags/parse.h"
+#include "absl/flags/reflection.h"
+#include "absl/strings/str_cat.h"
+#include "proto/wire/enum_names.h"
+
+namespace prefilld::client {
+namespace {
+
+namespace v1 = ::prefill::v1;
+using google::protobuf::FieldDescriptor;
+using ::testing::HasSubstr;
+
+// The options of a prefill-cli that is called with this flag. Flags are as before when this
+// returns.
+absl::StatusOr<CliOptions> Call(const std::string& flag) {
+  const absl::FlagSaver saver;
+  std::string program = "prefill-cli", command = "info", argument = "--" + flag;
+  std::vector<char*> arguments = {program.data(), command.data(), argument.data()};
+  return OptionsFromFlags(
+      absl::ParseCommandLine(static_cast<int>(arguments.size()), arguments.data()));
+}
+
+TEST(CliOptions, EveryFieldOfAttentionOptionsHasAFlag) {
+  const auto& fields = *v1::AttentionOptions::descriptor();
+  for (int i = 0; i < fields.field_count(); ++i) {
+    const FieldDescriptor* field = fields.field(i);
+    SCOPED_TRACE(field->name());
+    const bool is_policy = field->cpp_type() == FieldDescriptor::CPPTYPE_ENUM;
+    const auto options = Call(absl::StrCat(field->name(), "=", is_policy ? "share" : "1"));
+    ASSERT_NE(absl::FindCommandLineFlag(field->name()), nullptr) << "in client/cli/options.cc";
+    ASSERT_TRUE(options.ok()) << options.status();
+    std::vector<const FieldDescriptor*> set;
+    options->attention.GetReflection()->ListFields(options->attention, &set);
+    EXPECT_THAT(set, ::testing::ElementsAre(field)) << "the flag's type is not the field's";
+  }
+}
+
+TEST(CliOptions, FieldsOfFlagsThatAreNotGivenAreAbsent) {
+  const auto options = Call("quiet");
+  ASSERT_TRUE(options.ok()) << options.status();
+  EXPECT_EQ(options->attention.ByteSizeLong(), 0u);
+}
+
+TEST(CliOptions, ValuesReachTheRequest) {
+  EXPECT_EQ(Call("gamma=0.75")->attention.gamma(), 0.75f);
+  EXPECT_EQ(Call("min_budget_tokens=64")->attention.min_budget_tokens(), 64u);
+  const auto options = Call("same_layer_sharing=false");
+  EXPECT_TRUE(options->attention.has_same_layer_sharing());
+  EXPECT_FALSE(options->attention.same_layer_sharing());
+  EXPECT_EQ(Call("kv_dtype=fp16")->layout.dtype(), v1::DTYPE_FP16);
+}
+
+TEST(CliOptions, PoliciesGoByTheNamesOfTheContract) {
+  const auto& values = *v1::AttentionPolicy_descriptor();
+  const std::string help = absl::FindCommandLineFlag("policy")->Help();
+  for (int i = 1; i < values.value_count(); ++i) {
+    const std::string name = wire::EnumName(values, values.value(i)->number());
+    EXPECT_EQ(Call(absl::StrCat("policy=", name))->attention.policy(), values.value(i)->number());
+    EXPECT_THAT(help, HasSubstr(name));
+  }
+  EXPECT_EQ(Call("policy=")->attention.policy(), v1::ATTENTION_POLICY_UNSPECIFIED);
+  EXPECT_THAT(std::string(Call("policy=fast").status().message()),
+              HasSubstr("--policy=fast is not one of dense, vertical_slash, share, auto, "
+                        "baseline_query_aware, baseline_random"));
+  EXPECT_FALSE(Call("policy=unspecified").ok());
+}
+
+}  // namespace
+}  // namespace prefilld::client
