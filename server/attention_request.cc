@@ -27,7 +27,7 @@ bool Drawn(double probability) {
   return absl::Bernoulli(random, probability);
 }
 
-// nullopt: the request leaves the policy to the server.
+// Returns nullopt when the request leaves the policy to the server.
 absl::StatusOr<std::optional<AttentionPolicy>> ReadPolicy(
     v1::AttentionPolicy asked, const std::vector<AttentionPolicy>& allowed) {
   if (asked == v1::ATTENTION_POLICY_UNSPECIFIED) return std::nullopt;
@@ -46,8 +46,8 @@ absl::StatusOr<std::optional<AttentionPolicy>> ReadPolicy(
   return policy;
 }
 
-// A threshold that a request may name has a field of its name, of the fitting type; a test holds
-// it.
+// Reads thresholds by name. A test ensures that every threshold that a request may name has a field
+// of its name and of a fitting type.
 model::AttentionOverrides ReadThresholds(const v1::AttentionOptions& request) {
   const google::protobuf::Reflection& values = *request.GetReflection();
   model::AttentionOverrides asked;

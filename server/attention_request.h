@@ -1,4 +1,5 @@
-// The attention part of a request: policy and thresholds, between the wire contract and the model.
+// Converts the attention part of a request, which is its policy and thresholds, from the wire
+// contract to the model's form.
 #ifndef PREFILLD_SERVER_ATTENTION_REQUEST_H_
 #define PREFILLD_SERVER_ATTENTION_REQUEST_H_
 
@@ -11,16 +12,17 @@
 
 namespace prefilld::server {
 
-// What a request may ask for, and what it gets if it does not ask; fixed at start.
+// The limits of what a request may ask for, and the defaults if it does not ask. They are fixed at
+// start.
 struct AttentionLimits {
   model::AttentionOptions defaults;
   std::vector<model::AttentionPolicy> allowed_policies;
   RecallAuditLimits recall_audit;
 };
 
-// The server's defaults with what the request names over them. Fields and thresholds are matched by
-// their names. A request that does not mention recall_audit_rows is measured with the probability
-// that the limits give. INVALID_ARGUMENT names field, value and limit.
+// Returns the server's defaults with the values that the request names. Fields and thresholds are
+// matched by their names. A request without recall_audit_rows is measured with the probability that
+// the limits give. INVALID_ARGUMENT names field, value and limit.
 absl::StatusOr<model::AttentionOptions> ResolveAttention(
     const ::prefill::v1::AttentionOptions& request, const AttentionLimits& limits);
 

@@ -1,4 +1,4 @@
-// What a model's heads attend to in one prompt, computed densely and written to a file.
+// Records what a model's heads attend to in one prompt, computed densely, into a file.
 //
 // The file is safetensors, all fp32. With n = blocks of block_tokens in the prompt's N tokens, H
 // heads, and c = CeilDiv(n, cell_blocks) cells, there are for every layer, in this order:

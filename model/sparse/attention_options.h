@@ -40,8 +40,8 @@ struct AttentionOptions {
   float gamma_of_vertical_slash() const { return vertical_slash_gamma.value_or(gamma); }
 };
 
-// The values that somebody named: an operator, a request, a cluster file. An absent value leaves
-// what was there before.
+// The values that an operator, a request or a cluster file names. An absent value leaves what was
+// there before.
 struct AttentionOverrides {
   std::optional<AttentionPolicy> policy;
   std::optional<float> gamma, vertical_slash_gamma, tau, delta, coverage, density;
@@ -50,7 +50,7 @@ struct AttentionOverrides {
 };
 
 // The members that keep a threshold of type T, and its limits. `Kept` is T, or optional<T> for a
-// threshold that follows another one while nobody names it.
+// threshold that follows another one until it is named itself.
 template <typename T, typename Kept = T>
 struct ThresholdMembers {
   using Value = T;
@@ -60,11 +60,11 @@ struct ThresholdMembers {
   T highest = std::numeric_limits<T>::max();
   bool lowest_allowed = true;
 
-  // Written so that NaN is outside.
+  // The comparison is written so that NaN is outside.
   constexpr bool Contains(T value) const {
     return (lowest_allowed ? value >= lowest : value > lowest) && value <= highest;
   }
-  // "(0, 1]", "[0, inf)"; empty for a bool.
+  // Formats the limits as "(0, 1]" or "[0, inf)"; empty for a bool.
   std::string LimitsText() const {
     if (std::is_same_v<T, bool>) return "";
     const std::string below =
@@ -73,7 +73,7 @@ struct ThresholdMembers {
   }
 };
 
-// Who may name a threshold. Bits, to be combined.
+// The places where a threshold may be named, as bits to be combined.
 enum ThresholdSetter : unsigned {
   kOperator = 1,  // by a flag of the server
   kRequest = 2,   // by a field of prefill.v1.AttentionOptions, hence a flag of prefill-cli and an
@@ -141,7 +141,7 @@ inline constexpr AttentionThreshold kAttentionThresholds[] = {
      "how much of its mass the patterns hold."},
 };
 
-// The row of that name. A name that is not in the table does not compile.
+// Returns the row of that name. A name that is not in the table does not compile.
 consteval const AttentionThreshold& ThresholdNamed(absl::string_view name) {
   for (const AttentionThreshold& threshold : kAttentionThresholds) {
     if (name == threshold.name) return threshold;
@@ -149,23 +149,23 @@ consteval const AttentionThreshold& ThresholdNamed(absl::string_view name) {
   throw "no threshold has this name";  // reached by the compiler alone
 }
 
-// The sentence for --help: what the threshold does, its limits, its built-in value.
+// Returns the sentence for --help: what the threshold does, its limits and its built-in value.
 std::string ThresholdHelp(const AttentionThreshold& threshold);
 
 using ThresholdValue = std::variant<float, int64_t, bool>;
-// The value in force: a threshold that follows another one has that one's value.
+// Returns the value in force. A threshold that follows another one has that one's value.
 ThresholdValue ValueOf(const AttentionThreshold& threshold, const AttentionOptions& options);
 
-// INVALID_ARGUMENT names field, value and limits.
+// Checks policy and thresholds. INVALID_ARGUMENT names field, value and limits.
 absl::Status Validate(const AttentionOptions& options);
 
-// `options` with the values that `overrides` names. A gamma that is named without
+// Returns `options` with the values that `overrides` names. A gamma that is named without
 // vertical_slash_gamma holds for vertical-slash as well.
 AttentionOptions Apply(const AttentionOverrides& overrides, AttentionOptions options);
 
-// The policy that runs for a prompt of `num_tokens`; never kAuto. A prompt of one or two pattern
-// blocks is dense under every policy, since its pattern would be all of it. kAuto is dense for a
-// model without head clusters too, because vertical-slash alone loses answers.
+// Returns the policy that runs for a prompt of `num_tokens`, which is never kAuto. A prompt of one
+// or two pattern blocks is dense under every policy, since its pattern would be all of it. kAuto is
+// dense for a model without head clusters too, because vertical-slash alone loses answers.
 AttentionPolicy ResolvePolicy(const AttentionOptions& options, int64_t num_tokens, int block_tokens,
                               bool has_clusters);
 

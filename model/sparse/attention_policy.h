@@ -40,18 +40,18 @@ inline constexpr AttentionPolicyInfo kAttentionPolicies[] = {
     {AttentionPolicy::kBaselineQueryAware, "baseline_query_aware", /*is_baseline=*/true},
     {AttentionPolicy::kBaselineRandom, "baseline_random", /*is_baseline=*/true}};
 
-// True for the values of the enum; a number cast from elsewhere may be none.
+// Tells whether the value is one of the enum; a number cast from elsewhere may not be.
 bool IsValid(AttentionPolicy policy);
-// "?" for a value that is not valid.
+// Returns "?" for a value that is not valid.
 const char* Name(AttentionPolicy policy);
 bool IsBaseline(AttentionPolicy policy);
 
-// The policy of that name; nullopt if there is none.
+// Returns the policy of that name, or nullopt if there is none.
 std::optional<AttentionPolicy> ParsePolicy(absl::string_view name);
 
-// Every policy but the baselines.
+// Lists every policy but the baselines.
 std::vector<AttentionPolicy> PoliciesForServing();
-// Their names, separated by commas, for messages and help.
+// Joins the names of policies by commas, for messages and help.
 std::string PolicyNames(const std::vector<AttentionPolicy>& policies);
 std::string AllPolicyNames();
 

@@ -24,7 +24,7 @@ constexpr size_t kMaxFileBytes = size_t{16} << 20;
 constexpr int64_t kFormatVersion = 1;
 constexpr size_t kFingerprintDigits = 32;
 
-// Dense numbers for the clusters that share, in the order the file lists them.
+// Numbers the clusters that share from 0, in the order in which the file lists them.
 absl::StatusOr<std::map<std::string, int>> NumberSharedClusters(const json& file) {
   const auto clusters = file.find("clusters");
   if (clusters == file.end() || !clusters->is_object()) {
@@ -108,7 +108,7 @@ absl::Status ReadThresholds(const json& file, HeadClusters& result) {
   return fields.Finish();
 }
 
-// The fields that say what kind of file this is, and for which model.
+// Reads the fields that say what kind of file this is, and for which model.
 absl::Status ReadProvenance(const json& file, HeadClusters& result) {
   ConfigFields fields(file);
   const int64_t version = fields.Integer("format_version", INT64_MIN, INT64_MAX, kFormatVersion);

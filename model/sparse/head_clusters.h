@@ -1,6 +1,6 @@
-// Which heads of a model attend alike: the offline half of pattern sharing.
+// The heads of a model that attend alike: the offline half of pattern sharing.
 //
-// File format (JSON), that of the SharePrefill release with optional additions:
+// The file format (JSON) is that of the SharePrefill release with optional additions:
 //   {"clusters": {"<id>": [[layer, head], ...], ...},   groups of query heads
 //    "shared_clusters": ["<id>", ...],                  those that may share patterns
 //    "format_version": 1,                               optional; another one is refused
@@ -25,8 +25,8 @@ namespace prefilld::model {
 struct HeadClusters {
   static constexpr int kNoCluster = -1;
 
-  // [num_layers][num_heads]: dense cluster number 0 .. num_clusters - 1, or kNoCluster for heads
-  // in no cluster and for heads of clusters that do not share.
+  // Cluster numbers [num_layers][num_heads], 0 .. num_clusters - 1, or kNoCluster for heads in no
+  // cluster and for heads of clusters that do not share.
   std::vector<std::vector<int>> cluster_of;
   int num_clusters = 0;           // shared ones
   AttentionOverrides thresholds;  // those that the file names
@@ -35,12 +35,13 @@ struct HeadClusters {
   bool empty() const { return num_clusters == 0; }
 };
 
-// INVALID_ARGUMENT: malformed JSON, another format version, a head outside the model, a head in two
-// clusters, a shared cluster that does not exist.
+// Loads and checks a file. INVALID_ARGUMENT: malformed JSON, another format version, a head outside
+// the model, a head in two clusters, or a shared cluster that does not exist.
 absl::StatusOr<HeadClusters> LoadHeadClusters(const std::string& path, const ModelConfig& config);
 
-// Which heads are alike is a property of the weights: FAILED_PRECONDITION names both fingerprints
-// when the file was made for another model than the one loaded (model/checkpoint/fingerprint.h).
+// Checks that the file was made for the loaded model, because heads are alike or not by their
+// weights. FAILED_PRECONDITION names both fingerprints when it was made for another model
+// (model/checkpoint/fingerprint.h).
 absl::Status CheckMadeFor(const HeadClusters& clusters, const std::string& fingerprint);
 
 }  // namespace prefilld::model

@@ -14,11 +14,11 @@
 
 namespace prefilld::wire {
 
-// "unknown" for UNSPECIFIED, and for a value that a newer peer has added.
+// Returns "unknown" for UNSPECIFIED, and for a value that a newer peer has added.
 std::string EnumName(const google::protobuf::EnumDescriptor& type, int value);
-// The value of that name; nullopt if there is none. UNSPECIFIED has no name.
+// Returns the value of that name, or nullopt if there is none. UNSPECIFIED has no name.
 std::optional<int> EnumValue(const google::protobuf::EnumDescriptor& type, absl::string_view name);
-// Every name, separated by commas, for messages and help.
+// Joins all names by commas, for messages and help.
 std::string EnumNames(const google::protobuf::EnumDescriptor& type);
 
 template <typename Enum>

@@ -1,4 +1,4 @@
-// What prefill-cli's flags become in a request.
+// Tests what prefill-cli's flags become in a request.
 #include "client/cli/options.h"
 
 #include <google/protobuf/descriptor.h>

@@ -1,4 +1,4 @@
-"""Policies and thresholds as prefill.proto lists them, read from its text. Standard library only."""
+"""Reads policies and thresholds from the text of prefill.proto. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PYTHON_TYPES = {"float": float, "double": float, "uint32": int, "uint64": int, "
 
 
 def _body(kind: str, name: str) -> str:
-    """The lines between the braces of an enum or a message without nested ones."""
+    """Returns the lines between the braces of an enum, or of a message without nested ones."""
     found = re.search(rf"^{kind} {name} {{\n(.*?)^}}", PROTO.read_text(), re.MULTILINE | re.DOTALL)
     if found is None:
         raise ValueError(f"{PROTO.name} has no {kind} {name}")
@@ -18,12 +18,12 @@ def _body(kind: str, name: str) -> str:
 
 
 def policies() -> tuple[str, ...]:
-    """As flags and the Python client spell them, in the order of the contract."""
+    """Lists policies as flags and the Python client spell them, in the order of the contract."""
     names = re.findall(r"^  ATTENTION_POLICY_(\w+) = [1-9]", _body("enum", "AttentionPolicy"), re.MULTILINE)
     return tuple(name.lower() for name in names)
 
 
 def thresholds() -> dict[str, type]:
-    """The Python type of every field of AttentionOptions but the policy, in the order of the contract."""
+    """Returns the Python type of every field of AttentionOptions but the policy, in the order of the contract."""
     fields = re.findall(r"^  optional (\w+) (\w+) = \d+;", _body("message", "AttentionOptions"), re.MULTILINE)
     return {name: PYTHON_TYPES[wire_type] for wire_type, name in fields}

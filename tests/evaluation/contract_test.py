@@ -1,4 +1,4 @@
-"""The Python client's arguments and the evaluation's settings are those of prefill.proto."""
+"""Tests that the Python client's arguments and the evaluation's settings are those of prefill.proto."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ OPTIONS = Path(__file__).resolve().parents[2] / "client" / "python" / "prefilld"
 
 
 class PythonClient(unittest.TestCase):
-    """Its source is read, not imported: it needs packages that may not be here."""
+    """Reads the client's source instead of importing it, because it needs packages that may not be here."""
 
     @classmethod
     def setUpClass(cls):

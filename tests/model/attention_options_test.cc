@@ -87,7 +87,7 @@ TEST(AttentionPolicyNames, BaselinesAreNotForServing) {
   EXPECT_EQ(PolicyNames(PoliciesForServing()), "dense, vertical_slash, share, auto");
 }
 
-// Every row by itself, so that a row with a member of another row fails.
+// Each row is tested by itself, so that a row with a member of another row fails.
 TEST(AttentionThresholds, EveryRowNamesItsOwnMembersAndItsLimits) {
   std::set<std::string> names;
   for (const AttentionThreshold& threshold : kAttentionThresholds) {

@@ -1,5 +1,5 @@
-// Every row of the tables of thresholds and policies has its flag and its field of the contract,
-// and each of these entrances refuses what is out of range.
+// Tests that every row of the tables of thresholds and policies has its flag and its field of the
+// contract, and that each of these entrances refuses what is out of range.
 #include <google/protobuf/descriptor.h>
 #include <google/protobuf/message.h>
 
@@ -30,7 +30,8 @@ using model::AttentionThreshold;
 using model::kAttentionThresholds;
 using ::testing::HasSubstr;
 
-// The options of a prefilld that is started with this flag. Flags are as before when this returns.
+// Returns the options of a prefilld that is started with this flag. The flags are restored on
+// return.
 absl::StatusOr<ServerOptions> Start(const std::string& flag) {
   const absl::FlagSaver saver;
   std::string program = "prefilld", model = "--model=/somewhere", argument = "--" + flag;
