@@ -11,6 +11,7 @@
 #include "grpcpp/channel.h"
 #include "grpcpp/client_context.h"
 #include "prefill/v1/prefill.grpc.pb.h"
+#include "proto/status_macros.h"
 #include "proto/wire/grpc_status.h"
 
 namespace prefilld::client {
@@ -28,7 +29,7 @@ constexpr uint32_t kMaxLanes = 16;
 constexpr char kPrefillMethod[] = "/prefill.v1.PrefillService/Prefill";
 constexpr char kAttachLaneMethod[] = "/prefill.v1.PrefillService/AttachLane";
 
-// As many as asked for, whichever way the cache went.
+// The result must have as many log-probabilities as were asked for, wherever the cache went.
 absl::Status CheckLogprobs(const PrefillRequest& request, const PrefillResult& result) {
   const int due = request.prompt_logprobs() ? request.token_ids_size() - 1 : 0;
   for (const auto& [field, values] : {std::pair("prompt_logprobs", &result.prompt_logprobs()),
@@ -55,11 +56,11 @@ class PrefillCall {
     ReadStream(0);
     if (status().ok() && !result_) Fail(absl::DataLossError("the stream ended without a result"));
     for (std::thread& thread : lane_threads_) thread.join();
-    if (absl::Status failed = status(); !failed.ok()) return failed;
+    PREFILLD_RETURN_IF_ERROR(status());
     if (!request_.has_deliver_to()) {
-      if (absl::Status complete = check_->Finish(*result_); !complete.ok()) return complete;
+      PREFILLD_RETURN_IF_ERROR(check_->Finish(*result_));
     }
-    if (absl::Status graded = CheckLogprobs(request_, *result_); !graded.ok()) return graded;
+    PREFILLD_RETURN_IF_ERROR(CheckLogprobs(request_, *result_));
     return *std::move(result_);
   }
 
@@ -86,17 +87,17 @@ class PrefillCall {
       if (absl::Status taken = Take(lane, message); !taken.ok()) return Fail(std::move(taken));
     }
     absl::Status ended = stream.Finish();
-    // Our own cancellation has left its reason already: this is a server that shuts down.
+    // Our own cancellation sets its reason before, so that this one comes from a server that shuts
+    // down.
     if (absl::IsCancelled(ended)) ended = absl::UnavailableError("the server cancelled the call");
     if (!ended.ok()) Fail(std::move(ended));
   }
 
   absl::Status Take(uint32_t lane, grpc::ByteBuffer& message) {
-    absl::StatusOr<std::optional<wire::ReceivedFrame>> frame = wire::ParseFrame(message);
-    if (!frame.ok()) return frame.status();
-    if (frame->has_value()) return TakeFrame(lane, **frame);
+    PREFILLD_ASSIGN_OR_RETURN(const auto frame, wire::ParseFrame(message));
+    if (frame.has_value()) return TakeFrame(lane, *frame);
     PrefillEvent event;
-    if (absl::Status parsed = wire::ParseMessage(message, event); !parsed.ok()) return parsed;
+    PREFILLD_RETURN_IF_ERROR(wire::ParseMessage(message, event));
     if (event.has_kv_frame()) return TakeFrame(lane, wire::MakeReceivedFrame(event.kv_frame()));
     if (lane != 0) {
       return absl::DataLossError(absl::StrCat("lane ", lane, " carries more than frames"));
@@ -109,7 +110,7 @@ class PrefillCall {
     if (request_.has_deliver_to()) {
       return absl::DataLossError("a frame came here though the cache is delivered elsewhere");
     }
-    if (absl::Status checked = check_->Check(lane, frame); !checked.ok()) return checked;
+    PREFILLD_RETURN_IF_ERROR(check_->Check(lane, frame));
     return sink_.OnFrame(frame);
   }
 
@@ -136,14 +137,14 @@ class PrefillCall {
     const ExpectedTransfer expected = {request_.layout(),
                                        static_cast<uint32_t>(request_.token_ids_size()),
                                        request_.model_fingerprint()};
-    if (absl::Status fits = CheckLayout(accepted.layout(), expected); !fits.ok()) return fits;
+    PREFILLD_RETURN_IF_ERROR(CheckLayout(accepted.layout(), expected));
     const uint32_t num_lanes = accepted.num_lanes();
     if (num_lanes < 1 || num_lanes > streams_.size()) {
       return absl::FailedPreconditionError(
           absl::StrCat("num_lanes is ", num_lanes, ", asked for were ", streams_.size()));
     }
     check_ = std::make_unique<TransferCheck>(accepted.layout(), num_lanes);
-    if (absl::Status taken = sink_.OnAccepted(accepted); !taken.ok()) return taken;
+    PREFILLD_RETURN_IF_ERROR(sink_.OnAccepted(accepted));
     for (uint32_t lane = 1; lane < num_lanes; ++lane) {
       lane_threads_.emplace_back([this, lane, id = accepted.request_id()] {
         AttachLaneRequest attach;
@@ -177,20 +178,17 @@ PrefillClient::PrefillClient(const ChannelOptions& options, std::shared_ptr<grpc
 
 absl::StatusOr<std::unique_ptr<PrefillClient>> PrefillClient::Create(
     const ChannelOptions& options) {
-  absl::StatusOr<std::shared_ptr<grpc::Channel>> channel = wire::OpenChannel(options);
-  if (!channel.ok()) return channel.status();
-  return std::unique_ptr<PrefillClient>(new PrefillClient(options, *std::move(channel)));
+  PREFILLD_ASSIGN_OR_RETURN(auto channel, wire::OpenChannel(options));
+  return std::unique_ptr<PrefillClient>(new PrefillClient(options, std::move(channel)));
 }
 
 absl::StatusOr<ServerInfo> PrefillClient::GetServerInfo(absl::Duration timeout) {
-  const auto channels = LaneChannels(1);
-  if (!channels.ok()) return channels.status();
+  PREFILLD_ASSIGN_OR_RETURN(const auto channels, LaneChannels(1));
   grpc::ClientContext context;
   context.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
   ServerInfo info;
-  const auto stub = PrefillService::NewStub(channels->front());
-  const grpc::Status status = stub->GetServerInfo(&context, {}, &info);
-  if (!status.ok()) return wire::FromGrpc(status);
+  const auto stub = PrefillService::NewStub(channels.front());
+  PREFILLD_RETURN_IF_ERROR(wire::FromGrpc(stub->GetServerInfo(&context, {}, &info)));
   return info;
 }
 
@@ -200,9 +198,9 @@ absl::StatusOr<PrefillResult> PrefillClient::Prefill(const PrefillRequest& reque
     return absl::InvalidArgumentError(
         absl::StrCat("num_lanes ", request.num_lanes(), ", allowed: 1 to ", kMaxLanes));
   }
-  const auto channels = LaneChannels(request.num_lanes() == 0 ? 1 : request.num_lanes());
-  if (!channels.ok()) return channels.status();
-  PrefillCall call(request, sink, options.deadline, *channels);
+  PREFILLD_ASSIGN_OR_RETURN(const auto channels,
+                            LaneChannels(request.num_lanes() == 0 ? 1 : request.num_lanes()));
+  PrefillCall call(request, sink, options.deadline, channels);
   CancelHook hook(options.cancellation,
                   [&call] { call.Fail(absl::CancelledError("cancelled by the caller")); });
   return call.Run();
@@ -212,9 +210,8 @@ absl::StatusOr<std::vector<std::shared_ptr<grpc::Channel>>> PrefillClient::LaneC
     uint32_t num_lanes) {
   absl::MutexLock lock(&mu_);
   while (channels_.size() < num_lanes) {
-    absl::StatusOr<std::shared_ptr<grpc::Channel>> channel = wire::OpenChannel(options_);
-    if (!channel.ok()) return channel.status();
-    channels_.push_back(*std::move(channel));
+    PREFILLD_ASSIGN_OR_RETURN(auto channel, wire::OpenChannel(options_));
+    channels_.push_back(std::move(channel));
   }
   return std::vector<std::shared_ptr<grpc::Channel>>(channels_.begin(),
                                                      channels_.begin() + num_lanes);

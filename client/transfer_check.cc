@@ -17,7 +17,8 @@ using ::prefill::v1::KvLayoutRequest;
 using ::prefill::v1::KvOrder;
 using ::prefill::v1::PrefillResult;
 
-// Far above any model; keeps what is allocated for a transfer in proportion to its prompt.
+// No model comes near this limit. It keeps the memory that a transfer takes in proportion to its
+// prompt, whatever the sender claims.
 constexpr uint32_t kMaxLayers = 1024;
 
 template <typename T, typename E>
@@ -75,32 +76,26 @@ absl::Status CheckConsistent(const KvLayout& layout) {
 
 absl::Status CheckLayout(const KvLayout& layout, const ExpectedTransfer& expected) {
   const KvLayoutRequest& wish = expected.layout;
-  // Before CheckConsistent: num_tokens bounds what the rest may ask us to allocate.
-  absl::Status status = Expect("num_tokens", layout.num_tokens(), expected.num_tokens);
-  if (status.ok()) status = CheckConsistent(layout);
-  if (status.ok() && !expected.model_fingerprint.empty()) {
-    status = Expect("model_fingerprint", layout.model_fingerprint(), expected.model_fingerprint);
+  // This check comes first because num_tokens bounds what the other fields may ask us to allocate.
+  PREFILLD_RETURN_IF_ERROR(Expect("num_tokens", layout.num_tokens(), expected.num_tokens));
+  PREFILLD_RETURN_IF_ERROR(CheckConsistent(layout));
+  if (!expected.model_fingerprint.empty()) {
+    PREFILLD_RETURN_IF_ERROR(
+        Expect("model_fingerprint", layout.model_fingerprint(), expected.model_fingerprint));
   }
-  if (status.ok()) {
-    status = Expect("block_tokens", layout.block_tokens(),
-                    Or(wish.block_tokens(), wire::kDefaultBlockTokens));
+  PREFILLD_RETURN_IF_ERROR(Expect("block_tokens", layout.block_tokens(),
+                                  Or(wish.block_tokens(), wire::kDefaultBlockTokens)));
+  const KvOrder order =
+      wish.order() == KvOrder::KV_ORDER_UNSPECIFIED ? KvOrder::KV_ORDER_NHD : wish.order();
+  PREFILLD_RETURN_IF_ERROR(Expect("order", KvOrder_Name(layout.order()), KvOrder_Name(order)));
+  if (wish.dtype() != DType::DTYPE_UNSPECIFIED) {
+    PREFILLD_RETURN_IF_ERROR(Expect("dtype", DType_Name(layout.dtype()), DType_Name(wish.dtype())));
   }
-  if (status.ok()) {
-    status =
-        Expect("order", KvOrder_Name(layout.order()),
-               KvOrder_Name(wish.order() == KvOrder::KV_ORDER_UNSPECIFIED ? KvOrder::KV_ORDER_NHD
-                                                                          : wish.order()));
-  }
-  if (status.ok() && wish.dtype() != DType::DTYPE_UNSPECIFIED) {
-    status = Expect("dtype", DType_Name(layout.dtype()), DType_Name(wish.dtype()));
-  }
-  if (status.ok()) status = Expect("first_head", layout.first_head(), wish.first_head());
-  if (status.ok()) {
-    status = Expect("num_heads", layout.num_heads(),
-                    Or(wish.num_heads(), layout.num_kv_heads() - layout.first_head()));
-  }
-  if (status.ok()) status = Expect("first_block", layout.first_block(), wish.first_block());
-  return status;
+  PREFILLD_RETURN_IF_ERROR(Expect("first_head", layout.first_head(), wish.first_head()));
+  PREFILLD_RETURN_IF_ERROR(
+      Expect("num_heads", layout.num_heads(),
+             Or(wish.num_heads(), layout.num_kv_heads() - layout.first_head())));
+  return Expect("first_block", layout.first_block(), wish.first_block());
 }
 
 TransferCheck::TransferCheck(const KvLayout& layout, uint32_t num_lanes)
@@ -112,8 +107,7 @@ TransferCheck::TransferCheck(const KvLayout& layout, uint32_t num_lanes)
                       (layout.num_blocks() - layout.first_block())) {}
 
 absl::Status TransferCheck::Check(uint32_t lane, const wire::ReceivedFrame& frame) {
-  absl::Status status = CheckPlace(lane, frame);
-  if (!status.ok()) return status;
+  PREFILLD_RETURN_IF_ERROR(CheckPlace(lane, frame));
   const uint64_t checksum = frame.payload.Checksum();
   if (checksum != frame.checksum) {
     return absl::DataLossError(absl::StrFormat(

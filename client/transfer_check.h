@@ -16,7 +16,7 @@
 
 namespace prefilld::client {
 
-// What the consumer knows before the first frame.
+// The transfer that a consumer expects, known before its first frame.
 struct ExpectedTransfer {
   ::prefill::v1::KvLayoutRequest layout;
   uint32_t num_tokens = 0;

@@ -1,4 +1,4 @@
-// What prefill-cli can do. Each command prints its results itself.
+// The commands of prefill-cli. Each prints its results itself.
 #ifndef PREFILLD_CLIENT_CLI_COMMANDS_H_
 #define PREFILLD_CLIENT_CLI_COMMANDS_H_
 

@@ -14,6 +14,7 @@
 #include "grpcpp/client_context.h"
 #include "nlohmann/json.hpp"
 #include "prefill/v1/decode.grpc.pb.h"
+#include "proto/status_macros.h"
 #include "proto/wire/channel.h"
 #include "proto/wire/grpc_status.h"
 
@@ -102,24 +103,21 @@ class GenerateView {
 }  // namespace
 
 absl::Status RunGenerate(const CliOptions& options, Cancellation& cancellation) {
-  const absl::StatusOr<Prompt> prompt = ReadPrompt(options.prompt);
-  if (!prompt.ok()) return prompt.status();
-  const auto channel = wire::OpenChannel(options.worker);
-  if (!channel.ok()) return channel.status();
+  PREFILLD_ASSIGN_OR_RETURN(const Prompt prompt, ReadPrompt(options.prompt));
+  PREFILLD_ASSIGN_OR_RETURN(const auto channel, wire::OpenChannel(options.worker));
 
   grpc::ClientContext context;
   if (options.timeout != absl::InfiniteDuration()) {
     context.set_deadline(absl::ToChronoTime(absl::Now() + options.timeout));
   }
   CancelHook hook(&cancellation, [&context] { context.TryCancel(); });
-  const auto stub = DecodeService::NewStub(*channel);
-  const auto stream = stub->Generate(&context, MakeRequest(options, *prompt));
-  GenerateView view(options, prompt->is_text);
+  const auto stub = DecodeService::NewStub(channel);
+  const auto stream = stub->Generate(&context, MakeRequest(options, prompt));
+  GenerateView view(options, prompt.is_text);
   GenerateEvent event;
   while (stream->Read(&event)) view.Take(event);
   view.End();
-  const grpc::Status status = stream->Finish();
-  if (!status.ok()) return wire::FromGrpc(status);
+  PREFILLD_RETURN_IF_ERROR(wire::FromGrpc(stream->Finish()));
   if (!view.has_result()) return absl::DataLossError("the stream ended without a result");
 
   if (options.json) {

@@ -18,7 +18,7 @@ namespace prefilld::client {
 
 enum class Command : uint8_t { kGenerate, kPrefill, kInfo };
 
-// How a prompt is given. "-" as a file is standard input.
+// The source of a prompt. "-" as a file is standard input.
 struct PromptSource {
   std::optional<std::string> text;
   std::optional<std::string> text_file;

@@ -11,6 +11,7 @@
 #include "client/cli/summary.h"
 #include "client/prefill_client.h"
 #include "nlohmann/json.hpp"
+#include "proto/status_macros.h"
 
 namespace prefilld::client {
 namespace {
@@ -88,14 +89,12 @@ PrefillRequest MakeRequest(const CliOptions& options, const Prompt& prompt) {
 }  // namespace
 
 absl::Status RunPrefill(const CliOptions& options, Cancellation& cancellation) {
-  const absl::StatusOr<Prompt> prompt = ReadPrompt(options.prompt);
-  if (!prompt.ok()) return prompt.status();
-  const auto client = PrefillClient::Create(options.server);
-  if (!client.ok()) return client.status();
+  PREFILLD_ASSIGN_OR_RETURN(const Prompt prompt, ReadPrompt(options.prompt));
+  PREFILLD_ASSIGN_OR_RETURN(const auto client, PrefillClient::Create(options.server));
   DiscardingSink sink(!options.quiet);
-  const auto result = (*client)->Prefill(
-      MakeRequest(options, *prompt), sink,
-      {.deadline = absl::Now() + options.timeout, .cancellation = &cancellation});
+  const auto result =
+      client->Prefill(MakeRequest(options, prompt), sink,
+                      {.deadline = absl::Now() + options.timeout, .cancellation = &cancellation});
   const TransferTimes times = sink.End();
   if (!result.ok()) return result.status();
   if (options.json) {
@@ -107,14 +106,13 @@ absl::Status RunPrefill(const CliOptions& options, Cancellation& cancellation) {
 }
 
 absl::Status RunInfo(const CliOptions& options) {
-  const auto client = PrefillClient::Create(options.server);
-  if (!client.ok()) return client.status();
-  const auto info = (*client)->GetServerInfo(std::min(options.timeout, kInfoTimeout));
-  if (!info.ok()) return info.status();
+  PREFILLD_ASSIGN_OR_RETURN(const auto client, PrefillClient::Create(options.server));
+  PREFILLD_ASSIGN_OR_RETURN(const auto info,
+                            client->GetServerInfo(std::min(options.timeout, kInfoTimeout)));
   if (options.json) {
-    std::printf("%s\n", ToJson(*info).dump(2).c_str());
+    std::printf("%s\n", ToJson(info).dump(2).c_str());
   } else {
-    std::printf("%s", Summary(*info).c_str());
+    std::printf("%s", Summary(info).c_str());
   }
   return absl::OkStatus();
 }

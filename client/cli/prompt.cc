@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
+#include "proto/status_macros.h"
 
 namespace prefilld::client {
 namespace {
@@ -33,27 +34,25 @@ Prompt FromText(absl::string_view text, int bos) {
 }
 
 absl::StatusOr<Prompt> FromTokenIds(absl::string_view text) {
-  absl::StatusOr<std::vector<uint32_t>> ids = ParseTokenIds(text);
-  if (!ids.ok()) return ids.status();
-  return Prompt{*std::move(ids), /*is_text=*/false};
+  PREFILLD_ASSIGN_OR_RETURN(std::vector<uint32_t> ids, ParseTokenIds(text));
+  return Prompt{std::move(ids), /*is_text=*/false};
 }
 
 absl::StatusOr<Prompt> Read(const PromptSource& source) {
   if (source.text) return FromText(*source.text, source.bos);
   if (source.token_ids) return FromTokenIds(*source.token_ids);
   const bool is_text = source.text_file.has_value();
-  absl::StatusOr<std::string> content =
-      ReadAll(is_text ? *source.text_file : source.token_ids_file.value_or("-"));
-  if (!content.ok()) return content.status();
-  if (is_text) return FromText(*content, source.bos);
-  return FromTokenIds(*content);
+  PREFILLD_ASSIGN_OR_RETURN(
+      const std::string content,
+      ReadAll(is_text ? *source.text_file : source.token_ids_file.value_or("-")));
+  return is_text ? FromText(content, source.bos) : FromTokenIds(content);
 }
 
 }  // namespace
 
 absl::StatusOr<Prompt> ReadPrompt(const PromptSource& source) {
-  absl::StatusOr<Prompt> prompt = Read(source);
-  if (prompt.ok() && prompt->token_ids.empty()) {
+  PREFILLD_ASSIGN_OR_RETURN(Prompt prompt, Read(source));
+  if (prompt.token_ids.empty()) {
     return absl::InvalidArgumentError("the prompt is empty");
   }
   return prompt;

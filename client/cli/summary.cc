@@ -163,7 +163,7 @@ json ToJson(const LayerStats& stats) {
 
 json ToJson(const PrefillResult& result) {
   json object = ToJson(result.total());
-  // Of the whole request, to the first token; that of the layers' sum is less.
+  // This covers the whole request up to its first token and replaces the sum of the layers' times.
   object["compute_us"] = result.compute_us();
   object["queue_us"] = result.queue_us();
   object["stall_us"] = result.stall_us();

@@ -1,4 +1,4 @@
-// What a call did, for people and for programs.
+// Reports of what a call did: as text for people, as JSON for programs.
 #ifndef PREFILLD_CLIENT_CLI_SUMMARY_H_
 #define PREFILLD_CLIENT_CLI_SUMMARY_H_
 
@@ -13,7 +13,7 @@
 
 namespace prefilld::client {
 
-// How a cache arrived here, in microseconds since the call began.
+// The course of a cache's arrival here, in microseconds since the call began.
 struct TransferTimes {
   uint64_t first_frame_us = 0;
   uint64_t last_frame_us = 0;

@@ -14,7 +14,7 @@
 
 namespace prefilld::client {
 
-// How one prompt's cache arrived.
+// The course of one cache's arrival.
 struct TransferReport {
   uint64_t kv_bytes = 0;
   // Bytes whose frames were sent before prefilld had finished its last layer.
@@ -39,7 +39,7 @@ class CacheWriter {
   absl::Status Write(const wire::ReceivedFrame& frame);
   TransferReport report() const;
 
-  // What this decoder's pool holds.
+  // The layout in which this decoder's pool holds blocks.
   static ::prefill::v1::KvLayoutRequest LayoutFor(const model::Decoder& decoder, int block_tokens,
                                                   kernels::KvOrder order);
 

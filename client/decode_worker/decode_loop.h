@@ -22,12 +22,12 @@ namespace prefilld::client {
 
 enum class Finish : uint8_t { kNo, kStop, kLength };
 
-// When a generation is over.
+// Tells when a generation is over.
 struct StopRule {
   uint32_t max_new_tokens = 1;
   absl::flat_hash_set<uint32_t> stop_token_ids;
 
-  // After `num_tokens` generated tokens, of which token_id is the last.
+  // Judges after `num_tokens` generated tokens, the last of which is token_id.
   Finish After(uint32_t token_id, uint32_t num_tokens) const;
 };
 
@@ -58,7 +58,7 @@ class DecodeLoop {
     // The next token, as soon as there is one; nullopt after the last. CANCELLED, or the
     // decoder's error.
     absl::StatusOr<std::optional<model::SampledToken>> Next();
-    // After the last token.
+    // The reason of the end; valid after the last token.
     Finish finish() const;
 
    private:

@@ -49,7 +49,7 @@ void Log(const std::string& request_id, const GenerateRequest& request, const ab
 // when gRPC is done with it, which is after Finish and thus after the thread's last use of it.
 class GenerateService::Call : public grpc::ServerWriteReactor<GenerateEvent>, public EventWriter {
  public:
-  // For a request that is refused.
+  // Answers a request that is refused.
   explicit Call(const absl::Status& refusal) { Finish(wire::ToGrpc(refusal)); }
 
   Call(GenerateService* service, grpc::CallbackServerContext* context,

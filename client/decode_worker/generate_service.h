@@ -20,8 +20,8 @@ class GenerateService : public ::prefill::v1::DecodeService::CallbackService {
   grpc::ServerWriteReactor<::prefill::v1::GenerateEvent>* Generate(
       grpc::CallbackServerContext* context, const ::prefill::v1::GenerateRequest* request) override;
 
-  // From now on requests are answered UNAVAILABLE. Waits for those that run; true when all ended
-  // in time.
+  // Answers new requests UNAVAILABLE from now on and waits for those that run. True when all of
+  // them ended in time.
   bool Drain(absl::Duration timeout);
 
  private:

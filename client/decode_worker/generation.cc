@@ -50,7 +50,8 @@ int64_t BlocksNeeded(const WorkerContext& worker, const GenerateRequest& request
   return (tokens + block_tokens - 1) / block_tokens;
 }
 
-// Waiting helps a request that finds the pool full for the moment, and none that is larger than it.
+// A request that finds the pool full may try again later. One that is larger than the pool never
+// fits and is refused as invalid.
 absl::Status CheckFitsPool(const WorkerContext& worker, const GenerateRequest& request) {
   if (BlocksNeeded(worker, request) <= worker.pool->num_blocks()) return absl::OkStatus();
   return absl::InvalidArgumentError(
@@ -78,7 +79,7 @@ absl::Status ValidateRequest(const WorkerContext& worker, const GenerateRequest&
     return absl::InvalidArgumentError(
         absl::StrCat("max_new_tokens is ", request.max_new_tokens(), ", allowed: 1 to ", limit));
   }
-  if (absl::Status fits = CheckFitsPool(worker, request); !fits.ok()) return fits;
+  PREFILLD_RETURN_IF_ERROR(CheckFitsPool(worker, request));
   if (request.pushed_transfer_id().empty() && worker.prefill == nullptr) {
     return absl::FailedPreconditionError(
         "this worker calls no prefill server; pushed_transfer_id is needed");
@@ -107,7 +108,7 @@ class Generation : public KvSink {
     if (!prefill.ok()) return prefill.status();
     GenerateEvent event;
     *event.mutable_result()->mutable_prefill() = *std::move(prefill);
-    if (absl::Status decoded = Decode(*event.mutable_result()); !decoded.ok()) return decoded;
+    PREFILLD_RETURN_IF_ERROR(Decode(*event.mutable_result()));
     return writer_.Write(event);
   }
 
@@ -134,7 +135,7 @@ class Generation : public KvSink {
   }
 
   absl::StatusOr<PrefillResult> Pull() {
-    if (absl::Status started = WriteStarted(); !started.ok()) return started;
+    PREFILLD_RETURN_IF_ERROR(WriteStarted());
     PrefillRequest prefill;
     prefill.set_request_id(facts_.request_id);
     prefill.set_model_fingerprint(worker_.decoder->fingerprint());
@@ -153,12 +154,11 @@ class Generation : public KvSink {
         ExpectedTransfer{layout_, static_cast<uint32_t>(request_.token_ids_size()),
                          worker_.decoder->fingerprint()},
         &cache_);
-    absl::Status status = worker_.transfers->Register(id, transfer);
-    if (!status.ok()) return status;
+    PREFILLD_RETURN_IF_ERROR(worker_.transfers->Register(id, transfer));
     CancelHook hook(&cancellation_,
                     [&transfer] { transfer->Abandon(absl::CancelledError("cancelled")); });
     // Only now may the router have the cache sent.
-    status = WriteStarted();
+    const absl::Status status = WriteStarted();
     absl::StatusOr<PrefillResult> result =
         status.ok()
             ? transfer->Await(worker_.options->transfer_timeout, [this] { return ReportPush(); })
@@ -168,7 +168,8 @@ class Generation : public KvSink {
     return result;
   }
 
-  // What the frames tell: prefilld's own progress goes to whoever had the cache pushed.
+  // Reports the progress that the frames tell. prefilld's own reports go to the caller that had the
+  // cache pushed.
   absl::Status ReportPush() {
     Progress progress;
     progress.set_layers_computed(cache_.report().layers_computed);
@@ -205,7 +206,7 @@ class Generation : public KvSink {
                                               first_token.token_id(), ", the vocabulary has ",
                                               worker_.decoder->config().vocab_size));
     }
-    if (absl::Status written = WriteToken(first_token, 0); !written.ok()) return written;
+    PREFILLD_RETURN_IF_ERROR(WriteToken(first_token, 0));
 
     DecodeRequest decode;
     decode.first_token = first_token.token_id();
@@ -218,12 +219,11 @@ class Generation : public KvSink {
     if (finish == Finish::kNo) {
       const auto stream = worker_.loop->Start(decode, &cancellation_);
       while (true) {
-        absl::StatusOr<std::optional<model::SampledToken>> token = stream->Next();
-        if (!token.ok()) return token.status();
-        if (!token->has_value()) break;
+        PREFILLD_ASSIGN_OR_RETURN(const auto token, stream->Next());
+        if (!token.has_value()) break;
         ::prefill::v1::SampledToken message;
-        Fill(**token, message);
-        if (absl::Status sent = WriteToken(message, num_tokens++); !sent.ok()) return sent;
+        Fill(*token, message);
+        PREFILLD_RETURN_IF_ERROR(WriteToken(message, num_tokens++));
       }
       finish = stream->finish();
     }
@@ -262,10 +262,10 @@ class Generation : public KvSink {
 
 absl::Status Generate(const WorkerContext& worker, const GenerateRequest& request,
                       const CallFacts& facts, Cancellation& cancellation, EventWriter& writer) {
-  if (absl::Status valid = ValidateRequest(worker, request); !valid.ok()) return valid;
-  absl::StatusOr<KvReservation> reservation = worker.pool->Reserve(BlocksNeeded(worker, request));
-  if (!reservation.ok()) return reservation.status();
-  Generation generation(worker, request, facts, cancellation, writer, *std::move(reservation));
+  PREFILLD_RETURN_IF_ERROR(ValidateRequest(worker, request));
+  PREFILLD_ASSIGN_OR_RETURN(KvReservation reservation,
+                            worker.pool->Reserve(BlocksNeeded(worker, request)));
+  Generation generation(worker, request, facts, cancellation, writer, std::move(reservation));
   return generation.Run();
 }
 

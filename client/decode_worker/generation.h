@@ -19,7 +19,7 @@
 
 namespace prefilld::client {
 
-// What all requests of a worker share; all borrowed.
+// The parts of a worker that all its requests share. All are borrowed.
 struct WorkerContext {
   const WorkerOptions* options = nullptr;
   model::Decoder* decoder = nullptr;
@@ -30,7 +30,7 @@ struct WorkerContext {
   WorkerMetrics* metrics = nullptr;
 };
 
-// Where the events of a generation go.
+// Takes the events of a generation.
 class EventWriter {
  public:
   virtual ~EventWriter() = default;
@@ -38,7 +38,7 @@ class EventWriter {
   virtual absl::Status Write(const ::prefill::v1::GenerateEvent& event) = 0;
 };
 
-// What is known of a request beside its message.
+// Facts about a request that its message does not hold.
 struct CallFacts {
   std::string request_id;  // never empty
   absl::Time arrival;      // the zero of the times reported

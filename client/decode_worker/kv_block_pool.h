@@ -32,12 +32,12 @@ class KvReservation {
   std::vector<int32_t> blocks_;
 };
 
-// Which of the decoder's blocks are free. Thread-safe; outlives its reservations.
+// Keeps account of the decoder's free blocks. Thread-safe. It must outlive its reservations.
 class KvBlockPool {
  public:
   explicit KvBlockPool(int64_t num_blocks);
 
-  // All or nothing, at once. RESOURCE_EXHAUSTED when fewer are free.
+  // Reserves all of the blocks or none, without waiting. RESOURCE_EXHAUSTED when fewer are free.
   absl::StatusOr<KvReservation> Reserve(int64_t num_blocks);
 
   int64_t num_blocks() const { return num_blocks_; }

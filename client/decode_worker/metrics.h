@@ -12,7 +12,7 @@
 
 namespace prefilld::client {
 
-// What a worker counts, for Prometheus. Thread-safe.
+// The numbers that a worker shows to Prometheus. Thread-safe.
 class WorkerMetrics {
  public:
   WorkerMetrics();

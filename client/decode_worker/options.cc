@@ -19,11 +19,11 @@ ABSL_FLAG(std::string, kv_order, "nhd", "Order of the axes in a KV block: nhd or
 ABSL_FLAG(int64_t, kv_pool_tokens, 32768,
           "Tokens whose KV fits in memory, over all requests; reserved at start.");
 
+ABSL_FLAG(std::string, port_file, "",
+          "File to write 'grpc=<port>' and 'metrics=<port>' to once the worker is ready.");
 ABSL_FLAG(std::string, listen, "0.0.0.0:50052", "host:port of the gRPC services. Port 0: any.");
 ABSL_FLAG(std::string, metrics_listen, "",
           "host:port of the Prometheus endpoint (/metrics). Empty: none.");
-ABSL_FLAG(std::string, port_file, "",
-          "File to write 'grpc=<port>' and 'metrics=<port>' to once the worker is ready.");
 
 ABSL_FLAG(std::string, tls_cert, "", "PEM certificate chain of the worker. Empty: plain text.");
 ABSL_FLAG(std::string, tls_key, "", "PEM private key of --tls_cert.");
@@ -59,6 +59,23 @@ using process::AddIfAny;
 using process::CheckRange;
 using process::CheckSeconds;
 using process::Problems;
+
+process::ProgramHelp Help() {
+  process::ProgramHelp help;
+  help.usage = "Reference decode worker of prefilld. prefilld-decode-worker --model=DIR [flags]";
+  help.groups = {
+      {"Model and KV memory",
+       {"model", "device", "cpu_threads", "kv_block_tokens", "kv_order", "kv_pool_tokens"}},
+      {"prefilld",
+       {"prefill_address", "prefill_tls", "prefill_tls_ca", "prefill_tls_cert", "prefill_tls_key",
+        "prefill_tls_name", "lanes"}},
+      {"Addresses and TLS",
+       {"listen", "metrics_listen", "port_file", "tls_cert", "tls_key", "tls_client_ca"}},
+      {"Limits and time-outs",
+       {"max_new_tokens_limit", "max_requests", "transfer_timeout_s", "stall_timeout_s",
+        "drain_timeout_s"}}};
+  return help;
+}
 
 void CheckAddresses(const WorkerOptions& options, Problems& problems) {
   AddIfAny(wire::ListenAddressProblem("--listen", options.listen), problems);
@@ -120,22 +137,6 @@ wire::ChannelOptions ReadPrefill(Problems& problems) {
     problems.push_back("--prefill_tls_ca, _cert, _key and _name need --prefill_tls");
   }
   return prefill;
-}
-
-process::ProgramHelp Help() {
-  return {
-      .usage = "Reference decode worker of prefilld. prefilld-decode-worker --model=DIR [flags]",
-      .groups = {
-          {"Model and KV memory",
-           {"model", "device", "cpu_threads", "kv_block_tokens", "kv_order", "kv_pool_tokens"}},
-          {"Addresses and TLS",
-           {"listen", "metrics_listen", "port_file", "tls_cert", "tls_key", "tls_client_ca"}},
-          {"prefilld",
-           {"prefill_address", "prefill_tls", "prefill_tls_ca", "prefill_tls_cert",
-            "prefill_tls_key", "prefill_tls_name", "lanes"}},
-          {"Limits and time-outs",
-           {"max_new_tokens_limit", "max_requests", "transfer_timeout_s", "stall_timeout_s",
-            "drain_timeout_s"}}}};
 }
 
 }  // namespace

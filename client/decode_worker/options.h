@@ -1,4 +1,4 @@
-// What an operator of a decode worker can set. Flags are read here and nowhere else.
+// The settings of a decode worker. Flags are read here and nowhere else.
 #ifndef PREFILLD_CLIENT_DECODE_WORKER_OPTIONS_H_
 #define PREFILLD_CLIENT_DECODE_WORKER_OPTIONS_H_
 

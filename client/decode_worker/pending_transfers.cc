@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "proto/status_macros.h"
 #include "proto/wire/request_id.h"
 
 namespace prefilld::client {
@@ -22,11 +23,11 @@ PendingTransfer::PendingTransfer(ExpectedTransfer expected, CacheWriter* writer)
 
 absl::Status PendingTransfer::Open(const KvLayout& layout) {
   absl::MutexLock lock(&mu_);
-  if (!status_.ok()) return status_;
+  PREFILLD_RETURN_IF_ERROR(status_);
   last_sign_of_life_ = absl::Now();
   status_ = CheckLayout(layout, expected_);
   status_.Update(writer_->CheckShape(layout));
-  if (!status_.ok()) return status_;
+  PREFILLD_RETURN_IF_ERROR(status_);
   check_ = std::make_unique<TransferCheck>(layout, /*num_lanes=*/1);
   return absl::OkStatus();
 }
@@ -34,7 +35,7 @@ absl::Status PendingTransfer::Open(const KvLayout& layout) {
 // Holds the lock while it writes: that is how Abandon knows that the writer is at rest.
 absl::Status PendingTransfer::Write(const wire::ReceivedFrame& frame) {
   absl::MutexLock lock(&mu_);
-  if (!status_.ok()) return status_;
+  PREFILLD_RETURN_IF_ERROR(status_);
   last_sign_of_life_ = absl::Now();
   status_ = check_->Check(/*lane=*/0, frame);
   if (status_.ok()) status_ = writer_->Write(frame);
@@ -43,7 +44,7 @@ absl::Status PendingTransfer::Write(const wire::ReceivedFrame& frame) {
 
 absl::Status PendingTransfer::Complete(PrefillResult result) {
   absl::MutexLock lock(&mu_);
-  if (!status_.ok()) return status_;
+  PREFILLD_RETURN_IF_ERROR(status_);
   status_ = check_->Finish(result);
   if (status_.ok()) result_ = std::move(result);
   return status_;
@@ -82,7 +83,7 @@ absl::StatusOr<PrefillResult> PendingTransfer::Await(
     {
       absl::MutexLock lock(&mu_);
       mu_.AwaitWithTimeout(absl::Condition(&ended), std::min(timeout, kReportInterval));
-      if (!status_.ok()) return status_;
+      PREFILLD_RETURN_IF_ERROR(status_);
       if (result_) return *std::move(result_);
       silence = absl::Now() - last_sign_of_life_;
     }

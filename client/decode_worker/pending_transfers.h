@@ -32,7 +32,8 @@ class PendingTransfer {
   // that error. FAILED_PRECONDITION: the layout is not the expected one.
   absl::Status Open(const ::prefill::v1::KvLayout& layout);
   absl::Status Write(const wire::ReceivedFrame& frame);
-  // With the sender's result, when it has closed the stream. DATA_LOSS when a frame is missing.
+  // Ends the transfer well, with the sender's result, once the sender has closed the stream.
+  // DATA_LOSS when a frame is missing.
   absl::Status Complete(::prefill::v1::PrefillResult result);
   // The sender went away or broke the protocol.
   void Fail(absl::Status reason);
@@ -71,7 +72,8 @@ class PendingTransfers {
   // Expected until Unregister. ALREADY_EXISTS: the id is in use.
   absl::Status Register(const std::string& id, std::shared_ptr<PendingTransfer> transfer);
   void Unregister(const std::string& id);
-  // For the one who delivers it; each can be claimed once. NOT_FOUND: nobody waits for it.
+  // Gives the transfer to the call that delivers it; each can be claimed once. NOT_FOUND: nobody
+  // waits for it.
   absl::StatusOr<std::shared_ptr<PendingTransfer>> Claim(const std::string& id);
 
  private:

@@ -10,6 +10,7 @@
 #include "client/cancellation.h"
 #include "grpcpp/alarm.h"
 #include "proto/process/log.h"
+#include "proto/status_macros.h"
 #include "proto/wire/frame_codec.h"
 #include "proto/wire/grpc_status.h"
 #include "proto/wire/request_id.h"
@@ -44,18 +45,17 @@ class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
   }
 
   void OnDone() override {
-    // Without effect on a transfer that is complete.
+    // A transfer that is complete stays so.
     if (transfer_) transfer_->Fail(absl::UnavailableError("the pushing server went away"));
     delete this;
   }
 
  private:
   absl::Status Take() {
-    absl::StatusOr<std::optional<wire::ReceivedFrame>> frame = wire::ParseFrame(message_);
-    if (!frame.ok()) return frame.status();
-    if (frame->has_value()) return TakeFrame(**frame);
+    PREFILLD_ASSIGN_OR_RETURN(const auto frame, wire::ParseFrame(message_));
+    if (frame.has_value()) return TakeFrame(*frame);
     ReceiveRequest request;
-    if (absl::Status parsed = wire::ParseMessage(message_, request); !parsed.ok()) return parsed;
+    PREFILLD_RETURN_IF_ERROR(wire::ParseMessage(message_, request));
     switch (request.message_case()) {
       case ReceiveRequest::kOpen:
         return TakeOpen(request.open());
@@ -72,10 +72,7 @@ class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
 
   absl::Status TakeOpen(const ReceiveOpen& open) {
     if (transfer_) return absl::DataLossError("ReceiveOpen came twice");
-    absl::StatusOr<std::shared_ptr<PendingTransfer>> transfer =
-        transfers_->Claim(open.transfer_id());
-    if (!transfer.ok()) return transfer.status();
-    transfer_ = *std::move(transfer);
+    PREFILLD_ASSIGN_OR_RETURN(transfer_, transfers_->Claim(open.transfer_id()));
     open_alarm_.Cancel();
     // The waiting request may end while the sender is silent between two layers.
     abandoned_hook_.emplace(&transfer_->abandoned(), [this] {
@@ -90,7 +87,7 @@ class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
     return transfer_->Write(frame);
   }
 
-  // The sender has closed its side, or is gone: without a result it does not matter which.
+  // The sender has closed its side, or is gone. If no result came, either is a failure.
   absl::Status Close() {
     if (!transfer_) return absl::DataLossError("the stream ended before ReceiveOpen");
     if (!result_) return absl::UnavailableError("the pushed stream ended without a result");

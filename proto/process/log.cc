@@ -93,7 +93,7 @@ void InitLogging(LogFormat format) {
   events->set_pattern(json ? absl::StrCat(kJsonStart, "%v}") : kTextPattern,
                       spdlog::pattern_time_type::utc);
 
-  // What the layers below log are plain sentences.
+  // The layers below log plain sentences through spdlog's default logger.
   const auto sentences = spdlog::stderr_color_mt("sentences");
   auto formatter = std::make_unique<spdlog::pattern_formatter>(spdlog::pattern_time_type::utc);
   formatter->add_flag<JsonPayload>('*').set_pattern(

@@ -1,4 +1,4 @@
-// How a serving process ends: SIGTERM and SIGINT, taken by one thread at a time.
+// The end of a serving process: SIGTERM and SIGINT, taken by one thread at a time.
 #ifndef PREFILLD_PROTO_PROCESS_SIGNALS_H_
 #define PREFILLD_PROTO_PROCESS_SIGNALS_H_
 

@@ -1,5 +1,5 @@
-// What a KV frame says about its payload. It knows neither protobuf nor gRPC, so that frames can
-// travel over any transport.
+// The fields that describe a KV frame's payload. This header knows neither protobuf nor gRPC, so
+// that frames can travel over any transport.
 #ifndef PREFILLD_PROTO_WIRE_FRAME_HEADER_H_
 #define PREFILLD_PROTO_WIRE_FRAME_HEADER_H_
 

@@ -18,8 +18,8 @@ struct HostPort {
 // "name:port", "1.2.3.4:port" or "[::1]:port"; nothing else (no schemes, no paths).
 std::optional<HostPort> ParseHostPort(absl::string_view text);
 
-// What is wrong with an address: `<setting>=<text> is not host:port ...`; nullopt: nothing. To
-// listen on, port 0 stands for any free one; nothing can be dialled there.
+// Says `<setting>=<text> is not host:port ...` of an address that is not valid, nullopt otherwise.
+// A server may listen on port 0, which stands for any free one; nobody can dial it.
 std::optional<std::string> ListenAddressProblem(absl::string_view setting, absl::string_view text);
 std::optional<std::string> DialAddressProblem(absl::string_view setting, absl::string_view text);
 

@@ -15,8 +15,8 @@ inline constexpr size_t kMaxIdBytes = 128;
 // printable ASCII. An empty id is valid.
 absl::Status CheckId(absl::string_view field, absl::string_view id);
 
-// What logs and messages show of texts from outside, which may be as long as a request: a whole
-// valid id and the beginning of one that was refused for its length, and the beginning of a reason.
+// The part of a text from outside that logs and messages show, because the text may be as long as a
+// request. A valid id is shown whole.
 absl::string_view ShownId(absl::string_view id);
 absl::string_view ShownReason(absl::string_view reason);
 

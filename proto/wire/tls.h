@@ -16,7 +16,9 @@ class ServerCredentials;
 
 namespace prefilld::wire {
 
-// What a server shows to its callers and asks of them: --tls_cert, --tls_key and --tls_client_ca.
+// The certificates that a server shows to its callers and asks of them, as --tls_cert, --tls_key
+// and
+// --tls_client_ca name them.
 struct ServerTls {
   std::string cert_file;  // empty: plain text
   std::string key_file;
@@ -26,7 +28,7 @@ struct ServerTls {
   const char* mode() const;
 };
 
-// What a client trusts and what it shows.
+// The certificates that a client trusts and shows.
 struct ChannelTls {
   std::string ca_file;    // empty: the system's certificates
   std::string cert_file;  // with key_file: what to show to a server that asks (mutual TLS)
