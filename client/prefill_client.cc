@@ -41,8 +41,8 @@ absl::Status CheckLogprobs(const PrefillRequest& request, const PrefillResult& r
   return absl::OkStatus();
 }
 
-// One Prefill call. The calling thread reads lane 0, which carries everything that is no frame;
-// further lanes are read by threads that live from Accepted to the end of their streams.
+// One Prefill call. The calling thread reads lane 0, which carries everything except frames of
+// other lanes. Each further lane has a thread that lives from Accepted to the end of its stream.
 class PrefillCall {
  public:
   PrefillCall(const PrefillRequest& request, KvSink& sink, absl::Time deadline,
@@ -64,7 +64,7 @@ class PrefillCall {
     return *std::move(result_);
   }
 
-  // Thread-safe. The first reason stays; it ends every lane.
+  // Ends every lane, and keeps the first reason. Thread-safe.
   void Fail(absl::Status reason) {
     {
       absl::MutexLock lock(&mu_);
@@ -87,8 +87,7 @@ class PrefillCall {
       if (absl::Status taken = Take(lane, message); !taken.ok()) return Fail(std::move(taken));
     }
     absl::Status ended = stream.Finish();
-    // Our own cancellation sets its reason before, so that this one comes from a server that shuts
-    // down.
+    // Our own cancellation sets its reason before, so this one comes from a server that shuts down.
     if (absl::IsCancelled(ended)) ended = absl::UnavailableError("the server cancelled the call");
     if (!ended.ok()) Fail(std::move(ended));
   }

@@ -1,4 +1,4 @@
-// Client of prefilld: has a prompt prefilled and receives its KV cache, verified.
+// The client of prefilld: it has a prompt prefilled, and receives and verifies its KV cache.
 #ifndef PREFILLD_CLIENT_PREFILL_CLIENT_H_
 #define PREFILLD_CLIENT_PREFILL_CLIENT_H_
 
@@ -21,16 +21,17 @@ namespace prefilld::client {
 using ChannelOptions = wire::ChannelOptions;
 using TlsOptions = wire::ChannelTls;
 
-// Takes what a Prefill call brings. An error that a method returns cancels the call and becomes
-// its status. OnAccepted comes first; OnFrame may then run in several threads at once, one per
+// Takes what a Prefill call brings. An error that a method returns cancels the call and becomes its
+// status. OnAccepted comes first. After that OnFrame may run in several threads at once, one per
 // lane, beside OnProgress.
 class KvSink {
  public:
   virtual ~KvSink() = default;
-  // The layout has been compared with the request.
+  // Called when the server accepts. The layout has been compared with the request.
   virtual absl::Status OnAccepted(const ::prefill::v1::Accepted& accepted) = 0;
   virtual absl::Status OnProgress(const ::prefill::v1::Progress& progress) = 0;
-  // A frame that passed every check, its checksum included. Slowness here slows the sender down.
+  // Called with each frame that passed every check, its checksum included. A slow call slows the
+  // sender down.
   virtual absl::Status OnFrame(const wire::ReceivedFrame& frame) = 0;
 };
 
@@ -39,11 +40,11 @@ struct PrefillCallOptions {
   Cancellation* cancellation = nullptr;  // borrowed for the duration of the call; may be null
 };
 
-// Thread-safe; any number of calls at once.
+// Makes any number of calls at once. Thread-safe.
 class PrefillClient {
  public:
-  // Connects lazily: a server that is not there fails the first call. INVALID_ARGUMENT: as
-  // wire::OpenChannel.
+  // Creates a client that connects lazily: if the server is not there, the first call fails.
+  // INVALID_ARGUMENT: as wire::OpenChannel.
   static absl::StatusOr<std::unique_ptr<PrefillClient>> Create(const ChannelOptions& options);
 
   absl::StatusOr<::prefill::v1::ServerInfo> GetServerInfo(absl::Duration timeout);
@@ -62,7 +63,7 @@ class PrefillClient {
 
  private:
   PrefillClient(const ChannelOptions& options, std::shared_ptr<grpc::Channel> channel);
-  // The channel of lane 0 is the one for everything else, too.
+  // Returns a channel per lane. That of lane 0 also serves all other calls.
   absl::StatusOr<std::vector<std::shared_ptr<grpc::Channel>>> LaneChannels(uint32_t num_lanes);
 
   const ChannelOptions options_;

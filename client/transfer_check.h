@@ -23,22 +23,22 @@ struct ExpectedTransfer {
   std::string model_fingerprint;  // empty: any
 };
 
-// FAILED_PRECONDITION, with field, value and expectation, when `layout` contradicts itself or is
-// not what was asked for.
+// Checks a layout. FAILED_PRECONDITION, with field, value and expectation, when `layout`
+// contradicts itself or is not what was asked for.
 absl::Status CheckLayout(const ::prefill::v1::KvLayout& layout, const ExpectedTransfer& expected);
 
-// Compares one transfer's frames with what its layout promises: numbered without gaps per lane,
-// inside the layout, of the right size, with the right checksum, each block of each layer once,
-// none missing. Thread-safe; the checksums of several lanes are computed in parallel.
+// Compares one transfer's frames with what its layout promises: they are numbered without gaps per
+// lane, inside the layout, of the right size, with the right checksum, each block of each layer
+// once, none missing. Thread-safe: the checksums of several lanes are computed in parallel.
 class TransferCheck {
  public:
-  // `layout` has passed CheckLayout.
+  // `layout` must have passed CheckLayout.
   TransferCheck(const ::prefill::v1::KvLayout& layout, uint32_t num_lanes);
 
   // Takes a frame that arrived on `lane`. DATA_LOSS says what is wrong with it; its payload must
-  // not be used then.
+  // then not be used.
   absl::Status Check(uint32_t lane, const wire::ReceivedFrame& frame);
-  // After the last frame of every lane. DATA_LOSS when something is missing.
+  // Must be called after the last frame of every lane. DATA_LOSS when something is missing.
   absl::Status Finish(const ::prefill::v1::PrefillResult& result) const;
 
   uint64_t frames() const;

@@ -39,7 +39,7 @@ GenerateRequest MakeRequest(const CliOptions& options, const Prompt& prompt) {
   return request;
 }
 
-// Takes the events of one call: shows tokens and progress as they come, keeps what the summary
+// Takes the events of one call: shows tokens and progress as they come, and keeps what the summary
 // needs.
 class GenerateView {
  public:
@@ -67,7 +67,7 @@ class GenerateView {
     }
   }
 
-  // When no more events come.
+  // Must be called when no more events come.
   void End() {
     progress_.Clear();
     if (show_tokens_ && !generated_.tokens.empty()) std::printf("\n");
@@ -121,7 +121,7 @@ absl::Status RunGenerate(const CliOptions& options, Cancellation& cancellation) 
   if (!view.has_result()) return absl::DataLossError("the stream ended without a result");
 
   if (options.json) {
-    // A model may well generate bytes that are no UTF-8.
+    // A model may generate bytes that are not UTF-8.
     std::printf("%s\n", ToJson(view.generated())
                             .dump(2, ' ', false, nlohmann::json::error_handler_t::replace)
                             .c_str());

@@ -40,13 +40,13 @@ struct CliOptions {
   ::prefill::v1::AttentionOptions attention;
   ::prefill::v1::Sampling sampling;
 
-  // generate
+  // Options of the command generate.
   uint32_t max_new_tokens = 64;
   std::vector<uint32_t> stop_token_ids;
   bool ignore_eos = false;
   std::string pushed_transfer_id;
 
-  // prefill
+  // Options of the command prefill.
   ::prefill::v1::KvLayoutRequest layout;
   uint32_t lanes = 1;
   bool layer_stats = false;
@@ -55,7 +55,7 @@ struct CliOptions {
   std::string transfer_id;
 };
 
-// INVALID_ARGUMENT lists every problem.
+// Reads the command line. INVALID_ARGUMENT lists every problem.
 absl::StatusOr<CliOptions> OptionsFromCommandLine(int argc, char** argv);
 
 // The second half of that: the options that the flags, as they are set now, stand for. `positional`

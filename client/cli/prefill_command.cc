@@ -22,7 +22,7 @@ using ::prefill::v1::Progress;
 
 constexpr absl::Duration kInfoTimeout = absl::Seconds(10);
 
-// Throws the cache away and notes when it came.
+// Drops the cache and notes when it came.
 class DiscardingSink : public KvSink {
  public:
   explicit DiscardingSink(bool show_progress) : progress_(show_progress) {}
@@ -51,7 +51,7 @@ class DiscardingSink : public KvSink {
     return absl::OkStatus();
   }
 
-  // After the call.
+  // Returns the times; must be called after the call has ended.
   TransferTimes End() {
     absl::MutexLock lock(&mu_);
     progress_.Clear();

@@ -18,7 +18,7 @@ absl::StatusOr<std::string> ReadAll(const std::string& path) {
   std::ifstream file;
   if (path != "-") file.open(path, std::ios::binary);
   std::istream& input = path == "-" ? std::cin : file;
-  // A folder opens like a file. This read fails on it; the iterator's would throw.
+  // A folder opens like a file. This read fails on it, while the iterator's would throw.
   input.peek();
   if (input.fail()) return absl::InvalidArgumentError(absl::StrCat(path, " cannot be read"));
   return std::string(Iterator(input), Iterator());

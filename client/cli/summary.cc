@@ -85,7 +85,7 @@ std::string LikelihoodLine(const PrefillResult& prefill) {
                               std::exp(-sum / count), CountText(count), 100.0 * likeliest / count));
 }
 
-// The transfer lasts about as long as the compute it hides behind; that sets its rate.
+// The transfer lasts about as long as the compute that hides it, and that sets its rate.
 std::string KvLine(const PrefillResult& prefill, uint64_t transfer_us, double overlap,
                    uint64_t first_frame_us, uint32_t layers_computed, uint32_t num_layers) {
   if (prefill.kv_bytes() == 0) return Line("KV", "none");
@@ -198,7 +198,7 @@ json ToJson(const ::prefill::v1::SampledToken& token) {
 std::string Summary(const Generated& generated) {
   const GenerateResult& result = generated.result;
   const PrefillResult& prefill = result.prefill();
-  // The first token is prefill's.
+  // The first token is computed by the prefill, not by a step.
   const uint64_t steps = result.num_tokens() - 1;
   return absl::StrCat(
       PromptLine(prefill, result.ttft_us()), AttentionLine(prefill), RecallLines(prefill),

@@ -39,7 +39,8 @@ nlohmann::json ToJson(const Generated& generated);
 nlohmann::json ToJson(const ::prefill::v1::PrefillResult& result, const TransferTimes& times);
 nlohmann::json ToJson(const ::prefill::v1::ServerInfo& info);
 
-// One line: the gRPC status by name, its message, and when to come back if the server said so.
+// Formats one line: the gRPC status by name, its message, and when to come back if the server said
+// so.
 std::string ErrorText(const absl::Status& status, const std::string& address);
 
 std::string BytesText(uint64_t bytes);            // "1.23 GB"

@@ -19,22 +19,23 @@ struct TransferReport {
   uint64_t kv_bytes = 0;
   // Bytes whose frames were sent before prefilld had finished its last layer.
   uint64_t overlapped_bytes = 0;
-  uint32_t layers_computed = 0;  // the most that a frame has told of
+  uint32_t layers_computed = 0;  // the most that any frame has told
   absl::Time first_frame = absl::InfiniteFuture();
   absl::Time last_frame = absl::InfinitePast();
   absl::Time first_frame_of_layer_0 = absl::InfiniteFuture();
   uint32_t layers_computed_at_first_frame = 0;
 };
 
-// Puts verified frames into the decoder's pool, at the blocks reserved for the sequence.
-// Thread-safe; Write runs in parallel.
+// Writes verified frames into the decoder's pool, at the blocks reserved for the sequence.
+// Thread-safe: calls of Write run in parallel.
 class CacheWriter {
  public:
-  // `block_table` is borrowed. The layout that will be written is LayoutFor(decoder).
+  // `block_table` is borrowed. Frames must come in the layout that LayoutFor(decoder) asks for.
   CacheWriter(model::Decoder* decoder, absl::Span<const int32_t> block_table);
 
-  // FAILED_PRECONDITION, with field, value and expectation: such a cache is not of the decoder's
-  // model, whatever its fingerprint says. Frames may be written only after this was OK.
+  // Checks that a cache fits the decoder. FAILED_PRECONDITION, with field, value and expectation:
+  // it is not of the decoder's model, whatever its fingerprint says. Frames may be written only
+  // after this returned OK.
   absl::Status CheckShape(const ::prefill::v1::KvLayout& layout) const;
   absl::Status Write(const wire::ReceivedFrame& frame);
   TransferReport report() const;

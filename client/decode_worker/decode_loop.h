@@ -27,7 +27,8 @@ struct StopRule {
   uint32_t max_new_tokens = 1;
   absl::flat_hash_set<uint32_t> stop_token_ids;
 
-  // Judges after `num_tokens` generated tokens, the last of which is token_id.
+  // Tells how the generation ends after `num_tokens` generated tokens, the last of which is
+  // token_id.
   Finish After(uint32_t token_id, uint32_t num_tokens) const;
 };
 
@@ -47,18 +48,18 @@ class DecodeLoop {
   struct Sequence;
 
  public:
-  // One sequence's tokens, for one thread. When it is gone the loop no longer touches the block
-  // table. Must not outlive the loop.
+  // The tokens of one sequence, for one thread. Once it is destroyed, the loop no longer touches
+  // the block table. Must not outlive the loop.
   class Stream {
    public:
     ~Stream();
     Stream(const Stream&) = delete;
     Stream& operator=(const Stream&) = delete;
 
-    // The next token, as soon as there is one; nullopt after the last. CANCELLED, or the
-    // decoder's error.
+    // Waits for the next token and returns it, or nullopt after the last. Fails with CANCELLED or
+    // the decoder's error.
     absl::StatusOr<std::optional<model::SampledToken>> Next();
-    // The reason of the end; valid after the last token.
+    // Returns why the generation ended. Valid after the last token.
     Finish finish() const;
 
    private:
@@ -83,7 +84,7 @@ class DecodeLoop {
   model::Decoder* const decoder_;
 
   mutable absl::Mutex mu_;
-  std::list<Sequence*> active_ ABSL_GUARDED_BY(mu_);  // the next one to step in front
+  std::list<Sequence*> active_ ABSL_GUARDED_BY(mu_);  // the sequence whose step is next is in front
   const Sequence* stepping_ ABSL_GUARDED_BY(mu_) = nullptr;
   bool stopping_ ABSL_GUARDED_BY(mu_) = false;
 

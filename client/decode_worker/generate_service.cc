@@ -45,8 +45,8 @@ void Log(const std::string& request_id, const GenerateRequest& request, const ab
 
 }  // namespace
 
-// One call: gRPC's callbacks on one side, the thread that generates on the other. Deletes itself
-// when gRPC is done with it, which is after Finish and thus after the thread's last use of it.
+// One call, with gRPC's callbacks on one side and the generating thread on the other. It deletes
+// itself when gRPC is done with it, which is after Finish and so after the thread's last use of it.
 class GenerateService::Call : public grpc::ServerWriteReactor<GenerateEvent>, public EventWriter {
  public:
   // Answers a request that is refused.
@@ -86,7 +86,7 @@ class GenerateService::Call : public grpc::ServerWriteReactor<GenerateEvent>, pu
   void OnDone() override { delete this; }
 
  private:
-  // Ends a call whose caller takes nothing: Finish would wait behind the event under way.
+  // Ends a call whose caller takes nothing. Finish would wait behind the event under way.
   absl::Status BreakOff() {
     const absl::Status stalled = absl::AbortedError(
         absl::StrCat("the caller took nothing for ", absl::FormatDuration(stall_timeout_)));
@@ -99,7 +99,7 @@ class GenerateService::Call : public grpc::ServerWriteReactor<GenerateEvent>, pu
 
   bool WriteEnded() const ABSL_SHARED_LOCKS_REQUIRED(mu_) { return !writing_; }
 
-  // The service waits for Leave before it goes; this call may be gone after Finish.
+  // The service's destructor waits for Leave. This call may be gone after Finish.
   void Run(GenerateService* service, const GenerateRequest& request) {
     const WorkerContext& worker = service->worker_;
     worker.metrics->RequestStarted();

@@ -10,11 +10,12 @@
 
 namespace prefilld::client {
 
-// prefill.v1.DecodeService. Each request has a thread of its own, at most max_requests of them.
+// The gRPC service prefill.v1.DecodeService. Each request has a thread of its own; at most
+// max_requests run.
 class GenerateService : public ::prefill::v1::DecodeService::CallbackService {
  public:
   explicit GenerateService(const WorkerContext& worker) : worker_(worker) {}
-  // Requests must have ended (server shut down).
+  // All requests must have ended, which shutting the server down ensures.
   ~GenerateService() override;
 
   grpc::ServerWriteReactor<::prefill::v1::GenerateEvent>* Generate(

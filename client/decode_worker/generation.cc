@@ -112,7 +112,7 @@ class Generation : public KvSink {
     return writer_.Write(event);
   }
 
-  // KvSink; the layout has been compared with the request's by the client.
+  // This is KvSink's method. The client has compared the layout with the request's.
   absl::Status OnAccepted(const ::prefill::v1::Accepted& accepted) override {
     return cache_.CheckShape(accepted.layout());
   }
@@ -157,7 +157,7 @@ class Generation : public KvSink {
     PREFILLD_RETURN_IF_ERROR(worker_.transfers->Register(id, transfer));
     CancelHook hook(&cancellation_,
                     [&transfer] { transfer->Abandon(absl::CancelledError("cancelled")); });
-    // Only now may the router have the cache sent.
+    // The router may have the cache sent only from now on.
     const absl::Status status = WriteStarted();
     absl::StatusOr<PrefillResult> result =
         status.ok()

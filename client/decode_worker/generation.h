@@ -41,11 +41,11 @@ class EventWriter {
 // Facts about a request that its message does not hold.
 struct CallFacts {
   std::string request_id;  // never empty
-  absl::Time arrival;      // the zero of the times reported
+  absl::Time arrival;      // the time from which reported times count
   absl::Time deadline = absl::InfiniteFuture();
 };
 
-// Runs the request in the calling thread; every resource it took is back on return.
+// Runs the request in the calling thread. Every resource that it took is released on return.
 absl::Status Generate(const WorkerContext& worker, const ::prefill::v1::GenerateRequest& request,
                       const CallFacts& facts, Cancellation& cancellation, EventWriter& writer);
 

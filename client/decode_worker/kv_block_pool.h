@@ -13,7 +13,7 @@ namespace prefilld::client {
 
 class KvBlockPool;
 
-// Blocks that belong to one request until this goes. Move-only.
+// Blocks that belong to one request until this is destroyed. Move-only.
 class KvReservation {
  public:
   KvReservation() = default;
@@ -21,7 +21,7 @@ class KvReservation {
   KvReservation& operator=(KvReservation&& other) noexcept;
   ~KvReservation();
 
-  // Pool blocks in the order of the sequence's blocks: a block table.
+  // Returns the block table: the pool blocks in the order of the sequence's blocks.
   absl::Span<const int32_t> blocks() const { return blocks_; }
 
  private:

@@ -23,7 +23,7 @@ class WorkerMetrics {
   void CountTransfer(uint64_t kv_bytes, const absl::Status& status);
   void CountToken();
   void ObserveTimeToFirstToken(absl::Duration ttft);
-  // `free_blocks` is asked at every scrape while this lives.
+  // Shows the pool's size and use. `free_blocks` is called at every scrape while this lives.
   void WatchPool(int64_t num_blocks, std::function<int64_t()> free_blocks);
 
   // Serves /metrics on host:port and returns the port; 0 without an address. UNAVAILABLE: the

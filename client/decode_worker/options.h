@@ -34,11 +34,11 @@ struct WorkerOptions {
   absl::Duration drain_timeout = absl::Seconds(25);
 };
 
-// Reads the command line; an unknown flag ends the process with a message. INVALID_ARGUMENT lists
+// Reads the command line. An unknown flag ends the process with a message. INVALID_ARGUMENT lists
 // every invalid value, not only the first.
 absl::StatusOr<WorkerOptions> OptionsFromCommandLine(int argc, char** argv);
 
-// The effective configuration as (flag, value) pairs, for the log.
+// Lists the effective configuration as (flag, value) pairs, for the log.
 std::vector<std::pair<std::string, std::string>> Describe(const WorkerOptions& options);
 
 }  // namespace prefilld::client

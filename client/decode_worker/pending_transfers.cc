@@ -32,7 +32,7 @@ absl::Status PendingTransfer::Open(const KvLayout& layout) {
   return absl::OkStatus();
 }
 
-// Holds the lock while it writes: that is how Abandon knows that the writer is at rest.
+// The lock is held during the write, so that Abandon knows when the writer is at rest.
 absl::Status PendingTransfer::Write(const wire::ReceivedFrame& frame) {
   absl::MutexLock lock(&mu_);
   PREFILLD_RETURN_IF_ERROR(status_);
@@ -60,7 +60,7 @@ bool PendingTransfer::EndWith(absl::Status reason) {
 void PendingTransfer::Fail(absl::Status reason) { EndWith(std::move(reason)); }
 
 void PendingTransfer::Abandon(absl::Status reason) {
-  // Outside the lock: what hangs on it calls back here.
+  // Cancel is called without the lock, because its hooks call back into this object.
   if (EndWith(std::move(reason))) abandoned_.Cancel();
 }
 
@@ -92,7 +92,8 @@ absl::StatusOr<PrefillResult> PendingTransfer::Await(
       goes_on = absl::DeadlineExceededError(
           absl::StrCat("nothing of the pushed cache came for ", absl::FormatDuration(timeout)));
     }
-    // Unless it has ended meanwhile, which the next round sees like this.
+    // If the transfer has ended meanwhile, Abandon changes nothing, and the next round sees the
+    // end.
     if (!goes_on.ok()) Abandon(std::move(goes_on));
   }
 }

@@ -21,38 +21,39 @@
 
 namespace prefilld::client {
 
-// A cache that is expected to be pushed here: where a waiting Generate and an arriving Receive
-// meet. Thread-safe. Co-owned by both; either may go first.
+// A cache that is expected to be pushed here, shared by the Generate that waits for it and the
+// Receive that brings it. Both own it, and either may go first. Thread-safe.
 class PendingTransfer {
  public:
   // `writer` is borrowed until Abandon or Await has returned.
   PendingTransfer(ExpectedTransfer expected, CacheWriter* writer);
 
-  // The receiving side. After an error no other call is allowed, and the transfer has failed with
-  // that error. FAILED_PRECONDITION: the layout is not the expected one.
+  // The receiving side calls these. After an error it must make no other call: the transfer has
+  // failed with that error. Open: FAILED_PRECONDITION when the layout is not the expected one.
   absl::Status Open(const ::prefill::v1::KvLayout& layout);
   absl::Status Write(const wire::ReceivedFrame& frame);
   // Ends the transfer well, with the sender's result, once the sender has closed the stream.
   // DATA_LOSS when a frame is missing.
   absl::Status Complete(::prefill::v1::PrefillResult result);
-  // The sender went away or broke the protocol.
+  // Fails the transfer, because the sender went away or broke the protocol.
   void Fail(absl::Status reason);
   uint64_t frames() const;
   uint64_t bytes() const;
 
-  // The waiting side. Blocks until the transfer is complete or has failed, or until `timeout` has
-  // passed without a sign of life (DEADLINE_EXCEEDED). Calls `while_waiting` every second or so;
-  // an error that it returns ends the transfer.
+  // The waiting side calls this. It blocks until the transfer is complete or has failed, or until
+  // nothing has come for `timeout` (DEADLINE_EXCEEDED). It calls `while_waiting` every second or
+  // so, and an error that this returns ends the transfer.
   absl::StatusOr<::prefill::v1::PrefillResult> Await(
       absl::Duration timeout, absl::FunctionRef<absl::Status()> while_waiting);
-  // Nobody wants the cache any more. On return the writer is no longer used.
+  // Ends the transfer, because nobody wants the cache any more. On return the writer is no longer
+  // used.
   void Abandon(absl::Status reason);
 
-  // Fires when the waiting side gives up, to end a stream that is silent at the moment.
+  // Cancelled when the waiting side gives up, so that a silent stream can be ended.
   Cancellation& abandoned() { return abandoned_; }
 
  private:
-  // True when it had not ended before.
+  // Returns whether the transfer had not ended before.
   bool EndWith(absl::Status reason);
 
   const ExpectedTransfer expected_;
@@ -69,7 +70,7 @@ class PendingTransfer {
 // The transfers that are waited for, by id. Thread-safe.
 class PendingTransfers {
  public:
-  // Expected until Unregister. ALREADY_EXISTS: the id is in use.
+  // Expects a transfer until Unregister. ALREADY_EXISTS: the id is in use.
   absl::Status Register(const std::string& id, std::shared_ptr<PendingTransfer> transfer);
   void Unregister(const std::string& id);
   // Gives the transfer to the call that delivers it; each can be claimed once. NOT_FOUND: nobody

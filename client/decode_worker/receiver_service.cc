@@ -23,7 +23,7 @@ using ::prefill::v1::ReceiveOpen;
 using ::prefill::v1::ReceiveRequest;
 using ::prefill::v1::ReceiveResponse;
 
-// One pushed stream. Deletes itself when gRPC is done with it.
+// One pushed stream. It deletes itself when gRPC is done with it.
 class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
  public:
   ReceiveCall(PendingTransfers* transfers, absl::Duration open_timeout, grpc::ByteBuffer* response)
@@ -45,7 +45,7 @@ class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
   }
 
   void OnDone() override {
-    // A transfer that is complete stays so.
+    // A transfer that is complete stays complete.
     if (transfer_) transfer_->Fail(absl::UnavailableError("the pushing server went away"));
     delete this;
   }
@@ -124,7 +124,7 @@ class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
   std::atomic<bool> answered_ = false;
   std::optional<CancelHook> abandoned_hook_;
 
-  // Shared with the alarm, which may go off while this call goes.
+  // The alarm owns this too, because it may go off while this call is destroyed.
   const std::shared_ptr<Cancellation> late_ = std::make_shared<Cancellation>();
   const CancelHook late_hook_;
   grpc::Alarm open_alarm_;

@@ -23,7 +23,7 @@ constexpr char kJsonStart[] = "{\"time\":\"%Y-%m-%dT%H:%M:%S.%eZ\",\"level\":\"%
 
 std::atomic<LogFormat> log_format = LogFormat::kText;
 
-// The message as a JSON string.
+// Writes the message as a JSON string.
 class JsonPayload final : public spdlog::custom_flag_formatter {
  public:
   void format(const spdlog::details::log_msg& message, const std::tm&,
@@ -38,7 +38,7 @@ class JsonPayload final : public spdlog::custom_flag_formatter {
   }
 };
 
-// Quoted, so that a value can forge neither a field nor a line.
+// Quotes a value, so that it can forge neither a field nor a line.
 std::string Quote(const std::string& text) {
   std::string quoted = "\"";
   for (const char c : text) {
@@ -68,7 +68,7 @@ std::string TextLine(absl::string_view event, const LogFields& fields) {
   return line;
 }
 
-// The fields of the object, without its braces: the line's pattern adds time and level.
+// Formats the fields of the object without its braces; the line's pattern adds time and level.
 std::string JsonFields(absl::string_view event, const LogFields& fields) {
   nlohmann::ordered_json object;
   object["event"] = std::string(event);

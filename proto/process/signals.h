@@ -12,15 +12,17 @@
 
 namespace prefilld::process {
 
-// Made before any other thread, which then inherit the mask: no handler runs, and nothing races.
+// Takes SIGTERM and SIGINT. It must be made before any other thread, so that all threads inherit
+// the mask: then no handler runs, and nothing races.
 class EndSignals {
  public:
   // Blocks both signals. SIGPIPE is ignored: writing to a connection or a log whose reader is gone
   // is an error code, not the end of the process.
   EndSignals();
 
-  // Waits for a signal and returns it, or 0 once `has_failed`, asked every 100 ms, says so. From
-  // then on the next signal ends the process at once, with failure, whatever it is doing.
+  // Waits for a signal and returns it, or returns 0 once `has_failed`, which is asked every 100 ms,
+  // says so. From then on the next signal ends the process at once, with failure, whatever it is
+  // doing.
   int Await(absl::FunctionRef<bool()> has_failed) const;
 
   const sigset_t& set() const { return set_; }
@@ -29,8 +31,8 @@ class EndSignals {
   sigset_t set_;
 };
 
-// Ends the process at once on a signal while this lives, with success: a model that loads, which
-// may take minutes, can be neither broken off nor drained. `on_signal` runs before, to log.
+// Ends the process at once, with success, on a signal while this lives. A model that loads may take
+// minutes and can be neither broken off nor drained. `on_signal` runs before the end, to log.
 class ExitOnSignal {
  public:
   ExitOnSignal(const EndSignals& signals, std::function<void(int signal)> on_signal);
@@ -43,7 +45,7 @@ class ExitOnSignal {
   std::thread thread_;
 };
 
-// "SIGTERM" or "SIGINT".
+// Returns "SIGTERM" or "SIGINT".
 const char* SignalName(int signal);
 
 }  // namespace prefilld::process

@@ -15,18 +15,18 @@ struct HostPort {
   int port = 0;      // 0 to 65535
 };
 
-// "name:port", "1.2.3.4:port" or "[::1]:port"; nothing else (no schemes, no paths).
+// Parses "name:port", "1.2.3.4:port" or "[::1]:port", and nothing else (no schemes, no paths).
 std::optional<HostPort> ParseHostPort(absl::string_view text);
 
-// Says `<setting>=<text> is not host:port ...` of an address that is not valid, nullopt otherwise.
-// A server may listen on port 0, which stands for any free one; nobody can dial it.
+// Returns `<setting>=<text> is not host:port ...` for an address that is not valid, otherwise
+// nullopt. A server may listen on port 0, which stands for any free port; nobody can dial it.
 std::optional<std::string> ListenAddressProblem(absl::string_view setting, absl::string_view text);
 std::optional<std::string> DialAddressProblem(absl::string_view setting, absl::string_view text);
 
-// True when `address` is host:port and `pattern` admits it. '*' in the pattern stands for any run
-// of characters within one label: it crosses neither a dot nor a colon.
+// Tells whether `address` is host:port and `pattern` admits it. '*' in the pattern stands for any
+// run of characters within one label: it crosses neither a dot nor a colon.
 bool AddressMatches(absl::string_view pattern, absl::string_view address);
-// Whether any address can match.
+// Tells whether any address can match.
 bool IsAddressPattern(absl::string_view pattern);
 
 }  // namespace prefilld::wire

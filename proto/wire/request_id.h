@@ -11,12 +11,12 @@ namespace prefilld::wire {
 
 inline constexpr size_t kMaxIdBytes = 128;
 
-// INVALID_ARGUMENT, with `field`, when `id` is longer than that or has other characters than
-// printable ASCII. An empty id is valid.
+// Checks an id. INVALID_ARGUMENT, with `field`, when it is longer than that or has characters other
+// than printable ASCII. An empty id is valid.
 absl::Status CheckId(absl::string_view field, absl::string_view id);
 
-// The part of a text from outside that logs and messages show, because the text may be as long as a
-// request. A valid id is shown whole.
+// These return the part of a text from outside that logs and messages show, because the text may be
+// as long as a request. A valid id is shown whole.
 absl::string_view ShownId(absl::string_view id);
 absl::string_view ShownReason(absl::string_view reason);
 

@@ -17,8 +17,7 @@ class ServerCredentials;
 namespace prefilld::wire {
 
 // The certificates that a server shows to its callers and asks of them, as --tls_cert, --tls_key
-// and
-// --tls_client_ca name them.
+// and --tls_client_ca name them.
 struct ServerTls {
   std::string cert_file;  // empty: plain text
   std::string key_file;
@@ -36,20 +35,21 @@ struct ChannelTls {
   std::string server_name;  // the name to verify, if it is not the address's host
 };
 
-// The file's content; nothing for no path. INVALID_ARGUMENT names `field` and path when the file
-// cannot be read or is empty.
+// Reads the file's content; an empty path gives an empty string. INVALID_ARGUMENT names `field` and
+// path when the file cannot be read or is empty.
 absl::StatusOr<std::string> ReadPemFile(const char* field, const std::string& path);
 
-// Adds what is wrong with the files, naming the flag: one given without another that it needs, or
-// one that cannot be read.
+// Adds what is wrong with the files, naming the flag: one is given without another that it needs,
+// or one cannot be read.
 void CheckServerTls(const ServerTls& tls, std::vector<std::string>& problems);
 
-// Plain text where there is no certificate. INVALID_ARGUMENT: a file cannot be read.
+// Makes credentials for a server: plain text if there is no certificate. INVALID_ARGUMENT: a file
+// cannot be read.
 absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeServerCredentials(
     const ServerTls& tls);
 
-// Plain text for nullopt. INVALID_ARGUMENT: a file cannot be read, or only one of cert_file and
-// key_file is given.
+// Makes credentials for a channel: plain text for nullopt. INVALID_ARGUMENT: a file cannot be read,
+// or only one of cert_file and key_file is given.
 absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakeChannelCredentials(
     const std::optional<ChannelTls>& tls);
 
