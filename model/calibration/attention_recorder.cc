@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "absl/strings/str_cat.h"
+#include "proto/status_macros.h"
 
 namespace prefilld::model {
 namespace {
@@ -83,7 +84,7 @@ absl::StatusOr<std::unique_ptr<AttentionRecorder>> AttentionRecorder::Create(
     Device* device, const ModelConfig* config, const Weights* weights,
     const RecorderOptions& options) {
   std::unique_ptr<AttentionRecorder> recorder(new AttentionRecorder(device, config, options));
-  if (absl::Status status = recorder->Allocate(weights); !status.ok()) return status;
+  PREFILLD_RETURN_IF_ERROR(recorder->Allocate(weights));
   return recorder;
 }
 
@@ -92,10 +93,9 @@ absl::Status AttentionRecorder::Allocate(const Weights* weights) {
                                 /*max_batch_tokens=*/0);
   if (!step.ok()) return step.status();
   step_ = *std::move(step);
-  auto estimate =
-      HeadEstimate::Create(&device_, config_.num_heads, options_.max_tokens, options_.block_tokens);
-  if (!estimate.ok()) return estimate.status();
-  estimate_ = *std::move(estimate);
+  PREFILLD_ASSIGN_OR_RETURN(estimate_,
+                            HeadEstimate::Create(&device_, config_.num_heads, options_.max_tokens,
+                                                 options_.block_tokens));
 
   const int64_t heads = config_.num_heads;
   const int64_t tokens = options_.max_tokens;
@@ -117,9 +117,7 @@ absl::Status AttentionRecorder::Allocate(const Weights* weights) {
       {pattern_blocks_, heads * int64_t{sizeof(int64_t)}},
   };
   for (const auto& [buffer, bytes] : wanted) {
-    absl::StatusOr<DeviceBuffer> allocated = device_.Allocate(static_cast<size_t>(bytes));
-    if (!allocated.ok()) return allocated.status();
-    buffer = *std::move(allocated);
+    PREFILLD_ASSIGN_OR_RETURN(buffer, device_.Allocate(static_cast<size_t>(bytes)));
   }
   return absl::OkStatus();
 }
@@ -163,17 +161,14 @@ kernels::AttentionParams AttentionRecorder::Attention() const {
 }
 
 absl::Status AttentionRecorder::RecordEstimate(SafetensorsWriter& file) {
-  absl::Status status = estimate_->OfLastQueries(Attention());
-  if (status.ok()) {
-    status = estimate_->BuildVerticalSlash(options_.gamma, options_.min_budget_tokens,
-                                           vertical_slash_patterns_.as<uint32_t>(),
-                                           /*blocks=*/nullptr);
-  }
+  PREFILLD_RETURN_IF_ERROR(estimate_->OfLastQueries(Attention()));
+  PREFILLD_RETURN_IF_ERROR(estimate_->BuildVerticalSlash(options_.gamma, options_.min_budget_tokens,
+                                                         vertical_slash_patterns_.as<uint32_t>(),
+                                                         /*blocks=*/nullptr));
   const int64_t heads = config_.num_heads;
-  if (status.ok()) status = AppendFromDevice(estimate_->block_mass(), heads * num_blocks_, file);
-  if (status.ok()) status = AppendFromDevice(estimate_->vertical(), heads * num_tokens_, file);
-  if (status.ok()) status = AppendFromDevice(estimate_->slash(), heads * num_tokens_, file);
-  return status;
+  PREFILLD_RETURN_IF_ERROR(AppendFromDevice(estimate_->block_mass(), heads * num_blocks_, file));
+  PREFILLD_RETURN_IF_ERROR(AppendFromDevice(estimate_->vertical(), heads * num_tokens_, file));
+  return AppendFromDevice(estimate_->slash(), heads * num_tokens_, file);
 }
 
 absl::Status AttentionRecorder::RecordMass(SafetensorsWriter& file) {
@@ -195,17 +190,14 @@ absl::Status AttentionRecorder::RecordMass(SafetensorsWriter& file) {
     kernels::AttentionParams attention = Attention();
     attention.work = work.data();
     attention.num_work = static_cast<int>(work.size());
-    absl::Status status = device_.ops().Attention(attention);
+    PREFILLD_RETURN_IF_ERROR(device_.ops().Attention(attention));
     for (const kernels::HeadWork& head : work) {
-      if (status.ok()) status = MeasureVerticalSlash(head.head, head.block_mass);
-      if (status.ok()) {
-        status = device_.Download(host_.data(), head.block_mass, mass_floats * kFloatBytes);
-      }
-      if (!status.ok()) return status;
+      PREFILLD_RETURN_IF_ERROR(MeasureVerticalSlash(head.head, head.block_mass));
+      PREFILLD_RETURN_IF_ERROR(
+          device_.Download(host_.data(), head.block_mass, mass_floats * kFloatBytes));
       JoinBlocks(host_, num_tokens_, options_.block_tokens, cell_blocks, absl::MakeSpan(cells_));
-      status = file.Append(cells_);
+      PREFILLD_RETURN_IF_ERROR(file.Append(cells_));
     }
-    if (!status.ok()) return status;
   }
   return absl::OkStatus();
 }
@@ -224,11 +216,10 @@ absl::Status AttentionRecorder::RecordVerticalSlash(SafetensorsWriter& file) {
   const size_t heads = static_cast<size_t>(config_.num_heads);
   std::vector<double> mass(heads);
   std::vector<int64_t> blocks(heads);
-  absl::Status status = device_.Download(mass.data(), pattern_mass_.data(), heads * sizeof(double));
-  if (status.ok()) {
-    status = device_.Download(blocks.data(), pattern_blocks_.data(), heads * sizeof(int64_t));
-  }
-  if (!status.ok()) return status;
+  PREFILLD_RETURN_IF_ERROR(
+      device_.Download(mass.data(), pattern_mass_.data(), heads * sizeof(double)));
+  PREFILLD_RETURN_IF_ERROR(
+      device_.Download(blocks.data(), pattern_blocks_.data(), heads * sizeof(int64_t)));
   host_.assign(mass.begin(), mass.end());
   const double causal = static_cast<double>(CausalBlocks(num_blocks_));
   for (int64_t count : blocks) {
@@ -240,8 +231,8 @@ absl::Status AttentionRecorder::RecordVerticalSlash(SafetensorsWriter& file) {
 absl::Status AttentionRecorder::AppendFromDevice(const DeviceBuffer& buffer, int64_t count,
                                                  SafetensorsWriter& file) {
   host_.resize(count);
-  absl::Status status = device_.Download(host_.data(), buffer.data(), count * kFloatBytes);
-  return status.ok() ? file.Append(host_) : status;
+  PREFILLD_RETURN_IF_ERROR(device_.Download(host_.data(), buffer.data(), count * kFloatBytes));
+  return file.Append(host_);
 }
 
 }  // namespace prefilld::model

@@ -10,6 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "model/checkpoint/strict_json.h"
+#include "proto/status_macros.h"
 
 namespace prefilld::model {
 namespace {
@@ -79,9 +80,7 @@ absl::Status ParseJsonPrompt(const std::string& path, absl::string_view content,
     prompt.domain = domain.get<std::string>();
     ids = &parsed->emplace("token_ids", nullptr).first.value();
   }
-  absl::StatusOr<std::vector<uint32_t>> tokens = TokenIds(path, *ids);
-  if (!tokens.ok()) return tokens.status();
-  prompt.tokens = *std::move(tokens);
+  PREFILLD_ASSIGN_OR_RETURN(prompt.tokens, TokenIds(path, *ids));
   return absl::OkStatus();
 }
 
@@ -116,7 +115,7 @@ absl::StatusOr<CalibrationPrompt> ParseCalibrationPrompt(const std::string& path
   prompt.name = whole.stem().string();
   prompt.domain = whole.parent_path().filename().string();
   if (whole.extension() == ".json") {
-    if (absl::Status status = ParseJsonPrompt(path, content, prompt); !status.ok()) return status;
+    PREFILLD_RETURN_IF_ERROR(ParseJsonPrompt(path, content, prompt));
     return prompt;
   }
   prompt.tokens.reserve(content.size() + 1);
@@ -130,19 +129,17 @@ absl::StatusOr<std::vector<CalibrationPrompt>> ReadCalibrationPrompts(
   std::vector<CalibrationPrompt> prompts;
   std::set<std::string> names;
   for (const std::string& path : paths) {
-    absl::StatusOr<std::vector<std::string>> files = Expand(path);
-    if (!files.ok()) return files.status();
-    for (const std::string& file : *files) {
-      absl::StatusOr<std::string> content = ReadAll(file);
-      if (!content.ok()) return content.status();
-      absl::StatusOr<CalibrationPrompt> prompt = ParseCalibrationPrompt(file, *content, bos);
-      if (!prompt.ok()) return prompt.status();
-      if (absl::Status s = Check(file, *prompt, vocab_size, max_tokens); !s.ok()) return s;
-      if (!names.insert(prompt->FileName()).second) {
-        return Invalid(file, absl::StrCat("a second prompt '", prompt->name, "' of domain '",
-                                          prompt->domain, "'"));
+    PREFILLD_ASSIGN_OR_RETURN(const std::vector<std::string> files, Expand(path));
+    for (const std::string& file : files) {
+      PREFILLD_ASSIGN_OR_RETURN(const std::string content, ReadAll(file));
+      PREFILLD_ASSIGN_OR_RETURN(CalibrationPrompt prompt,
+                                ParseCalibrationPrompt(file, content, bos));
+      PREFILLD_RETURN_IF_ERROR(Check(file, prompt, vocab_size, max_tokens));
+      if (!names.insert(prompt.FileName()).second) {
+        return Invalid(file, absl::StrCat("a second prompt '", prompt.name, "' of domain '",
+                                          prompt.domain, "'"));
       }
-      prompts.push_back(*std::move(prompt));
+      prompts.push_back(std::move(prompt));
     }
   }
   return prompts;

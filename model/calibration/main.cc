@@ -13,6 +13,7 @@
 #include "model/calibration/options.h"
 #include "model/calibration/safetensors_writer.h"
 #include "model/device/stopwatch.h"
+#include "proto/status_macros.h"
 
 namespace prefilld::model {
 namespace {
@@ -26,14 +27,9 @@ struct Loaded {
 
 absl::Status Load(const CalibrateOptions& options, ModelConfig config, Loaded& loaded) {
   loaded.config = std::move(config);
-  absl::StatusOr<std::unique_ptr<Device>> device =
-      CreateDevice(options.device, options.cpu_threads);
-  if (!device.ok()) return device.status();
-  loaded.device = *std::move(device);
-  absl::StatusOr<Weights> weights =
-      LoadWeights(options.checkpoint_dir, loaded.config, *loaded.device);
-  if (!weights.ok()) return weights.status();
-  loaded.weights = *std::move(weights);
+  PREFILLD_ASSIGN_OR_RETURN(loaded.device, CreateDevice(options.device, options.cpu_threads));
+  PREFILLD_ASSIGN_OR_RETURN(loaded.weights,
+                            LoadWeights(options.checkpoint_dir, loaded.config, *loaded.device));
   return absl::OkStatus();
 }
 
@@ -44,10 +40,10 @@ absl::Status RecordPrompt(const CalibrateOptions& options, const Loaded& loaded,
       CalibrationMetadata(loaded.config, loaded.weights.fingerprint, num_tokens, options.recorder);
   metadata["prompt"] = prompt.name;
   metadata["domain"] = prompt.domain;
-  auto file = SafetensorsWriter::Create(
-      options.out_dir + "/" + prompt.FileName(),
-      RecordedTensors(loaded.config, num_tokens, options.recorder), metadata);
-  if (!file.ok()) return file.status();
+  PREFILLD_ASSIGN_OR_RETURN(
+      const auto file, SafetensorsWriter::Create(
+                           options.out_dir + "/" + prompt.FileName(),
+                           RecordedTensors(loaded.config, num_tokens, options.recorder), metadata));
 
   Stopwatch stopwatch;
   const bool live = isatty(STDERR_FILENO);
@@ -56,23 +52,21 @@ absl::Status RecordPrompt(const CalibrateOptions& options, const Loaded& loaded,
     std::fprintf(stderr, "\r%s: layer %d of %d", prompt.FileName().c_str(), layer + 1,
                  loaded.config.num_layers);
   };
-  absl::Status status = recorder.Record(prompt.tokens, **file, progress);
-  if (status.ok()) status = (*file)->Finish();
-  if (!status.ok()) return status;
+  PREFILLD_RETURN_IF_ERROR(recorder.Record(prompt.tokens, *file, progress));
+  PREFILLD_RETURN_IF_ERROR(file->Finish());
   std::fprintf(stderr, "%s%s: %lld tokens in %.1f s, %.1f MB\n", live ? "\r" : "",
                prompt.FileName().c_str(), static_cast<long long>(num_tokens),
                static_cast<double>(stopwatch.LapUs()) * 1e-6,
-               static_cast<double>((*file)->file_bytes()) * 1e-6);
+               static_cast<double>(file->file_bytes()) * 1e-6);
   return absl::OkStatus();
 }
 
 absl::Status Run(CalibrateOptions options) {
-  absl::StatusOr<ModelConfig> config = LoadModelConfig(options.checkpoint_dir);
-  if (!config.ok()) return config.status();
-  absl::StatusOr<std::vector<CalibrationPrompt>> prompts = ReadCalibrationPrompts(
-      options.prompts, options.bos, config->vocab_size, PositionLimit(*config));
-  if (!prompts.ok()) return prompts.status();
-  for (const CalibrationPrompt& prompt : *prompts) {
+  PREFILLD_ASSIGN_OR_RETURN(ModelConfig config, LoadModelConfig(options.checkpoint_dir));
+  PREFILLD_ASSIGN_OR_RETURN(const std::vector<CalibrationPrompt> prompts,
+                            ReadCalibrationPrompts(options.prompts, options.bos, config.vocab_size,
+                                                   PositionLimit(config)));
+  for (const CalibrationPrompt& prompt : prompts) {
     options.recorder.max_tokens =
         std::max(options.recorder.max_tokens, static_cast<int64_t>(prompt.tokens.size()));
   }
@@ -83,13 +77,12 @@ absl::Status Run(CalibrateOptions options) {
   }
 
   Loaded loaded;
-  if (absl::Status status = Load(options, *std::move(config), loaded); !status.ok()) return status;
-  auto recorder = AttentionRecorder::Create(loaded.device.get(), &loaded.config, &loaded.weights,
-                                            options.recorder);
-  if (!recorder.ok()) return recorder.status();
-  for (const CalibrationPrompt& prompt : *prompts) {
-    absl::Status status = RecordPrompt(options, loaded, prompt, **recorder);
-    if (!status.ok()) return status;
+  PREFILLD_RETURN_IF_ERROR(Load(options, std::move(config), loaded));
+  PREFILLD_ASSIGN_OR_RETURN(const auto recorder,
+                            AttentionRecorder::Create(loaded.device.get(), &loaded.config,
+                                                      &loaded.weights, options.recorder));
+  for (const CalibrationPrompt& prompt : prompts) {
+    PREFILLD_RETURN_IF_ERROR(RecordPrompt(options, loaded, prompt, *recorder));
   }
   return absl::OkStatus();
 }

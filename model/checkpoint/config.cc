@@ -13,6 +13,7 @@
 #include "model/checkpoint/config_fields.h"
 #include "model/checkpoint/rope_config.h"
 #include "model/checkpoint/strict_json.h"
+#include "proto/status_macros.h"
 
 namespace prefilld::model {
 namespace {
@@ -227,16 +228,15 @@ void IgnoreHarmless(ConfigFields& fields) {
 
 absl::StatusOr<ModelConfig> ReadConfig(const json& object) {
   ConfigFields fields(object);
-  absl::StatusOr<FamilyTraits> traits = ReadFamily(fields);
-  if (!traits.ok()) return traits.status();
+  PREFILLD_ASSIGN_OR_RETURN(const FamilyTraits traits, ReadFamily(fields));
   if (fields.Value("quantization_config") != nullptr) {
     fields.Refuse("quantization_config", "unsupported; built for bf16, fp16 and fp32 weights");
   }
   ModelConfig config;
-  config.family = traits->family;
-  ReadShape(*traits, fields, config);
-  ReadProjections(traits->family, fields, config);
-  CheckFullAttention(traits->family, fields, config);
+  config.family = traits.family;
+  ReadShape(traits, fields, config);
+  ReadProjections(traits.family, fields, config);
+  CheckFullAttention(traits.family, fields, config);
   if (fields.Number("partial_rotary_factor", 0.0, 1.0, 1.0) != 1.0) {
     fields.Refuse("partial_rotary_factor", "unsupported; built for 1");
   }
@@ -244,7 +244,7 @@ absl::StatusOr<ModelConfig> ReadConfig(const json& object) {
   LimitToOneChunk(fields, config);
   ReadEosIds(fields, config.eos_token_ids);
   IgnoreHarmless(fields);
-  if (absl::Status status = fields.Finish(); !status.ok()) return status;
+  PREFILLD_RETURN_IF_ERROR(fields.Finish());
   return config;
 }
 
@@ -256,16 +256,15 @@ absl::Status Within(const std::string& path, const absl::Status& status) {
 
 absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& checkpoint_dir) {
   const std::string path = absl::StrCat(checkpoint_dir, "/config.json");
-  absl::StatusOr<json> object = ReadJsonObject(path, kMaxConfigBytes);
-  if (!object.ok()) return object.status();
-  absl::StatusOr<ModelConfig> config = ReadConfig(*object);
+  PREFILLD_ASSIGN_OR_RETURN(const json object, ReadJsonObject(path, kMaxConfigBytes));
+  absl::StatusOr<ModelConfig> config = ReadConfig(object);
   if (!config.ok()) return Within(path, config.status());
 
   // Only the end-of-sequence ids of this file are used. The file may be absent.
   const std::string generation_path = absl::StrCat(checkpoint_dir, "/generation_config.json");
   absl::StatusOr<json> generation = ReadJsonObject(generation_path, kMaxConfigBytes);
   if (absl::IsNotFound(generation.status())) return config;
-  if (!generation.ok()) return generation.status();
+  PREFILLD_RETURN_IF_ERROR(generation.status());
   ConfigFields fields(*generation);
   ReadEosIds(fields, config->eos_token_ids);
   if (!fields.status().ok()) return Within(generation_path, fields.status());

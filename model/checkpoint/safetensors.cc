@@ -19,6 +19,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "model/checkpoint/strict_json.h"
+#include "proto/status_macros.h"
 
 namespace prefilld::model {
 namespace {
@@ -167,7 +168,7 @@ absl::StatusOr<TensorMap> ParseSafetensors(absl::Span<const std::byte> file) {
   std::vector<Extent> extents;
   for (const auto& [name, entry] : parsed->items()) {
     if (name == "__metadata__") {
-      if (absl::Status status = CheckMetadata(entry); !status.ok()) return status;
+      PREFILLD_RETURN_IF_ERROR(CheckMetadata(entry));
       continue;
     }
     Extent extent;
@@ -180,9 +181,7 @@ absl::StatusOr<TensorMap> ParseSafetensors(absl::Span<const std::byte> file) {
     extent.name = &place->first;
     extents.push_back(extent);
   }
-  if (absl::Status status = CheckCoverage(std::move(extents), data.size()); !status.ok()) {
-    return status;
-  }
+  PREFILLD_RETURN_IF_ERROR(CheckCoverage(std::move(extents), data.size()));
   return tensors;
 }
 
@@ -233,10 +232,9 @@ bool IsShardName(absl::string_view name) {
 
 // Reads the weight_map of an index, which names the shard file of each tensor.
 absl::StatusOr<std::map<std::string, std::string>> ReadWeightMap(const std::string& path) {
-  absl::StatusOr<json> index = ReadJsonObject(path, kMaxIndexBytes);
-  if (!index.ok()) return index.status();
-  const auto weight_map = index->find("weight_map");
-  if (weight_map == index->end() || !weight_map->is_object() || weight_map->empty()) {
+  PREFILLD_ASSIGN_OR_RETURN(const json index, ReadJsonObject(path, kMaxIndexBytes));
+  const auto weight_map = index.find("weight_map");
+  if (weight_map == index.end() || !weight_map->is_object() || weight_map->empty()) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": no weight_map"));
   }
   std::map<std::string, std::string> shard_of;
@@ -284,19 +282,16 @@ absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& 
   std::unique_ptr<Checkpoint> checkpoint(new Checkpoint());
   std::error_code ignored;
   if (!std::filesystem::exists(index_path, ignored)) {
-    absl::Status status = checkpoint->Add(absl::StrCat(checkpoint_dir, "/model.safetensors"));
-    if (!status.ok()) return status;
+    PREFILLD_RETURN_IF_ERROR(checkpoint->Add(absl::StrCat(checkpoint_dir, "/model.safetensors")));
     return checkpoint;
   }
-  absl::StatusOr<std::map<std::string, std::string>> shard_of = ReadWeightMap(index_path);
-  if (!shard_of.ok()) return shard_of.status();
+  PREFILLD_ASSIGN_OR_RETURN(const auto shard_of, ReadWeightMap(index_path));
   std::set<std::string> shards;
-  for (const auto& [name, shard] : *shard_of) shards.insert(shard);
+  for (const auto& [name, shard] : shard_of) shards.insert(shard);
   for (const std::string& shard : shards) {
-    absl::Status status = checkpoint->Add(absl::StrCat(checkpoint_dir, "/", shard));
-    if (!status.ok()) return status;
+    PREFILLD_RETURN_IF_ERROR(checkpoint->Add(absl::StrCat(checkpoint_dir, "/", shard)));
   }
-  for (const auto& [name, shard] : *shard_of) {
+  for (const auto& [name, shard] : shard_of) {
     if (checkpoint->Find(name) == nullptr) {
       return absl::InvalidArgumentError(
           absl::StrCat(index_path, ": tensor ", Shown(name), " is not in ", shard));

@@ -19,6 +19,7 @@
 #include "model/checkpoint/fingerprint.h"
 #include "model/checkpoint/safetensors.h"
 #include "model/checkpoint/weight_conversion.h"
+#include "proto/status_macros.h"
 
 namespace prefilld::model {
 namespace {
@@ -97,10 +98,8 @@ absl::Status WeightLoader::Allocate(DeviceBuffer& buffer, const std::vector<Part
     }
     total += ElementCount(part.shape);
   }
-  absl::StatusOr<DeviceBuffer> memory =
-      device_.Allocate(static_cast<size_t>(total) * SizeOf(dtype_));
-  if (memory.ok()) buffer = *std::move(memory);
-  return memory.status();
+  PREFILLD_ASSIGN_OR_RETURN(buffer, device_.Allocate(static_cast<size_t>(total) * SizeOf(dtype_)));
+  return absl::OkStatus();
 }
 
 void WeightLoader::Place(DeviceBuffer& buffer, const std::vector<Part>& parts) {
@@ -160,15 +159,15 @@ void WeightLoader::Work() {
 }
 
 absl::Status WeightLoader::Transfer() {
-  if (placed_.ok()) placed_ = CheckNothingLeft();
-  if (!placed_.ok()) return placed_;
+  PREFILLD_RETURN_IF_ERROR(placed_);
+  PREFILLD_RETURN_IF_ERROR(CheckNothingLeft());
   const int workers = std::min(kernels::cpu::AvailableThreads(), kMaxWorkers);
   {
     std::vector<std::jthread> threads;
     for (int i = 0; i < workers; ++i) threads.emplace_back([this] { Work(); });
   }
   absl::MutexLock lock(&mu_);
-  if (!first_error_.ok()) return first_error_;
+  PREFILLD_RETURN_IF_ERROR(first_error_);
   return device_.Synchronize();
 }
 
@@ -224,10 +223,9 @@ void PlaceModel(const ModelConfig& config, WeightLoader& loader, Weights& weight
 
 absl::StatusOr<Weights> LoadWeights(const std::string& checkpoint_dir, const ModelConfig& config,
                                     Device& device) {
-  absl::StatusOr<std::unique_ptr<Checkpoint>> checkpoint = Checkpoint::Open(checkpoint_dir);
-  if (!checkpoint.ok()) return checkpoint.status();
+  PREFILLD_ASSIGN_OR_RETURN(const auto checkpoint, Checkpoint::Open(checkpoint_dir));
   Weights weights;
-  WeightLoader loader(**checkpoint, device);
+  WeightLoader loader(*checkpoint, device);
   PlaceModel(config, loader, weights);
   if (absl::Status status = loader.Transfer(); !status.ok()) {
     return absl::Status(status.code(), absl::StrCat(checkpoint_dir, ": ", status.message()));

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels/pattern.h"
+#include "proto/status_macros.h"
 
 namespace prefilld::model {
 
@@ -25,9 +26,7 @@ absl::StatusOr<std::unique_ptr<HeadEstimate>> HeadEstimate::Create(Device* devic
       {estimate->diagonals_, heads * words * int64_t{sizeof(uint32_t)}},
   };
   for (const auto& [buffer, bytes] : wanted) {
-    absl::StatusOr<DeviceBuffer> allocated = device->Allocate(static_cast<size_t>(bytes));
-    if (!allocated.ok()) return allocated.status();
-    buffer = *std::move(allocated);
+    PREFILLD_ASSIGN_OR_RETURN(buffer, device->Allocate(static_cast<size_t>(bytes)));
   }
   return estimate;
 }
@@ -51,16 +50,15 @@ absl::Status HeadEstimate::OfQueries(const kernels::AttentionParams& attention, 
 
 absl::Status HeadEstimate::BuildVerticalSlash(float gamma, int64_t min_budget_tokens,
                                               uint32_t* patterns, int64_t* blocks) {
-  absl::Status status = device_.ops().VerticalSlash({.vertical = vertical_.as<float>(),
-                                                     .slash = slash_.as<float>(),
-                                                     .num_keys = num_keys_,
-                                                     .num_heads = num_heads_,
-                                                     .block_tokens = block_tokens_,
-                                                     .gamma = gamma,
-                                                     .min_budget_tokens = min_budget_tokens,
-                                                     .columns = columns_.as<uint32_t>(),
-                                                     .diagonals = diagonals_.as<uint32_t>()});
-  if (!status.ok()) return status;
+  PREFILLD_RETURN_IF_ERROR(device_.ops().VerticalSlash({.vertical = vertical_.as<float>(),
+                                                        .slash = slash_.as<float>(),
+                                                        .num_keys = num_keys_,
+                                                        .num_heads = num_heads_,
+                                                        .block_tokens = block_tokens_,
+                                                        .gamma = gamma,
+                                                        .min_budget_tokens = min_budget_tokens,
+                                                        .columns = columns_.as<uint32_t>(),
+                                                        .diagonals = diagonals_.as<uint32_t>()}));
   const int64_t num_blocks = kernels::CeilDiv(num_keys_, block_tokens_);
   return device_.ops().ExpandVerticalSlash({.columns = columns_.as<uint32_t>(),
                                             .diagonals = diagonals_.as<uint32_t>(),

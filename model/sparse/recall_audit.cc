@@ -5,6 +5,7 @@
 
 #include "kernels/pattern.h"
 #include "model/sparse/head_estimate.h"
+#include "proto/status_macros.h"
 
 namespace prefilld::model {
 namespace {
@@ -46,10 +47,8 @@ std::vector<int64_t> AuditedRows(int64_t num_blocks, int64_t num_rows, int layer
 
 absl::StatusOr<std::unique_ptr<RecallAudit>> RecallAudit::Create(Device* device, int num_heads) {
   std::unique_ptr<RecallAudit> audit(new RecallAudit(device, num_heads));
-  absl::StatusOr<DeviceBuffer> figures =
-      device->Allocate(num_heads * (sizeof(double) + sizeof(int64_t)));
-  if (!figures.ok()) return figures.status();
-  audit->figures_ = *std::move(figures);
+  PREFILLD_ASSIGN_OR_RETURN(audit->figures_,
+                            device->Allocate(num_heads * (sizeof(double) + sizeof(int64_t))));
   audit->mass_.resize(num_heads);
   audit->mass_times_queries_.resize(num_heads);
   return audit;
@@ -62,11 +61,9 @@ absl::Status RecallAudit::Measure(const kernels::AttentionParams& attention, int
   std::fill(mass_times_queries_.begin(), mass_times_queries_.end(), 0.0);
   int64_t num_queries = 0;
   for (const int64_t row : AuditedRows(num_blocks, num_rows, layer)) {
-    absl::Status status = MeasureRow(attention, row, estimate);
-    if (status.ok()) {
-      status = device_.Download(mass_.data(), figures_.data(), num_heads_ * sizeof(double));
-    }
-    if (!status.ok()) return status;
+    PREFILLD_RETURN_IF_ERROR(MeasureRow(attention, row, estimate));
+    PREFILLD_RETURN_IF_ERROR(
+        device_.Download(mass_.data(), figures_.data(), num_heads_ * sizeof(double)));
     const int64_t in_row = std::min<int64_t>(attention.block_tokens,
                                              attention.num_keys - row * attention.block_tokens);
     num_queries += in_row;
@@ -88,23 +85,23 @@ absl::Status RecallAudit::MeasureRow(const kernels::AttentionParams& attention, 
   const int64_t num_blocks = kernels::CeilDiv(attention.num_keys, attention.block_tokens);
   const int64_t first = row * attention.block_tokens;
   const int64_t end = std::min(first + attention.block_tokens, attention.num_keys);
-  absl::Status status = estimate.OfQueries(attention, first, end);
+  PREFILLD_RETURN_IF_ERROR(estimate.OfQueries(attention, first, end));
   const int64_t pattern_offset = row * kernels::PatternWords(num_blocks);
-  for (int i = 0; i < attention.num_work && status.ok(); ++i) {
+  for (int i = 0; i < attention.num_work; ++i) {
     const kernels::HeadWork& work = attention.work[i];
     if (work.pattern == nullptr) continue;
     // The row's pattern has no block beyond its diagonal, where the block mass of the estimate
     // ends.
-    status = device_.ops().MeasurePattern(
+    PREFILLD_RETURN_IF_ERROR(device_.ops().MeasurePattern(
         {.block_mass = estimate.block_mass().as<float>() + work.head * (row + 1),
          .pattern = work.pattern + pattern_offset,
          .last_row = row + 1 == num_blocks ? work.last_row : nullptr,
          .num_query_blocks = 1,
          .num_key_blocks = row + 1,
          .mass = figures_.as<double>() + i,
-         .blocks = figures_.as<int64_t>() + num_heads_ + i});
+         .blocks = figures_.as<int64_t>() + num_heads_ + i}));
   }
-  return status;
+  return absl::OkStatus();
 }
 
 }  // namespace prefilld::model

@@ -84,11 +84,8 @@ absl::StatusOr<std::vector<int64_t>> Numbers(const std::vector<std::string>& tex
 }
 
 absl::StatusOr<model::AttentionPolicy> Policy(const std::string& name) {
-  using model::AttentionPolicy;
-  for (const AttentionPolicy policy : {AttentionPolicy::kDense, AttentionPolicy::kVerticalSlash,
-                                       AttentionPolicy::kShare, AttentionPolicy::kAuto}) {
-    if (name == model::Name(policy)) return policy;
-  }
+  const auto policy = model::ParsePolicy(name);
+  if (policy.has_value() && !model::IsBaseline(*policy)) return *policy;
   return absl::InvalidArgumentError(absl::StrCat("policy '", name, "' unknown"));
 }
 
