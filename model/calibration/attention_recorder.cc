@@ -89,10 +89,10 @@ absl::StatusOr<std::unique_ptr<AttentionRecorder>> AttentionRecorder::Create(
 }
 
 absl::Status AttentionRecorder::Allocate(const Weights* weights) {
-  auto step = LayerStep::Create(&device_, &config_, weights, options_.max_tokens, kTileTokens,
-                                /*max_batch_tokens=*/0);
-  if (!step.ok()) return step.status();
-  step_ = *std::move(step);
+  PREFILLD_ASSIGN_OR_RETURN(
+      step_, LayerStep::Create(&device_, &config_, weights, options_.max_tokens, kTileTokens));
+  PREFILLD_ASSIGN_OR_RETURN(states_, HiddenStates::Create(&device_, config_, options_.max_tokens,
+                                                          /*max_batch_tokens=*/0));
   PREFILLD_ASSIGN_OR_RETURN(estimate_,
                             HeadEstimate::Create(&device_, config_.num_heads, options_.max_tokens,
                                                  options_.block_tokens));
@@ -130,16 +130,17 @@ absl::Status AttentionRecorder::Record(absl::Span<const uint32_t> tokens, Safete
                                        absl::FunctionRef<void(int layer)> progress) {
   num_tokens_ = static_cast<int64_t>(tokens.size());
   num_blocks_ = kernels::CeilDiv(num_tokens_, options_.block_tokens);
-  absl::Status status = step_->Embed(tokens, /*first_position=*/0, num_tokens_);
+  absl::Status status = step_->Embed(states_, tokens, /*first_position=*/0, num_tokens_);
   for (int layer = 0; layer < config_.num_layers && status.ok(); ++layer) {
-    status = step_->BeforeAttention(layer, {.k = keys_.data(),
-                                            .v = values_.data(),
-                                            .head_stride = kv_head_stride(),
-                                            .token_stride = config_.head_dim});
+    status = step_->BeforeAttention(states_, layer,
+                                    {.k = keys_.data(),
+                                     .v = values_.data(),
+                                     .head_stride = kv_head_stride(),
+                                     .token_stride = config_.head_dim});
     if (status.ok()) status = RecordEstimate(file);
     if (status.ok()) status = RecordMass(file);
     if (status.ok()) status = RecordVerticalSlash(file);
-    if (status.ok()) status = step_->AfterAttention(layer);
+    if (status.ok()) status = step_->AfterAttention(states_, layer);
     if (status.ok()) progress(layer);
   }
   return status;

@@ -29,6 +29,7 @@
 #include "model/checkpoint/config.h"
 #include "model/checkpoint/weights.h"
 #include "model/device/device.h"
+#include "model/prefill/hidden_states.h"
 #include "model/prefill/layer_step.h"
 #include "model/sparse/head_estimate.h"
 
@@ -97,6 +98,7 @@ class AttentionRecorder {
   const ModelConfig& config_;
   const RecorderOptions options_;
   std::unique_ptr<LayerStep> step_;
+  HiddenStates states_;
 
   // These lie in device memory. H is heads, n blocks, W words of a pattern's row.
   DeviceBuffer keys_, values_;  // [num_kv_heads, max_tokens rounded up, head_dim]

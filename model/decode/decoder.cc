@@ -8,7 +8,9 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "model/checkpoint/weights.h"
+#include "model/prefill/hidden_states.h"
 #include "model/prefill/layer_step.h"
+#include "proto/status_macros.h"
 
 namespace prefilld::model {
 namespace {
@@ -68,6 +70,7 @@ class PagedDecoder final : public Decoder {
 
   absl::Mutex step_mu_;
   std::unique_ptr<LayerStep> step_ ABSL_PT_GUARDED_BY(step_mu_);
+  HiddenStates states_ ABSL_GUARDED_BY(step_mu_);  // of one token
 };
 
 absl::Status PagedDecoder::Load(const DecoderOptions& options) {
@@ -81,10 +84,14 @@ absl::Status PagedDecoder::Load(const DecoderOptions& options) {
   absl::StatusOr<Weights> weights = LoadWeights(options.checkpoint_dir, config_, *device_);
   if (!weights.ok()) return weights.status();
   weights_ = *std::move(weights);
-  auto step = LayerStep::Create(device_.get(), &config_, &weights_, /*max_tokens=*/1,
-                                /*tile_tokens=*/1, /*max_batch_tokens=*/0);
-  if (!step.ok()) return step.status();
-  step_ = *std::move(step);
+  PREFILLD_ASSIGN_OR_RETURN(step_, LayerStep::Create(device_.get(), &config_, &weights_,
+                                                     /*max_tokens=*/1, /*tile_tokens=*/1));
+  {
+    absl::MutexLock lock(&step_mu_);
+    PREFILLD_ASSIGN_OR_RETURN(states_, HiddenStates::Create(device_.get(), config_,
+                                                            /*max_tokens=*/1,
+                                                            /*max_batch_tokens=*/0));
+  }
 
   const auto allocate = [&](DeviceBuffer& buffer, size_t bytes) {
     absl::StatusOr<DeviceBuffer> allocated = device_->Allocate(bytes);
@@ -172,21 +179,22 @@ absl::StatusOr<std::vector<float>> PagedDecoder::Step(uint32_t token, int64_t po
   absl::MutexLock lock(&step_mu_);
   absl::Status status =
       device_->Upload(block_table_.data(), block_table.data(), blocks * sizeof(int32_t));
-  if (status.ok()) status = step_->Embed({&token, 1}, position, rope_tokens);
+  if (status.ok()) status = step_->Embed(states_, {&token, 1}, position, rope_tokens);
   const int64_t slot = block_table[position / block_tokens_] * block_elements() +
                        position % block_tokens_ * token_stride();
   const int64_t slot_bytes = slot * static_cast<int64_t>(kernels::SizeOf(kv_dtype()));
   for (int layer = 0; layer < config_.num_layers && status.ok(); ++layer) {
     const LayerPool& pool = pools_[layer];
-    status = step_->BeforeAttention(layer, {.k = pool.k.as<char>() + slot_bytes,
-                                            .v = pool.v.as<char>() + slot_bytes,
-                                            .head_stride = head_stride(),
-                                            .token_stride = token_stride()});
+    status = step_->BeforeAttention(states_, layer,
+                                    {.k = pool.k.as<char>() + slot_bytes,
+                                     .v = pool.v.as<char>() + slot_bytes,
+                                     .head_stride = head_stride(),
+                                     .token_stride = token_stride()});
     if (status.ok()) status = Attend(pool, position + 1, step_->queries());
-    if (status.ok()) status = step_->AfterAttention(layer);
+    if (status.ok()) status = step_->AfterAttention(states_, layer);
   }
   if (!status.ok()) return status;
-  absl::StatusOr<std::vector<std::vector<float>>> logits = step_->Logits();
+  absl::StatusOr<std::vector<std::vector<float>>> logits = step_->Logits(states_);
   if (!logits.ok()) return logits.status();
   return std::move(logits->front());
 }

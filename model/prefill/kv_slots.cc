@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "proto/status_macros.h"
 
 namespace prefilld::model {
 
@@ -11,11 +12,9 @@ absl::StatusOr<std::unique_ptr<KvSlots>> KvSlots::Create(Device* device, int num
                                                          size_t bytes_per_tensor) {
   std::vector<Memory> memory;
   for (int i = 0; i < num_slots; ++i) {
-    absl::StatusOr<DeviceBuffer> k = device->Allocate(bytes_per_tensor);
-    if (!k.ok()) return k.status();
-    absl::StatusOr<DeviceBuffer> v = device->Allocate(bytes_per_tensor);
-    if (!v.ok()) return v.status();
-    memory.push_back({*std::move(k), *std::move(v)});
+    PREFILLD_ASSIGN_OR_RETURN(DeviceBuffer k, device->Allocate(bytes_per_tensor));
+    PREFILLD_ASSIGN_OR_RETURN(DeviceBuffer v, device->Allocate(bytes_per_tensor));
+    memory.push_back({std::move(k), std::move(v)});
   }
   return std::unique_ptr<KvSlots>(new KvSlots(std::move(memory)));
 }

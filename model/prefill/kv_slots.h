@@ -20,9 +20,12 @@ struct KvSlot {
   void* v = nullptr;
 };
 
-// A fixed number of slots, each holding one layer from the moment its computation begins until
-// its release. Thread-safe; the memory itself is guarded by its owner's protocol: written between
-// Acquire and MarkComputed, read between MarkComputed and Release.
+// The slots of one prompt's state, each holding one layer from the moment its computation begins
+// until its release. A state has slots of its own, and not a share of a common pool: so a prompt
+// whose consumer is slow holds back its own layers and nobody else's.
+//
+// Thread-safe. The memory itself is guarded by its owner's protocol: written between Acquire and
+// MarkComputed, read between MarkComputed and Release.
 class KvSlots {
  public:
   static absl::StatusOr<std::unique_ptr<KvSlots>> Create(Device* device, int num_slots,
@@ -31,11 +34,11 @@ class KvSlots {
   int count() const { return static_cast<int>(memory_.size()); }
 
   bool HasFree() const;
-  // Slot layer % count() if it is free, so that a layer mostly meets the same memory.
+  // Prefers slot layer % count(), so that a layer mostly meets the same memory.
   // FAILED_PRECONDITION when every slot holds a layer.
   absl::StatusOr<KvSlot> Acquire(int layer);
   void MarkComputed(int layer);
-  // FAILED_PRECONDITION when the layer is not computed, or released.
+  // FAILED_PRECONDITION when the layer is not computed yet, or released already.
   absl::StatusOr<KvSlot> Computed(int layer) const;
   // No effect on a layer that holds no slot.
   void Release(int layer);

@@ -13,6 +13,7 @@
 #include "model/checkpoint/config.h"
 #include "model/checkpoint/weights.h"
 #include "model/device/device.h"
+#include "model/prefill/hidden_states.h"
 #include "model/prefill/packed_prompts.h"
 #include "model/prefill/prompt_logprobs.h"
 
@@ -27,57 +28,58 @@ struct KvDestination {
   int64_t token_stride = 0;
 };
 
-// The layer step, written once for all devices and for prefill and decode alike. One run is
+// The layer step, written once for all devices and for prefill and decode alike. A run is
 //   Embed, then per layer: BeforeAttention, the caller's attention from queries() to queries()
 //   (in place), AfterAttention, and at the end Logits and LogprobsOf, in any order.
-// Of the last layer's hidden states Logits reads one row: whoever wants no more than that of a
-// prompt calls BeforeLastAttention and AfterLastAttention there.
-// Holds the activations of one run: hidden states and queries for all tokens, everything wider for
-// one tile of tokens at a time. All device memory is allocated by Create. Not thread-safe.
+// Logits reads one row of a prompt's last hidden states. Whoever wants no more than that calls
+// BeforeLastAttention and AfterLastAttention in the last layer.
+//
+// A run's state is the HiddenStates that every call is given. The step itself holds scratch:
+// queries for all tokens, everything wider for one tile of tokens at a time. Nothing in it outlives
+// AfterAttention, so runs may take turns between layers. Create allocates all device memory. Not
+// thread-safe.
 class LayerStep {
  public:
   // `device`, `config` and `weights` are borrowed and outlive the step.
   static absl::StatusOr<std::unique_ptr<LayerStep>> Create(Device* device,
                                                            const ModelConfig* config,
                                                            const Weights* weights,
-                                                           int64_t max_tokens, int64_t tile_tokens,
-                                                           int64_t max_batch_tokens);
+                                                           int64_t max_tokens, int64_t tile_tokens);
 
   // Finds the fastest way to compute the products of a whole tile, by trying with noise and the
-  // weights of layer 0. Before the first Embed. What wins may differ from start to start where two
-  // are equally fast, and with it the last bit of results.
-  absl::Status TuneLinears();
+  // weights of layer 0. To be called before the first run; `any` is overwritten and must have room
+  // for a tile. Where two ways are equally fast the choice may differ from start to start, and with
+  // it the last bit of results.
+  absl::Status TuneLinears(HiddenStates& any);
 
-  // Starts over with these tokens of one prompt, at most max_tokens of them, the first at
+  // Starts a run of these tokens of one prompt, at most max_tokens of them, the first at
   // `first_position`. `rope_tokens` is the length of the prompt that the rotation is made for.
-  absl::Status Embed(absl::Span<const uint32_t> tokens, int64_t first_position,
-                     int64_t rope_tokens);
-  // Starts over with whole prompts that one rotation fits, padding included; several of at most
-  // max_batch_tokens in all.
-  absl::Status Embed(const PackedPrompts& prompts, int64_t rope_tokens);
+  absl::Status Embed(HiddenStates& states, absl::Span<const uint32_t> tokens,
+                     int64_t first_position, int64_t rope_tokens);
+  // Starts a run of whole prompts that one rotation fits, padding included. Several must fit into
+  // the positions of `states`.
+  absl::Status Embed(HiddenStates& states, const PackedPrompts& prompts, int64_t rope_tokens);
 
   // Norm, projection, rotation: fills queries() and the keys and values of all tokens.
-  absl::Status BeforeAttention(int layer, const KvDestination& kv);
+  absl::Status BeforeAttention(const HiddenStates& states, int layer, const KvDestination& kv);
 
   // Output projection and MLP, each added to the hidden states.
-  absl::Status AfterAttention(int layer);
+  absl::Status AfterAttention(HiddenStates& states, int layer);
 
-  // The same for the last token of one prompt alone, which queries() then begins with, but for the
-  // keys and values: those of all tokens. LogprobsOf must not follow.
-  absl::Status BeforeLastAttention(int layer, const KvDestination& kv);
-  absl::Status AfterLastAttention(int layer);
+  // The same for the last token of one prompt alone, whose query queries() then begins with. Keys
+  // and values are computed for all tokens all the same. LogprobsOf must not follow.
+  absl::Status BeforeLastAttention(const HiddenStates& states, int layer, const KvDestination& kv);
+  absl::Status AfterLastAttention(HiddenStates& states, int layer);
 
-  // Logits of every prompt's last token, [prompts of the run][vocab_size].
-  absl::StatusOr<std::vector<std::vector<float>>> Logits();
+  // Returns the logits of every prompt's last token, [prompts of the run][vocab_size].
+  absl::StatusOr<std::vector<std::vector<float>>> Logits(const HiddenStates& states);
 
-  // What the hidden states say of every token of a prompt but its first; `tokens` are the prompt's.
-  // Asks `go_on` before each tile, none of which takes longer than the gate and up projections of a
-  // layer's: CANCELLED as soon as it says no.
-  absl::StatusOr<PromptLogprobs> LogprobsOf(int prompt, absl::Span<const uint32_t> tokens,
+  // Returns what the hidden states say of every token of a prompt but its first; `tokens` are the
+  // prompt's. Asks `go_on` before each tile, none of which takes longer than the gate and up
+  // projections of a layer's: CANCELLED as soon as it says no.
+  absl::StatusOr<PromptLogprobs> LogprobsOf(const HiddenStates& states, int prompt,
+                                            absl::Span<const uint32_t> tokens,
                                             absl::FunctionRef<bool()> go_on);
-
-  // Of the rotation of this run.
-  float attention_factor() const { return rotation_.attention_factor; }
 
   // [num_tokens, num_heads, head_dim] in device memory.
   void* queries() const { return queries_.data(); }
@@ -86,19 +88,21 @@ class LayerStep {
   LayerStep(Device* device, const ModelConfig* config, const Weights* weights, int64_t tile_tokens)
       : device_(*device), config_(*config), weights_(*weights), tile_tokens_(tile_tokens) {}
 
-  // Of the fused projection.
+  // The heads that a product of the fused projection computes.
   enum class Heads { kAll, kQueries, kKeysAndValues };
 
-  absl::Status Allocate(int64_t max_tokens, int64_t max_batch_tokens);
-  absl::Status SetRotation(int64_t rope_tokens);
-  absl::Status EmbedTokens(absl::Span<const uint32_t> tokens);
+  absl::Status Allocate(int64_t max_tokens);
+  absl::Status SetRotation(HiddenStates& states, int64_t rope_tokens);
+  absl::Status EmbedTokens(HiddenStates& states, absl::Span<const uint32_t> tokens);
   int64_t LogitsPerTile() const;
   absl::Status DownloadAsFloat(const void* from, std::vector<float>& to);
-  // Into normed_, from its row `to` on.
+  // Writes to normed_, from its row `to` on.
   absl::Status RmsNorm(const void* x, const DeviceBuffer& weight, int64_t num_tokens,
                        int64_t to = 0);
-  absl::Status Project(const LayerWeights& weights, const KvDestination& kv, int64_t first,
-                       int64_t count, Heads heads);
+  // Projects and rotates `count` tokens, a tile at most, from `first` on. Queries alone go to the
+  // beginning of queries_.
+  absl::Status Project(const HiddenStates& states, const LayerWeights& weights,
+                       const KvDestination& kv, int64_t first, int64_t count, Heads heads);
   absl::Status FinishTile(const LayerWeights& weights, const void* queries, void* hidden,
                           int64_t count);
   // The products of a layer and of the head, for `count` tokens; y is what is added to.
@@ -109,7 +113,6 @@ class LayerStep {
   kernels::LinearParams DownProduct(const LayerWeights& weights, void* y, int64_t count) const;
   kernels::LinearParams HeadProduct(int64_t count) const;
   absl::Status FillWithNoise(void* data, int64_t elements);
-  int64_t last_token() const { return places_.back().first + places_.back().count - 1; }
   int64_t q_width() const { return int64_t{config_.num_heads} * config_.head_dim; }
   int64_t qkv_width() const {
     return q_width() + 2 * int64_t{config_.num_kv_heads} * config_.head_dim;
@@ -126,22 +129,12 @@ class LayerStep {
   const Weights& weights_;
   const int64_t tile_tokens_;
 
-  DeviceBuffer hidden_;     // [max_tokens, hidden]
   DeviceBuffer queries_;    // [max_tokens, num_heads * head_dim]
   DeviceBuffer normed_;     // [tile_tokens, hidden]
   DeviceBuffer wide_;       // [tile_tokens, qkv width or 2 * intermediate]; at least [vocab_size]
   DeviceBuffer gated_;      // [tile_tokens, intermediate]
   DeviceBuffer token_ids_;  // [tile_tokens]
-  DeviceBuffer positions_;  // [max_batch_tokens] int32, of several prompts
-  DeviceBuffer inv_freq_;   // [head_dim / 2]
   DeviceBuffer logprobs_;   // [2, tile_tokens]: of tokens, of the likeliest
-
-  // The run.
-  int64_t num_tokens_ = 0;
-  int64_t first_position_ = 0;       // of one prompt
-  std::vector<PromptPlace> places_;  // several: positions_ holds
-  RopeTable rotation_;
-  int64_t rope_tokens_ = 0;  // what rotation_ was made for; 0: nothing yet
 };
 
 }  // namespace prefilld::model

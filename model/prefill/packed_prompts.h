@@ -16,30 +16,32 @@ struct PromptPlace {
   int64_t count = 0;
 };
 
-// Each prompt begins at a multiple of kAlignment; positions begin anew with it. What is left behind
-// one is padding, token 0, computed like any token and seen by none that counts: within a
-// prompt's last block it comes after the prompt, and whole blocks of it see only themselves.
+// Each prompt begins at a multiple of kAlignment; positions begin anew with it. The room behind a
+// prompt is padding, token 0. Padding is computed like any token, but no prompt's token sees it:
+// within a prompt's last block it comes after the prompt, and whole blocks of it see only
+// themselves.
 class PackedPrompts {
  public:
-  // A block of any attention pattern.
+  // The largest block of an attention pattern.
   static constexpr int64_t kAlignment = 128;
-  // What a prompt takes, the padding behind it included.
+  // Counts what a prompt takes, the padding behind it included.
   static constexpr int64_t PaddedTokens(int64_t num_tokens) {
     return kernels::CeilDiv(num_tokens, kAlignment) * kAlignment;
   }
 
+  PackedPrompts() = default;  // of no prompts
   // With `pad_last` there is padding behind the last prompt too.
   PackedPrompts(absl::Span<const absl::Span<const uint32_t>> prompts, bool pad_last);
 
   int count() const { return static_cast<int>(places_.size()); }
   absl::Span<const PromptPlace> places() const { return places_; }
-  // Of all prompts, padding included.
+  // The tokens of all prompts, padding included.
   absl::Span<const uint32_t> tokens() const { return tokens_; }
   absl::Span<const uint32_t> tokens_of(int prompt) const {
     return tokens().subspan(places_[prompt].first, places_[prompt].count);
   }
 
-  // Of every token, padding included.
+  // The position of every token, padding included.
   std::vector<int32_t> Positions() const;
   // The attention pattern (kernels/attention.h) in which the queries of a prompt see the keys of
   // that prompt and no others: block-diagonal, causal within. `block_tokens` divides kAlignment.

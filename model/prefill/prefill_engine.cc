@@ -1,5 +1,7 @@
 #include "model/prefill/prefill_engine.h"
 
+#include <spdlog/spdlog.h>
+
 #include <algorithm>
 #include <filesystem>
 #include <utility>
@@ -8,6 +10,8 @@
 #include "model/prefill/engine_parts.h"
 #include "model/prefill/packed_prompts.h"
 #include "model/prefill/prompt_sequence.h"
+#include "model/prefill/prompt_state.h"
+#include "proto/status_macros.h"
 
 namespace prefilld::model {
 namespace {
@@ -26,6 +30,23 @@ constexpr int64_t kCudaBatchTokens = 2048;
 // for a prompt that ends meanwhile, costs little.
 constexpr int64_t kCudaRunAheadTokens = 8192;
 constexpr int64_t kCudaGraphTokens = 2048;
+// Long prompts: one is computed while the KV of another one leaves, or gives way to it.
+constexpr int kCudaLongPrompts = 2;
+constexpr int kCpuLongPrompts = 1;
+// Short prompts: some are computed while the consumers of others are slow. They cost little memory
+// beside a long one; and a long one should not have to wait for their consumers.
+constexpr int kCudaShortPrompts = 4;
+constexpr int kCpuShortPrompts = 2;
+constexpr int64_t kCudaShortTokens = 8192;
+constexpr int64_t kCpuShortTokens = 4096;
+static_assert(PatternSharing::kNumMarks + kMaxPromptStates * PromptState::kNumMarks <=
+              Device::kNumMarks);
+
+absl::Status CheckRange(const char* name, int64_t value, int64_t least, int64_t most) {
+  if (value >= least && value <= most) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(name, " ", value, " is outside ", least, " to ", most));
+}
 
 absl::Status ValidateOptions(const EngineOptions& options) {
   if (options.max_tokens < 0) {
@@ -36,16 +57,14 @@ absl::Status ValidateOptions(const EngineOptions& options) {
     return absl::InvalidArgumentError(
         absl::StrCat("tile_tokens ", options.tile_tokens, " is negative"));
   }
-  if (options.max_batch_tokens &&
-      (*options.max_batch_tokens < 0 || *options.max_batch_tokens > kMaxBatchTokens)) {
-    return absl::InvalidArgumentError(absl::StrCat("max_batch_tokens ", *options.max_batch_tokens,
-                                                   " is outside 0 to ", kMaxBatchTokens));
-  }
-  if (options.max_graph_tokens &&
-      (*options.max_graph_tokens < 0 || *options.max_graph_tokens > kMaxGraphTokens)) {
-    return absl::InvalidArgumentError(absl::StrCat("max_graph_tokens ", *options.max_graph_tokens,
-                                                   " is outside 0 to ", kMaxGraphTokens));
-  }
+  PREFILLD_RETURN_IF_ERROR(
+      CheckRange("max_batch_tokens", options.max_batch_tokens.value_or(0), 0, kMaxBatchTokens));
+  PREFILLD_RETURN_IF_ERROR(
+      CheckRange("max_graph_tokens", options.max_graph_tokens.value_or(0), 0, kMaxGraphTokens));
+  const int long_prompts = options.long_prompts.value_or(1);
+  PREFILLD_RETURN_IF_ERROR(CheckRange("long_prompts", long_prompts, 1, kMaxPromptStates));
+  PREFILLD_RETURN_IF_ERROR(CheckRange("short_prompts", options.short_prompts.value_or(0), 0,
+                                      kMaxPromptStates - long_prompts));
   if (options.kv_slots < 2) {
     return absl::InvalidArgumentError(absl::StrCat("kv_slots ", options.kv_slots,
                                                    " is below 2: one layer leaves while the next "
@@ -63,7 +82,7 @@ class Engine final : public PrefillEngine {
   explicit Engine(std::unique_ptr<EngineParts> parts) : parts_(std::move(parts)) {}
 
   const EngineInfo& info() const override { return parts_->info; }
-  int kv_slots() const override { return parts_->slots->count(); }
+  int kv_slots() const override { return parts_->kv_slots; }
   size_t allocated_bytes() const override { return parts_->device->allocated_bytes(); }
   int64_t num_recordings() const override { return parts_->device->num_recordings(); }
   absl::StatusOr<DeviceBuffer> AllocateStaging(size_t bytes) override {
@@ -85,22 +104,22 @@ class Engine final : public PrefillEngine {
     int64_t padded_tokens = 0;
     bool logprobs = false;
     for (const PromptInput& prompt : prompts) {
-      if (absl::Status status = CheckPrompt(prompt); !status.ok()) return status;
+      PREFILLD_RETURN_IF_ERROR(CheckPrompt(prompt));
       tokens.push_back(prompt.tokens);
       padded_tokens += PackedPrompts::PaddedTokens(static_cast<int64_t>(prompt.tokens.size()));
       logprobs |= prompt.logprobs;
     }
-    if (absl::Status status = CheckBatch(prompts); !status.ok()) return status;
-    if (parts_->busy.exchange(true)) {
-      return absl::FailedPreconditionError("another sequence is running");
-    }
+    PREFILLD_RETURN_IF_ERROR(CheckBatch(prompts));
     AttentionOptions resolved = prompts.front().attention;
     resolved.policy = Resolve(resolved, static_cast<int64_t>(tokens.front().size()));
     // Recorded layers come in few lengths.
     const bool pad_last =
         resolved.policy == AttentionPolicy::kDense && padded_tokens <= parts_->max_graph_tokens;
-    return std::make_unique<PromptSequence>(parts_.get(), PackedPrompts(tokens, pad_last), resolved,
-                                            logprobs);
+    PackedPrompts packed(tokens, pad_last);
+    PREFILLD_ASSIGN_OR_RETURN(PromptState * state,
+                              parts_->states.Take(static_cast<int64_t>(packed.tokens().size())));
+    state->Start(std::move(packed), resolved, logprobs);
+    return std::make_unique<PromptSequence>(parts_.get(), state);
   }
 
  private:
@@ -109,8 +128,8 @@ class Engine final : public PrefillEngine {
   }
 
   absl::Status CheckPrompt(const PromptInput& prompt) const {
-    if (absl::Status status = CheckTokens(prompt.tokens); !status.ok()) return status;
-    if (absl::Status status = Validate(prompt.attention); !status.ok()) return status;
+    PREFILLD_RETURN_IF_ERROR(CheckTokens(prompt.tokens));
+    PREFILLD_RETURN_IF_ERROR(Validate(prompt.attention));
     if (!IsBaseline(prompt.attention.policy) || parts_->baseline != nullptr) {
       return absl::OkStatus();
     }
@@ -180,114 +199,136 @@ absl::StatusOr<int64_t> MaxTokens(const EngineOptions& options, const ModelConfi
                                                  " is above the model's ", limit, " positions"));
 }
 
-// Every head looks at one pattern, which is uploaded with each batch.
-absl::Status AllocateBatchPattern(EngineParts* parts) {
-  if (parts->max_batch_tokens == 0) return absl::OkStatus();
-  const int64_t blocks = kernels::CeilDiv(parts->max_batch_tokens, parts->block_tokens);
-  auto pattern = parts->device->Allocate(blocks * kernels::PatternWords(blocks) * sizeof(uint32_t));
-  if (!pattern.ok()) return pattern.status();
-  parts->batch_pattern = *std::move(pattern);
-  for (kernels::HeadWork work : parts->dense_work) {
-    work.pattern = parts->batch_pattern.as<uint32_t>();
-    parts->batch_work.push_back(work);
-  }
-  return absl::OkStatus();
-}
-
-// The device memory of a running sequence.
-absl::Status AllocateWorkspace(const EngineOptions& options, EngineParts* parts) {
+// Allocates the scratch that all prompts use in turns, for `most_tokens` at a time.
+absl::Status AllocateWorkspace(const EngineOptions& options, int64_t most_tokens,
+                               EngineParts* parts) {
   const ModelConfig& config = parts->info.config;
+  const int64_t max_tokens = parts->info.max_tokens;  // of a prompt alone
   Device* device = parts->device.get();
-  const int64_t max_tokens = parts->info.max_tokens;  // of one prompt
-  int64_t all_tokens = std::max(max_tokens, parts->max_batch_tokens);
-  if (parts->max_graph_tokens > 0) all_tokens = PackedPrompts::PaddedTokens(all_tokens);
   int64_t tile_tokens = options.tile_tokens;
   if (tile_tokens == 0) {
     tile_tokens = device->traits().asynchronous ? kCudaTileTokens : kCpuTileTokens;
   }
-  auto step = LayerStep::Create(device, &config, &parts->weights, all_tokens, tile_tokens,
-                                parts->max_batch_tokens);
-  if (!step.ok()) return step.status();
-  auto sharing =
-      PatternSharing::Create(device, &config, &parts->clusters, max_tokens, options.block_tokens);
-  if (!sharing.ok()) return sharing.status();
+  PREFILLD_ASSIGN_OR_RETURN(
+      parts->step, LayerStep::Create(device, &config, &parts->weights, most_tokens, tile_tokens));
+  PREFILLD_ASSIGN_OR_RETURN(parts->sharing,
+                            SharingWorkspace::Create(device, &config, &parts->clusters, max_tokens,
+                                                     options.block_tokens));
   if (options.baselines) {
-    auto baseline = BaselineAttention::Create(device, &config, max_tokens, options.block_tokens);
-    if (!baseline.ok()) return baseline.status();
-    parts->baseline = *std::move(baseline);
+    PREFILLD_ASSIGN_OR_RETURN(
+        parts->baseline,
+        BaselineWorkspace::Create(device, &config, max_tokens, options.block_tokens));
   }
-  const int64_t slot_elements =
-      RoundUp(all_tokens, kKvStrideTokens) * config.num_kv_heads * config.head_dim;
-  auto slots = KvSlots::Create(device, options.kv_slots,
-                               slot_elements * kernels::SizeOf(device->traits().compute_dtype));
-  if (!slots.ok()) return slots.status();
-  // Heads become pivots, of which block mass is asked, where there are clusters.
-  absl::Status status =
-      device->ops().ReserveAttention({.num_queries = all_tokens,
-                                      .num_keys = all_tokens,
-                                      .kv_head_stride = all_tokens * config.head_dim,
-                                      .num_heads = config.num_heads,
-                                      .num_kv_heads = config.num_kv_heads,
-                                      .head_dim = config.head_dim,
-                                      .block_tokens = options.block_tokens},
-                                     /*block_mass=*/!parts->clusters.empty());
-  if (!status.ok()) return status;
-  if (status = (*step)->TuneLinears(); !status.ok()) return status;
-  parts->step = *std::move(step);
-  parts->sharing = *std::move(sharing);
-  parts->slots = *std::move(slots);
-  return AllocateBatchPattern(parts);
+  // Where there are clusters heads become pivots, whose block mass is asked for.
+  return device->ops().ReserveAttention({.num_queries = most_tokens,
+                                         .num_keys = most_tokens,
+                                         .kv_head_stride = most_tokens * config.head_dim,
+                                         .num_heads = config.num_heads,
+                                         .num_kv_heads = config.num_kv_heads,
+                                         .head_dim = config.head_dim,
+                                         .block_tokens = options.block_tokens},
+                                        /*block_mass=*/!parts->clusters.empty());
+}
+
+// Allocates the states of prompts.
+class StateAllocator {
+ public:
+  explicit StateAllocator(EngineParts* parts)
+      : device_(*parts->device),
+        pool_(parts->states),
+        parts_{.device = parts->device.get(),
+               .config = &parts->info.config,
+               .sharing = parts->sharing.get(),
+               .baseline = parts->baseline.get(),
+               .block_tokens = parts->block_tokens,
+               .max_prompt_tokens = parts->info.max_tokens,
+               .max_batch_tokens = parts->max_batch_tokens,
+               .kv_slots = parts->kv_slots} {}
+
+  absl::Status Add(int64_t max_tokens) {
+    const int first_mark = PatternSharing::kNumMarks + pool_.count() * PromptState::kNumMarks;
+    PREFILLD_ASSIGN_OR_RETURN(auto state, PromptState::Create(parts_, max_tokens, first_mark));
+    pool_.Add(std::move(state));
+    return absl::OkStatus();
+  }
+
+  // Adds one only if kMemoryReserve remains free behind it.
+  absl::Status AddIfItFits(int64_t max_tokens) {
+    const absl::StatusOr<DeviceBuffer> reserve = device_.Allocate(kMemoryReserve);
+    absl::Status status = reserve.ok() ? Add(max_tokens) : reserve.status();
+    if (!absl::IsResourceExhausted(status)) return status;
+    spdlog::info("one long prompt at a time; for another one there is too little memory: {}",
+                 std::string(status.message()));
+    return absl::OkStatus();
+  }
+
+ private:
+  Device& device_;
+  PromptStatePool& pool_;
+  const PromptStateParts parts_;
+};
+
+absl::Status AllocateMemory(const EngineOptions& options, EngineParts* parts) {
+  const bool asynchronous = parts->device->traits().asynchronous;
+  int64_t long_tokens = parts->info.max_tokens;
+  // Recorded prompts are padded.
+  if (parts->max_graph_tokens > 0) long_tokens = PackedPrompts::PaddedTokens(long_tokens);
+  const int64_t short_tokens =
+      std::max(parts->max_batch_tokens,
+               std::min(long_tokens, asynchronous ? kCudaShortTokens : kCpuShortTokens));
+  const int short_prompts =
+      options.short_prompts.value_or(std::min(asynchronous ? kCudaShortPrompts : kCpuShortPrompts,
+                                              kMaxPromptStates - options.long_prompts.value_or(1)));
+  if (short_prompts == 0) long_tokens = std::max(long_tokens, short_tokens);  // for batches
+  PREFILLD_RETURN_IF_ERROR(AllocateWorkspace(options, std::max(long_tokens, short_tokens), parts));
+
+  StateAllocator allocator(parts);
+  for (int i = 0; i < options.long_prompts.value_or(1); ++i) {
+    PREFILLD_RETURN_IF_ERROR(allocator.Add(long_tokens));
+  }
+  for (int i = 0; i < short_prompts; ++i) PREFILLD_RETURN_IF_ERROR(allocator.Add(short_tokens));
+  PREFILLD_RETURN_IF_ERROR(parts->step->TuneLinears(parts->states.largest().hidden));
+  const int long_prompts =
+      std::min(asynchronous ? kCudaLongPrompts : kCpuLongPrompts, kMaxPromptStates - short_prompts);
+  for (int i = 1; i < long_prompts && !options.long_prompts; ++i) {
+    PREFILLD_RETURN_IF_ERROR(allocator.AddIfItFits(long_tokens));
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<PrefillEngine>> CreatePrefillEngine(const EngineOptions& options) {
-  if (absl::Status status = ValidateOptions(options); !status.ok()) return status;
+  PREFILLD_RETURN_IF_ERROR(ValidateOptions(options));
   auto parts = std::make_unique<EngineParts>();
   EngineInfo& info = parts->info;
   parts->block_tokens = options.block_tokens;
+  parts->kv_slots = options.kv_slots;
 
-  absl::StatusOr<ModelConfig> config = LoadModelConfig(options.checkpoint_dir);
-  if (!config.ok()) return config.status();
-  info.config = *std::move(config);
-  absl::StatusOr<int64_t> max_tokens = MaxTokens(options, info.config);
-  if (!max_tokens.ok()) return max_tokens.status();
-  info.max_tokens = *max_tokens;
+  PREFILLD_ASSIGN_OR_RETURN(info.config, LoadModelConfig(options.checkpoint_dir));
+  PREFILLD_ASSIGN_OR_RETURN(info.max_tokens, MaxTokens(options, info.config));
   info.model_name = ModelName(options.checkpoint_dir);
 
-  absl::StatusOr<HeadClusters> clusters = LoadClusters(options, info.config);
-  if (!clusters.ok()) return clusters.status();
-  parts->clusters = *std::move(clusters);
+  PREFILLD_ASSIGN_OR_RETURN(parts->clusters, LoadClusters(options, info.config));
   info.default_attention =
       Apply(options.attention_overrides, Apply(parts->clusters.thresholds, AttentionOptions()));
-  if (absl::Status status = Validate(info.default_attention); !status.ok()) return status;
+  PREFILLD_RETURN_IF_ERROR(Validate(info.default_attention));
 
-  absl::StatusOr<std::unique_ptr<Device>> device =
-      CreateDevice(options.device, options.cpu_threads);
-  if (!device.ok()) return device.status();
-  parts->device = *std::move(device);
-  info.device_name = parts->device->traits().name;
-  info.native_dtype = parts->device->traits().compute_dtype;
+  PREFILLD_ASSIGN_OR_RETURN(parts->device, CreateDevice(options.device, options.cpu_threads));
+  const DeviceTraits& traits = parts->device->traits();
+  info.device_name = traits.name;
+  info.native_dtype = traits.compute_dtype;
 
-  absl::StatusOr<Weights> weights =
-      LoadWeights(options.checkpoint_dir, info.config, *parts->device);
-  if (!weights.ok()) return weights.status();
-  parts->weights = *std::move(weights);
+  PREFILLD_ASSIGN_OR_RETURN(parts->weights,
+                            LoadWeights(options.checkpoint_dir, info.config, *parts->device));
   info.fingerprint = parts->weights.fingerprint;
-  if (absl::Status status = CheckMadeFor(parts->clusters, info.fingerprint); !status.ok()) {
-    return status;
-  }
+  PREFILLD_RETURN_IF_ERROR(CheckMadeFor(parts->clusters, info.fingerprint));
 
-  for (int head = 0; head < info.config.num_heads; ++head) {
-    parts->dense_work.push_back({.head = head});
-  }
-  const bool asynchronous = parts->device->traits().asynchronous;
-  parts->max_batch_tokens = options.max_batch_tokens.value_or(asynchronous ? kCudaBatchTokens : 0);
-  if (parts->device->traits().records) {
-    parts->max_graph_tokens = options.max_graph_tokens.value_or(kCudaGraphTokens);
-  }
-  if (asynchronous) parts->run_ahead_tokens = kCudaRunAheadTokens;
-  if (absl::Status status = AllocateWorkspace(options, parts.get()); !status.ok()) return status;
+  const int64_t batch_tokens = traits.asynchronous ? kCudaBatchTokens : 0;
+  parts->max_batch_tokens = options.max_batch_tokens.value_or(batch_tokens);
+  if (traits.records) parts->max_graph_tokens = options.max_graph_tokens.value_or(kCudaGraphTokens);
+  if (traits.asynchronous) parts->run_ahead_tokens = kCudaRunAheadTokens;
+  PREFILLD_RETURN_IF_ERROR(AllocateMemory(options, parts.get()));
   return std::make_unique<Engine>(std::move(parts));
 }
 

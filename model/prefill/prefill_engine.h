@@ -26,7 +26,7 @@
 
 namespace prefilld::model {
 
-// Which part of a layer's KV, in which form.
+// A part of a layer's KV, and the form it is packed in.
 struct KvSelection {
   int prompt = 0;  // of the batch
   int64_t first_block = 0;
@@ -48,17 +48,19 @@ struct EngineInfo {
   AttentionOptions default_attention;
 };
 
-// A prompt, or a batch of them packed into one sequence, on its way through the layers. Its KV
-// slots and its workspace belong to the engine; destroying the sequence gives them back. RunLayer,
-// FinalLogits and Logprobs are for the compute thread; PackKv and ReleaseKv may be called by other
-// threads beside them and each other.
+// A prompt, or a batch of them packed into one sequence, on its way through the layers. Its memory
+// belongs to the engine; destroying the sequence gives it back. Several sequences may exist. Their
+// RunLayer, FinalLogits and Logprobs belong to one compute thread, which may call those of any of
+// them in any order: each sequence gives, bit for bit, what it gives alone. PackKv and ReleaseKv
+// may be called by other threads beside them and each other.
 class PrefillSequence {
  public:
   virtual ~PrefillSequence() = default;
 
   // Computes the next layer. On return its KV can be packed, and stays until ReleaseKv. The caller
-  // sees to it that at most PrefillEngine::kv_slots() layers are unreleased, the one being
-  // computed included.
+  // sees to it that at most PrefillEngine::kv_slots() layers of this sequence are unreleased, the
+  // one being computed included; FAILED_PRECONDITION otherwise, and the sequence may go on once one
+  // is released. Layers of other sequences do not count.
   virtual absl::StatusOr<LayerReport> RunLayer() = 0;
 
   // Writes PackedBytes() of a finished layer to `dst`, memory from AllocateStaging.
@@ -88,7 +90,7 @@ class PrefillEngine {
   virtual ~PrefillEngine() = default;
 
   virtual const EngineInfo& info() const = 0;
-  virtual int kv_slots() const = 0;  // at least 2
+  virtual int kv_slots() const = 0;  // of every sequence; at least 2
   virtual size_t allocated_bytes() const = 0;
   virtual int64_t num_recordings() const { return 0; }  // of layers; EngineOptions.max_graph_tokens
 
@@ -101,7 +103,8 @@ class PrefillEngine {
   // Takes prompts of 1 .. max_tokens ids, each < vocab_size, with valid options, and several if
   // BatchTokens is above 0 for each and max_batch_tokens() at most in all (checked:
   // INVALID_ARGUMENT). What comes out of a prompt is, but for rounding, what it gives alone.
-  // One sequence at a time: FAILED_PRECONDITION while another one exists.
+  // The sequence gets the smallest free place of EngineOptions.long_prompts and short_prompts that
+  // holds so many tokens. RESOURCE_EXHAUSTED when all of them are taken by other sequences.
   virtual absl::StatusOr<std::unique_ptr<PrefillSequence>> Start(
       absl::Span<const PromptInput> prompts) = 0;
   // One prompt alone.
@@ -115,11 +118,12 @@ class PrefillEngine {
   virtual absl::StatusOr<DeviceBuffer> AllocateStaging(size_t bytes) = 0;
 };
 
-// Of EngineOptions.max_batch_tokens. A batch's pattern grows with the square: here it takes 2 MiB,
-// or 8 of blocks of 64 tokens.
+// The limit of EngineOptions.max_batch_tokens. A batch's pattern grows with the square: here it
+// takes 2 MiB, or 8 of blocks of 64 tokens.
 inline constexpr int64_t kMaxBatchTokens = int64_t{1} << 19;
 
-// Of EngineOptions.max_graph_tokens: beyond it launches are a small part of any model's layer.
+// The limit of EngineOptions.max_graph_tokens: beyond it launches are a small part of any model's
+// layer.
 inline constexpr int64_t kMaxGraphTokens = 4096;
 
 // A prompt is short enough for a batch if so many like it fit. On an H200 and a model of 7B, 16
@@ -128,6 +132,13 @@ inline constexpr int64_t kMaxGraphTokens = 4096;
 // last grows from 102 to 172 ms.
 inline constexpr int64_t kFullBatchPrompts = 8;
 
+// What a long prompt that nobody asked for must leave free of a device's memory, for recordings and
+// for what the driver allocates on its own.
+inline constexpr size_t kMemoryReserve = size_t{1} << 30;
+
+// The limit of EngineOptions.long_prompts and short_prompts together.
+inline constexpr int kMaxPromptStates = 15;
+
 struct EngineOptions {
   std::string checkpoint_dir;
   std::string clusters_path;  // empty: <checkpoint_dir>/head_clusters.json if it is there
@@ -135,15 +146,22 @@ struct EngineOptions {
   int cpu_threads = 0;      // 0: all cores
   int64_t max_tokens = 0;   // longest prompt. 0: min(max_positions, 131072)
   int64_t tile_tokens = 0;  // tokens per tile of the wide projections. 0: chosen per device
-  // Of prompts computed together, see PrefillEngine; the workspace has room for so many, or for
-  // max_tokens if those are more. 0: none are. Absent: 2048 on CUDA; none on the CPU, whose cores
-  // one short prompt fills.
+  // Tokens of prompts computed together, see PrefillEngine; the workspace has room for so many, or
+  // for max_tokens if those are more. 0: none are. Absent: 2048 on CUDA; none on the CPU, whose
+  // cores one short prompt fills.
   std::optional<int64_t> max_batch_tokens;
+  // How many prompts of up to max_tokens may be under way at a time, at least 1. Each takes memory
+  // of its own from the start, see PromptState (model/prefill/prompt_state.h). Absent: 2 on CUDA,
+  // or 1 if the second would leave less than kMemoryReserve free; 1 on the CPU.
+  std::optional<int> long_prompts;
+  // How many more prompts or batches may be under way that are short: of up to 8192 tokens on CUDA,
+  // 4096 on the CPU, or max_batch_tokens if those are more. Absent: 4 on CUDA, 2 on the CPU.
+  std::optional<int> short_prompts;
   // The work of a layer is recorded, and replayed for the next prompt or batch of the same padded
   // length, up to so many tokens: a GPU would wait for the host to launch it anew, kernel by
   // kernel. 0: never. Absent: 2048 on CUDA; the CPU has nothing to record.
   std::optional<int64_t> max_graph_tokens;
-  int kv_slots = 3;
+  int kv_slots = 3;        // of each prompt
   int block_tokens = 128;  // of attention patterns: 64 or 128
   // Reserves the memory that baseline policies take; without it Start refuses them.
   bool baselines = false;

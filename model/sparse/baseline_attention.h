@@ -23,8 +23,8 @@
 #include "model/checkpoint/config.h"
 #include "model/device/device.h"
 #include "model/sparse/attention_options.h"
+#include "model/sparse/attention_strategy.h"
 #include "model/sparse/head_estimate.h"
-#include "model/sparse/layer_report.h"
 #include "model/sparse/recall_audit.h"
 
 namespace prefilld::model {
@@ -35,28 +35,56 @@ namespace prefilld::model {
 int64_t RandomPattern(int64_t num_blocks, float density, uint64_t seed,
                       absl::Span<uint32_t> pattern);
 
-// The counterpart of PatternSharing, with the same calls and the same threading. Beside what that
-// has for each head it holds the block mass of one.
-class BaselineAttention {
- public:
-  // All borrowed; they outlive this.
-  static absl::StatusOr<std::unique_ptr<BaselineAttention>> Create(Device* device,
+// Memory of one layer of a baseline, common to all prompts and allocated for the longest one. H is
+// the number of heads, n of blocks, W of words of a pattern row. Not thread-safe.
+struct BaselineWorkspace {
+  // Everything is borrowed and outlives the workspace.
+  static absl::StatusOr<std::unique_ptr<BaselineWorkspace>> Create(Device* device,
                                                                    const ModelConfig* config,
                                                                    int64_t max_tokens,
                                                                    int block_tokens);
 
-  // options.policy is kBaselineQueryAware or kBaselineRandom.
-  void StartPrompt(int64_t num_tokens, const AttentionOptions& options);
+  BaselineWorkspace(Device* device, const ModelConfig* config, int block_tokens)
+      : device(*device), config(*config), block_tokens(block_tokens) {}
 
-  absl::Status Attend(int layer, const kernels::AttentionParams& attention, LayerReport* report);
+  Device& device;
+  const ModelConfig& config;
+  const int block_tokens;
+
+  // Device memory.
+  std::unique_ptr<HeadEstimate> head_estimate;
+  DeviceBuffer patterns;     // [H, n, W]
+  DeviceBuffer block_means;  // [2, n, head_dim] fp32
+  DeviceBuffer block_mass;   // [n, n] fp32, of one head
+  DeviceBuffer head_blocks;  // [H] int64
+  std::unique_ptr<RecallAudit> audit;
+
+  // Host memory.
+  std::vector<PatternSource> sources;   // [H]
+  std::vector<int64_t> blocks;          // [H]: what each head computes
+  std::vector<kernels::HeadWork> work;  // [H]
+  std::vector<float> estimate;          // [H, n]
+  std::vector<float> predicted;         // [n]: of the last row
+  std::vector<uint32_t> random;         // [n, W]
+};
+
+// Serves the baseline policies. Nothing of a layer is needed by the next one, so a prompt's state
+// is its options alone. Times are taken by the host's clock, for which Attend waits for the device
+// before and after. Not thread-safe.
+class BaselineAttention final : public AttentionStrategy {
+ public:
+  // The workspace is borrowed and outlives this.
+  explicit BaselineAttention(BaselineWorkspace* workspace)
+      : scratch_(*workspace), device_(workspace->device), config_(workspace->config) {}
+
+  void StartPrompt(int64_t num_tokens, const AttentionOptions& options) override;
+  // Fills in the whole report.
+  absl::Status Attend(int layer, const kernels::AttentionParams& attention,
+                      LayerReport* report) override;
+  absl::Status Report(LayerReport*) override { return absl::OkStatus(); }
 
  private:
-  BaselineAttention(Device* device, const ModelConfig* config, int block_tokens)
-      : device_(*device), config_(*config), block_tokens_(block_tokens) {}
-
-  absl::Status Allocate(int64_t max_tokens);
-
-  // Fill patterns_, sources_ and blocks_.
+  // Fill patterns, sources and blocks of the workspace.
   absl::Status ChooseAtRandom(int layer);
   absl::Status ChooseByQuery(const kernels::AttentionParams& attention);
   absl::Status ChooseVerticalSlash(const kernels::AttentionParams& attention);
@@ -67,34 +95,17 @@ class BaselineAttention {
 
   int64_t row_words() const { return kernels::PatternWords(num_blocks_); }
   uint32_t* Pattern(int head) const {
-    return patterns_.as<uint32_t>() + head * num_blocks_ * row_words();
+    return scratch_.patterns.as<uint32_t>() + head * num_blocks_ * row_words();
   }
 
+  BaselineWorkspace& scratch_;
   Device& device_;
   const ModelConfig& config_;
-  const int block_tokens_;
-
-  // Device memory; H heads, n blocks, W words of a row.
-  std::unique_ptr<HeadEstimate> head_estimate_;
-  DeviceBuffer patterns_;     // [H, n, W]
-  DeviceBuffer block_means_;  // [2, n, head_dim] fp32
-  DeviceBuffer block_mass_;   // [n, n] fp32, of one head
-  DeviceBuffer head_blocks_;  // [H] int64
-  std::unique_ptr<RecallAudit> audit_;
 
   // The prompt.
   AttentionOptions options_;
   int64_t num_tokens_ = 0;
   int64_t num_blocks_ = 0;
-
-  // The layer.
-  std::vector<PatternSource> sources_;   // [H]
-  std::vector<int64_t> blocks_;          // [H]: what each head computes
-  std::vector<kernels::HeadWork> work_;  // [H]
-
-  std::vector<float> estimate_;           // [H, n]
-  std::vector<float> predicted_;          // [n]: of the last row
-  std::vector<uint32_t> random_pattern_;  // [n, W]
 };
 
 }  // namespace prefilld::model

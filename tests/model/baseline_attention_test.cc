@@ -31,11 +31,12 @@ struct BaselineRun {
 
 BaselineRun Attend(OneLayer& layer, const AttentionOptions& options) {
   BaselineRun run;
-  auto baseline = BaselineAttention::Create(&layer.device(), &layer.config(),
-                                            layer.num_tokens() + 100, OneLayer::kBlockTokens);
-  EXPECT_TRUE(baseline.ok()) << baseline.status();
-  (*baseline)->StartPrompt(layer.num_tokens(), options);
-  EXPECT_TRUE((*baseline)->Attend(0, layer.Params(&run.out), &run.report).ok());
+  const auto workspace = BaselineWorkspace::Create(
+      &layer.device(), &layer.config(), layer.num_tokens() + 100, OneLayer::kBlockTokens);
+  EXPECT_TRUE(workspace.ok()) << workspace.status();
+  BaselineAttention baseline(workspace->get());
+  baseline.StartPrompt(layer.num_tokens(), options);
+  EXPECT_TRUE(baseline.Attend(0, layer.Params(&run.out), &run.report).ok());
   return run;
 }
 

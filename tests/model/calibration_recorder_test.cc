@@ -104,21 +104,23 @@ class AttentionRecorderTest : public testing::Test {
   // Computes the reference of every layer, [num_layers], by a second layer step with exact
   // attention.
   std::vector<std::vector<std::vector<double>>> ReferenceOfAllLayers() {
-    auto step = LayerStep::Create(device_.get(), &config(), &weights_, kTokens, 128,
-                                  /*max_batch_tokens=*/0);
+    auto step = LayerStep::Create(device_.get(), &config(), &weights_, kTokens, 128);
     EXPECT_TRUE(step.ok());
+    auto states = HiddenStates::Create(device_.get(), config(), kTokens, /*max_batch_tokens=*/0);
+    EXPECT_TRUE(states.ok());
     const int64_t head_stride = kTokens * config().head_dim;
     std::vector<float> k(config().num_kv_heads * head_stride), v(k);
     std::vector<kernels::HeadWork> work(config().num_heads);
     for (int head = 0; head < config().num_heads; ++head) work[head].head = head;
     std::vector<std::vector<std::vector<double>>> mass;
-    EXPECT_TRUE((*step)->Embed(tokens_, 0, kTokens).ok());
+    EXPECT_TRUE((*step)->Embed(*states, tokens_, 0, kTokens).ok());
     for (int layer = 0; layer < config().num_layers; ++layer) {
       EXPECT_TRUE((*step)
-                      ->BeforeAttention(layer, {.k = k.data(),
-                                                .v = v.data(),
-                                                .head_stride = head_stride,
-                                                .token_stride = config().head_dim})
+                      ->BeforeAttention(*states, layer,
+                                        {.k = k.data(),
+                                         .v = v.data(),
+                                         .head_stride = head_stride,
+                                         .token_stride = config().head_dim})
                       .ok());
       auto* queries = static_cast<float*>((*step)->queries());
       mass.push_back(ReferenceMass(config(), queries, k.data()));
@@ -138,7 +140,7 @@ class AttentionRecorderTest : public testing::Test {
                                   .work = work.data(),
                                   .num_work = config().num_heads})
                       .ok());
-      EXPECT_TRUE((*step)->AfterAttention(layer).ok());
+      EXPECT_TRUE((*step)->AfterAttention(*states, layer).ok());
     }
     return mass;
   }

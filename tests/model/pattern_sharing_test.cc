@@ -56,8 +56,10 @@ class Layer {
   // Attention of layers 0 .. num_layers - 1 on the same inputs; the last one's output and report.
   std::vector<float> Attend(const AttentionOptions& options, LayerReport* report,
                             int num_layers = 1) {
-    auto sharing = PatternSharing::Create(device_.get(), &config_, &clusters_, num_tokens_ + 100,
-                                          kBlockTokens);
+    const auto workspace = SharingWorkspace::Create(device_.get(), &config_, &clusters_,
+                                                    num_tokens_ + 100, kBlockTokens);
+    EXPECT_TRUE(workspace.ok()) << workspace.status();
+    auto sharing = PatternSharing::Create(workspace->get(), num_tokens_ + 100);
     EXPECT_TRUE(sharing.ok()) << sharing.status();
     (*sharing)->StartPrompt(num_tokens_, options);
     std::vector<float> out;
@@ -349,7 +351,8 @@ TEST(PatternSharing, APromptInheritsNothingFromTheOneBefore) {
   clusters.num_clusters = 1;
   clusters.cluster_of = {{0}};
   const auto device = *CreateDevice(DeviceChoice::kCpu, 1);
-  const auto sharing = *PatternSharing::Create(device.get(), &config, &clusters, 512, 64);
+  const auto workspace = *SharingWorkspace::Create(device.get(), &config, &clusters, 512, 64);
+  const auto sharing = *PatternSharing::Create(workspace.get(), 512);
   for (int64_t num_tokens : {512, 300, 512}) {
     std::vector<float> zeros(num_tokens * kHeadDim, 0.0f), out(zeros);
     kernels::AttentionParams params = {.q = zeros.data(),

@@ -6,8 +6,6 @@
 #include <memory>
 #include <thread>
 
-#include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/model/prompt_run.h"
@@ -148,6 +146,8 @@ TEST_F(PrefillEngineTest, RefusesOptionsItCannotHonour) {
            {[](EngineOptions& o) { o.max_tokens = -1; }, "max_tokens -1"},
            {[](EngineOptions& o) { o.max_tokens = 5000; }, "max_tokens 5000"},
            {[](EngineOptions& o) { o.tile_tokens = -1; }, "tile_tokens -1"},
+           {[](EngineOptions& o) { o.long_prompts = 0; }, "long_prompts 0 is outside 1 to 15"},
+           {[](EngineOptions& o) { o.short_prompts = 15; }, "short_prompts 15 is outside 0 to 14"},
            {[](EngineOptions& o) { o.attention_overrides.tau = NAN; }, "attention.tau"},
        }) {
     EngineOptions options = CpuEngine(checkpoint_);
@@ -158,14 +158,44 @@ TEST_F(PrefillEngineTest, RefusesOptionsItCannotHonour) {
   }
 }
 
-TEST_F(PrefillEngineTest, OneSequenceAtATime) {
-  const auto engine = NewEngine(CpuEngine(checkpoint_));
+TEST_F(PrefillEngineTest, AsManySequencesAtATimeAsThereArePlaces) {
+  EngineOptions options = CpuEngine(checkpoint_);
+  options.long_prompts = 1;
+  options.short_prompts = 1;
+  const auto engine = NewEngine(options);
   auto first = engine->Start({1, 2, 3}, DenseAttention());
   ASSERT_TRUE(first.ok());
-  EXPECT_EQ(engine->Start({1}, DenseAttention()).status().code(),
-            absl::StatusCode::kFailedPrecondition);
+  auto second = engine->Start({1, 2, 3}, DenseAttention());
+  ASSERT_TRUE(second.ok());
+  const absl::Status third = engine->Start({1}, DenseAttention()).status();
+  EXPECT_EQ(third.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(third.message(), HasSubstr("1 tokens: other prompts have all 2 places"));
   first->reset();
   EXPECT_TRUE(engine->Start({1}, DenseAttention()).ok());
+}
+
+TEST_F(PrefillEngineTest, EveryPlaceTakesTheMemoryThatIsStated) {
+  EngineOptions options = CpuEngine(checkpoint_);
+  options.max_tokens = 4096;
+  options.max_batch_tokens = 256;
+  const auto only_long = [&](int long_prompts) {
+    options.long_prompts = long_prompts;
+    options.short_prompts = 0;
+    return NewEngine(options);
+  };
+  // See PromptState: hidden states, KV slots, and what a batch takes.
+  const ModelConfig& config = checkpoint_.config();
+  const int64_t kv_width = int64_t{config.num_kv_heads} * config.head_dim;
+  const auto one = only_long(1), three = only_long(3);
+  const int64_t state_bytes = 4096 * 4 * (config.hidden + one->kv_slots() * 2 * kv_width);
+  const auto extra = static_cast<int64_t>(three->allocated_bytes() - one->allocated_bytes());
+  EXPECT_GE(extra, 2 * state_bytes);
+  EXPECT_LT(extra, 2 * state_bytes + 2 * 4096) << "positions and pattern of a batch";
+  EXPECT_NE(only_long(kMaxPromptStates), nullptr);
+  auto held = one->Start({1}, DenseAttention());
+  ASSERT_TRUE(held.ok());
+  EXPECT_EQ(one->Start({1}, DenseAttention()).status().code(),
+            absl::StatusCode::kResourceExhausted);
 }
 
 TEST_F(PrefillEngineTest, UnreleasedLayersAreLimitedByTheSlots) {
@@ -199,100 +229,6 @@ TEST_F(PrefillEngineTest, StepsOutOfOrderAreRefused) {
   }
   EXPECT_FALSE(sequence.RunLayer().ok()) << "no layer is left";
   EXPECT_TRUE(sequence.FinalLogits().ok());
-}
-
-bool Always() { return true; }
-
-struct LogprobsCase {
-  const char* name;
-  int64_t vocab_size;
-  int64_t tile_tokens;
-  int64_t max_tokens;
-  int num_tiles;  // of a prompt of max_tokens
-};
-
-class PrefillEngineLogprobs : public ::testing::TestWithParam<LogprobsCase> {};
-
-TEST_P(PrefillEngineLogprobs, AreThoseOfTheLogitsOfEveryBeginning) {
-  const LogprobsCase& c = GetParam();
-  ModelConfig config = SmallRandomConfig();
-  config.vocab_size = c.vocab_size;
-  const RandomCheckpoint checkpoint(config);
-  EngineOptions options = CpuEngine(checkpoint);
-  options.tile_tokens = c.tile_tokens;
-  options.max_tokens = c.max_tokens;
-  const auto engine = NewEngine(options);
-  const std::vector<uint32_t> tokens = RandomTokens(c.max_tokens, c.vocab_size);
-  auto sequence = RunLayers(*engine, tokens, DenseAttention(), /*logprobs=*/true);
-  int num_tiles = 0;
-  const auto logprobs = sequence->Logprobs(0, [&num_tiles] { return ++num_tiles > 0; });
-  ASSERT_TRUE(logprobs.ok()) << logprobs.status();
-  sequence.reset();
-  EXPECT_EQ(num_tiles, c.num_tiles);
-  ASSERT_EQ(logprobs->of_token.size(), tokens.size() - 1);
-  ASSERT_EQ(logprobs->of_best.size(), tokens.size() - 1);
-  for (const size_t length :
-       {size_t{1}, size_t{2}, size_t{15}, size_t{16}, size_t{17}, size_t{39}}) {
-    if (length >= tokens.size()) continue;
-    const std::vector<float> logits =
-        RunPrompt(*engine, {tokens.begin(), tokens.begin() + length}, DenseAttention()).logits;
-    double sum = 0.0;
-    for (const float logit : logits) sum += std::exp(static_cast<double>(logit));
-    const double best = *std::max_element(logits.begin(), logits.end());
-    EXPECT_NEAR(logprobs->of_token[length - 1], logits[tokens[length]] - std::log(sum), 1e-4)
-        << length;
-    EXPECT_NEAR(logprobs->of_best[length - 1], best - std::log(sum), 1e-4) << length;
-  }
-}
-
-// 512 elements of wide activations a token: 2 tokens of 16 have room for their 3000 logits.
-INSTANTIATE_TEST_SUITE_P(
-    Tiles, PrefillEngineLogprobs,
-    ::testing::Values(LogprobsCase{"AsWideAsALayers", 320, 16, 40, 3},
-                      LogprobsCase{"NarrowedByTheVocabulary", 3000, 16, 40, 20},
-                      LogprobsCase{"OfATokenWhoseLogitsOutgrowATile", 3000, 512, 3, 2}),
-    [](const auto& info) { return std::string(info.param.name); });
-
-TEST_F(PrefillEngineTest, LogprobsStopWhenToldTo) {
-  EngineOptions options = CpuEngine(checkpoint_);
-  options.tile_tokens = 16;
-  const auto engine = NewEngine(options);
-  const auto sequence =
-      RunLayers(*engine, RandomTokens(100, 320), DenseAttention(), /*logprobs=*/true);
-  const auto logits = sequence->FinalLogits();
-  int asked = 0;
-  EXPECT_TRUE(absl::IsCancelled(sequence->Logprobs(0, [&asked] { return ++asked < 3; }).status()));
-  EXPECT_EQ(asked, 3);
-  EXPECT_TRUE(sequence->Logprobs(0, Always).ok());
-  EXPECT_EQ(*sequence->FinalLogits(), *logits) << "the hidden states are as they were";
-}
-
-TEST_F(PrefillEngineTest, LogprobsNeedAllLayers) {
-  const auto engine = NewEngine(CpuEngine(checkpoint_));
-  auto started = engine->Start(RandomTokens(40, 320), DenseAttention());
-  ASSERT_TRUE(started.ok());
-  ASSERT_TRUE((*started)->RunLayer().ok());
-  EXPECT_EQ((*started)->Logprobs(0, Always).status().code(), absl::StatusCode::kFailedPrecondition);
-}
-
-TEST_F(PrefillEngineTest, LogprobsMustBeAskedForAtTheStart) {
-  const auto engine = NewEngine(CpuEngine(checkpoint_));
-  auto sequence = engine->Start(RandomTokens(40, 320), DenseAttention());
-  ASSERT_TRUE(sequence.ok());
-  for (int layer = 0; layer < checkpoint_.config().num_layers; ++layer) {
-    ASSERT_TRUE((*sequence)->RunLayer().ok());
-    (*sequence)->ReleaseKv(layer);
-  }
-  EXPECT_EQ((*sequence)->Logprobs(0, Always).status().code(),
-            absl::StatusCode::kFailedPrecondition);
-}
-
-TEST_F(PrefillEngineTest, APromptOfOneTokenHasNoLogprobs) {
-  const auto engine = NewEngine(CpuEngine(checkpoint_));
-  const auto logprobs =
-      RunLayers(*engine, {7}, DenseAttention(), /*logprobs=*/true)->Logprobs(0, Always);
-  ASSERT_TRUE(logprobs.ok()) << logprobs.status();
-  EXPECT_TRUE(logprobs->of_token.empty());
 }
 
 TEST_F(PrefillEngineTest, PackingOutsideThePromptIsRefused) {
@@ -361,61 +297,6 @@ TEST(PrefillEngine, OperatorsWordStandsOverTheClusterFilesOverTheDefault) {
   EXPECT_EQ(attention.coverage, AttentionOptions().coverage) << "of the program";
 }
 
-// {"0": [[0, 0]], "1": [[0, 1]], ...}: every head of the model, alone or all in one.
-std::string ClusterFile(const ModelConfig& config, bool alone) {
-  std::vector<std::string> heads, clusters, names;
-  for (int layer = 0; layer < config.num_layers; ++layer) {
-    for (int head = 0; head < config.num_heads; ++head) {
-      heads.push_back(absl::StrCat("[", layer, ",", head, "]"));
-      names.push_back(absl::StrCat("\"", names.size(), "\""));
-      clusters.push_back(absl::StrCat(names.back(), ": [", heads.back(), "]"));
-    }
-  }
-  if (!alone) {
-    names = {"\"all\""};
-    clusters = {absl::StrCat("\"all\": [", absl::StrJoin(heads, ","), "]")};
-  }
-  return absl::StrCat("{\"clusters\": {", absl::StrJoin(clusters, ","), "}, \"shared_clusters\": [",
-                      absl::StrJoin(names, ","), "]}");
-}
-
-TEST(PrefillEngine, ShareWithEveryHeadAloneEqualsDenseBitForBit) {
-  const RandomCheckpoint checkpoint;
-  checkpoint.WriteFile("head_clusters.json", ClusterFile(checkpoint.config(), /*alone=*/true));
-  const auto engine = NewEngine(CpuEngine(checkpoint));
-  const auto tokens = RandomTokens(1000, 320);
-  AttentionOptions share;
-  share.policy = AttentionPolicy::kShare;
-  const PromptRun dense = RunPrompt(*engine, tokens, DenseAttention());
-  const PromptRun shared = RunPrompt(*engine, tokens, share);
-  EXPECT_EQ(shared.kv, dense.kv);
-  EXPECT_EQ(shared.logits, dense.logits);
-  for (const LayerReport& report : shared.reports) {
-    const bool is_last = report.layer + 1 == checkpoint.config().num_layers;
-    EXPECT_EQ(report.pivot_heads, is_last ? 0 : checkpoint.config().num_heads);
-    EXPECT_EQ(report.density, 1.0);
-  }
-}
-
-TEST(PrefillEngine, OnePivotServesItsClusterInAllLayers) {
-  const RandomCheckpoint checkpoint;
-  checkpoint.WriteFile("head_clusters.json", ClusterFile(checkpoint.config(), /*alone=*/false));
-  const auto engine = NewEngine(CpuEngine(checkpoint));
-  AttentionOptions share;
-  share.policy = AttentionPolicy::kShare;
-  share.tau = 1.0f;
-  share.coverage = 1.0f;
-  share.gamma = 0.3f;
-  share.min_budget_tokens = 0;
-  const PromptRun run = RunPrompt(*engine, RandomTokens(1000, 320), share);
-  EXPECT_EQ(run.reports[0].pivot_heads, 1);
-  EXPECT_EQ(run.reports[0].shared_heads, checkpoint.config().num_heads - 1);
-  for (int layer = 1; layer + 1 < checkpoint.config().num_layers; ++layer) {
-    EXPECT_EQ(run.reports[layer].shared_heads, checkpoint.config().num_heads);
-    EXPECT_LT(run.reports[layer].density, 1.0);
-  }
-}
-
 // All of the last layer and the last query alone give the same; dense, the same as before.
 TEST(PrefillEngine, TheLastLayerComputesNoMoreThanIsRead) {
   for (const bool with_biases : {false, true}) {
@@ -442,87 +323,6 @@ TEST(PrefillEngine, TheLastLayerComputesNoMoreThanIsRead) {
       EXPECT_EQ(whole.reports.back().num_queries, length);
     }
   }
-}
-
-TEST(PrefillEngine, TheLastQueryOfASparsePromptIsExact) {
-  const RandomCheckpoint checkpoint;
-  const auto engine = NewEngine(CpuEngine(checkpoint));
-  AttentionOptions sparse;
-  sparse.policy = AttentionPolicy::kVerticalSlash;
-  sparse.gamma = 0.3f;
-  sparse.min_budget_tokens = 0;
-  const auto tokens = RandomTokens(1000, 320);
-  const PromptRun narrow = RunPrompt(*engine, tokens, sparse);
-  const LayerReport& last = narrow.reports.back();
-  EXPECT_EQ(last.dense_heads + last.vertical_slash_heads, 0);
-  EXPECT_EQ(last.num_queries, 1);
-  EXPECT_EQ(last.density, 1.0);
-  EXPECT_EQ(narrow.reports.front().vertical_slash_heads, checkpoint.config().num_heads);
-  const PromptRun whole = RunPrompts(*engine, {tokens}, sparse).front();
-  EXPECT_EQ(whole.reports.back().vertical_slash_heads, checkpoint.config().num_heads);
-  EXPECT_EQ(narrow.kv, whole.kv) << "only the last layer's output depends on its attention";
-}
-
-TEST(PrefillEngine, BaselinePoliciesRunWhereRoomWasMadeForThem) {
-  const RandomCheckpoint checkpoint;
-  EngineOptions with_baselines = CpuEngine(checkpoint);
-  with_baselines.baselines = true;
-  const auto plain = NewEngine(CpuEngine(checkpoint));
-  const auto engine = NewEngine(with_baselines);
-  const auto tokens = RandomTokens(1000, 320);
-  for (const AttentionPolicy policy :
-       {AttentionPolicy::kBaselineQueryAware, AttentionPolicy::kBaselineRandom}) {
-    AttentionOptions options;
-    options.policy = policy;
-    options.tau = 1.0f;
-    const auto refused = plain->Start(tokens, options);
-    EXPECT_EQ(refused.status().code(), absl::StatusCode::kInvalidArgument);
-    EXPECT_THAT(refused.status().message(), HasSubstr(Name(policy)));
-
-    const PromptRun run = RunPrompt(*engine, tokens, options);
-    for (const LayerReport& report : run.reports) {
-      const bool is_last = report.layer + 1 == checkpoint.config().num_layers;
-      EXPECT_EQ(report.baseline_heads, is_last ? 0 : checkpoint.config().num_heads);
-      EXPECT_LE(report.density, 1.0);
-    }
-  }
-}
-
-TEST(PrefillEngine, AuditedPromptsGiveTheSameResultAndTheRecallOfEverySparseHead) {
-  const RandomCheckpoint checkpoint;
-  checkpoint.WriteFile("head_clusters.json", ClusterFile(checkpoint.config(), /*alone=*/false));
-  const auto engine = NewEngine(CpuEngine(checkpoint));
-  const auto tokens = RandomTokens(1000, 320);
-  AttentionOptions options;
-  options.policy = AttentionPolicy::kShare;
-  options.gamma = 0.5f;
-  const PromptRun unseen = RunPrompt(*engine, tokens, options);
-  options.recall_audit_rows = 3;
-  const PromptRun audited = RunPrompt(*engine, tokens, options);
-  EXPECT_EQ(audited.logits, unseen.logits);
-  for (const LayerReport& report : audited.reports) {
-    EXPECT_EQ(static_cast<int>(report.recall.size()),
-              report.shared_heads + report.vertical_slash_heads);
-    for (const HeadRecall& head : report.recall) {
-      EXPECT_EQ(head.layer, report.layer);
-      EXPECT_GT(head.recall, 0.0f);
-      EXPECT_LE(head.recall, 1.0001f);
-    }
-  }
-}
-
-TEST(PrefillEngine, AutoIsDenseForShortPromptsAndForModelsWithoutClusters) {
-  const RandomCheckpoint plain, clustered;
-  clustered.WriteFile("head_clusters.json", ClusterFile(clustered.config(), /*alone=*/false));
-  AttentionOptions options;
-  options.crossover_tokens = 600;
-  const auto policy = [&](const RandomCheckpoint& checkpoint, int64_t length) {
-    const auto engine = NewEngine(CpuEngine(checkpoint));
-    return (*engine->Start(RandomTokens(length, 320), options))->policy();
-  };
-  EXPECT_EQ(policy(plain, 700), AttentionPolicy::kDense);
-  EXPECT_EQ(policy(clustered, 700), AttentionPolicy::kShare);
-  EXPECT_EQ(policy(clustered, 500), AttentionPolicy::kDense);
 }
 
 TEST(PrefillEngine, EveryFamilyRuns) {

@@ -3,8 +3,6 @@
 //   prompt_batch_test [--device=cpu|cuda]
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstring>
 #include <memory>
 #include <ostream>
 
@@ -12,6 +10,7 @@
 #include "gtest/gtest.h"
 #include "model/prefill/packed_prompts.h"
 #include "model/prefill/prefill_engine.h"
+#include "tests/model/device_flag.h"
 #include "tests/model/prompt_run.h"
 #include "tests/model/random_checkpoint.h"
 
@@ -21,16 +20,14 @@ namespace {
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
-DeviceChoice device = DeviceChoice::kCpu;
-
 // A GEMM of more rows may add in another order: fp32 on the CPU. On CUDA activations are bf16, and
 // in four layers of random weights their rounding (2^-9 each) adds up to what golden_test allows.
-double RelativeTolerance() { return device == DeviceChoice::kCpu ? 1e-5 : 2e-2; }
+double RelativeTolerance() { return DeviceFlag() == DeviceChoice::kCpu ? 1e-5 : 2e-2; }
 // Of log-probabilities by logits like these. bf16 is spaced by up to 2^-7 of a logit: one step in
 // the token's and one in the likeliest's, and as much again for what the layers' rounding adds up
 // to.
 double LogprobTolerance(const std::vector<float>& logits) {
-  if (device == DeviceChoice::kCpu) return 1e-4;
+  if (DeviceFlag() == DeviceChoice::kCpu) return 1e-4;
   const auto [lowest, highest] = std::minmax_element(logits.begin(), logits.end());
   return std::max(-*lowest, *highest) / 32;
 }
@@ -47,7 +44,7 @@ Prompts RandomPrompts(const std::vector<int64_t>& lengths, int64_t vocab_size) {
 
 EngineOptions Options(const RandomCheckpoint& checkpoint, int64_t max_batch_tokens) {
   EngineOptions options = CpuEngineOptions(checkpoint.dir(), 800);
-  options.device = device;
+  options.device = DeviceFlag();
   options.max_batch_tokens = max_batch_tokens;
   return options;
 }
@@ -254,7 +251,7 @@ TEST_F(PromptBatchTest, IsOffOnTheCpuAndOnElsewhereUnlessSaidOtherwise) {
   EngineOptions options = Options(checkpoint_, 0);
   EXPECT_EQ(NewEngine(options)->BatchTokens(1, DenseAttention()), 0);
   options.max_batch_tokens.reset();
-  EXPECT_EQ(NewEngine(options)->max_batch_tokens(), device == DeviceChoice::kCpu ? 0 : 2048);
+  EXPECT_EQ(NewEngine(options)->max_batch_tokens(), DeviceFlag() == DeviceChoice::kCpu ? 0 : 2048);
   for (const int64_t outside : {int64_t{-1}, int64_t{1} << 20}) {
     options.max_batch_tokens = outside;
     EXPECT_THAT(CreatePrefillEngine(options).status().message(), HasSubstr("max_batch_tokens"));
@@ -273,20 +270,7 @@ TEST(PromptBatchOfDynamicNtk, TakesPromptsOfOneRotationAlone) {
   ExpectEachAsAlone(*engine, RandomPrompts({256, 3, 200}, config.vocab_size));
 }
 
-bool ParseFlag(const char* flag) {
-  if (std::strcmp(flag, "--device=cuda") == 0) device = DeviceChoice::kCuda;
-  return std::strncmp(flag, "--device=c", 10) == 0 || std::strncmp(flag, "--gtest_", 8) == 0;
-}
-
 }  // namespace
 }  // namespace prefilld::model
 
-int main(int argc, char** argv) {
-  for (int i = 1; i < argc; ++i) {
-    if (prefilld::model::ParseFlag(argv[i])) continue;
-    std::fprintf(stderr, "unknown flag %s; see the top of prompt_batch_test.cc\n", argv[i]);
-    return 2;
-  }
-  testing::InitGoogleTest(&argc, argv);
-  return RUN_ALL_TESTS();
-}
+int main(int argc, char** argv) { return prefilld::model::RunTestsOnDevice(argc, argv); }

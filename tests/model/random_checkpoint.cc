@@ -10,6 +10,8 @@
 #include <random>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "nlohmann/json.hpp"
 
 namespace prefilld::model {
@@ -188,6 +190,23 @@ void RandomCheckpoint::WriteFile(const std::string& name, const std::string& con
   file << content;
   file.close();
   if (!file) Fail(path);
+}
+
+std::string ClusterFile(const ModelConfig& config, bool alone) {
+  std::vector<std::string> heads, clusters, names;
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    for (int head = 0; head < config.num_heads; ++head) {
+      heads.push_back(absl::StrCat("[", layer, ",", head, "]"));
+      names.push_back(absl::StrCat("\"", names.size(), "\""));
+      clusters.push_back(absl::StrCat(names.back(), ": [", heads.back(), "]"));
+    }
+  }
+  if (!alone) {
+    names = {"\"all\""};
+    clusters = {absl::StrCat("\"all\": [", absl::StrJoin(heads, ","), "]")};
+  }
+  return absl::StrCat("{\"clusters\": {", absl::StrJoin(clusters, ","), "}, \"shared_clusters\": [",
+                      absl::StrJoin(names, ","), "]}");
 }
 
 }  // namespace prefilld::model

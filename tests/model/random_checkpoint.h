@@ -37,6 +37,10 @@ class RandomCheckpoint {
   std::string dir_;
 };
 
+// The text of a head-cluster file in which every head of the model shares: alone in a cluster of
+// its own, or all heads in one.
+std::string ClusterFile(const ModelConfig& config, bool alone);
+
 }  // namespace prefilld::model
 
 #endif  // PREFILLD_TESTS_MODEL_RANDOM_CHECKPOINT_H_

@@ -26,8 +26,10 @@ struct AuditedRun {
 AuditedRun Attend(OneLayer& layer, AttentionOptions options, const HeadClusters& clusters,
                   int layer_index = 0) {
   AuditedRun run;
-  auto sharing = PatternSharing::Create(&layer.device(), &layer.config(), &clusters,
-                                        layer.num_tokens(), OneLayer::kBlockTokens);
+  const auto workspace = SharingWorkspace::Create(&layer.device(), &layer.config(), &clusters,
+                                                  layer.num_tokens(), OneLayer::kBlockTokens);
+  EXPECT_TRUE(workspace.ok()) << workspace.status();
+  auto sharing = PatternSharing::Create(workspace->get(), layer.num_tokens());
   EXPECT_TRUE(sharing.ok()) << sharing.status();
   (*sharing)->StartPrompt(layer.num_tokens(), options);
   EXPECT_TRUE((*sharing)->Attend(layer_index, layer.Params(&run.out), &run.report).ok());

@@ -169,8 +169,10 @@ absl::Status BenchSharing(model::Device& device, AttentionData& data,
   config.head_dim = data.head_dim;
   absl::StatusOr<model::HeadClusters> clusters = model::LoadHeadClusters(clusters_path, config);
   if (!clusters.ok()) return clusters.status();
-  auto sharing =
-      model::PatternSharing::Create(&device, &config, &*clusters, data.num_tokens, kBlock);
+  const auto workspace =
+      model::SharingWorkspace::Create(&device, &config, &*clusters, data.num_tokens, kBlock);
+  if (!workspace.ok()) return workspace.status();
+  auto sharing = model::PatternSharing::Create(workspace->get(), data.num_tokens);
   if (!sharing.ok()) return sharing.status();
 
   std::vector<HeadWork> dense(data.num_heads);

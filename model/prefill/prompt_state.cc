@@ -1,0 +1,65 @@
+#include "model/prefill/prompt_state.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "proto/status_macros.h"
+
+namespace prefilld::model {
+
+PromptState::PromptState(const PromptStateParts& parts, int64_t max_tokens, int first_mark)
+    : max_tokens(max_tokens),
+      first_mark(first_mark),
+      dense(parts.device, parts.config->num_heads, /*pattern=*/nullptr,
+            first_mark + 2 * kNumPoints) {
+  if (parts.baseline != nullptr) baseline = std::make_unique<BaselineAttention>(parts.baseline);
+}
+
+absl::StatusOr<std::unique_ptr<PromptState>> PromptState::Create(const PromptStateParts& parts,
+                                                                 int64_t max_tokens,
+                                                                 int first_mark) {
+  Device* device = parts.device;
+  const ModelConfig& config = *parts.config;
+  auto state = std::make_unique<PromptState>(parts, max_tokens, first_mark);
+  const int64_t batch_tokens = std::min(max_tokens, parts.max_batch_tokens);
+  PREFILLD_ASSIGN_OR_RETURN(state->hidden,
+                            HiddenStates::Create(device, config, max_tokens, batch_tokens));
+  const int64_t slot_elements =
+      RoundUp(max_tokens, kKvStrideTokens) * config.num_kv_heads * config.head_dim;
+  PREFILLD_ASSIGN_OR_RETURN(
+      state->slots,
+      KvSlots::Create(device, parts.kv_slots,
+                      slot_elements * kernels::SizeOf(device->traits().compute_dtype)));
+  PREFILLD_ASSIGN_OR_RETURN(
+      state->sharing,
+      PatternSharing::Create(parts.sharing, std::min(max_tokens, parts.max_prompt_tokens)));
+  if (batch_tokens > 0) {
+    const int64_t blocks = kernels::CeilDiv(batch_tokens, parts.block_tokens);
+    PREFILLD_ASSIGN_OR_RETURN(
+        state->batch_pattern,
+        device->Allocate(blocks * kernels::PatternWords(blocks) * sizeof(uint32_t)));
+    // A batch is no prompt alone, so it may use the same marks.
+    state->batch = std::make_unique<DenseStrategy>(
+        device, config.num_heads, state->batch_pattern.as<uint32_t>(), first_mark + 2 * kNumPoints);
+  }
+  return state;
+}
+
+void PromptState::Start(PackedPrompts next, const AttentionOptions& attention, bool with_logprobs) {
+  prompts = std::move(next);
+  options = attention;
+  logprobs = with_logprobs;
+  started_layers = next_layer = 0;
+  failure = absl::OkStatus();
+  dense.StartPrompt(num_tokens(), options);
+  strategy().StartPrompt(num_tokens(), options);
+}
+
+AttentionStrategy& PromptState::strategy() {
+  if (is_batch()) return *batch;
+  if (IsBaseline(options.policy)) return *baseline;
+  if (options.policy == AttentionPolicy::kDense) return dense;
+  return *sharing;
+}
+
+}  // namespace prefilld::model

@@ -1,0 +1,342 @@
+// Prompts that take turns, layer by layer in any order, give bit for bit what each gives alone.
+//
+//   interleaved_prompts_test [--device=cpu|cuda]
+#include <algorithm>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "model/prefill/prefill_engine.h"
+#include "tests/model/device_flag.h"
+#include "tests/model/prompt_run.h"
+#include "tests/model/random_checkpoint.h"
+
+namespace prefilld::model {
+namespace {
+
+using ::testing::HasSubstr;
+
+// A prompt, or a batch of them, and how it is asked for.
+struct Request {
+  std::vector<std::vector<uint32_t>> prompts;
+  AttentionOptions attention;
+  bool logprobs = false;
+
+  std::vector<PromptInput> inputs() const {
+    std::vector<PromptInput> inputs;
+    for (const auto& prompt : prompts) inputs.push_back({prompt, attention, logprobs});
+    return inputs;
+  }
+};
+
+// Everything that comes out of a request.
+struct Outcome {
+  std::vector<std::vector<uint8_t>> kv;  // [num_layers * prompts], as packed
+  std::vector<std::vector<int>> heads;   // [num_layers]: dense, pivot, shared, …
+  std::vector<double> density;           // [num_layers]
+  std::vector<std::vector<float>> logits;
+  std::vector<std::vector<float>> logprobs;  // of the tokens and of the likeliest, prompt by prompt
+};
+
+// Takes a request through the engine step by step. Its consumer is slow: a layer's KV is packed as
+// late as the slots allow, or when somebody says so.
+class Runner {
+ public:
+  Runner(PrefillEngine& engine, const Request& request) : engine_(engine), request_(request) {
+    auto sequence = engine.Start(request.inputs());
+    EXPECT_TRUE(sequence.ok()) << sequence.status();
+    if (sequence.ok()) sequence_ = *std::move(sequence);
+  }
+
+  bool done() const { return sequence_ == nullptr; }
+  PrefillSequence& sequence() { return *sequence_; }
+  int unreleased() const { return num_layers_ - num_packed_; }
+
+  // A layer, or after the last one the logits, and then log-probabilities prompt by prompt.
+  void Step() {
+    if (num_layers_ < engine_.info().config.num_layers) {
+      if (unreleased() == engine_.kv_slots()) PackOldest();
+      RunLayer();
+    } else if (outcome.logits.empty()) {
+      const auto logits = sequence_->FinalLogits();
+      ASSERT_TRUE(logits.ok()) << logits.status();
+      outcome.logits = *logits;
+    } else if (request_.logprobs && outcome.logprobs.size() < 2 * request_.prompts.size()) {
+      const auto logprobs =
+          sequence_->Logprobs(static_cast<int>(outcome.logprobs.size() / 2), [] { return true; });
+      ASSERT_TRUE(logprobs.ok()) << logprobs.status();
+      outcome.logprobs.push_back(logprobs->of_token);
+      outcome.logprobs.push_back(logprobs->of_best);
+    } else {
+      while (unreleased() > 0) PackOldest();
+      sequence_.reset();
+    }
+  }
+
+  void RunLayer() {
+    const auto report = sequence_->RunLayer();
+    ASSERT_TRUE(report.ok()) << report.status();
+    EXPECT_EQ(report->layer, num_layers_);
+    ++num_layers_;
+    outcome.heads.push_back({report->dense_heads, report->pivot_heads, report->shared_heads,
+                             report->vertical_slash_heads, report->baseline_heads});
+    outcome.density.push_back(report->density);
+  }
+
+  void PackOldest() {
+    for (size_t i = 0; i < request_.prompts.size(); ++i) {
+      KvSelection selection =
+          WholeLayer(engine_.info().config, static_cast<int64_t>(request_.prompts[i].size()), 16,
+                     kernels::KvOrder::kNhd, engine_.info().native_dtype);
+      selection.prompt = static_cast<int>(i);
+      outcome.kv.push_back(PackLayer(engine_, *sequence_, num_packed_, selection));
+    }
+    sequence_->ReleaseKv(num_packed_++);
+  }
+
+  Outcome outcome;
+
+ private:
+  PrefillEngine& engine_;
+  const Request request_;
+  std::unique_ptr<PrefillSequence> sequence_;
+  int num_layers_ = 0;
+  int num_packed_ = 0;
+};
+
+Outcome Alone(PrefillEngine& engine, const Request& request) {
+  Runner run(engine, request);
+  while (!run.done() && !::testing::Test::HasFatalFailure()) run.Step();
+  return run.outcome;
+}
+
+void ExpectSame(const Outcome& actual, const Outcome& expected) {
+  EXPECT_EQ(actual.heads, expected.heads);
+  EXPECT_EQ(actual.density, expected.density);
+  ASSERT_EQ(actual.kv.size(), expected.kv.size());
+  // Bytes, one by one, make no readable message.
+  for (size_t i = 0; i < actual.kv.size(); ++i) EXPECT_TRUE(actual.kv[i] == expected.kv[i]) << i;
+  EXPECT_TRUE(actual.logits == expected.logits);
+  EXPECT_TRUE(actual.logprobs == expected.logprobs);
+}
+
+// Steps of all requests in an order that the seed gives.
+std::vector<Outcome> InTurns(PrefillEngine& engine, const std::vector<Request>& requests,
+                             uint64_t seed) {
+  std::vector<std::unique_ptr<Runner>> runs;
+  for (const Request& request : requests) runs.push_back(std::make_unique<Runner>(engine, request));
+  std::vector<Runner*> open;
+  for (const auto& run : runs) open.push_back(run.get());
+  std::mt19937_64 random(seed);
+  while (!open.empty() && !::testing::Test::HasFatalFailure()) {
+    Runner& run = *open[random() % open.size()];
+    if (run.unreleased() > 0 && random() % 3 == 0) {
+      run.PackOldest();
+    } else {
+      run.Step();
+    }
+    open.erase(std::remove_if(open.begin(), open.end(), [](Runner* r) { return r->done(); }),
+               open.end());
+  }
+  std::vector<Outcome> outcomes;
+  for (const auto& run : runs) outcomes.push_back(run->outcome);
+  return outcomes;
+}
+
+// Several shuffles, so that on a GPU short layers are launched, recorded and replayed for every
+// state.
+void ExpectEachAsAlone(PrefillEngine& engine, const std::vector<Request>& requests) {
+  std::vector<Outcome> alone;
+  for (const Request& request : requests) alone.push_back(Alone(engine, request));
+  for (uint64_t seed = 0; seed < 4; ++seed) {
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    const std::vector<Outcome> outcomes = InTurns(engine, requests, seed);
+    for (size_t i = 0; i < requests.size(); ++i) {
+      SCOPED_TRACE(testing::Message() << "request " << i);
+      ExpectSame(outcomes[i], alone[i]);
+    }
+  }
+}
+
+AttentionOptions Share() {
+  AttentionOptions options;
+  options.policy = AttentionPolicy::kShare;
+  options.tau = 1.0f;
+  options.coverage = 1.0f;
+  options.gamma = 0.5f;
+  options.min_budget_tokens = 0;
+  return options;
+}
+
+AttentionOptions Sparse(AttentionPolicy policy) {
+  AttentionOptions options = Share();
+  options.policy = policy;
+  return options;
+}
+
+class InterleavedPrompts : public ::testing::Test {
+ protected:
+  InterleavedPrompts() {
+    checkpoint_.WriteFile("head_clusters.json", ClusterFile(checkpoint_.config(), /*alone=*/false));
+    EngineOptions options = CpuEngineOptions(checkpoint_.dir(), 1500);
+    options.device = DeviceFlag();
+    options.block_tokens = 64;
+    options.max_batch_tokens = 1024;
+    options.baselines = true;
+    options.long_prompts = 3;
+    options.short_prompts = 2;
+    engine_ = NewEngine(options);
+  }
+
+  std::vector<uint32_t> Prompt(int64_t length) {
+    return RandomTokens(length, checkpoint_.config().vocab_size, ++prompts_);
+  }
+  Request One(int64_t length, const AttentionOptions& attention, bool logprobs = false) {
+    return {{Prompt(length)}, attention, logprobs};
+  }
+  Request Batch(const std::vector<int64_t>& lengths, bool logprobs = false) {
+    Request request = {{}, DenseAttention(), logprobs};
+    for (const int64_t length : lengths) request.prompts.push_back(Prompt(length));
+    return request;
+  }
+
+  const RandomCheckpoint checkpoint_;
+  std::unique_ptr<PrefillEngine> engine_;
+  uint64_t prompts_ = 0;
+};
+
+TEST_F(InterleavedPrompts, DensePromptsOfOneLength) {
+  ExpectEachAsAlone(*engine_, {One(1300, DenseAttention()), One(1300, DenseAttention())});
+}
+
+TEST_F(InterleavedPrompts, DensePromptsShortAndLong) {
+  ExpectEachAsAlone(*engine_,
+                    {One(1300, DenseAttention(), /*logprobs=*/true), One(1, DenseAttention()),
+                     One(700, DenseAttention(), /*logprobs=*/true), One(128, DenseAttention()),
+                     One(129, DenseAttention())});
+}
+
+TEST_F(InterleavedPrompts, PivotsOfOneCluster) {
+  const std::vector<Request> requests = {One(1300, Share()), One(1300, Share()),
+                                         One(900, Share(), /*logprobs=*/true)};
+  for (const Request& request : requests) {
+    const Outcome outcome = Alone(*engine_, request);
+    EXPECT_EQ(outcome.heads[0], (std::vector<int>{0, 1, 3, 0, 0})) << "its own pivot";
+    EXPECT_EQ(outcome.heads[1], (std::vector<int>{0, 0, 4, 0, 0})) << "the same in the next layer";
+    EXPECT_LT(outcome.density[1], 0.8);
+  }
+  ExpectEachAsAlone(*engine_, requests);
+}
+
+TEST_F(InterleavedPrompts, EveryPolicyBesideTheOthers) {
+  ExpectEachAsAlone(
+      *engine_, {One(1300, Share()), One(1200, Sparse(AttentionPolicy::kVerticalSlash)),
+                 One(900, Sparse(AttentionPolicy::kBaselineQueryAware)),
+                 One(800, Sparse(AttentionPolicy::kBaselineRandom)), One(1100, DenseAttention())});
+}
+
+TEST_F(InterleavedPrompts, BatchesBesideLongOnes) {
+  ExpectEachAsAlone(*engine_,
+                    {One(1300, Share()), Batch({100, 128, 1, 70}), One(1250, DenseAttention()),
+                     Batch({5, 100, 40, 128}, /*logprobs=*/true)});
+}
+
+TEST_F(InterleavedPrompts, AuditsOfTheirRecall) {
+  AttentionOptions audited = Share();
+  audited.recall_audit_rows = 3;
+  ExpectEachAsAlone(*engine_, {One(1300, audited), One(1000, Share())});
+}
+
+TEST_F(InterleavedPrompts, RotationsOfTheirOwn) {
+  ModelConfig config = SmallRandomConfig();
+  config.rope.kind = RopeKind::kDynamicNtk;
+  config.rope.factor = 4.0;
+  config.rope.original_max_positions = config.max_positions = 256;
+  const RandomCheckpoint checkpoint(config);
+  EngineOptions options = CpuEngineOptions(checkpoint.dir(), 1000);
+  options.device = DeviceFlag();
+  const auto engine = NewEngine(options);
+  ExpectEachAsAlone(*engine, {One(200, DenseAttention()), One(900, DenseAttention()),
+                              One(600, DenseAttention(), /*logprobs=*/true)});
+}
+
+TEST_F(InterleavedPrompts, OneThatEndsMidwayLeavesNoTraceInItsSuccessorOrNeighbour) {
+  for (const AttentionOptions& attention : {DenseAttention(), Share()}) {
+    const Request staying = One(1300, attention), leaving = One(1400, attention);
+    const Request coming = One(1350, attention);
+    const Outcome staying_alone = Alone(*engine_, staying);
+    const Outcome coming_alone = Alone(*engine_, coming);
+    for (int layers = 0; layers < 4; ++layers) {
+      Runner neighbour(*engine_, staying);
+      neighbour.Step();
+      {
+        Runner abandoned(*engine_, leaving);
+        for (int layer = 0; layer < layers; ++layer) {
+          abandoned.RunLayer();
+          neighbour.Step();
+        }
+      }
+      Runner successor(*engine_, coming);
+      while (!successor.done() && !HasFatalFailure()) {
+        successor.Step();
+        if (!neighbour.done()) neighbour.Step();
+      }
+      while (!neighbour.done() && !HasFatalFailure()) neighbour.Step();
+      ExpectSame(neighbour.outcome, staying_alone);
+      ExpectSame(successor.outcome, coming_alone);
+    }
+  }
+}
+
+// A consumer that takes nothing holds back its own prompt and no other.
+TEST_F(InterleavedPrompts, SlotsThatAreHeldDelayTheirOwnPromptAlone) {
+  const Request slow = One(700, DenseAttention()), fast = One(700, DenseAttention());
+  const Outcome slow_alone = Alone(*engine_, slow);
+  const Outcome fast_alone = Alone(*engine_, fast);
+  Runner held(*engine_, slow);
+  for (int i = 0; i < engine_->kv_slots(); ++i) held.RunLayer();
+  EXPECT_EQ(held.sequence().RunLayer().status().code(), absl::StatusCode::kFailedPrecondition);
+  Runner other(*engine_, fast);
+  while (!other.done() && !HasFatalFailure()) other.Step();
+  ExpectSame(other.outcome, fast_alone);
+  while (!held.done() && !HasFatalFailure()) held.Step();
+  ExpectSame(held.outcome, slow_alone);
+}
+
+// Nothing is computed here.
+TEST(PlacesOfPrompts, TheSmallestOneThatIsFreeAndLargeEnoughIsTaken) {
+  ModelConfig config = SmallRandomConfig();
+  config.max_positions = 20000;
+  const RandomCheckpoint checkpoint(config);
+  EngineOptions options = CpuEngineOptions(checkpoint.dir(), 10000);
+  options.device = DeviceFlag();
+  options.long_prompts = 1;
+  options.short_prompts = 1;
+  const auto engine = NewEngine(options);
+  const auto start = [&](int64_t length) {
+    return engine->Start(RandomTokens(length, config.vocab_size), DenseAttention());
+  };
+  auto in_short = start(4096);
+  ASSERT_TRUE(in_short.ok()) << in_short.status();
+  auto in_long = start(9000);
+  ASSERT_TRUE(in_long.ok()) << "the short prompt has left the long place: " << in_long.status();
+  const absl::Status full = start(10).status();
+  EXPECT_EQ(full.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(full.message(), HasSubstr("10 tokens: other prompts have all 2 places"));
+  EXPECT_THAT(start(9000).status().message(), HasSubstr("all 1 places that hold so many, of 2"));
+
+  in_long->reset();
+  auto in_long_for_want_of_a_short = start(10);
+  ASSERT_TRUE(in_long_for_want_of_a_short.ok()) << in_long_for_want_of_a_short.status();
+  in_short->reset();
+  EXPECT_EQ(start(9000).status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(start(10).ok());
+}
+
+}  // namespace
+}  // namespace prefilld::model
+
+int main(int argc, char** argv) { return prefilld::model::RunTestsOnDevice(argc, argv); }

@@ -1,0 +1,135 @@
+// Attention policies of whole prompts through the engine.
+#include <string>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "model/prefill/prefill_engine.h"
+#include "tests/model/prompt_run.h"
+#include "tests/model/random_checkpoint.h"
+
+namespace prefilld::model {
+namespace {
+
+using ::testing::HasSubstr;
+
+TEST(PromptPolicies, ShareWithEveryHeadAloneEqualsDenseBitForBit) {
+  const RandomCheckpoint checkpoint;
+  checkpoint.WriteFile("head_clusters.json", ClusterFile(checkpoint.config(), /*alone=*/true));
+  const auto engine = NewEngine(CpuEngineOptions(checkpoint.dir(), 1200));
+  const auto tokens = RandomTokens(1000, 320);
+  AttentionOptions share;
+  share.policy = AttentionPolicy::kShare;
+  const PromptRun dense = RunPrompt(*engine, tokens, DenseAttention());
+  const PromptRun shared = RunPrompt(*engine, tokens, share);
+  EXPECT_EQ(shared.kv, dense.kv);
+  EXPECT_EQ(shared.logits, dense.logits);
+  for (const LayerReport& report : shared.reports) {
+    const bool is_last = report.layer + 1 == checkpoint.config().num_layers;
+    EXPECT_EQ(report.pivot_heads, is_last ? 0 : checkpoint.config().num_heads);
+    EXPECT_EQ(report.density, 1.0);
+  }
+}
+
+TEST(PromptPolicies, OnePivotServesItsClusterInAllLayers) {
+  const RandomCheckpoint checkpoint;
+  checkpoint.WriteFile("head_clusters.json", ClusterFile(checkpoint.config(), /*alone=*/false));
+  const auto engine = NewEngine(CpuEngineOptions(checkpoint.dir(), 1200));
+  AttentionOptions share;
+  share.policy = AttentionPolicy::kShare;
+  share.tau = 1.0f;
+  share.coverage = 1.0f;
+  share.gamma = 0.3f;
+  share.min_budget_tokens = 0;
+  const PromptRun run = RunPrompt(*engine, RandomTokens(1000, 320), share);
+  EXPECT_EQ(run.reports[0].pivot_heads, 1);
+  EXPECT_EQ(run.reports[0].shared_heads, checkpoint.config().num_heads - 1);
+  for (int layer = 1; layer + 1 < checkpoint.config().num_layers; ++layer) {
+    EXPECT_EQ(run.reports[layer].shared_heads, checkpoint.config().num_heads);
+    EXPECT_LT(run.reports[layer].density, 1.0);
+  }
+}
+
+TEST(PromptPolicies, TheLastQueryOfASparsePromptIsExact) {
+  const RandomCheckpoint checkpoint;
+  const auto engine = NewEngine(CpuEngineOptions(checkpoint.dir(), 1200));
+  AttentionOptions sparse;
+  sparse.policy = AttentionPolicy::kVerticalSlash;
+  sparse.gamma = 0.3f;
+  sparse.min_budget_tokens = 0;
+  const auto tokens = RandomTokens(1000, 320);
+  const PromptRun narrow = RunPrompt(*engine, tokens, sparse);
+  const LayerReport& last = narrow.reports.back();
+  EXPECT_EQ(last.dense_heads + last.vertical_slash_heads, 0);
+  EXPECT_EQ(last.num_queries, 1);
+  EXPECT_EQ(last.density, 1.0);
+  EXPECT_EQ(narrow.reports.front().vertical_slash_heads, checkpoint.config().num_heads);
+  const PromptRun whole = RunPrompts(*engine, {tokens}, sparse).front();
+  EXPECT_EQ(whole.reports.back().vertical_slash_heads, checkpoint.config().num_heads);
+  EXPECT_EQ(narrow.kv, whole.kv) << "only the last layer's output depends on its attention";
+}
+
+TEST(PromptPolicies, BaselinePoliciesRunWhereRoomWasMadeForThem) {
+  const RandomCheckpoint checkpoint;
+  EngineOptions with_baselines = CpuEngineOptions(checkpoint.dir(), 1200);
+  with_baselines.baselines = true;
+  const auto plain = NewEngine(CpuEngineOptions(checkpoint.dir(), 1200));
+  const auto engine = NewEngine(with_baselines);
+  const auto tokens = RandomTokens(1000, 320);
+  for (const AttentionPolicy policy :
+       {AttentionPolicy::kBaselineQueryAware, AttentionPolicy::kBaselineRandom}) {
+    AttentionOptions options;
+    options.policy = policy;
+    options.tau = 1.0f;
+    const auto refused = plain->Start(tokens, options);
+    EXPECT_EQ(refused.status().code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(refused.status().message(), HasSubstr(Name(policy)));
+
+    const PromptRun run = RunPrompt(*engine, tokens, options);
+    for (const LayerReport& report : run.reports) {
+      const bool is_last = report.layer + 1 == checkpoint.config().num_layers;
+      EXPECT_EQ(report.baseline_heads, is_last ? 0 : checkpoint.config().num_heads);
+      EXPECT_LE(report.density, 1.0);
+    }
+  }
+}
+
+TEST(PromptPolicies, AuditedPromptsGiveTheSameResultAndTheRecallOfEverySparseHead) {
+  const RandomCheckpoint checkpoint;
+  checkpoint.WriteFile("head_clusters.json", ClusterFile(checkpoint.config(), /*alone=*/false));
+  const auto engine = NewEngine(CpuEngineOptions(checkpoint.dir(), 1200));
+  const auto tokens = RandomTokens(1000, 320);
+  AttentionOptions options;
+  options.policy = AttentionPolicy::kShare;
+  options.gamma = 0.5f;
+  const PromptRun unseen = RunPrompt(*engine, tokens, options);
+  options.recall_audit_rows = 3;
+  const PromptRun audited = RunPrompt(*engine, tokens, options);
+  EXPECT_EQ(audited.logits, unseen.logits);
+  for (const LayerReport& report : audited.reports) {
+    EXPECT_EQ(static_cast<int>(report.recall.size()),
+              report.shared_heads + report.vertical_slash_heads);
+    for (const HeadRecall& head : report.recall) {
+      EXPECT_EQ(head.layer, report.layer);
+      EXPECT_GT(head.recall, 0.0f);
+      EXPECT_LE(head.recall, 1.0001f);
+    }
+  }
+}
+
+TEST(PromptPolicies, AutoIsDenseForShortPromptsAndForModelsWithoutClusters) {
+  const RandomCheckpoint plain, clustered;
+  clustered.WriteFile("head_clusters.json", ClusterFile(clustered.config(), /*alone=*/false));
+  AttentionOptions options;
+  options.crossover_tokens = 600;
+  const auto policy = [&](const RandomCheckpoint& checkpoint, int64_t length) {
+    const auto engine = NewEngine(CpuEngineOptions(checkpoint.dir(), 1200));
+    return (*engine->Start(RandomTokens(length, 320), options))->policy();
+  };
+  EXPECT_EQ(policy(plain, 700), AttentionPolicy::kDense);
+  EXPECT_EQ(policy(clustered, 700), AttentionPolicy::kShare);
+  EXPECT_EQ(policy(clustered, 500), AttentionPolicy::kDense);
+}
+
+}  // namespace
+}  // namespace prefilld::model
