@@ -2,6 +2,7 @@
 # Installs what building prefilld needs on Debian 12. Where all of it is present, apt is not called.
 #   deploy/install_packages.sh           libraries and tools of the build
 #   deploy/install_packages.sh --tests   what the tests need as well
+#   deploy/install_packages.sh --clang   what a build with clang and its sanitizers needs as well
 set -euo pipefail
 
 packages=(
@@ -14,16 +15,27 @@ packages=(
   # model and CPU kernels
   libdnnl-dev libhwy-dev libxxhash-dev nlohmann-json3-dev
 )
-if [[ "${1:-}" == --tests ]]; then
-  packages+=(
-    libgtest-dev libgmock-dev
-    # the Python client, and the check of the Kubernetes manifests
-    python3-grpcio python3-protobuf python3-numpy python3-xxhash python3-venv
-  )
-elif [[ $# -gt 0 ]]; then
-  echo "usage: $0 [--tests]" >&2
-  exit 2
-fi
+for option in "$@"; do
+  case "$option" in
+    --tests)
+      packages+=(
+        libgtest-dev libgmock-dev
+        # the Python client, and the check of the Kubernetes manifests
+        python3-grpcio python3-protobuf python3-numpy python3-xxhash python3-venv
+        # calibration, and the decoder that the embedded model was trained with
+        python3-scipy python3-torch
+      )
+      ;;
+    --clang)
+      # llvm-14 has the symbolizer, without which the sanitizers report bare addresses.
+      packages+=(clang libclang-rt-14-dev libomp-14-dev llvm-14)
+      ;;
+    *)
+      echo "usage: $0 [--tests] [--clang]" >&2
+      exit 2
+      ;;
+  esac
+done
 
 missing=()
 if command -v dpkg-query >/dev/null; then

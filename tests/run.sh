@@ -2,32 +2,56 @@
 # Installs what is missing, builds everything and runs the tests; ends with CTest's summary.
 #   tests/run.sh           all but the slow tests; those that need a GPU only where there is one
 #   tests/run.sh --slow    the slow ones too
-#   tests/run.sh -R REGEX  further arguments go to ctest
-# Where a CUDA compiler is found the CUDA code is compiled and linked too, GPU or not.
+#   tests/run.sh --asan    with clang, under the address and undefined-behaviour sanitizers; the build
+#                          also checks which lock guards what (-Wthread-safety)
+#   tests/run.sh --tsan    with clang, under the thread sanitizer
+#   tests/run.sh --fuzz    each fuzz target for 30 s, from the inputs kept in tests/fuzz/corpus
+#   ... -R REGEX           further arguments go to ctest
+# Where a CUDA compiler is found the CUDA code is compiled and linked too, GPU or not, but not under
+# the sanitizers. --asan and --fuzz share a build tree.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-skip_labels=()
-if [[ "${1:-}" == --slow ]]; then
-  shift
-else
-  skip_labels+=(slow)
-fi
-
-deploy/install_packages.sh --tests
+mode=normal
+case "${1:-}" in
+  --slow | --asan | --tsan | --fuzz)
+    mode=${1#--}
+    shift
+    ;;
+esac
 
 preset=release
-if nvcc=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null); then
-  preset=cuda
-  export CUDACXX="${CUDACXX:-$nvcc}"
-fi
-if ! nvidia-smi -L >/dev/null 2>&1; then
-  skip_labels+=(gpu)
-fi
+packages=(--tests)
+options=()
+targets=(all)
+labels=()  # for ctest
+case "$mode" in
+  asan | tsan)
+    preset=$mode
+    packages=(--tests --clang)
+    labels=(--label-exclude '^(slow|gpu|fuzz)$')
+    ;;
+  fuzz)
+    preset=asan
+    packages=(--tests --clang)
+    targets=(prefilld_fuzz_targets)
+    labels=(--label-regex '^fuzz$')
+    ;;
+  *)
+    if nvcc=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null); then
+      preset=cuda
+      export CUDACXX="${CUDACXX:-$nvcc}"
+    fi
+    skipped=()
+    [[ "$mode" == slow ]] || skipped+=(slow)
+    nvidia-smi -L >/dev/null 2>&1 || skipped+=(gpu)
+    [[ ${#skipped[@]} -eq 0 ]] || labels=(--label-exclude "^($(IFS='|' && echo "${skipped[*]}"))\$")
+    ;;
+esac
 
-launchers=()
+deploy/install_packages.sh "${packages[@]}"
 if command -v ccache >/dev/null; then
-  launchers=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
+  options+=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
 fi
 
 # The heaviest compilations take about 1.5 GB each.
@@ -39,9 +63,8 @@ jobs=$((available_kb / 1500000))
 echo "build: preset $preset, $jobs jobs"
 log="build/$preset/configure.log"
 mkdir -p "build/$preset"
-cmake --preset "$preset" -DPREFILLD_TESTS=ON -DPREFILLD_WARNINGS_AS_ERRORS=ON "${launchers[@]}" >"$log" 2>&1 || { cat "$log"; exit 1; }
+cmake --preset "$preset" -DPREFILLD_TESTS=ON -DPREFILLD_WARNINGS_AS_ERRORS=ON "${options[@]}" >"$log" 2>&1 || { cat "$log"; exit 1; }
 grep -- '-- prefilld:' "$log"
-cmake --build "build/$preset" --parallel "$jobs"
+cmake --build "build/$preset" --parallel "$jobs" --target "${targets[@]}"
 
-exec ctest --test-dir "build/$preset" --output-on-failure --no-tests=error --parallel "$(nproc)" \
-  ${skip_labels[@]:+--label-exclude "^($(IFS='|' && echo "${skip_labels[*]}"))\$"} "$@"
+exec ctest --test-dir "build/$preset" --output-on-failure --no-tests=error --parallel "$(nproc)" "${labels[@]}" "$@"

@@ -19,8 +19,17 @@ from torch import Tensor, nn
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
+# Older ones, such as Debian 12's, have no attention in which query heads share KV heads.
+HAS_GROUPED_ATTENTION = torch.__version__ >= "2.5"
+
+
 def dense_causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if HAS_GROUPED_ATTENTION:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    logits = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+    later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return logits.masked_fill(later, -torch.inf).softmax(-1).to(v.dtype) @ v
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:

@@ -102,11 +102,41 @@ struct PayloadPosition {
   size_t size = 0;
 };
 
+// Protobuf's parsers of messages refuse longer tags and lengths. CodedInputStream takes them and
+// drops the bits above 32.
+constexpr int kMaxVarint32Bytes = 5;
+
+// Reads a tag, 0 at the end.
+bool ReadTag(CodedInputStream& in, uint32_t& tag) {
+  const int begin = in.CurrentPosition();
+  tag = in.ReadTag();
+  return in.CurrentPosition() - begin <= kMaxVarint32Bytes;
+}
+
+bool ReadLength(CodedInputStream& in, int& length) {
+  const int begin = in.CurrentPosition();
+  return in.ReadVarintSizeAsInt(&length) && in.CurrentPosition() - begin <= kMaxVarint32Bytes;
+}
+
 bool ReadPayload(CodedInputStream& in, PayloadPosition& payload) {
-  uint32_t size;
-  if (!in.ReadVarint32(&size)) return false;
-  payload = {static_cast<size_t>(in.CurrentPosition()), size};
-  return in.Skip(static_cast<int>(size));
+  int length = 0;
+  if (!ReadLength(in, length)) return false;
+  payload = {static_cast<size_t>(in.CurrentPosition()), static_cast<size_t>(length)};
+  return in.Skip(length);
+}
+
+// Skips a field that came with a later version. Groups, which are older than proto3, are refused.
+bool SkipUnknown(CodedInputStream& in, uint32_t tag) {
+  int length = 0;
+  switch (WireFormatLite::GetTagWireType(tag)) {
+    case WireFormatLite::WIRETYPE_LENGTH_DELIMITED:
+      return WireFormatLite::GetTagFieldNumber(tag) != 0 && ReadLength(in, length) &&
+             in.Skip(length);
+    case WireFormatLite::WIRETYPE_START_GROUP:
+      return false;
+    default:
+      return WireFormatLite::SkipField(&in, tag);
+  }
 }
 
 bool ReadField(CodedInputStream& in, uint32_t tag, FrameHeader& header) {
@@ -118,15 +148,17 @@ bool ReadField(CodedInputStream& in, uint32_t tag, FrameHeader& header) {
     ok = field.Read(in, header);
   };
   std::apply([&](const auto&... field) { (read_if_it_is(field), ...); }, kFields);
-  return known ? ok : WireFormatLite::SkipField(&in, tag);
+  return known ? ok : SkipUnknown(in, tag);
 }
 
 // Reads the fields of a KvFrame up to the stream's limit, noting where the payload lies.
 bool ReadFields(CodedInputStream& in, FrameHeader& header, PayloadPosition& payload) {
-  while (const uint32_t tag = in.ReadTag()) {
+  uint32_t tag = 0;
+  while (ReadTag(in, tag)) {
+    if (tag == 0) return in.ConsumedEntireMessage();
     if (!(tag == kPayloadTag ? ReadPayload(in, payload) : ReadField(in, tag, header))) return false;
   }
-  return in.ConsumedEntireMessage();
+  return false;
 }
 
 absl::Status Malformed() { return absl::DataLossError("malformed message in the stream"); }
@@ -194,11 +226,12 @@ absl::StatusOr<std::optional<ReceivedFrame>> ParseFrame(grpc::ByteBuffer& messag
     grpc::ProtoBufferReader reader(&message);
     if (!reader.status().ok()) return Malformed();
     CodedInputStream in(&reader);
-    uint32_t size;
-    if (in.ReadTag() != kKvFrameTag || !in.ReadVarint32(&size)) return std::nullopt;
+    uint32_t tag = 0;
+    int size = 0;
+    if (!ReadTag(in, tag) || tag != kKvFrameTag || !ReadLength(in, size)) return std::nullopt;
     // Anything beside the frame, be it a second one, is for the general parser.
-    if (in.CurrentPosition() + size_t{size} != message.Length()) return std::nullopt;
-    const CodedInputStream::Limit limit = in.PushLimit(static_cast<int>(size));
+    if (static_cast<size_t>(in.CurrentPosition()) + size != message.Length()) return std::nullopt;
+    const CodedInputStream::Limit limit = in.PushLimit(size);
     if (!ReadFields(in, frame, payload)) return Malformed();
     in.PopLimit(limit);
   }

@@ -218,5 +218,33 @@ TEST(ParseFrame, EveryTruncationIsAnErrorOrLeftToTheGeneralParser) {
   EXPECT_EQ(ParseFrame(buffer).status().code(), absl::StatusCode::kDataLoss);
 }
 
+grpc::ByteBuffer FrameOf(const std::string& fields) {
+  return Cut("\x1a" + std::string(1, static_cast<char>(fields.size())) + fields, 100);
+}
+
+// The other parser would read other fields, or none: both must refuse.
+TEST(ParseFrame, RefusesTheTagsAndLengthsThatProtobufRefuses) {
+  using std::string_literals::operator""s;
+  for (const std::string& fields : {
+           "\x88\x80\x80\x80\x80\x01\x05"s,          // the tag of `lane`, and a bit above 32
+           "\xa8\x80\x80\x80\x80\x80\x80\x01\x05"s,  // that of an unknown field
+           "\x7a\x80\x80\x80\x80\x10"s,              // a payload of 2^32 bytes
+           "\x7a\x81\x80\x80\x80\x80\x00x"s,         // of one byte, in six digits
+           "\xa2\x06\x80\x80\x80\x80\x80\x20"s,      // an unknown field of 2^40 bytes
+       }) {
+    grpc::ByteBuffer buffer = FrameOf(fields);
+    EXPECT_EQ(ParseFrame(buffer).status().code(), absl::StatusCode::kDataLoss);
+    PrefillEvent event;
+    EXPECT_FALSE(ParseMessage(buffer, event).ok());
+  }
+}
+
+TEST(ParseFrame, SkipsFieldsOfLaterVersions) {
+  grpc::ByteBuffer buffer = FrameOf("\xa0\x06\x05\xa2\x06\x02zz\x08\x03");
+  const auto parsed = ParseFrame(buffer);
+  ASSERT_TRUE(parsed.ok() && parsed->has_value());
+  EXPECT_EQ((*parsed)->lane, 3);
+}
+
 }  // namespace
 }  // namespace prefilld::wire

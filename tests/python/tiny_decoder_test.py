@@ -18,7 +18,7 @@ TINY = Path(__file__).parents[2] / "model" / "tiny"
 sys.path.insert(0, str(TINY))
 
 import torch  # noqa: E402
-from decoder import Decoder  # noqa: E402
+from decoder import Decoder, dense_causal  # noqa: E402
 
 CONFIGS = {name: json.loads((TINY / f"{name}.json").read_text()) for name in ("config", "second_shape")}
 
@@ -58,6 +58,13 @@ class TinyDecoder(unittest.TestCase):
                 stack[0] += 0.1 * torch.randn_like(kept)
                 self.assertGreater((logits(model) - before).abs().max().item(), 1e-4, f"{name} {tensor}")
                 stack[0] = kept
+
+    def test_query_heads_share_kv_heads_in_groups(self):
+        q, k, v = (torch.randn(2, heads, 12, 64) for heads in (6, 2, 2))
+        attended = dense_causal(0, q, k, v)
+        for head in range(6):
+            alone = dense_causal(0, *(x[:, i : i + 1] for x, i in ((q, head), (k, head // 3), (v, head // 3))))
+            torch.testing.assert_close(attended[:, head : head + 1], alone)
 
     def test_no_position_sees_later_ones(self):
         for name in CONFIGS:

@@ -7,6 +7,7 @@
 
 #include <unistd.h>
 
+#include "absl/base/config.h"
 #include "absl/synchronization/mutex.h"
 #include "tests/server/server_fixture.h"
 
@@ -14,7 +15,7 @@ namespace prefilld::server {
 namespace {
 
 // Sanitizers keep freed memory.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#if defined(ABSL_HAVE_ADDRESS_SANITIZER) || defined(ABSL_HAVE_THREAD_SANITIZER)
 constexpr bool kMemoryIsOurs = false;
 #else
 constexpr bool kMemoryIsOurs = true;
