@@ -53,7 +53,10 @@ struct KvPacker::State {
 KvPacker::Source::Source(KvPacker& packer, std::unique_ptr<State> state)
     : packer_(packer), state_(std::move(state)) {}
 
-KvPacker::Source::~Source() { packer_.Remove(*state_); }
+// Whoever wants to know of a failure has closed the source.
+KvPacker::Source::~Source() { Close().IgnoreError(); }
+
+absl::Status KvPacker::Source::Close() { return packer_.Remove(*state_); }
 
 void KvPacker::Source::LayerDone(int layer) { packer_.AddLayer(*state_, layer); }
 
@@ -90,12 +93,14 @@ std::unique_ptr<KvPacker::Source> KvPacker::Add(absl::Span<const std::shared_ptr
   return std::unique_ptr<Source>(new Source(*this, std::move(state)));
 }
 
-void KvPacker::Remove(State& source) {
+// Does nothing more for a source that was removed before.
+absl::Status KvPacker::Remove(State& source) {
   absl::MutexLock lock(&mu_);
   DropUntaken(source, /*all=*/true);
   const auto unused = [&source] { return source.frames_underway == 0; };
   mu_.Await(absl::Condition(&unused));
-  sources_.erase(std::find(sources_.begin(), sources_.end(), &source));
+  sources_.erase(std::remove(sources_.begin(), sources_.end(), &source), sources_.end());
+  return source.status;
 }
 
 // Allocates a few words per request.

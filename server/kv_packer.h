@@ -54,13 +54,15 @@ class KvPacker {
     EventCount& wake;  // notified when a source has more room, or a request has left
   };
 
-  // The layers of one pass. The pass destroys it at its end.
+  // The layers of one pass, which closes it at its end.
   class Source {
    public:
-    // Drops what is not packed yet and waits for the frames that are being packed. After that
-    // nobody uses the sequence.
-    ~Source();
+    ~Source();  // closes it
 
+    // Drops what is not packed yet and waits for the frames that are being packed. After that
+    // nobody uses the sequence. It fails if the device has failed to pack, with the last frames
+    // too.
+    absl::Status Close();
     // Hands over a finished layer, oldest first.
     void LayerDone(int layer);
     // Tells whether the sequence may compute one more layer, that is, whether fewer than kv_slots
@@ -119,7 +121,7 @@ class KvPacker {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   void AddLayer(State& source, int layer);
-  void Remove(State& source);
+  absl::Status Remove(State& source);
   // Drops the frames that no thread has taken yet: all, or those of requests that have ended.
   void DropUntaken(State& source, bool all) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void ReleaseLayers(State& source) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);

@@ -27,6 +27,13 @@ PrefillPass::PrefillPass(const PassResources& resources,
 }
 
 absl::StatusOr<PrefillPass::StepReport> PrefillPass::Step() {
+  PREFILLD_ASSIGN_OR_RETURN(const StepReport report, NextStep());
+  // A frame of a request that has ended may still be packed, and may be the one that fails.
+  if (report.next == Next::kOver) PREFILLD_RETURN_IF_ERROR(source_->Close());
+  return report;
+}
+
+absl::StatusOr<PrefillPass::StepReport> PrefillPass::NextStep() {
   EndStall();
   PREFILLD_ASSIGN_OR_RETURN(const bool has_room, source_->HasRoom());
   StepReport report;

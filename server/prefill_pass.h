@@ -58,14 +58,15 @@ class PrefillPass {
               std::unique_ptr<model::PrefillSequence> sequence, int num_layers);
 
   // Computes one layer, the first tokens, or one prompt's log-probabilities, unless it must wait
-  // for consumers. It fails when the device failed; the caller must then abort the jobs that have
-  // not ended.
+  // for consumers. Once it has returned kOver, nobody uses the sequence. It fails when the device
+  // failed; the caller must then abort the jobs that have not ended.
   absl::StatusOr<StepReport> Step();
 
   absl::Span<const std::shared_ptr<PrefillJob>> jobs() const { return jobs_; }
   int64_t num_tokens() const { return num_tokens_; }  // over all prompts
 
  private:
+  absl::StatusOr<StepReport> NextStep();
   absl::Status ComputeLayer();
   absl::Status ComputeFirstTokens();
   absl::Status ComputeLogprobs(size_t job);

@@ -105,6 +105,12 @@ class FakeSequence final : public model::PrefillSequence {
   }
 
   absl::Status PackKv(int layer, const model::KvSelection& selection, void* dst) override {
+    std::function<void()> on_pack;
+    {
+      absl::MutexLock lock(&engine_->mu_);
+      on_pack = engine_->on_pack_;
+    }
+    if (on_pack != nullptr) on_pack();
     {
       absl::MutexLock lock(&engine_->mu_);
       if (!engine_->pack_error_.ok()) return engine_->pack_error_;
@@ -200,6 +206,11 @@ void FakeEngine::FailFrom(int layer, absl::Status status) {
 void FakeEngine::FailPacking(absl::Status status) {
   absl::MutexLock lock(&mu_);
   pack_error_ = std::move(status);
+}
+
+void FakeEngine::set_on_pack(std::function<void()> on_pack) {
+  absl::MutexLock lock(&mu_);
+  on_pack_ = std::move(on_pack);
 }
 
 void FakeEngine::HoldAfter(int layers) {

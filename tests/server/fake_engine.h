@@ -43,6 +43,8 @@ class FakeEngine final : public model::PrefillEngine {
   // Makes layers fail with `status` from `layer` on. -1: never.
   void FailFrom(int layer, absl::Status status);
   void FailPacking(absl::Status status);
+  // Sets what runs whenever a frame is packed, on the thread that packs it, before a failure.
+  void set_on_pack(std::function<void()> on_pack);
   // Stops every sequence after its first `layers` layers until the next call. -1: no limit.
   void HoldAfter(int layers);
   void set_logits_are_nan(bool nan) { logits_are_nan_ = nan; }
@@ -87,6 +89,7 @@ class FakeEngine final : public model::PrefillEngine {
   mutable absl::Mutex mu_;
   absl::Duration layer_time_ ABSL_GUARDED_BY(mu_);
   std::function<void()> on_layer_ ABSL_GUARDED_BY(mu_);
+  std::function<void()> on_pack_ ABSL_GUARDED_BY(mu_);
   int fail_from_ ABSL_GUARDED_BY(mu_) = -1;
   absl::Status layer_error_ ABSL_GUARDED_BY(mu_);
   absl::Status pack_error_ ABSL_GUARDED_BY(mu_);

@@ -2,8 +2,10 @@
 
 #include <gmock/gmock.h>
 
+#include "absl/synchronization/notification.h"
 #include "proto/status_macros.h"
 #include "tests/server/job_harness.h"
+#include "tests/server/server_fixture.h"
 
 namespace prefilld::server {
 namespace {
@@ -202,6 +204,31 @@ TEST_F(SchedulerTest, AFailureToPackIsAFailureOfTheDevice) {
   Run();
   EXPECT_EQ(scheduler_.failure(), absl::InternalError("copy failed"));
   EXPECT_EQ(call->job->ending().outcome, Outcome::kDeviceFailed);
+}
+
+// The frame that fails is still being packed when its request has ended and the pass is over.
+TEST(Scheduler, AFailureToPackIsNotLostWithTheRequestThatEnded) {
+  Bench bench({}, /*num_buffers=*/8, /*pack_threads=*/1);
+  Scheduler scheduler(bench.engine, bench.resources, bench.wake,
+                      QueueLimits{.capacity = 4, .max_queued_tokens = 100'000});
+  absl::Notification packing, ended;
+  bench.engine.FailPacking(absl::InternalError("copy failed"));
+  bench.engine.set_on_pack([&] {
+    packing.Notify();
+    ended.WaitForNotification();
+    // The pass drops its second layer, which no frame has been packed of, when it is over.
+    EXPECT_TRUE(Eventually([&] { return bench.engine.held() == 1; }));
+  });
+  const auto job = bench.NewJob(10);
+  ASSERT_TRUE(scheduler.Submit(job).status.ok());
+  for (int i = 0; i < 3; ++i) EXPECT_TRUE(scheduler.StepOnce());  // starts, and computes two layers
+  packing.WaitForNotification();
+  job->OnCallCancelled();
+  ended.Notify();
+  EXPECT_TRUE(scheduler.StepOnce());
+  EXPECT_EQ(bench.engine.alive(), 0);
+  EXPECT_EQ(scheduler.failure(), absl::InternalError("copy failed"));
+  scheduler.Retire(*job);
 }
 
 TEST_F(SchedulerTest, ABatchThatTheEngineRefusesIsComputedOneByOne) {
