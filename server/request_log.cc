@@ -1,5 +1,6 @@
 #include "server/request_log.h"
 
+#include "absl/strings/str_cat.h"
 #include "proto/process/log.h"
 #include "proto/wire/request_id.h"
 
@@ -7,6 +8,11 @@ namespace prefilld::server {
 namespace {
 
 double Milliseconds(absl::Duration duration) { return absl::ToDoubleMilliseconds(duration); }
+
+std::string Shown(const absl::Status& status) {
+  return absl::StrCat(absl::StatusCodeToString(status.code()), ": ",
+                      wire::ShownReason(status.message()));
+}
 
 }  // namespace
 
@@ -56,9 +62,7 @@ void LogRequest(PrefillJob& job, absl::Time now) {
   if (work.pushes()) fields.emplace_back("deliver_to", work.deliver_to.address());
   if (!work.trace_id.empty()) fields.emplace_back("trace_id", work.trace_id);
   const bool ok = ending.outcome == Outcome::kOk;
-  if (!ok)
-    fields.emplace_back("status", absl::StrCat(absl::StatusCodeToString(ending.status.code()), ": ",
-                                               wire::ShownReason(ending.status.message())));
+  if (!ok) fields.emplace_back("status", Shown(ending.status));
   process::LogEvent(ok ? process::LogLevel::kInfo : process::LogLevel::kWarning, "request", fields);
 }
 
@@ -68,8 +72,7 @@ void LogRefused(const std::string& request_id, const std::string& peer, Outcome 
                     {{"id", std::string(wire::ShownId(request_id))},
                      {"outcome", Name(outcome)},
                      {"peer", peer},
-                     {"status", std::string(absl::StatusCodeToString(status.code())) + ": " +
-                                    std::string(wire::ShownReason(status.message()))}});
+                     {"status", Shown(status)}});
 }
 
 }  // namespace prefilld::server
