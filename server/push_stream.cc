@@ -66,8 +66,8 @@ PushStream::PushStream(std::shared_ptr<PrefillJob> job, LaneQueue* queue, const 
       queue_(queue),
       open_(dialer.open_),
       // Without a scheme gRPC would take "unix:80" for the name of a socket.
-      stub_(wire::OpenChannel(absl::StrCat("dns:///", job_->work().deliver_to.address()),
-                              dialer.credentials_)) {
+      stub_(wire::OpenPushChannel(absl::StrCat("dns:///", job_->work().deliver_to.address()),
+                                  dialer.credentials_)) {
   {
     absl::MutexLock lock(&open_->mu);
     ++open_->calls;

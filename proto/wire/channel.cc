@@ -19,9 +19,8 @@ constexpr int kLookaheadBytes = 8 << 20;
 
 }  // namespace
 
-std::shared_ptr<grpc::Channel> OpenChannel(
-    const std::string& target, const std::shared_ptr<grpc::ChannelCredentials>& credentials,
-    const std::string& server_name) {
+absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const ChannelOptions& options) {
+  PREFILLD_ASSIGN_OR_RETURN(const auto credentials, MakeChannelCredentials(options.tls));
   grpc::ChannelArguments arguments;
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   for (const auto& [name, value] : kKeepAliveArguments) arguments.SetInt(name, value);
@@ -29,14 +28,22 @@ std::shared_ptr<grpc::Channel> OpenChannel(
   arguments.SetInt(GRPC_ARG_HTTP2_MAX_FRAME_SIZE, kHttp2FrameBytes);
   arguments.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, kLookaheadBytes);
   arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
-  if (!server_name.empty()) arguments.SetSslTargetNameOverride(server_name);
-  return grpc::CreateCustomChannel(target, credentials, arguments);
+  if (options.tls.has_value() && !options.tls->server_name.empty()) {
+    arguments.SetSslTargetNameOverride(options.tls->server_name);
+  }
+  return grpc::CreateCustomChannel(options.address, credentials, arguments);
 }
 
-absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const ChannelOptions& options) {
-  PREFILLD_ASSIGN_OR_RETURN(const auto credentials, MakeChannelCredentials(options.tls));
-  return OpenChannel(options.address, credentials,
-                     options.tls.has_value() ? options.tls->server_name : "");
+std::shared_ptr<grpc::Channel> OpenPushChannel(
+    const std::string& target, const std::shared_ptr<grpc::ChannelCredentials>& credentials,
+    absl::Duration silence) {
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS,
+                   static_cast<int>(absl::ToInt64Milliseconds(silence)));
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepAliveTimeoutMs);
+  arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 2);
+  return grpc::CreateCustomChannel(target, credentials, arguments);
 }
 
 }  // namespace prefilld::wire

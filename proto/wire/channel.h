@@ -7,6 +7,8 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "proto/wire/keep_alive.h"
 #include "proto/wire/tls.h"
 
 namespace grpc {
@@ -29,10 +31,13 @@ struct ChannelOptions {
 // INVALID_ARGUMENT: as MakeChannelCredentials.
 absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const ChannelOptions& options);
 
-// Opens the same kind of channel with given credentials, for many channels to changing targets.
-std::shared_ptr<grpc::Channel> OpenChannel(
+// Opens a channel, with a connection of its own, to a receiver of pushed KV. A receiver may be any
+// gRPC server, and one that was not told otherwise ends a connection that pings it more than a few
+// times without sending a message. So after `silence` without a word from it, it is pinged at most
+// twice until the next message is sent.
+std::shared_ptr<grpc::Channel> OpenPushChannel(
     const std::string& target, const std::shared_ptr<grpc::ChannelCredentials>& credentials,
-    const std::string& server_name = "");
+    absl::Duration silence = absl::Milliseconds(kKeepAliveTimeMs));
 
 }  // namespace prefilld::wire
 

@@ -10,11 +10,15 @@
 namespace prefilld::wire {
 
 // A peer that vanished without a word is noticed within half a minute: after 20 s in which nothing
-// came it is pinged, and it has 10 s to answer. The number of pings is not limited, because a long
-// prefill sends nothing.
+// came it is pinged, and it has 10 s to answer.
+inline constexpr int kKeepAliveTimeMs = 20'000;
+inline constexpr int kKeepAliveTimeoutMs = 10'000;
+
+// The arguments of both ends of a connection to prefilld or to a caller of the decode worker. The
+// number of pings is not limited, because a long prefill sends nothing.
 inline constexpr std::array<std::pair<const char*, int>, 3> kKeepAliveArguments = {
-    {{GRPC_ARG_KEEPALIVE_TIME_MS, 20'000},
-     {GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 10'000},
+    {{GRPC_ARG_KEEPALIVE_TIME_MS, kKeepAliveTimeMs},
+     {GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepAliveTimeoutMs},
      {GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0}}};
 
 // Servers accept a ping every 10 s, with some allowance for jitter.
