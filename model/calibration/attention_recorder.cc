@@ -130,20 +130,20 @@ absl::Status AttentionRecorder::Record(absl::Span<const uint32_t> tokens, Safete
                                        absl::FunctionRef<void(int layer)> progress) {
   num_tokens_ = static_cast<int64_t>(tokens.size());
   num_blocks_ = kernels::CeilDiv(num_tokens_, options_.block_tokens);
-  absl::Status status = step_->Embed(states_, tokens, /*first_position=*/0, num_tokens_);
-  for (int layer = 0; layer < config_.num_layers && status.ok(); ++layer) {
-    status = step_->BeforeAttention(states_, layer,
-                                    {.k = keys_.data(),
-                                     .v = values_.data(),
-                                     .head_stride = kv_head_stride(),
-                                     .token_stride = config_.head_dim});
-    if (status.ok()) status = RecordEstimate(file);
-    if (status.ok()) status = RecordMass(file);
-    if (status.ok()) status = RecordVerticalSlash(file);
-    if (status.ok()) status = step_->AfterAttention(states_, layer);
-    if (status.ok()) progress(layer);
+  PREFILLD_RETURN_IF_ERROR(step_->Embed(states_, tokens, /*first_position=*/0, num_tokens_));
+  for (int layer = 0; layer < config_.num_layers; ++layer) {
+    PREFILLD_RETURN_IF_ERROR(step_->BeforeAttention(states_, layer,
+                                                    {.k = keys_.data(),
+                                                     .v = values_.data(),
+                                                     .head_stride = kv_head_stride(),
+                                                     .token_stride = config_.head_dim}));
+    PREFILLD_RETURN_IF_ERROR(RecordEstimate(file));
+    PREFILLD_RETURN_IF_ERROR(RecordMass(file));
+    PREFILLD_RETURN_IF_ERROR(RecordVerticalSlash(file));
+    PREFILLD_RETURN_IF_ERROR(step_->AfterAttention(states_, layer));
+    progress(layer);
   }
-  return status;
+  return absl::OkStatus();
 }
 
 kernels::AttentionParams AttentionRecorder::Attention() const {

@@ -16,6 +16,7 @@ import time
 import unittest
 from pathlib import Path
 
+import contract
 import live_processes
 
 CLIENT = live_processes.ROOT / "client" / "python"
@@ -43,6 +44,22 @@ from prefilld import (
 from prefilld.transfer import TransferCheck  # noqa: E402
 
 PROMPT = [256, *b"The old fisher carried a lantern to the harbour, and the harbour was quiet. " * 3]
+
+
+class Options(unittest.TestCase):
+    """Tests how options become messages. Their names are compared with prefill.proto in contract_test.py."""
+
+    def test_help_names_every_policy(self):
+        for policy in contract.policies():
+            self.assertIn(policy, Attention.__doc__)
+            self.assertEqual(wire.enum_name("AttentionPolicy", Attention(policy=policy).to_wire().policy), policy)
+        self.assertNotIn("{", Attention.__doc__)
+
+    def test_every_argument_becomes_the_field_of_its_name(self):
+        for name, kind in contract.thresholds().items():
+            message = Attention(**{name: {float: 0.5, int: 7, bool: False}[kind]}).to_wire()
+            self.assertEqual([field.name for field, _ in message.ListFields()], [name])
+        self.assertEqual(Attention().to_wire().ByteSize(), 0)
 
 
 class Frames(unittest.TestCase):

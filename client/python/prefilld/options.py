@@ -40,9 +40,10 @@ class Layout:
 class Attention:
     """How attention is computed; ranges and meaning stand at AttentionOptions in prefill.proto.
 
-    policy: "dense", "vertical_slash", "share", "auto", or, where the server allows them,
-    "baseline_query_aware" and "baseline_random"; None is the server's default, as is None for each
-    of the others, but that a gamma without vertical_slash_gamma is that of vertical-slash as well.
+    policy: one of {policies}.
+    A server refuses the baselines unless its operator allows them by name.
+    None, for the policy and for each of the others, leaves the choice to the server. A gamma without
+    vertical_slash_gamma is that of vertical-slash as well.
     recall_audit_rows: query blocks per layer on which recall is measured; result.total.recall has it.
     """
 
@@ -61,6 +62,11 @@ class Attention:
         fields = {name: value for name, value in vars(self).items() if value is not None}
         fields["policy"] = wire.enum_value("AttentionPolicy", self.policy or "unspecified")
         return wire.AttentionOptions(**fields)
+
+
+# The contract's own list, so that help(Attention) names every policy.
+if Attention.__doc__ is not None:  # python -OO drops it
+    Attention.__doc__ = Attention.__doc__.format(policies=", ".join(wire.enum_names("AttentionPolicy")))
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,12 @@ def _prefix(enum: str) -> str:
     return first.removesuffix("UNSPECIFIED")
 
 
+def enum_names(enum: str) -> list[str]:
+    """Returns every name that enum_value() takes, but "unspecified"."""
+    values = _pool.FindEnumTypeByName(f"{_PACKAGE}.{enum}").values
+    return [v.name.removeprefix(_prefix(enum)).lower() for v in values if v.number != 0]
+
+
 def enum_value(enum: str, name: str) -> int:
     """Turns ("AttentionPolicy", "share") into 3. Raises ValueError that names what is allowed."""
     values = _pool.FindEnumTypeByName(f"{_PACKAGE}.{enum}").values_by_name
