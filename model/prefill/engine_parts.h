@@ -23,8 +23,8 @@ struct EngineParts {
   int kv_slots = 0;  // of a state
   int64_t max_batch_tokens = 0;
   int64_t max_graph_tokens = 0;  // 0: nothing is recorded
-  // Prompts of at most so many tokens have their next layer queued behind the one that is waited
-  // for, if their attention never waits. 0: none.
+  // Prompts of at most so many tokens have their next layer queued while the previous one is
+  // computed, if their attention never waits for the device. 0: none.
   int64_t run_ahead_tokens = 0;
   EngineInfo info;
   std::unique_ptr<Device> device;  // before all that lives in its memory

@@ -14,9 +14,10 @@ namespace prefilld::model {
 
 // Everything that LayerStep carries from one layer of a run to the next: hidden states, and what
 // rotates queries and keys. LayerStep::Embed starts a run and fills all of it. The memory is
-// allocated once, belongs to nobody but this run, and may serve one run after the other.
+// allocated once. It holds one run at a time, and may hold one run after the other.
 struct HiddenStates {
-  // For runs of at most max_tokens; of several prompts, max_batch_tokens at most, 0 for none.
+  // Allocates for runs of at most max_tokens. Runs of several prompts have at most
+  // max_batch_tokens; 0 means that there are none.
   static absl::StatusOr<HiddenStates> Create(Device* device, const ModelConfig& config,
                                              int64_t max_tokens, int64_t max_batch_tokens);
 

@@ -14,18 +14,18 @@
 
 namespace prefilld::model {
 
-// K and V of one layer, each of KvSlots' slot size.
+// K and V of one layer, each of the size of a slot.
 struct KvSlot {
   void* k = nullptr;
   void* v = nullptr;
 };
 
-// The slots of one prompt's state, each holding one layer from the moment its computation begins
-// until its release. A state has slots of its own, and not a share of a common pool: so a prompt
-// whose consumer is slow holds back its own layers and nobody else's.
+// The slots of one prompt's state. A slot holds one layer from the moment its computation begins
+// until its release. Each state has its own slots instead of a share of a common pool, so that a
+// prompt whose consumer is slow delays only its own layers.
 //
-// Thread-safe. The memory itself is guarded by its owner's protocol: written between Acquire and
-// MarkComputed, read between MarkComputed and Release.
+// Thread-safe. The callers guard the memory itself by their order: it is written between Acquire
+// and MarkComputed, and read between MarkComputed and Release.
 class KvSlots {
  public:
   static absl::StatusOr<std::unique_ptr<KvSlots>> Create(Device* device, int num_slots,
@@ -34,13 +34,14 @@ class KvSlots {
   int count() const { return static_cast<int>(memory_.size()); }
 
   bool HasFree() const;
-  // Prefers slot layer % count(), so that a layer mostly meets the same memory.
+  // Takes a slot, preferably slot layer % count(), so that a layer mostly meets the same memory.
   // FAILED_PRECONDITION when every slot holds a layer.
   absl::StatusOr<KvSlot> Acquire(int layer);
   void MarkComputed(int layer);
-  // FAILED_PRECONDITION when the layer is not computed yet, or released already.
+  // Returns the slot of a layer. FAILED_PRECONDITION when the layer is not computed yet, or has
+  // been released.
   absl::StatusOr<KvSlot> Computed(int layer) const;
-  // No effect on a layer that holds no slot.
+  // Frees the slot of a layer. Does nothing if the layer has none.
   void Release(int layer);
   void ReleaseAll();
 

@@ -174,8 +174,7 @@ kernels::LinearParams LayerStep::HeadProduct(int64_t count) const {
           .out_features = config_.vocab_size};
 }
 
-// The longest product comes first: while it is tried the device reaches the clock that it will
-// have.
+// The longest product comes first, so that the device reaches its working clock while it is tried.
 absl::Status LayerStep::TuneLinears(HiddenStates& any) {
   const LayerWeights& weights = weights_.layers[0];
   void* hidden = any.values.data();
@@ -281,8 +280,8 @@ absl::Status LayerStep::FinishTile(const LayerWeights& weights, const void* quer
   return device_.ops().Linear(DownProduct(weights, hidden, count));
 }
 
-// wide_ gives the room: it holds nothing between BeforeAttention and AfterAttention, nor after the
-// last layer.
+// The logits of a tile are written to wide_, which holds nothing between BeforeAttention and
+// AfterAttention, nor after the last layer.
 int64_t LayerStep::LogitsPerTile() const {
   const int64_t logits_bytes =
       config_.vocab_size * static_cast<int64_t>(kernels::SizeOf(device_.traits().compute_dtype));

@@ -1,4 +1,4 @@
-// A decoder layer around its attention: what is computed token by token.
+// The part of a decoder layer that is computed token by token, which is everything but attention.
 #ifndef PREFILLD_MODEL_PREFILL_LAYER_STEP_H_
 #define PREFILLD_MODEL_PREFILL_LAYER_STEP_H_
 
@@ -19,8 +19,9 @@
 
 namespace prefilld::model {
 
-// Where a layer's keys and values go: KV head h of token t at h * head_stride + t * token_stride
-// elements. Covers the engine's head-major slots and the decoder's paged blocks.
+// The destination of a layer's keys and values: KV head h of token t goes to element h *
+// head_stride + t * token_stride. This covers the engine's head-major slots and the decoder's paged
+// blocks.
 struct KvDestination {
   void* k = nullptr;
   void* v = nullptr;
@@ -40,48 +41,48 @@ struct KvDestination {
 // thread-safe.
 class LayerStep {
  public:
-  // `device`, `config` and `weights` are borrowed and outlive the step.
+  // `device`, `config` and `weights` are borrowed and must outlive the step.
   static absl::StatusOr<std::unique_ptr<LayerStep>> Create(Device* device,
                                                            const ModelConfig* config,
                                                            const Weights* weights,
                                                            int64_t max_tokens, int64_t tile_tokens);
 
   // Finds the fastest way to compute the products of a whole tile, by trying with noise and the
-  // weights of layer 0. To be called before the first run; `any` is overwritten and must have room
-  // for a tile. Where two ways are equally fast the choice may differ from start to start, and with
-  // it the last bit of results.
+  // weights of layer 0. Must be called before the first run. `any` is overwritten and must have
+  // room for a tile. If two ways are equally fast, the choice may differ from start to start, and
+  // with it the last bit of results.
   absl::Status TuneLinears(HiddenStates& any);
 
   // Starts a run of these tokens of one prompt, at most max_tokens of them, the first at
   // `first_position`. `rope_tokens` is the length of the prompt that the rotation is made for.
   absl::Status Embed(HiddenStates& states, absl::Span<const uint32_t> tokens,
                      int64_t first_position, int64_t rope_tokens);
-  // Starts a run of whole prompts that one rotation fits, padding included. Several must fit into
-  // the positions of `states`.
+  // Starts a run of whole prompts that share one rotation, padding included. Several prompts must
+  // fit into the positions of `states`.
   absl::Status Embed(HiddenStates& states, const PackedPrompts& prompts, int64_t rope_tokens);
 
-  // Norm, projection, rotation: fills queries() and the keys and values of all tokens.
+  // Computes norm, projection and rotation: fills queries() and the keys and values of all tokens.
   absl::Status BeforeAttention(const HiddenStates& states, int layer, const KvDestination& kv);
 
-  // Output projection and MLP, each added to the hidden states.
+  // Adds the output projection and then the MLP to the hidden states.
   absl::Status AfterAttention(HiddenStates& states, int layer);
 
-  // The same for the last token of one prompt alone, whose query queries() then begins with. Keys
-  // and values are computed for all tokens all the same. LogprobsOf must not follow.
+  // These do the same for the last token of one prompt alone, whose query is then at the beginning
+  // of queries(). Keys and values are still computed for all tokens. LogprobsOf must not follow.
   absl::Status BeforeLastAttention(const HiddenStates& states, int layer, const KvDestination& kv);
   absl::Status AfterLastAttention(HiddenStates& states, int layer);
 
   // Returns the logits of every prompt's last token, [prompts of the run][vocab_size].
   absl::StatusOr<std::vector<std::vector<float>>> Logits(const HiddenStates& states);
 
-  // Returns what the hidden states say of every token of a prompt but its first; `tokens` are the
-  // prompt's. Asks `go_on` before each tile, none of which takes longer than the gate and up
-  // projections of a layer's: CANCELLED as soon as it says no.
+  // Returns the log-probabilities of every token of a prompt but its first; `tokens` are the
+  // prompt's. Asks `go_on` before each tile, and returns CANCELLED as soon as it says no. No tile
+  // takes longer than the gate and up projections of a layer's tile.
   absl::StatusOr<PromptLogprobs> LogprobsOf(const HiddenStates& states, int prompt,
                                             absl::Span<const uint32_t> tokens,
                                             absl::FunctionRef<bool()> go_on);
 
-  // [num_tokens, num_heads, head_dim] in device memory.
+  // The queries, [num_tokens, num_heads, head_dim] in device memory.
   void* queries() const { return queries_.data(); }
 
  private:
@@ -105,7 +106,8 @@ class LayerStep {
                        const KvDestination& kv, int64_t first, int64_t count, Heads heads);
   absl::Status FinishTile(const LayerWeights& weights, const void* queries, void* hidden,
                           int64_t count);
-  // The products of a layer and of the head, for `count` tokens; y is what is added to.
+  // These describe the products of a layer and of the head for `count` tokens. The result is added
+  // to y.
   kernels::LinearParams QkvProduct(const LayerWeights& weights, int64_t count, Heads heads) const;
   kernels::LinearParams OutputProduct(const LayerWeights& weights, const void* queries, void* y,
                                       int64_t count) const;
@@ -118,7 +120,7 @@ class LayerStep {
     return q_width() + 2 * int64_t{config_.num_kv_heads} * config_.head_dim;
   }
 
-  // Pointer to element `index` of a tensor in the compute dtype.
+  // Returns a pointer to element `index` of a tensor in the compute dtype.
   void* At(const DeviceBuffer& buffer, int64_t index) const { return At(buffer.data(), index); }
   void* At(void* data, int64_t index) const {
     return static_cast<char*>(data) + index * kernels::SizeOf(device_.traits().compute_dtype);

@@ -17,24 +17,27 @@ namespace prefilld::model {
 namespace {
 
 constexpr int64_t kDefaultMaxTokens = 131072;
-// Far above any device's memory, and low enough that kernels may count positions as int and no size
+// No device's memory reaches this limit. Below it kernels may count positions as int, and no size
 // of the workspace overflows.
 constexpr int64_t kMaxPositions = int64_t{1} << 28;
-// Wide enough to saturate the GEMMs of the device, narrow enough that the wide activations stay
-// small beside the hidden states (CUDA) or in the cache (CPU).
+// These tiles are wide enough to saturate the GEMMs of the device, and narrow enough that the wide
+// activations stay small beside the hidden states (CUDA) or in the cache (CPU).
 constexpr int64_t kCpuTileTokens = 512;
 constexpr int64_t kCudaTileTokens = 8192;
-// Prompts of up to 256 tokens, which gain by it; see kFullBatchPrompts.
+// Batches help prompts of up to 256 tokens, and this has room for as many as kFullBatchPrompts of
+// them.
 constexpr int64_t kCudaBatchTokens = 2048;
-// Where a layer is so short that the gap to the next one shows; and one that is computed in vain,
-// for a prompt that ends meanwhile, costs little.
+// Up to this length the gap between two layers would show. A layer that is computed in vain, for a
+// prompt that ends meanwhile, costs little at these lengths.
 constexpr int64_t kCudaRunAheadTokens = 8192;
 constexpr int64_t kCudaGraphTokens = 2048;
-// Long prompts: one is computed while the KV of another one leaves, or gives way to it.
+// There are two places for long prompts: one is computed while the KV of the other one leaves, or
+// while that one waits.
 constexpr int kCudaLongPrompts = 2;
 constexpr int kCpuLongPrompts = 1;
-// Short prompts: some are computed while the consumers of others are slow. They cost little memory
-// beside a long one; and a long one should not have to wait for their consumers.
+// There are more places for short prompts, so that some are computed while the consumers of others
+// are slow. They take little memory beside a long prompt, and a long prompt does not have to wait
+// for their consumers.
 constexpr int kCudaShortPrompts = 4;
 constexpr int kCpuShortPrompts = 2;
 constexpr int64_t kCudaShortTokens = 8192;
@@ -112,7 +115,7 @@ class Engine final : public PrefillEngine {
     PREFILLD_RETURN_IF_ERROR(CheckBatch(prompts));
     AttentionOptions resolved = prompts.front().attention;
     resolved.policy = Resolve(resolved, static_cast<int64_t>(tokens.front().size()));
-    // Recorded layers come in few lengths.
+    // Padding the last prompt keeps the number of recorded lengths small.
     const bool pad_last =
         resolved.policy == AttentionPolicy::kDense && padded_tokens <= parts_->max_graph_tokens;
     PackedPrompts packed(tokens, pad_last);
@@ -174,7 +177,7 @@ class Engine final : public PrefillEngine {
   const std::unique_ptr<EngineParts> parts_;
 };
 
-// The model's last path component, for people.
+// Returns the model's last path component, for people.
 std::string ModelName(const std::string& checkpoint_dir) {
   const std::filesystem::path path = std::filesystem::path(checkpoint_dir).lexically_normal();
   return (path.has_filename() ? path.filename() : path.parent_path().filename()).string();
@@ -219,7 +222,7 @@ absl::Status AllocateWorkspace(const EngineOptions& options, int64_t most_tokens
         parts->baseline,
         BaselineWorkspace::Create(device, &config, max_tokens, options.block_tokens));
   }
-  // Where there are clusters heads become pivots, whose block mass is asked for.
+  // If there are clusters, heads become pivots, and attention is asked for their block mass.
   return device->ops().ReserveAttention({.num_queries = most_tokens,
                                          .num_keys = most_tokens,
                                          .kv_head_stride = most_tokens * config.head_dim,
@@ -271,7 +274,7 @@ class StateAllocator {
 absl::Status AllocateMemory(const EngineOptions& options, EngineParts* parts) {
   const bool asynchronous = parts->device->traits().asynchronous;
   int64_t long_tokens = parts->info.max_tokens;
-  // Recorded prompts are padded.
+  // Prompts whose layers are recorded are padded.
   if (parts->max_graph_tokens > 0) long_tokens = PackedPrompts::PaddedTokens(long_tokens);
   const int64_t short_tokens =
       std::max(parts->max_batch_tokens,

@@ -1,8 +1,8 @@
-// Layer-major prefill: a prompt, or a batch of short ones, one layer at a time, the layer's KV
-// handed out as it is done.
+// Layer-major prefill: the engine computes a prompt, or a batch of short ones, one layer at a time,
+// and hands out each layer's KV when it is done.
 //
-// An interface so that the server's behaviour can be tested against a fake; the real engine comes
-// from CreatePrefillEngine.
+// It is an interface so that the server can be tested against a fake. CreatePrefillEngine makes the
+// real engine.
 #ifndef PREFILLD_MODEL_PREFILL_PREFILL_ENGINE_H_
 #define PREFILLD_MODEL_PREFILL_PREFILL_ENGINE_H_
 
@@ -57,25 +57,26 @@ class PrefillSequence {
  public:
   virtual ~PrefillSequence() = default;
 
-  // Computes the next layer. On return its KV can be packed, and stays until ReleaseKv. The caller
-  // sees to it that at most PrefillEngine::kv_slots() layers of this sequence are unreleased, the
-  // one being computed included; FAILED_PRECONDITION otherwise, and the sequence may go on once one
-  // is released. Layers of other sequences do not count.
+  // Computes the next layer. On return its KV can be packed, and it stays until ReleaseKv. At most
+  // PrefillEngine::kv_slots() layers of this sequence may be unreleased, the one being computed
+  // included; otherwise FAILED_PRECONDITION, and the sequence may continue once one is released.
+  // Layers of other sequences do not count.
   virtual absl::StatusOr<LayerReport> RunLayer() = 0;
 
   // Writes PackedBytes() of a finished layer to `dst`, memory from AllocateStaging.
   virtual absl::Status PackKv(int layer, const KvSelection& selection, void* dst) = 0;
   virtual void ReleaseKv(int layer) = 0;  // of all prompts
 
-  // After the last layer: logits of every prompt's last position, [num_prompts][vocab_size].
+  // Returns the logits of every prompt's last position, [num_prompts][vocab_size]. Must be called
+  // after the last layer.
   virtual absl::StatusOr<std::vector<std::vector<float>>> FinalLogits() = 0;
-  // After the last layer, for a prompt of whose PromptInput it was asked: how likely the model
-  // finds the prompt itself, token by token. On a GPU by logits rounded to bf16, as FinalLogits
-  // gives them. Long beside a layer's step, so `go_on` is asked before each part of it: CANCELLED
-  // as soon as it says no.
+  // Returns the log-probabilities of the prompt's own tokens. Must be called after the last layer,
+  // for a prompt whose PromptInput asked for them. On a GPU they come from logits rounded to bf16,
+  // as FinalLogits returns them. It takes long compared with a layer, so it asks `go_on` before
+  // each part and returns CANCELLED as soon as that says no.
   virtual absl::StatusOr<PromptLogprobs> Logprobs(int prompt, absl::FunctionRef<bool()> go_on) = 0;
 
-  // The policy that runs: kAuto is resolved. Of several prompts: dense.
+  // Returns the policy that runs, with kAuto resolved. It is dense for several prompts.
   virtual AttentionPolicy policy() const = 0;
 };
 
@@ -94,20 +95,22 @@ class PrefillEngine {
   virtual size_t allocated_bytes() const = 0;
   virtual int64_t num_recordings() const { return 0; }  // of layers; EngineOptions.max_graph_tokens
 
-  // Prompts that are computed together take at most so many tokens. 0: none are.
+  // Returns how many tokens prompts that are computed together may take in all. 0: prompts are not
+  // computed together.
   virtual int64_t max_batch_tokens() const = 0;
-  // What such a prompt takes of them, padding included. 0: it runs alone, for fewer than
-  // kFullBatchPrompts like it fit, or it is not dense, or rotated in a way of its own.
+  // Returns how many of those tokens such a prompt takes, padding included. 0: it runs alone,
+  // because fewer than kFullBatchPrompts like it fit, or it is not dense, or its rotation differs
+  // from others'.
   virtual int64_t BatchTokens(int64_t num_tokens, const AttentionOptions& options) const = 0;
 
-  // Takes prompts of 1 .. max_tokens ids, each < vocab_size, with valid options, and several if
-  // BatchTokens is above 0 for each and max_batch_tokens() at most in all (checked:
-  // INVALID_ARGUMENT). What comes out of a prompt is, but for rounding, what it gives alone.
-  // The sequence gets the smallest free place of EngineOptions.long_prompts and short_prompts that
-  // holds so many tokens. RESOURCE_EXHAUSTED when all of them are taken by other sequences.
+  // Starts prompts of 1 .. max_tokens ids, each < vocab_size, with valid options. There may be
+  // several if BatchTokens is above 0 for each and at most max_batch_tokens() in all (checked:
+  // INVALID_ARGUMENT). A prompt's results are, except for rounding, those that it gives alone. The
+  // sequence gets the smallest free place of EngineOptions.long_prompts and short_prompts that
+  // holds so many tokens. RESOURCE_EXHAUSTED when other sequences have taken all of them.
   virtual absl::StatusOr<std::unique_ptr<PrefillSequence>> Start(
       absl::Span<const PromptInput> prompts) = 0;
-  // One prompt alone.
+  // Starts one prompt alone.
   absl::StatusOr<std::unique_ptr<PrefillSequence>> Start(absl::Span<const uint32_t> tokens,
                                                          const AttentionOptions& options,
                                                          bool logprobs = false) {
@@ -132,8 +135,8 @@ inline constexpr int64_t kMaxGraphTokens = 4096;
 // last grows from 102 to 172 ms.
 inline constexpr int64_t kFullBatchPrompts = 8;
 
-// What a long prompt that nobody asked for must leave free of a device's memory, for recordings and
-// for what the driver allocates on its own.
+// A place for a long prompt that nobody asked for must leave this much of a device's memory free,
+// for recordings and for what the driver allocates on its own.
 inline constexpr size_t kMemoryReserve = size_t{1} << 30;
 
 // The limit of EngineOptions.long_prompts and short_prompts together.

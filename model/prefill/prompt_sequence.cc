@@ -16,7 +16,7 @@ PromptSequence::PromptSequence(EngineParts* parts, PromptState* state)
       all_of_last_layer_(state->logprobs || state->is_batch() ||
                          state->prompts.places().front().count == 1) {}
 
-// A layer may still be computed. The state's next user only writes to its memory by work that is
+// A layer may still be computed. The state's next user writes to its memory only by work that is
 // queued behind that layer.
 PromptSequence::~PromptSequence() { parts_.states.GiveBack(&state_); }
 
@@ -68,7 +68,7 @@ absl::Status PromptSequence::StartLayer(int layer, const KvSlot& slot, LayerRepo
 }
 
 absl::Status PromptSequence::Begin() {
-  // One rotation fits all prompts of a batch.
+  // All prompts of a batch have the same rotation.
   const int64_t rope_tokens = state_.prompts.places().front().count;
   PREFILLD_RETURN_IF_ERROR(parts_.step->Embed(state_.hidden, state_.prompts, rope_tokens));
   if (!state_.is_batch()) return absl::OkStatus();
@@ -120,7 +120,7 @@ kernels::AttentionParams PromptSequence::AttentionOf(int layer, const KvSlot& sl
           .scale = 1.0f / std::sqrt(static_cast<float>(config().head_dim))};
 }
 
-// Nothing else waits for the device but decisions about patterns.
+// Only decisions about patterns also wait for the device.
 absl::Status PromptSequence::FinishLayer(LayerReport* report) {
   const int layer = report->layer;
   PREFILLD_ASSIGN_OR_RETURN(

@@ -35,7 +35,7 @@ class PromptSequence final : public PrefillSequence {
   int64_t kv_head_stride() const {
     return RoundUp(state_.num_tokens(), kKvStrideTokens) * config().head_dim;
   }
-  // Says that no query but the prompt's last is computed.
+  // Tells whether only the prompt's last query is computed in this layer.
   bool LastQueryAlone(int layer) const {
     return layer + 1 == config().num_layers && !all_of_last_layer_;
   }

@@ -27,7 +27,7 @@ inline int64_t RoundUp(int64_t n, int64_t multiple) {
   return kernels::CeilDiv(n, multiple) * multiple;
 }
 
-// What the states of an engine have in common; borrowed.
+// The parts that all states of an engine share. They are borrowed.
 struct PromptStateParts {
   Device* device = nullptr;
   const ModelConfig* config = nullptr;
@@ -65,7 +65,8 @@ struct PromptState {
   // Forgets the prompt before and takes this one, or this batch.
   void Start(PackedPrompts next, const AttentionOptions& attention, bool with_logprobs);
 
-  // Returns what computes the attention of this prompt or batch, layers of a last query excepted.
+  // Returns the strategy that computes the attention of this prompt or batch, except in layers of a
+  // last query.
   AttentionStrategy& strategy();
 
   int MarkOf(Point point, int layer) const { return first_mark + 2 * point + layer % 2; }
@@ -78,7 +79,7 @@ struct PromptState {
   const int64_t max_tokens;
   const int first_mark;
 
-  // Memory, and what writes to it.
+  // The memory, and the strategies that use it.
   HiddenStates hidden;
   std::unique_ptr<KvSlots> slots;
   DeviceBuffer batch_pattern;  // block-diagonal; written by each batch (PackedPrompts::Pattern)

@@ -1,4 +1,4 @@
-// The states that an engine has, and who may have one.
+// The prompt states of an engine, each free or taken.
 #ifndef PREFILLD_MODEL_PREFILL_PROMPT_STATE_POOL_H_
 #define PREFILLD_MODEL_PREFILL_PROMPT_STATE_POOL_H_
 
@@ -13,15 +13,15 @@
 
 namespace prefilld::model {
 
-// Thread-safe.
+// A pool of prompt states. Thread-safe.
 class PromptStatePool {
  public:
   // Adds a free state. Not to be called once Take has been.
   void Add(std::unique_ptr<PromptState> state);
 
-  // Takes the smallest free state that holds so many tokens; of equals the one that was added
-  // first, so that prompts that come one by one meet the same memory and its recordings.
-  // RESOURCE_EXHAUSTED when none is free.
+  // Takes the smallest free state that holds so many tokens. If several are equal, it takes the one
+  // that was added first, so that prompts that come one by one meet the same memory and its
+  // recordings. RESOURCE_EXHAUSTED when none is free.
   absl::StatusOr<PromptState*> Take(int64_t num_tokens);
 
   // Frees a state and its KV slots. Work that is still queued for it must be ordered before
@@ -29,7 +29,7 @@ class PromptStatePool {
   void GiveBack(PromptState* state);
 
   int count() const;
-  // The state that holds most.
+  // Returns the state that holds most tokens.
   PromptState& largest();
 
  private:

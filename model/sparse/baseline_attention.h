@@ -1,15 +1,15 @@
-// Block-sparse attention that pattern sharing is measured against. Made for evaluations: nothing
+// The block-sparse attention with which pattern sharing is compared. It serves evaluations: nothing
 // here is fast or safe enough to be a server's default.
 //
 //   baseline_query_aware  FlexPrefill (Lai et al., arXiv 2502.20766). The block means of queries
-//                         and keys predict the block mass (kernels/pooled_mass.h). Where the
+//                         and keys predict the block mass (kernels/pooled_mass.h). If the
 //                         prediction for the last row is nearer than tau to the head's true
 //                         estimate, every row takes the smallest set of blocks that holds gamma of
-//                         it, with block 0 and the diagonal; the other heads are left to
+//                         it, with block 0 and the diagonal. The other heads are left to
 //                         vertical-slash. The article's tau is 0.1; tau 1 is query-aware for every
 //                         head.
-//   baseline_random       Blocks at random, `density` of each row, with block 0 and the diagonal:
-//                         what any choice of blocks has to beat.
+//   baseline_random       Blocks at random, `density` of each row, with block 0 and the diagonal.
+//                         Any choice of blocks has to beat this.
 #ifndef PREFILLD_MODEL_SPARSE_BASELINE_ATTENTION_H_
 #define PREFILLD_MODEL_SPARSE_BASELINE_ATTENTION_H_
 
@@ -38,7 +38,7 @@ int64_t RandomPattern(int64_t num_blocks, float density, uint64_t seed,
 // Memory of one layer of a baseline, common to all prompts and allocated for the longest one. H is
 // the number of heads, n of blocks, W of words of a pattern row. Not thread-safe.
 struct BaselineWorkspace {
-  // Everything is borrowed and outlives the workspace.
+  // All parameters are borrowed and must outlive the workspace.
   static absl::StatusOr<std::unique_ptr<BaselineWorkspace>> Create(Device* device,
                                                                    const ModelConfig* config,
                                                                    int64_t max_tokens,
@@ -73,7 +73,7 @@ struct BaselineWorkspace {
 // before and after. Not thread-safe.
 class BaselineAttention final : public AttentionStrategy {
  public:
-  // The workspace is borrowed and outlives this.
+  // The workspace is borrowed and must outlive this.
   explicit BaselineAttention(BaselineWorkspace* workspace)
       : scratch_(*workspace), device_(workspace->device), config_(workspace->config) {}
 
@@ -84,7 +84,7 @@ class BaselineAttention final : public AttentionStrategy {
   absl::Status Report(LayerReport*) override { return absl::OkStatus(); }
 
  private:
-  // Fill patterns, sources and blocks of the workspace.
+  // These fill patterns, sources and blocks of the workspace.
   absl::Status ChooseAtRandom(int layer);
   absl::Status ChooseByQuery(const kernels::AttentionParams& attention);
   absl::Status ChooseVerticalSlash(const kernels::AttentionParams& attention);

@@ -1,5 +1,5 @@
-// Exact attention: every query over all keys before it, or over one block pattern that all heads
-// keep to.
+// Exact attention: each query attends to all keys before it, or to those of a block pattern that
+// all heads share.
 #ifndef PREFILLD_MODEL_SPARSE_DENSE_STRATEGY_H_
 #define PREFILLD_MODEL_SPARSE_DENSE_STRATEGY_H_
 
@@ -14,20 +14,20 @@
 namespace prefilld::model {
 
 // Serves dense prompts, batches by their block-diagonal pattern, and the last query of any prompt.
-// Two layers may be under way at a time, so their points on the device's time line are told apart.
+// Two layers may be under way at a time, so each has its own marks on the device's time line.
 class DenseStrategy final : public AttentionStrategy {
  public:
   static constexpr int kNumMarks = 4;
 
-  // `pattern` is device memory that whoever starts a prompt fills (kernels/attention.h), or null:
-  // all keys. Uses the device's marks from `first_mark` on. The device and the pattern are borrowed
-  // and outlive this.
+  // `pattern` is device memory (kernels/attention.h) that is filled when a prompt starts, or null
+  // for all keys. Uses the device's marks from `first_mark` on. The device and the pattern are
+  // borrowed and must outlive this.
   DenseStrategy(Device* device, int num_heads, const uint32_t* pattern, int first_mark);
 
   void StartPrompt(int64_t num_tokens, const AttentionOptions& options) override;
   absl::Status Attend(int layer, const kernels::AttentionParams& attention,
                       LayerReport* report) override;
-  // A last query alone counts no head, as LayerReport says.
+  // Counts no head if only a last query was computed, as LayerReport says.
   absl::Status Report(LayerReport* report) override;
   bool only_queues() const override { return true; }
 

@@ -9,7 +9,7 @@
 namespace prefilld::model {
 namespace {
 
-// Points on the device's time line.
+// The points on the device's time line.
 enum Mark {
   kBegin,
   kEstimated,
@@ -25,7 +25,7 @@ static_assert(kNumPoints == PatternSharing::kNumMarks);
 
 int64_t CausalBlocks(int64_t num_blocks) { return num_blocks * (num_blocks + 1) / 2; }
 
-// Counts the blocks of `row` that `old` has not.
+// Counts the blocks of `row` that are not in `old`.
 int64_t CountNewBlocks(absl::Span<const uint32_t> row, absl::Span<const uint32_t> old) {
   int64_t count = 0;
   for (size_t w = 0; w < row.size(); ++w) count += std::popcount(row[w] & ~old[w]);
@@ -79,8 +79,8 @@ absl::Status PatternSharing::Attend(int layer, const kernels::AttentionParams& a
                });
   stages_ = {};
   std::fill(roles_.begin(), roles_.end(), HeadRole::kVerticalSlash);
-  // The downloads for the report of an earlier layer, should it not have been asked for, read what
-  // is written next.
+  // If nobody asked for the report of an earlier layer, its downloads still read what is written
+  // next.
   PREFILLD_RETURN_IF_ERROR(device_.FinishDownloads());
   PREFILLD_RETURN_IF_ERROR(Prepare(attention));
   if (may_share_) PREFILLD_RETURN_IF_ERROR(Decide(layer, attention));
@@ -104,14 +104,14 @@ absl::Status PatternSharing::Prepare(const kernels::AttentionParams& attention) 
   return device_.Mark(kSelected);
 }
 
-// Selects for all heads, whatever they will turn out to do: one launch is cheaper than choosing,
-// and the device would only wait for the host's decisions.
+// Selects sets for all heads, whatever they will turn out to do. One launch is cheaper than
+// choosing heads, and the device would have to wait for the host's decisions.
 absl::Status PatternSharing::SelectSets() {
   PREFILLD_RETURN_IF_ERROR(scratch_.head_estimate->BuildVerticalSlash(
       options_.gamma_of_vertical_slash(), options_.min_budget_tokens, VerticalSlashPattern(0),
       scratch_.figures.as<int64_t>() + scratch_.VerticalSlashSlot(0)));
   if (!may_share_) return absl::OkStatus();
-  // Each head's own blocks of the last row, should it share.
+  // These are each head's own blocks of the last row, in case it shares.
   return device_.ops().SelectRows({.block_mass = scratch_.head_estimate->block_mass().as<float>(),
                                    .num_query_blocks = 1,
                                    .num_key_blocks = num_blocks_,

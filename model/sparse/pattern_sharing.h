@@ -37,8 +37,8 @@ namespace prefilld::model {
 struct PatternStages {
   double estimate_us = 0.0;
   double select_us = 0.0;  // vertical-slash sets, their patterns, the blocks of the last row
-  // From then until the sparse heads can run: the rest of the host's decisions, and what measuring
-  // pivots takes.
+  // The time from there until the sparse heads can run: the rest of the host's decisions, and the
+  // measuring of pivots.
   double decide_us = 0.0;
   double host_us = 0.0;    // what the host computes to decide, most of it beside select_us
   double pivots_us = 0.0;  // attention of pivots
@@ -52,16 +52,16 @@ class PatternSharing final : public AttentionStrategy {
  public:
   static constexpr int kNumMarks = 8;  // uses marks 0 .. of the device, whatever the prompt
 
-  // For prompts of at most max_tokens, which the workspace must have room for. The workspace is
-  // borrowed and outlives this.
+  // Creates the state for prompts of at most max_tokens, for which the workspace must have room.
+  // The workspace is borrowed and must outlive this.
   static absl::StatusOr<std::unique_ptr<PatternSharing>> Create(SharingWorkspace* workspace,
                                                                 int64_t max_tokens);
 
   void StartPrompt(int64_t num_tokens, const AttentionOptions& options) override;
 
-  // The host waits once for the device, to decide by the estimate, while the device goes on to the
-  // vertical-slash sets; and once more for every batch of new pivots. It does not wait where no
-  // head of the layer can share. The decisions take a few arrays of [num_heads] from the heap.
+  // The host waits once for the device, to decide by the estimate while the device computes the
+  // vertical-slash sets, and once more for every batch of new pivots. It does not wait if no head
+  // of the layer can share. The decisions allocate a few arrays of [num_heads].
   absl::Status Attend(int layer, const kernels::AttentionParams& attention,
                       LayerReport* report) override;
   absl::Status Report(LayerReport* report) override;
@@ -74,7 +74,7 @@ class PatternSharing final : public AttentionStrategy {
 
   absl::Status Allocate(int64_t max_tokens);
 
-  // The stages of Attend, in order.
+  // These are the stages of Attend, in order.
   absl::Status Prepare(const kernels::AttentionParams& attention);
   absl::Status Decide(int layer, const kernels::AttentionParams& attention);
   void AssignWork();
@@ -87,7 +87,7 @@ class PatternSharing final : public AttentionStrategy {
                             absl::Span<const int> pivots);
   absl::Status MeasurePivots(absl::Span<const int> pivots);
   void KeepPivots(int layer, absl::Span<const int> pivots);
-  // Measures the recall of what is about to run.
+  // Measures the recall of the patterns that are about to run.
   absl::Status Audit(int layer, const kernels::AttentionParams& attention, LayerReport* report);
   absl::Status MeasureTimes(LayerReport* report);
 

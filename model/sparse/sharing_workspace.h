@@ -20,7 +20,7 @@ namespace prefilld::model {
 // H * n * W * 4 bytes for patterns (H times 8.4 MB at 1M tokens and 128-token blocks) and n * n * 4
 // for each pivot whose block mass is held at a time. Not thread-safe.
 struct SharingWorkspace {
-  // Everything is borrowed and outlives the workspace.
+  // All parameters are borrowed and must outlive the workspace.
   static absl::StatusOr<std::unique_ptr<SharingWorkspace>> Create(Device* device,
                                                                   const ModelConfig* config,
                                                                   const HeadClusters* clusters,

@@ -40,7 +40,7 @@ BaselineRun Attend(OneLayer& layer, const AttentionOptions& options) {
   return run;
 }
 
-// Whether a query's output holds anything of a block's values.
+// Tells whether a query's output holds anything of a block's values.
 bool Computed(const BaselineRun& run, int64_t query, int head, int64_t block) {
   return run.out[(query * OneLayer::kNumHeads + head) * OneLayer::kHeadDim + block] > 0.0f;
 }
@@ -74,7 +74,7 @@ TEST(RandomPattern, SpreadsEvenlyAndFollowsItsSeed) {
   RandomPattern(kBlocks, 0.3f, 1, absl::MakeSpan(again));
   EXPECT_EQ(first, again);
   EXPECT_NE(first, second);
-  // The quarters of the last rows, block 0 and the diagonal left out.
+  // Counts the blocks in each quarter of the last rows, without block 0 and the diagonal.
   std::vector<int> quarters(4);
   for (uint64_t seed = 0; seed < 50; ++seed) {
     RandomPattern(kBlocks, 0.3f, seed, absl::MakeSpan(first));
@@ -97,7 +97,7 @@ TEST(BaselineAttention, RandomComputesTheDensityAskedFor) {
 
 TEST(BaselineAttention, QueryAwareFindsThePlantedBlock) {
   OneLayer layer(2048);
-  // Queries of block r look for the keys of block r / 2, and all other keys are nothing to them.
+  // Queries of block r match the keys of block r / 2. All other logits are 0.
   std::fill(layer.q().begin(), layer.q().end(), 0.0f);
   std::fill(layer.k().begin(), layer.k().end(), 0.0f);
   const auto wanted = [](int64_t row) { return row / 2; };

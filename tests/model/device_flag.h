@@ -6,11 +6,11 @@
 
 namespace prefilld::model {
 
-// The CPU unless the flag says otherwise.
+// Returns the device that the flag names, the CPU by default.
 DeviceChoice DeviceFlag();
 
-// Reads the flag, runs all tests and returns the exit status: 2 for a flag that is neither this one
-// nor one of GoogleTest's. The whole of a test's main.
+// Reads the flag, runs all tests and returns the exit status, which is 2 for a flag that is neither
+// this one nor one of GoogleTest's. A test's main needs to do nothing else.
 int RunTestsOnDevice(int argc, char** argv);
 
 }  // namespace prefilld::model

@@ -1,4 +1,5 @@
-// Prompts that take turns, layer by layer in any order, give bit for bit what each gives alone.
+// Tests that prompts that take turns, layer by layer in any order, give bit for bit what each gives
+// alone.
 //
 //   interleaved_prompts_test [--device=cpu|cuda]
 #include <algorithm>
@@ -19,7 +20,7 @@ namespace {
 
 using ::testing::HasSubstr;
 
-// A prompt, or a batch of them, and how it is asked for.
+// A prompt or a batch of prompts, with its options.
 struct Request {
   std::vector<std::vector<uint32_t>> prompts;
   AttentionOptions attention;
@@ -32,7 +33,7 @@ struct Request {
   }
 };
 
-// Everything that comes out of a request.
+// All results of a request.
 struct Outcome {
   std::vector<std::vector<uint8_t>> kv;  // [num_layers * prompts], as packed
   std::vector<std::vector<int>> heads;   // [num_layers]: dense, pivot, shared, …
@@ -42,7 +43,7 @@ struct Outcome {
 };
 
 // Takes a request through the engine step by step. Its consumer is slow: a layer's KV is packed as
-// late as the slots allow, or when somebody says so.
+// late as the slots allow, or when a test asks for it.
 class Runner {
  public:
   Runner(PrefillEngine& engine, const Request& request) : engine_(engine), request_(request) {
@@ -55,7 +56,8 @@ class Runner {
   PrefillSequence& sequence() { return *sequence_; }
   int unreleased() const { return num_layers_ - num_packed_; }
 
-  // A layer, or after the last one the logits, and then log-probabilities prompt by prompt.
+  // Computes a layer, or after the last one the logits, and then log-probabilities prompt by
+  // prompt.
   void Step() {
     if (num_layers_ < engine_.info().config.num_layers) {
       if (unreleased() == engine_.kv_slots()) PackOldest();
@@ -117,13 +119,13 @@ void ExpectSame(const Outcome& actual, const Outcome& expected) {
   EXPECT_EQ(actual.heads, expected.heads);
   EXPECT_EQ(actual.density, expected.density);
   ASSERT_EQ(actual.kv.size(), expected.kv.size());
-  // Bytes, one by one, make no readable message.
+  // The bytes are compared one by one, because a failed comparison of all would print too much.
   for (size_t i = 0; i < actual.kv.size(); ++i) EXPECT_TRUE(actual.kv[i] == expected.kv[i]) << i;
   EXPECT_TRUE(actual.logits == expected.logits);
   EXPECT_TRUE(actual.logprobs == expected.logprobs);
 }
 
-// Steps of all requests in an order that the seed gives.
+// Runs the steps of all requests in an order that depends on the seed.
 std::vector<Outcome> InTurns(PrefillEngine& engine, const std::vector<Request>& requests,
                              uint64_t seed) {
   std::vector<std::unique_ptr<Runner>> runs;
@@ -146,8 +148,8 @@ std::vector<Outcome> InTurns(PrefillEngine& engine, const std::vector<Request>& 
   return outcomes;
 }
 
-// Several shuffles, so that on a GPU short layers are launched, recorded and replayed for every
-// state.
+// There are several shuffles, so that on a GPU short layers are launched, recorded and replayed for
+// every state.
 void ExpectEachAsAlone(PrefillEngine& engine, const std::vector<Request>& requests) {
   std::vector<Outcome> alone;
   for (const Request& request : requests) alone.push_back(Alone(engine, request));

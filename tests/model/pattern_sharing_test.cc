@@ -16,16 +16,17 @@ constexpr int kBlockTokens = 64;
 constexpr int kNumHeads = 4;
 constexpr float kStrength = 12.0f;  // logit of a key that a query looks for
 
-// Heads whose attention follows content: the prompt consists of segments, each about one topic, and
-// a query attends to all earlier segments about its own topic. Few blocks, in different places for
-// every query block, so that the last block's columns and diagonals say little about the rest.
-// Or heads that look at the first token and at their neighbourhood, which vertical-slash covers.
+// The two kinds of heads. kTopics follows content: the prompt consists of segments, each about one
+// topic, and a query attends to all earlier segments about its own topic. These are few blocks, in
+// different places for every query block, so that the last block's columns and diagonals say little
+// about the others. kSinkAndLocal attends to the first token and the neighbourhood, which
+// vertical-slash covers.
 enum class Structure { kTopics, kSinkAndLocal };
 
-// One layer of one prompt on the CPU: all heads in one cluster unless told otherwise.
+// One layer of one prompt on the CPU, with all heads in one cluster unless a test says otherwise.
 class Layer {
  public:
-  // `structure` and `topic_seed` per head; heads of one topic seed see the same topics.
+  // `structure` and `topic_seed` are per head. Heads with the same topic seed see the same topics.
   Layer(int64_t num_tokens, const std::vector<Structure>& structure,
         const std::vector<int>& topic_seed)
       : num_tokens_(num_tokens) {
@@ -53,7 +54,8 @@ class Layer {
 
   HeadClusters& clusters() { return clusters_; }
 
-  // Attention of layers 0 .. num_layers - 1 on the same inputs; the last one's output and report.
+  // Computes the attention of layers 0 .. num_layers - 1 on the same inputs, and returns the output
+  // and report of the last one.
   std::vector<float> Attend(const AttentionOptions& options, LayerReport* report,
                             int num_layers = 1) {
     const auto workspace = SharingWorkspace::Create(device_.get(), &config_, &clusters_,
@@ -99,7 +101,7 @@ class Layer {
     }
   }
 
-  // Half of the mass on token 0; the rest falls off with distance, by angles that turn slowly.
+  // Puts half of the mass on token 0. The rest falls off with distance, by angles that turn slowly.
   void FillSinkAndLocal(int head) {
     const float length = std::sqrt(kStrength * std::sqrt(static_cast<float>(kHeadDim)));
     for (int64_t t = 0; t < num_tokens_; ++t) {
@@ -134,7 +136,7 @@ class Layer {
   std::vector<float> q_, k_, v_;
 };
 
-// ||out - dense|| / ||dense|| of one head.
+// Returns ||out - dense|| / ||dense|| of one head.
 double HeadError(const std::vector<float>& out, const std::vector<float>& dense, int head) {
   double difference = 0, norm = 0;
   for (size_t i = 0; i < out.size(); ++i) {
@@ -201,7 +203,7 @@ TEST(PatternSharing, VerticalSlashHasAGammaOfItsOwn) {
   EXPECT_EQ(layer.Attend(options, &own), low);
   EXPECT_EQ(own.density, plain.density);
 
-  // Patterns of pivots are cut at gamma still.
+  // Patterns of pivots are still cut at gamma.
   options = Options(AttentionPolicy::kShare);
   const auto shared = layer.Attend(options, &plain);
   options.vertical_slash_gamma = 0.3f;
@@ -245,7 +247,7 @@ TEST(PatternSharing, ALayerWhoseClustersGainNothingIsVerticalSlashBitForBit) {
   EXPECT_EQ(vertical_slash.density, report.density);
 }
 
-// A floor on the budget makes vertical-slash cover everything, at the cost of everything.
+// A large budget floor makes vertical-slash cover everything, at the cost of all blocks.
 TEST(PatternSharing, AClusterThatVerticalSlashCoversOnlyAtGreaterCostShares) {
   Layer layer(4096, kAllTopics, kSameTopics);
   AttentionOptions options = Options(AttentionPolicy::kShare);

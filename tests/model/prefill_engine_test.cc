@@ -48,8 +48,8 @@ TEST_F(PrefillEngineTest, InfoDescribesTheCheckpointAndTheDevice) {
   EXPECT_GT(engine->allocated_bytes(), 0u);
 }
 
-// The tiles of the wide projections are an implementation detail: cut differently, the same
-// numbers come out up to the summation order of the GEMM.
+// The tile width of the wide projections is an implementation detail. Another width gives the same
+// numbers up to the summation order of the GEMM.
 TEST_F(PrefillEngineTest, TileWidthDoesNotChangeTheResult) {
   EngineOptions narrow_options = CpuEngine(checkpoint_);
   narrow_options.tile_tokens = 48;
@@ -134,7 +134,7 @@ TEST_F(PrefillEngineTest, RefusesPromptsWithFieldValueAndLimit) {
   AttentionOptions bad = DenseAttention();
   bad.gamma = 0;
   EXPECT_EQ(engine->Start({5}, bad).status().code(), absl::StatusCode::kInvalidArgument);
-  // None of them keeps the engine busy.
+  // None of these refused requests keeps the engine busy.
   EXPECT_TRUE(engine->Start({5}, DenseAttention()).ok());
 }
 
@@ -183,7 +183,7 @@ TEST_F(PrefillEngineTest, EveryPlaceTakesTheMemoryThatIsStated) {
     options.short_prompts = 0;
     return NewEngine(options);
   };
-  // See PromptState: hidden states, KV slots, and what a batch takes.
+  // PromptState lists these parts: hidden states, KV slots, and what a batch takes.
   const ModelConfig& config = checkpoint_.config();
   const int64_t kv_width = int64_t{config.num_kv_heads} * config.head_dim;
   const auto one = only_long(1), three = only_long(3);
@@ -297,7 +297,7 @@ TEST(PrefillEngine, OperatorsWordStandsOverTheClusterFilesOverTheDefault) {
   EXPECT_EQ(attention.coverage, AttentionOptions().coverage) << "of the program";
 }
 
-// All of the last layer and the last query alone give the same; dense, the same as before.
+// Computing all queries of the last layer, or the last query alone, gives the same result.
 TEST(PrefillEngine, TheLastLayerComputesNoMoreThanIsRead) {
   for (const bool with_biases : {false, true}) {
     ModelConfig config = SmallRandomConfig();

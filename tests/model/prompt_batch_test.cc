@@ -1,4 +1,4 @@
-// Prompts computed together give what each gives alone.
+// Tests that prompts computed together give what each gives alone.
 //
 //   prompt_batch_test [--device=cpu|cuda]
 #include <algorithm>
@@ -20,12 +20,13 @@ namespace {
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
-// A GEMM of more rows may add in another order: fp32 on the CPU. On CUDA activations are bf16, and
-// in four layers of random weights their rounding (2^-9 each) adds up to what golden_test allows.
+// A GEMM of more rows may add in another order. On the CPU that changes fp32 sums. On CUDA
+// activations are bf16, and in four layers of random weights their rounding (2^-9 each) adds up to
+// what golden_test allows.
 double RelativeTolerance() { return DeviceFlag() == DeviceChoice::kCpu ? 1e-5 : 2e-2; }
-// Of log-probabilities by logits like these. bf16 is spaced by up to 2^-7 of a logit: one step in
-// the token's and one in the likeliest's, and as much again for what the layers' rounding adds up
-// to.
+// The tolerance of log-probabilities from logits like these. bf16 is spaced by up to 2^-7 of a
+// logit: one step for the token's logit, one for the likeliest's, and as much again for the
+// rounding of the layers.
 double LogprobTolerance(const std::vector<float>& logits) {
   if (DeviceFlag() == DeviceChoice::kCpu) return 1e-4;
   const auto [lowest, highest] = std::minmax_element(logits.begin(), logits.end());
@@ -49,7 +50,7 @@ EngineOptions Options(const RandomCheckpoint& checkpoint, int64_t max_batch_toke
   return options;
 }
 
-// Frobenius norm of the difference over that of `expected`.
+// Returns the Frobenius norm of the difference over that of `expected`.
 double RelativeError(const std::vector<float>& actual, const std::vector<float>& expected) {
   if (actual.size() != expected.size()) return INFINITY;
   double difference = 0, norm = 0;
@@ -118,7 +119,7 @@ TEST(PackedPrompts, OfAPatternSeeThemselvesAlone) {
   const std::vector<uint32_t> first(130), second(50), third(70);
   const PackedPrompts packed({first, second, third}, /*pad_last=*/false);  // at 0, 256, 384
   EXPECT_THAT(packed.Pattern(128), ElementsAre(0b0001, 0b0011, 0b0100, 0b1000));
-  // The blocks of padding, 3 and 5, are left with their diagonal.
+  // The padding blocks 3 and 5 have empty rows, which kernels take for the diagonal alone.
   EXPECT_THAT(packed.Pattern(64), ElementsAre(0b1, 0b11, 0b111, 0, 0b10000, 0, 1 << 6, 3 << 6));
 }
 
@@ -169,7 +170,8 @@ class PromptBatchTest : public ::testing::Test {
   const RandomCheckpoint checkpoint_;
 };
 
-// More prompts than tokens of a tile, each of whose logits are as wide as the tile's activations.
+// There are more prompts than tokens in a tile, and each has logits as wide as the tile's
+// activations.
 TEST_F(PromptBatchTest, TakesLogitsInTiles) {
   EngineOptions options = Options(checkpoint_, 2048);
   options.tile_tokens = 3;

@@ -71,8 +71,8 @@ class TensorFile {
  public:
   explicit TensorFile(uint64_t seed) : random_(seed) {}
 
-  // Uniform around `mean` with the given standard deviation: the raw generator, since the
-  // distributions of the standard library differ between implementations.
+  // Adds values uniform around `mean` with the given standard deviation. They come from the raw
+  // generator, since the distributions of the standard library differ between implementations.
   void Add(const std::string& name, std::vector<int64_t> shape, double deviation, double mean = 0) {
     int64_t count = 1;
     for (int64_t extent : shape) count *= extent;
@@ -116,7 +116,7 @@ std::string SafetensorsOf(const ModelConfig& config, uint64_t seed) {
   for (int layer = 0; layer < config.num_layers; ++layer) {
     const std::string prefix = "model.layers." + std::to_string(layer) + ".";
     const std::string attention = prefix + "self_attn.";
-    // Normalised heads take their scale from the norm's weight alone.
+    // Heads with q/k norm take their scale from the norm's weight alone.
     const double sharpness = config.qk_norm ? 1.0 : kAttentionSharpness;
     file.Add(prefix + "input_layernorm.weight", {hidden}, 0.1, 1.0);
     file.Add(attention + "q_proj.weight", {q_width, hidden}, sharpness * from_hidden);

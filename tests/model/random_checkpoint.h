@@ -9,15 +9,15 @@
 
 namespace prefilld::model {
 
-// Llama-like, grouped queries, head_dim 64: 4 layers, 4 query heads, 2 KV heads, width 128,
-// vocabulary 320. A change to one field gives every family; RoPE is of the default kind, and may be
-// dynamic NTK.
+// Returns a Llama-like configuration with grouped queries and head_dim 64: 4 layers, 4 query heads,
+// 2 KV heads, width 128, vocabulary 320. A change to one field gives every family. RoPE is of the
+// default kind, and may be dynamic NTK.
 ModelConfig SmallRandomConfig();
 
-// A folder of its own under the system's temporary directory with config.json and
-// model.safetensors (bf16, so that every device holds the same numbers); removed on destruction.
-// Equal (config, seed) give equal bytes on every machine. Query and key weights are scaled so that
-// attention is peaked rather than flat. Aborts when the disk refuses.
+// A temporary folder with config.json and model.safetensors (bf16, so that every device holds the
+// same numbers), removed on destruction. Equal (config, seed) give equal bytes on every machine.
+// Query and key weights are scaled so that attention is peaked rather than flat. Aborts when the
+// disk refuses.
 class RandomCheckpoint {
  public:
   explicit RandomCheckpoint(const ModelConfig& config, uint64_t seed = 1);
@@ -37,8 +37,8 @@ class RandomCheckpoint {
   std::string dir_;
 };
 
-// The text of a head-cluster file in which every head of the model shares: alone in a cluster of
-// its own, or all heads in one.
+// Returns the text of a head-cluster file in which every head of the model shares: each in its own
+// cluster, or all in one.
 std::string ClusterFile(const ModelConfig& config, bool alone);
 
 }  // namespace prefilld::model

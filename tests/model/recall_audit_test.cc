@@ -14,10 +14,10 @@
 namespace prefilld::model {
 namespace {
 
-// Of probabilities in fp32, against double precision.
+// The tolerance of probabilities in fp32 against double precision.
 constexpr double kTolerance = 1e-4;
 
-// Attention of one layer with the audit beside it.
+// The attention of one layer, with the audit beside it.
 struct AuditedRun {
   std::vector<float> out;
   LayerReport report;
@@ -37,7 +37,8 @@ AuditedRun Attend(OneLayer& layer, AttentionOptions options, const HeadClusters&
   return run;
 }
 
-// All heads in one cluster that shares whatever its members look at: most recalls are poor.
+// Puts all heads into one cluster that always shares, whatever its members look at, so most recalls
+// are low.
 HeadClusters OneCluster() {
   HeadClusters clusters;
   clusters.num_clusters = 1;
