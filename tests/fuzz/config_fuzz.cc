@@ -1,5 +1,5 @@
-// Configurations as a model folder might hold them: one that is accepted has a shape that can be
-// computed with, and a rotation of finite numbers.
+// Fuzzes configurations as a model folder might hold them. One that is accepted has a shape that
+// can be computed with, and a rotation of finite numbers.
 //
 // Input: config.json, then optionally a NUL and generation_config.json.
 #include <cmath>

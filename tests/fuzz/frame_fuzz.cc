@@ -1,5 +1,5 @@
-// Bytes as a KV stream might send them. The parser that leaves the payload where it lies must agree
-// with Protobuf's own on every frame that it accepts.
+// Fuzzes bytes as a KV stream might send them. The parser that leaves the payload where it lies
+// must agree with Protobuf's own on every frame that it accepts.
 //
 // Input: one byte that says how many bytes a slice has (0: all of them), then the message.
 #include <algorithm>

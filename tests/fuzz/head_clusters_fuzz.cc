@@ -1,4 +1,5 @@
-// Cluster files as an operator might give them: one that is accepted speaks of the model's heads.
+// Fuzzes cluster files as an operator might give them. One that is accepted names only heads of the
+// model.
 #include <cstddef>
 #include <cstdint>
 

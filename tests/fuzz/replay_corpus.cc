@@ -1,4 +1,4 @@
-// The main function of a fuzz target where the compiler has no libFuzzer: runs the target on every
+// The main function of a fuzz target if the compiler has no libFuzzer. It runs the target on every
 // file of the folders named on the command line, so that each build tests the kept inputs.
 #include <cstddef>
 #include <cstdint>

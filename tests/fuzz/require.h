@@ -1,4 +1,4 @@
-// What holds for every input of a fuzz target, however odd the input is.
+// States what must hold for every input of a fuzz target.
 #ifndef PREFILLD_TESTS_FUZZ_REQUIRE_H_
 #define PREFILLD_TESTS_FUZZ_REQUIRE_H_
 
@@ -7,7 +7,7 @@
 
 namespace prefilld::fuzz {
 
-// Ends the process when the promise is broken; libFuzzer then keeps the input as a finding.
+// Ends the process when the promise is broken. libFuzzer then keeps the input as a finding.
 inline void Require(bool holds, const char* promise) {
   if (holds) return;
   std::fprintf(stderr, "broken: %s\n", promise);

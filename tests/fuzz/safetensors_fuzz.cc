@@ -1,5 +1,5 @@
-// Files as a checkpoint folder might hold them: every tensor of one that is accepted lies inside
-// it.
+// Fuzzes files as a checkpoint folder might hold them. Every tensor of a file that is accepted lies
+// inside it.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>

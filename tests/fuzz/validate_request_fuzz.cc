@@ -1,4 +1,5 @@
-// Requests as any client might send them: whatever passes validation is safe to compute.
+// Fuzzes requests as any client might send them. A request that passes validation is safe to
+// compute.
 //
 // Input: one byte that chooses what the operator allows, then a serialized PrefillRequest.
 #include <cstddef>

@@ -308,8 +308,7 @@ TEST_F(InterleavedPrompts, SlotsThatAreHeldDelayTheirOwnPromptAlone) {
   ExpectSame(held.outcome, slow_alone);
 }
 
-// Nothing is computed here, so any device will do; the length of a short place differs between
-// them.
+// This test computes nothing, so any device will do. Devices differ in the length of a short place.
 TEST(PlacesOfPrompts, TheSmallestOneThatIsFreeAndLargeEnoughIsTaken) {
   ModelConfig config = SmallRandomConfig();
   config.max_positions = 20000;

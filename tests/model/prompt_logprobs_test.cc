@@ -61,7 +61,8 @@ TEST_P(PromptLogprobsTiles, AreThoseOfTheLogitsOfEveryBeginning) {
   }
 }
 
-// 512 elements of wide activations a token: 2 tokens of 16 have room for their 3000 logits.
+// A token has 512 elements of wide activations, so a tile of 16 tokens has room for the 3000 logits
+// of 2.
 INSTANTIATE_TEST_SUITE_P(
     Tiles, PromptLogprobsTiles,
     ::testing::Values(LogprobsCase{"AsWideAsALayers", 320, 16, 40, 3},

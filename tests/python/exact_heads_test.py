@@ -179,7 +179,7 @@ class Served(unittest.TestCase):
             out, written = Path(folder) / "exact.json", Path(folder) / "head_clusters.json"
             text = Path(folder) / "text"
             text.mkdir()
-            # Which heads look far depends on the text, and this one never changes.
+            # The text decides which heads attend to far tokens, and this text never changes.
             (text / "license.txt").write_text((ROOT / "LICENSE").read_text())
             few = ("--prefilld", PROGRAMS / "prefilld", "--text", text, "--lengths", "2048", "--texts", "1",
                    "--heads", "2.0", "6.2", pivot, "--device", "cpu", "--out", out)  # fmt: skip

@@ -1,6 +1,6 @@
-// Linked into tests that run under ThreadSanitizer. The distribution's Abseil is not instrumented,
-// so that its mutexes order nothing in the sanitizer's eyes. These definitions come before the
-// library's, tell the sanitizer, and call the library.
+// Linked into programs that run under ThreadSanitizer. The distribution's Abseil is not
+// instrumented, so the sanitizer does not see that its mutexes order threads. These definitions
+// come before the library's, tell the sanitizer, and call the library.
 #include <dlfcn.h>
 #include <sanitizer/tsan_interface.h>
 
@@ -11,13 +11,14 @@ namespace absl {
 ABSL_NAMESPACE_BEGIN
 namespace {
 
-// The library's own definition; `debian3` is the inline namespace that Debian gives its Abseil.
+// Finds the library's own definition. `debian3` is the inline namespace that Debian gives its
+// Abseil.
 template <typename Result, typename... Arguments>
 auto Library(const char* mangled_name) {
   return reinterpret_cast<Result (*)(Arguments...)>(dlsym(RTLD_NEXT, mangled_name));
 }
 
-// Conditions run inside of the library, in any thread that holds the mutex.
+// The library evaluates conditions in any thread that holds the mutex.
 struct OrderedCondition {
   const Condition& condition;
   Mutex* mutex;
@@ -73,8 +74,8 @@ bool Mutex::AwaitWithTimeout(const Condition& condition, Duration timeout) {
 ABSL_NAMESPACE_END
 }  // namespace absl
 
-// gRPC, Abseil and Prometheus are not instrumented either: what gRPC hands from thread to thread
-// looks unordered. Left to look at are races of our own threads with each other.
+// gRPC, Abseil and Prometheus are not instrumented either, so what gRPC hands from thread to thread
+// looks unordered. Only races of our own threads with each other are reported.
 extern "C" const char* __tsan_default_options() { return "ignore_noninstrumented_modules=1"; }
 
 extern "C" const char* __tsan_default_suppressions() {
