@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The rules of the house that grep can check: who may include whom, what stands at the top, how long
-# a file may be, and that the READMEs name only what exists. Prints every breach; exits 1 on any.
+# a file may be, how comments open, and that the READMEs name only what exists. Prints every breach;
+# exits 1 on any.
 #   tests/layers_test.sh [ROOT]
 set -euo pipefail
 cd "${1:-$(dirname "${BASH_SOURCE[0]}")/..}"
@@ -87,12 +88,33 @@ check 'over 600 lines' \
   "$({ sources kernels model server client tests; find model client tests deploy -name '*.py' -o -name '*.sh'; } |
     xargs wc -l | awk '$2 != "total" && $1 > 600')"
 
+# A comment says who does what, so no block of comment lines and no docstring opens with a word that
+# leaves the subject out. riddles MARK FILE...: the first lines of blocks of MARK that do.
+riddles() {
+  local mark=$1
+  shift
+  awk -v mark="$mark" '
+    FNR == 1 { inside = 0 }
+    { comment = $0 ~ "^[[:space:]]*" mark }
+    comment && !inside && $0 ~ "^[[:space:]]*" mark "+[[:space:]]*(Of|By|What|Which|Whose)[^[:alpha:]]" ||
+        mark == "#" && /^[[:space:]]*r?"""(Of|By|What|Which|Whose)[^[:alpha:]]/ {
+      print FILENAME ":" FNR ": " $0
+    }
+    { inside = comment }' "$@" /dev/null
+}
+rooms_of_comments=(proto kernels server model client deploy tests)
+mapfile -t slashed < <({ sources "${rooms_of_comments[@]}"; find proto -name '*.proto'; })
+mapfile -t hashed < <(find CMakeLists.txt "${rooms_of_comments[@]}" -type f \
+  \( -name '*.py' -o -name '*.sh' -o -name '*.yaml' -o -name 'CMakeLists.txt' -o -name Dockerfile \))
+check 'a comment opens with Of, By, What, Which or Whose' \
+  "$(riddles // "${slashed[@]}" && riddles '#' "${hashed[@]}")"
+
 # The top level is fixed.
 top='CMakeLists\.txt|CMakePresets\.json|LICENSE|README\.md|proto|server|kernels|model|client|deploy|tests'
 listed() { git ls-files 2>/dev/null | cut -d/ -f1 | sort -u || find . -maxdepth 1 -printf '%P\n'; }
 check 'not in the fixed top level' "$(listed | grep -vxE "$top|build|\..*|" || true)"
 
-# What the READMEs name exists. A path stands from the top or from the README's own folder.
+# Everything that the READMEs name exists. A path stands from the top or from the README's own folder.
 mapfile -t readmes < <(find . -name README.md -not -path './build/*' -not -path '*/.*/*' -printf '%P\n' | sort)
 # sorted lists: what there is
 words() { grep -rhowE --include='*.h' --include='*.cc' --include='*.cu' --include='*.cuh' --include='*.proto' "$@" | sort -u; }
