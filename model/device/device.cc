@@ -43,7 +43,7 @@ absl::Status Ops::TuneLinear(const kernels::LinearParams&) { return absl::OkStat
 
 absl::Status Ops::TuneGatedLinear(const kernels::GatedLinearParams&) { return absl::OkStatus(); }
 
-// Such a device needs no scratch: its attention works in the caller's memory alone.
+// A device inherits this if its attention needs no memory beside the caller's.
 absl::Status Ops::ReserveAttention(const kernels::AttentionParams&, bool) {
   return absl::OkStatus();
 }
