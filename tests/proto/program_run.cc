@@ -1,5 +1,6 @@
 #include "tests/proto/program_run.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <regex>
 #include <vector>
@@ -35,7 +36,10 @@ std::string OneLine(absl::string_view text) {
 std::vector<DeclaredFlag> DeclaredFlags(const std::string& program) {
   static const std::regex kFlag(R"(--([a-z0-9_]+) \((.*?)\); default: ?(.*?);(?= --|$))");
   std::vector<DeclaredFlag> flags;
-  const std::string help = RunCommand(program + " --helpfull").second;
+  std::string help = RunCommand(program + " --helpfull").second;
+  // The advice at the end would belong to the last file's flags. Which file is the last depends on
+  // whether the compiler was given absolute paths.
+  help.resize(std::min(help.size(), help.find("\nTry --helpfull")));
   const std::vector<std::string> files = absl::StrSplit(help, "Flags from ");
   for (size_t i = 1; i < files.size(); ++i) {
     const auto [path, text] =
