@@ -1,9 +1,9 @@
 // The choice of kernels by GPU.
 //
-// Attention, the estimate and the gated linear layer have kernels for two kinds of GPU, in folders
-// named after the oldest architecture that runs them: sm80 for every GPU from Ampere on, sm90 for
-// Hopper alone. A launcher takes those of sm90 where the GPU is a Hopper and they are built for the
-// shape, else the portable ones.
+// Attention, the estimate, antidiagonal scores and the gated linear layer have kernels for two
+// kinds of GPU, in folders named after the oldest architecture that runs them: sm80 for every GPU
+// from Ampere on, sm90 for Hopper alone. A launcher takes those of sm90 where the GPU is a Hopper
+// and they are built for the shape, else the portable ones.
 #ifndef PREFILLD_KERNELS_CUDA_KERNEL_PATH_H_
 #define PREFILLD_KERNELS_CUDA_KERNEL_PATH_H_
 
@@ -13,8 +13,8 @@
 
 namespace prefilld::kernels::cuda {
 
-// The kernels that a caller asks for: the fastest kernels that can compute the call, or one kind of them, for
-// tests and comparisons.
+// The kernels that a caller asks for: the fastest kernels that can compute the call, or one kind of
+// them, for tests and comparisons.
 enum class KernelPath { kFastest, kPortable, kHopper };
 
 struct GpuTraits {

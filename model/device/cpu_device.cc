@@ -9,6 +9,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/cpu/antidiagonal_scores.h"
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/kv_pack.h"
 #include "kernels/cpu/layer_ops.h"
@@ -47,6 +48,9 @@ class CpuOps final : public Ops {
     return Run(cpu::PagedAttention, p);
   }
   absl::Status Estimate(const kernels::EstimateParams& p) override { return Run(cpu::Estimate, p); }
+  absl::Status AntidiagonalScores(const kernels::AntidiagonalScoresParams& p) override {
+    return Run(cpu::AntidiagonalScores, p);
+  }
   absl::Status VerticalSlash(const kernels::VerticalSlashParams& p) override {
     return Run(cpu::VerticalSlash, p);
   }

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/cuda/antidiagonal_scores.h"
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/layer_ops.h"
 #include "kernels/cuda/pattern.h"
@@ -136,29 +137,39 @@ absl::Status CudaOps::GatedLinearStatus(const cuda::LaunchStatus& launch,
                            "] x [", 2 * params.intermediate, ", ", params.in_features, "]^T"));
 }
 
-absl::Status CudaOps::ReserveAttentionScratch(size_t bytes) {
-  if (bytes <= attention_scratch_.bytes()) return absl::OkStatus();
+absl::Status CudaOps::ReserveScratch(int64_t bytes) {
+  if (bytes <= static_cast<int64_t>(scratch_.bytes())) return absl::OkStatus();
   // This happens in the step path only if a call is larger than what was reserved. Recordings hold
   // the old address.
   PREFILLD_RETURN_IF_ERROR(device_.Synchronize());
   recordings_.Clear();
-  attention_scratch_ = DeviceBuffer();
-  PREFILLD_ASSIGN_OR_RETURN(attention_scratch_, device_.Allocate(bytes));
+  scratch_ = DeviceBuffer();
+  PREFILLD_ASSIGN_OR_RETURN(scratch_, device_.Allocate(static_cast<size_t>(bytes)));
   return absl::OkStatus();
 }
 
 absl::Status CudaOps::ReserveAttention(const kernels::AttentionParams& largest, bool block_mass) {
   PREFILLD_RETURN_IF_ERROR(fault_.status());
-  return ReserveAttentionScratch(
-      static_cast<size_t>(cuda::MaxAttentionScratchBytes(largest, block_mass)));
+  return ReserveScratch(cuda::MaxAttentionScratchBytes(largest, block_mass));
 }
 
 absl::Status CudaOps::Attention(const kernels::AttentionParams& params) {
   PREFILLD_RETURN_IF_ERROR(fault_.status());
-  const int64_t scratch_bytes = cuda::AttentionScratchBytes(params);
-  PREFILLD_RETURN_IF_ERROR(ReserveAttentionScratch(static_cast<size_t>(scratch_bytes)));
-  return CheckLaunch(cuda::LaunchAttention(params, attention_scratch_.data(), stream_), "attention",
+  PREFILLD_RETURN_IF_ERROR(ReserveScratch(cuda::AttentionScratchBytes(params)));
+  return CheckLaunch(cuda::LaunchAttention(params, scratch_.data(), stream_), "attention",
                      params.head_dim, params.block_tokens);
+}
+
+absl::Status CudaOps::ReserveAntidiagonalScores(const kernels::AntidiagonalScoresParams& largest) {
+  PREFILLD_RETURN_IF_ERROR(fault_.status());
+  return ReserveScratch(cuda::AntidiagonalScratchBytes(largest));
+}
+
+absl::Status CudaOps::AntidiagonalScores(const kernels::AntidiagonalScoresParams& params) {
+  PREFILLD_RETURN_IF_ERROR(fault_.status());
+  PREFILLD_RETURN_IF_ERROR(ReserveScratch(cuda::AntidiagonalScratchBytes(params)));
+  return CheckLaunch(cuda::LaunchAntidiagonalScores(params, scratch_.data(), stream_),
+                     "antidiagonal scores", params.head_dim, params.block_tokens);
 }
 
 }  // namespace prefilld::model

@@ -18,7 +18,7 @@ namespace prefilld::model {
 
 class CudaOps final : public Ops {
  public:
-  // All parameters are borrowed and must outlive the ops. When the scratch of attention moves,
+  // All parameters are borrowed and must outlive the ops. When the scratch of ops moves,
   // `recordings` are cleared, because they hold its address.
   CudaOps(Device* device, cudaStream_t stream, CudaFault* fault, CudaRecordings* recordings)
       : device_(*device), stream_(stream), fault_(*fault), recordings_(*recordings) {}
@@ -37,6 +37,8 @@ class CudaOps final : public Ops {
   absl::Status Attention(const kernels::AttentionParams& params) override;
   absl::Status PagedAttention(const kernels::PagedAttentionParams& params) override;
   absl::Status ReserveAttention(const kernels::AttentionParams& largest, bool block_mass) override;
+  absl::Status AntidiagonalScores(const kernels::AntidiagonalScoresParams& params) override;
+  absl::Status ReserveAntidiagonalScores(const kernels::AntidiagonalScoresParams& largest) override;
   absl::Status Estimate(const kernels::EstimateParams& params) override;
   absl::Status VerticalSlash(const kernels::VerticalSlashParams& params) override;
   absl::Status ExpandVerticalSlash(const kernels::ExpandVerticalSlashParams& params) override;
@@ -57,8 +59,8 @@ class CudaOps final : public Ops {
   template <typename Params>
   absl::Status Launch(const char* op, cudaError_t (*launch)(const Params&, cudaStream_t),
                       const Params& params, int head_dim = 0, int block_tokens = 0);
-  // Makes attention_scratch_ at least `bytes` long.
-  absl::Status ReserveAttentionScratch(size_t bytes);
+  // Makes scratch_ at least `bytes` long.
+  absl::Status ReserveScratch(int64_t bytes);
 
   Device& device_;
   const cudaStream_t stream_;
@@ -68,7 +70,8 @@ class CudaOps final : public Ops {
   DeviceBuffer linear_workspace_;
   kernels::cuda::LinearLauncher linear_;
   kernels::cuda::GatedLinearLauncher gated_linear_{&linear_};
-  DeviceBuffer attention_scratch_;  // grows to what the largest call needs
+  // Attention and antidiagonal scores use it in turns. It grows to what the largest call needs.
+  DeviceBuffer scratch_;
 };
 
 }  // namespace prefilld::model

@@ -43,8 +43,12 @@ absl::Status Ops::TuneLinear(const kernels::LinearParams&) { return absl::OkStat
 
 absl::Status Ops::TuneGatedLinear(const kernels::GatedLinearParams&) { return absl::OkStatus(); }
 
-// A device inherits this if its attention needs no memory beside the caller's.
+// A device inherits these two if the op needs no memory beside the caller's.
 absl::Status Ops::ReserveAttention(const kernels::AttentionParams&, bool) {
+  return absl::OkStatus();
+}
+
+absl::Status Ops::ReserveAntidiagonalScores(const kernels::AntidiagonalScoresParams&) {
   return absl::OkStatus();
 }
 

@@ -3,6 +3,7 @@
 #define PREFILLD_MODEL_DEVICE_OPS_H_
 
 #include "absl/status/status.h"
+#include "kernels/antidiagonal_scores.h"
 #include "kernels/attention.h"
 #include "kernels/layer_ops.h"
 #include "kernels/pattern.h"
@@ -40,6 +41,12 @@ class Ops {
   // if `block_mass` is set, so that no call up to this size allocates. Tensors and work are not
   // read. A larger call allocates when it comes.
   virtual absl::Status ReserveAttention(const kernels::AttentionParams& largest, bool block_mass);
+
+  // Scores blocks by all queries (kernels/antidiagonal_scores.h).
+  virtual absl::Status AntidiagonalScores(const kernels::AntidiagonalScoresParams& params) = 0;
+  // Allocates the scratch that AntidiagonalScores needs for this shape, so that no call up to this
+  // size allocates. Tensors are not read; `heads` must name heads of the shape.
+  virtual absl::Status ReserveAntidiagonalScores(const kernels::AntidiagonalScoresParams& largest);
 
   // These build patterns (kernels/pattern.h, kernels/pooled_mass.h).
   virtual absl::Status Estimate(const kernels::EstimateParams& params) = 0;

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels/cpu/antidiagonal_scores.h"
+#include "kernels/cuda/antidiagonal_scores.h"
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/layer_ops.h"
 #include "tests/gpu/device_array.h"
@@ -75,6 +77,48 @@ void Launch(const AttentionParams& params, KernelPath path) {
 class CudaLongPrompt : public GpuTestWithParam<KernelPath> {};
 INSTANTIATE_TEST_SUITE_P(FastestAndPortable, CudaLongPrompt,
                          ::testing::Values(KernelPath::kFastest, KernelPath::kPortable));
+
+// Only the queries of the last block are not zero, and only they are checked.
+TEST_P(CudaLongPrompt, AntidiagonalScores) {
+  constexpr int kHeads = 17, kHead = 16;
+  static_assert(kTokens * kHeads * kHeadDim > kLimit);
+  const std::vector<Bf16> k = UniformValues(static_cast<size_t>(kTokens * kHeadDim), 2.0f, 4);
+  const std::vector<Bf16> q =
+      UniformValues(static_cast<size_t>(int64_t{kBlock} * kHeads * kHeadDim), 2.0f, 5);
+  const DeviceArray<Bf16> device_q(static_cast<size_t>(kTokens * kHeads * kHeadDim)), device_k(k);
+  PREFILLD_ASSERT_CUDA(cudaMemset(device_q.data(), 0, device_q.size() * sizeof(Bf16)));
+  PREFILLD_ASSERT_CUDA(cudaMemcpy(device_q.data() + device_q.size() - q.size(), q.data(),
+                                  q.size() * sizeof(Bf16), cudaMemcpyHostToDevice));
+  constexpr int64_t kBlocks = kTokens / kBlock;
+  const DeviceArray<float> mass(static_cast<size_t>(kBlocks * kBlocks));
+  const int head = kHead;
+  AntidiagonalScoresParams p = {.q = device_q.data(),
+                                .k = device_k.data(),
+                                .num_queries = kTokens,
+                                .num_keys = kTokens,
+                                .kv_head_stride = kTokens * kHeadDim,
+                                .num_heads = kHeads,
+                                .num_kv_heads = 1,
+                                .head_dim = kHeadDim,
+                                .block_tokens = kBlock,
+                                .stride = 16,
+                                .scale = 0.05f,
+                                .heads = &head,
+                                .num_scored = 1,
+                                .block_mass = mass.data()};
+  const DeviceArray<char> scratch(static_cast<size_t>(cuda::AntidiagonalScratchBytes(p)));
+  PREFILLD_ASSERT_CUDA(cuda::LaunchAntidiagonalScores(p, scratch.data(), nullptr, GetParam()));
+  PREFILLD_ASSERT_CUDA(cudaDeviceSynchronize());
+
+  const std::vector<float> host_q = FromBf16(q), host_k = FromBf16(k);
+  std::vector<float> expected(kBlocks);
+  p.q = host_q.data();
+  p.k = host_k.data();
+  p.num_queries = kBlock;
+  p.block_mass = expected.data();
+  cpu::AntidiagonalScores(p);
+  ExpectClose(mass.Read(static_cast<size_t>(kBlocks * (kBlocks - 1)), kBlocks), expected);
+}
 
 class CudaLongPromptOp : public GpuTest {};
 

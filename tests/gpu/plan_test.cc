@@ -7,7 +7,9 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/antidiagonal_scores.h"
 #include "kernels/attention.h"
+#include "kernels/cuda/antidiagonal/plan.h"
 #include "kernels/cuda/attention/plan.h"
 #include "kernels/cuda/attention/sm90/forward.h"
 #include "kernels/cuda/gated_linear.h"
@@ -227,6 +229,41 @@ TEST(GatedLinearTileOrder, VisitsEachTileOnceAndKeepsTheSquareOfAWave) {
       }
     }
     EXPECT_EQ(seen.size(), static_cast<size_t>(num_pairs * num_columns));
+  }
+}
+
+TEST(AntidiagonalScores, EveryItemHasOneWorkerAndWorkersHaveAlikeSums) {
+  constexpr int kWorkers = 66;
+  for (const int num_items : {1, 65, 66, 67, 1792}) {
+    std::set<int> seen;
+    std::vector<int> sums(kWorkers);
+    for (int worker = 0; worker < kWorkers; ++worker) {
+      for (int turn = 0; turn * kWorkers < num_items; ++turn) {
+        const int item = ItemOfTurn(turn, worker, kWorkers);
+        if (item >= num_items) continue;
+        EXPECT_GE(item, 0);
+        EXPECT_TRUE(seen.insert(item).second) << item;
+        sums[static_cast<size_t>(worker)] += num_items - item;  // the first items are the longest
+      }
+    }
+    EXPECT_EQ(seen.size(), static_cast<size_t>(num_items));
+    if (num_items < 10 * kWorkers) continue;
+    const auto [least, most] = std::minmax_element(sums.begin(), sums.end());
+    EXPECT_LE(*most, *least * 103 / 100);
+  }
+}
+
+TEST(AntidiagonalScores, ScratchHasRoomForWholeRunsOfFolds) {
+  AntidiagonalScoresParams p;
+  p.block_tokens = 128;
+  for (const int stride : {8, 16}) {
+    p.stride = stride;
+    for (const int64_t keys : {1, 127, 129, 4096, 4097, 1 << 20}) {
+      p.num_keys = p.num_queries = keys;
+      const int64_t blocks = WeightBlocks(p);
+      EXPECT_GE(blocks, AntidiagonalFolds(p).num_key_blocks) << keys;
+      EXPECT_EQ(blocks * 128 / stride % kMaxFoldRun, 0) << keys;
+    }
   }
 }
 

@@ -49,7 +49,7 @@ step() {
 
 run_tests() {
   local subject
-  for subject in attention gated_linear kv_pack layer_ops pattern pooled_mass long_prompt \
+  for subject in antidiagonal_scores attention gated_linear kv_pack layer_ops pattern pooled_mass long_prompt \
     recall_audit replay device; do
     step "$subject" "$build/tests/gpu/cuda_${subject}_test" --gtest_brief=1
   done
@@ -62,8 +62,9 @@ run_tests() {
 run_sanitizer() {
   local tool filter subject
   for tool in memcheck racecheck synccheck; do
-    for subject in attention gated_linear kv_pack layer_ops pattern; do
+    for subject in antidiagonal_scores attention gated_linear kv_pack layer_ops pattern; do
       filter='*'
+      [[ $subject == antidiagonal_scores ]] && filter='*-Large/*:*CpuChooses*'
       [[ $subject == attention ]] &&
         filter='Common/*AboveA*:Common/*Mass*:Common/*Offset*:Common/*LastRow*:Common/*Ratio*:Common/*Blocks*:Large/*Tiles*-*Refuses*'
       [[ $subject == gated_linear ]] && filter='*-*ManyTiles*:*Times*'
@@ -90,6 +91,11 @@ run_bench() {
     step "bench.attention.${heads/\//_}" "$bench" --mode=attention --device=cuda \
       --heads="${heads%/*}" --kv_heads="${heads#*/}" --tokens=8192,32768,131072 \
       --commit="$commit" --json="$out/attention_${heads/\//_}.json"
+  done
+  for heads in 28/4 32/8; do
+    step "bench.scores.${heads/\//_}" "$bench" --mode=scores --device=cuda \
+      --heads="${heads%/*}" --kv_heads="${heads#*/}" --tokens=8192,32768,131072 \
+      --commit="$commit" --json="$out/scores_${heads/\//_}.json"
   done
   step bench.layer "$bench" --mode=layer --device=cuda --tokens=8192,32768 \
     --commit="$commit" --json="$out/layer.json"

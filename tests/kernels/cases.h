@@ -107,6 +107,52 @@ inline const std::vector<EstimateCase>& EstimateCases() {
   return cases;
 }
 
+struct AntidiagonalCase {
+  const char* name;
+  int64_t num_queries;
+  int64_t num_keys;
+  int num_heads;
+  int num_kv_heads;
+  int head_dim;
+  int block_tokens;
+  int stride;
+};
+
+inline void PrintTo(const AntidiagonalCase& c, std::ostream* out) { *out << c.name; }
+
+// The names say what is special about the lengths, in folds of the stride and in blocks.
+inline const std::vector<AntidiagonalCase>& AntidiagonalCases() {
+  static const std::vector<AntidiagonalCase> cases = {
+      {"OneToken", 1, 1, 2, 1, 64, 128, 8},
+      {"OneTokenLongFold", 1, 1, 1, 1, 128, 128, 16},
+      {"FoldLessOne", 7, 7, 2, 2, 64, 128, 8},
+      {"OneFold", 8, 8, 2, 1, 128, 128, 8},
+      {"FoldAndOne", 9, 9, 2, 1, 64, 64, 8},
+      {"FoldAndHalf", 12, 12, 2, 1, 64, 64, 8},
+      {"FoldAndMoreThanHalf", 13, 13, 2, 1, 64, 64, 8},
+      {"BlockLessOne", 127, 127, 2, 2, 64, 128, 8},
+      {"OneBlock", 128, 128, 2, 1, 128, 128, 8},
+      {"BlockAndOne", 129, 129, 2, 1, 64, 128, 8},
+      {"SmallBlockAndOneLongFolds", 65, 65, 2, 1, 128, 64, 16},
+      {"Ratio7", 777, 777, 7, 1, 128, 128, 8},
+      {"Ratio4LongFolds", 1030, 1030, 8, 2, 64, 128, 16},
+      {"SmallBlocks", 1000, 1000, 4, 2, 64, 64, 8},
+      {"SmallBlocksLongFolds", 1500, 1500, 3, 3, 128, 64, 16},
+      {"TilesAndOne", 2049, 2049, 2, 1, 64, 128, 8},
+      {"TwoTiles", 4096, 4096, 2, 1, 128, 128, 8},
+      {"TwoTilesAndABit", 4300, 4300, 3, 1, 64, 128, 8},
+      {"OffsetAtABlock", 256, 1024, 2, 1, 128, 128, 8},
+      {"OffsetAtAFold", 200, 1000, 4, 2, 64, 128, 8},
+      {"OffsetWithinAFold", 203, 1001, 4, 2, 64, 128, 8},
+      {"OffsetWithinALongFold", 501, 1203, 4, 1, 128, 128, 16},
+      {"OneQuery", 1, 1000, 2, 2, 64, 64, 8},
+      {"OneQueryBeginsAFold", 1, 1001, 2, 1, 128, 128, 8},
+      {"FewQueriesWithinAFold", 3, 2046, 2, 1, 64, 128, 16},
+      {"OffsetBeyondATile", 300, 4500, 2, 1, 128, 128, 8},
+  };
+  return cases;
+}
+
 struct PackCase {
   const char* name;
   int64_t num_tokens;

@@ -21,6 +21,12 @@ namespace prefilld::bench {
 absl::Status BenchAttention(model::Device& device, const AttentionData& data,
                             const std::vector<int>& densities, int runs, Report* report);
 
+// Measures antidiagonal scores of all heads with this stride, and the choice of blocks by them. The
+// row `worst_sum` is the greatest distance from 1 of the sum of a row of the block mass; a distance
+// above 1e-3 ends the run.
+absl::Status BenchScores(model::Device& device, const AttentionData& data, int stride, int runs,
+                         Report* report);
+
 // Measures all that pattern sharing does for one layer, from the estimate to the output: a layer
 // that makes its pivots, and a later one whose pivots exist, both on `data`. `clusters_path` names
 // heads of layers 0 and 1. `error` is ||out - dense|| / ||dense|| over all heads.

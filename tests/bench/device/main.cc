@@ -1,6 +1,7 @@
 // prefill-bench measures how fast a device runs a whole prefill and its parts.
 //
 //   prefill-bench --mode=attention [--tokens=…] [--qkv=FOLDER [--clusters=FILE]]
+//   prefill-bench --mode=scores [--tokens=…] [--stride=8]
 //   prefill-bench --mode=layer [--tokens=…]
 //   prefill-bench --mode=linears [--tokens=…] [--layers=28]
 //   prefill-bench --mode=prefill --model=FOLDER --prompt=TOKENS.json [--policies=dense,share]
@@ -20,10 +21,10 @@
 #include "proto/process/command_line.h"
 #include "tests/bench/device/benches.h"
 
-ABSL_FLAG(std::string, mode, "attention", "attention, layer, linears, prefill or batch.");
+ABSL_FLAG(std::string, mode, "attention", "attention, scores, layer, linears, prefill or batch.");
 ABSL_FLAG(std::string, device, "auto", "auto, cpu or cuda.");
 ABSL_FLAG(std::vector<std::string>, tokens, {"8192"}, "Prompt lengths, comma-separated.");
-ABSL_FLAG(int32_t, heads, 28, "Query heads, for modes attention and layer.");
+ABSL_FLAG(int32_t, heads, 28, "Query heads, for modes attention, scores and layer.");
 ABSL_FLAG(int32_t, kv_heads, 4, "KV heads, likewise.");
 ABSL_FLAG(int32_t, head_dim, 128, "Likewise.");
 ABSL_FLAG(int64_t, hidden, 3584, "For mode layer.");
@@ -38,6 +39,7 @@ ABSL_FLAG(std::optional<int64_t>, max_graph_tokens, std::nullopt,
           "graphs. Not set: the engine's choice.");
 ABSL_FLAG(std::vector<std::string>, densities, (std::vector<std::string>{"5", "10", "20", "40"}),
           "Percentages of random patterns, for mode attention.");
+ABSL_FLAG(int32_t, stride, 8, "Tokens of a fold, for mode scores.");
 ABSL_FLAG(std::string, qkv, "",
           "Folder with model.safetensors of q [1, N, H, d], k and v [1, N, H_kv, d], bf16, instead "
           "of random data.");
@@ -119,6 +121,21 @@ absl::Status RunAttention(model::Device& device, Report* report) {
                             absl::GetFlag(FLAGS_kv_heads), absl::GetFlag(FLAGS_head_dim));
     if (!data.ok()) return data.status();
     absl::Status status = BenchAttention(device, *data, percents, runs, report);
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status RunScores(model::Device& device, Report* report) {
+  absl::StatusOr<std::vector<int64_t>> lengths = Numbers(absl::GetFlag(FLAGS_tokens));
+  if (!lengths.ok()) return lengths.status();
+  for (int64_t length : *lengths) {
+    absl::StatusOr<AttentionData> data =
+        RandomAttentionData(device, length, absl::GetFlag(FLAGS_heads),
+                            absl::GetFlag(FLAGS_kv_heads), absl::GetFlag(FLAGS_head_dim));
+    if (!data.ok()) return data.status();
+    absl::Status status =
+        BenchScores(device, *data, absl::GetFlag(FLAGS_stride), absl::GetFlag(FLAGS_runs), report);
     if (!status.ok()) return status;
   }
   return absl::OkStatus();
@@ -237,12 +254,14 @@ absl::Status Run() {
     absl::StatusOr<std::vector<int64_t>> batches = Numbers(absl::GetFlag(FLAGS_batches));
     if (!batches.ok()) return batches.status();
     status = RunEngine(*choice, *batches, &report);
-  } else if (mode == "attention" || mode == "layer" || mode == "linears") {
+  } else if (mode == "attention" || mode == "scores" || mode == "layer" || mode == "linears") {
     absl::StatusOr<std::unique_ptr<model::Device>> device = model::CreateDevice(*choice, 0);
     if (!device.ok()) return device.status();
     report.Fact("device", (*device)->traits().name);
     if (mode == "attention") {
       status = RunAttention(**device, &report);
+    } else if (mode == "scores") {
+      status = RunScores(**device, &report);
     } else if (mode == "layer") {
       status = RunLayer(**device, &report);
     } else {
@@ -264,13 +283,14 @@ int main(int argc, char** argv) {
   prefilld::process::ParseCommandLine(
       argc, argv,
       {.usage = "How fast a device runs the parts of a prefill, and the whole.",
-       .groups = {{"What runs", {"mode", "device", "runs", "warm_up"}},
-                  {"Shapes",
-                   {"tokens", "heads", "kv_heads", "head_dim", "hidden", "intermediate", "layers",
-                    "tile_tokens", "max_graph_tokens", "batches"}},
-                  {"Attention", {"densities", "qkv", "clusters", "gamma", "tau", "coverage"}},
-                  {"Whole prefills", {"model", "prompt", "policies"}},
-                  {"Report", {"peak_tflops", "peak_gbps", "json", "commit"}}}});
+       .groups = {
+           {"What runs", {"mode", "device", "runs", "warm_up"}},
+           {"Shapes",
+            {"tokens", "heads", "kv_heads", "head_dim", "hidden", "intermediate", "layers",
+             "tile_tokens", "max_graph_tokens", "batches"}},
+           {"Attention", {"densities", "stride", "qkv", "clusters", "gamma", "tau", "coverage"}},
+           {"Whole prefills", {"model", "prompt", "policies"}},
+           {"Report", {"peak_tflops", "peak_gbps", "json", "commit"}}}});
   const absl::Status status = prefilld::bench::Run();
   if (!status.ok()) std::fprintf(stderr, "prefill-bench: %s\n", status.ToString().c_str());
   return status.ok() ? 0 : 1;

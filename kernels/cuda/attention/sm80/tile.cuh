@@ -54,12 +54,25 @@ __device__ __forceinline__ constexpr uint32_t step_offset(int step, uint32_t swi
   return (((step % 4) * 32) ^ swizzle) + (step / 4) * 128;
 }
 
-// Computes s[kRowTiles * 16, kKeys] = Q K^T for the warp's rows, which begin at row `first_row` of
+// Sets s to zero.
+template <int kRowTiles, int kColumnTiles>
+__device__ __forceinline__ void clear(float (&s)[kRowTiles][kColumnTiles][4]) {
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < kColumnTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[i][j][e] = 0.0f;
+    }
+  }
+}
+
+// Adds Q K^T to s[kRowTiles * 16, kKeys] for the warp's rows, which begin at row `first_row` of
 // q_tile. s[i][j] are the accumulators (device/accumulator.cuh) of row tile i and of the eight keys
 // from 8j on.
 template <int kHeadDim, int kRowTiles, int kKeys>
-__device__ __forceinline__ void multiply_qk(float (&s)[kRowTiles][kKeys / 8][4], uint32_t q_tile,
-                                            int first_row, uint32_t k_tile) {
+__device__ __forceinline__ void accumulate_qk(float (&s)[kRowTiles][kKeys / 8][4], uint32_t q_tile,
+                                              int first_row, uint32_t k_tile) {
   constexpr int kRowBytes = kHeadDim * 2;
   const int lane = device::opaque(threadIdx.x) % 32;
   // Q fragments: lanes 0-15 name the 16 rows at the first eight columns, lanes 16-31 the same rows
@@ -70,14 +83,6 @@ __device__ __forceinline__ void multiply_qk(float (&s)[kRowTiles][kKeys / 8][4],
   // 8-15 at the same columns.
   const uint32_t k_row = k_tile + (lane % 8 + (lane / 16) * 8) * kRowBytes;
   const uint32_t k_swizzle = (((lane / 8) % 2) ^ (lane % 8)) * 16;
-#pragma unroll
-  for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-    for (int j = 0; j < kKeys / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[i][j][e] = 0.0f;
-    }
-  }
   // The loop is not unrolled in full: at head_dim 128 there are no registers left for the
   // addresses.
 #pragma unroll 2
@@ -100,6 +105,14 @@ __device__ __forceinline__ void multiply_qk(float (&s)[kRowTiles][kKeys / 8][4],
       }
     }
   }
+}
+
+// Computes s = Q K^T, as accumulate_qk adds it.
+template <int kHeadDim, int kRowTiles, int kKeys>
+__device__ __forceinline__ void multiply_qk(float (&s)[kRowTiles][kKeys / 8][4], uint32_t q_tile,
+                                            int first_row, uint32_t k_tile) {
+  clear(s);
+  accumulate_qk<kHeadDim, kRowTiles, kKeys>(s, q_tile, first_row, k_tile);
 }
 
 }  // namespace prefilld::kernels::cuda::sm80
