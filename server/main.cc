@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "model/prefill/prefill_engine.h"
 #include "proto/process/log.h"
+#include "proto/process/open_files.h"
 #include "proto/process/signals.h"
 #include "proto/wire/port_file.h"
 #include "server/clock.h"
@@ -103,6 +104,7 @@ int Main(int argc, char** argv) {
   const auto options = OptionsFromCommandLine(argc, argv);
   process::InitLogging(options.ok() ? options->log_format : process::LogFormat::kText);
   if (!options.ok()) return Refuse("options", options.status());
+  process::RaiseOpenFilesLimit();
   return Serve(process::EndSignals(), *options);
 }
 

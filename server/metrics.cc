@@ -159,7 +159,8 @@ Metrics::Metrics(const model::EngineInfo& engine)
                                 "Layers of short prompts that are replayed as CUDA graphs, by "
                                 "layer and length.")),
       ready_(NewGauge("prefilld_ready", "1 while new requests are accepted.")),
-      live_(NewGauge("prefilld_live", "0 when work waits and nothing progresses.")) {
+      live_(NewGauge("prefilld_live", "0 when work waits and nothing progresses, or no new "
+                                         "caller gets in.")) {
   prometheus::BuildGauge()
       .Name("prefilld_build_info")
       .Help("Constant 1; what runs here.")

@@ -84,6 +84,9 @@ ABSL_FLAG(
     "Query blocks per layer that such a measurement looks at, and the most that a request may "
     "ask for; each takes about 128 / tokens of the time of dense attention. 0: none.");
 
+ABSL_FLAG(int64_t, max_connections, 1024,
+          "Connections that may be open; more are refused. Lowered to what the limit of open files "
+          "(ulimit -n) allows, of which each takes two.");
 ABSL_FLAG(int64_t, queue_capacity, 64, "Requests that may wait behind those that run.");
 ABSL_FLAG(int64_t, max_queued_tokens, 0,
           "Prompt tokens that may wait. 0: eight prompts of the greatest length.");
@@ -190,6 +193,7 @@ ServerOptions ReadPlainValues() {
   options.tls.cert_file = absl::GetFlag(FLAGS_tls_cert);
   options.tls.key_file = absl::GetFlag(FLAGS_tls_key);
   options.tls.client_ca_file = absl::GetFlag(FLAGS_tls_client_ca);
+  options.max_connections = absl::GetFlag(FLAGS_max_connections);
   options.queue_capacity = absl::GetFlag(FLAGS_queue_capacity);
   options.max_queued_tokens = absl::GetFlag(FLAGS_max_queued_tokens);
   options.max_lanes = absl::GetFlag(FLAGS_max_lanes);
@@ -224,7 +228,7 @@ process::ProgramHelp Help() {
             "log_format"}},
           {"Attention", AttentionFlags()},
           {"Recall audit", {"recall_audit_fraction", "recall_audit_rows"}},
-          {"Queue", {"queue_capacity", "max_queued_tokens"}},
+          {"Connections and queue", {"max_connections", "queue_capacity", "max_queued_tokens"}},
           {"KV delivery",
            {"max_lanes", "staging_bytes", "frame_bytes", "pack_threads", "deliver_to_allow"}},
           {"Time-outs",

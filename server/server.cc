@@ -12,6 +12,7 @@
 #include "proto/process/health.h"
 #include "proto/process/log.h"
 #include "proto/process/metrics_endpoint.h"
+#include "proto/process/port_watch.h"
 #include "proto/status_macros.h"
 #include "proto/wire/grpc_status.h"
 #include "proto/wire/kv_layout.h"
@@ -158,13 +159,15 @@ absl::Status PrefillServer::StartListening(const ServerOptions& options) {
       .address = options.listen,
       .tls = options.tls,
       .max_request_bytes = MaxRequestBytes(engine_.info().max_tokens),
-      .max_streams = MaxStreams(options)};
-  PREFILLD_ASSIGN_OR_RETURN(wire::Listener listener, wire::Listen(listen, {service_.get()}));
-  server_ = std::move(listener.server);
-  port_ = listener.port;
+      .max_streams = MaxStreams(options),
+      .max_connections = options.max_connections,
+      .stall_timeout = options.stall_timeout};
+  PREFILLD_ASSIGN_OR_RETURN(listener_, wire::Listener::Create(listen, {service_.get()}));
   health_ = std::make_unique<process::Health>(
-      server_->GetHealthCheckService(),
+      listener_->server().GetHealthCheckService(),
       std::vector<std::string>{v1::PrefillService::service_full_name()});
+  port_watch_ = std::make_unique<process::PortWatch>(listener_->connections(), *health_,
+                                                     metrics_->registry(), process::PortWatch::Timing());
   return absl::OkStatus();
 }
 
@@ -186,6 +189,8 @@ void PrefillServer::StartWatchdog(const ServerOptions& options) {
   watchdog_->Start();
 }
 
+int PrefillServer::port() const { return listener_->port(); }
+
 int PrefillServer::metrics_port() const {
   return metrics_endpoint_ == nullptr ? 0 : metrics_endpoint_->port();
 }
@@ -202,10 +207,8 @@ PrefillServer::~PrefillServer() {
     scheduler_->AbortAll(Outcome::kShutDown, absl::UnavailableError("the server is shutting down"));
     scheduler_->AwaitIdle(kShutdownTime);
   }
-  if (server_ != nullptr) {
-    server_->Shutdown(absl::ToChronoTime(absl::Now() + kShutdownTime));
-    server_->Wait();
-  }
+  port_watch_.reset();
+  if (listener_ != nullptr) listener_->Shutdown(kShutdownTime);
   if (push_dialer_ != nullptr) push_dialer_->AwaitIdle();
   watchdog_.reset();
   // The transport may hold on to the last frames for a moment. If it takes too long, the memory is

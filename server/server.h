@@ -16,14 +16,15 @@
 #include "server/server_options.h"
 #include "server/staging_ring.h"
 
-namespace grpc {
-class Server;
-}
-
 namespace prefilld::process {
 class Health;
 class MetricsEndpoint;
+class PortWatch;
 }  // namespace prefilld::process
+
+namespace prefilld::wire {
+class Listener;
+}
 
 namespace prefilld::server {
 
@@ -42,7 +43,7 @@ class PrefillServer {
   // Ends requests that are still running with UNAVAILABLE.
   ~PrefillServer();
 
-  int port() const { return port_; }
+  int port() const;
   int metrics_port() const;  // 0: no metrics endpoint
 
   const Metrics& metrics() const { return *metrics_; }
@@ -67,7 +68,6 @@ class PrefillServer {
   model::PrefillEngine& engine_;
   const Clock& clock_;
   JobTimeouts timeouts_;
-  int port_ = 0;
 
   // Members stand in the order of construction and are destroyed in reverse.
   Progress progress_;
@@ -79,8 +79,9 @@ class PrefillServer {
   std::unique_ptr<ComputeThread> compute_thread_;
   std::unique_ptr<PushDialer> push_dialer_;
   std::unique_ptr<PrefillService> service_;
-  std::unique_ptr<grpc::Server> server_;
+  std::unique_ptr<wire::Listener> listener_;
   std::unique_ptr<process::Health> health_;
+  std::unique_ptr<process::PortWatch> port_watch_;
   std::unique_ptr<Watchdog> watchdog_;
   std::unique_ptr<process::MetricsEndpoint> metrics_endpoint_;
 };

@@ -72,6 +72,7 @@ absl::Status Validate(const ServerOptions& o) {
         absl::StrCat("--recall_audit_fraction=", o.recall_audit.fraction, " is outside [0, 1]"));
   }
   CheckRange("--recall_audit_rows", o.recall_audit.rows, 0, 1024, problems);
+  CheckRange("--max_connections", o.max_connections, 1, 1 << 20, problems);
   CheckRange("--queue_capacity", o.queue_capacity, 0, 1 << 20, problems);
   CheckRange("--max_queued_tokens", o.max_queued_tokens, 0, int64_t{1} << 36, problems);
   CheckRange("--max_lanes", o.max_lanes, 1, 16, problems);
@@ -110,6 +111,7 @@ std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o
           {"allowed_policies", allowed},
           {"recall_audit_fraction", absl::StrCat(o.recall_audit.fraction)},
           {"recall_audit_rows", absl::StrCat(o.recall_audit.rows)},
+          {"max_connections", absl::StrCat(o.max_connections)},
           {"queue_capacity", absl::StrCat(o.queue_capacity)},
           {"max_queued_tokens", absl::StrCat(o.max_queued_tokens)},
           {"max_lanes", absl::StrCat(o.max_lanes)},

@@ -38,6 +38,7 @@ struct ServerOptions {
   wire::ServerTls tls;    // for the calls that come in, and for pushes, which go out
   process::LogFormat log_format = process::LogFormat::kText;
 
+  int64_t max_connections = 1024;  // open at once; more are refused
   int64_t queue_capacity = 64;    // requests waiting behind those that run
   int64_t max_queued_tokens = 0;  // tokens waiting; 0: 8 prompts of the greatest length
   int max_lanes = 16;

@@ -48,7 +48,7 @@ void Watchdog::LookAround() {
                       wedged ? "wedged" : "progress_again",
                       {{"without_progress_s", absl::ToDoubleSeconds(silence)}});
   }
-  watched_.health->SetLive(!wedged);
+  watched_.health->SetProgressing(!wedged);
   if (!watched_.scheduler->failure().ok()) watched_.health->SetReady(false);
 
   watched_.metrics->Set({.queued_requests = queue.queued_requests,

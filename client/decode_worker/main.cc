@@ -21,6 +21,8 @@
 #include "model/decode/decoder.h"
 #include "proto/process/health.h"
 #include "proto/process/log.h"
+#include "proto/process/open_files.h"
+#include "proto/process/port_watch.h"
 #include "proto/process/signals.h"
 #include "proto/status_macros.h"
 #include "proto/wire/port_file.h"
@@ -60,11 +62,11 @@ void LogReady(const wire::Ports& ports, const model::Decoder& decoder, const KvB
             {"kv_blocks", pool.num_blocks()}});
 }
 
-void DrainAndStop(grpc::Server& server, process::Health& health, GenerateService& generate,
+void DrainAndStop(wire::Listener& listener, process::Health& health, GenerateService& generate,
                   absl::Duration timeout) {
   health.SetReady(false);
   const bool drained = generate.Drain(timeout);
-  server.Shutdown(absl::ToChronoTime(absl::Now()));
+  listener.Shutdown(absl::ZeroDuration());
   LogEvent(LogLevel::kInfo, "ended", {{"drained", drained ? "yes" : "no"}});
 }
 
@@ -87,25 +89,28 @@ absl::Status Serve(const process::EndSignals& signals, const WorkerOptions& opti
 
   wire::Ports ports;
   PREFILLD_ASSIGN_OR_RETURN(ports.metrics, metrics.Serve(options.metrics_listen));
-  PREFILLD_ASSIGN_OR_RETURN(const wire::Listener listener,
+  PREFILLD_ASSIGN_OR_RETURN(const auto listener,
                             StartWorkerServer(options, decoder->config(), generate, receiver));
-  ports.grpc = listener.port;
-  process::Health health(listener.server->GetHealthCheckService(),
+  ports.grpc = listener->port();
+  process::Health health(listener->server().GetHealthCheckService(),
                          {::prefill::v1::DecodeService::service_full_name(),
                           ::prefill::v1::KvReceiver::service_full_name()});
+  const process::PortWatch port_watch(listener->connections(), health, metrics.registry(),
+                                      process::PortWatch::Timing());
   health.SetReady(true);
   PREFILLD_RETURN_IF_ERROR(wire::WritePortFile(options.port_file, ports));
   LogReady(ports, *decoder, pool);
 
   const int signal = signals.Await([] { return false; });
   LogEvent(LogLevel::kInfo, "draining", {{"signal", process::SignalName(signal)}});
-  DrainAndStop(*listener.server, health, generate, options.drain_timeout);
+  DrainAndStop(*listener, health, generate, options.drain_timeout);
   return absl::OkStatus();
 }
 
 absl::Status Run(int argc, char** argv) {
   PREFILLD_ASSIGN_OR_RETURN(const WorkerOptions options, OptionsFromCommandLine(argc, argv));
   process::InitLogging(process::LogFormat::kText);
+  process::RaiseOpenFilesLimit();
   LogConfiguration(options);
   return Serve(process::EndSignals(), options);
 }

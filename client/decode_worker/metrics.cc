@@ -109,6 +109,10 @@ void WorkerMetrics::WatchPool(int64_t num_blocks, std::function<int64_t()> free_
   families_->pool = std::make_shared<PoolGauge>(num_blocks, std::move(free_blocks));
 }
 
+const std::shared_ptr<prometheus::Registry>& WorkerMetrics::registry() const {
+  return families_->registry;
+}
+
 absl::StatusOr<int> WorkerMetrics::Serve(const std::string& address) {
   if (address.empty()) return 0;
   std::vector<std::shared_ptr<prometheus::Collectable>> collectables = {families_->registry};

@@ -10,6 +10,10 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 
+namespace prometheus {
+class Registry;
+}
+
 namespace prefilld::client {
 
 // The numbers that a worker shows to Prometheus. Thread-safe.
@@ -25,6 +29,8 @@ class WorkerMetrics {
   void ObserveTimeToFirstToken(absl::Duration ttft);
   // Shows the pool's size and use. `free_blocks` is called at every scrape while this lives.
   void WatchPool(int64_t num_blocks, std::function<int64_t()> free_blocks);
+
+  const std::shared_ptr<prometheus::Registry>& registry() const;
 
   // Serves /metrics on host:port and returns the port; 0 without an address. UNAVAILABLE: the
   // address cannot be bound.

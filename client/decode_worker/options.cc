@@ -41,6 +41,9 @@ ABSL_FLAG(std::string, prefill_tls_name, "",
           "Name to verify in prefilld's certificate. Empty: the host of --prefill_address.");
 ABSL_FLAG(int32_t, lanes, 1, "Connections per KV transfer, 1 to 16.");
 
+ABSL_FLAG(int64_t, max_connections, 1024,
+          "Connections that may be open; more are refused. Lowered to what the limit of open files "
+          "(ulimit -n) allows, of which each takes two.");
 ABSL_FLAG(int64_t, max_new_tokens_limit, 4096, "Greatest max_new_tokens a request may ask for.");
 ABSL_FLAG(int32_t, max_requests, 64, "Requests at once, those waiting for prefill included.");
 ABSL_FLAG(double, transfer_timeout_s, 120,
@@ -72,7 +75,7 @@ process::ProgramHelp Help() {
       {"Addresses and TLS",
        {"listen", "metrics_listen", "port_file", "tls_cert", "tls_key", "tls_client_ca"}},
       {"Limits and time-outs",
-       {"max_new_tokens_limit", "max_requests", "transfer_timeout_s", "stall_timeout_s",
+       {"max_connections", "max_new_tokens_limit", "max_requests", "transfer_timeout_s", "stall_timeout_s",
         "drain_timeout_s"}}};
   return help;
 }
@@ -158,6 +161,8 @@ absl::StatusOr<WorkerOptions> OptionsFromCommandLine(int argc, char** argv) {
   options.prefill = ReadPrefill(problems);
   options.lanes = absl::GetFlag(FLAGS_lanes);
   CheckRange("--lanes", options.lanes, 1, 16, problems);
+  options.max_connections = absl::GetFlag(FLAGS_max_connections);
+  CheckRange("--max_connections", options.max_connections, 1, 1 << 20, problems);
   options.max_new_tokens_limit = absl::GetFlag(FLAGS_max_new_tokens_limit);
   CheckRange("--max_new_tokens_limit", options.max_new_tokens_limit, 1,
              std::numeric_limits<int32_t>::max(), problems);
@@ -185,6 +190,7 @@ std::vector<std::pair<std::string, std::string>> Describe(const WorkerOptions& o
           {"kv_block_tokens", absl::StrCat(o.decoder.block_tokens)},
           {"kv_order", o.decoder.order == kernels::KvOrder::kNhd ? "nhd" : "hnd"},
           {"kv_pool_tokens", absl::StrCat(o.decoder.pool_tokens)},
+          {"max_connections", absl::StrCat(o.max_connections)},
           {"max_new_tokens_limit", absl::StrCat(o.max_new_tokens_limit)},
           {"max_requests", absl::StrCat(o.max_requests)},
           {"transfer_timeout", absl::FormatDuration(o.transfer_timeout)},

@@ -27,6 +27,7 @@ struct WorkerOptions {
   wire::ChannelOptions prefill;  // address empty: only pushed caches
   int lanes = 1;
 
+  int64_t max_connections = 1024;  // open at once; more are refused
   int64_t max_new_tokens_limit = 4096;
   int max_requests = 64;  // at once, those waiting for their prefill included
   absl::Duration transfer_timeout = absl::Seconds(120);

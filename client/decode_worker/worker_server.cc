@@ -25,14 +25,16 @@ int MaxMessageBytes(const WorkerOptions& options, const model::ModelConfig& mode
 // Allows a Generate and a Receive for every request that can run, probes, and as many refused ones.
 int MaxStreamsPerConnection(const WorkerOptions& options) { return 2 * options.max_requests + 64; }
 
-absl::StatusOr<wire::Listener> StartWorkerServer(const WorkerOptions& options,
-                                                 const model::ModelConfig& model,
-                                                 GenerateService& generate,
-                                                 ReceiverService& receiver) {
-  return wire::Listen({.address = options.listen,
+absl::StatusOr<std::unique_ptr<wire::Listener>> StartWorkerServer(const WorkerOptions& options,
+                                                                  const model::ModelConfig& model,
+                                                                  GenerateService& generate,
+                                                                  ReceiverService& receiver) {
+  return wire::Listener::Create({.address = options.listen,
                        .tls = options.tls,
                        .max_request_bytes = MaxMessageBytes(options, model),
-                       .max_streams = MaxStreamsPerConnection(options)},
+                       .max_streams = MaxStreamsPerConnection(options),
+                       .max_connections = options.max_connections,
+                       .stall_timeout = options.stall_timeout},
                       {&generate, &receiver});
 }
 

@@ -1,6 +1,8 @@
 #ifndef PREFILLD_CLIENT_DECODE_WORKER_WORKER_SERVER_H_
 #define PREFILLD_CLIENT_DECODE_WORKER_WORKER_SERVER_H_
 
+#include <memory>
+
 #include "absl/status/statusor.h"
 #include "client/decode_worker/options.h"
 #include "model/checkpoint/config.h"
@@ -12,11 +14,11 @@ class GenerateService;
 class ReceiverService;
 
 // Serves both services, health and reflection at options.listen. Limits the size and number of what
-// callers may send. INVALID_ARGUMENT and UNAVAILABLE: as wire::Listen.
-absl::StatusOr<wire::Listener> StartWorkerServer(const WorkerOptions& options,
-                                                 const model::ModelConfig& model,
-                                                 GenerateService& generate,
-                                                 ReceiverService& receiver);
+// callers may send. INVALID_ARGUMENT and UNAVAILABLE: as wire::Listener::Create.
+absl::StatusOr<std::unique_ptr<wire::Listener>> StartWorkerServer(const WorkerOptions& options,
+                                                                  const model::ModelConfig& model,
+                                                                  GenerateService& generate,
+                                                                  ReceiverService& receiver);
 
 // Returns enough for a frame of the model's cache and for a prompt that fills the pool twice, so
 // that a prompt somewhat above the limit is told the limit.

@@ -25,7 +25,20 @@ void Health::SetReady(bool ready) {
   for (const std::string& name : names_) service_->SetServingStatus(name, ready);
 }
 
-void Health::SetLive(bool live) {
+void Health::SetProgressing(bool progressing) {
+  absl::MutexLock lock(&mu_);
+  progressing_ = progressing;
+  UpdateLive();
+}
+
+void Health::SetReachable(bool reachable) {
+  absl::MutexLock lock(&mu_);
+  reachable_ = reachable;
+  UpdateLive();
+}
+
+void Health::UpdateLive() {
+  const bool live = progressing_ && reachable_;
   if (live_.exchange(live) != live) service_->SetServingStatus(kLiveness, live);
 }
 

@@ -1,14 +1,18 @@
 // The gRPC health service (grpc.health.v1) of a process.
 //
 // Readiness: the service "" and the process's own services serve while new requests are accepted.
-// Liveness: the service "liveness" serves as long as work makes progress. It stops when the process
-// is wedged, so that an orchestrator restarts it, but not because of a drain.
+// Liveness: the service "liveness" serves as long as work makes progress and new callers get in. It
+// stops when the process is wedged or deaf, so that an orchestrator restarts it, but not because of
+// a drain.
 #ifndef PREFILLD_PROTO_PROCESS_HEALTH_H_
 #define PREFILLD_PROTO_PROCESS_HEALTH_H_
 
 #include <atomic>
 #include <string>
 #include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
 
 namespace grpc {
 class HealthCheckServiceInterface;
@@ -24,15 +28,22 @@ class Health {
   Health(grpc::HealthCheckServiceInterface* service, std::vector<std::string> names);
 
   void SetReady(bool ready);
-  void SetLive(bool live);
+  void SetProgressing(bool progressing);  // work does not wait in vain
+  void SetReachable(bool reachable);      // a new connection is answered
   bool ready() const { return ready_; }
   bool live() const { return live_; }
 
  private:
+  void UpdateLive() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
   grpc::HealthCheckServiceInterface* const service_;
   const std::vector<std::string> names_;
   std::atomic<bool> ready_ = false;
   std::atomic<bool> live_ = true;
+
+  absl::Mutex mu_;
+  bool progressing_ ABSL_GUARDED_BY(mu_) = true;
+  bool reachable_ ABSL_GUARDED_BY(mu_) = true;
 };
 
 }  // namespace prefilld::process

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 #include <grpc/grpc.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
@@ -9,6 +10,8 @@
 #include <grpcpp/server_builder.h>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/clock.h"
 #include "proto/status_macros.h"
 #include "proto/wire/keep_alive.h"
 
@@ -16,6 +19,9 @@ namespace prefilld::wire {
 namespace {
 
 constexpr int64_t kMaxStreams = 1 << 16;
+constexpr int kHandshakeTimeoutMs = 20'000;
+constexpr int kMaxIdleMs = 300'000;
+constexpr absl::Duration kPatience = absl::Seconds(30);
 
 // Keeps gRPC initialised to the end of the process. Shutting it down with the last server would
 // wait up to 10 s for its backup poller.
@@ -35,37 +41,66 @@ void SetLimits(const ListenOptions& options, grpc::ServerBuilder& builder) {
                              static_cast<int>(std::min(options.max_streams, kMaxStreams)));
 }
 
-void SetKeepAlive(grpc::ServerBuilder& builder) {
+// Pings find a peer that is not there although something on the way answers for it. A process that
+// is stopped is not gone: its calls end by their own stall time-outs, so pings are more patient.
+void SetKeepAlive(const ListenOptions& options, grpc::ServerBuilder& builder) {
   for (const auto& [name, value] : kKeepAliveArguments) builder.AddChannelArgument(name, value);
+  builder.AddChannelArgument(
+      GRPC_ARG_KEEPALIVE_TIMEOUT_MS,
+      static_cast<int>(absl::ToInt64Milliseconds(2 * options.stall_timeout + kPatience)));
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
                              kMinPingIntervalMs);
+  builder.AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, kHandshakeTimeoutMs);
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_IDLE_MS, kMaxIdleMs);
+}
+
+absl::Status CannotBeServed(const ListenOptions& options, absl::string_view reason) {
+  return absl::UnavailableError(
+      absl::StrCat("--listen=", options.address, " cannot be served: ", reason));
 }
 
 }  // namespace
 
-absl::StatusOr<Listener> Listen(const ListenOptions& options,
-                                absl::Span<grpc::Service* const> services) {
+Listener::Listener(std::unique_ptr<Connections> connections)
+    : connections_(std::move(connections)) {}
+
+absl::StatusOr<std::unique_ptr<Listener>> Listener::Create(
+    const ListenOptions& options, absl::Span<grpc::Service* const> services) {
   KeepGrpcInitialized();
   PREFILLD_ASSIGN_OR_RETURN(const auto credentials, MakeServerCredentials(options.tls));
+  auto connections = Connections::Bind(
+      options.address, {.max_connections = options.max_connections,
+                        .says_why = options.tls.cert_file.empty(),
+                        .stuck = 2 * options.stall_timeout + kPatience});
+  if (!connections.ok()) return CannotBeServed(options, connections.status().message());
+
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   grpc::ServerBuilder builder;
   SetLimits(options, builder);
-  SetKeepAlive(builder);
-  // Otherwise a second process on the same port would take half of the connections.
-  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
-  Listener listener;
-  builder.AddListeningPort(options.address, credentials, &listener.port);
+  SetKeepAlive(options, builder);
+  auto acceptor = builder.experimental().AddExternalConnectionAcceptor(
+      grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD, credentials);
   for (grpc::Service* service : services) builder.RegisterService(service);
-  listener.server = builder.BuildAndStart();
-  if (listener.server == nullptr || listener.port == 0) {
-    return absl::UnavailableError(
-        absl::StrCat("--listen=", options.address,
-                     " cannot be served: the address is taken or not ours, or the TLS files are "
-                     "not a matching certificate and key"));
+  std::unique_ptr<Listener> listener(new Listener(*std::move(connections)));
+  listener->server_ = builder.BuildAndStart();
+  if (listener->server_ == nullptr) {
+    return CannotBeServed(options, "the TLS files are not a matching certificate and key");
   }
+  listener->connections_->Start(std::move(acceptor));
   return listener;
+}
+
+Listener::~Listener() {
+  if (server_ != nullptr) Shutdown(absl::ZeroDuration());
+}
+
+// A connection that gRPC is handed after its end would be leaked.
+void Listener::Shutdown(absl::Duration grace) {
+  connections_->Stop();
+  server_->Shutdown(absl::ToChronoTime(absl::Now() + grace));
+  server_->Wait();
 }
 
 }  // namespace prefilld::wire

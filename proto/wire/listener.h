@@ -9,7 +9,9 @@
 #include <grpcpp/server.h>
 
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "absl/types/span.h"
+#include "proto/wire/connections.h"
 #include "proto/wire/tls.h"
 
 namespace prefilld::wire {
@@ -17,22 +19,46 @@ namespace prefilld::wire {
 struct ListenOptions {
   std::string address;  // host:port; port 0: any free one
   ServerTls tls;
-  int64_t max_request_bytes = 0;  // a larger message is refused before it is parsed
-  int64_t max_streams = 0;        // open calls per connection; more wait in the client
+  int64_t max_request_bytes = 0;   // a larger message is refused
+  int64_t max_streams = 0;         // open calls per connection; more wait in the client
+  int64_t max_connections = 1024;  // lowered to what the limit of open files allows
+  // A peer may leave its socket unread for so long before a call ends, and its other calls go on.
+  // The connection as a whole is given up after twice that time, and half a minute more.
+  absl::Duration stall_timeout = absl::Seconds(30);
 };
 
-struct Listener {
-  std::unique_ptr<grpc::Server> server;
-  int port = 0;  // the one that was bound
-};
+// A gRPC server and its port.
+class Listener {
+ public:
+  // Serves `services`, which must outlive the listener. No second process can share the port.
+  //
+  // - A peer whose machine vanished without a word is noticed within half a minute.
+  // - A process that runs out of file descriptors serves again as soon as it has some.
+  // - Connections above the limit are refused, see Connections.
+  // - A connection that has not become HTTP/2 within 20 s, or that carries no call for 5 minutes,
+  //   is closed. gRPC's clients connect again when they need to.
+  //
+  // INVALID_ARGUMENT: a TLS file cannot be read. UNAVAILABLE: the address cannot be served. Both
+  // name the flag.
+  static absl::StatusOr<std::unique_ptr<Listener>> Create(
+      const ListenOptions& options, absl::Span<grpc::Service* const> services);
+  // Shuts down at once, unless Shutdown was called.
+  ~Listener();
 
-// Serves `services`, which must outlive the server. No second process can share the port. A caller
-// that vanished without a word is noticed within half a minute.
-//
-// INVALID_ARGUMENT: a TLS file cannot be read. UNAVAILABLE: the address cannot be served. Both name
-// the flag.
-absl::StatusOr<Listener> Listen(const ListenOptions& options,
-                                absl::Span<grpc::Service* const> services);
+  grpc::Server& server() { return *server_; }
+  const Connections& connections() const { return *connections_; }
+  int port() const { return connections_->port(); }
+
+  // Accepts no more, gives the calls that are open so long to end, breaks the others off, and waits
+  // until all of them are over.
+  void Shutdown(absl::Duration grace);
+
+ private:
+  explicit Listener(std::unique_ptr<Connections> connections);
+
+  const std::unique_ptr<Connections> connections_;
+  std::unique_ptr<grpc::Server> server_;
+};
 
 }  // namespace prefilld::wire
 

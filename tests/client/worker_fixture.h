@@ -63,16 +63,14 @@ class WorkerServices : public ::testing::Test {
                                                                .transfers = &transfers_,
                                                                .metrics = &metrics_});
     receiver_ = std::make_unique<ReceiverService>(&transfers_, kOpenTimeout);
-    wire::Listener listener =
-        *StartWorkerServer(options_, decoder_.config(), *service_, *receiver_);
-    server_ = std::move(listener.server);
-    channel_ = grpc::CreateChannel(absl::StrCat("127.0.0.1:", listener.port),
+    listener_ = *StartWorkerServer(options_, decoder_.config(), *service_, *receiver_);
+    channel_ = grpc::CreateChannel(absl::StrCat("127.0.0.1:", listener_->port()),
                                    grpc::InsecureChannelCredentials());
     stub_ = DecodeService::NewStub(channel_);
     receiver_stub_ = KvReceiver::NewStub(channel_);
   }
   ~WorkerServices() override {
-    server_->Shutdown(std::chrono::system_clock::now());
+    listener_->Shutdown(absl::ZeroDuration());
     service_.reset();
   }
 
@@ -184,7 +182,7 @@ class WorkerServices : public ::testing::Test {
   std::unique_ptr<PrefillClient> prefill_client_;
   std::unique_ptr<GenerateService> service_;
   std::unique_ptr<ReceiverService> receiver_;
-  std::unique_ptr<grpc::Server> server_;
+  std::unique_ptr<wire::Listener> listener_;
   std::shared_ptr<grpc::Channel> channel_;
   std::unique_ptr<DecodeService::Stub> stub_;
   std::unique_ptr<KvReceiver::Stub> receiver_stub_;

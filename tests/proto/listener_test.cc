@@ -30,26 +30,26 @@ bool Connects(int port) {
 }
 
 TEST(Listen, ServesHealthOnThePortThatItTells) {
-  const absl::StatusOr<Listener> listener = Listen(Options(0), {});
+  const auto listener = Listener::Create(Options(0), {});
   ASSERT_TRUE(listener.ok()) << listener.status();
-  EXPECT_GT(listener->port, 0);
-  EXPECT_NE(listener->server->GetHealthCheckService(), nullptr);
-  EXPECT_TRUE(Connects(listener->port));
+  EXPECT_GT((*listener)->port(), 0);
+  EXPECT_NE((*listener)->server().GetHealthCheckService(), nullptr);
+  EXPECT_TRUE(Connects((*listener)->port()));
 }
 
 TEST(Listen, NoSecondServerSharesThePort) {
-  const absl::StatusOr<Listener> first = Listen(Options(0), {});
+  const auto first = Listener::Create(Options(0), {});
   ASSERT_TRUE(first.ok()) << first.status();
-  const absl::Status second = Listen(Options(first->port), {}).status();
+  const absl::Status second = Listener::Create(Options((*first)->port()), {}).status();
   EXPECT_EQ(second.code(), absl::StatusCode::kUnavailable);
   EXPECT_THAT(std::string(second.message()),
-              HasSubstr(absl::StrCat("--listen=127.0.0.1:", first->port, " cannot be served")));
+              HasSubstr(absl::StrCat("--listen=127.0.0.1:", (*first)->port(), " cannot be served")));
 }
 
 TEST(Listen, NamesATlsFileThatCannotBeRead) {
   ListenOptions options = Options(0);
   options.tls = {.cert_file = "/no/such.pem", .key_file = "/no/key.pem", .client_ca_file = ""};
-  const absl::Status status = Listen(options, {}).status();
+  const absl::Status status = Listener::Create(options, {}).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(status.message()), HasSubstr("--tls_cert /no/such.pem"));
 }

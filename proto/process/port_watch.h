@@ -1,0 +1,63 @@
+// Watches a server's port from outside, as one of its callers.
+#ifndef PREFILLD_PROTO_PROCESS_PORT_WATCH_H_
+#define PREFILLD_PROTO_PROCESS_PORT_WATCH_H_
+
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "absl/synchronization/notification.h"
+#include "absl/time/time.h"
+
+namespace prometheus {
+class Registry;
+}
+
+namespace prefilld::wire {
+class Connections;
+}
+
+namespace prefilld::process {
+
+class Health;
+
+// Tells whether whoever listens at `address`, an IP address and port, answers a new connection
+// within `timeout`. An end of the connection is an answer too. It works with TLS and without,
+// because it sends nothing.
+bool Answers(const std::string& address, absl::Duration timeout);
+
+// Dials the server's own port again and again. A process that lets no new caller in is not live,
+// however well the connections that it has are served. It also keeps the metrics of connections,
+// and logs when some were refused or could not be accepted.
+class PortWatch {
+ public:
+  struct Timing {
+    absl::Duration interval = absl::Seconds(5);  // between two connections
+    absl::Duration timeout = absl::Seconds(5);   // for an answer
+    int failures = 3;                            // in a row, until the process is not live
+  };
+
+  // `connections` and `health` must outlive it.
+  PortWatch(const wire::Connections& connections, Health& health,
+            std::shared_ptr<prometheus::Registry> registry, const Timing& timing);
+  ~PortWatch();
+
+ private:
+  struct Figures;
+
+  void Run();
+  void Dial();
+
+  const wire::Connections& connections_;
+  Health& health_;
+  const Timing timing_;
+  const std::unique_ptr<Figures> figures_;
+  int failures_ = 0;  // in a row; only the thread uses it
+
+  absl::Notification stop_;
+  std::thread thread_;
+};
+
+}  // namespace prefilld::process
+
+#endif  // PREFILLD_PROTO_PROCESS_PORT_WATCH_H_

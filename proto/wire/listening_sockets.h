@@ -1,0 +1,47 @@
+// The sockets that a program listens on.
+#ifndef PREFILLD_PROTO_WIRE_LISTENING_SOCKETS_H_
+#define PREFILLD_PROTO_WIRE_LISTENING_SOCKETS_H_
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/statusor.h"
+
+namespace prefilld::wire {
+
+// A file descriptor, closed on destruction. Move-only.
+class Descriptor {
+ public:
+  Descriptor() = default;
+  explicit Descriptor(int fd) : fd_(fd) {}
+  Descriptor(Descriptor&& other) noexcept { *this = std::move(other); }
+  Descriptor& operator=(Descriptor&& other) noexcept {
+    std::swap(fd_, other.fd_);
+    return *this;
+  }
+  ~Descriptor();
+
+  int get() const { return fd_; }
+  bool valid() const { return fd_ >= 0; }
+  int release() { return std::exchange(fd_, -1); }
+
+ private:
+  int fd_ = -1;
+};
+
+struct ListeningSockets {
+  std::vector<Descriptor> sockets;  // non-blocking
+  int port = 0;                     // the one that was bound
+  // The address by which this process reaches the port itself: IPv4:port or [IPv6]:port.
+  std::string own_address;
+};
+
+// Binds host:port and listens; port 0 is any free one. A name is bound with all of its addresses,
+// and a wildcard for IPv4 and IPv6 alike where the machine has both. No second process can share
+// the port. UNAVAILABLE: no address can be bound; the message says why.
+absl::StatusOr<ListeningSockets> ListenOn(const std::string& address);
+
+}  // namespace prefilld::wire
+
+#endif  // PREFILLD_PROTO_WIRE_LISTENING_SOCKETS_H_

@@ -1,0 +1,62 @@
+#include "proto/process/port_watch.h"
+
+#include <grpcpp/health_check_service_interface.h>
+#include <gtest/gtest.h>
+#include <prometheus/registry.h>
+
+#include "absl/functional/function_ref.h"
+#include "absl/time/clock.h"
+#include "proto/process/health.h"
+#include "proto/wire/listener.h"
+
+namespace prefilld::process {
+namespace {
+
+constexpr PortWatch::Timing kQuick = {.interval = absl::Milliseconds(20),
+                                      .timeout = absl::Milliseconds(200),
+                                      .failures = 3};
+
+bool Eventually(absl::FunctionRef<bool()> condition) {
+  const absl::Time until = absl::Now() + absl::Seconds(10);
+  while (absl::Now() < until) {
+    if (condition()) return true;
+    absl::SleepFor(absl::Milliseconds(10));
+  }
+  return condition();
+}
+
+TEST(PortWatch, AServerThatAcceptsNobodyIsNotLiveUntilItAcceptsAgain) {
+  auto serving = wire::Listener::Create(
+      {.address = "127.0.0.1:0", .tls = {}, .max_request_bytes = 1 << 20, .max_streams = 4}, {});
+  ASSERT_TRUE(serving.ok()) << serving.status();
+  Health health((*serving)->server().GetHealthCheckService(), {});
+  // It is bound, and nobody accepts its connections.
+  const auto deaf = wire::Connections::Bind("127.0.0.1:0", {});
+  ASSERT_TRUE(deaf.ok()) << deaf.status();
+  {
+    const PortWatch watch(**deaf, health, std::make_shared<prometheus::Registry>(), kQuick);
+    EXPECT_TRUE(health.live());
+    EXPECT_TRUE(Eventually([&] { return !health.live(); }));
+  }
+  const PortWatch watch((*serving)->connections(), health,
+                        std::make_shared<prometheus::Registry>(), kQuick);
+  EXPECT_TRUE(Eventually([&] { return health.live(); }));
+}
+
+TEST(PortWatch, StaysLiveWhileProgressAndPortAreGood) {
+  auto serving = wire::Listener::Create(
+      {.address = "127.0.0.1:0", .tls = {}, .max_request_bytes = 1 << 20, .max_streams = 4}, {});
+  ASSERT_TRUE(serving.ok()) << serving.status();
+  Health health((*serving)->server().GetHealthCheckService(), {});
+  const PortWatch watch((*serving)->connections(), health,
+                        std::make_shared<prometheus::Registry>(), kQuick);
+  ASSERT_TRUE(Eventually([&] { return (*serving)->connections().counts().accepted > 5; }));
+  EXPECT_TRUE(health.live());
+  health.SetProgressing(false);
+  EXPECT_FALSE(health.live());
+  health.SetProgressing(true);
+  EXPECT_TRUE(health.live());
+}
+
+}  // namespace
+}  // namespace prefilld::process
