@@ -26,6 +26,7 @@ SYMBOLS = {"gamma": "γ", "vertical_slash_gamma": "γ of v.-s.", "tau": "τ", "d
 MARKERS = {"vertical_slash": "s", "share": "o", "auto": "D", "baseline_query_aware": "^", "baseline_random": "X"}
 LINES = ("-", "--", ":", "-.")
 SCORES = plt.colormaps["Blues"].with_extremes(bad="#d0d0d0")  # what is missed stays white; grey: not asked
+MOST_PERPLEXITY = 1.15  # beside dense, in the picture against density
 WITHIN = 0.01  # a score this far below dense counts as keeping the answers
 
 
@@ -39,7 +40,9 @@ def draw(summary: dict) -> Iterator[tuple[str, plt.Figure]]:
         if any(c.get("by_depth") for c in cells):
             yield f"needle_depths_{asked}", needle_depths(summary, asked)
     if any(c["perplexity_to_dense"] for c in summary["text"]):
-        yield "perplexity", perplexity(summary)
+        if all("by_part" in c for c in summary["text"]):
+            yield "perplexity", perplexity(summary)
+        yield "perplexity_against_density", perplexity_against_density(summary)
 
 
 def _parsed(name: str) -> settings.Setting:
@@ -255,4 +258,34 @@ def perplexity(summary: dict) -> plt.Figure:
     axes[0][0].set_ylabel("perplexity / dense")
     handles = {label: h for a in axes.flat for h, label in zip(*a.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def perplexity_against_density(summary: dict) -> plt.Figure:
+    """Draws a panel per length: perplexity of whole texts against dense. A line joins the settings of one family."""
+    cells = [c for c in summary["text"] if c["perplexity_to_dense"]]
+    lengths = sorted({c["length"] for c in cells})
+    styles = _styles(_in_order(_parsed(c["setting"]).family for c in cells))
+    figure, axes = _grid(1, len(lengths), 2.8, 2.6)
+    for axis, length in zip(axes[0], lengths):
+        families = defaultdict(list)
+        for cell in sorted((c for c in cells if c["length"] == length), key=lambda c: c["density"]):
+            families[_parsed(cell["setting"]).family].append(cell)
+        for family, curve in families.items():
+            ratios = [c["perplexity_to_dense"] for c in curve]
+            bars = [[r["value"] - r["low"] for r in ratios], [r["high"] - r["value"] for r in ratios]]
+            axis.errorbar([c["density"] for c in curve], [r["value"] for r in ratios], bars, label=_in_legend(family),
+                          markersize=4, linewidth=1.3, elinewidth=0.7, **styles[family])  # fmt: skip
+        axis.axhline(1, color=COLOURS[DENSE], linewidth=1)
+        axis.grid(color="#dddddd", linewidth=0.6)
+        axis.set_title(f"{_length(length)} tokens", fontsize=10)
+        axis.set_xlabel("density")
+    # Random blocks may be many times worse than dense; drawn whole they would leave nothing to see of the others.
+    highest = max(c["perplexity_to_dense"]["value"] for c in cells)
+    axes[0][0].set_ylim(0.99, min(MOST_PERPLEXITY, highest + 0.01))
+    axes[0][0].set_xlim(0, 1)
+    axes[0][0].set_ylabel("perplexity / dense")
+    handles = {label: h for a in axes.flat for h, label in zip(*a.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.suptitle("Perplexity of held-out text against density (computed / causal blocks); bars: 95 %", fontsize=11)
     return figure

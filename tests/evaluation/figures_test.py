@@ -21,7 +21,7 @@ import figures  # noqa: E402
 DENSITY = {"dense": 1.0, "share:gamma=0.3": 0.1, "share:gamma=0.5": 0.2, "share:gamma=0.7": 0.3,
            "vertical_slash:gamma=0.3": 0.05, "vertical_slash:gamma=0.6": 0.22, "baseline_random:density=0.3": 0.3}  # fmt: skip
 NAMES = {"score_against_density", "scores_end", "scores_within", "needle_depths_end", "needle_depths_within",
-         "perplexity"}  # fmt: skip
+         "perplexity", "perplexity_against_density"}  # fmt: skip
 FEW_RIGHT = {"share:gamma=0.3", "baseline_random:density=0.3"}
 
 
@@ -63,6 +63,12 @@ class Pictures(unittest.TestCase):
         self.assertNotIn("interleaved", texts["scores_end"])
         self.assertNotIn("interleaved", texts["needle_depths_within"])  # it has no needle
         self.assertIn("γ 0.5", texts["needle_depths_end"])
+
+    def test_text_measured_without_parts_is_drawn_against_density_alone(self):
+        whole = summary() | {"tasks": [], "overall": []}
+        for cell in whole["text"]:
+            del cell["by_part"]
+        self.assertEqual([name for name, _ in curves.draw(whole)], ["perplexity_against_density"])
 
     def test_a_summary_without_depths_has_no_needle_picture(self):
         short = summary()

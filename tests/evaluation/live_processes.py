@@ -1,4 +1,4 @@
-"""Runs prefilld and a decode worker of a build, over model/tiny, for the length of a test."""
+"""Runs programs of a build for the length of a test or of an evaluation."""
 
 from __future__ import annotations
 
@@ -26,22 +26,14 @@ def reason_to_skip() -> str | None:
     return None if list(MODEL.glob("*.safetensors")) else f"{MODEL} holds no weights"
 
 
-class LiveProcesses:
-    """The two processes. server and worker are host:port; both end with the `with` block."""
+class Programs:
+    """Programs of ours, each on ports of its own. They end with the `with` block."""
 
-    def __init__(self, bin_dir: Path):
-        self._bin_dir = bin_dir
+    def __init__(self):
         self._started: list[subprocess.Popen] = []
 
-    def __enter__(self) -> LiveProcesses:
+    def __enter__(self) -> Programs:
         self._folder = tempfile.TemporaryDirectory(prefix="prefilld-live-")
-        try:
-            allowed = ",".join(contract.policies())
-            self.server = self._start("prefilld", "--metrics_listen=", f"--allowed_policies={allowed}")
-            self.worker = self._start("prefilld-decode-worker", f"--prefill_address={self.server}")
-        except BaseException:
-            self.__exit__()
-            raise
         return self
 
     def __exit__(self, *_) -> None:
@@ -51,22 +43,40 @@ class LiveProcesses:
             process.wait(timeout=START_SECONDS)
         self._folder.cleanup()
 
-    def _start(self, program: str, *flags: str) -> str:
-        port_file, log = (Path(self._folder.name) / f"{program}.{end}" for end in ("ports", "log"))
-        command = [
-            self._bin_dir / program,
-            f"--model={MODEL}",
-            "--listen=127.0.0.1:0",
-            f"--port_file={port_file}",
-            *flags,
-        ]
+    def start(self, program: Path, model: Path, *flags: str) -> str:
+        """Returns host:port once the program is ready. Raises RuntimeError with its log when it does not come up."""
+        name = f"{program.name}.{len(self._started)}"
+        port_file, log = (Path(self._folder.name) / f"{name}.{end}" for end in ("ports", "log"))
+        command = [program, f"--model={model}", "--listen=127.0.0.1:0", f"--port_file={port_file}", *flags]
         with log.open("w") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output)
         self._started.append(process)
         deadline = time.monotonic() + START_SECONDS
         while not port_file.exists():
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{program} did not start:\n{log.read_text()}")
+                raise RuntimeError(f"{program.name} did not start:\n{log.read_text()}")
             time.sleep(0.05)
         ports = dict(line.split("=") for line in port_file.read_text().split())
         return f"127.0.0.1:{ports['grpc']}"
+
+
+class LiveProcesses(Programs):
+    """The two processes over model/tiny. server and worker are host:port."""
+
+    def __init__(self, bin_dir: Path):
+        super().__init__()
+        self._bin_dir = bin_dir
+
+    def __enter__(self) -> LiveProcesses:
+        super().__enter__()
+        try:
+            allowed = ",".join(contract.policies())
+            flags = ("--metrics_listen=", f"--allowed_policies={allowed}")
+            self.server = self.start(self._bin_dir / "prefilld", MODEL, *flags)
+            self.worker = self.start(
+                self._bin_dir / "prefilld-decode-worker", MODEL, f"--prefill_address={self.server}"
+            )
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
