@@ -62,13 +62,15 @@ absl::Status CheckDeadline(const WaitingLine& line, const WaitingPrompt& newcome
 
 absl::Duration QueueAtBest(const WaitingLine& line, const WaitingPrompt& newcomer,
                            const PromptSpeed& speed, absl::Time now) {
-  const bool may_overtake = newcomer.batch_tokens > 0;
+  const bool may_be_batched = newcomer.batch_tokens > 0;
+  const absl::Duration own = speed.AtBest(now, newcomer.num_tokens, newcomer.policy);
   absl::Duration alone;
   int64_t batched_tokens = 0;
   for (const WaitingPrompt& prompt : line.prompts) {
     if (prompt.batch_tokens == 0) {
-      alone += speed.AtBest(now, prompt.num_tokens, prompt.policy);
-    } else if (may_overtake) {
+      const absl::Duration compute = speed.AtBest(now, prompt.num_tokens, prompt.policy);
+      if (compute <= own) alone += compute;
+    } else if (may_be_batched) {
       break;
     } else {
       batched_tokens += prompt.num_tokens;
@@ -77,17 +79,17 @@ absl::Duration QueueAtBest(const WaitingLine& line, const WaitingPrompt& newcome
   return alone + speed.BatchedAtBest(now, batched_tokens);
 }
 
-std::vector<size_t> ChooseNextPass(absl::Span<const WaitingPrompt> line, int64_t max_batch_tokens,
-                                   const PromptSpeed& speed, absl::Time now) {
-  const WaitingPrompt& head = line.front();
-  std::vector<size_t> chosen = {0};
-  if (head.batch_tokens == 0) return chosen;
-  int64_t room = max_batch_tokens - head.batch_tokens;
-  int64_t num_tokens = head.num_tokens;
-  absl::Duration time_left = head.time_left;  // the least of all that are chosen
-  for (size_t i = 1; i < line.size() && room > 0; ++i) {
+std::vector<size_t> ChoosePass(absl::Span<const WaitingPrompt> line, size_t head,
+                               int64_t max_batch_tokens, const PromptSpeed& speed,
+                               absl::Time now) {
+  std::vector<size_t> chosen = {head};
+  if (line[head].batch_tokens == 0) return chosen;
+  int64_t room = max_batch_tokens - line[head].batch_tokens;
+  int64_t num_tokens = line[head].num_tokens;
+  absl::Duration time_left = line[head].time_left;  // the least of all that are chosen
+  for (size_t i = 0; i < line.size() && room > 0; ++i) {
     const WaitingPrompt& next = line[i];
-    if (next.ended || next.batch_tokens == 0 || next.batch_tokens > room) continue;
+    if (i == head || next.ended || next.batch_tokens == 0 || next.batch_tokens > room) continue;
     const int64_t tokens_with_it = num_tokens + next.num_tokens;
     const absl::Duration time_left_with_it = std::min(time_left, next.time_left);
     if (speed.BatchedAtBest(now, tokens_with_it) > time_left_with_it) continue;
@@ -96,6 +98,7 @@ std::vector<size_t> ChooseNextPass(absl::Span<const WaitingPrompt> line, int64_t
     num_tokens = tokens_with_it;
     time_left = time_left_with_it;
   }
+  std::sort(chosen.begin(), chosen.end());
   return chosen;
 }
 

@@ -18,7 +18,7 @@
 namespace prefilld::server {
 
 struct QueueLimits {
-  int64_t capacity = 64;          // requests waiting behind the running pass
+  int64_t capacity = 64;          // requests waiting beside the passes under way
   int64_t max_queued_tokens = 0;  // tokens waiting; one prompt may always wait
 };
 
@@ -33,8 +33,8 @@ struct WaitingPrompt {
 
 // The prompts that wait at one moment.
 struct WaitingLine {
-  std::vector<WaitingPrompt> prompts;  // the one that is next comes first
-  bool computing = false;              // a pass runs before them
+  std::vector<WaitingPrompt> prompts;  // in the order of their arrival
+  bool computing = false;              // a pass is under way
 
   int64_t num_tokens() const;
 };
@@ -48,24 +48,23 @@ absl::Status CheckRoom(const QueueLimits& limits, const WaitingLine& line, int64
 absl::Duration RetryDelay(const WaitingLine& line, double tokens_per_second);
 
 // Returns DEADLINE_EXCEEDED when the time left to the newcomer's deadline is less than half of what
-// the queue and its own prompt take at the best recent speed. The rest of a running pass does not
-// count, because that pass may end at any moment.
+// the queue and its own prompt take at the best recent speed. Passes under way do not count, because
+// they may end at any moment.
 absl::Status CheckDeadline(const WaitingLine& line, const WaitingPrompt& newcomer,
                            const PromptSpeed& speed, absl::Time now);
 
-// Estimates how long the newcomer waits, at the best recent speed. A newcomer that can be batched
-// may join the first pass of prompts like it, and so overtakes everyone behind them.
+// Estimates how long the newcomer waits at least, at the best recent speed. It overtakes prompts
+// that take longer than it does. If it can be batched, it may also join the first pass of prompts
+// like it, and so overtakes everyone behind them.
 absl::Duration QueueAtBest(const WaitingLine& line, const WaitingPrompt& newcomer,
                            const PromptSpeed& speed, absl::Time now);
 
-// Chooses the prompts of the next pass, as ascending positions in the line. `line` is not empty.
-//
-// - The head of the line always computes, so nobody starves.
-// - If the head can be batched, others that can be batched are taken in their order, as long as the
-//   batch has room for them and the deadlines of all in it allow, at the best recent speed.
-// - A prompt that does not fit may be overtaken by those that do, in this pass and in later ones.
-std::vector<size_t> ChooseNextPass(absl::Span<const WaitingPrompt> line, int64_t max_batch_tokens,
-                                   const PromptSpeed& speed, absl::Time now);
+// Chooses the prompts that share a pass with the one at `head`, as ascending positions in the line;
+// `head` is among them. If it can be batched, others that can be batched are taken in their order,
+// as long as the batch has room for them and the deadlines of all in it allow, at the best recent
+// speed.
+std::vector<size_t> ChoosePass(absl::Span<const WaitingPrompt> line, size_t head,
+                               int64_t max_batch_tokens, const PromptSpeed& speed, absl::Time now);
 
 }  // namespace prefilld::server
 

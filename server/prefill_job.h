@@ -48,6 +48,7 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
   PrefillJob(PrefillWork work, const Clock& clock, Dial dial = nullptr);
 
   const PrefillWork& work() const { return work_; }
+  absl::Time accepted_at() const { return accepted_at_; }
   Delivery& delivery() { return delivery_; }
   RequestRecord& record() { return record_; }
   const RequestRecord& record() const { return record_; }

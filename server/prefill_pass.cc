@@ -37,6 +37,7 @@ absl::StatusOr<PrefillPass::StepReport> PrefillPass::NextStep() {
   EndStall();
   PREFILLD_ASSIGN_OR_RETURN(const bool has_room, source_->HasRoom());
   StepReport report;
+  CheckTimers();
   if (AllEnded()) {
     report.next = Next::kOver;
     return report;
@@ -105,7 +106,8 @@ absl::Status PrefillPass::ComputeLogprobs(size_t i) {
   const auto go_on = [&] {
     resources_.progress.Record();
     FinishWhatHasLeft();
-    return !AllEnded() && !job.ended();
+    CheckTimers();
+    return !job.ended();
   };
   const absl::Time started = resources_.clock.Now();
   auto logprobs = sequence_->Logprobs(static_cast<int>(i), go_on);
@@ -126,8 +128,8 @@ void PrefillPass::EndStall() {
   resources_.metrics.CountStall(stalled);
 }
 
-// Checks the timers first, so that a deadline ends a job between two layers.
-bool PrefillPass::AllEnded() {
+// A deadline ends a job between two layers.
+void PrefillPass::CheckTimers() {
   const auto ended = [](const auto& job) { return job->ended(); };
   auto going_on = jobs_.size() - std::count_if(jobs_.begin(), jobs_.end(), ended);
   for (const auto& job : jobs_) {
@@ -135,7 +137,10 @@ bool PrefillPass::AllEnded() {
     job->CheckTimers(resources_.timeouts, /*queue_position=*/0, /*others_wait=*/going_on > 1);
     if (job->ended()) --going_on;
   }
-  return std::all_of(jobs_.begin(), jobs_.end(), ended);
+}
+
+bool PrefillPass::AllEnded() const {
+  return std::all_of(jobs_.begin(), jobs_.end(), [](const auto& job) { return job->ended(); });
 }
 
 // Sends the results that are due. Returns whether every job has its result or has ended.

@@ -64,6 +64,11 @@ class PrefillPass {
 
   absl::Span<const std::shared_ptr<PrefillJob>> jobs() const { return jobs_; }
   int64_t num_tokens() const { return num_tokens_; }  // over all prompts
+  bool AllEnded() const;
+  int layers_computed() const { return layers_computed_; }
+  int layers_left() const { return num_layers_ - layers_computed_; }
+  // The time that the layers so far have taken on the device, without waits.
+  absl::Duration computing() const { return computing_; }
 
  private:
   absl::StatusOr<StepReport> NextStep();
@@ -72,7 +77,7 @@ class PrefillPass {
   absl::Status ComputeLogprobs(size_t job);
   std::optional<size_t> NextLogprobs() const;  // the job whose turn it is
   void EndStall();
-  bool AllEnded();
+  void CheckTimers();
   bool FinishWhatHasLeft();
   void Finish(size_t job);
 

@@ -42,7 +42,7 @@ Scheduler::Admission Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
   if (queue_.empty() && running_.empty()) resources_.progress.Record();
   // Accepted is sent before the compute thread can see the job, so that it is the first event.
   job->delivery().Send(
-      AcceptedEvent(job->work(), static_cast<int64_t>(queue_.size() + running_.size())));
+      AcceptedEvent(job->work(), static_cast<int64_t>(queue_.size()) + NumRunning()));
   live_[job->work().id] = job;
   queued_tokens_ += num_tokens;
   queue_.push_back(std::move(job));
@@ -75,12 +75,15 @@ void Scheduler::Retire(PrefillJob& job) {
     last_reference = std::move(live->second);
     live_.erase(live);
   }
-  const auto queued = std::find_if(queue_.begin(), queue_.end(),
-                                   [&job](const auto& entry) { return entry.get() == &job; });
-  if (queued != queue_.end()) {
+  if (const auto queued = FindQueued(job); queued != queue_.end()) {
     queued_tokens_ -= NumTokens(job);
     queue_.erase(queued);
   }
+}
+
+Scheduler::Queue::const_iterator Scheduler::FindQueued(const PrefillJob& job) const {
+  return std::find_if(queue_.begin(), queue_.end(),
+                      [&job](const auto& entry) { return entry.get() == &job; });
 }
 
 std::shared_ptr<PrefillJob> Scheduler::Find(const std::string& id) const {
@@ -94,15 +97,14 @@ std::vector<LiveJob> Scheduler::LiveJobs() const {
   absl::MutexLock lock(&mu_);
   absl::flat_hash_map<const PrefillJob*, int64_t> requests_ahead;
   for (const auto& job : queue_) {
-    requests_ahead.emplace(job.get(),
-                           static_cast<int64_t>(requests_ahead.size() + running_.size()));
+    requests_ahead.emplace(job.get(), static_cast<int64_t>(requests_ahead.size()) + NumRunning());
   }
   for (const auto& [id, job] : live_) {
     LiveJob live{.job = job};
     if (const auto queued = requests_ahead.find(job.get()); queued != requests_ahead.end()) {
       live.requests_ahead = queued->second;
     } else {
-      live.others_wait = !queue_.empty() || RunningBeside(job.get()) > 0;
+      live.others_wait = place_is_wanted_ || MateGoesOn(*job);
     }
     jobs.push_back(std::move(live));
   }
@@ -110,17 +112,26 @@ std::vector<LiveJob> Scheduler::LiveJobs() const {
 }
 
 // Jobs that have ended are not counted: they wait for nothing.
-int64_t Scheduler::RunningBeside(const PrefillJob* job) const {
-  return std::count_if(running_.begin(), running_.end(), [job](const auto& running) {
-    return running.get() != job && !running->ended();
-  });
+int64_t Scheduler::NumRunning() const {
+  return std::count_if(running_.begin(), running_.end(),
+                       [](const RunningJob& running) { return !running.job->ended(); });
+}
+
+// Tells whether another job of the same pass has not ended.
+bool Scheduler::MateGoesOn(const PrefillJob& job) const {
+  const auto own = std::find_if(running_.begin(), running_.end(),
+                                [&job](const RunningJob& entry) { return entry.job.get() == &job; });
+  return own != running_.end() &&
+         std::any_of(running_.begin(), running_.end(), [&](const RunningJob& entry) {
+           return entry.job != own->job && entry.pass == own->pass && !entry.job->ended();
+         });
 }
 
 QueueState Scheduler::state() const {
   absl::MutexLock lock(&mu_);
   return {.queued_requests = static_cast<int64_t>(queue_.size()),
           .queued_tokens = queued_tokens_,
-          .running_requests = RunningBeside(nullptr),
+          .running_requests = NumRunning(),
           .live_requests = static_cast<int64_t>(live_.size()),
           .work_waits = !queue_.empty() || !running_.empty()};
 }
@@ -148,44 +159,84 @@ absl::Status Scheduler::failure() const {
 }
 
 bool Scheduler::StepOnce() {
-  if (pass_ != nullptr) {
-    const PrefillPass::Next next = StepPass();
-    if (next == PrefillPass::Next::kConsumers) return false;
-    if (next == PrefillPass::Next::kOver) pass_.reset();
-  } else {
-    if (starting_.empty()) {
-      Jobs jobs = TakeNextJobs();
-      if (jobs.empty()) return false;
-      starting_.push_back(std::move(jobs));
+  std::vector<Contender> contenders;
+  for (const Running& running : passes_) contenders.push_back(DescribePass(running));
+  Contender waiting;
+  const std::shared_ptr<PrefillJob> head = BestWaiting(&waiting);
+  if (head != nullptr) contenders.push_back(waiting);
+
+  for (const size_t i : OrderOfTurns(contenders)) {
+    if (i == passes_.size()) {
+      StartPass(TakeJobs(*head));
+      return true;
     }
-    Jobs jobs = std::move(starting_.front());
-    starting_.pop_front();
-    StartPass(std::move(jobs));
+    const PrefillPass::Next next = StepPass(passes_[i]);
+    if (next == PrefillPass::Next::kConsumers) continue;
+    if (next == PrefillPass::Next::kOver) EndPass(i);
+    return true;
   }
-  if (pass_ == nullptr && starting_.empty()) {
-    absl::MutexLock lock(&mu_);
-    running_.clear();
-  }
-  return true;
+  return false;
 }
 
-Scheduler::Jobs Scheduler::TakeNextJobs() {
+Contender Scheduler::DescribePass(const Running& running) const {
+  const PrefillPass& pass = *running.pass;
+  // A pass without jobs only gives its place back, and that goes first.
+  if (pass.AllEnded()) return {.remaining = -absl::InfiniteDuration()};
+  const absl::Duration layer =
+      pass.layers_computed() > 0
+          ? pass.computing() / pass.layers_computed()
+          : costs_.Layer(pass.jobs().front()->work().attention.policy, pass.num_tokens());
+  return {.remaining = pass.layers_left() * layer,
+          .waited = resources_.clock.Now() - running.last_step_at};
+}
+
+// Returns the prompt of the queue that should be started before the others. There is none while the
+// engine has no place for any of them.
+std::shared_ptr<PrefillJob> Scheduler::BestWaiting(Contender* best) {
+  Jobs jobs;
+  std::vector<Contender> contenders;
   absl::MutexLock lock(&mu_);
-  if (queue_.empty()) return {};
-  const std::vector<size_t> chosen =
-      ChooseNextPass(Line().prompts, engine_.max_batch_tokens(), speed_, resources_.clock.Now());
-  for (const size_t i : chosen) {
+  for (const auto& entry : queue_) {
+    const PrefillJob& job = *entry;
+    if (job.ended()) continue;
+    const absl::Duration layer = costs_.Layer(job.work().attention.policy, NumTokens(job));
+    jobs.push_back(entry);
+    contenders.push_back({.remaining = engine_.info().config.num_layers * layer,
+                          .waited = resources_.clock.Now() - job.accepted_at()});
+  }
+  place_is_wanted_ = false;
+  for (const size_t i : OrderOfTurns(contenders)) {
+    const PrefillJob& job = *jobs[i];
+    const bool in_a_batch = engine_.BatchTokens(NumTokens(job), job.work().attention) > 0;
+    if (engine_.CanStart(in_a_batch ? engine_.max_batch_tokens() : NumTokens(job))) {
+      *best = contenders[i];
+      return jobs[i];
+    }
+    place_is_wanted_ = true;
+  }
+  return nullptr;
+}
+
+// Takes `head` and what shares its pass out of the queue. Returns none if it was retired meanwhile.
+Scheduler::Jobs Scheduler::TakeJobs(const PrefillJob& head) {
+  Jobs jobs;
+  absl::MutexLock lock(&mu_);
+  const auto found = FindQueued(head);
+  if (found == queue_.end()) return jobs;
+  ++passes_started_;
+  for (const size_t i :
+       ChoosePass(Line().prompts, static_cast<size_t>(found - queue_.begin()),
+                  engine_.max_batch_tokens(), speed_, resources_.clock.Now())) {
     queued_tokens_ -= NumTokens(*queue_[i]);
-    running_.push_back(std::move(queue_[i]));
+    running_.push_back({queue_[i], passes_started_});
+    jobs.push_back(std::move(queue_[i]));
   }
   queue_.erase(std::remove(queue_.begin(), queue_.end(), nullptr), queue_.end());
   resources_.progress.Record();
-  return running_;
+  return jobs;
 }
 
 void Scheduler::StartPass(Jobs jobs) {
-  jobs.erase(std::remove_if(jobs.begin(), jobs.end(), [](const auto& job) { return job->ended(); }),
-             jobs.end());
   if (jobs.empty()) return;
   std::vector<model::PromptInput> prompts;
   for (const auto& job : jobs) {
@@ -193,39 +244,74 @@ void Scheduler::StartPass(Jobs jobs) {
     prompts.push_back({work.tokens, work.attention, work.prompt_logprobs});
   }
   auto sequence = engine_.Start(prompts);
-  if (absl::IsInvalidArgument(sequence.status())) {
-    if (jobs.size() == 1) {
-      jobs.front()->Abort(Outcome::kInvalid, sequence.status());
-    } else {  // one of them, who must not end the others
-      for (auto& job : jobs) starting_.push_back({std::move(job)});
-    }
-  } else if (!sequence.ok()) {
-    Fail(sequence.status());
+  if (sequence.ok()) {
+    auto pass = std::make_unique<PrefillPass>(resources_, std::move(jobs), *std::move(sequence),
+                                              engine_.info().config.num_layers);
+    passes_.push_back({std::move(pass), resources_.clock.Now()});
+  } else if (absl::IsInvalidArgument(sequence.status()) && jobs.size() > 1) {
+    // One of them is the reason, who must not end the others.
+    for (auto& job : jobs) StartPass({std::move(job)});
+  } else if (absl::IsResourceExhausted(sequence.status()) && !passes_.empty()) {
+    PutBack(std::move(jobs));
   } else {
-    pass_ = std::make_unique<PrefillPass>(resources_, std::move(jobs), *std::move(sequence),
-                                          engine_.info().config.num_layers);
+    Forget(jobs);
+    if (absl::IsInvalidArgument(sequence.status())) {
+      jobs.front()->Abort(Outcome::kInvalid, sequence.status());
+    } else {
+      Fail(sequence.status());
+    }
   }
 }
 
-PrefillPass::Next Scheduler::StepPass() {
-  const auto report = pass_->Step();
+// The jobs wait again, before all others, for a place that a pass gives back.
+void Scheduler::PutBack(Jobs jobs) {
+  Forget(jobs);
+  absl::MutexLock lock(&mu_);
+  for (const auto& job : jobs) queued_tokens_ += NumTokens(*job);
+  queue_.insert(queue_.begin(), jobs.begin(), jobs.end());
+}
+
+PrefillPass::Next Scheduler::StepPass(Running& running) {
+  PrefillPass& pass = *running.pass;
+  const int layers_before = pass.layers_computed();
+  const absl::Duration computing_before = pass.computing();
+  const auto report = pass.Step();
+  running.last_step_at = resources_.clock.Now();
   if (!report.ok()) {
-    pass_.reset();
     Fail(report.status());
     return PrefillPass::Next::kOver;
   }
-  if (report->first_tokens_after.has_value()) RecordSpeed(*report->first_tokens_after);
+  if (pass.layers_computed() > layers_before) {
+    costs_.Record(pass.jobs().front()->work().attention.policy, pass.num_tokens(),
+                  pass.computing() - computing_before);
+  }
+  if (report->first_tokens_after.has_value()) RecordSpeed(pass, *report->first_tokens_after);
   return report->next;
 }
 
-void Scheduler::RecordSpeed(absl::Duration compute) {
+void Scheduler::RecordSpeed(const PrefillPass& pass, absl::Duration compute) {
   const absl::Time now = resources_.clock.Now();
   absl::MutexLock lock(&mu_);
-  if (pass_->jobs().size() > 1) {
-    speed_.RecordBatch(now, pass_->num_tokens(), compute);
+  if (pass.jobs().size() > 1) {
+    speed_.RecordBatch(now, pass.num_tokens(), compute);
   } else {
-    const auto policy = pass_->jobs().front()->work().attention.policy;
-    speed_.Record(now, pass_->num_tokens(), policy, compute);
+    const auto policy = pass.jobs().front()->work().attention.policy;
+    speed_.Record(now, pass.num_tokens(), policy, compute);
+  }
+}
+
+void Scheduler::EndPass(size_t i) {
+  const Jobs jobs(passes_[i].pass->jobs().begin(), passes_[i].pass->jobs().end());
+  passes_.erase(passes_.begin() + static_cast<std::ptrdiff_t>(i));
+  Forget(jobs);
+}
+
+// Takes jobs off the list of those that compute.
+void Scheduler::Forget(const Jobs& jobs) {
+  absl::MutexLock lock(&mu_);
+  for (const auto& job : jobs) {
+    running_.erase(std::find_if(running_.begin(), running_.end(),
+                                [&job](const RunningJob& entry) { return entry.job == job; }));
   }
 }
 
@@ -233,6 +319,7 @@ void Scheduler::Fail(const absl::Status& cause) {
   const std::string reason = absl::StrCat("the device failed: ", cause.ToString());
   {
     absl::MutexLock lock(&mu_);
+    if (!failure_.ok()) return;  // every request has been ended
     failure_ = cause;
     closed_ = reason;
   }

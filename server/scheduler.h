@@ -1,4 +1,4 @@
-// The queue of requests, the pass that computes, and the thread that steps it.
+// The queue of requests, the passes that take turns computing, and the thread that steps them.
 #ifndef PREFILLD_SERVER_SCHEDULER_H_
 #define PREFILLD_SERVER_SCHEDULER_H_
 
@@ -21,6 +21,8 @@
 #include "server/prefill_job.h"
 #include "server/prefill_pass.h"
 #include "server/prompt_speed.h"
+#include "server/step_cost.h"
+#include "server/turns.h"
 
 namespace prefilld::model {
 class PrefillEngine;
@@ -31,7 +33,7 @@ namespace prefilld::server {
 struct QueueState {
   int64_t queued_requests = 0;
   int64_t queued_tokens = 0;
-  int64_t running_requests = 0;  // those of the running pass that have not ended
+  int64_t running_requests = 0;  // those of the passes under way that have not ended
   int64_t live_requests = 0;     // queued, running, or still being sent
   bool work_waits = false;       // a pass runs, or could
 };
@@ -39,11 +41,13 @@ struct QueueState {
 struct LiveJob {
   std::shared_ptr<PrefillJob> job;
   int64_t requests_ahead = 0;
-  bool others_wait = false;  // for the compute or the staging that it may hold
+  bool others_wait = false;  // for its place in the engine, or for the layers of its own batch
 };
 
-// Requests wait in the order of their arrival, and one pass computes at a time. The rules in
-// admission.h decide who may wait and which prompts make up the next pass.
+// Several passes may be under way, as many as the engine has memory for, and they take turns step
+// by step: the rule in turns.h chooses between those under way and the prompts that wait. So a short
+// prompt waits for one layer of a long one, and a pass whose consumers are slow holds up nobody. The
+// rules in admission.h decide who may wait and which prompts share a pass.
 //
 // The scheduler has no thread of its own: the compute thread calls StepOnce, and any thread may
 // call everything else.
@@ -68,8 +72,8 @@ class Scheduler {
   // Ends the life of a job whose call is over. The job leaves the queue if it is still there.
   void Retire(PrefillJob& job);
 
-  // Computes one step of the running pass, or starts the next one. Returns false when nothing can
-  // be computed before `wake` is notified. Only the compute thread may call it.
+  // Computes one step of one pass, or starts a pass. Returns false when nothing can be computed
+  // before `wake` is notified. Only the compute thread may call it.
   bool StepOnce();
 
   std::shared_ptr<PrefillJob> Find(const std::string& id) const;  // null: no such live request
@@ -88,15 +92,31 @@ class Scheduler {
 
  private:
   using Jobs = std::vector<std::shared_ptr<PrefillJob>>;
+  using Queue = std::deque<std::shared_ptr<PrefillJob>>;
+  struct Running {
+    std::unique_ptr<PrefillPass> pass;
+    absl::Time last_step_at;
+  };
+  struct RunningJob {
+    std::shared_ptr<PrefillJob> job;
+    int64_t pass = 0;  // its number
+  };
 
   WaitingPrompt Describe(const PrefillJob& job) const;
   WaitingLine Line() const ABSL_SHARED_LOCKS_REQUIRED(mu_);
-  int64_t RunningBeside(const PrefillJob* job) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
+  int64_t NumRunning() const ABSL_SHARED_LOCKS_REQUIRED(mu_);
+  bool MateGoesOn(const PrefillJob& job) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
 
-  Jobs TakeNextJobs();  // jobs of the next pass; empty: none wait
+  std::shared_ptr<PrefillJob> BestWaiting(Contender* best);
+  Contender DescribePass(const Running& running) const;
+  Queue::const_iterator FindQueued(const PrefillJob& job) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
+  Jobs TakeJobs(const PrefillJob& head);
   void StartPass(Jobs jobs);
-  PrefillPass::Next StepPass();
-  void RecordSpeed(absl::Duration compute);
+  void PutBack(Jobs jobs);
+  PrefillPass::Next StepPass(Running& running);
+  void RecordSpeed(const PrefillPass& pass, absl::Duration compute);
+  void EndPass(size_t i);
+  void Forget(const Jobs& jobs);
   void Fail(const absl::Status& cause);
 
   model::PrefillEngine& engine_;
@@ -107,16 +127,17 @@ class Scheduler {
   mutable absl::Mutex mu_;
   std::string closed_ ABSL_GUARDED_BY(mu_);  // reason; empty: open
   absl::Status failure_ ABSL_GUARDED_BY(mu_);
-  std::deque<std::shared_ptr<PrefillJob>> queue_ ABSL_GUARDED_BY(mu_);
+  Queue queue_ ABSL_GUARDED_BY(mu_);
   int64_t queued_tokens_ ABSL_GUARDED_BY(mu_) = 0;
-  Jobs running_ ABSL_GUARDED_BY(mu_);  // of pass_ and of starting_
+  bool place_is_wanted_ ABSL_GUARDED_BY(mu_) = false;  // a queued prompt found none in the engine
+  std::vector<RunningJob> running_ ABSL_GUARDED_BY(mu_);  // of all passes
   absl::flat_hash_map<std::string, std::shared_ptr<PrefillJob>> live_ ABSL_GUARDED_BY(mu_);
   PromptSpeed speed_ ABSL_GUARDED_BY(mu_);
 
-  // Only the compute thread uses the members from here on. Jobs that were taken out of the queue
-  // are started as one pass, or one by one if the engine refuses that.
-  std::deque<Jobs> starting_;
-  std::unique_ptr<PrefillPass> pass_;  // null: none runs
+  // Only the compute thread uses the members from here on.
+  std::vector<Running> passes_;
+  int64_t passes_started_ = 0;
+  StepCost costs_;
 };
 
 // The thread that steps a scheduler. It sleeps when there is nothing to compute.

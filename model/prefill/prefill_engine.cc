@@ -101,6 +101,8 @@ class Engine final : public PrefillEngine {
     return fits ? padded : 0;
   }
 
+  bool CanStart(int64_t num_tokens) const override { return parts_->states.CanTake(num_tokens); }
+
   absl::StatusOr<std::unique_ptr<PrefillSequence>> Start(
       absl::Span<const PromptInput> prompts) override {
     std::vector<absl::Span<const uint32_t>> tokens;

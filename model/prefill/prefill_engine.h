@@ -107,9 +107,12 @@ class PrefillEngine {
   // several if BatchTokens is above 0 for each and at most max_batch_tokens() in all (checked:
   // INVALID_ARGUMENT). A prompt's results are, except for rounding, those that it gives alone. The
   // sequence gets the smallest free place of EngineOptions.long_prompts and short_prompts that
-  // holds so many tokens. RESOURCE_EXHAUSTED when other sequences have taken all of them.
+  // holds so many tokens. RESOURCE_EXHAUSTED when other sequences have taken all of them, that is,
+  // when CanStart says no.
   virtual absl::StatusOr<std::unique_ptr<PrefillSequence>> Start(
       absl::Span<const PromptInput> prompts) = 0;
+  // Tells whether a place is free that holds so many tokens.
+  virtual bool CanStart(int64_t num_tokens) const = 0;
   // Starts one prompt alone.
   absl::StatusOr<std::unique_ptr<PrefillSequence>> Start(absl::Span<const uint32_t> tokens,
                                                          const AttentionOptions& options,

@@ -29,6 +29,13 @@ absl::StatusOr<PromptState*> PromptStatePool::Take(int64_t num_tokens) {
                    fitting, " places that hold so many, of ", entries_.size()));
 }
 
+bool PromptStatePool::CanTake(int64_t num_tokens) const {
+  absl::MutexLock lock(&mu_);
+  return std::any_of(entries_.begin(), entries_.end(), [&](const Entry& entry) {
+    return !entry.taken && entry.state->max_tokens >= num_tokens;
+  });
+}
+
 void PromptStatePool::GiveBack(PromptState* state) {
   state->slots->ReleaseAll();
   absl::MutexLock lock(&mu_);

@@ -24,6 +24,9 @@ class PromptStatePool {
   // recordings. RESOURCE_EXHAUSTED when none is free.
   absl::StatusOr<PromptState*> Take(int64_t num_tokens);
 
+  // Tells whether Take would find a state.
+  bool CanTake(int64_t num_tokens) const;
+
   // Frees a state and its KV slots. Work that is still queued for it must be ordered before
   // everything that its next user queues.
   void GiveBack(PromptState* state);

@@ -78,7 +78,7 @@ TEST(RetryDelay, StaysBetweenASecondAndAMinute) {
 
 TEST(CheckDeadline, RefusesWhatLeavesLessThanHalfOfTheTime) {
   const PromptSpeed speed = Measured();
-  const WaitingLine line = {.prompts = {Long(6000)}};
+  const WaitingLine line = {.prompts = {Long(3000), Long(8000), Long(3000)}};
   // The queue takes 6 s, and the prompt 4 s.
   EXPECT_TRUE(CheckDeadline(line, Long(4000, absl::Seconds(5)), speed, kNow).ok());
   const absl::Status refused =
@@ -97,50 +97,65 @@ TEST(CheckDeadline, TriesWhatHasNoDeadlineOrIsNotMeasured) {
 
 TEST(QueueAtBest, SumsThoseThatComputeAloneAndThoseThatAreBatched) {
   const WaitingLine line = {.prompts = {Long(3000), Short(500), Long(2000), Short(1500)}};
-  EXPECT_EQ(QueueAtBest(line, Long(2000), Measured(), kNow), absl::Seconds(3 + 2 + 1));
+  EXPECT_EQ(QueueAtBest(line, Long(3000), Measured(), kNow), absl::Seconds(3 + 2 + 1));
+}
+
+TEST(QueueAtBest, LeavesOutWhatTakesLonger) {
+  const WaitingLine line = {.prompts = {Long(3000), Long(5000), Long(2000)}};
+  EXPECT_EQ(QueueAtBest(line, Long(3000), Measured(), kNow), absl::Seconds(3 + 2));
 }
 
 TEST(QueueAtBest, EndsAtTheFirstBatchForAPromptThatCanJoinIt) {
   const WaitingLine line = {.prompts = {Long(3000), Short(500), Long(2000), Short(1500)}};
-  EXPECT_EQ(QueueAtBest(line, Short(100), Measured(), kNow), absl::Seconds(3));
+  EXPECT_EQ(QueueAtBest(line, Short(4000), Measured(), kNow), absl::Seconds(3));
 }
 
-TEST(ChooseNextPass, ShortPromptIsBatchedWithTheHead) {
-  EXPECT_THAT(ChooseNextPass({Short(100), Short(200)}, 1000, PromptSpeed(), kNow),
+TEST(ChoosePass, ShortPromptIsBatchedWithTheHead) {
+  EXPECT_THAT(ChoosePass({Short(100), Short(200)}, /*head=*/0, 1000, PromptSpeed(), kNow),
               ElementsAre(0, 1));
 }
 
-TEST(ChooseNextPass, ALongHeadComputesAlone) {
-  EXPECT_THAT(ChooseNextPass({Long(5000), Short(200)}, 1000, PromptSpeed(), kNow), ElementsAre(0));
+TEST(ChoosePass, ALongHeadComputesAlone) {
+  EXPECT_THAT(ChoosePass({Long(5000), Short(200)}, /*head=*/0, 1000, PromptSpeed(), kNow),
+              ElementsAre(0));
 }
 
-TEST(ChooseNextPass, TakesWhatFitsInTheOrderOfTheLineAndOvertakesTheRest) {
+TEST(ChoosePass, TakesWhatFitsInTheOrderOfTheLineAndOvertakesTheRest) {
   const std::vector<WaitingPrompt> line = {Short(600), Long(5000), Short(500),
                                            Short(300), Short(100), Short(1)};
-  EXPECT_THAT(ChooseNextPass(line, 1000, PromptSpeed(), kNow), ElementsAre(0, 3, 4));
+  EXPECT_THAT(ChoosePass(line, /*head=*/0, 1000, PromptSpeed(), kNow), ElementsAre(0, 3, 4));
 }
 
-TEST(ChooseNextPass, CountsPaddingNotTokens) {
+TEST(ChoosePass, CountsPaddingNotTokens) {
   WaitingPrompt padded = Short(1);
   padded.batch_tokens = 600;
-  EXPECT_THAT(ChooseNextPass({padded, padded, Short(400)}, 1000, PromptSpeed(), kNow),
+  EXPECT_THAT(ChoosePass({padded, padded, Short(400)}, /*head=*/0, 1000, PromptSpeed(), kNow),
               ElementsAre(0, 2));
 }
 
-TEST(ChooseNextPass, LeavesOutWhatHasEnded) {
+TEST(ChoosePass, StartsFromAnyHead) {
+  EXPECT_THAT(ChoosePass({Short(600), Long(5000), Short(500), Short(300)}, /*head=*/2, 1000,
+                         PromptSpeed(), kNow),
+              ElementsAre(2, 3));
+  EXPECT_THAT(
+      ChoosePass({Short(100), Long(5000), Short(500)}, /*head=*/2, 1000, PromptSpeed(), kNow),
+      ElementsAre(0, 2));
+}
+
+TEST(ChoosePass, LeavesOutWhatHasEnded) {
   WaitingPrompt ended = Short(10);
   ended.ended = true;
-  EXPECT_THAT(ChooseNextPass({Short(10), ended, Short(10)}, 1000, PromptSpeed(), kNow),
+  EXPECT_THAT(ChoosePass({Short(10), ended, Short(10)}, /*head=*/0, 1000, PromptSpeed(), kNow),
               ElementsAre(0, 2));
 }
 
 // Batches take half a second per thousand tokens.
-TEST(ChooseNextPass, IsNoLargerThanTheDeadlinesInItAllow) {
+TEST(ChoosePass, IsNoLargerThanTheDeadlinesInItAllow) {
   const PromptSpeed speed = Measured();
   const WaitingPrompt hasty = Short(1000, absl::Seconds(2));
-  EXPECT_THAT(ChooseNextPass({hasty, Short(3500), Short(100)}, 10'000, speed, kNow),
+  EXPECT_THAT(ChoosePass({hasty, Short(3500), Short(100)}, /*head=*/0, 10'000, speed, kNow),
               ElementsAre(0, 2));
-  EXPECT_THAT(ChooseNextPass({Short(3500), hasty, Short(100)}, 10'000, speed, kNow),
+  EXPECT_THAT(ChoosePass({Short(3500), hasty, Short(100)}, /*head=*/0, 10'000, speed, kNow),
               ElementsAre(0, 2))
       << "one that would come too late with the others waits for the next pass";
 }

@@ -56,6 +56,7 @@ class FakeSequence final : public model::PrefillSequence {
   FakeSequence(FakeEngine* engine, absl::Span<const model::PromptInput> prompts) : engine_(engine) {
     for (const model::PromptInput& prompt : prompts) {
       prompts_.push_back({static_cast<int64_t>(prompt.tokens.size()), prompt.tokens.back()});
+      num_tokens_ += prompts_.back().num_tokens;
     }
     const model::AttentionOptions& options = prompts.front().attention;
     policy_ = Resolve(options, prompts_.front().num_tokens);
@@ -70,7 +71,7 @@ class FakeSequence final : public model::PrefillSequence {
 
   absl::StatusOr<model::LayerReport> RunLayer() override {
     absl::Duration time;
-    std::function<void()> on_layer;
+    std::function<void(int64_t)> on_layer;
     {
       absl::MutexLock lock(&engine_->mu_);
       const auto may_run = [this]() ABSL_SHARED_LOCKS_REQUIRED(engine_->mu_) {
@@ -82,7 +83,7 @@ class FakeSequence final : public model::PrefillSequence {
       on_layer = engine_->on_layer_;
     }
     if (time > absl::ZeroDuration()) absl::SleepFor(time);
-    if (on_layer != nullptr) on_layer();
+    if (on_layer != nullptr) on_layer(num_tokens_);
     ++held_;
     const int held = ++engine_->held_;
     engine_->most_held_ = std::max<int>(engine_->most_held_, held);
@@ -166,6 +167,7 @@ class FakeSequence final : public model::PrefillSequence {
 
   FakeEngine* const engine_;
   std::vector<FakePrompt> prompts_;
+  int64_t num_tokens_ = 0;  // of all prompts
   model::AttentionPolicy policy_;
   bool audited_;
   int layer_ = 0;
@@ -192,7 +194,7 @@ void FakeEngine::set_layer_time(absl::Duration time) {
   layer_time_ = time;
 }
 
-void FakeEngine::set_on_layer(std::function<void()> on_layer) {
+void FakeEngine::set_on_layer(std::function<void(int64_t)> on_layer) {
   absl::MutexLock lock(&mu_);
   on_layer_ = std::move(on_layer);
 }

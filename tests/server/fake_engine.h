@@ -37,9 +37,9 @@ class FakeEngine final : public model::PrefillEngine {
 
   // Makes every layer take this long from now on.
   void set_layer_time(absl::Duration time);
-  // Sets a function that is called in every layer from now on, by the thread that runs the layer. A
-  // test advances its clock there.
-  void set_on_layer(std::function<void()> on_layer);
+  // Sets a function that is called in every layer from now on, by the thread that runs the layer,
+  // with the tokens of all prompts of the sequence. A test advances its clock there.
+  void set_on_layer(std::function<void(int64_t num_tokens)> on_layer);
   // Makes layers fail with `status` from `layer` on. -1: never.
   void FailFrom(int layer, absl::Status status);
   void FailPacking(absl::Status status);
@@ -71,6 +71,7 @@ class FakeEngine final : public model::PrefillEngine {
   size_t allocated_bytes() const override { return 12345; }
   int64_t max_batch_tokens() const override { return options_.max_batch_tokens; }
   int64_t BatchTokens(int64_t num_tokens, const model::AttentionOptions& options) const override;
+  bool CanStart(int64_t) const override { return alive_ < options_.max_sequences; }
   absl::StatusOr<std::unique_ptr<model::PrefillSequence>> Start(
       absl::Span<const model::PromptInput> prompts) override;
   absl::StatusOr<model::DeviceBuffer> AllocateStaging(size_t bytes) override;
@@ -88,7 +89,7 @@ class FakeEngine final : public model::PrefillEngine {
   std::atomic<bool> refuses_batches_ = false;
   mutable absl::Mutex mu_;
   absl::Duration layer_time_ ABSL_GUARDED_BY(mu_);
-  std::function<void()> on_layer_ ABSL_GUARDED_BY(mu_);
+  std::function<void(int64_t)> on_layer_ ABSL_GUARDED_BY(mu_);
   std::function<void()> on_pack_ ABSL_GUARDED_BY(mu_);
   int fail_from_ ABSL_GUARDED_BY(mu_) = -1;
   absl::Status layer_error_ ABSL_GUARDED_BY(mu_);

@@ -63,7 +63,7 @@ TEST(PrefillPass, WaitsForConsumersWithoutBlocking) {
 
 TEST(PrefillPass, TheTimeThatALayerWaitsForASlotIsAStallAndNoneOfItsSpeed) {
   Bench bench({.num_layers = 3, .kv_slots = 2});
-  bench.engine.set_on_layer([&] { bench.clock.Advance(absl::Milliseconds(100)); });
+  bench.engine.set_on_layer([&](int64_t) { bench.clock.Advance(absl::Milliseconds(100)); });
   const auto job = bench.NewJob(100);
   Consumer consumer(job);
   const auto pass = bench.NewPass({job});

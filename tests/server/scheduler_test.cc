@@ -14,7 +14,7 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
 
-constexpr absl::Duration kLayerTime = absl::Milliseconds(250);
+constexpr absl::Duration kLayerTime = absl::Milliseconds(250);  // of 2000 tokens
 
 // A request's control stream, as the service holds it.
 struct Call {
@@ -25,7 +25,8 @@ struct Call {
 class SchedulerTest : public ::testing::Test {
  protected:
   SchedulerTest() {
-    bench_.engine.set_on_layer([this] { bench_.clock.Advance(kLayerTime); });
+    bench_.engine.set_on_layer(
+        [this](int64_t num_tokens) { bench_.clock.Advance(num_tokens * kLayerTime / 2000); });
   }
 
   absl::StatusOr<Call> Submit(PrefillWork work) {
@@ -155,16 +156,79 @@ TEST_F(SchedulerTest, AnIdIsTakenUntilItsRequestIsRetired) {
   EXPECT_TRUE(Submit(10, absl::InfiniteDuration(), "twin").ok());
 }
 
-TEST_F(SchedulerTest, AStalledConsumerEndsItsRequestAndTheNextComputes) {
-  auto stalled = Submit(2000), next = Submit(2000);
-  stalled->consumer->HoldStill();
+TEST_F(SchedulerTest, AShortPromptIsComputedBetweenTwoLayersOfALongOne) {
+  auto long_one = Submit(50'000);
+  for (int i = 0; i < 2; ++i) EXPECT_TRUE(scheduler_.StepOnce());  // starts, and computes a layer
+  auto short_one = Submit(2000);
+  while (short_one->consumer->result() == nullptr) {
+    bench_.PackAll();
+    ASSERT_TRUE(scheduler_.StepOnce());
+  }
+  EXPECT_EQ(long_one->job->record().stats().layers_computed, 1);
+  EXPECT_EQ(long_one->consumer->result(), nullptr);
   Run();
+  EXPECT_NE(long_one->consumer->result(), nullptr);
+}
+
+TEST_F(SchedulerTest, ALongPromptGoesOnUnderAFloodOfShortOnes) {
+  auto long_one = Submit(50'000);
+  scheduler_.StepOnce();
+  // There is always a short prompt that could go first.
+  int shorts = 0;
+  std::vector<absl::StatusOr<Call>> calls;
+  while (long_one->consumer->result() == nullptr && shorts < 1000) {
+    if (scheduler_.state().queued_requests == 0) {
+      calls.push_back(Submit(2000));
+      ++shorts;
+    }
+    bench_.PackAll();
+    scheduler_.StepOnce();
+  }
+  EXPECT_NE(long_one->consumer->result(), nullptr);
+  EXPECT_GT(shorts, 4) << "they went first, most of the time";
+  Run();
+}
+
+TEST_F(SchedulerTest, PromptsOfOneLengthDoNotAlternate) {
+  auto first = Submit(20'000), second = Submit(20'000);
+  Run();
+  EXPECT_LE(*first->job->record().stats().first_token_at,
+            *second->job->record().stats().started_at);
+}
+
+TEST_F(SchedulerTest, AStalledConsumerEndsItsRequestAndHoldsUpNobody) {
+  auto stalled = Submit(2000);
+  stalled->consumer->HoldStill();
+  auto next = Submit(2000);
+  Run();
+  EXPECT_NE(next->consumer->result(), nullptr);
   EXPECT_EQ(scheduler_.state().running_requests, 1);
-  EXPECT_LT(bench_.engine.layers_run(), 4);
+  EXPECT_LT(stalled->job->record().stats().layers_computed, 4);
   bench_.clock.Advance(bench_.resources.timeouts.stall + absl::Seconds(1));
   Run();
   EXPECT_EQ(stalled->job->ending().outcome, Outcome::kStalled);
-  EXPECT_NE(next->consumer->result(), nullptr);
+  EXPECT_EQ(bench_.engine.alive(), 0);
+}
+
+TEST(Scheduler, APromptWaitsForAPlaceInTheEngine) {
+  Bench bench({.max_sequences = 1});
+  Scheduler scheduler(bench.engine, bench.resources, bench.wake,
+                      QueueLimits{.capacity = 8, .max_queued_tokens = 100'000});
+  const auto first = bench.NewJob(3000), second = bench.NewJob(10);
+  ASSERT_TRUE(scheduler.Submit(first).status.ok());
+  Consumer first_consumer(first);
+  for (int i = 0; i < 2; ++i) EXPECT_TRUE(scheduler.StepOnce());  // starts, and computes a layer
+  ASSERT_TRUE(scheduler.Submit(second).status.ok());
+  Consumer second_consumer(second);
+  while (first_consumer.result() == nullptr) {
+    EXPECT_EQ(scheduler.state().queued_requests, 1);
+    bench.PackAll();
+    ASSERT_TRUE(scheduler.StepOnce());
+  }
+  while (scheduler.StepOnce()) bench.PackAll();
+  EXPECT_NE(second_consumer.result(), nullptr);
+  EXPECT_TRUE(scheduler.failure().ok());
+  for (const auto& job : {first, second}) scheduler.Retire(*job);
 }
 
 TEST_F(SchedulerTest, ADrainTakesNothingNewAndFinishesWhatItHas) {
@@ -241,15 +305,33 @@ TEST_F(SchedulerTest, ABatchThatTheEngineRefusesIsComputedOneByOne) {
   EXPECT_FALSE(scheduler_.state().work_waits);
 }
 
-TEST_F(SchedulerTest, TellsWhoWaitsForWhom) {
+TEST(Scheduler, TellsWhoWaitsForWhom) {
+  Bench bench({.max_sequences = 1});
+  Scheduler scheduler(bench.engine, bench.resources, bench.wake,
+                      QueueLimits{.capacity = 8, .max_queued_tokens = 100'000});
+  const auto running = bench.NewJob(2000), queued = bench.NewJob(3000);
+  ASSERT_TRUE(scheduler.Submit(running).status.ok());
+  Consumer running_consumer(running);
+  scheduler.StepOnce();
+  for (const LiveJob& live : scheduler.LiveJobs()) EXPECT_FALSE(live.others_wait);
+  ASSERT_TRUE(scheduler.Submit(queued).status.ok());
+  scheduler.StepOnce();
+  for (const LiveJob& live : scheduler.LiveJobs()) {
+    EXPECT_EQ(live.others_wait, live.job == running);
+    EXPECT_EQ(live.requests_ahead, live.job == queued ? 1 : 0);
+  }
+  scheduler.AbortAll(Outcome::kShutDown, absl::UnavailableError("the test is over"));
+  while (scheduler.StepOnce()) {
+  }
+  for (const auto& job : {running, queued}) scheduler.Retire(*job);
+}
+
+TEST_F(SchedulerTest, NobodyWaitsForAPassWhileThereIsRoomForAnother) {
   auto running = Submit(2000);
   scheduler_.StepOnce();
-  for (const LiveJob& live : scheduler_.LiveJobs()) EXPECT_FALSE(live.others_wait);
   auto queued = Submit(3000);
-  for (const LiveJob& live : scheduler_.LiveJobs()) {
-    EXPECT_EQ(live.others_wait, live.job == running->job);
-    EXPECT_EQ(live.requests_ahead, live.job == queued->job ? 1 : 0);
-  }
+  scheduler_.StepOnce();
+  for (const LiveJob& live : scheduler_.LiveJobs()) EXPECT_FALSE(live.others_wait);
 }
 
 }  // namespace

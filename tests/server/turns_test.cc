@@ -1,0 +1,84 @@
+#include "server/turns.h"
+
+#include <algorithm>
+#include <random>
+
+#include <gmock/gmock.h>
+
+namespace prefilld::server {
+namespace {
+
+using ::testing::ElementsAre;
+
+TEST(OrderOfTurns, PutsTheLeastRemainingTimeFirst) {
+  EXPECT_THAT(OrderOfTurns({{.remaining = absl::Seconds(3)},
+                            {.remaining = absl::Seconds(1)},
+                            {.remaining = absl::Seconds(2)}}),
+              ElementsAre(1, 2, 0));
+}
+
+TEST(OrderOfTurns, KeepsTheOrderOfEquals) {
+  EXPECT_THAT(
+      OrderOfTurns({{.remaining = absl::Seconds(1)}, {.remaining = absl::Seconds(1)}}),
+      ElementsAre(0, 1));
+}
+
+TEST(OrderOfTurns, CountsHalfOfTheWait) {
+  const Contender waited = {.remaining = absl::Seconds(4), .waited = absl::Seconds(7)};
+  EXPECT_THAT(OrderOfTurns({waited, {.remaining = absl::Milliseconds(400)}}), ElementsAre(1, 0));
+  EXPECT_THAT(OrderOfTurns({waited, {.remaining = absl::Milliseconds(600)}}), ElementsAre(0, 1));
+}
+
+struct Prompt {
+  absl::Duration step;
+  int steps_left;
+  absl::Time last_step_at;
+  size_t others = 0;    // that were there when it had waited for twice its remaining time
+  size_t preceded = 0;  // steps of others since then
+
+  Contender AsContender(absl::Time now) const {
+    return {.remaining = steps_left * step, .waited = now - last_step_at};
+  }
+};
+
+// Runs prompts of random lengths that come faster than they can be computed. Checks the bound that
+// the header states.
+void RunTrace(unsigned seed) {
+  std::mt19937 random(seed);
+  std::lognormal_distribution<double> step_ms(1.0, 1.5);
+  std::vector<Prompt> prompts;
+  absl::Time now = absl::UnixEpoch();
+  const auto arrive = [&] {
+    prompts.push_back({absl::Milliseconds(1 + std::min(step_ms(random), 500.0)),
+                       static_cast<int>(2 + random() % 6), now});
+  };
+  arrive();
+  for (int i = 0; i < 60 && !prompts.empty(); ++i) {
+    if (i < 30 && (random() % 3 != 0 || prompts.size() < 3)) arrive();
+    std::vector<Contender> contenders;
+    for (const Prompt& prompt : prompts) contenders.push_back(prompt.AsContender(now));
+    const size_t next = OrderOfTurns(contenders).front();
+    const absl::Duration step = prompts[next].step;
+    for (size_t j = 0; j < prompts.size(); ++j) {
+      if (j == next || contenders[j].waited <= 2 * contenders[j].remaining) continue;
+      // One that goes before it has waited for longer, in proportion, so it goes but once.
+      ASSERT_GT(contenders[next].waited, 2 * contenders[next].remaining) << "seed " << seed;
+      if (prompts[j].preceded++ == 0) prompts[j].others = prompts.size();
+      ASSERT_LT(prompts[j].preceded, prompts[j].others) << "seed " << seed;
+    }
+    now += step;
+    prompts[next].last_step_at = now;
+    prompts[next].preceded = 0;
+    if (--prompts[next].steps_left == 0) prompts.erase(prompts.begin() + next);
+  }
+}
+
+TEST(OrderOfTurns, StarvesNobodyInTenThousandRandomTraces) {
+  for (unsigned seed = 0; seed < 10'000; ++seed) {
+    RunTrace(seed);
+    if (HasFatalFailure()) return;
+  }
+}
+
+}  // namespace
+}  // namespace prefilld::server
