@@ -104,8 +104,8 @@ ABSL_FLAG(
 ABSL_FLAG(double, stall_timeout_s, 30, "A consumer that takes nothing for so long is cut off.");
 ABSL_FLAG(double, min_consumer_mb_per_s, 50,
           "A consumer that is slower, measured while it has KV to take and beyond its first "
-          "--stall_timeout_s, is cut off when other requests wait. Lower it on links below "
-          "400 Mbit/s. 0: as slow as it likes.");
+          "--stall_timeout_s, is cut off when other requests wait for its memory. Lower it on links "
+          "below 400 Mbit/s. 0: as slow as it likes.");
 ABSL_FLAG(double, wedge_timeout_s, 300,
           "Liveness fails when no layer and no frame gets done for so long though work waits. "
           "More than the longest layer takes, and more than --stall_timeout_s.");
