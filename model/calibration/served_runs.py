@@ -85,14 +85,16 @@ class Server:
                 process.wait()
 
 
-def measure(name: str, policy: str, address: str, texts: Texts) -> dict:
-    """Returns nats per token of every text and mean density, by length, as a line of the journal."""
+def measure(name: str, policy: str, address: str, texts: Texts, thresholds: dict[str, float] | None = None) -> dict:
+    """Returns nats per token of every text and mean density, by length, as a line of the journal. Thresholds that are
+    not named are the server's.
+    """
     import grpc
     from prefilld import Attention, Layout, PrefillClient
 
     def result_of(client: PrefillClient, tokens: list[int]):
         no_cache = Layout(first_block=-(-len(tokens) // Layout.block_tokens))
-        options = {"layout": no_cache, "attention": Attention(policy), "prompt_logprobs": True}
+        options = {"layout": no_cache, "attention": Attention(policy, **(thresholds or {})), "prompt_logprobs": True}
         with client.prefill(tokens, **options) as stream:
             stream.read_all()
         return stream.result

@@ -53,11 +53,9 @@ class RealWeights(unittest.TestCase):
         return np.array(cls.result.prompt_logprobs)
 
     def test_dense_log_probabilities_are_those_of_transformers(self):
-        difference = np.abs(self.dense - GOLDEN["logprobs"])
-        # prefilld rounds activations to bf16, transformers computed in fp32.
-        self.assertAlmostEqual(-self.dense.mean(), GOLDEN["nats_per_token"], delta=0.005)
-        self.assertLess(np.median(difference), 0.03)
-        self.assertLess(np.quantile(difference, 0.99), 0.25)
+        # Both compute in fp32 here, so they differ by the order of sums alone.
+        self.assertAlmostEqual(-self.dense.mean(), GOLDEN["nats_per_token"], delta=0.0001)
+        self.assertLess(np.abs(self.dense - GOLDEN["logprobs"]).max(), 0.002)
 
     def test_greedy_tokens_are_those_of_transformers(self):
         with self.worker.generate(
