@@ -69,7 +69,7 @@ void LogRequest(PrefillJob& job, absl::Time now) {
 void LogRefused(const std::string& request_id, const std::string& peer, Outcome outcome,
                 const absl::Status& status) {
   process::LogEvent(process::LogLevel::kWarning, "request",
-                    {{"id", std::string(wire::ShownId(request_id))},
+                    {{"id", wire::ShownId(request_id)},
                      {"outcome", Name(outcome)},
                      {"peer", peer},
                      {"status", Shown(status)}});

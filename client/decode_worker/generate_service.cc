@@ -35,12 +35,12 @@ std::string NewRequestId() {
 void Log(const std::string& request_id, const GenerateRequest& request, const absl::Status& status,
          absl::Duration took) {
   process::LogEvent(process::LogLevel::kInfo, "generate",
-                    {{"request_id", std::string(wire::ShownId(request_id))},
+                    {{"request_id", wire::ShownId(request_id)},
                      {"prompt_tokens", int64_t{request.token_ids_size()}},
                      {"max_new_tokens", int64_t{request.max_new_tokens()}},
                      {"status", absl::StatusCodeToString(status.code())},
                      {"seconds", absl::ToDoubleSeconds(took)},
-                     {"reason", std::string(wire::ShownReason(status.message()))}});
+                     {"reason", wire::ShownReason(status.message())}});
 }
 
 }  // namespace

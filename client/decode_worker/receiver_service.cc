@@ -111,7 +111,7 @@ class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
     } else {
       process::LogEvent(process::LogLevel::kWarning, "receive_refused",
                         {{"status", absl::StatusCodeToString(status.code())},
-                         {"reason", std::string(wire::ShownReason(status.message()))}});
+                         {"reason", wire::ShownReason(status.message())}});
     }
     Finish(wire::ToGrpc(status));
   }

@@ -8,8 +8,13 @@
 namespace prefilld::wire {
 namespace {
 
-constexpr size_t kMaxShownId = kMaxIdBytes + 22;
+constexpr size_t kMaxShownId = kMaxIdBytes;
 constexpr size_t kMaxShownReason = 300;
+
+std::string Shown(absl::string_view text, size_t most) {
+  if (text.size() <= most) return std::string(text);
+  return absl::StrCat(text.substr(0, most), "... (", text.size() - most, " bytes more)");
+}
 
 }  // namespace
 
@@ -23,10 +28,8 @@ absl::Status CheckId(absl::string_view field, absl::string_view id) {
                                                  " printable ASCII characters"));
 }
 
-absl::string_view ShownId(absl::string_view id) { return id.substr(0, kMaxShownId); }
+std::string ShownId(absl::string_view id) { return Shown(id, kMaxShownId); }
 
-absl::string_view ShownReason(absl::string_view reason) {
-  return reason.substr(0, kMaxShownReason);
-}
+std::string ShownReason(absl::string_view reason) { return Shown(reason, kMaxShownReason); }
 
 }  // namespace prefilld::wire

@@ -3,6 +3,7 @@
 #define PREFILLD_PROTO_WIRE_REQUEST_ID_H_
 
 #include <cstddef>
+#include <string>
 
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
@@ -15,10 +16,10 @@ inline constexpr size_t kMaxIdBytes = 128;
 // than printable ASCII. An empty id is valid.
 absl::Status CheckId(absl::string_view field, absl::string_view id);
 
-// These return the part of a text from outside that logs and messages show, because the text may be
-// as long as a request. A valid id is shown whole.
-absl::string_view ShownId(absl::string_view id);
-absl::string_view ShownReason(absl::string_view reason);
+// These return what logs and messages show of a text from outside, which may be as long as a
+// request: its beginning and, if that is not all, how many bytes follow. A valid id is shown whole.
+std::string ShownId(absl::string_view id);
+std::string ShownReason(absl::string_view reason);
 
 }  // namespace prefilld::wire
 
