@@ -7,8 +7,14 @@
 #include <cstdlib>
 #include <utility>
 
+#include "absl/time/time.h"
+#include "proto/process/log.h"
+
 namespace prefilld::process {
 namespace {
+
+// The process's end is not to wait longer than that for a log that nobody reads.
+constexpr absl::Duration kFlushTime = absl::Milliseconds(500);
 
 void EndAtOnce(int) { _exit(EXIT_FAILURE); }
 
@@ -18,14 +24,26 @@ EndSignals::EndSignals() {
   sigemptyset(&set_);
   sigaddset(&set_, SIGTERM);
   sigaddset(&set_, SIGINT);
-  pthread_sigmask(SIG_BLOCK, &set_, nullptr);
+  sigset_t all = set_;
+  sigaddset(&all, SIGHUP);
+  pthread_sigmask(SIG_BLOCK, &all, nullptr);
   std::signal(SIGPIPE, SIG_IGN);
 }
 
-int EndSignals::Await(absl::FunctionRef<bool()> has_failed) const {
+int EndSignals::Await(absl::FunctionRef<bool()> has_failed,
+                      absl::FunctionRef<void()> on_hangup) const {
   constexpr timespec kPoll = {.tv_sec = 0, .tv_nsec = 100'000'000};
+  sigset_t all = set_;
+  sigaddset(&all, SIGHUP);
   int taken = 0;
-  while (taken <= 0 && !has_failed()) taken = sigtimedwait(&set_, nullptr, &kPoll);
+  while (taken <= 0 && !has_failed()) {
+    taken = sigtimedwait(&all, nullptr, &kPoll);
+    if (taken != SIGHUP) continue;
+    on_hangup();
+    // The system delivers SIGHUP before the others that wait.
+    constexpr timespec kNow = {};
+    taken = sigtimedwait(&set_, nullptr, &kNow);
+  }
   std::signal(SIGTERM, &EndAtOnce);
   std::signal(SIGINT, &EndAtOnce);
   pthread_sigmask(SIG_UNBLOCK, &set_, nullptr);
@@ -46,6 +64,7 @@ void ExitOnSignal::Run(const EndSignals& signals, const std::function<void(int)>
     const int signal = sigtimedwait(&signals.set(), nullptr, &kPoll);
     if (signal <= 0) continue;
     on_signal(signal);
+    FlushLog(kFlushTime);
     _exit(EXIT_SUCCESS);
   }
 }

@@ -5,12 +5,39 @@
 #include <utility>
 
 #include <grpcpp/security/credentials.h>
-#include <grpcpp/security/server_credentials.h>
+#include <grpcpp/security/tls_certificate_provider.h>
+#include <grpcpp/security/tls_credentials_options.h>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "proto/status_macros.h"
+#include "proto/wire/certificates.h"
 
 namespace prefilld::wire {
+namespace {
+
+// How often a channel looks at its files.
+constexpr unsigned kRefreshSeconds = 2;
+
+absl::Status CheckChannelTls(const ChannelTls& tls) {
+  if (tls.cert_file.empty() != tls.key_file.empty()) {
+    return absl::InvalidArgumentError("TLS cert_file and key_file go together; only one is set");
+  }
+  const absl::Time now = absl::Now();
+  if (!tls.ca_file.empty()) {
+    PemText ca = {.name = absl::StrCat("TLS ca_file ", tls.ca_file), .text = ""};
+    PREFILLD_ASSIGN_OR_RETURN(ca.text, ReadPemFile("TLS ca_file", tls.ca_file));
+    PREFILLD_RETURN_IF_ERROR(CheckAuthorities(ca, now));
+  }
+  if (tls.cert_file.empty()) return absl::OkStatus();
+  PemText chain = {.name = absl::StrCat("TLS cert_file ", tls.cert_file), .text = ""};
+  PemText key = {.name = absl::StrCat("TLS key_file ", tls.key_file), .text = ""};
+  PREFILLD_ASSIGN_OR_RETURN(chain.text, ReadPemFile("TLS cert_file", tls.cert_file));
+  PREFILLD_ASSIGN_OR_RETURN(key.text, ReadPemFile("TLS key_file", tls.key_file));
+  return CheckKeyPair(chain, key, now).status();
+}
+
+}  // namespace
 
 const char* ServerTls::mode() const {
   if (cert_file.empty()) return "off";
@@ -37,38 +64,39 @@ void CheckServerTls(const ServerTls& tls, std::vector<std::string>& problems) {
   if (!tls.client_ca_file.empty() && tls.cert_file.empty()) {
     problems.push_back("--tls_client_ca needs --tls_cert and --tls_key");
   }
-  for (const auto& [flag, path] :
-       {std::pair("--tls_cert", &tls.cert_file), std::pair("--tls_key", &tls.key_file),
-        std::pair("--tls_client_ca", &tls.client_ca_file)}) {
-    if (ReadPemFile(flag, *path).ok()) continue;
-    problems.push_back(absl::StrCat(flag, "=", *path, " cannot be read"));
-  }
-}
-
-absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeServerCredentials(
-    const ServerTls& tls) {
-  if (tls.cert_file.empty()) return grpc::InsecureServerCredentials();
-  grpc::SslServerCredentialsOptions ssl(
-      tls.client_ca_file.empty() ? GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE
-                                 : GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
-  auto& pair = ssl.pem_key_cert_pairs.emplace_back();
-  PREFILLD_ASSIGN_OR_RETURN(pair.cert_chain, ReadPemFile("--tls_cert", tls.cert_file));
-  PREFILLD_ASSIGN_OR_RETURN(pair.private_key, ReadPemFile("--tls_key", tls.key_file));
-  PREFILLD_ASSIGN_OR_RETURN(ssl.pem_root_certs, ReadPemFile("--tls_client_ca", tls.client_ca_file));
-  return grpc::SslServerCredentials(ssl);
+  const absl::Time now = absl::Now();
+  const auto read = [&problems](const char* flag, const std::string& path) {
+    PemText pem = {.name = absl::StrCat(flag, "=", path), .text = ""};
+    if (auto text = ReadPemFile(flag, path); text.ok()) {
+      pem.text = *std::move(text);
+    } else {
+      problems.push_back(absl::StrCat(pem.name, " cannot be read"));
+    }
+    return pem;
+  };
+  const auto add = [&problems](const absl::Status& status) {
+    if (!status.ok()) problems.emplace_back(status.message());
+  };
+  const PemText chain = read("--tls_cert", tls.cert_file);
+  const PemText key = read("--tls_key", tls.key_file);
+  const PemText client_ca = read("--tls_client_ca", tls.client_ca_file);
+  if (!chain.text.empty() && !key.text.empty()) add(CheckKeyPair(chain, key, now).status());
+  if (!client_ca.text.empty()) add(CheckAuthorities(client_ca, now));
 }
 
 absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakeChannelCredentials(
     const std::optional<ChannelTls>& tls) {
   if (!tls.has_value()) return grpc::InsecureChannelCredentials();
-  if (tls->cert_file.empty() != tls->key_file.empty()) {
-    return absl::InvalidArgumentError("TLS cert_file and key_file go together; only one is set");
+  PREFILLD_RETURN_IF_ERROR(CheckChannelTls(*tls));
+  grpc::experimental::TlsChannelCredentialsOptions options;
+  if (!tls->ca_file.empty() || !tls->cert_file.empty()) {
+    options.set_certificate_provider(
+        std::make_shared<grpc::experimental::FileWatcherCertificateProvider>(
+            tls->key_file, tls->cert_file, tls->ca_file, kRefreshSeconds));
   }
-  grpc::SslCredentialsOptions ssl;
-  PREFILLD_ASSIGN_OR_RETURN(ssl.pem_root_certs, ReadPemFile("TLS ca_file", tls->ca_file));
-  PREFILLD_ASSIGN_OR_RETURN(ssl.pem_cert_chain, ReadPemFile("TLS cert_file", tls->cert_file));
-  PREFILLD_ASSIGN_OR_RETURN(ssl.pem_private_key, ReadPemFile("TLS key_file", tls->key_file));
-  return grpc::SslCredentials(ssl);
+  if (!tls->ca_file.empty()) options.watch_root_certs();
+  if (!tls->cert_file.empty()) options.watch_identity_key_cert_pairs();
+  return grpc::experimental::TlsCredentials(options);
 }
 
 }  // namespace prefilld::wire

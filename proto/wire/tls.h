@@ -11,7 +11,6 @@
 
 namespace grpc {
 class ChannelCredentials;
-class ServerCredentials;
 }  // namespace grpc
 
 namespace prefilld::wire {
@@ -39,17 +38,14 @@ struct ChannelTls {
 // path when the file cannot be read or is empty.
 absl::StatusOr<std::string> ReadPemFile(const char* field, const std::string& path);
 
-// Adds what is wrong with the files, naming the flag: one is given without another that it needs,
-// or one cannot be read.
+// Adds what is wrong with the files, naming flag and path: one is given without another that it
+// needs, one cannot be read, or they hold nothing that could be served now (certificates.h).
 void CheckServerTls(const ServerTls& tls, std::vector<std::string>& problems);
 
-// Makes credentials for a server: plain text if there is no certificate. INVALID_ARGUMENT: a file
-// cannot be read.
-absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeServerCredentials(
-    const ServerTls& tls);
-
-// Makes credentials for a channel: plain text for nullopt. INVALID_ARGUMENT: a file cannot be read,
-// or only one of cert_file and key_file is given.
+// Makes credentials for a channel: plain text for nullopt. Files that change are read again within
+// seconds, for connections that are made from then on; while a new certificate and a new key do not
+// match, none can be made. INVALID_ARGUMENT: a file cannot be read or holds nothing that is valid
+// now (certificates.h), or only one of cert_file and key_file is given.
 absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakeChannelCredentials(
     const std::optional<ChannelTls>& tls);
 

@@ -1,13 +1,17 @@
 // Tests the KV plane under mutual TLS, pulled over several lanes and pushed.
+#include <signal.h>
+
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/integration/child_process.h"
-#include "tests/integration/test_certificate.h"
 #include "tests/model/random_checkpoint.h"
+#include "tests/proto/test_certificate.h"
 
 namespace prefilld::integration {
 namespace {
@@ -60,8 +64,8 @@ class Tls : public ::testing::Test {
   const TestCertificate ours_;
   const TestCertificate strangers_;
   const model::RandomCheckpoint checkpoint_;
-  const ServerProcess prefilld_{"prefilld", PrefilldFlags()};
-  const ServerProcess worker_{"prefilld-decode-worker", WorkerFlags()};
+  ServerProcess prefilld_{"prefilld", PrefilldFlags()};
+  ServerProcess worker_{"prefilld-decode-worker", WorkerFlags()};
 };
 
 TEST_F(Tls, ThePulledCacheIsDecoded) {
@@ -100,6 +104,35 @@ TEST_F(Tls, StrangersAndPlainTextAreTurnedAway) {
   const auto plain = RunCli({"info", "--server=" + prefilld_.address()}, {});
   EXPECT_EQ(plain->Wait(absl::ZeroDuration()), 3);
   EXPECT_THAT(plain->stderr_text(), HasSubstr("UNAVAILABLE"));
+}
+
+// The worker's certificate for its calls to prefilld is renewed with the others, without a word.
+TEST_F(Tls, RenewedCertificatesAreServedWithoutARestart) {
+  const TestCertificate renewed;
+  const auto generate = [&] {
+    const auto cli =
+        RunCli({"generate", "--worker=" + worker_.address()}, CliFlags(renewed, renewed));
+    return cli->Wait(absl::ZeroDuration()).value_or(-1);
+  };
+  EXPECT_EQ(generate(), 3);
+  ours_.ReplaceWith(renewed);
+  prefilld_.Signal(SIGHUP);
+  worker_.Signal(SIGHUP);
+  const absl::Time deadline = absl::Now() + absl::Seconds(20);
+  int exit_code = -1;
+  while (exit_code != 0 && absl::Now() < deadline) exit_code = generate();
+  EXPECT_EQ(exit_code, 0) << worker_.stderr_text();
+  EXPECT_THAT(prefilld_.stderr_text(), HasSubstr("certificates_reloaded"));
+}
+
+TEST(TlsStart, AnExpiredCertificateIsRefusedByName) {
+  const TestCertificate past(-absl::Hours(48), -absl::Hours(24));
+  for (const char* program : {"prefilld", "prefilld-decode-worker"}) {
+    ChildProcess process(program, {"--model=/no/such", "--tls_cert=" + past.cert_file(),
+                                   "--tls_key=" + past.key_file()});
+    EXPECT_NE(process.Wait(absl::Seconds(20)).value_or(0), 0);
+    EXPECT_THAT(process.stderr_text(), HasSubstr(past.cert_file() + " has expired: valid until"));
+  }
 }
 
 }  // namespace

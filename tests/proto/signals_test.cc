@@ -29,13 +29,13 @@ TEST(EndSignals, OneIsTakenAndTheNextEndsTheProcessAtOnce) {
   EXPECT_EQ(ExitCodeOf([] {
               const EndSignals signals;
               kill(getpid(), SIGTERM);
-              if (signals.Await([] { return false; }) != SIGTERM) _exit(1);
+              if (signals.Await([] { return false; }, [] {}) != SIGTERM) _exit(1);
             }),
             kDone);
   EXPECT_EQ(ExitCodeOf([] {
               const EndSignals signals;
               kill(getpid(), SIGINT);
-              if (signals.Await([] { return false; }) != SIGINT) return;
+              if (signals.Await([] { return false; }, [] {}) != SIGINT) return;
               kill(getpid(), SIGTERM);
             }),
             EXIT_FAILURE);
@@ -44,7 +44,27 @@ TEST(EndSignals, OneIsTakenAndTheNextEndsTheProcessAtOnce) {
 TEST(EndSignals, AFailureEndsTheWait) {
   EXPECT_EQ(ExitCodeOf([] {
               const EndSignals signals;
-              if (signals.Await([] { return true; }) != 0) _exit(1);
+              if (signals.Await([] { return true; }, [] {}) != 0) _exit(1);
+            }),
+            kDone);
+}
+
+TEST(EndSignals, AHangupEndsNothing) {
+  EXPECT_EQ(ExitCodeOf([] {
+              const EndSignals signals;
+              {
+                const ExitOnSignal exit_on_signal(signals, [](int) {});
+                kill(getpid(), SIGHUP);
+                usleep(100'000);
+              }
+              int hangups = 0;
+              const auto on_hangup = [&hangups] {
+                if (++hangups == 2) kill(getpid(), SIGTERM);
+                kill(getpid(), SIGHUP);
+              };
+              if (signals.Await([] { return false; }, on_hangup) != SIGTERM) _exit(1);
+              kill(getpid(), SIGHUP);  // during the drain
+              if (hangups < 2) _exit(2);
             }),
             kDone);
 }
@@ -77,7 +97,7 @@ TEST(ExitOnSignal, LeavesLaterSignalsToAwait) {
                 const ExitOnSignal exit_on_signal(signals, [](int) {});
               }
               kill(getpid(), SIGTERM);
-              if (signals.Await([] { return false; }) != SIGTERM) _exit(1);
+              if (signals.Await([] { return false; }, [] {}) != SIGTERM) _exit(1);
             }),
             kDone);
 }

@@ -1,3 +1,4 @@
+#include <filesystem>
 #include <fstream>
 #include <string>
 #include <vector>
@@ -5,7 +6,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "absl/strings/str_cat.h"
 #include "proto/wire/tls.h"
+#include "tests/proto/test_certificate.h"
 
 namespace prefilld::wire {
 namespace {
@@ -14,9 +17,9 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 
-std::string PemFile() {
-  const std::string path = ::testing::TempDir() + "/certificate.pem";
-  std::ofstream(path) << "PEM";
+std::string FileWith(const std::string& name, const std::string& text) {
+  const std::string path = ::testing::TempDir() + name;
+  std::ofstream(path) << text;
   return path;
 }
 
@@ -26,8 +29,12 @@ std::vector<std::string> Problems(const ServerTls& tls) {
   return problems;
 }
 
+ServerTls Files(const TestCertificate& own) {
+  return {.cert_file = own.cert_file(), .key_file = own.key_file(), .client_ca_file = ""};
+}
+
 TEST(ReadPemFile, ReadsTheWholeFileAndNamesOneThatItCannot) {
-  EXPECT_EQ(*ReadPemFile("--tls_cert", PemFile()), "PEM");
+  EXPECT_EQ(*ReadPemFile("--tls_cert", FileWith("some.pem", "PEM")), "PEM");
   EXPECT_EQ(*ReadPemFile("--tls_cert", ""), "");
   for (const char* path : {"/no/such.pem", "/", "/dev/null"}) {
     const absl::Status status = ReadPemFile("--tls_cert", path).status();
@@ -37,14 +44,59 @@ TEST(ReadPemFile, ReadsTheWholeFileAndNamesOneThatItCannot) {
 }
 
 TEST(CheckServerTls, ListsEveryProblemWithItsFlag) {
+  const TestCertificate own;
   EXPECT_THAT(Problems({}), IsEmpty());
-  EXPECT_THAT(Problems({.cert_file = PemFile(), .key_file = PemFile(), .client_ca_file = ""}),
-              IsEmpty());
+  EXPECT_THAT(Problems(Files(own)), IsEmpty());
   EXPECT_THAT(Problems({.cert_file = "/no/such.pem", .key_file = "", .client_ca_file = ""}),
               ElementsAre(HasSubstr("--tls_cert and --tls_key belong together"),
                           "--tls_cert=/no/such.pem cannot be read"));
-  EXPECT_THAT(Problems({.cert_file = "", .key_file = "", .client_ca_file = PemFile()}),
+  EXPECT_THAT(Problems({.cert_file = "", .key_file = "", .client_ca_file = own.cert_file()}),
               ElementsAre("--tls_client_ca needs --tls_cert and --tls_key"));
+}
+
+TEST(CheckServerTls, TellsWhatCannotBeServedNow) {
+  const TestCertificate own, other;
+  const TestCertificate past(-absl::Hours(48), -absl::Hours(24));
+  const TestCertificate future(absl::Hours(24), absl::Hours(48));
+  EXPECT_THAT(Problems(Files(past)),
+              ElementsAre(HasSubstr(
+                  absl::StrCat("--tls_cert=", past.cert_file(), " has expired: valid until 20"))));
+  EXPECT_THAT(Problems(Files(future)),
+              ElementsAre(HasSubstr(
+                  absl::StrCat("--tls_cert=", future.cert_file(), " is valid only from 20"))));
+  ServerTls files = Files(own);
+  files.key_file = other.key_file();
+  EXPECT_THAT(Problems(files),
+              ElementsAre(absl::StrCat("--tls_key=", other.key_file(),
+                                       " is not the key of --tls_cert=", own.cert_file())));
+  files.key_file = own.cert_file();
+  EXPECT_THAT(Problems(files), ElementsAre(HasSubstr("holds no private key without a password")));
+  files = Files(own);
+  files.cert_file = own.key_file();
+  EXPECT_THAT(Problems(files),
+              ElementsAre(absl::StrCat("--tls_cert=", own.key_file(), " holds no certificate")));
+}
+
+TEST(CheckServerTls, AuthoritiesAreThereAndNotAllOfThePast) {
+  const TestCertificate own;
+  const TestCertificate past(-absl::Hours(48), -absl::Hours(24));
+  ServerTls files = Files(own);
+  const auto problems_with = [&](const std::string& client_ca_file) {
+    files.client_ca_file = client_ca_file;
+    return Problems(files);
+  };
+  EXPECT_THAT(problems_with(own.cert_file()), IsEmpty());
+  EXPECT_THAT(problems_with(FileWith("blank.pem", "\n# none yet\n")),
+              ElementsAre(HasSubstr("/blank.pem holds no certificate")));
+  EXPECT_THAT(problems_with(past.cert_file()),
+              ElementsAre(HasSubstr("has expired certificates alone: valid until 20")));
+  EXPECT_THAT(problems_with(FileWith("both.pem", *ReadPemFile("", past.cert_file()) +
+                                                     *ReadPemFile("", own.cert_file()))),
+              IsEmpty());
+  EXPECT_THAT(problems_with(FileWith("damaged.pem", *ReadPemFile("", own.cert_file()) +
+                                                        "-----BEGIN CERTIFICATE-----\nAAAA\n"
+                                                        "-----END CERTIFICATE-----\n")),
+              ElementsAre(HasSubstr("has a certificate that cannot be parsed, after 1 that can")));
 }
 
 TEST(ServerTls, TellsItsMode) {
@@ -54,25 +106,37 @@ TEST(ServerTls, TellsItsMode) {
                "mutual");
 }
 
-TEST(Credentials, WithoutFilesTheyArePlainText) {
-  EXPECT_TRUE(MakeServerCredentials({}).ok());
+TEST(ChannelCredentials, WithoutFilesTheyArePlainText) {
   EXPECT_TRUE(MakeChannelCredentials(std::nullopt).ok());
 }
 
-TEST(Credentials, NameTheFileThatCannotBeRead) {
+TEST(ChannelCredentials, NameTheFileThatIsOfNoUse) {
+  const TestCertificate own;
+  const TestCertificate past(-absl::Hours(48), -absl::Hours(24));
+  const auto problem = [](const ChannelTls& tls) {
+    return std::string(MakeChannelCredentials(tls).status().message());
+  };
+  EXPECT_EQ(problem({.ca_file = own.cert_file(),
+                     .cert_file = own.cert_file(),
+                     .key_file = own.key_file(),
+                     .server_name = ""}),
+            "");
   EXPECT_THAT(
-      std::string(MakeServerCredentials(
-                      {.cert_file = PemFile(), .key_file = "/no/key.pem", .client_ca_file = ""})
-                      .status()
-                      .message()),
-      HasSubstr("--tls_key /no/key.pem"));
-  ChannelTls tls;
-  tls.ca_file = "/no/ca.pem";
-  EXPECT_THAT(std::string(MakeChannelCredentials(tls).status().message()),
-              HasSubstr("ca_file /no/ca.pem"));
-  tls = {.ca_file = "", .cert_file = PemFile(), .key_file = "", .server_name = ""};
-  EXPECT_THAT(std::string(MakeChannelCredentials(tls).status().message()),
-              HasSubstr("cert_file and key_file go together"));
+      problem({.ca_file = "/no/ca.pem", .cert_file = "", .key_file = "", .server_name = ""}),
+      HasSubstr("ca_file /no/ca.pem"));
+  EXPECT_THAT(problem({.ca_file = FileWith("blank.pem", "\n"),
+                       .cert_file = "",
+                       .key_file = "",
+                       .server_name = ""}),
+              HasSubstr("blank.pem holds no certificate"));
+  EXPECT_THAT(
+      problem({.ca_file = "", .cert_file = own.cert_file(), .key_file = "", .server_name = ""}),
+      HasSubstr("cert_file and key_file go together"));
+  EXPECT_THAT(problem({.ca_file = "",
+                       .cert_file = past.cert_file(),
+                       .key_file = past.key_file(),
+                       .server_name = ""}),
+              HasSubstr("has expired"));
 }
 
 }  // namespace

@@ -1,0 +1,142 @@
+// Tests that certificates are renewed while a server runs, and that bad ones change nothing.
+#include <fstream>
+#include <memory>
+#include <string>
+
+#include <gmock/gmock.h>
+#include <grpcpp/channel.h>
+#include <grpcpp/security/credentials.h>
+#include <grpcpp/server.h>
+#include <gtest/gtest.h>
+#include <prometheus/collectable.h>
+#include <prometheus/metric_family.h>
+#include <prometheus/text_serializer.h>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "proto/process/certificate_watch.h"
+#include "proto/wire/channel.h"
+#include "proto/wire/listener.h"
+#include "tests/proto/test_certificate.h"
+
+namespace prefilld::process {
+namespace {
+
+using ::testing::HasSubstr;
+
+class Renewal : public ::testing::Test {
+ protected:
+  // Starts a server with the files of own_, which asks callers for a certificate as well.
+  void SetUp() override {
+    auto listener = wire::Listener::Create({.address = "127.0.0.1:0,127.0.0.2:0",
+                                            .tls = {.cert_file = own_.cert_file(),
+                                                    .key_file = own_.key_file(),
+                                                    .client_ca_file = own_.cert_file()},
+                                            .max_request_bytes = 1 << 20,
+                                            .max_streams = 4},
+                                           {});
+    ASSERT_TRUE(listener.ok()) << listener.status();
+    listener_ = *std::move(listener);
+  }
+
+  // Tells whether a caller that shows and trusts this certificate gets a connection.
+  bool Connects(const TestCertificate& certificate, absl::Duration timeout = absl::Seconds(1)) {
+    const auto channel = wire::OpenChannel(OptionsOf(certificate));
+    return channel.ok() && (*channel)->WaitForConnected(absl::ToChronoTime(absl::Now() + timeout));
+  }
+
+  wire::ChannelOptions OptionsOf(const TestCertificate& certificate) const {
+    return {.address = absl::StrCat("127.0.0.1:", listener_->port()),
+            .tls = wire::ChannelTls{.ca_file = certificate.cert_file(),
+                                    .cert_file = certificate.cert_file(),
+                                    .key_file = certificate.key_file(),
+                                    .server_name = ""}};
+  }
+
+  static std::string Page(const CertificateWatch& watch) {
+    return prometheus::TextSerializer().Serialize(watch.metrics()->Collect());
+  }
+
+  template <typename Condition>
+  static bool Soon(const Condition& condition) {
+    const absl::Time deadline = absl::Now() + absl::Seconds(15);
+    while (!condition()) {
+      if (absl::Now() > deadline) return false;
+      absl::SleepFor(absl::Milliseconds(50));
+    }
+    return true;
+  }
+
+  const TestCertificate own_;
+  const TestCertificate before_;  // what own_ holds at first
+  const TestCertificate after_;
+  std::unique_ptr<wire::Listener> listener_;
+
+ public:
+  Renewal() { own_.ReplaceWith(before_); }
+};
+
+TEST_F(Renewal, NewFilesAreServedSoon) {
+  const CertificateWatch watch(listener_->certificates());
+  EXPECT_TRUE(Connects(before_, absl::Seconds(10)));
+  EXPECT_FALSE(Connects(after_));
+  own_.ReplaceWith(after_);
+  EXPECT_TRUE(Soon([&] { return Connects(after_); }));
+  EXPECT_FALSE(Connects(before_));
+  EXPECT_THAT(Page(watch), HasSubstr("prefilld_certificate_reloads_total{result=\"ok\"} 1\n"));
+}
+
+TEST_F(Renewal, AnOperatorsWordIsEnough) {
+  CertificateWatch watch(listener_->certificates());
+  own_.ReplaceWith(after_);
+  watch.ReloadNow();
+  EXPECT_TRUE(Connects(after_, absl::Seconds(10)));
+}
+
+TEST_F(Renewal, FilesThatAreNotValidChangeNothing) {
+  CertificateWatch watch(listener_->certificates());
+  const TestCertificate past(-absl::Hours(48), -absl::Hours(24));
+  own_.ReplaceWith(past);
+  EXPECT_TRUE(Soon([&] {
+    return Page(watch).find("prefilld_certificate_reloads_total{result=\"refused\"} 1\n") !=
+           std::string::npos;
+  }));
+  EXPECT_TRUE(Connects(before_, absl::Seconds(10)));
+  std::ofstream(own_.cert_file()) << "half a certif";
+  watch.ReloadNow();
+  EXPECT_TRUE(Connects(before_, absl::Seconds(10)));
+}
+
+TEST_F(Renewal, AChannelShowsAndTrustsNewFiles) {
+  CertificateWatch watch(listener_->certificates());
+  const TestCertificate caller;
+  caller.ReplaceWith(before_);
+  const auto credentials = wire::MakeChannelCredentials(OptionsOf(caller).tls);
+  ASSERT_TRUE(credentials.ok()) << credentials.status();
+  own_.ReplaceWith(after_);
+  watch.ReloadNow();
+  caller.ReplaceWith(after_);
+  const auto channel = wire::OpenChannel(OptionsOf(caller), *credentials);
+  EXPECT_TRUE(channel->WaitForConnected(absl::ToChronoTime(absl::Now() + absl::Seconds(20))));
+}
+
+TEST_F(Renewal, TheMetricTellsWhenTheCertificateExpires) {
+  const CertificateWatch watch(listener_->certificates());
+  double expiry = 0;
+  for (const prometheus::MetricFamily& family : watch.metrics()->Collect()) {
+    if (family.name == "prefilld_certificate_expiry_timestamp_seconds") {
+      expiry = family.metric.front().gauge.value;
+    }
+  }
+  const auto expected = static_cast<double>(absl::ToUnixSeconds(absl::Now() + absl::Hours(24)));
+  EXPECT_NEAR(expiry, expected, 60);
+}
+
+TEST(CertificateWatch, WithoutTlsHasNothingToDo) {
+  CertificateWatch watch(nullptr);
+  watch.ReloadNow();
+  EXPECT_TRUE(watch.metrics()->Collect().empty());
+}
+
+}  // namespace
+}  // namespace prefilld::process
