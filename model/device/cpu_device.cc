@@ -16,7 +16,6 @@
 #include "kernels/cpu/pattern.h"
 #include "kernels/cpu/pooled_mass.h"
 #include "kernels/cpu/threads.h"
-#include "proto/status_macros.h"
 
 namespace prefilld::model {
 namespace {
@@ -43,9 +42,7 @@ class CpuOps final : public Ops {
     return Run(cpu::TokenLogprobs, p);
   }
   absl::Status Attention(const kernels::AttentionParams& p) override {
-    PREFILLD_RETURN_IF_ERROR(Run(cpu::Attention, p));
-    const bool stopped = p.go_on != nullptr && !p.go_on(p.go_on_context);
-    return stopped ? absl::CancelledError("stopped inside a layer") : absl::OkStatus();
+    return Run(cpu::Attention, p);
   }
   absl::Status PagedAttention(const kernels::PagedAttentionParams& p) override {
     return Run(cpu::PagedAttention, p);
