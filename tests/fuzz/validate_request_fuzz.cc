@@ -40,7 +40,7 @@ RequestLimits Limits(const model::EngineInfo& engine, uint8_t choice) {
     allowed.push_back(model::AttentionPolicy::kBaselineQueryAware);
     allowed.push_back(model::AttentionPolicy::kBaselineRandom);
   }
-  if ((choice & 2) != 0) limits.deliver_to_allow = {"worker-*.pods:7000", "*:7001"};
+  if ((choice & 2) != 0) limits.deliver_to_allow = {"worker-*.pods:7000", "*.*.*.*:7001"};
   limits.max_lanes = (choice & 4) != 0 ? 16 : 1;
   return limits;
 }

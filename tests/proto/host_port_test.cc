@@ -16,12 +16,53 @@ TEST(HostPort, TakesNamesAndAddresses) {
 }
 
 TEST(HostPort, RefusesEverythingElse) {
-  for (const char* text :
-       {"", ":", "host", "host:", ":80", "host:65536", "host:-1", "host:8o", "host:123456",
-        "unix:/run/socket", "dns:///host:80", "::1:80", "[]:80", "[::1]", "[host]:80", "a b:80",
-        "host:80/path", "host,other:80", "host%0a:80"}) {
+  for (const char* text : {"",
+                           ":",
+                           "host",
+                           "host:",
+                           ":80",
+                           "host:65536",
+                           "host:-1",
+                           "host:8o",
+                           "host:123456",
+                           "unix:/run/socket",
+                           "dns:///host:80",
+                           "::1:80",
+                           "[]:80",
+                           "[::1]",
+                           "[host]:80",
+                           "a b:80",
+                           "host:80/path",
+                           "host,other:80",
+                           "host%0a:80",
+                           "a..b:80",
+                           ".a:80",
+                           "[::1%lo]:80"}) {
     EXPECT_FALSE(ParseHostPort(text).has_value()) << text;
   }
+}
+
+TEST(HostPort, AHostThatEndsInANumberIsAnIpv4AddressOrNothing) {
+  EXPECT_FALSE(ParseHostPort("10.2.3.4:80")->is_name);
+  EXPECT_FALSE(ParseHostPort("[::1]:80")->is_name);
+  EXPECT_TRUE(ParseHostPort("10.2.3.example.:80")->is_name);
+  for (const char* text : {"10.2.3:80", "167903492:80", "10.2.3.256:80", "10.2.3.4.5:80",
+                           "evil.example.7:80", "0x0a.2.3.0x4:80", "10.2.3.4.:80"}) {
+    EXPECT_FALSE(ParseHostPort(text).has_value()) << text;
+  }
+}
+
+TEST(UnixSocket, IsAnAbsolutePathThatFits) {
+  EXPECT_EQ(UnixSocketPath("unix:/run/prefilld.sock"), "/run/prefilld.sock");
+  EXPECT_TRUE(UnixSocketPath("unix:/" + std::string(106, 'a')).has_value());
+  for (const std::string& text : {std::string("unix:run/x"), std::string("/run/x"),
+                                  std::string("unix:"), std::string("unix:///run/x y"),
+                                  std::string("unix:/a,b"), "unix:/" + std::string(107, 'a')}) {
+    EXPECT_FALSE(UnixSocketPath(text).has_value()) << text;
+  }
+  EXPECT_EQ(ListenOrUnixProblem("--listen", "unix:/run/x"), std::nullopt);
+  EXPECT_EQ(DialAddressProblem("--server", "unix:/run/x"), std::nullopt);
+  EXPECT_NE(ListenAddressProblem("--metrics_listen", "unix:/run/x"), std::nullopt);
 }
 
 TEST(AddressProblem, NamesSettingValueAndForm) {
@@ -32,35 +73,6 @@ TEST(AddressProblem, NamesSettingValueAndForm) {
       AllOf(HasSubstr("--server=127.0.0.1: is not host:port"), HasSubstr("port from 1 to")));
   EXPECT_NE(DialAddressProblem("--server", "localhost:0"), std::nullopt);
   EXPECT_THAT(*ListenAddressProblem("--listen", "a\nb"), HasSubstr("--listen=a\\nb is"));
-}
-
-TEST(AddressPattern, StarStandsForAnyRunOfCharactersWithinOneLabel) {
-  EXPECT_TRUE(AddressMatches("worker:7000", "worker:7000"));
-  EXPECT_TRUE(AddressMatches("*.pods:7000", "worker-3.pods:7000"));
-  EXPECT_TRUE(AddressMatches("10.0.*.*:*", "10.0.3.4:7000"));
-  EXPECT_TRUE(AddressMatches("w*k*r-*:7000", "worker-12:7000"));
-  EXPECT_TRUE(AddressMatches("[fd00::*]:7000", "[fd00::12]:7000"));
-  EXPECT_FALSE(AddressMatches("worker:7000", "worker:70000"));
-  EXPECT_FALSE(AddressMatches("*.pods:7000", "worker-3.pods:7001"));
-  EXPECT_FALSE(AddressMatches("", "x:1"));
-}
-
-TEST(AddressPattern, StarCrossesNeitherDotsNorColons) {
-  EXPECT_FALSE(AddressMatches("*.pods:7000", "evil.example.pods:7000"));
-  EXPECT_FALSE(AddressMatches("10.0.*:7000", "10.0.3.4:7000"));
-  EXPECT_FALSE(AddressMatches("worker-*:7000", "worker-1.evil.example:7000"));
-  EXPECT_FALSE(AddressMatches("worker-*", "worker-1:7000"));
-  EXPECT_FALSE(AddressMatches("[fd00:*]:7000", "[fd00:1:2]:7000"));
-  EXPECT_FALSE(AddressMatches("*:*", "::1:80"));
-}
-
-TEST(AddressPattern, HasTheFormOfAnAddress) {
-  for (const char* pattern : {"worker:7000", "*.pods:50052", "10.2.*.*:*", "[fd00::*]:7000"}) {
-    EXPECT_TRUE(IsAddressPattern(pattern)) << pattern;
-  }
-  for (const char* pattern : {"", "*", "*.pods", "worker:", "dns:///*:80", "*:port"}) {
-    EXPECT_FALSE(IsAddressPattern(pattern)) << pattern;
-  }
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ class BadRequestTest : public ServerFixture, public ::testing::WithParamInterfac
     engine_options_.max_tokens = 1000;
     options_.max_lanes = 4;
     options_.allowed_policies = {model::AttentionPolicy::kDense, model::AttentionPolicy::kAuto};
-    options_.deliver_to_allow = {"worker-*.pods:7000"};
+    options_.deliver_to_allow = {"worker-*.pods:7000", "10.2.*.*:7000"};
   }
 };
 
@@ -128,8 +128,14 @@ INSTANTIATE_TEST_SUITE_P(
         BadRequest{"TooManyLanes", [](Request& r) { r.set_num_lanes(5); }, kInvalid,
                    {"num_lanes", "5", "4"}},
         BadRequest{"PushAddress",
+                   [](Request& r) { r.mutable_deliver_to()->set_address("unix:etc/passwd"); },
+                   kInvalid, {"deliver_to.address", "unix:etc/passwd", "host:port"}},
+        BadRequest{"PushToASocket",
                    [](Request& r) { r.mutable_deliver_to()->set_address("unix:/etc/passwd"); },
-                   kInvalid, {"deliver_to.address", "unix:/etc/passwd", "host:port"}},
+                   grpc::StatusCode::PERMISSION_DENIED, {"unix:/etc/passwd", "allow-list"}},
+        BadRequest{"PushToANameThatLooksLikeAnAllowedAddress",
+                   [](Request& r) { r.mutable_deliver_to()->set_address("10.2.evil.example:7000"); },
+                   grpc::StatusCode::PERMISSION_DENIED, {"10.2.evil.example:7000", "allow-list"}},
         BadRequest{"PushAddressTooLong",
                    [](Request& r) {
                      r.mutable_deliver_to()->set_address(std::string(20'000, 'a') + ":1");
