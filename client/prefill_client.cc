@@ -1,5 +1,6 @@
 #include "client/prefill_client.h"
 
+#include <algorithm>
 #include <optional>
 #include <thread>
 #include <utility>
@@ -63,6 +64,9 @@ class PrefillCall {
     PREFILLD_RETURN_IF_ERROR(CheckLogprobs(request_, *result_));
     return *std::move(result_);
   }
+
+  // Tells whether the server took the request. May be called when Run has returned.
+  bool accepted() const { return check_ != nullptr; }
 
   // Ends every lane, and keeps the first reason. Thread-safe.
   void Fail(absl::Status reason) {
@@ -145,11 +149,10 @@ class PrefillCall {
     check_ = std::make_unique<TransferCheck>(accepted.layout(), num_lanes);
     PREFILLD_RETURN_IF_ERROR(sink_.OnAccepted(accepted));
     for (uint32_t lane = 1; lane < num_lanes; ++lane) {
-      lane_threads_.emplace_back([this, lane, id = accepted.request_id(), key = accepted.lane_key()] {
+      lane_threads_.emplace_back([this, lane, id = accepted.request_id()] {
         AttachLaneRequest attach;
         attach.set_request_id(id);
         attach.set_lane(lane);
-        attach.set_lane_key(key);
         streams_[lane]->Start(kAttachLaneMethod, attach, deadline_);
         ReadStream(lane);
       });
@@ -173,23 +176,49 @@ class PrefillCall {
 
 }  // namespace
 
-PrefillClient::PrefillClient(const ChannelOptions& options, std::shared_ptr<grpc::Channel> channel)
-    : options_(options), channels_{std::move(channel)} {}
-
 absl::StatusOr<std::unique_ptr<PrefillClient>> PrefillClient::Create(
     const ChannelOptions& options) {
-  PREFILLD_ASSIGN_OR_RETURN(auto channel, wire::OpenChannel(options));
-  return std::unique_ptr<PrefillClient>(new PrefillClient(options, std::move(channel)));
+  return Create(options, {options.address});
+}
+
+absl::StatusOr<std::unique_ptr<PrefillClient>> PrefillClient::Create(
+    const ChannelOptions& options, const std::vector<std::string>& addresses) {
+  if (addresses.empty()) return absl::InvalidArgumentError("no address of a server");
+  PREFILLD_ASSIGN_OR_RETURN(const auto credentials, wire::MakeChannelCredentials(options.tls));
+  std::unique_ptr<PrefillClient> client(new PrefillClient);
+  for (const std::string& address : addresses) {
+    ChannelOptions server = options;
+    server.address = address;
+    client->servers_.push_back(std::make_unique<ServerChannels>(server, credentials));
+  }
+  return client;
+}
+
+std::vector<ServerChannels*> PrefillClient::InTurn() {
+  const size_t first = turn_.fetch_add(1, std::memory_order_relaxed) % servers_.size();
+  std::vector<ServerChannels*> order;
+  for (size_t i = 0; i < servers_.size(); ++i) {
+    order.push_back(servers_[(first + i) % servers_.size()].get());
+  }
+  std::stable_partition(order.begin(), order.end(),
+                        [](ServerChannels* server) { return server->MayBeReached(); });
+  return order;
 }
 
 absl::StatusOr<ServerInfo> PrefillClient::GetServerInfo(absl::Duration timeout) {
-  PREFILLD_ASSIGN_OR_RETURN(const auto channels, LaneChannels(1));
-  grpc::ClientContext context;
-  context.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
-  ServerInfo info;
-  const auto stub = PrefillService::NewStub(channels.front());
-  PREFILLD_RETURN_IF_ERROR(wire::FromGrpc(stub->GetServerInfo(&context, {}, &info)));
-  return info;
+  const absl::Time deadline = absl::Now() + timeout;
+  absl::Status status;
+  for (ServerChannels* server : InTurn()) {
+    grpc::ClientContext context;
+    context.set_deadline(absl::ToChronoTime(deadline));
+    ServerInfo info;
+    const auto stub = PrefillService::NewStub(server->OfLanes(1).front());
+    status = wire::FromGrpc(stub->GetServerInfo(&context, {}, &info));
+    if (status.ok()) return info;
+    if (!absl::IsUnavailable(status)) break;
+    server->Renew();
+  }
+  return status;
 }
 
 absl::StatusOr<PrefillResult> PrefillClient::Prefill(const PrefillRequest& request, KvSink& sink,
@@ -198,23 +227,20 @@ absl::StatusOr<PrefillResult> PrefillClient::Prefill(const PrefillRequest& reque
     return absl::InvalidArgumentError(
         absl::StrCat("num_lanes ", request.num_lanes(), ", allowed: 1 to ", kMaxLanes));
   }
-  PREFILLD_ASSIGN_OR_RETURN(const auto channels,
-                            LaneChannels(request.num_lanes() == 0 ? 1 : request.num_lanes()));
-  PrefillCall call(request, sink, options.deadline, channels);
-  CancelHook hook(options.cancellation,
-                  [&call] { call.Fail(absl::CancelledError("cancelled by the caller")); });
-  return call.Run();
-}
-
-absl::StatusOr<std::vector<std::shared_ptr<grpc::Channel>>> PrefillClient::LaneChannels(
-    uint32_t num_lanes) {
-  absl::MutexLock lock(&mu_);
-  while (channels_.size() < num_lanes) {
-    PREFILLD_ASSIGN_OR_RETURN(auto channel, wire::OpenChannel(options_));
-    channels_.push_back(std::move(channel));
+  absl::StatusOr<PrefillResult> result;
+  for (ServerChannels* server : InTurn()) {
+    const auto channels = server->OfLanes(std::max(request.num_lanes(), 1u));
+    PrefillCall call(request, sink, options.deadline, channels);
+    {
+      CancelHook hook(options.cancellation,
+                      [&call] { call.Fail(absl::CancelledError("cancelled by the caller")); });
+      result = call.Run();
+    }
+    if (!absl::IsUnavailable(result.status())) break;
+    server->Renew();
+    if (call.accepted()) break;
   }
-  return std::vector<std::shared_ptr<grpc::Channel>>(channels_.begin(),
-                                                     channels_.begin() + num_lanes);
+  return result;
 }
 
 }  // namespace prefilld::client

@@ -2,16 +2,17 @@
 #ifndef PREFILLD_CLIENT_PREFILL_CLIENT_H_
 #define PREFILLD_CLIENT_PREFILL_CLIENT_H_
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "client/cancellation.h"
+#include "client/server_channels.h"
 #include "prefill/v1/prefill.pb.h"
 #include "proto/wire/channel.h"
 #include "proto/wire/frame_codec.h"
@@ -47,6 +48,12 @@ class PrefillClient {
   // INVALID_ARGUMENT: as wire::OpenChannel.
   static absl::StatusOr<std::unique_ptr<PrefillClient>> Create(const ChannelOptions& options);
 
+  // Creates a client of several servers of one model, each with an address of its own; what else
+  // `options` says holds for all. They take the calls in turn, all lanes of a call go to the same
+  // one, and one that is unavailable and has not accepted the call passes it on to the next.
+  static absl::StatusOr<std::unique_ptr<PrefillClient>> Create(
+      const ChannelOptions& options, const std::vector<std::string>& addresses);
+
   absl::StatusOr<::prefill::v1::ServerInfo> GetServerInfo(absl::Duration timeout);
 
   // Runs one prompt and returns when the whole cache has gone to `sink`, or with the reason why
@@ -62,13 +69,14 @@ class PrefillClient {
                                                        const PrefillCallOptions& options = {});
 
  private:
-  PrefillClient(const ChannelOptions& options, std::shared_ptr<grpc::Channel> channel);
-  // Returns a channel per lane. That of lane 0 also serves all other calls.
-  absl::StatusOr<std::vector<std::shared_ptr<grpc::Channel>>> LaneChannels(uint32_t num_lanes);
+  PrefillClient() = default;
+  // Returns the order in which a call tries the servers: in turn, and last those that are known to
+  // be away.
+  std::vector<ServerChannels*> InTurn();
 
-  const ChannelOptions options_;
-  absl::Mutex mu_;
-  std::vector<std::shared_ptr<grpc::Channel>> channels_ ABSL_GUARDED_BY(mu_);  // by lane
+  // The channel of lane 0 also serves all other calls.
+  std::vector<std::unique_ptr<ServerChannels>> servers_;
+  std::atomic<uint64_t> turn_ = 0;
 };
 
 }  // namespace prefilld::client

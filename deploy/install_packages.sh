@@ -9,9 +9,9 @@ packages=(
   # tools
   cmake g++ ninja-build pkg-config protobuf-compiler protobuf-compiler-grpc
   # wire
-  libgrpc++-dev libprotobuf-dev libabsl-dev
-  # process: logs, metrics
-  libspdlog-dev prometheus-cpp-dev
+  libgrpc++-dev libprotobuf-dev libabsl-dev libssl-dev
+  # process: logs, metrics and the page that shows them
+  libspdlog-dev prometheus-cpp-dev libmicrohttpd-dev
   # model and CPU kernels
   libdnnl-dev libhwy-dev libxxhash-dev nlohmann-json3-dev
 )

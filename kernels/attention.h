@@ -59,10 +59,6 @@ struct AttentionParams {
   float scale = 0.0f;              // factor of the logits, usually 1 / sqrt(head_dim)
   const HeadWork* work = nullptr;  // [num_work], host memory; other heads are not touched
   int num_work = 0;
-  // The CPU asks this before each block of queries, from any of its threads, and leaves the rest of
-  // `out` as it is once the answer was no. A GPU does not ask. Null: it goes on.
-  bool (*go_on)(const void* context) = nullptr;
-  const void* go_on_context = nullptr;
 };
 
 // Computes attention of one decode step: a single query over a paged KV cache.

@@ -4,13 +4,16 @@
 #include <memory>
 #include <string>
 #include <variant>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "model/prefill/prefill_engine.h"
 #include "proto/process/log.h"
 #include "proto/process/open_files.h"
 #include "proto/process/signals.h"
+#include "proto/wire/host_port.h"
 #include "proto/wire/port_file.h"
 #include "server/clock.h"
 #include "server/options.h"
@@ -58,8 +61,15 @@ void LogConfiguration(const ServerOptions& options, const model::EngineInfo& eng
   LogEvent(LogLevel::kInfo, "model", fields);
 }
 
+// Returns the addresses with the port that the first one of TCP was given.
 std::string WithPort(const std::string& listen, int port) {
-  return absl::StrCat(listen.substr(0, listen.rfind(':')), ":", port);
+  std::vector<std::string> addresses = wire::SplitAddresses(listen);
+  for (std::string& address : addresses) {
+    if (!wire::ParseHostPort(address).has_value()) continue;
+    address = absl::StrCat(address.substr(0, address.rfind(':')), ":", port);
+    break;
+  }
+  return absl::StrJoin(addresses, ",");
 }
 
 void LogReady(const ServerOptions& options, const PrefillServer& server) {
@@ -85,7 +95,8 @@ int Serve(const process::EndSignals& signals, const ServerOptions& options) {
   }
   LogReady(options, **server);
 
-  const int signal = signals.Await([&server] { return !(*server)->failure().ok(); });
+  const int signal = signals.Await([&server] { return !(*server)->failure().ok(); },
+                                   [&server] { (*server)->ReloadCertificates(); });
   if (signal == 0) {
     LogEvent(LogLevel::kError, "device_failed", {{"status", (*server)->failure().ToString()}});
   } else {
@@ -102,10 +113,11 @@ int Serve(const process::EndSignals& signals, const ServerOptions& options) {
 
 int Main(int argc, char** argv) {
   const auto options = OptionsFromCommandLine(argc, argv);
+  const process::EndSignals signals;  // before the log's thread
   process::InitLogging(options.ok() ? options->log_format : process::LogFormat::kText);
   if (!options.ok()) return Refuse("options", options.status());
   process::RaiseOpenFilesLimit();
-  return Serve(process::EndSignals(), *options);
+  return Serve(signals, *options);
 }
 
 }  // namespace

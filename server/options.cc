@@ -42,9 +42,13 @@ ABSL_FLAG(std::optional<int64_t>, max_graph_tokens, std::nullopt,
           "128, and their layers recorded the second time such a length is met and replayed from "
           "then on (CUDA graphs); at most 4096, 0: never. Not set: 2048 on a GPU.");
 
-ABSL_FLAG(std::string, listen, "0.0.0.0:50051", "host:port of the gRPC services. Port 0: any.");
+ABSL_FLAG(
+    std::string, listen, "0.0.0.0:50051",
+    "host:port of the gRPC services, IPv6 as [::]:50051. Port 0: any. Or unix:/path, for pods "
+    "of the same node. Several, separated by commas, are served all.");
 ABSL_FLAG(std::string, metrics_listen, "0.0.0.0:9464",
-          "host:port of the Prometheus endpoint (/metrics). Empty: none.");
+          "host:port of the Prometheus endpoint (/metrics), IPv6 as [::]:9464. It has no TLS: bind "
+          "it to an address that only Prometheus reaches. Empty: none.");
 ABSL_FLAG(std::string, port_file, "",
           "File to write 'grpc=<port>' and 'metrics=<port>' to once the server is ready.");
 ABSL_FLAG(std::string, tls_cert, "",
@@ -98,9 +102,13 @@ ABSL_FLAG(int32_t, pack_threads, 0,
           "Threads that pack, sum up and send KV. 0: a quarter of the cores, 1 to 4.");
 ABSL_FLAG(
     std::vector<std::string>, deliver_to_allow, {},
-    "host:port patterns that requests may have their KV pushed to, comma-separated. '*' stands "
-    "for any run of characters up to the next dot or colon: *.pods:50052, 10.2.*.*:50052. "
-    "Empty: push is off.");
+    "Patterns of addresses that requests may have their KV pushed to, comma-separated. "
+    "10.2.*.*:50052 and [fd00::*]:50052 are for requests that name a numeric address, '*' "
+    "stands for any number; *.decode.svc:50052 is for names, whose owners decide where they lead: "
+    "use domains of yours alone. unix:/run/decode/*.sock. Empty: push is off.");
+ABSL_FLAG(bool, use_proxy, false,
+          "Pushes go through the HTTP proxy that grpc_proxy, https_proxy or http_proxy names. "
+          "Otherwise these variables are ignored.");
 ABSL_FLAG(double, stall_timeout_s, 30, "A consumer that takes nothing for so long is cut off.");
 ABSL_FLAG(double, min_consumer_mb_per_s, 50,
           "A consumer that is slower, measured while it has KV to take and beyond its first "
@@ -201,6 +209,7 @@ ServerOptions ReadPlainValues() {
   options.pack_threads = absl::GetFlag(FLAGS_pack_threads);
   options.frame_bytes = absl::GetFlag(FLAGS_frame_bytes);
   options.deliver_to_allow = absl::GetFlag(FLAGS_deliver_to_allow);
+  options.use_proxy = absl::GetFlag(FLAGS_use_proxy);
   options.stall_timeout = absl::Seconds(absl::GetFlag(FLAGS_stall_timeout_s));
   options.min_consumer_mb_per_s = absl::GetFlag(FLAGS_min_consumer_mb_per_s);
   options.wedge_timeout = absl::Seconds(absl::GetFlag(FLAGS_wedge_timeout_s));
@@ -230,7 +239,8 @@ process::ProgramHelp Help() {
           {"Recall audit", {"recall_audit_fraction", "recall_audit_rows"}},
           {"Connections and queue", {"max_connections", "queue_capacity", "max_queued_tokens"}},
           {"KV delivery",
-           {"max_lanes", "staging_bytes", "frame_bytes", "pack_threads", "deliver_to_allow"}},
+           {"max_lanes", "staging_bytes", "frame_bytes", "pack_threads", "deliver_to_allow",
+            "use_proxy"}},
           {"Time-outs",
            {"stall_timeout_s", "min_consumer_mb_per_s", "wedge_timeout_s", "drain_timeout_s"}}}};
 }

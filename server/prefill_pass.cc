@@ -63,15 +63,8 @@ absl::StatusOr<PrefillPass::StepReport> PrefillPass::NextStep() {
 }
 
 absl::Status PrefillPass::ComputeLayer() {
-  // The device's threads ask, so nothing but the end of the jobs is looked at.
-  const auto go_on = [this] {
-    return std::any_of(jobs_.begin(), jobs_.end(), [](const auto& job) { return !job->ended(); });
-  };
-  const absl::StatusOr<model::LayerReport> computed = sequence_->RunLayer(go_on);
+  PREFILLD_ASSIGN_OR_RETURN(const model::LayerReport report, sequence_->RunLayer());
   resources_.progress.Record();
-  if (absl::IsCancelled(computed.status()) && !go_on()) return absl::OkStatus();
-  PREFILLD_RETURN_IF_ERROR(computed.status());
-  const model::LayerReport& report = *computed;
   resources_.metrics.CountLayer(report, static_cast<int>(jobs_.size()), num_tokens_);
   for (const auto& job : jobs_) {
     if (!job->ended()) job->RecordLayer(report);

@@ -65,9 +65,8 @@ PushStream::PushStream(std::shared_ptr<PrefillJob> job, LaneQueue* queue, const 
     : job_(std::move(job)),
       queue_(queue),
       open_(dialer.open_),
-      // Without a scheme gRPC would take "unix:80" for the name of a socket.
-      stub_(wire::OpenPushChannel(absl::StrCat("dns:///", job_->work().deliver_to.address()),
-                                  dialer.credentials_)) {
+      stub_(wire::OpenPushChannel(job_->work().deliver_to.address(), dialer.credentials_,
+                                  {.use_proxy = dialer.use_proxy_})) {
   {
     absl::MutexLock lock(&open_->mu);
     ++open_->calls;
@@ -158,12 +157,14 @@ absl::Status PushStream::CheckOutcome(const grpc::Status& status) {
   return absl::OkStatus();
 }
 
-PushDialer::PushDialer(std::shared_ptr<grpc::ChannelCredentials> credentials, const Clock& clock)
-    : credentials_(std::move(credentials)), clock_(clock) {}
+PushDialer::PushDialer(std::shared_ptr<grpc::ChannelCredentials> credentials, bool use_proxy,
+                       const Clock& clock)
+    : credentials_(std::move(credentials)), use_proxy_(use_proxy), clock_(clock) {}
 
 void PushDialer::Start(std::shared_ptr<PrefillJob> job) {
   const auto lane = job->delivery().side_lane(0);
   if (!lane.ok()) return;  // not a push
+  lookup_.Log(job->work().id, job->work().deliver_to.address());
   (new PushStream(std::move(job), *lane, *this))->Start();
 }
 

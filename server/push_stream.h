@@ -9,13 +9,15 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "server/prefill_job.h"
+#include "server/receiver_lookup.h"
 
 namespace prefilld::server {
 
 // Opens the calls to receivers, and must outlive them. Thread-safe.
 class PushDialer {
  public:
-  PushDialer(std::shared_ptr<grpc::ChannelCredentials> credentials, const Clock& clock);
+  PushDialer(std::shared_ptr<grpc::ChannelCredentials> credentials, bool use_proxy,
+             const Clock& clock);
 
   // Opens the call to work().deliver_to and attaches it to the job's lane 0. The job ends with the
   // receiver's status if the receiver refuses, fails or goes away.
@@ -36,7 +38,9 @@ class PushDialer {
   };
 
   const std::shared_ptr<grpc::ChannelCredentials> credentials_;
+  const bool use_proxy_;
   const Clock& clock_;
+  ReceiverLookup lookup_;
   const std::shared_ptr<Open> open_ = std::make_shared<Open>();
 };
 

@@ -9,6 +9,7 @@
 #include <prometheus/registry.h>
 
 #include "absl/strings/str_cat.h"
+#include "proto/process/certificate_watch.h"
 #include "proto/process/health.h"
 #include "proto/process/log.h"
 #include "proto/process/metrics_endpoint.h"
@@ -147,7 +148,8 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
                                      .recall_audit = options.recall_audit},
                        .deliver_to_allow = options.deliver_to_allow,
                        .max_lanes = options.max_lanes};
-  push_dialer_ = std::make_unique<PushDialer>(std::move(push_credentials), clock_);
+  push_dialer_ =
+      std::make_unique<PushDialer>(std::move(push_credentials), options.use_proxy, clock_);
   service_ = std::make_unique<PrefillService>(*scheduler_, *push_dialer_, *metrics_, clock_,
                                               std::move(limits),
                                               DescribeServer(options, engine, attention));
@@ -163,18 +165,21 @@ absl::Status PrefillServer::StartListening(const ServerOptions& options) {
       .max_connections = options.max_connections,
       .stall_timeout = options.stall_timeout};
   PREFILLD_ASSIGN_OR_RETURN(listener_, wire::Listener::Create(listen, {service_.get()}));
+  certificate_watch_ = std::make_unique<process::CertificateWatch>(listener_->certificates());
   health_ = std::make_unique<process::Health>(
       listener_->server().GetHealthCheckService(),
       std::vector<std::string>{v1::PrefillService::service_full_name()});
-  port_watch_ = std::make_unique<process::PortWatch>(listener_->connections(), *health_,
-                                                     metrics_->registry(), process::PortWatch::Timing());
+  port_watch_ = std::make_unique<process::PortWatch>(
+      listener_->connections(), *health_, metrics_->registry(), process::PortWatch::Timing());
   return absl::OkStatus();
 }
 
 absl::Status PrefillServer::StartMetrics(const ServerOptions& options) {
   if (options.metrics_listen.empty()) return absl::OkStatus();
-  PREFILLD_ASSIGN_OR_RETURN(metrics_endpoint_, process::MetricsEndpoint::Create(
-                                                   options.metrics_listen, {metrics_->registry()}));
+  PREFILLD_ASSIGN_OR_RETURN(
+      metrics_endpoint_, process::MetricsEndpoint::Create(
+                             options.metrics_listen, {metrics_->registry(), process::LogMetrics(),
+                                                      certificate_watch_->metrics()}));
   return absl::OkStatus();
 }
 
@@ -194,6 +199,8 @@ int PrefillServer::port() const { return listener_->port(); }
 int PrefillServer::metrics_port() const {
   return metrics_endpoint_ == nullptr ? 0 : metrics_endpoint_->port();
 }
+
+void PrefillServer::ReloadCertificates() { certificate_watch_->ReloadNow(); }
 
 bool PrefillServer::Drain(absl::Duration timeout) {
   health_->SetReady(false);

@@ -17,6 +17,7 @@
 #include "server/staging_ring.h"
 
 namespace prefilld::process {
+class CertificateWatch;
 class Health;
 class MetricsEndpoint;
 class PortWatch;
@@ -52,6 +53,9 @@ class PrefillServer {
   // out. From the call on health says NOT_SERVING; connections stay open.
   bool Drain(absl::Duration timeout);
 
+  // Reads the TLS files again; otherwise that happens when they change.
+  void ReloadCertificates();
+
   // Returns an error once the device has failed. The server accepts nothing then.
   absl::Status failure() const { return scheduler_->failure(); }
 
@@ -83,6 +87,7 @@ class PrefillServer {
   std::unique_ptr<process::Health> health_;
   std::unique_ptr<process::PortWatch> port_watch_;
   std::unique_ptr<Watchdog> watchdog_;
+  std::unique_ptr<process::CertificateWatch> certificate_watch_;
   std::unique_ptr<process::MetricsEndpoint> metrics_endpoint_;
 };
 

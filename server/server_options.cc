@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "proto/process/problems.h"
+#include "proto/wire/address_pattern.h"
 #include "proto/wire/host_port.h"
 
 namespace prefilld::server {
@@ -30,14 +31,15 @@ const char* DeviceName(model::DeviceChoice choice) {
 }
 
 void CheckAddresses(const ServerOptions& o, process::Problems& problems) {
-  AddIfAny(wire::ListenAddressProblem("--listen", o.listen), problems);
+  for (const std::string& address : wire::SplitAddresses(o.listen)) {
+    AddIfAny(wire::ListenOrUnixProblem("--listen", address), problems);
+  }
   if (!o.metrics_listen.empty()) {
     AddIfAny(wire::ListenAddressProblem("--metrics_listen", o.metrics_listen), problems);
   }
   for (const std::string& pattern : o.deliver_to_allow) {
-    if (!wire::IsAddressPattern(pattern)) {
-      problems.push_back(absl::StrCat("--deliver_to_allow: '", pattern,
-                                      "' is not a host:port pattern, such as *.pods:50052"));
+    if (const auto problem = wire::AddressPatternProblem(pattern)) {
+      problems.push_back(absl::StrCat("--deliver_to_allow: ", *problem));
     }
   }
 }
@@ -108,6 +110,7 @@ std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o
           {"listen", o.listen},
           {"metrics_listen", o.metrics_listen},
           {"tls", o.tls.mode()},
+          {"use_proxy", o.use_proxy ? "yes" : "no"},
           {"allowed_policies", allowed},
           {"recall_audit_fraction", absl::StrCat(o.recall_audit.fraction)},
           {"recall_audit_rows", absl::StrCat(o.recall_audit.rows)},

@@ -32,20 +32,22 @@ struct ServerOptions {
   std::vector<model::AttentionPolicy> allowed_policies = model::PoliciesForServing();
   RecallAuditLimits recall_audit;
 
-  std::string listen = "0.0.0.0:50051";         // port 0: any free one
+  // host:port (port 0: any free one) and unix:/path, several of them separated by commas.
+  std::string listen = "0.0.0.0:50051";
   std::string metrics_listen = "0.0.0.0:9464";  // empty: no metrics endpoint
-  std::string port_file;  // when set, the chosen ports are written here once all is ready
-  wire::ServerTls tls;    // for the calls that come in, and for pushes, which go out
+  std::string port_file;   // when set, the chosen ports are written here once all is ready
+  wire::ServerTls tls;     // for the calls that come in, and for pushes, which go out
+  bool use_proxy = false;  // for pushes, as in wire::ChannelOptions
   process::LogFormat log_format = process::LogFormat::kText;
 
   int64_t max_connections = 1024;  // open at once; more are refused
-  int64_t queue_capacity = 64;    // requests waiting behind those that run
-  int64_t max_queued_tokens = 0;  // tokens waiting; 0: 8 prompts of the greatest length
+  int64_t queue_capacity = 64;     // requests waiting behind those that run
+  int64_t max_queued_tokens = 0;   // tokens waiting; 0: 8 prompts of the greatest length
   int max_lanes = 16;
   int64_t staging_bytes = int64_t{256} << 20;
   int64_t frame_bytes = int64_t{2} << 20;
   int pack_threads = 0;  // that pack and send KV; 0: a quarter of the cores, 1 to 4
-  std::vector<std::string> deliver_to_allow;  // host:port patterns; empty: no push
+  std::vector<std::string> deliver_to_allow;  // patterns (address_pattern.h); empty: no push
 
   absl::Duration stall_timeout = absl::Seconds(30);
   double min_consumer_mb_per_s = 50;  // of one that others wait for; 0: any

@@ -32,8 +32,8 @@ client_library() { find client -maxdepth 1 -type f \( -name '*.h' -o -name '*.cc
 # Direction of knowledge: proto <- proto/wire, proto/process <- server -> model -> kernels.
 check 'proto/ includes from above it' \
   "$(includes '"(kernels|model|server|client|tests)/' proto)"
-check 'proto/wire/ includes more than proto, gRPC, Abseil and the system' \
-  "$(includes '[<"]' proto/wire | grep -vE '[<"](proto/(wire/|status_macros\.h)|(prefill/v1|google)/|grpc(pp)?/|absl/|xxhash\.h)|<[a-z0-9_]+>|<((sys|netinet|arpa|linux)/)?[a-z0-9_]+\.h>' || true)"
+check 'proto/wire/ includes more than proto, gRPC, Abseil, OpenSSL and the system' \
+  "$(includes '[<"]' proto/wire | grep -vE '[<"](proto/(wire/|status_macros\.h)|(prefill/v1|google)/|grpc(pp)?/|absl/|xxhash\.h|openssl/)|<[a-z0-9_]+>|<((sys|netinet|arpa|linux)/)?[a-z0-9_]+\.h>' || true)"
 check 'kernels/ includes something of ours from outside' \
   "$(includes '"(proto|prefill|server|model|client|tests)/' kernels)"
 check 'model/ includes from above it' "$(includes '"(server|client|tests)/' model)"
@@ -121,7 +121,7 @@ words() { grep -rhowE --include='*.h' --include='*.cc' --include='*.cu' --includ
 list=$(mktemp -d)
 trap 'rm -rf "$list"' EXIT
 words '[A-Z][a-z]+[A-Za-z]*' proto kernels model server client >"$list/names"
-words '"prefilld_[a-z_]+"' server client proto/process | tr -d '"' >"$list/metrics"
+words '"prefilld_[a-z_]+"' proto server client | tr -d '"' >"$list/metrics"
 {
   find proto server client model tests -name '*.cc' -print0 | xargs -0 cat | tr '\n' ' ' |
     grep -oE 'ABSL_FLAG\( *[a-z0-9_:<>]+, *[a-z0-9_]+,' | grep -oE '[a-z0-9_]+,$' | tr -d ,

@@ -16,14 +16,19 @@
 #include "proto/wire/enum_names.h"
 #include "proto/wire/host_port.h"
 
-ABSL_FLAG(std::string, worker, "localhost:50052", "host:port of the decode worker (generate).");
-ABSL_FLAG(std::string, server, "localhost:50051", "host:port of prefilld (prefill, info).");
+ABSL_FLAG(std::string, worker, "localhost:50052",
+          "host:port of the decode worker, or unix:/path (generate).");
+ABSL_FLAG(std::string, server, "localhost:50051",
+          "host:port of prefilld, or unix:/path (prefill, info).");
 ABSL_FLAG(bool, tls, false, "Connect with TLS.");
 ABSL_FLAG(std::string, tls_ca, "", "PEM certificates that sign the server's. Empty: the system's.");
 ABSL_FLAG(std::string, tls_cert, "", "PEM certificate to show to the server (mutual TLS).");
 ABSL_FLAG(std::string, tls_key, "", "PEM private key of --tls_cert.");
 ABSL_FLAG(std::string, tls_name, "",
           "Name to verify in the server's certificate. Empty: the host.");
+ABSL_FLAG(bool, use_proxy, false,
+          "Connect through the HTTP proxy that grpc_proxy, https_proxy or http_proxy names. "
+          "Otherwise these variables are ignored.");
 ABSL_FLAG(double, timeout_s, 0, "Deadline of the call. 0: none.");
 ABSL_FLAG(bool, json, false, "Print one JSON object on standard output and nothing else there.");
 ABSL_FLAG(bool, quiet, false, "No progress and no summary on standard error.");
@@ -167,6 +172,7 @@ ChannelOptions ReadChannel(const char* flag, const std::string& address, Problem
   CheckAddress(flag, address, problems);
   ChannelOptions channel;
   channel.address = address;
+  channel.use_proxy = absl::GetFlag(FLAGS_use_proxy);
   if (absl::GetFlag(FLAGS_tls)) {
     channel.tls = TlsOptions{absl::GetFlag(FLAGS_tls_ca), absl::GetFlag(FLAGS_tls_cert),
                              absl::GetFlag(FLAGS_tls_key), absl::GetFlag(FLAGS_tls_name)};
@@ -248,20 +254,20 @@ std::vector<const char*> AttentionFlags() {
 }
 
 process::ProgramHelp Help() {
-  return {
-      .usage = kUsage,
-      .groups = {
-          {"Connection",
-           {"worker", "server", "tls", "tls_ca", "tls_cert", "tls_key", "tls_name", "timeout_s"}},
-          {"Output", {"json", "quiet"}},
-          {"Prompt", {"text", "text_file", "token_ids", "token_ids_file", "bos", "request_id"}},
-          {"Generation",
-           {"max_new_tokens", "stop_token_ids", "ignore_eos", "temperature", "top_k", "top_p",
-            "seed", "top_logprobs", "pushed_transfer_id"}},
-          {"Attention", AttentionFlags()},
-          {"Prefill and its KV",
-           {"block_tokens", "kv_order", "kv_dtype", "first_head", "num_heads", "first_block",
-            "lanes", "layer_stats", "prompt_logprobs", "deliver_to", "transfer_id"}}}};
+  return {.usage = kUsage,
+          .groups = {
+              {"Connection",
+               {"worker", "server", "use_proxy", "tls", "tls_ca", "tls_cert", "tls_key", "tls_name",
+                "timeout_s"}},
+              {"Output", {"json", "quiet"}},
+              {"Prompt", {"text", "text_file", "token_ids", "token_ids_file", "bos", "request_id"}},
+              {"Generation",
+               {"max_new_tokens", "stop_token_ids", "ignore_eos", "temperature", "top_k", "top_p",
+                "seed", "top_logprobs", "pushed_transfer_id"}},
+              {"Attention", AttentionFlags()},
+              {"Prefill and its KV",
+               {"block_tokens", "kv_order", "kv_dtype", "first_head", "num_heads", "first_block",
+                "lanes", "layer_stats", "prompt_logprobs", "deliver_to", "transfer_id"}}}};
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 // prefilld-decode-worker takes prompts, has them prefilled by prefilld, and decodes over the cache
 // that comes back.
-#include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -19,6 +18,7 @@
 #include "client/prefill_client.h"
 #include "grpcpp/server.h"
 #include "model/decode/decoder.h"
+#include "proto/process/certificate_watch.h"
 #include "proto/process/health.h"
 #include "proto/process/log.h"
 #include "proto/process/open_files.h"
@@ -48,9 +48,9 @@ void LogConfiguration(const WorkerOptions& options) {
   LogEvent(LogLevel::kInfo, "configuration", fields);
 }
 
-absl::StatusOr<std::unique_ptr<PrefillClient>> ConnectToPrefill(const ChannelOptions& options) {
-  if (options.address.empty()) return nullptr;
-  return PrefillClient::Create(options);
+absl::StatusOr<std::unique_ptr<PrefillClient>> ConnectToPrefill(const WorkerOptions& options) {
+  if (options.prefill_addresses.empty()) return nullptr;
+  return PrefillClient::Create(options.prefill, options.prefill_addresses);
 }
 
 void LogReady(const wire::Ports& ports, const model::Decoder& decoder, const KvBlockPool& pool) {
@@ -72,7 +72,7 @@ void DrainAndStop(wire::Listener& listener, process::Health& health, GenerateSer
 
 absl::Status Serve(const process::EndSignals& signals, const WorkerOptions& options) {
   PREFILLD_ASSIGN_OR_RETURN(const auto decoder, LoadModel(signals, options));
-  PREFILLD_ASSIGN_OR_RETURN(const auto prefill, ConnectToPrefill(options.prefill));
+  PREFILLD_ASSIGN_OR_RETURN(const auto prefill, ConnectToPrefill(options));
   KvBlockPool pool(decoder->num_pool_blocks());
   WorkerMetrics metrics;
   metrics.WatchPool(pool.num_blocks(), [&pool] { return pool.free_blocks(); });
@@ -88,9 +88,10 @@ absl::Status Serve(const process::EndSignals& signals, const WorkerOptions& opti
   ReceiverService receiver(&transfers, options.stall_timeout);
 
   wire::Ports ports;
-  PREFILLD_ASSIGN_OR_RETURN(ports.metrics, metrics.Serve(options.metrics_listen));
   PREFILLD_ASSIGN_OR_RETURN(const auto listener,
                             StartWorkerServer(options, decoder->config(), generate, receiver));
+  process::CertificateWatch watch(listener->certificates());
+  PREFILLD_ASSIGN_OR_RETURN(ports.metrics, metrics.Serve(options.metrics_listen, watch.metrics()));
   ports.grpc = listener->port();
   process::Health health(listener->server().GetHealthCheckService(),
                          {::prefill::v1::DecodeService::service_full_name(),
@@ -101,18 +102,20 @@ absl::Status Serve(const process::EndSignals& signals, const WorkerOptions& opti
   PREFILLD_RETURN_IF_ERROR(wire::WritePortFile(options.port_file, ports));
   LogReady(ports, *decoder, pool);
 
-  const int signal = signals.Await([] { return false; });
+  const int signal = signals.Await([] { return false; }, [&watch] { watch.ReloadNow(); });
   LogEvent(LogLevel::kInfo, "draining", {{"signal", process::SignalName(signal)}});
   DrainAndStop(*listener, health, generate, options.drain_timeout);
   return absl::OkStatus();
 }
 
 absl::Status Run(int argc, char** argv) {
-  PREFILLD_ASSIGN_OR_RETURN(const WorkerOptions options, OptionsFromCommandLine(argc, argv));
-  process::InitLogging(process::LogFormat::kText);
+  const auto options = OptionsFromCommandLine(argc, argv);
+  const process::EndSignals signals;  // before the log's thread
+  process::InitLogging(options.ok() ? options->log_format : process::LogFormat::kText);
+  PREFILLD_RETURN_IF_ERROR(options.status());
   process::RaiseOpenFilesLimit();
-  LogConfiguration(options);
-  return Serve(process::EndSignals(), options);
+  LogConfiguration(*options);
+  return Serve(signals, *options);
 }
 
 }  // namespace
@@ -121,6 +124,7 @@ absl::Status Run(int argc, char** argv) {
 int main(int argc, char** argv) {
   const absl::Status status = prefilld::client::Run(argc, argv);
   if (status.ok()) return 0;
-  std::fprintf(stderr, "prefilld-decode-worker: %s\n", std::string(status.message()).c_str());
+  prefilld::process::LogEvent(prefilld::process::LogLevel::kError, "start_failed",
+                              {{"status", std::string(status.message())}});
   return absl::IsInvalidArgument(status) ? 2 : 1;
 }

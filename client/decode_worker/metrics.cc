@@ -8,6 +8,7 @@
 #include "prometheus/gauge.h"
 #include "prometheus/histogram.h"
 #include "prometheus/registry.h"
+#include "proto/process/log.h"
 #include "proto/process/metrics_endpoint.h"
 #include "proto/status_macros.h"
 
@@ -113,9 +114,11 @@ const std::shared_ptr<prometheus::Registry>& WorkerMetrics::registry() const {
   return families_->registry;
 }
 
-absl::StatusOr<int> WorkerMetrics::Serve(const std::string& address) {
+absl::StatusOr<int> WorkerMetrics::Serve(const std::string& address,
+                                         std::shared_ptr<prometheus::Collectable> more) {
   if (address.empty()) return 0;
-  std::vector<std::shared_ptr<prometheus::Collectable>> collectables = {families_->registry};
+  std::vector<std::shared_ptr<prometheus::Collectable>> collectables = {
+      families_->registry, process::LogMetrics(), std::move(more)};
   if (families_->pool != nullptr) collectables.push_back(families_->pool);
   PREFILLD_ASSIGN_OR_RETURN(families_->endpoint,
                             process::MetricsEndpoint::Create(address, std::move(collectables)));

@@ -11,8 +11,9 @@
 #include "absl/time/time.h"
 
 namespace prometheus {
+class Collectable;
 class Registry;
-}
+}  // namespace prometheus
 
 namespace prefilld::client {
 
@@ -32,9 +33,10 @@ class WorkerMetrics {
 
   const std::shared_ptr<prometheus::Registry>& registry() const;
 
-  // Serves /metrics on host:port and returns the port; 0 without an address. UNAVAILABLE: the
-  // address cannot be bound.
-  absl::StatusOr<int> Serve(const std::string& address);
+  // Serves /metrics, `more` included, on host:port and returns the port; 0 without an address.
+  // UNAVAILABLE: the address cannot be bound.
+  absl::StatusOr<int> Serve(const std::string& address,
+                            std::shared_ptr<prometheus::Collectable> more);
 
  private:
   struct Families;

@@ -5,6 +5,7 @@
 
 #include "absl/flags/flag.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "proto/process/command_line.h"
 #include "proto/process/problems.h"
 #include "proto/status_macros.h"
@@ -21,17 +22,26 @@ ABSL_FLAG(int64_t, kv_pool_tokens, 32768,
 
 ABSL_FLAG(std::string, port_file, "",
           "File to write 'grpc=<port>' and 'metrics=<port>' to once the worker is ready.");
-ABSL_FLAG(std::string, listen, "0.0.0.0:50052", "host:port of the gRPC services. Port 0: any.");
+ABSL_FLAG(
+    std::string, listen, "0.0.0.0:50052",
+    "host:port of the gRPC services, IPv6 as [::]:50052. Port 0: any. Or unix:/path, for pods "
+    "of the same node. Several, separated by commas, are served all.");
 ABSL_FLAG(std::string, metrics_listen, "",
-          "host:port of the Prometheus endpoint (/metrics). Empty: none.");
+          "host:port of the Prometheus endpoint (/metrics), IPv6 as [::]:9464. It has no TLS: bind "
+          "it to an address that only Prometheus reaches. Empty: none.");
 
 ABSL_FLAG(std::string, tls_cert, "", "PEM certificate chain of the worker. Empty: plain text.");
 ABSL_FLAG(std::string, tls_key, "", "PEM private key of --tls_cert.");
 ABSL_FLAG(std::string, tls_client_ca, "",
           "PEM certificates that sign callers. Set: callers must present a certificate.");
 
-ABSL_FLAG(std::string, prefill_address, "localhost:50051",
-          "host:port of prefilld. Empty: only caches that are pushed here.");
+ABSL_FLAG(std::vector<std::string>, prefill_address, {"localhost:50051"},
+          "host:port of prefilld, or unix:/path on the same node. Several, separated by commas, "
+          "take the requests in turn, and those that cannot be reached are left out. Empty: only "
+          "caches that are pushed here.");
+ABSL_FLAG(bool, use_proxy, false,
+          "Connect to prefilld through the HTTP proxy that grpc_proxy, https_proxy or http_proxy "
+          "names. Otherwise these variables are ignored.");
 ABSL_FLAG(bool, prefill_tls, false, "Connect to prefilld with TLS.");
 ABSL_FLAG(std::string, prefill_tls_ca, "",
           "PEM certificates that sign prefilld's. Empty: the system's.");
@@ -44,6 +54,8 @@ ABSL_FLAG(int32_t, lanes, 1, "Connections per KV transfer, 1 to 16.");
 ABSL_FLAG(int64_t, max_connections, 1024,
           "Connections that may be open; more are refused. Lowered to what the limit of open files "
           "(ulimit -n) allows, of which each takes two.");
+ABSL_FLAG(std::string, log_format, "text", "text (key=value) or json, one event per line.");
+
 ABSL_FLAG(int64_t, max_new_tokens_limit, 4096, "Greatest max_new_tokens a request may ask for.");
 ABSL_FLAG(int32_t, max_requests, 64, "Requests at once, those waiting for prefill included.");
 ABSL_FLAG(double, transfer_timeout_s, 120,
@@ -70,23 +82,26 @@ process::ProgramHelp Help() {
       {"Model and KV memory",
        {"model", "device", "cpu_threads", "kv_block_tokens", "kv_order", "kv_pool_tokens"}},
       {"prefilld",
-       {"prefill_address", "prefill_tls", "prefill_tls_ca", "prefill_tls_cert", "prefill_tls_key",
-        "prefill_tls_name", "lanes"}},
-      {"Addresses and TLS",
-       {"listen", "metrics_listen", "port_file", "tls_cert", "tls_key", "tls_client_ca"}},
+       {"prefill_address", "use_proxy", "prefill_tls", "prefill_tls_ca", "prefill_tls_cert",
+        "prefill_tls_key", "prefill_tls_name", "lanes"}},
+      {"Addresses, TLS and log",
+       {"listen", "metrics_listen", "port_file", "tls_cert", "tls_key", "tls_client_ca",
+        "log_format"}},
       {"Limits and time-outs",
-       {"max_connections", "max_new_tokens_limit", "max_requests", "transfer_timeout_s", "stall_timeout_s",
-        "drain_timeout_s"}}};
+       {"max_connections", "max_new_tokens_limit", "max_requests", "transfer_timeout_s",
+        "stall_timeout_s", "drain_timeout_s"}}};
   return help;
 }
 
 void CheckAddresses(const WorkerOptions& options, Problems& problems) {
-  AddIfAny(wire::ListenAddressProblem("--listen", options.listen), problems);
+  for (const std::string& address : wire::SplitAddresses(options.listen)) {
+    AddIfAny(wire::ListenOrUnixProblem("--listen", address), problems);
+  }
   if (!options.metrics_listen.empty()) {
     AddIfAny(wire::ListenAddressProblem("--metrics_listen", options.metrics_listen), problems);
   }
-  if (!options.prefill.address.empty()) {
-    AddIfAny(wire::DialAddressProblem("--prefill_address", options.prefill.address), problems);
+  for (const std::string& address : options.prefill_addresses) {
+    AddIfAny(wire::DialAddressProblem("--prefill_address", address), problems);
   }
 }
 
@@ -127,9 +142,17 @@ model::DecoderOptions ReadDecoder(Problems& problems) {
   return decoder;
 }
 
+process::LogFormat ReadLogFormat(Problems& problems) {
+  const std::string format = absl::GetFlag(FLAGS_log_format);
+  if (format != "text" && format != "json") {
+    problems.push_back(absl::StrCat("--log_format=", format, " is not one of text, json"));
+  }
+  return format == "json" ? process::LogFormat::kJson : process::LogFormat::kText;
+}
+
 wire::ChannelOptions ReadPrefill(Problems& problems) {
   wire::ChannelOptions prefill;
-  prefill.address = absl::GetFlag(FLAGS_prefill_address);
+  prefill.use_proxy = absl::GetFlag(FLAGS_use_proxy);
   const wire::ChannelTls tls = {
       absl::GetFlag(FLAGS_prefill_tls_ca), absl::GetFlag(FLAGS_prefill_tls_cert),
       absl::GetFlag(FLAGS_prefill_tls_key), absl::GetFlag(FLAGS_prefill_tls_name)};
@@ -158,7 +181,9 @@ absl::StatusOr<WorkerOptions> OptionsFromCommandLine(int argc, char** argv) {
   wire::CheckServerTls(options.tls, problems);
   options.metrics_listen = absl::GetFlag(FLAGS_metrics_listen);
   options.port_file = absl::GetFlag(FLAGS_port_file);
+  options.log_format = ReadLogFormat(problems);
   options.prefill = ReadPrefill(problems);
+  options.prefill_addresses = absl::GetFlag(FLAGS_prefill_address);
   options.lanes = absl::GetFlag(FLAGS_lanes);
   CheckRange("--lanes", options.lanes, 1, 16, problems);
   options.max_connections = absl::GetFlag(FLAGS_max_connections);
@@ -184,7 +209,8 @@ std::vector<std::pair<std::string, std::string>> Describe(const WorkerOptions& o
           {"listen", o.listen},
           {"tls", o.tls.mode()},
           {"metrics_listen", o.metrics_listen},
-          {"prefill_address", o.prefill.address},
+          {"prefill_address", absl::StrJoin(o.prefill_addresses, ",")},
+          {"use_proxy", o.prefill.use_proxy ? "yes" : "no"},
           {"prefill_tls", o.prefill.tls ? "on" : "off"},
           {"lanes", absl::StrCat(o.lanes)},
           {"kv_block_tokens", absl::StrCat(o.decoder.block_tokens)},

@@ -11,6 +11,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "model/decode/decoder.h"
+#include "proto/process/log.h"
 #include "proto/wire/channel.h"
 #include "proto/wire/tls.h"
 
@@ -19,12 +20,15 @@ namespace prefilld::client {
 struct WorkerOptions {
   model::DecoderOptions decoder;
 
-  std::string listen = "0.0.0.0:50052";  // port 0: any free one
+  // host:port (port 0: any free one) and unix:/path, several of them separated by commas.
+  std::string listen = "0.0.0.0:50052";
   wire::ServerTls tls;
   std::string metrics_listen;  // empty: no metrics endpoint
   std::string port_file;       // when set, the chosen ports are written here once all is ready
+  process::LogFormat log_format = process::LogFormat::kText;
 
-  wire::ChannelOptions prefill;  // address empty: only pushed caches
+  std::vector<std::string> prefill_addresses;  // they take turns; empty: only pushed caches
+  wire::ChannelOptions prefill;                // what is common to all of them
   int lanes = 1;
 
   int64_t max_connections = 1024;  // open at once; more are refused

@@ -186,7 +186,6 @@ void AttentionTasks(const AttentionParams& p) {
   // The longest rows come first, so that the last tasks are short.
 #pragma omp parallel for schedule(dynamic, 1)
   for (int64_t task = 0; task < num_rows * p.num_work; ++task) {
-    if (p.go_on != nullptr && !p.go_on(p.go_on_context)) continue;
     AttendQueryBlock(p, p.work[task % p.num_work], num_rows - 1 - task / p.num_work,
                      wants_mass ? &records[omp_get_thread_num() * num_key_blocks] : nullptr);
   }

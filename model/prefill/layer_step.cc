@@ -210,15 +210,9 @@ absl::Status LayerStep::FillWithNoise(void* data, int64_t elements) {
   return absl::OkStatus();
 }
 
-absl::Status LayerStep::CheckGoesOn(absl::FunctionRef<bool()> go_on) {
-  return go_on() ? absl::OkStatus() : absl::CancelledError("stopped inside a layer");
-}
-
 absl::Status LayerStep::BeforeAttention(const HiddenStates& states, int layer,
-                                        const KvDestination& kv,
-                                        absl::FunctionRef<bool()> go_on) {
+                                        const KvDestination& kv) {
   for (int64_t first = 0; first < states.num_tokens; first += tile_tokens_) {
-    PREFILLD_RETURN_IF_ERROR(CheckGoesOn(go_on));
     const int64_t count = std::min(tile_tokens_, states.num_tokens - first);
     PREFILLD_RETURN_IF_ERROR(
         Project(states, weights_.layers[layer], kv, first, count, Heads::kAll));
@@ -227,11 +221,9 @@ absl::Status LayerStep::BeforeAttention(const HiddenStates& states, int layer,
 }
 
 absl::Status LayerStep::BeforeLastAttention(const HiddenStates& states, int layer,
-                                            const KvDestination& kv,
-                                            absl::FunctionRef<bool()> go_on) {
+                                            const KvDestination& kv) {
   const LayerWeights& weights = weights_.layers[layer];
   for (int64_t first = 0; first < states.num_tokens; first += tile_tokens_) {
-    PREFILLD_RETURN_IF_ERROR(CheckGoesOn(go_on));
     const int64_t count = std::min(tile_tokens_, states.num_tokens - first);
     PREFILLD_RETURN_IF_ERROR(Project(states, weights, kv, first, count, Heads::kKeysAndValues));
   }
@@ -265,10 +257,8 @@ absl::Status LayerStep::Project(const HiddenStates& states, const LayerWeights& 
                                 .norm_epsilon = static_cast<float>(config_.rms_norm_epsilon)});
 }
 
-absl::Status LayerStep::AfterAttention(HiddenStates& states, int layer,
-                                       absl::FunctionRef<bool()> go_on) {
+absl::Status LayerStep::AfterAttention(HiddenStates& states, int layer) {
   for (int64_t first = 0; first < states.num_tokens; first += tile_tokens_) {
-    PREFILLD_RETURN_IF_ERROR(CheckGoesOn(go_on));
     PREFILLD_RETURN_IF_ERROR(FinishTile(weights_.layers[layer], At(queries_, first * q_width()),
                                         At(states.values, first * config_.hidden),
                                         std::min(tile_tokens_, states.num_tokens - first)));

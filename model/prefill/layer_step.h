@@ -62,18 +62,14 @@ class LayerStep {
   absl::Status Embed(HiddenStates& states, const PackedPrompts& prompts, int64_t rope_tokens);
 
   // Computes norm, projection and rotation: fills queries() and the keys and values of all tokens.
-  // `go_on` is asked before each tile; CANCELLED as soon as it says no.
-  absl::Status BeforeAttention(const HiddenStates& states, int layer, const KvDestination& kv,
-                               absl::FunctionRef<bool()> go_on = &Always);
+  absl::Status BeforeAttention(const HiddenStates& states, int layer, const KvDestination& kv);
 
   // Adds the output projection and then the MLP to the hidden states.
-  absl::Status AfterAttention(HiddenStates& states, int layer,
-                              absl::FunctionRef<bool()> go_on = &Always);
+  absl::Status AfterAttention(HiddenStates& states, int layer);
 
   // These do the same for the last token of one prompt alone, whose query is then at the beginning
   // of queries(). Keys and values are still computed for all tokens. LogprobsOf must not follow.
-  absl::Status BeforeLastAttention(const HiddenStates& states, int layer, const KvDestination& kv,
-                                   absl::FunctionRef<bool()> go_on = &Always);
+  absl::Status BeforeLastAttention(const HiddenStates& states, int layer, const KvDestination& kv);
   absl::Status AfterLastAttention(HiddenStates& states, int layer);
 
   // Returns the logits of every prompt's last token, [prompts of the run][vocab_size].
@@ -90,9 +86,6 @@ class LayerStep {
   void* queries() const { return queries_.data(); }
 
  private:
-  static bool Always() { return true; }
-  static absl::Status CheckGoesOn(absl::FunctionRef<bool()> go_on);
-
   LayerStep(Device* device, const ModelConfig* config, const Weights* weights, int64_t tile_tokens)
       : device_(*device), config_(*config), weights_(*weights), tile_tokens_(tile_tokens) {}
 

@@ -61,14 +61,7 @@ class PrefillSequence {
   // PrefillEngine::kv_slots() layers of this sequence may be unreleased, the one being computed
   // included; otherwise FAILED_PRECONDITION, and the sequence may continue once one is released.
   // Layers of other sequences do not count.
-  //
-  // Where the device computes on this thread, which the CPU does, `go_on` is asked at points inside
-  // the layer, and from other threads too. Once it says no, the layer is left unfinished and
-  // CANCELLED returned; the sequence can then only be destroyed.
-  virtual absl::StatusOr<LayerReport> RunLayer(absl::FunctionRef<bool()> go_on) = 0;
-  absl::StatusOr<LayerReport> RunLayer() {
-    return RunLayer([] { return true; });
-  }
+  virtual absl::StatusOr<LayerReport> RunLayer() = 0;
 
   // Writes PackedBytes() of a finished layer to `dst`, memory from AllocateStaging.
   virtual absl::Status PackKv(int layer, const KvSelection& selection, void* dst) = 0;

@@ -20,7 +20,7 @@ PromptSequence::PromptSequence(EngineParts* parts, PromptState* state)
 // queued behind that layer.
 PromptSequence::~PromptSequence() { parts_.states.GiveBack(&state_); }
 
-absl::StatusOr<LayerReport> PromptSequence::RunLayer(absl::FunctionRef<bool()> go_on) {
+absl::StatusOr<LayerReport> PromptSequence::RunLayer() {
   PREFILLD_RETURN_IF_ERROR(state_.failure);
   const int layer = state_.next_layer;
   if (layer == config().num_layers) {
@@ -30,7 +30,7 @@ absl::StatusOr<LayerReport> PromptSequence::RunLayer(absl::FunctionRef<bool()> g
   report.layer = layer;
   if (state_.started_layers == layer) {
     PREFILLD_ASSIGN_OR_RETURN(const KvSlot slot, state_.slots->Acquire(layer));
-    state_.failure = StartLayer(layer, slot, go_on, &report);
+    state_.failure = StartLayer(layer, slot, &report);
   }
   if (state_.failure.ok()) state_.failure = StartNextAhead();
   if (state_.failure.ok()) state_.failure = FinishLayer(&report);
@@ -53,14 +53,13 @@ absl::Status PromptSequence::StartNextAhead() {
   if (!may) return absl::OkStatus();
   PREFILLD_ASSIGN_OR_RETURN(const KvSlot slot, state_.slots->Acquire(layer));
   LayerReport nothing_to_report;  // a strategy that only queues finds nothing on the way
-  return StartLayer(layer, slot, [] { return true; }, &nothing_to_report);
+  return StartLayer(layer, slot, &nothing_to_report);
 }
 
-absl::Status PromptSequence::StartLayer(int layer, const KvSlot& slot,
-                                        absl::FunctionRef<bool()> go_on, LayerReport* report) {
+absl::Status PromptSequence::StartLayer(int layer, const KvSlot& slot, LayerReport* report) {
   ++state_.started_layers;
   Device& device = *parts_.device;
-  const auto compute = [&] { return ComputeLayer(layer, slot, go_on, report); };
+  const auto compute = [&] { return ComputeLayer(layer, slot, report); };
   PREFILLD_RETURN_IF_ERROR(device.Mark(state_.MarkOf(PromptState::kLayerBegins, layer)));
   if (layer == 0) PREFILLD_RETURN_IF_ERROR(Begin());
   PREFILLD_RETURN_IF_ERROR(IsRecorded(layer) ? device.Repeat(KeyOf(layer, slot), compute)
@@ -93,23 +92,16 @@ Device::RecordingKey PromptSequence::KeyOf(int layer, const KvSlot& slot) const 
           std::bit_cast<int32_t>(state_.hidden.rotation.attention_factor)};
 }
 
-// A device that is asynchronous only queues here, and all of a layer or nothing must be queued.
-absl::Status PromptSequence::ComputeLayer(int layer, const KvSlot& slot,
-                                          absl::FunctionRef<bool()> may_go_on,
-                                          LayerReport* report) {
-  const auto go_on = [&] { return parts_.device->traits().asynchronous || may_go_on(); };
+absl::Status PromptSequence::ComputeLayer(int layer, const KvSlot& slot, LayerReport* report) {
   LayerStep& step = *parts_.step;
   const KvDestination kv = {
       .k = slot.k, .v = slot.v, .head_stride = kv_head_stride(), .token_stride = config().head_dim};
   const bool alone = LastQueryAlone(layer);
-  PREFILLD_RETURN_IF_ERROR(alone ? step.BeforeLastAttention(state_.hidden, layer, kv, go_on)
-                                 : step.BeforeAttention(state_.hidden, layer, kv, go_on));
-  kernels::AttentionParams attention = AttentionOf(layer, slot);
-  attention.go_on = [](const void* asked) { return (*static_cast<decltype(&go_on)>(asked))(); };
-  attention.go_on_context = &go_on;
-  PREFILLD_RETURN_IF_ERROR(StrategyOf(layer).Attend(layer, attention, report));
+  PREFILLD_RETURN_IF_ERROR(alone ? step.BeforeLastAttention(state_.hidden, layer, kv)
+                                 : step.BeforeAttention(state_.hidden, layer, kv));
+  PREFILLD_RETURN_IF_ERROR(StrategyOf(layer).Attend(layer, AttentionOf(layer, slot), report));
   return alone ? step.AfterLastAttention(state_.hidden, layer)
-               : step.AfterAttention(state_.hidden, layer, go_on);
+               : step.AfterAttention(state_.hidden, layer);
 }
 
 kernels::AttentionParams PromptSequence::AttentionOf(int layer, const KvSlot& slot) const {

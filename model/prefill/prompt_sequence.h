@@ -23,8 +23,7 @@ class PromptSequence final : public PrefillSequence {
   PromptSequence(EngineParts* parts, PromptState* state);
   ~PromptSequence() override;
 
-  using PrefillSequence::RunLayer;
-  absl::StatusOr<LayerReport> RunLayer(absl::FunctionRef<bool()> go_on) override;
+  absl::StatusOr<LayerReport> RunLayer() override;
   absl::Status PackKv(int layer, const KvSelection& selection, void* dst) override;
   void ReleaseKv(int layer) override { state_.slots->Release(layer); }
   absl::StatusOr<std::vector<std::vector<float>>> FinalLogits() override;
@@ -48,12 +47,10 @@ class PromptSequence final : public PrefillSequence {
 
   // Queues a layer's work, and the embedding before the first: the layer that is waited for, or the
   // one behind it. `report` gets what attention finds on the way.
-  absl::Status StartLayer(int layer, const KvSlot& slot, absl::FunctionRef<bool()> go_on,
-                          LayerReport* report);
+  absl::Status StartLayer(int layer, const KvSlot& slot, LayerReport* report);
   absl::Status StartNextAhead();
   absl::Status Begin();
-  absl::Status ComputeLayer(int layer, const KvSlot& slot, absl::FunctionRef<bool()> go_on,
-                            LayerReport* report);
+  absl::Status ComputeLayer(int layer, const KvSlot& slot, LayerReport* report);
   kernels::AttentionParams AttentionOf(int layer, const KvSlot& slot) const;
   // Waits for the layer.
   absl::Status FinishLayer(LayerReport* report);

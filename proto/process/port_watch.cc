@@ -169,6 +169,7 @@ void PortWatch::Run() {
 }
 
 void PortWatch::Dial() {
+  if (connections_.own_address().empty()) return;  // Unix sockets alone
   const bool was_deaf = failures_ >= timing_.failures;
   failures_ = Answers(connections_.own_address(), timing_.timeout) ? 0 : failures_ + 1;
   const bool deaf = failures_ >= timing_.failures;

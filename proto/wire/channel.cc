@@ -4,7 +4,9 @@
 #include <grpcpp/security/credentials.h>
 #include <grpcpp/support/channel_arguments.h>
 
+#include "absl/strings/str_cat.h"
 #include "proto/status_macros.h"
+#include "proto/wire/host_port.h"
 #include "proto/wire/keep_alive.h"
 
 namespace prefilld::wire {
@@ -17,12 +19,25 @@ constexpr int kMaxMessageBytes = 64 << 20;
 constexpr int kHttp2FrameBytes = 4 << 20;
 constexpr int kLookaheadBytes = 8 << 20;
 
+// The arguments of every channel, to whomever it goes.
+grpc::ChannelArguments CommonArguments(bool use_proxy) {
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  for (const auto& [name, value] : kReconnectArguments) arguments.SetInt(name, value);
+  arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, use_proxy ? 1 : 0);
+  return arguments;
+}
+
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const ChannelOptions& options) {
   PREFILLD_ASSIGN_OR_RETURN(const auto credentials, MakeChannelCredentials(options.tls));
-  grpc::ChannelArguments arguments;
-  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  return OpenChannel(options, credentials);
+}
+
+std::shared_ptr<grpc::Channel> OpenChannel(
+    const ChannelOptions& options, const std::shared_ptr<grpc::ChannelCredentials>& credentials) {
+  grpc::ChannelArguments arguments = CommonArguments(options.use_proxy);
   for (const auto& [name, value] : kKeepAliveArguments) arguments.SetInt(name, value);
   arguments.SetInt(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 0);
   arguments.SetInt(GRPC_ARG_HTTP2_MAX_FRAME_SIZE, kHttp2FrameBytes);
@@ -35,14 +50,16 @@ absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const ChannelOptions&
 }
 
 std::shared_ptr<grpc::Channel> OpenPushChannel(
-    const std::string& target, const std::shared_ptr<grpc::ChannelCredentials>& credentials,
-    absl::Duration silence) {
-  grpc::ChannelArguments arguments;
-  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+    const std::string& address, const std::shared_ptr<grpc::ChannelCredentials>& credentials,
+    const PushChannelOptions& options) {
+  grpc::ChannelArguments arguments = CommonArguments(options.use_proxy);
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS,
-                   static_cast<int>(absl::ToInt64Milliseconds(silence)));
+                   static_cast<int>(absl::ToInt64Milliseconds(options.silence)));
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepAliveTimeoutMs);
   arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 2);
+  // Without a scheme gRPC would take "unix:80" for the name of a socket.
+  const std::string target =
+      UnixSocketPath(address).has_value() ? address : absl::StrCat("dns:///", address);
   return grpc::CreateCustomChannel(target, credentials, arguments);
 }
 

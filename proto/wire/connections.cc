@@ -58,8 +58,8 @@ void SetSocketOptions(int fd) {
   SetOption(fd, IPPROTO_TCP, TCP_KEEPCNT, kTcpKeepAliveProbes);
 }
 
-// Writes an address as gRPC does: IPv4 addresses that arrived on an IPv6 socket as IPv4, and the
-// brackets of IPv6 as in a URI.
+// Writes an address as gRPC does, or "" for callers of a Unix socket, which have none: IPv4
+// addresses that arrived on an IPv6 socket as IPv4, and the brackets of IPv6 as in a URI.
 std::string PeerName(const sockaddr_storage& address) {
   char text[INET6_ADDRSTRLEN] = {};
   if (address.ss_family == AF_INET) {
@@ -67,6 +67,7 @@ std::string PeerName(const sockaddr_storage& address) {
     inet_ntop(AF_INET, &v4.sin_addr, text, sizeof text);
     return absl::StrCat("ipv4:", text, ":", ntohs(v4.sin_port));
   }
+  if (address.ss_family != AF_INET6) return "";
   const auto& v6 = reinterpret_cast<const sockaddr_in6&>(address);
   if (IN6_IS_ADDR_V4MAPPED(&v6.sin6_addr)) {
     inet_ntop(AF_INET, &v6.sin6_addr.s6_addr[12], text, sizeof text);
@@ -87,8 +88,7 @@ bool OutOfResources(int error) {
 absl::StatusOr<int64_t> ConnectionsThatFit() {
   rlimit limit = {};
   getrlimit(RLIMIT_NOFILE, &limit);
-  const auto descriptors =
-      static_cast<int64_t>(std::min<rlim_t>(limit.rlim_cur, rlim_t{1} << 40));
+  const auto descriptors = static_cast<int64_t>(std::min<rlim_t>(limit.rlim_cur, rlim_t{1} << 40));
   const int64_t fit = (descriptors - Connections::kReservedDescriptors) / 2;
   if (fit >= Connections::kLeastConnections) return fit;
   return absl::UnavailableError(absl::StrCat(
@@ -229,7 +229,7 @@ void Connections::Admit(Descriptor fd, int listener, absl::Time now) {
   connection->last_moved_ = now;
   {
     absl::MutexLock lock(&mu_);
-    by_peer_[connection->peer()] = connection;
+    if (!connection->peer().empty()) by_peer_[connection->peer()] = connection;
     open_[watched] = std::move(connection);
   }
   ++num_accepted_;
@@ -249,11 +249,10 @@ void Connections::Refuse(Descriptor fd, absl::Time now) {
   if (epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd.get(), &event) != 0) return;
   Send(fd, Refusal::Greeting());
   const int key = fd.get();
-  refused_.emplace(
-      key, Refused{.fd = std::move(fd),
-                   .until = now + kRefusalTime,
-                   .refusal = Refusal(absl::StrCat("too many connections; at most ",
-                                                   limits_.max_connections))});
+  refused_.emplace(key, Refused{.fd = std::move(fd),
+                                .until = now + kRefusalTime,
+                                .refusal = Refusal(absl::StrCat("too many connections; at most ",
+                                                                limits_.max_connections))});
 }
 
 // Returns false at the end of the connection.
@@ -295,7 +294,9 @@ bool Connections::IsGone(Connection& connection, absl::Time now) const {
   const tcp_info info = TcpInfo(connection.fd_.get());
   int unsent = 0;
   ioctl(connection.fd_.get(), SIOCOUTQ, &unsent);
-  const auto taken = static_cast<int64_t>(info.tcpi_bytes_acked);
+  // A Unix socket acknowledges nothing, but what is unsent changes while its peer reads.
+  const auto taken =
+      connection.peer().empty() ? -int64_t{unsent} : static_cast<int64_t>(info.tcpi_bytes_acked);
   if (unsent == 0 || taken != connection.last_taken_) {
     connection.last_taken_ = taken;
     connection.last_moved_ = now;

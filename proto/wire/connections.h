@@ -35,7 +35,8 @@ class Connection {
   // Returns how many bytes the peer's machine has acknowledged since the connection was opened. It
   // grows while the peer reads its socket, however slowly, and stands still when it does not.
   int64_t BytesTaken() const;
-  const std::string& peer() const { return peer_; }  // as grpc::ServerContext::peer() tells it
+  // As grpc::ServerContext::peer() tells it; empty for callers of a Unix socket.
+  const std::string& peer() const { return peer_; }
 
  private:
   friend class Connections;
@@ -93,7 +94,8 @@ class Connections {
   // The address by which this process reaches the port itself, see ListeningSockets.
   const std::string& own_address() const { return sockets_.own_address; }
   Counts counts() const;
-  // Finds an open connection by what grpc::ServerContext::peer() returns. Null: there is none.
+  // Finds an open connection by what grpc::ServerContext::peer() returns. Null: there is none, or
+  // it is that of a Unix socket.
   std::shared_ptr<const Connection> Find(absl::string_view peer) const;
 
  private:

@@ -1,4 +1,5 @@
-// The settings by which both ends of a connection notice that the other one is gone.
+// The settings by which both ends of a connection notice that the other one is gone, and by which
+// callers notice that it is back.
 #ifndef PREFILLD_PROTO_WIRE_KEEP_ALIVE_H_
 #define PREFILLD_PROTO_WIRE_KEEP_ALIVE_H_
 
@@ -20,6 +21,16 @@ inline constexpr std::array<std::pair<const char*, int>, 3> kKeepAliveArguments 
     {{GRPC_ARG_KEEPALIVE_TIME_MS, kKeepAliveTimeMs},
      {GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepAliveTimeoutMs},
      {GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0}}};
+
+// A peer that was away for however long is called again within about 2 s of its return: the pause
+// between two attempts grows to that and no further. gRPC's own limits are 2 minutes for the pause,
+// 20 s for an attempt that nobody answers, and 30 s between two look-ups of a name. The first of
+// these arguments is such an attempt's time, whatever its name says.
+inline constexpr std::array<std::pair<const char*, int>, 4> kReconnectArguments = {
+    {{GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 5'000},
+     {GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 200},
+     {GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 2'000},
+     {GRPC_ARG_DNS_MIN_TIME_BETWEEN_RESOLUTIONS_MS, 2'000}}};
 
 // Servers accept a ping every 10 s, with some allowance for jitter.
 inline constexpr int kMinPingIntervalMs = 5'000;

@@ -68,11 +68,16 @@ Listener::Listener(std::unique_ptr<Connections> connections)
 absl::StatusOr<std::unique_ptr<Listener>> Listener::Create(
     const ListenOptions& options, absl::Span<grpc::Service* const> services) {
   KeepGrpcInitialized();
-  PREFILLD_ASSIGN_OR_RETURN(const auto credentials, MakeServerCredentials(options.tls));
-  auto connections = Connections::Bind(
-      options.address, {.max_connections = options.max_connections,
-                        .says_why = options.tls.cert_file.empty(),
-                        .stuck = 2 * options.stall_timeout + kPatience});
+  std::unique_ptr<ServerCertificates> certificates;
+  std::shared_ptr<grpc::ServerCredentials> credentials = grpc::InsecureServerCredentials();
+  if (!options.tls.cert_file.empty()) {
+    PREFILLD_ASSIGN_OR_RETURN(certificates, ServerCertificates::Load(options.tls));
+    credentials = certificates->Credentials();
+  }
+  auto connections =
+      Connections::Bind(options.address, {.max_connections = options.max_connections,
+                                          .says_why = options.tls.cert_file.empty(),
+                                          .stuck = 2 * options.stall_timeout + kPatience});
   if (!connections.ok()) return CannotBeServed(options, connections.status().message());
 
   grpc::EnableDefaultHealthCheckService(true);
@@ -84,9 +89,10 @@ absl::StatusOr<std::unique_ptr<Listener>> Listener::Create(
       grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD, credentials);
   for (grpc::Service* service : services) builder.RegisterService(service);
   std::unique_ptr<Listener> listener(new Listener(*std::move(connections)));
+  listener->certificates_ = std::move(certificates);
   listener->server_ = builder.BuildAndStart();
   if (listener->server_ == nullptr) {
-    return CannotBeServed(options, "the TLS files are not a matching certificate and key");
+    return CannotBeServed(options, "gRPC does not start; the log may say why");
   }
   listener->connections_->Start(std::move(acceptor));
   return listener;

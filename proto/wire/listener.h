@@ -12,12 +12,14 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "proto/wire/connections.h"
+#include "proto/wire/server_certificates.h"
 #include "proto/wire/tls.h"
 
 namespace prefilld::wire {
 
 struct ListenOptions {
-  std::string address;  // host:port; port 0: any free one
+  // host:port (port 0: any free one) and unix:/path, several of them separated by commas.
+  std::string address;
   ServerTls tls;
   int64_t max_request_bytes = 0;   // a larger message is refused
   int64_t max_streams = 0;         // open calls per connection; more wait in the client
@@ -27,10 +29,11 @@ struct ListenOptions {
   absl::Duration stall_timeout = absl::Seconds(30);
 };
 
-// A gRPC server and its port.
+// A gRPC server and its addresses.
 class Listener {
  public:
-  // Serves `services`, which must outlive the listener. No second process can share the port.
+  // Serves `services`, which must outlive the listener. No second process can share a port or
+  // take over a socket that is served.
   //
   // - A peer whose machine vanished without a word is noticed within half a minute.
   // - A process that runs out of file descriptors serves again as soon as it has some.
@@ -38,8 +41,8 @@ class Listener {
   // - A connection that has not become HTTP/2 within 20 s, or that carries no call for 5 minutes,
   //   is closed. gRPC's clients connect again when they need to.
   //
-  // INVALID_ARGUMENT: a TLS file cannot be read. UNAVAILABLE: the address cannot be served. Both
-  // name the flag.
+  // INVALID_ARGUMENT: a TLS file is not valid (CheckServerTls). UNAVAILABLE: the address cannot be
+  // served. Both name the flag.
   static absl::StatusOr<std::unique_ptr<Listener>> Create(
       const ListenOptions& options, absl::Span<grpc::Service* const> services);
   // Shuts down at once, unless Shutdown was called.
@@ -47,6 +50,9 @@ class Listener {
 
   grpc::Server& server() { return *server_; }
   const Connections& connections() const { return *connections_; }
+  // Returns null for plain text.
+  ServerCertificates* certificates() { return certificates_.get(); }
+  // Returns the port that was bound first; 0: Unix sockets alone.
   int port() const { return connections_->port(); }
 
   // Accepts no more, gives the calls that are open so long to end, breaks the others off, and waits
@@ -57,6 +63,7 @@ class Listener {
   explicit Listener(std::unique_ptr<Connections> connections);
 
   const std::unique_ptr<Connections> connections_;
+  std::unique_ptr<ServerCertificates> certificates_;
   std::unique_ptr<grpc::Server> server_;
 };
 

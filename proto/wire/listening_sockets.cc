@@ -4,10 +4,13 @@
 #include <netdb.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <optional>
 
@@ -49,8 +52,8 @@ absl::StatusOr<std::vector<SocketAddress>> Resolve(const HostPort& address) {
   hints.ai_socktype = SOCK_STREAM;
   hints.ai_flags = AI_PASSIVE;
   addrinfo* found = nullptr;
-  const int error = getaddrinfo(address.host.c_str(), absl::StrCat(address.port).c_str(), &hints,
-                                &found);
+  const int error =
+      getaddrinfo(address.host.c_str(), absl::StrCat(address.port).c_str(), &hints, &found);
   if (error != 0) return absl::UnavailableError(gai_strerror(error));
   const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> list(found, &freeaddrinfo);
   std::vector<SocketAddress> addresses;
@@ -91,20 +94,14 @@ std::string OwnAddress(SocketAddress bound, bool both_families) {
   const bool v6 = bound.family() == AF_INET6;
   if (IsWildcard(bound)) return absl::StrCat(v6 && !both_families ? "[::1]:" : "127.0.0.1:", port);
   char text[INET6_ADDRSTRLEN] = {};
-  const void* in = v6 ? static_cast<const void*>(
-                            &reinterpret_cast<sockaddr_in6*>(&bound.storage)->sin6_addr)
-                      : &reinterpret_cast<sockaddr_in*>(&bound.storage)->sin_addr;
+  const void* in =
+      v6 ? static_cast<const void*>(&reinterpret_cast<sockaddr_in6*>(&bound.storage)->sin6_addr)
+         : &reinterpret_cast<sockaddr_in*>(&bound.storage)->sin_addr;
   inet_ntop(bound.family(), in, text, sizeof text);
   return v6 ? absl::StrCat("[", text, "]:", port) : absl::StrCat(text, ":", port);
 }
 
-}  // namespace
-
-Descriptor::~Descriptor() {
-  if (fd_ >= 0) close(fd_);
-}
-
-absl::StatusOr<ListeningSockets> ListenOn(const std::string& address) {
+absl::StatusOr<ListeningSockets> ListenOnHost(const std::string& address) {
   const std::optional<HostPort> host_port = ParseHostPort(address);
   if (!host_port.has_value()) return absl::UnavailableError("it is not host:port");
   PREFILLD_ASSIGN_OR_RETURN(std::vector<SocketAddress> addresses, Resolve(*host_port));
@@ -138,6 +135,58 @@ absl::StatusOr<ListeningSockets> ListenOn(const std::string& address) {
   }
   if (result.sockets.empty()) return failure;
   return result;
+}
+
+// Tells whether somebody serves the socket.
+bool IsServed(const sockaddr_un& address) {
+  const Descriptor fd(socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  const auto* peer = reinterpret_cast<const sockaddr*>(&address);
+  // A queue of callers that is full is served as well.
+  return fd.valid() && (connect(fd.get(), peer, sizeof address) == 0 || errno == EAGAIN);
+}
+
+bool IsSocket(const std::string& path) {
+  struct stat facts = {};
+  return lstat(path.c_str(), &facts) == 0 && S_ISSOCK(facts.st_mode);
+}
+
+absl::StatusOr<ListeningSockets> ListenOnPath(const std::string& path) {
+  sockaddr_un address = {};
+  address.sun_family = AF_UNIX;
+  path.copy(address.sun_path, sizeof address.sun_path - 1);
+  if (IsServed(address)) return absl::UnavailableError("another process serves it");
+  if (IsSocket(path)) unlink(path.c_str());
+  ListeningSockets result;
+  Descriptor fd(socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  if (!fd.valid() || bind(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) != 0 ||
+      listen(fd.get(), SOMAXCONN) != 0) {
+    return absl::UnavailableError(std::strerror(errno));
+  }
+  result.sockets.push_back(std::move(fd));
+  return result;
+}
+
+}  // namespace
+
+Descriptor::~Descriptor() {
+  if (fd_ >= 0) close(fd_);
+}
+
+absl::StatusOr<ListeningSockets> ListenOn(const std::string& addresses) {
+  ListeningSockets all;
+  for (const std::string& address : SplitAddresses(addresses)) {
+    const std::optional<std::string> path = UnixSocketPath(address);
+    absl::StatusOr<ListeningSockets> one = path ? ListenOnPath(*path) : ListenOnHost(address);
+    if (!one.ok()) {
+      return absl::UnavailableError(absl::StrCat(address, ": ", one.status().message()));
+    }
+    if (all.port == 0) {
+      all.port = one->port;
+      all.own_address = one->own_address;
+    }
+    std::move(one->sockets.begin(), one->sockets.end(), std::back_inserter(all.sockets));
+  }
+  return all;
 }
 
 }  // namespace prefilld::wire

@@ -32,15 +32,21 @@ class Descriptor {
 
 struct ListeningSockets {
   std::vector<Descriptor> sockets;  // non-blocking
-  int port = 0;                     // the one that was bound
-  // The address by which this process reaches the port itself: IPv4:port or [IPv6]:port.
+  int port = 0;                     // the one that was bound first; 0: Unix sockets alone
+  // The address by which this process reaches that port itself: IPv4:port or [IPv6]:port. Empty:
+  // Unix sockets alone.
   std::string own_address;
 };
 
-// Binds host:port and listens; port 0 is any free one. A name is bound with all of its addresses,
-// and a wildcard for IPv4 and IPv6 alike where the machine has both. No second process can share
-// the port. UNAVAILABLE: no address can be bound; the message says why.
-absl::StatusOr<ListeningSockets> ListenOn(const std::string& address);
+// Binds each of a list of addresses, separated by commas, and listens.
+//
+// - host:port; port 0 is any free one. A name is bound with all of its addresses, and a wildcard
+// for
+//   IPv4 and IPv6 alike where the machine has both. No second process can share the port.
+// - unix:/path. A socket that a process left behind is replaced, one that is served is not.
+//
+// UNAVAILABLE: one of them cannot be bound; the message says which and why.
+absl::StatusOr<ListeningSockets> ListenOn(const std::string& addresses);
 
 }  // namespace prefilld::wire
 

@@ -9,11 +9,14 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import unittest
+import unittest.mock
+from concurrent import futures
 from pathlib import Path
 
 import contract
@@ -152,6 +155,31 @@ class Grading(unittest.TestCase):
         self.assertEqual((len(made["nats"]), made["nats"][0], made["bytes"]), (8, 1 + 2 + 3, 19))
 
 
+class Reconnecting(unittest.TestCase):
+    def test_a_server_that_was_away_is_found_soon_after_its_return(self):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            address = "127.0.0.1:%d" % free.getsockname()[1]
+
+        def answer(client):
+            with self.assertRaises(grpc.RpcError) as raised:
+                client.server_info(timeout=1)
+            return raised.exception.code()
+
+        with PrefillClient(address) as client:
+            # gRPC's own pauses would have grown to 6 seconds or more by the end.
+            back = time.monotonic() + 13
+            while time.monotonic() < back:
+                self.assertNotEqual(answer(client), grpc.StatusCode.UNIMPLEMENTED)
+                time.sleep(0.1)
+            server = grpc.server(futures.ThreadPoolExecutor(1))  # of no service
+            server.add_insecure_port(address)
+            server.start()
+            self.addCleanup(server.stop, None)
+            while answer(client) != grpc.StatusCode.UNIMPLEMENTED:
+                self.assertLess(time.monotonic(), back + 4)
+                time.sleep(0.1)
+
+
 class Live(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -173,6 +201,20 @@ class Live(unittest.TestCase):
         info = self.server.server_info()
         self.assertEqual(info.model_name, "tiny")
         self.assertIn(wire.enum_value("AttentionPolicy", "share"), info.allowed_policies)
+
+    def test_proxy_variables_are_only_for_those_who_want_them(self):
+        with unittest.mock.patch.dict(os.environ, http_proxy="http://127.0.0.1:9"):  # nothing listens there
+            with PrefillClient(self.processes.server) as client:
+                self.assertEqual(client.server_info().model_name, "tiny")
+            with PrefillClient(self.processes.server, use_proxy=True) as client:
+                with self.assertRaises(grpc.RpcError) as raised:
+                    client.server_info()
+                self.assertEqual(raised.exception.code(), grpc.StatusCode.UNAVAILABLE)
+
+    def test_one_of_several_servers_may_be_away(self):
+        with PrefillClient(f"ipv4:127.0.0.1:1,{self.processes.server}") as client:
+            for _ in range(4):
+                self.assertEqual(client.server_info().model_name, "tiny")
 
     def test_layers_come_in_order_and_whole(self):
         with self.server.prefill(PROMPT) as stream:

@@ -6,11 +6,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 
@@ -32,7 +34,8 @@ std::string ReadFile(const std::string& path) {
 }
 
 // Runs in the child and does not return.
-void Execute(const std::string& folder, const std::vector<std::string>& command) {
+void Execute(const std::string& folder, const std::vector<std::string>& command,
+             int error_descriptor) {
   std::vector<char*> argv;
   for (const std::string& word : command) argv.push_back(const_cast<char*>(word.c_str()));
   argv.push_back(nullptr);
@@ -41,20 +44,25 @@ void Execute(const std::string& folder, const std::vector<std::string>& command)
     dup2(file, descriptor);
   };
   redirect("/stdout", STDOUT_FILENO);
-  redirect("/stderr", STDERR_FILENO);
+  if (error_descriptor >= 0) {
+    dup2(error_descriptor, STDERR_FILENO);
+  } else {
+    redirect("/stderr", STDERR_FILENO);
+  }
   execv(argv[0], argv.data());
   _exit(127);
 }
 
 }  // namespace
 
-ChildProcess::ChildProcess(const std::string& program, const std::vector<std::string>& args)
+ChildProcess::ChildProcess(const std::string& program, const std::vector<std::string>& args,
+                           int error_descriptor)
     : folder_(MakeFolder()) {
   std::vector<std::string> command = {absl::StrCat(PREFILLD_BIN_DIR, "/", program)};
   command.insert(command.end(), args.begin(), args.end());
   pid_ = fork();
   if (pid_ < 0) abort();
-  if (pid_ == 0) Execute(folder_, command);
+  if (pid_ == 0) Execute(folder_, command, error_descriptor);
 }
 
 ChildProcess::~ChildProcess() {
@@ -86,17 +94,24 @@ std::optional<int> ChildProcess::Wait(absl::Duration timeout) {
 std::string ChildProcess::stdout_text() const { return ReadFile(folder_ + "/stdout"); }
 std::string ChildProcess::stderr_text() const { return ReadFile(folder_ + "/stderr"); }
 
-ServerProcess::ServerProcess(const std::string& program, std::vector<std::string> args)
-    : ServerProcess(program, std::move(args), MakeFolder() + "/ports") {}
+ServerProcess::ServerProcess(const std::string& program, std::vector<std::string> args,
+                             int error_descriptor)
+    : ServerProcess(program, std::move(args), MakeFolder() + "/ports", error_descriptor) {}
 
 ServerProcess::ServerProcess(const std::string& program, std::vector<std::string> args,
-                             const std::string& port_file)
-    : ChildProcess(program, [&] {
-        args.push_back("--listen=127.0.0.1:0");
-        args.push_back("--metrics_listen=127.0.0.1:0");
-        args.push_back("--port_file=" + port_file);
-        return args;
-      }()) {
+                             const std::string& port_file, int error_descriptor)
+    : ChildProcess(
+          program,
+          [&] {
+            const bool listens = std::any_of(args.begin(), args.end(), [](const std::string& arg) {
+              return absl::StartsWith(arg, "--listen=");
+            });
+            if (!listens) args.push_back("--listen=127.0.0.1:0");
+            args.push_back("--metrics_listen=127.0.0.1:0");
+            args.push_back("--port_file=" + port_file);
+            return args;
+          }(),
+          error_descriptor) {
   const absl::Time deadline = absl::Now() + kStartTimeout;
   while (true) {
     if (auto ports = wire::ReadPortFile(port_file); ports.ok()) {

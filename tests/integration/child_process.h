@@ -16,8 +16,10 @@ namespace prefilld::integration {
 // Not thread-safe.
 class ChildProcess {
  public:
-  // `program` is a name in the build's bin folder.
-  ChildProcess(const std::string& program, const std::vector<std::string>& args);
+  // `program` is a name in the build's bin folder. Its standard error goes to `error_descriptor`
+  // instead of a file, if one is given.
+  ChildProcess(const std::string& program, const std::vector<std::string>& args,
+               int error_descriptor = -1);
   ~ChildProcess();
   ChildProcess(const ChildProcess&) = delete;
   ChildProcess& operator=(const ChildProcess&) = delete;
@@ -40,7 +42,9 @@ class ChildProcess {
 // constructor aborts with the program's log.
 class ServerProcess : public ChildProcess {
  public:
-  ServerProcess(const std::string& program, std::vector<std::string> args);
+  // Listens on free ports of 127.0.0.1, unless `args` name another --listen.
+  ServerProcess(const std::string& program, std::vector<std::string> args,
+                int error_descriptor = -1);
 
   // "127.0.0.1:<port>"
   std::string address() const { return AddressOf(ports_.grpc); }
@@ -48,7 +52,7 @@ class ServerProcess : public ChildProcess {
 
  private:
   ServerProcess(const std::string& program, std::vector<std::string> args,
-                const std::string& port_file);
+                const std::string& port_file, int error_descriptor);
   static std::string AddressOf(int port);
 
   wire::Ports ports_;

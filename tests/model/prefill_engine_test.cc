@@ -1,7 +1,6 @@
 #include "model/prefill/prefill_engine.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -268,32 +267,6 @@ TEST_F(PrefillEngineTest, ASequenceAbandonedBetweenLayersLeavesNoTrace) {
   const PromptRun after = RunPrompt(*engine, tokens, DenseAttention());
   EXPECT_EQ(before.logits, after.logits);
   EXPECT_EQ(before.kv, after.kv);
-}
-
-TEST_F(PrefillEngineTest, ALayerStopsInsideWhenNobodyWantsItAndLeavesNoTrace) {
-  EngineOptions options = CpuEngine(checkpoint_);
-  options.tile_tokens = 64;
-  const auto engine = NewEngine(options);
-  const auto tokens = RandomTokens(1000, checkpoint_.config().vocab_size);
-  const PromptRun undisturbed = RunPrompt(*engine, tokens, DenseAttention());
-  int points = 0;  // at which the layer may stop, as long as one thread asks
-  {
-    auto sequence = engine->Start(tokens, DenseAttention());
-    ASSERT_TRUE(sequence.ok()) << sequence.status();
-    std::atomic<int> asked = 0;
-    ASSERT_TRUE((*sequence)->RunLayer([&] { return ++asked > 0; }).ok());
-    points = asked;
-  }
-  EXPECT_GT(points, 2 * 1000 / 64 + checkpoint_.config().num_heads);
-  for (const int stop_at : {1, 10, points / 2, points - 5}) {
-    auto sequence = engine->Start(tokens, DenseAttention());
-    ASSERT_TRUE(sequence.ok()) << sequence.status();
-    std::atomic<int> asked = 0;
-    EXPECT_EQ((*sequence)->RunLayer([&] { return ++asked < stop_at; }).status().code(),
-              absl::StatusCode::kCancelled);
-    EXPECT_EQ((*sequence)->RunLayer().status().code(), absl::StatusCode::kCancelled);
-  }
-  EXPECT_EQ(RunPrompt(*engine, tokens, DenseAttention()).logits, undisturbed.logits);
 }
 
 TEST_F(PrefillEngineTest, NoStepAllocatesDeviceMemory) {

@@ -35,7 +35,7 @@ class FakeEngine final : public model::PrefillEngine {
  public:
   explicit FakeEngine(const FakeEngineOptions& options);
 
-  // Makes every layer take this long from now on. It can be stopped within.
+  // Makes every layer take this long from now on.
   void set_layer_time(absl::Duration time);
   // Sets a function that is called in every layer from now on, by the thread that runs the layer,
   // with the tokens of all prompts of the sequence. A test advances its clock there.

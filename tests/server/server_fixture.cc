@@ -79,7 +79,7 @@ bool Eventually(absl::FunctionRef<bool()> condition) {
 
 ServerFixture::ServerFixture() {
   options_.listen = "127.0.0.1:0";
-  options_.metrics_listen = "";  // its server takes two seconds to stop
+  options_.metrics_listen = "";
   options_.staging_bytes = 8 << 20;
   options_.pack_threads = 4;  // whatever the machine has
   options_.frame_bytes = 1 << 20;

@@ -19,6 +19,12 @@ _CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.http2.max_pings_without_data", 0),  # we send nothing during a long prefill
     ("grpc.use_local_subchannel_pool", 1),
+    # A server that was away is called again within about 2 s of its return, not after up to 2 minutes.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # the time of an attempt that nobody answers, in truth
+    ("grpc.dns_min_time_between_resolutions_ms", 2_000),
+    ("grpc.lb_policy_name", "round_robin"),  # where an address stands for several servers
 )
 
 
@@ -42,14 +48,18 @@ class _Client:
         address: str,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        use_proxy: bool = False,
         options: Sequence[tuple[str, object]] = (),
     ):
         """Connects lazily: a server that is not there fails the first call with UNAVAILABLE.
 
-        address: host:port. credentials: grpc.ssl_channel_credentials(...) for TLS, None for plain
-        text. options: more gRPC channel arguments.
+        address: host:port, or "unix:/path" on the same machine. Several servers of one model take
+        the calls in turn: "ipv4:10.0.0.1:50051,10.0.0.2:50051", or a name with several addresses.
+        credentials: grpc.ssl_channel_credentials(...) for TLS, None for plain text. use_proxy: go
+        through the proxy that grpc_proxy, https_proxy or http_proxy names; otherwise they are
+        ignored. options: more gRPC channel arguments.
         """
-        arguments = (*_CHANNEL_OPTIONS, *options)
+        arguments = (*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", int(use_proxy)), *options)
         if credentials is None:
             self._channel = grpc.insecure_channel(address, arguments)
         else:

@@ -15,8 +15,7 @@ class SyntheticSequence : public model::PrefillSequence {
   SyntheticSequence(const model::ModelConfig& config, const std::vector<uint8_t>& kv)
       : config_(config), kv_(kv) {}
 
-  using PrefillSequence::RunLayer;
-  absl::StatusOr<model::LayerReport> RunLayer(absl::FunctionRef<bool()>) override {
+  absl::StatusOr<model::LayerReport> RunLayer() override {
     model::LayerReport report;
     report.layer = next_layer_++;
     report.dense_heads = config_.num_heads;

@@ -1,0 +1,54 @@
+// The connections of a client to one server.
+#ifndef PREFILLD_CLIENT_SERVER_CHANNELS_H_
+#define PREFILLD_CLIENT_SERVER_CHANNELS_H_
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "proto/wire/channel.h"
+
+namespace grpc {
+class ChannelCredentials;
+}
+
+namespace prefilld::client {
+
+// One channel for each lane, opened when the lane is first used and kept. Thread-safe.
+class ServerChannels {
+ public:
+  // `credentials` are those of options.tls.
+  ServerChannels(const wire::ChannelOptions& options,
+                 std::shared_ptr<grpc::ChannelCredentials> credentials);
+
+  // Returns the channels of lanes 0 to num_lanes - 1.
+  std::vector<std::shared_ptr<grpc::Channel>> OfLanes(uint32_t num_lanes);
+
+  // Tells whether lane 0 is connected, or has yet to be, rather than known to be without a server.
+  bool MayBeReached();
+
+  // Replaces channels that have no connection, for later calls. Must be called after a call that
+  // found the server unavailable. A channel to a name that could not be resolved waits for up to
+  // two minutes before it looks again, and takes no setting for that; a new one looks at once.
+  void Renew();
+
+ private:
+  struct Lane {
+    std::shared_ptr<grpc::Channel> channel;
+    absl::Time opened;
+  };
+
+  Lane Open() const;
+
+  const wire::ChannelOptions options_;
+  const std::shared_ptr<grpc::ChannelCredentials> credentials_;
+  absl::Mutex mu_;
+  std::vector<Lane> lanes_ ABSL_GUARDED_BY(mu_);
+};
+
+}  // namespace prefilld::client
+
+#endif  // PREFILLD_CLIENT_SERVER_CHANNELS_H_
