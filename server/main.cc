@@ -9,6 +9,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "model/checkpoint/ignored.h"
 #include "model/prefill/prefill_engine.h"
 #include "proto/process/log.h"
 #include "proto/process/open_files.h"
@@ -45,6 +46,12 @@ void LogConfiguration(const ServerOptions& options, const model::EngineInfo& eng
   LogFields fields = {{"version", kVersion}};
   for (const auto& [flag, value] : Describe(options)) fields.emplace_back(flag, value);
   LogEvent(LogLevel::kInfo, "configuration", fields);
+
+  fields.clear();
+  for (const auto& [what, names] : DescribeIgnored(engine.config, engine.unused_tensors)) {
+    fields.emplace_back(what, names);
+  }
+  if (!fields.empty()) LogEvent(LogLevel::kInfo, "checkpoint_ignored", fields);
 
   const model::AttentionOptions attention = Apply(options.attention, engine.default_attention);
   fields = {{"name", engine.model_name},

@@ -20,6 +20,11 @@ using ::prefilld::model::ThresholdHelp;
 using ::prefilld::model::ThresholdNamed;
 
 ABSL_FLAG(std::string, model, "", "Checkpoint folder (config.json, *.safetensors). Required.");
+ABSL_FLAG(std::vector<std::string>, ignore_config, {},
+          "Fields of config.json to treat as absent, comma-separated; those of a nested object as "
+          "rope_scaling.finetuned. For a field that is refused but changes nothing in this model. "
+          "The decode "
+          "worker needs the same.");
 ABSL_FLAG(std::string, clusters, "",
           "Head-cluster file. Empty: head_clusters.json of the checkpoint folder, if there.");
 ABSL_FLAG(std::string, device, "auto", "auto, cpu or cuda.");
@@ -187,6 +192,7 @@ void ReadThresholds(model::AttentionOverrides& overrides) {
 ServerOptions ReadPlainValues() {
   ServerOptions options;
   options.engine.checkpoint_dir = absl::GetFlag(FLAGS_model);
+  options.engine.overruled_config_keys = absl::GetFlag(FLAGS_ignore_config);
   options.engine.clusters_path = absl::GetFlag(FLAGS_clusters);
   options.engine.cpu_threads = absl::GetFlag(FLAGS_cpu_threads);
   options.engine.max_tokens = absl::GetFlag(FLAGS_max_prompt_tokens);
@@ -230,8 +236,8 @@ process::ProgramHelp Help() {
       .usage = "Disaggregated prefill server. prefilld --model=DIR [flags]",
       .groups = {
           {"Model",
-           {"model", "clusters", "device", "cpu_threads", "max_prompt_tokens", "max_batch_tokens",
-            "max_graph_tokens"}},
+           {"model", "ignore_config", "clusters", "device", "cpu_threads", "max_prompt_tokens",
+            "max_batch_tokens", "max_graph_tokens"}},
           {"Addresses, TLS and log",
            {"listen", "metrics_listen", "port_file", "tls_cert", "tls_key", "tls_client_ca",
             "log_format"}},

@@ -100,6 +100,7 @@ std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o
         absl::StrAppend(out, model::Name(policy));
       });
   return {{"model", o.engine.checkpoint_dir},
+          {"ignore_config", absl::StrJoin(o.engine.overruled_config_keys, ",")},
           {"device", DeviceName(o.engine.device)},
           {"cpu_threads", absl::StrCat(o.engine.cpu_threads)},
           {"max_prompt_tokens", absl::StrCat(o.engine.max_tokens)},

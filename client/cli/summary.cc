@@ -22,8 +22,17 @@ using ::prefill::v1::RecallSummary;
 using ::prefill::v1::ServerInfo;
 using wire::EnumName;
 
-const char* FinishName(::prefill::v1::FinishReason reason) {
-  return reason == ::prefill::v1::FINISH_REASON_STOP ? "stop" : "length";
+const char* EndedBy(::prefill::v1::FinishReason reason) {
+  switch (reason) {
+    case ::prefill::v1::FINISH_REASON_STOP:
+      return "an end token";
+    case ::prefill::v1::FINISH_REASON_LENGTH:
+      return "max_new_tokens";
+    case ::prefill::v1::FINISH_REASON_POSITIONS:
+      return "the model's last position (max_position_embeddings)";
+    default:
+      return "a reason that this program does not know";
+  }
 }
 
 double PerSecond(uint64_t amount, uint64_t microseconds) {
@@ -204,11 +213,9 @@ std::string Summary(const Generated& generated) {
       PromptLine(prefill, result.ttft_us()), AttentionLine(prefill), RecallLines(prefill),
       KvLine(prefill, result.kv_transfer_us(), result.kv_overlap(), result.first_frame_us(),
              result.layers_computed_at_first_frame(), generated.num_layers),
-      Line("generated", absl::StrFormat("%u tokens, %.1f tokens/s, ended by %s",
-                                        result.num_tokens(), PerSecond(steps, result.decode_us()),
-                                        result.finish_reason() == ::prefill::v1::FINISH_REASON_STOP
-                                            ? "an end token"
-                                            : "max_new_tokens")));
+      Line("generated",
+           absl::StrFormat("%u tokens, %.1f tokens/s, ended by %s", result.num_tokens(),
+                           PerSecond(steps, result.decode_us()), EndedBy(result.finish_reason()))));
 }
 
 std::string Summary(const PrefillResult& result, const TransferTimes& times) {
@@ -249,7 +256,7 @@ json ToJson(const Generated& generated) {
   const GenerateResult& result = generated.result;
   json object = {{"request_id", generated.request_id},
                  {"text", generated.text},
-                 {"finish_reason", FinishName(result.finish_reason())},
+                 {"finish_reason", EnumName(result.finish_reason())},
                  {"ttft_us", result.ttft_us()},
                  {"decode_us", result.decode_us()},
                  {"kv_transfer_us", result.kv_transfer_us()},

@@ -7,7 +7,8 @@ namespace prefilld::client {
 
 Finish StopRule::After(uint32_t token_id, uint32_t num_tokens) const {
   if (stop_token_ids.contains(token_id)) return Finish::kStop;
-  return num_tokens >= max_new_tokens ? Finish::kLength : Finish::kNo;
+  if (num_tokens >= max_new_tokens) return Finish::kLength;
+  return num_tokens >= tokens_to_positions_end ? Finish::kPositions : Finish::kNo;
 }
 
 // The loop's mutex guards a sequence, except during the decoder's step.

@@ -20,11 +20,14 @@
 
 namespace prefilld::client {
 
-enum class Finish : uint8_t { kNo, kStop, kLength };
+// kPositions: the model has no position for the last token, so that none can follow it.
+enum class Finish : uint8_t { kNo, kStop, kLength, kPositions };
 
 // Tells when a generation is over.
 struct StopRule {
   uint32_t max_new_tokens = 1;
+  // How many tokens may be generated until one stands past the model's last position.
+  int64_t tokens_to_positions_end = INT64_MAX;
   absl::flat_hash_set<uint32_t> stop_token_ids;
 
   // Tells how the generation ends after `num_tokens` generated tokens, the last of which is

@@ -15,6 +15,7 @@
 namespace prefilld::client {
 namespace {
 
+using ::prefill::v1::FinishReason;
 using ::prefill::v1::GenerateEvent;
 using ::prefill::v1::GenerateRequest;
 using ::prefill::v1::GenerateResult;
@@ -44,6 +45,20 @@ void Fill(const model::SampledToken& token, ::prefill::v1::SampledToken& message
   }
 }
 
+FinishReason ReasonFor(Finish finish) {
+  switch (finish) {
+    case Finish::kNo:
+      return ::prefill::v1::FINISH_REASON_UNSPECIFIED;
+    case Finish::kStop:
+      return ::prefill::v1::FINISH_REASON_STOP;
+    case Finish::kLength:
+      return ::prefill::v1::FINISH_REASON_LENGTH;
+    case Finish::kPositions:
+      return ::prefill::v1::FINISH_REASON_POSITIONS;
+  }
+  return ::prefill::v1::FINISH_REASON_UNSPECIFIED;
+}
+
 int64_t BlocksNeeded(const WorkerContext& worker, const GenerateRequest& request) {
   const int64_t block_tokens = worker.options->decoder.block_tokens;
   const int64_t tokens = int64_t{request.token_ids_size()} + request.max_new_tokens();
@@ -66,6 +81,12 @@ absl::Status ValidateRequest(const WorkerContext& worker, const GenerateRequest&
   PREFILLD_RETURN_IF_ERROR(wire::CheckId("pushed_transfer_id", request.pushed_transfer_id()));
   if (request.token_ids().empty()) {
     return absl::InvalidArgumentError("token_ids is empty; at least 1 is needed");
+  }
+  const int64_t positions = model::PositionLimit(worker.decoder->config());
+  if (request.token_ids_size() > positions) {
+    return absl::InvalidArgumentError(absl::StrCat("token_ids has ", request.token_ids_size(),
+                                                   " tokens; the model has ", positions,
+                                                   " positions"));
   }
   const int64_t vocab_size = worker.decoder->config().vocab_size;
   for (int i = 0; i < request.token_ids_size(); ++i) {
@@ -181,6 +202,9 @@ class Generation : public KvSink {
   StopRule MakeStopRule() const {
     StopRule rule;
     rule.max_new_tokens = request_.max_new_tokens();
+    // The first token stands behind the prompt, at position token_ids_size.
+    const int64_t positions = model::PositionLimit(worker_.decoder->config());
+    rule.tokens_to_positions_end = positions - request_.token_ids_size() + 1;
     rule.stop_token_ids.insert(request_.stop_token_ids().begin(), request_.stop_token_ids().end());
     if (!request_.ignore_eos()) {
       const auto& eos = worker_.decoder->config().eos_token_ids;
@@ -227,8 +251,7 @@ class Generation : public KvSink {
       }
       finish = stream->finish();
     }
-    result.set_finish_reason(finish == Finish::kStop ? ::prefill::v1::FINISH_REASON_STOP
-                                                     : ::prefill::v1::FINISH_REASON_LENGTH);
+    result.set_finish_reason(ReasonFor(finish));
     result.set_num_tokens(num_tokens);
     result.set_ttft_us(MicrosecondsSince(facts_.arrival, first_token_at));
     result.set_decode_us(MicrosecondsSince(first_token_at, absl::Now()));

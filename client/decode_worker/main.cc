@@ -17,6 +17,7 @@
 #include "client/decode_worker/worker_server.h"
 #include "client/prefill_client.h"
 #include "grpcpp/server.h"
+#include "model/checkpoint/ignored.h"
 #include "model/decode/decoder.h"
 #include "proto/process/certificate_watch.h"
 #include "proto/process/health.h"
@@ -53,6 +54,14 @@ absl::StatusOr<std::unique_ptr<PrefillClient>> ConnectToPrefill(const WorkerOpti
   return PrefillClient::Create(options.prefill, options.prefill_addresses);
 }
 
+void LogIgnored(const model::Decoder& decoder) {
+  process::LogFields fields;
+  for (const auto& [what, names] : DescribeIgnored(decoder.config(), decoder.unused_tensors())) {
+    fields.emplace_back(what, names);
+  }
+  if (!fields.empty()) LogEvent(LogLevel::kInfo, "checkpoint_ignored", fields);
+}
+
 void LogReady(const wire::Ports& ports, const model::Decoder& decoder, const KvBlockPool& pool) {
   LogEvent(LogLevel::kInfo, "ready",
            {{"grpc_port", int64_t{ports.grpc}},
@@ -72,6 +81,7 @@ void DrainAndStop(wire::Listener& listener, process::Health& health, GenerateSer
 
 absl::Status Serve(const process::EndSignals& signals, const WorkerOptions& options) {
   PREFILLD_ASSIGN_OR_RETURN(const auto decoder, LoadModel(signals, options));
+  LogIgnored(*decoder);
   PREFILLD_ASSIGN_OR_RETURN(const auto prefill, ConnectToPrefill(options));
   KvBlockPool pool(decoder->num_pool_blocks());
   WorkerMetrics metrics;

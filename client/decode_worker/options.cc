@@ -13,6 +13,11 @@
 #include "proto/wire/kv_layout.h"
 
 ABSL_FLAG(std::string, model, "", "Checkpoint folder, the same as prefilld's. Required.");
+ABSL_FLAG(std::vector<std::string>, ignore_config, {},
+          "Fields of config.json to treat as absent, comma-separated; those of a nested object as "
+          "rope_scaling.finetuned. For a field that is refused but changes nothing in this model. "
+          "prefilld "
+          "needs the same.");
 ABSL_FLAG(std::string, device, "auto", "auto, cpu or cuda.");
 ABSL_FLAG(int32_t, cpu_threads, 0, "Compute threads of the CPU device. 0: all cores.");
 ABSL_FLAG(int32_t, kv_block_tokens, 16, "Tokens per KV block: 16, 32, 64 or 128.");
@@ -80,7 +85,8 @@ process::ProgramHelp Help() {
   help.usage = "Reference decode worker of prefilld. prefilld-decode-worker --model=DIR [flags]";
   help.groups = {
       {"Model and KV memory",
-       {"model", "device", "cpu_threads", "kv_block_tokens", "kv_order", "kv_pool_tokens"}},
+       {"model", "ignore_config", "device", "cpu_threads", "kv_block_tokens", "kv_order",
+        "kv_pool_tokens"}},
       {"prefilld",
        {"prefill_address", "use_proxy", "prefill_tls", "prefill_tls_ca", "prefill_tls_cert",
         "prefill_tls_key", "prefill_tls_name", "lanes"}},
@@ -113,6 +119,7 @@ absl::Duration ReadSeconds(const char* flag, double seconds, Problems& problems)
 model::DecoderOptions ReadDecoder(Problems& problems) {
   model::DecoderOptions decoder;
   decoder.checkpoint_dir = absl::GetFlag(FLAGS_model);
+  decoder.overruled_config_keys = absl::GetFlag(FLAGS_ignore_config);
   if (decoder.checkpoint_dir.empty()) problems.push_back("--model is required");
 
   const std::string device = absl::GetFlag(FLAGS_device);
@@ -206,6 +213,7 @@ absl::StatusOr<WorkerOptions> OptionsFromCommandLine(int argc, char** argv) {
 
 std::vector<std::pair<std::string, std::string>> Describe(const WorkerOptions& o) {
   return {{"model", o.decoder.checkpoint_dir},
+          {"ignore_config", absl::StrJoin(o.decoder.overruled_config_keys, ",")},
           {"listen", o.listen},
           {"tls", o.tls.mode()},
           {"metrics_listen", o.metrics_listen},

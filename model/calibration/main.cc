@@ -12,6 +12,7 @@
 #include "model/calibration/calibration_prompt.h"
 #include "model/calibration/options.h"
 #include "model/calibration/safetensors_writer.h"
+#include "model/checkpoint/ignored.h"
 #include "model/device/stopwatch.h"
 #include "proto/status_macros.h"
 
@@ -30,6 +31,9 @@ absl::Status Load(const CalibrateOptions& options, ModelConfig config, Loaded& l
   PREFILLD_ASSIGN_OR_RETURN(loaded.device, CreateDevice(options.device, options.cpu_threads));
   PREFILLD_ASSIGN_OR_RETURN(loaded.weights,
                             LoadWeights(options.checkpoint_dir, loaded.config, *loaded.device));
+  for (const auto& [what, names] : DescribeIgnored(loaded.config, loaded.weights.unused_tensors)) {
+    std::fprintf(stderr, "ignored %s of the checkpoint: %s\n", what.c_str(), names.c_str());
+  }
   return absl::OkStatus();
 }
 
@@ -62,7 +66,8 @@ absl::Status RecordPrompt(const CalibrateOptions& options, const Loaded& loaded,
 }
 
 absl::Status Run(CalibrateOptions options) {
-  PREFILLD_ASSIGN_OR_RETURN(ModelConfig config, LoadModelConfig(options.checkpoint_dir));
+  PREFILLD_ASSIGN_OR_RETURN(ModelConfig config,
+                            LoadModelConfig(options.checkpoint_dir, options.overruled_config_keys));
   PREFILLD_ASSIGN_OR_RETURN(const std::vector<CalibrationPrompt> prompts,
                             ReadCalibrationPrompts(options.prompts, options.bos, config.vocab_size,
                                                    PositionLimit(config)));

@@ -6,6 +6,9 @@
 #include "proto/process/command_line.h"
 
 ABSL_FLAG(std::string, model, "", "Checkpoint folder. Required.");
+ABSL_FLAG(std::vector<std::string>, ignore_config, {},
+          "Fields of config.json to treat as absent, comma-separated; those of a nested object as "
+          "rope_scaling.finetuned. For a field that is refused but changes nothing in this model.");
 ABSL_FLAG(std::string, out, "", "Folder for the dumps, one file a prompt. Required.");
 ABSL_FLAG(std::string, device, "auto", "auto, cpu or cuda.");
 ABSL_FLAG(int32_t, cpu_threads, 0, "Compute threads of the CPU device. 0: all cores.");
@@ -45,12 +48,14 @@ absl::StatusOr<DeviceChoice> ReadDevice(const std::string& name) {
 absl::StatusOr<CalibrateOptions> OptionsFromCommandLine(int argc, char** argv) {
   const process::ProgramHelp help = {
       .usage = kUsage,
-      .groups = {{"Model and prompts", {"model", "out", "device", "cpu_threads", "bos"}},
-                 {"What is recorded", {"block_tokens", "grid", "gamma", "min_budget_tokens"}}}};
+      .groups = {
+          {"Model and prompts", {"model", "ignore_config", "out", "device", "cpu_threads", "bos"}},
+          {"What is recorded", {"block_tokens", "grid", "gamma", "min_budget_tokens"}}}};
   const std::vector<char*> positional = process::ParseCommandLine(argc, argv, help);
   std::vector<std::string> problems;
   CalibrateOptions options;
   options.checkpoint_dir = absl::GetFlag(FLAGS_model);
+  options.overruled_config_keys = absl::GetFlag(FLAGS_ignore_config);
   options.out_dir = absl::GetFlag(FLAGS_out);
   options.prompts.assign(positional.begin() + 1, positional.end());
   options.bos = absl::GetFlag(FLAGS_bos);

@@ -13,6 +13,7 @@ namespace prefilld::model {
 
 struct CalibrateOptions {
   std::string checkpoint_dir;
+  std::vector<std::string> overruled_config_keys;  // see LoadModelConfig
   std::string out_dir;
   std::vector<std::string> prompts;  // files and folders
   int bos = 256;

@@ -10,7 +10,10 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/string_view.h"
+#include "model/checkpoint/attention_window.h"
 #include "model/checkpoint/config_fields.h"
+#include "model/checkpoint/inert_fields.h"
+#include "model/checkpoint/quantization_config.h"
 #include "model/checkpoint/rope_config.h"
 #include "model/checkpoint/strict_json.h"
 #include "proto/status_macros.h"
@@ -128,29 +131,6 @@ void ReadProjections(Family family, ConfigFields& fields, ModelConfig& config) {
   config.tied_embeddings = fields.Flag("tie_word_embeddings", false);
 }
 
-// Refuses a model unless every layer attends to the whole prompt.
-void CheckFullAttention(Family family, ConfigFields& fields, const ModelConfig& config) {
-  const bool is_qwen = family == Family::kQwen2 || family == Family::kQwen3;
-  // transformers gives Mistral a window of 4096 when the file does not mention the field; null
-  // means no window.
-  const bool window_assumed = family == Family::kMistral && !fields.Mentions("sliding_window");
-  const int64_t window =
-      fields.Integer("sliding_window", 0, INT64_MAX, window_assumed ? 4096 : INT64_MAX);
-  const bool window_used = fields.Flag("use_sliding_window", !is_qwen);
-  if (window_used && window < config.max_positions) {
-    fields.Refuse("sliding_window",
-                  absl::StrCat("unsupported below max_position_embeddings ", config.max_positions,
-                               window_assumed ? "; absent means 4096 to mistral" : ""));
-  }
-  fields.Integer("max_window_layers", 0, INT64_MAX, 0);
-  const json* layer_types = fields.Value("layer_types");
-  if (layer_types != nullptr &&
-      *layer_types != json(std::vector<std::string>(config.num_layers, "full_attention"))) {
-    fields.Refuse("layer_types", absl::StrCat("unsupported; built for \"full_attention\" in all ",
-                                              config.num_layers, " layers"));
-  }
-}
-
 // Dual chunk attention keeps the rotation of long prompts within the lengths that were trained. A
 // prompt of one chunk is attended to as usual. Longer prompts are not supported.
 void LimitToOneChunk(ConfigFields& outer, ModelConfig& config) {
@@ -185,66 +165,60 @@ void ReadEosIds(ConfigFields& fields, std::vector<uint32_t>& ids) {
     return;
   }
   for (const json& id : list) {
-    if (!id.is_number_unsigned() || id.get<uint64_t>() > UINT32_MAX) {
+    const std::optional<int64_t> number = WholeNumber(id);
+    if (!number || *number > int64_t{UINT32_MAX}) {
       fields.Refuse("eos_token_id", "is not a token id or a list of them");
       return;
     }
-    const auto token = id.get<uint32_t>();
+    if (*number < 0) {  // no token has such an id, and -1 is a way to say that none ends the text
+      fields.NoteIgnored(absl::StrCat("eos_token_id ", *number));
+      continue;
+    }
+    const auto token = static_cast<uint32_t>(*number);
     if (std::find(ids.begin(), ids.end(), token) == ids.end()) ids.push_back(token);
   }
 }
 
-// Ignores fields of training, generation and bookkeeping, which do not change what the layers
-// compute.
-void IgnoreHarmless(ConfigFields& fields) {
-  fields.Ignore({"_attn_implementation", "_attn_implementation_autoset", "_name_or_path",
-                 "attention_dropout", "attn_implementation", "bos_token_id", "dtype",
-                 "initializer_range", "is_llama_config", "max_sequence_length", "pad_token_id",
-                 "pretraining_tp", "tokenizer_class", "torch_dtype", "transformers.js_config",
-                 "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache"});
-  // These are defaults of transformers' base class, which older files spell out.
-  fields.Ignore({"bad_words_ids",
-                 "chunk_size_feed_forward",
-                 "diversity_penalty",
-                 "do_sample",
-                 "early_stopping",
-                 "id2label",
-                 "label2id",
-                 "length_penalty",
-                 "max_length",
-                 "min_length",
-                 "no_repeat_ngram_size",
-                 "num_beam_groups",
-                 "num_beams",
-                 "num_return_sequences",
-                 "encoder_no_repeat_ngram_size",
-                 "repetition_penalty",
-                 "return_dict",
-                 "temperature",
-                 "top_k",
-                 "top_p",
-                 "typical_p"});
+// Takes the keys that the operator overrules out of a config.json: null counts as absent. "a.b" is
+// the member b of the object a.
+absl::Status Overrule(const std::vector<std::string>& keys, json& object) {
+  for (const std::string& key : keys) {
+    json* value = object.contains(key) ? &object[key] : nullptr;
+    const size_t dot = key.find('.');
+    if (value == nullptr && dot != std::string::npos) {
+      const auto outer = object.find(key.substr(0, dot));
+      const std::string member = key.substr(dot + 1);
+      if (outer != object.end() && outer->is_object() && outer->contains(member)) {
+        value = &(*outer)[member];
+      }
+    }
+    if (value == nullptr) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("has no ", key, ", which --ignore_config names"));
+    }
+    *value = nullptr;
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<ModelConfig> ReadConfig(const json& object) {
   ConfigFields fields(object);
   PREFILLD_ASSIGN_OR_RETURN(const FamilyTraits traits, ReadFamily(fields));
-  if (fields.Value("quantization_config") != nullptr) {
-    fields.Refuse("quantization_config", "unsupported; built for bf16, fp16 and fp32 weights");
-  }
+  RefuseQuantization(fields);
   ModelConfig config;
   config.family = traits.family;
   ReadShape(traits, fields, config);
   ReadProjections(traits.family, fields, config);
-  CheckFullAttention(traits.family, fields, config);
   if (fields.Number("partial_rotary_factor", 0.0, 1.0, 1.0) != 1.0) {
     fields.Refuse("partial_rotary_factor", "unsupported; built for 1");
   }
   config.rope = ReadRopeConfig(fields, config.max_positions);
   LimitToOneChunk(fields, config);
+  RequireFullAttention(fields, config);
   ReadEosIds(fields, config.eos_token_ids);
-  IgnoreHarmless(fields);
+  IgnoreInertFields(fields);
   PREFILLD_RETURN_IF_ERROR(fields.Finish());
+  config.ignored_keys = fields.ignored();
   return config;
 }
 
@@ -254,9 +228,13 @@ absl::Status Within(const std::string& path, const absl::Status& status) {
 
 }  // namespace
 
-absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& checkpoint_dir) {
+absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& checkpoint_dir,
+                                            const std::vector<std::string>& overruled_keys) {
   const std::string path = absl::StrCat(checkpoint_dir, "/config.json");
-  PREFILLD_ASSIGN_OR_RETURN(const json object, ReadJsonObject(path, kMaxConfigBytes));
+  PREFILLD_ASSIGN_OR_RETURN(json object, ReadJsonObject(path, kMaxConfigBytes));
+  if (const absl::Status status = Overrule(overruled_keys, object); !status.ok()) {
+    return absl::Status(status.code(), absl::StrCat(path, " ", status.message()));
+  }
   absl::StatusOr<ModelConfig> config = ReadConfig(object);
   if (!config.ok()) return Within(path, config.status());
 

@@ -49,11 +49,16 @@ struct ModelConfig {
   bool tied_embeddings = false;
   RopeConfig rope;
   std::vector<uint32_t> eos_token_ids;  // config.json, completed by generation_config.json
+  // Fields of config.json that were left out of account because they cannot change the result.
+  std::vector<std::string> ignored_keys;
 };
 
 // Loads the configuration. INVALID_ARGUMENT names the field, its value and what is supported. An
-// unsupported field is never ignored (sliding window, other activations, other head_dim, ...).
-absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& checkpoint_dir);
+// unsupported field is never ignored (other activations, other head_dim, ...), nor is an unknown
+// one unless it is empty. `overruled_keys` names fields to treat as absent all the same, those of a
+// nested object as "rope_scaling.finetuned"; one that is not in the file is INVALID_ARGUMENT.
+absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& checkpoint_dir,
+                                            const std::vector<std::string>& overruled_keys = {});
 
 // Returns the longest prompt that the model's rotation is made for. Beyond it the answers are
 // noise.

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "model/checkpoint/strict_json.h"
 
 namespace prefilld::model {
@@ -30,10 +31,8 @@ int64_t ConfigFields::Integer(const std::string& name, int64_t min, int64_t max,
                               std::optional<int64_t> absent) {
   const json* value = Require(name, !absent);
   if (value == nullptr) return absent.value_or(min);
-  const bool fits = value->is_number_unsigned() ? value->get<uint64_t>() <= uint64_t{INT64_MAX}
-                                                : value->is_number_integer();
-  const int64_t number = fits ? value->get<int64_t>() : 0;
-  if (fits && number >= min && number <= max) return number;
+  const std::optional<int64_t> number = WholeNumber(*value);
+  if (number && *number >= min && *number <= max) return *number;
   Refuse(name, absl::StrCat("is not an integer in [", min, ", ", max, "]"));
   return absent.value_or(min);
 }
@@ -69,7 +68,10 @@ std::string ConfigFields::Text(const std::string& name, absl::string_view absent
 const json* ConfigFields::Value(const std::string& name) { return Require(name, false); }
 
 void ConfigFields::Ignore(std::initializer_list<absl::string_view> names) {
-  for (absl::string_view name : names) known_.emplace(name);
+  for (absl::string_view name : names) {
+    known_.emplace(name);
+    if (Has(name)) NoteIgnored(absl::StrCat(prefix_, name));
+  }
 }
 
 void ConfigFields::Refuse(absl::string_view name, absl::string_view reason) {
@@ -82,12 +84,32 @@ void ConfigFields::Fail(absl::Status status) {
   if (status_.ok()) status_ = std::move(status);
 }
 
-absl::Status ConfigFields::Finish() {
-  for (const auto& [name, value] : object_.items()) {
-    const bool asks_nothing = value == false || (!value.is_primitive() && value.empty());
-    if (known_.contains(name) || value.is_null() || asks_nothing) continue;
-    Refuse(name, "unsupported: unknown to prefilld, and may change what the model computes");
+void ConfigFields::RefuseUnknown(const std::vector<std::string>& names) {
+  const auto add = [this](std::string* out, const std::string& name) {
+    absl::StrAppend(out, prefix_, name);
+  };
+  std::string others;
+  if (names.size() > 1) {
+    others = absl::StrCat("; so are ", absl::StrJoin(names.begin() + 1, names.end(), ", ", add));
   }
+  Refuse(names.front(),
+         absl::StrCat("unsupported: unknown to prefilld, and may change what the model computes",
+                      others, ". Where it does not, --ignore_config=",
+                      absl::StrJoin(names, ",", add), " leaves it out"));
+}
+
+absl::Status ConfigFields::Finish() {
+  std::vector<std::string> unknown;
+  for (const auto& [name, value] : object_.items()) {
+    if (known_.contains(name) || value.is_null()) continue;
+    const bool asks_nothing = value == false || (!value.is_primitive() && value.empty());
+    if (asks_nothing) {
+      NoteIgnored(absl::StrCat(prefix_, name));
+    } else {
+      unknown.push_back(name);
+    }
+  }
+  if (!unknown.empty()) RefuseUnknown(unknown);
   return status_;
 }
 

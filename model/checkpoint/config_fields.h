@@ -8,6 +8,8 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
@@ -27,7 +29,8 @@ class ConfigFields {
   // Tells whether the field is there, null included.
   bool Mentions(const std::string& name) const;
 
-  // Reads a number within inclusive bounds. A field without a default must be there.
+  // Reads a number within inclusive bounds. A field without a default must be there. 2048.0 is an
+  // integer too, because some writers know floating-point numbers only.
   int64_t Integer(const std::string& name, int64_t min, int64_t max,
                   std::optional<int64_t> absent = std::nullopt);
   double Number(const std::string& name, double min, double max,
@@ -37,8 +40,15 @@ class ConfigFields {
   // Returns the raw value, or null when it is absent.
   const nlohmann::json* Value(const std::string& name);
 
-  // Ignores fields that cannot change the result.
+  // Tells whether the field was asked for or ignored.
+  bool WasRead(absl::string_view name) const { return known_.contains(name); }
+
+  // Ignores fields that cannot change the result. Those that are there are noted.
   void Ignore(std::initializer_list<absl::string_view> names);
+  // Notes something that was left out of account.
+  void NoteIgnored(std::string what) { ignored_.push_back(std::move(what)); }
+  // Returns what was ignored, with the prefix, in the order of the calls.
+  const std::vector<std::string>& ignored() const { return ignored_; }
 
   // Records the error "<prefix><name> <value> <reason>".
   void Refuse(absl::string_view name, absl::string_view reason);
@@ -46,17 +56,20 @@ class ConfigFields {
 
   const absl::Status& status() const { return status_; }  // the first error so far
 
-  // Returns the first error, or else an error that names a field that was neither read nor ignored,
-  // because it might ask for something that is not done. False, [] and {} ask for nothing.
+  // Returns the first error, or else an error that names all fields that were neither read nor
+  // ignored, because they might ask for something that is not done. False, [] and {} ask for
+  // nothing, and such fields are ignored.
   absl::Status Finish();
 
  private:
   const nlohmann::json* Find(absl::string_view name) const;
   const nlohmann::json* Require(const std::string& name, bool required);
+  void RefuseUnknown(const std::vector<std::string>& names);
 
   const nlohmann::json& object_;
   const std::string prefix_;
   std::set<std::string, std::less<>> known_;
+  std::vector<std::string> ignored_;
   absl::Status status_;
 };
 

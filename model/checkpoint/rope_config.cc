@@ -6,6 +6,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "model/checkpoint/inert_fields.h"
 #include "model/checkpoint/strict_json.h"
 
 namespace prefilld::model {
@@ -54,7 +55,7 @@ void ReadYarn(ConfigFields& fields, int64_t max_positions, RopeConfig& rope) {
       static_cast<double>(max_positions) / static_cast<double>(rope.original_max_positions);
   rope.factor =
       fields.Has("factor") ? fields.Number("factor", 1.0, kMaxFactor) : std::max(stretch, 1.0);
-  fields.Ignore({"factor"});
+  fields.Value("factor");  // is known, even where it is null
   rope.beta_fast = NonZero(fields.Number("beta_fast", 0.0, kMaxBand, 0.0), 32.0);
   rope.beta_slow = NonZero(fields.Number("beta_slow", 0.0, kMaxBand, 0.0), 1.0);
   if (rope.beta_fast < rope.beta_slow) {
@@ -65,7 +66,7 @@ void ReadYarn(ConfigFields& fields, int64_t max_positions, RopeConfig& rope) {
   if (fields.Has("attention_factor")) {
     rope.attention_factor = fields.Number("attention_factor", kSmallestPositive, kMaxFactor);
   }
-  fields.Ignore({"attention_factor"});
+  fields.Value("attention_factor");  // is known, even where it is null
   rope.truncate = fields.Flag("truncate", true);
 }
 
@@ -151,7 +152,9 @@ RopeConfig ReadRopeConfig(ConfigFields& outer, int64_t max_positions) {
   }
   ConfigFields fields(*object, absl::StrCat(name, "."));
   RopeConfig rope = ReadRopeObject(outer, fields, max_positions);
+  IgnoreInertRopeFields(fields);
   outer.Fail(fields.Finish());
+  for (const std::string& key : fields.ignored()) outer.NoteIgnored(key);
   return rope;
 }
 

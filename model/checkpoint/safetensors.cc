@@ -15,9 +15,10 @@
 #include <utility>
 
 #include "absl/status/status.h"
-#include "absl/strings/escaping.h"
+#include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "model/checkpoint/lfs_pointer.h"
 #include "model/checkpoint/strict_json.h"
 #include "proto/status_macros.h"
 
@@ -69,19 +70,20 @@ absl::StatusOr<Tensor> ParseTensor(const json& entry, absl::Span<const std::byte
         absl::StrCat("expected dtype, shape and data_offsets, found ", Shown(entry)));
   }
   Tensor tensor;
-  const std::optional<DType> dtype = ParseDType(entry["dtype"]);
-  if (!dtype) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("dtype ", Shown(entry["dtype"]), " unsupported; built for BF16, F16, F32"));
+  const json& dtype_name = entry["dtype"];
+  if (!dtype_name.is_string()) {
+    return absl::InvalidArgumentError(absl::StrCat("dtype ", Shown(dtype_name), " is not a name"));
   }
-  tensor.dtype = *dtype;
+  const std::optional<DType> dtype = ParseDType(dtype_name);
+  tensor.dtype = dtype.value_or(DType::kFp32);
+  if (!dtype) tensor.foreign_dtype = dtype_name.get<std::string>();
 
   const json& shape = entry["shape"];
   if (!shape.is_array() || shape.size() > kMaxTensorRank) {
     return absl::InvalidArgumentError(absl::StrCat(
         "shape ", Shown(shape), " is not an array of at most ", kMaxTensorRank, " dimensions"));
   }
-  int64_t bytes = static_cast<int64_t>(SizeOf(tensor.dtype));
+  int64_t bytes = dtype ? static_cast<int64_t>(SizeOf(tensor.dtype)) : 1;
   for (const json& dimension : shape) {
     const std::optional<uint64_t> size = Unsigned(dimension);
     int64_t product = 0;
@@ -102,18 +104,14 @@ absl::StatusOr<Tensor> ParseTensor(const json& entry, absl::Span<const std::byte
                                                    " do not lie within the ", data.size(),
                                                    " bytes of data that the file has"));
   }
-  if (*end - *begin != static_cast<uint64_t>(bytes)) {
+  // The sizes of foreign types are not known here, and some are smaller than a byte.
+  if (dtype && *end - *begin != static_cast<uint64_t>(bytes)) {
     return absl::InvalidArgumentError(absl::StrCat("data_offsets ", Shown(offsets), " hold ",
                                                    *end - *begin, " bytes; shape ", Shown(shape),
                                                    " of ", Name(tensor.dtype), " needs ", bytes));
   }
   tensor.data = data.data() + *begin;
-  tensor.bytes = static_cast<size_t>(bytes);
-  if (bytes != 0 && reinterpret_cast<uintptr_t>(tensor.data) % SizeOf(tensor.dtype) != 0) {
-    return absl::InvalidArgumentError(absl::StrCat("data_offsets ", Shown(offsets),
-                                                   " are not aligned to the element size of ",
-                                                   Name(tensor.dtype), " in the file"));
-  }
+  tensor.bytes = static_cast<size_t>(*end - *begin);
   extent.begin = *begin;
   extent.end = *end;
   return tensor;
@@ -141,9 +139,25 @@ absl::Status CheckCoverage(std::vector<Extent> extents, uint64_t data_bytes) {
   return absl::OkStatus();
 }
 
+// Says what is wrong with a header length. Text read as a length is a huge number, so that a file
+// which is text is shown as such.
+absl::Status BadHeaderLength(uint64_t header_bytes, absl::Span<const std::byte> file) {
+  const absl::string_view start(reinterpret_cast<const char*>(file.data()), kLengthBytes);
+  if (std::all_of(start.begin(), start.end(), absl::ascii_isprint)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("begins with the text ", Shown(std::string(start)),
+                     ", where a safetensors file has the length of its header"));
+  }
+  return absl::InvalidArgumentError(absl::StrCat(
+      "header length ", header_bytes, " exceeds the file's ", file.size() - kLengthBytes,
+      " bytes or the limit of ", kMaxSafetensorsHeaderBytes));
+}
+
 }  // namespace
 
 absl::StatusOr<TensorMap> ParseSafetensors(absl::Span<const std::byte> file) {
+  PREFILLD_RETURN_IF_ERROR(
+      CheckNotLfsPointer({reinterpret_cast<const char*>(file.data()), file.size()}));
   if (file.size() < kLengthBytes) {
     return absl::InvalidArgumentError(
         absl::StrCat("file of ", file.size(), " bytes is too short for a header"));
@@ -151,9 +165,7 @@ absl::StatusOr<TensorMap> ParseSafetensors(absl::Span<const std::byte> file) {
   uint64_t header_bytes = 0;
   std::memcpy(&header_bytes, file.data(), kLengthBytes);
   if (header_bytes > kMaxSafetensorsHeaderBytes || header_bytes > file.size() - kLengthBytes) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "header length ", header_bytes, " exceeds the file's ", file.size() - kLengthBytes,
-        " bytes or the limit of ", kMaxSafetensorsHeaderBytes));
+    return BadHeaderLength(header_bytes, file);
   }
   const absl::string_view header(reinterpret_cast<const char*>(file.data()) + kLengthBytes,
                                  header_bytes);
@@ -231,13 +243,14 @@ bool IsShardName(absl::string_view name) {
 }
 
 // Reads the weight_map of an index, which names the shard file of each tensor.
-absl::StatusOr<std::map<std::string, std::string>> ReadWeightMap(const std::string& path) {
+absl::StatusOr<std::map<std::string, std::string, std::less<>>> ReadWeightMap(
+    const std::string& path) {
   PREFILLD_ASSIGN_OR_RETURN(const json index, ReadJsonObject(path, kMaxIndexBytes));
   const auto weight_map = index.find("weight_map");
   if (weight_map == index.end() || !weight_map->is_object() || weight_map->empty()) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": no weight_map"));
   }
-  std::map<std::string, std::string> shard_of;
+  std::map<std::string, std::string, std::less<>> shard_of;
   for (const auto& [name, shard] : weight_map->items()) {
     if (!shard.is_string() || !IsShardName(shard.get_ref<const std::string&>())) {
       return absl::InvalidArgumentError(
@@ -254,9 +267,21 @@ absl::StatusOr<std::map<std::string, std::string>> ReadWeightMap(const std::stri
 Checkpoint::Checkpoint() = default;
 Checkpoint::~Checkpoint() = default;
 
-const Tensor* Checkpoint::Find(absl::string_view name) const {
-  const auto found = tensors_.find(name);
-  return found == tensors_.end() ? nullptr : &found->second;
+absl::StatusOr<const Tensor*> Checkpoint::Find(absl::string_view name) const {
+  if (const auto found = tensors_.find(name); found != tensors_.end()) {
+    const std::string& foreign = found->second.foreign_dtype;
+    if (foreign.empty()) return &found->second;
+    return absl::InvalidArgumentError(absl::StrCat("tensor ", name, ": dtype ", Shown(foreign),
+                                                   " unsupported; built for BF16, F16, F32"));
+  }
+  std::string reason = " is missing";
+  if (const auto shard = shard_of_.find(name); shard != shard_of_.end()) {
+    reason = absl::StrCat(missing_shards_.contains(shard->second)
+                              ? " is missing, and so is the file that the index names for it, "
+                              : " is missing in the file that the index names for it, ",
+                          shard->second);
+  }
+  return absl::InvalidArgumentError(absl::StrCat("tensor ", name, reason));
 }
 
 absl::Status Checkpoint::Add(const std::string& path) {
@@ -277,6 +302,24 @@ absl::Status Checkpoint::Add(const std::string& path) {
   return absl::OkStatus();
 }
 
+absl::Status Checkpoint::AddShards(const std::string& checkpoint_dir,
+                                   const std::string& index_path) {
+  PREFILLD_ASSIGN_OR_RETURN(shard_of_, ReadWeightMap(index_path));
+  std::set<std::string> shards;
+  for (const auto& [name, shard] : shard_of_) shards.insert(shard);
+  absl::Status missing;
+  for (const std::string& shard : shards) {
+    const absl::Status status = Add(absl::StrCat(checkpoint_dir, "/", shard));
+    if (absl::IsNotFound(status)) {
+      missing = status;
+      missing_shards_.insert(shard);
+    } else {
+      PREFILLD_RETURN_IF_ERROR(status);
+    }
+  }
+  return missing_shards_.size() < shards.size() ? absl::OkStatus() : missing;
+}
+
 absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& checkpoint_dir) {
   const std::string index_path = absl::StrCat(checkpoint_dir, "/model.safetensors.index.json");
   std::unique_ptr<Checkpoint> checkpoint(new Checkpoint());
@@ -285,18 +328,7 @@ absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& 
     PREFILLD_RETURN_IF_ERROR(checkpoint->Add(absl::StrCat(checkpoint_dir, "/model.safetensors")));
     return checkpoint;
   }
-  PREFILLD_ASSIGN_OR_RETURN(const auto shard_of, ReadWeightMap(index_path));
-  std::set<std::string> shards;
-  for (const auto& [name, shard] : shard_of) shards.insert(shard);
-  for (const std::string& shard : shards) {
-    PREFILLD_RETURN_IF_ERROR(checkpoint->Add(absl::StrCat(checkpoint_dir, "/", shard)));
-  }
-  for (const auto& [name, shard] : shard_of) {
-    if (checkpoint->Find(name) == nullptr) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(index_path, ": tensor ", Shown(name), " is not in ", shard));
-    }
-  }
+  PREFILLD_RETURN_IF_ERROR(checkpoint->AddShards(checkpoint_dir, index_path));
   return checkpoint;
 }
 

@@ -1,6 +1,7 @@
 #include "model/checkpoint/strict_json.h"
 
 #include <cerrno>
+#include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -11,6 +12,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "model/checkpoint/lfs_pointer.h"
 
 namespace prefilld::model {
 namespace {
@@ -116,6 +118,9 @@ absl::StatusOr<json> ReadJsonObject(const std::string& path, size_t max_bytes) {
   if (!file.read(text.data(), static_cast<std::streamsize>(size))) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": cannot be read"));
   }
+  if (const absl::Status status = CheckNotLfsPointer(text); !status.ok()) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": ", status.message()));
+  }
   absl::StatusOr<json> parsed = ParseStrictJson(text);
   if (!parsed.ok()) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": ", parsed.status().message()));
@@ -124,6 +129,20 @@ absl::StatusOr<json> ReadJsonObject(const std::string& path, size_t max_bytes) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": not a JSON object"));
   }
   return parsed;
+}
+
+std::optional<int64_t> WholeNumber(const json& value) {
+  if (value.is_number_unsigned()) {
+    const auto number = value.get<uint64_t>();
+    if (number > uint64_t{INT64_MAX}) return std::nullopt;
+    return static_cast<int64_t>(number);
+  }
+  if (value.is_number_integer()) return value.get<int64_t>();
+  if (!value.is_number_float()) return std::nullopt;
+  constexpr double kMaxExact = 0x1p53;  // every whole number up to here has its own double
+  const auto number = value.get<double>();
+  if (!(std::abs(number) <= kMaxExact) || number != std::trunc(number)) return std::nullopt;
+  return static_cast<int64_t>(number);
 }
 
 std::string Shown(const json& value) {

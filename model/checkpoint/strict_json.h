@@ -4,7 +4,9 @@
 #define PREFILLD_MODEL_CHECKPOINT_STRICT_JSON_H_
 
 #include <cstddef>
+#include <cstdint>
 #include <nlohmann/json_fwd.hpp>
+#include <optional>
 #include <string>
 
 #include "absl/status/statusor.h"
@@ -21,6 +23,9 @@ absl::StatusOr<nlohmann::json> ParseStrictJson(absl::string_view text,
 // Reads and parses a whole file. NOT_FOUND when there is none; INVALID_ARGUMENT when it is larger
 // than max_bytes or not a JSON object. Messages begin with the path.
 absl::StatusOr<nlohmann::json> ReadJsonObject(const std::string& path, size_t max_bytes);
+
+// Returns a number without a fraction that fits, in whichever form it is written: 2048 or 2048.0.
+std::optional<int64_t> WholeNumber(const nlohmann::json& value);
 
 // Formats a value for a message: JSON on one line, cut when long.
 std::string Shown(const nlohmann::json& value);

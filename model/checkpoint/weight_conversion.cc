@@ -1,6 +1,7 @@
 #include "model/checkpoint/weight_conversion.h"
 
 #include <bit>
+#include <cstddef>
 #include <cstring>
 
 namespace prefilld::model {
@@ -57,9 +58,13 @@ void FromFloat(float x, Fp16& y) {
 
 template <typename Src, typename Dst>
 void Convert(const void* src, void* dst, int64_t count) {
-  const Src* from = static_cast<const Src*>(src);
+  const auto* from = static_cast<const std::byte*>(src);
   Dst* to = static_cast<Dst*>(dst);
-  for (int64_t i = 0; i < count; ++i) FromFloat(ToFloat(from[i]), to[i]);
+  for (int64_t i = 0; i < count; ++i) {
+    Src element;  // memcpy, because `from` may be at any address; it becomes one load
+    std::memcpy(&element, from + static_cast<size_t>(i) * sizeof(Src), sizeof(Src));
+    FromFloat(ToFloat(element), to[i]);
+  }
 }
 
 template <typename Src>

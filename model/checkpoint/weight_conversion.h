@@ -9,8 +9,8 @@
 namespace prefilld::model {
 
 // Sets dst[i] = src[i] for `count` elements, rounded to nearest even if the target is narrower.
-// Values beyond the range of bf16 or fp16 become infinity, and NaN stays NaN. Both are aligned to
-// their element size and do not overlap.
+// Values beyond the range of bf16 or fp16 become infinity, and NaN stays NaN. `dst` is aligned
+// to its element size, while `src` need not be: in a file it may lie anywhere. They do not overlap.
 void ConvertElements(kernels::DType src_dtype, const void* src, kernels::DType dst_dtype, void* dst,
                      int64_t count);
 

@@ -5,7 +5,6 @@
 #include <functional>
 #include <map>
 #include <numeric>
-#include <set>
 #include <thread>
 #include <utility>
 
@@ -14,9 +13,12 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/string_view.h"
+#include "absl/strings/strip.h"
 #include "absl/synchronization/mutex.h"
 #include "kernels/cpu/threads.h"
 #include "model/checkpoint/fingerprint.h"
+#include "model/checkpoint/quantization_config.h"
 #include "model/checkpoint/safetensors.h"
 #include "model/checkpoint/weight_conversion.h"
 #include "proto/status_macros.h"
@@ -30,6 +32,25 @@ constexpr int kMaxWorkers = 8;  // saturate a link to a GPU, and bound the stagi
 
 int64_t ElementCount(const std::vector<int64_t>& shape) {
   return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+}
+
+bool IsMaskType(absl::string_view foreign_dtype) {
+  return foreign_dtype == "BOOL" || foreign_dtype == "U8" || foreign_dtype == "I32" ||
+         foreign_dtype == "I64";
+}
+
+// Adds to the error about a weight that the files hold a quantised form of it, where they do.
+absl::Status ExplainQuantized(const Checkpoint& checkpoint, absl::string_view name,
+                              const absl::Status& error) {
+  absl::string_view stem = name;
+  const bool is_weight = absl::ConsumeSuffix(&stem, ".weight");
+  const bool quantized =
+      checkpoint.tensors().contains(name) ||  // then Find refused its type
+      (is_weight && (checkpoint.tensors().contains(absl::StrCat(stem, ".qweight")) ||
+                     checkpoint.tensors().contains(absl::StrCat(stem, ".weight_packed"))));
+  if (!quantized) return error;
+  return absl::InvalidArgumentError(
+      absl::StrCat(error.message(), "; the files hold quantised weights: ", kUseUnquantized));
 }
 
 // Collects first which tensor goes where, then moves them all. After the first error placing does
@@ -47,12 +68,16 @@ class WeightLoader {
   // Allocates `buffer` for the parts, one after the other.
   void Place(DeviceBuffer& buffer, const std::vector<Part>& parts);
 
-  // Marks a tensor that may be there but is not used.
-  void Ignore(const std::string& name) { ignored_.insert(name); }
+  // Names a part of the model that is computed, such as "model.norm.". A tensor of such a part that
+  // was not placed would change what the part computes.
+  void Computes(std::string prefix) { computed_.push_back(std::move(prefix)); }
 
-  // Converts and uploads everything placed, and digests the content on the way. Fails if a tensor
-  // of the checkpoint was neither placed nor ignored, because a model that has it is another model.
+  // Converts and uploads everything placed, and digests the content on the way. Fails if the
+  // checkpoint has a tensor of a computed part that was not placed.
   absl::Status Transfer();
+
+  // The tensors of the checkpoint that were not placed.
+  std::vector<std::string> UnusedTensors() const;
 
   std::string fingerprint(const ModelConfig& config) const { return Fingerprint(config, digests_); }
 
@@ -66,7 +91,7 @@ class WeightLoader {
   };
 
   absl::Status Allocate(DeviceBuffer& buffer, const std::vector<Part>& parts);
-  absl::Status CheckNothingLeft() const;
+  absl::Status CheckComputedParts() const;
   absl::Status TransferStretch(const Stretch& stretch, void* staging);
   void Work();
 
@@ -75,7 +100,7 @@ class WeightLoader {
   const DType dtype_;
 
   absl::Status placed_;  // the first error of Place
-  std::set<std::string> ignored_;
+  std::vector<std::string> computed_;
   std::map<std::string, TensorDigest> digests_;  // of the tensors placed
   std::vector<Stretch> stretches_;
 
@@ -87,10 +112,9 @@ class WeightLoader {
 absl::Status WeightLoader::Allocate(DeviceBuffer& buffer, const std::vector<Part>& parts) {
   int64_t total = 0;
   for (const Part& part : parts) {
-    const Tensor* tensor = checkpoint_.Find(part.name);
-    if (tensor == nullptr) {
-      return absl::InvalidArgumentError(absl::StrCat("tensor ", part.name, " is missing"));
-    }
+    const absl::StatusOr<const Tensor*> found = checkpoint_.Find(part.name);
+    if (!found.ok()) return ExplainQuantized(checkpoint_, part.name, found.status());
+    const Tensor* tensor = *found;
     if (tensor->shape != part.shape) {
       return absl::InvalidArgumentError(
           absl::StrCat("tensor ", part.name, " has shape [", absl::StrJoin(tensor->shape, ", "),
@@ -109,7 +133,7 @@ void WeightLoader::Place(DeviceBuffer& buffer, const std::vector<Part>& parts) {
   for (const Part& part : parts) {
     const int64_t elements = ElementCount(part.shape);
     TensorDigest& digest = digests_[part.name];
-    digest.tensor = checkpoint_.Find(part.name);
+    digest.tensor = *checkpoint_.Find(part.name);  // Allocate has found it
     digest.stretches.resize(static_cast<size_t>(kernels::CeilDiv(elements, kDigestElements)));
     for (size_t i = 0; i < digest.stretches.size(); ++i) {
       stretches_.push_back(
@@ -119,13 +143,24 @@ void WeightLoader::Place(DeviceBuffer& buffer, const std::vector<Part>& parts) {
   }
 }
 
-absl::Status WeightLoader::CheckNothingLeft() const {
+std::vector<std::string> WeightLoader::UnusedTensors() const {
+  std::vector<std::string> unused;
   for (const auto& [name, tensor] : checkpoint_.tensors()) {
-    // Old Llama files store the frequencies from which RoPE is computed.
-    if (digests_.contains(name) || ignored_.contains(name) ||
-        absl::EndsWith(name, ".rotary_emb.inv_freq")) {
-      continue;
-    }
+    if (!digests_.contains(name)) unused.push_back(name);
+  }
+  return unused;
+}
+
+absl::Status WeightLoader::CheckComputedParts() const {
+  for (const std::string& name : UnusedTensors()) {
+    // Old Llama files store the frequencies from which RoPE is computed. Tensors of whole numbers
+    // or of truth values are masks and positions.
+    if (absl::EndsWith(name, ".rotary_emb.inv_freq")) continue;
+    if (IsMaskType(checkpoint_.tensors().find(name)->second.foreign_dtype)) continue;
+    const bool computed =
+        std::any_of(computed_.begin(), computed_.end(),
+                    [&](const std::string& prefix) { return absl::StartsWith(name, prefix); });
+    if (!computed) continue;
     return absl::InvalidArgumentError(
         absl::StrCat("tensor ", name, " has no place in the model that config.json describes"));
   }
@@ -160,7 +195,7 @@ void WeightLoader::Work() {
 
 absl::Status WeightLoader::Transfer() {
   PREFILLD_RETURN_IF_ERROR(placed_);
-  PREFILLD_RETURN_IF_ERROR(CheckNothingLeft());
+  PREFILLD_RETURN_IF_ERROR(CheckComputedParts());
   const int workers = std::min(kernels::cpu::AvailableThreads(), kMaxWorkers);
   {
     std::vector<std::jthread> threads;
@@ -174,6 +209,7 @@ absl::Status WeightLoader::Transfer() {
 void PlaceLayer(const ModelConfig& config, int layer, WeightLoader& loader, LayerWeights& weights) {
   const int64_t q_rows = int64_t{config.num_heads} * config.head_dim;
   const int64_t kv_rows = int64_t{config.num_kv_heads} * config.head_dim;
+  loader.Computes(absl::StrCat("model.layers.", layer, "."));
   const auto place = [&](DeviceBuffer& buffer, std::vector<WeightLoader::Part> parts) {
     for (WeightLoader::Part& part : parts) {
       part.name = absl::StrCat("model.layers.", layer, ".", part.name);
@@ -212,11 +248,13 @@ void PlaceModel(const ModelConfig& config, WeightLoader& loader, Weights& weight
     PlaceLayer(config, layer, loader, weights.layers[static_cast<size_t>(layer)]);
   }
   loader.Place(weights.final_norm, {{"model.norm.weight", {config.hidden}}});
+  loader.Computes("model.embed_tokens.");
+  loader.Computes("model.norm.");
   if (config.tied_embeddings) {
-    loader.Ignore("lm_head.weight");  // some files store the embedding twice
-  } else {
-    loader.Place(weights.head, {{"lm_head.weight", table}});
+    return;  // some files store the embedding twice, as lm_head.weight
   }
+  loader.Place(weights.head, {{"lm_head.weight", table}});
+  loader.Computes("lm_head.");
 }
 
 }  // namespace
@@ -231,6 +269,7 @@ absl::StatusOr<Weights> LoadWeights(const std::string& checkpoint_dir, const Mod
     return absl::Status(status.code(), absl::StrCat(checkpoint_dir, ": ", status.message()));
   }
   weights.fingerprint = loader.fingerprint(config);
+  weights.unused_tensors = loader.UnusedTensors();
   return weights;
 }
 

@@ -35,12 +35,16 @@ struct Weights {
   // 32 hexadecimal digits, equal for equal configuration and weights whatever the sharding, the
   // device or the path. They cover every byte of the tensors (model/checkpoint/fingerprint.h).
   std::string fingerprint;
+  // Tensors of the files that the model does not use, in order. They are not read, so that nothing
+  // about them matters.
+  std::vector<std::string> unused_tensors;
 };
 
 // Loads the weights: memory-maps the safetensors of `checkpoint_dir` (model.safetensors, or the
 // shards named by model.safetensors.index.json; bf16, fp16 or fp32), checks every tensor's presence
 // and shape against the config, converts and uploads. INVALID_ARGUMENT with file, tensor and reason
-// for a hostile or truncated file, and for a tensor that the model does not use. Staging memory on
+// for a hostile or truncated file. A tensor that the model does not use is no error, unless it
+// belongs to a part that is computed: then config.json describes another model. Staging memory on
 // the host is bounded, and the files stay mapped only during the call.
 absl::StatusOr<Weights> LoadWeights(const std::string& checkpoint_dir, const ModelConfig& config,
                                     Device& device);

@@ -26,6 +26,9 @@ class PagedDecoder final : public Decoder {
 
   const ModelConfig& config() const override { return config_; }
   const std::string& fingerprint() const override { return weights_.fingerprint; }
+  const std::vector<std::string>& unused_tensors() const override {
+    return weights_.unused_tensors;
+  }
   const std::string& device_name() const override { return device_->traits().name; }
   kernels::DType kv_dtype() const override { return device_->traits().compute_dtype; }
   int64_t num_pool_blocks() const override { return num_pool_blocks_; }
@@ -74,7 +77,8 @@ class PagedDecoder final : public Decoder {
 };
 
 absl::Status PagedDecoder::Load(const DecoderOptions& options) {
-  absl::StatusOr<ModelConfig> config = LoadModelConfig(options.checkpoint_dir);
+  absl::StatusOr<ModelConfig> config =
+      LoadModelConfig(options.checkpoint_dir, options.overruled_config_keys);
   if (!config.ok()) return config.status();
   config_ = *std::move(config);
   absl::StatusOr<std::unique_ptr<Device>> device =

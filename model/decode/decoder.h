@@ -18,6 +18,7 @@ namespace prefilld::model {
 
 struct DecoderOptions {
   std::string checkpoint_dir;
+  std::vector<std::string> overruled_config_keys;  // see LoadModelConfig
   DeviceChoice device = DeviceChoice::kAuto;
   int cpu_threads = 0;
   int block_tokens = 16;  // 16, 32, 64 or 128
@@ -35,6 +36,8 @@ class Decoder {
 
   virtual const ModelConfig& config() const = 0;
   virtual const std::string& fingerprint() const = 0;
+  // Returns the tensors of the checkpoint that the model does not use, see Weights.
+  virtual const std::vector<std::string>& unused_tensors() const = 0;
   virtual const std::string& device_name() const = 0;
   virtual kernels::DType kv_dtype() const = 0;
   virtual int64_t num_pool_blocks() const = 0;

@@ -310,7 +310,8 @@ absl::StatusOr<std::unique_ptr<PrefillEngine>> CreatePrefillEngine(const EngineO
   parts->block_tokens = options.block_tokens;
   parts->kv_slots = options.kv_slots;
 
-  PREFILLD_ASSIGN_OR_RETURN(info.config, LoadModelConfig(options.checkpoint_dir));
+  PREFILLD_ASSIGN_OR_RETURN(info.config,
+                            LoadModelConfig(options.checkpoint_dir, options.overruled_config_keys));
   PREFILLD_ASSIGN_OR_RETURN(info.max_tokens, MaxTokens(options, info.config));
   info.model_name = ModelName(options.checkpoint_dir);
 
@@ -327,6 +328,7 @@ absl::StatusOr<std::unique_ptr<PrefillEngine>> CreatePrefillEngine(const EngineO
   PREFILLD_ASSIGN_OR_RETURN(parts->weights,
                             LoadWeights(options.checkpoint_dir, info.config, *parts->device));
   info.fingerprint = parts->weights.fingerprint;
+  info.unused_tensors = parts->weights.unused_tensors;
   PREFILLD_RETURN_IF_ERROR(CheckMadeFor(parts->clusters, info.fingerprint));
 
   const int64_t batch_tokens = traits.asynchronous ? kCudaBatchTokens : 0;

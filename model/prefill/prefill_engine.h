@@ -42,6 +42,7 @@ struct EngineInfo {
   ModelConfig config;
   std::string model_name;
   std::string fingerprint;
+  std::vector<std::string> unused_tensors;  // of the checkpoint, see Weights
   std::string device_name;
   kernels::DType native_dtype = kernels::DType::kFp32;
   int64_t max_tokens = 0;
@@ -147,6 +148,7 @@ inline constexpr int kMaxPromptStates = 15;
 
 struct EngineOptions {
   std::string checkpoint_dir;
+  std::vector<std::string> overruled_config_keys;  // see LoadModelConfig
   std::string clusters_path;  // empty: <checkpoint_dir>/head_clusters.json if it is there
   DeviceChoice device = DeviceChoice::kAuto;
   int cpu_threads = 0;      // 0: all cores

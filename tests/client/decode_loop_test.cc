@@ -38,6 +38,17 @@ TEST(DecodeLoop, FeedsEachTokenAtItsPositionUntilTheLength) {
   EXPECT_THAT(decoder.steps(), ElementsAre(Pair(10, 40), Pair(11, 41), Pair(12, 42)));
 }
 
+TEST(DecodeLoop, EndsWhereTheModelsPositionsEnd) {
+  FakeDecoder decoder;
+  DecodeLoop loop(&decoder);
+  DecodeRequest request = Request(10, 50);
+  request.stop.tokens_to_positions_end = 3;
+  const auto stream = loop.Start(request, nullptr);
+  EXPECT_THAT(TakeAll(*stream), ElementsAre(11, 12));
+  EXPECT_EQ(stream->finish(), Finish::kPositions);
+  EXPECT_THAT(decoder.steps(), ElementsAre(Pair(10, 40), Pair(11, 41)));
+}
+
 TEST(DecodeLoop, StopsAtAStopTokenWhichIsTheLastOne) {
   FakeDecoder decoder;
   DecodeLoop loop(&decoder);

@@ -7,6 +7,7 @@ FakeDecoder::FakeDecoder(int64_t num_blocks) : num_blocks_(num_blocks) {
   config_.num_layers = 3;
   config_.num_kv_heads = 2;
   config_.head_dim = 8;
+  config_.max_positions = 1000;
   config_.eos_token_ids = {99};
 }
 

@@ -20,7 +20,10 @@ class FakeDecoder : public model::Decoder {
   explicit FakeDecoder(int64_t num_blocks = 16);
 
   const model::ModelConfig& config() const override { return config_; }
+  // For changes before the first request.
+  model::ModelConfig& mutable_config() { return config_; }
   const std::string& fingerprint() const override { return fingerprint_; }
+  const std::vector<std::string>& unused_tensors() const override { return unused_tensors_; }
   const std::string& device_name() const override { return device_name_; }
   kernels::DType kv_dtype() const override { return kernels::DType::kFp32; }
   int64_t num_pool_blocks() const override { return num_blocks_; }
@@ -40,6 +43,7 @@ class FakeDecoder : public model::Decoder {
  private:
   model::ModelConfig config_;
   const std::string fingerprint_ = "f00d";
+  const std::vector<std::string> unused_tensors_;
   const std::string device_name_ = "fake";
   const int64_t num_blocks_;
   absl::Mutex mu_;

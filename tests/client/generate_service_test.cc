@@ -51,6 +51,34 @@ TEST_F(WorkerServices, AStopTokenEndsTheGeneration) {
   EXPECT_THAT(Generate(request).tokens, ElementsAre(7));
 }
 
+TEST_F(WorkerServices, TheModelsLastPositionEndsTheGenerationWithAReason) {
+  decoder_.mutable_config().max_positions = 42;  // the prompt has 40 tokens
+  const Reply reply = Generate(Request(50));
+  ASSERT_TRUE(reply.status.ok()) << reply.status.error_message();
+  EXPECT_THAT(reply.tokens, ElementsAre(7, 8, 9));
+  EXPECT_EQ(reply.result.finish_reason(), ::prefill::v1::FINISH_REASON_POSITIONS);
+  EXPECT_EQ(decoder_.steps().back().second, 41);
+
+  // A scaled RoPE is made for more positions.
+  decoder_.mutable_config().rope.kind = model::RopeKind::kLinear;
+  decoder_.mutable_config().rope.factor = 2.0;
+  EXPECT_EQ(Generate(Request(10)).result.finish_reason(), ::prefill::v1::FINISH_REASON_LENGTH);
+}
+
+TEST_F(WorkerServices, APromptThatFillsAllPositionsHasOneToken) {
+  decoder_.mutable_config().max_positions = 40;
+  const Reply reply = Generate(Request(50));
+  EXPECT_THAT(reply.tokens, ElementsAre(7));
+  EXPECT_EQ(reply.result.finish_reason(), ::prefill::v1::FINISH_REASON_POSITIONS);
+}
+
+TEST_F(WorkerServices, APromptPastTheModelsPositionsIsInvalid) {
+  decoder_.mutable_config().max_positions = 39;
+  const grpc::Status status = Generate(Request()).status;
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_EQ(status.error_message(), "token_ids has 40 tokens; the model has 39 positions");
+}
+
 TEST_F(WorkerServices, RefusesBadRequestsByFieldValueAndLimit) {
   const auto refused = [&](const GenerateRequest& request, const char* message) {
     const grpc::Status status = Generate(request).status;

@@ -4,11 +4,13 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cstring>
 #include <filesystem>
 #include <functional>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
 #include "model/checkpoint/safetensors.h"
 #include "model/checkpoint/weight_conversion.h"
 #include "tests/model/random_checkpoint.h"
@@ -19,6 +21,8 @@ namespace prefilld::model {
 namespace {
 
 using kernels::DType;
+using ::testing::AllOf;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 constexpr char kQ[] = "model.layers.1.self_attn.q_proj.weight";
@@ -80,7 +84,7 @@ class LoadWeightsTest : public testing::Test {
     const auto checkpoint = Checkpoint::Open(dir);
     std::vector<float> values;
     for (const std::string& name : names) {
-      const Tensor* tensor = (*checkpoint)->Find(name);
+      const Tensor* tensor = *(*checkpoint)->Find(name);
       const size_t count = tensor->bytes / SizeOf(tensor->dtype);
       values.resize(values.size() + count);
       ConvertElements(tensor->dtype, tensor->data, DType::kFp32,
@@ -150,9 +154,80 @@ TEST_F(LoadWeightsTest, RefusesWhatDoesNotFitTheConfig) {
               HasSubstr(absl::StrCat("tensor ", kQ,
                                      " has shape [128, 256]; config.json asks for [256, 128]")));
   EXPECT_THAT(Refusal([](auto& tensors) {
-                tensors.push_back({"model.layers.2.mlp.up_proj.weight", "BF16", {1}, "xx"});
+                tensors.push_back({"model.layers.1.mlp.router.weight", "BF16", {1}, "xx"});
               }),
-              HasSubstr("tensor model.layers.2.mlp.up_proj.weight has no place in the model"));
+              HasSubstr("tensor model.layers.1.mlp.router.weight has no place in the model"));
+  EXPECT_THAT(Refusal([](auto& tensors) {
+                tensors.push_back({"lm_head.bias", "BF16", {1}, "xx"});
+              }),
+              HasSubstr("tensor lm_head.bias has no place in the model"));
+}
+
+// Nothing about a tensor that is not read is a reason to refuse the model.
+TEST_F(LoadWeightsTest, LeavesAloneWhatTheModelDoesNotUse) {
+  const auto weights = LoadEdited([](auto& tensors) {
+    tensors.push_back({"model.layers.2.mlp.up_proj.weight", "F8_E4M3", {9, 9, 9}, "xx"});
+    tensors.push_back({"model.layers.0.self_attn.bias", "BOOL", {1, 1}, "x"});
+    tensors.push_back({"v_head.summary.weight", "BF16", {1}, "xx"});
+  });
+  ASSERT_TRUE(weights.ok()) << weights.status();
+  EXPECT_THAT(weights->unused_tensors,
+              ElementsAre("model.layers.0.self_attn.bias", "model.layers.2.mlp.up_proj.weight",
+                          "v_head.summary.weight"));
+  EXPECT_EQ(weights->fingerprint, Load(checkpoint_.dir(), checkpoint_.config())->fingerprint);
+}
+
+TEST_F(LoadWeightsTest, TiedModelsDoNotNeedTheHeadThatAnIndexNames) {
+  std::vector<ImageTensor> tensors = ReadTensors(checkpoint_.dir());
+  tensors.erase(std::find_if(tensors.begin(), tensors.end(),
+                             [](const auto& t) { return t.name == "lm_head.weight"; }));
+  ModelConfig config = checkpoint_.config();
+  for (const char* shard : {"all.safetensors", "gone.safetensors"}) {
+    TemporaryFolder folder;
+    folder.Write("all.safetensors", SafetensorsImage(tensors));
+    folder.Write("model.safetensors.index.json",
+                 absl::StrCat(R"({"weight_map":{"model.norm.weight":"all.safetensors",)",
+                              R"("lm_head.weight":")", shard, "\"}}"));
+    config.tied_embeddings = true;
+    EXPECT_TRUE(Load(folder.path(), config).ok()) << Load(folder.path(), config).status();
+    config.tied_embeddings = false;
+    EXPECT_THAT(std::string(Load(folder.path(), config).status().message()),
+                AllOf(HasSubstr("tensor lm_head.weight is missing"), HasSubstr(shard)));
+  }
+}
+
+TEST_F(LoadWeightsTest, SaysThatTheFilesAreQuantised) {
+  const auto rename = [](const char* suffix) {
+    return [=](auto& tensors) {
+      ImageTensor& q = Named(tensors, kQ);
+      q.name = absl::StrCat(absl::StripSuffix(kQ, ".weight"), suffix);
+      q.dtype = "I32";
+    };
+  };
+  for (const char* suffix : {".qweight", ".weight_packed", ".weight"}) {
+    EXPECT_THAT(Refusal(rename(suffix)),
+                AllOf(HasSubstr(kQ), HasSubstr("the files hold quantised weights"),
+                      HasSubstr("use the model's original checkpoint")));
+  }
+}
+
+// The values are the same wherever the data begin, and so is the fingerprint.
+TEST_F(LoadWeightsTest, LoadsFilesWhoseHeaderIsNotPadded) {
+  const std::string padded = SafetensorsImage(ReadTensors(checkpoint_.dir()));
+  uint64_t length = 0;
+  std::memcpy(&length, padded.data(), sizeof(length));
+  const std::string original = Load(checkpoint_.dir(), checkpoint_.config())->fingerprint;
+  for (const size_t spaces : {1, 2, 3}) {
+    const std::string header = padded.substr(sizeof(length), length) + std::string(spaces, ' ');
+    TemporaryFolder folder;
+    folder.Write("model.safetensors",
+                 RawSafetensors(header, padded.substr(sizeof(length) + length)));
+    const auto weights = Load(folder.path(), checkpoint_.config());
+    ASSERT_TRUE(weights.ok()) << weights.status();
+    EXPECT_EQ(weights->fingerprint, original);
+    EXPECT_EQ(Download(weights->layers[1].down),
+              Expected(checkpoint_.dir(), {"model.layers.1.mlp.down_proj.weight"}));
+  }
 }
 
 TEST_F(LoadWeightsTest, IgnoresStoredRotaryFrequencies) {

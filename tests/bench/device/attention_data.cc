@@ -8,6 +8,7 @@
 #include "absl/functional/function_ref.h"
 #include "absl/strings/str_cat.h"
 #include "model/checkpoint/safetensors.h"
+#include "proto/status_macros.h"
 
 namespace prefilld::bench {
 namespace {
@@ -70,8 +71,7 @@ absl::StatusOr<AttentionData> Make(model::Device& device, AttentionData data,
 }
 
 absl::StatusOr<const model::Tensor*> FindBf16(const model::Checkpoint& file, const char* name) {
-  const model::Tensor* tensor = file.Find(name);
-  if (tensor == nullptr) return absl::NotFoundError(absl::StrCat("no tensor ", name));
+  PREFILLD_ASSIGN_OR_RETURN(const model::Tensor* tensor, file.Find(name));
   if (tensor->dtype != kernels::DType::kBf16 || tensor->shape.size() != 4 ||
       tensor->shape[0] != 1) {
     return absl::InvalidArgumentError(
@@ -135,7 +135,9 @@ absl::StatusOr<AttentionData> LoadAttentionData(model::Device& device, const std
     return absl::InvalidArgumentError("shapes of q, k and v do not belong together");
   }
   const auto element = [](const model::Tensor* tensor, int64_t i) {
-    return Bf16ToFloat(reinterpret_cast<const uint16_t*>(tensor->data)[i]);
+    uint16_t bits;  // memcpy, because the file's data may be at any address
+    std::memcpy(&bits, tensor->data + static_cast<size_t>(i) * sizeof(bits), sizeof(bits));
+    return Bf16ToFloat(bits);
   };
   // The file is token-major, and the device expects head-major.
   const int64_t d = data.head_dim, tokens = data.num_tokens, kv_heads = data.num_kv_heads;
