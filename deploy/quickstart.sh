@@ -145,7 +145,7 @@ ask() {
   echo
   # Tokens come on standard output, progress and summary on standard error.
   local answer
-  answer=$("$bin/prefill-cli" generate --worker="$worker" --text_file="$work/prompt.txt" \
+  answer=$("$bin/prefill-cli" generate --worker="$worker" --model="$model" --text_file="$work/prompt.txt" \
     --policy="$policy" --max_new_tokens=8 | tr -d '\0') || fail "no answer"
   if [[ "$answer" == "$key"* ]]; then
     echo "answer     $answer, which is right"
@@ -204,7 +204,7 @@ main() {
   show_metrics
   if [[ "$keep" == yes ]]; then
     say "still running"
-    echo "Ask:   $bin/prefill-cli generate --worker=$worker --text='Once upon a time'"
+    echo "Ask:   $bin/prefill-cli generate --worker=$worker --model=$model --text='Once upon a time'"
     echo "Stop:  kill ${pids[*]}"
     pids=()
   else

@@ -43,6 +43,11 @@ check 'model/ includes gRPC or protobuf' "$(includes '(<grpc|<google/protobuf|"p
 check 'model/ or above includes device code' "$(includes '".*\.cuh"' model server client)"
 check 'server/ includes a CUDA header' "$(includes '(<cuda|<cublas|"kernels/cuda/)' server)"
 check 'server/ includes the client' "$(includes '"client/' server)"
+# The Python client can be installed from a copy of its folder, so it has a copy of the contract.
+check 'client/python/proto is not proto/ (cp -r proto/google proto/prefill client/python/proto/)' \
+  "$(for file in $( (cd proto && find . -name '*.proto'; cd ../client/python/proto && find . -name '*.proto') | sort -u); do
+    cmp -s "proto/$file" "client/python/proto/$file" || echo "$file"
+  done)"
 # Within model/, from the lowest folder up; calibration stands above them all.
 rooms=(device checkpoint sparse prefill decode calibration)
 for ((i = 0; i < ${#rooms[@]} - 1; ++i)); do

@@ -43,10 +43,12 @@ GenerateRequest MakeRequest(const CliOptions& options, const Prompt& prompt) {
 // needs.
 class GenerateView {
  public:
-  GenerateView(const CliOptions& options, bool is_text)
-      : is_text_(is_text), show_tokens_(!options.json), progress_(!options.quiet) {}
+  // `text` turns tokens into text; null: they are shown as ids.
+  GenerateView(const CliOptions& options, TextTokens* text)
+      : text_(text), show_tokens_(!options.json), progress_(!options.quiet) {}
 
-  void Take(GenerateEvent& event) {
+  // Fails if the token of the event cannot be turned into text.
+  absl::Status Take(GenerateEvent& event) {
     switch (event.event_case()) {
       case GenerateEvent::kStarted:
         generated_.request_id = event.started().request_id();
@@ -56,8 +58,7 @@ class GenerateView {
         progress_.Update(event.progress().progress(), event.progress().kv_bytes());
         break;
       case GenerateEvent::kToken:
-        TakeToken(*event.mutable_token()->mutable_token());
-        break;
+        return TakeToken(*event.mutable_token()->mutable_token());
       case GenerateEvent::kResult:
         generated_.result = std::move(*event.mutable_result());
         has_result_ = true;
@@ -65,11 +66,13 @@ class GenerateView {
       default:
         break;
     }
+    return absl::OkStatus();
   }
 
   // Must be called when no more events come.
   void End() {
     progress_.Clear();
+    if (text_ != nullptr) ShowText(text_->DecodeRest().value_or(""));
     if (show_tokens_ && !generated_.tokens.empty()) std::printf("\n");
     std::fflush(stdout);
   }
@@ -78,22 +81,27 @@ class GenerateView {
   const Generated& generated() const { return generated_; }
 
  private:
-  void TakeToken(::prefill::v1::SampledToken& token) {
+  absl::Status TakeToken(::prefill::v1::SampledToken& token) {
     progress_.Clear();
-    const std::string text = TokenText(token.token_id());
-    generated_.text += is_text_ ? text : "";
-    if (show_tokens_) {
-      if (is_text_) {
-        std::fwrite(text.data(), 1, text.size(), stdout);
-      } else {
-        std::printf("%s%u", generated_.tokens.empty() ? "" : " ", token.token_id());
-      }
+    if (text_ != nullptr) {
+      PREFILLD_ASSIGN_OR_RETURN(const std::string text, text_->Decode(token.token_id()));
+      ShowText(text);
+    } else if (show_tokens_) {
+      std::printf("%s%u", generated_.tokens.empty() ? "" : " ", token.token_id());
       std::fflush(stdout);
     }
     generated_.tokens.push_back(std::move(token));
+    return absl::OkStatus();
   }
 
-  const bool is_text_;
+  void ShowText(const std::string& text) {
+    generated_.text += text;
+    if (!show_tokens_) return;
+    std::fwrite(text.data(), 1, text.size(), stdout);
+    std::fflush(stdout);
+  }
+
+  TextTokens* const text_;
   const bool show_tokens_;
   ProgressLine progress_;
   Generated generated_;
@@ -113,10 +121,15 @@ absl::Status RunGenerate(const CliOptions& options, Cancellation& cancellation) 
   CancelHook hook(&cancellation, [&context] { context.TryCancel(); });
   const auto stub = DecodeService::NewStub(channel);
   const auto stream = stub->Generate(&context, MakeRequest(options, prompt));
-  GenerateView view(options, prompt.is_text);
+  GenerateView view(options, prompt.text.get());
   GenerateEvent event;
-  while (stream->Read(&event)) view.Take(event);
+  absl::Status shown;
+  while (shown.ok() && stream->Read(&event)) shown = view.Take(event);
   view.End();
+  if (!shown.ok()) {
+    context.TryCancel();
+    return shown;
+  }
   PREFILLD_RETURN_IF_ERROR(wire::FromGrpc(stream->Finish()));
   if (!view.has_result()) return absl::DataLossError("the stream ended without a result");
 

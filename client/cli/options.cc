@@ -34,15 +34,25 @@ ABSL_FLAG(bool, json, false, "Print one JSON object on standard output and nothi
 ABSL_FLAG(bool, quiet, false, "No progress and no summary on standard error.");
 
 ABSL_FLAG(std::optional<std::string>, text, std::nullopt,
-          "Prompt as text for byte-level models: one token per byte.");
+          "Prompt as text. --model says how it becomes tokens.");
 ABSL_FLAG(std::optional<std::string>, text_file, std::nullopt,
           "File with the prompt as text. -: standard input.");
-ABSL_FLAG(std::optional<std::string>, token_ids, std::nullopt,
-          "Prompt as token ids, separated by commas or spaces, or a JSON list.");
+ABSL_FLAG(
+    std::optional<std::string>, token_ids, std::nullopt,
+    "Prompt as token ids, separated by commas or spaces, or JSON: a list, or an object with a list "
+    "\"token_ids\".");
 ABSL_FLAG(std::optional<std::string>, token_ids_file, std::nullopt,
           "File with the prompt as token ids, in the same forms. -: standard input.");
+ABSL_FLAG(
+    std::string, model, "",
+    "Folder of the model that is served, for prompts that are text: tokenizer.json turns them "
+    "into tokens, and a byte-level model (\"byte_tokens\": true in config.json) takes the bytes.");
+ABSL_FLAG(
+    std::string, python, "python3",
+    "Python with the package prefilld[tokenizer] (client/python), which reads tokenizer.json.");
 ABSL_FLAG(int32_t, bos, 256,
-          "Token to put before the bytes of a text; 256 suits the embedded model. -1: none.");
+          "Token to put before the bytes of a text for a byte-level model; 256 suits the embedded "
+          "one. -1: none.");
 ABSL_FLAG(std::string, request_id, "", "Name of the request in logs. Empty: chosen for you.");
 
 ABSL_FLAG(int32_t, max_new_tokens, 64, "Tokens to generate.");
@@ -107,12 +117,13 @@ using process::Problems;
 constexpr char kUsage[] =
     R"(Client of prefilld and its decode worker.
 
-  prefill-cli generate --worker=HOST:PORT --text='Once upon a time'    prompt in, tokens out
-  prefill-cli prefill  --server=HOST:PORT --text_file=prompt.txt       prefill alone: KV received,
+  prefill-cli generate --worker=HOST:PORT --model=DIR --text='Once'    prompt in, tokens out
+  prefill-cli prefill  --server=HOST:PORT --token_ids_file=ids.json    prefill alone: KV received,
                                                                       verified and thrown away
   prefill-cli info     --server=HOST:PORT                              what a server runs
 
-A prompt is --text, --text_file (both for byte-level models), --token_ids or --token_ids_file.
+A prompt is --text or --text_file (both need --model), --token_ids or --token_ids_file. A text is sent
+as it is, without a chat template.
 Generated tokens go to standard output, in the form of the prompt: text or ids. Progress, summary
 and errors go to standard error.
 
@@ -181,8 +192,9 @@ ChannelOptions ReadChannel(const char* flag, const std::string& address, Problem
 }
 
 PromptSource ReadPrompt(Command command, Problems& problems) {
-  PromptSource prompt = {absl::GetFlag(FLAGS_text), absl::GetFlag(FLAGS_text_file),
+  PromptSource prompt = {absl::GetFlag(FLAGS_text),      absl::GetFlag(FLAGS_text_file),
                          absl::GetFlag(FLAGS_token_ids), absl::GetFlag(FLAGS_token_ids_file),
+                         absl::GetFlag(FLAGS_model),     absl::GetFlag(FLAGS_python),
                          absl::GetFlag(FLAGS_bos)};
   const int given = prompt.text.has_value() + prompt.text_file.has_value() +
                     prompt.token_ids.has_value() + prompt.token_ids_file.has_value();
@@ -254,20 +266,22 @@ std::vector<const char*> AttentionFlags() {
 }
 
 process::ProgramHelp Help() {
-  return {.usage = kUsage,
-          .groups = {
-              {"Connection",
-               {"worker", "server", "use_proxy", "tls", "tls_ca", "tls_cert", "tls_key", "tls_name",
-                "timeout_s"}},
-              {"Output", {"json", "quiet"}},
-              {"Prompt", {"text", "text_file", "token_ids", "token_ids_file", "bos", "request_id"}},
-              {"Generation",
-               {"max_new_tokens", "stop_token_ids", "ignore_eos", "temperature", "top_k", "top_p",
-                "seed", "top_logprobs", "pushed_transfer_id"}},
-              {"Attention", AttentionFlags()},
-              {"Prefill and its KV",
-               {"block_tokens", "kv_order", "kv_dtype", "first_head", "num_heads", "first_block",
-                "lanes", "layer_stats", "prompt_logprobs", "deliver_to", "transfer_id"}}}};
+  return {
+      .usage = kUsage,
+      .groups = {{"Connection",
+                  {"worker", "server", "use_proxy", "tls", "tls_ca", "tls_cert", "tls_key",
+                   "tls_name", "timeout_s"}},
+                 {"Output", {"json", "quiet"}},
+                 {"Prompt",
+                  {"text", "text_file", "token_ids", "token_ids_file", "model", "python", "bos",
+                   "request_id"}},
+                 {"Generation",
+                  {"max_new_tokens", "stop_token_ids", "ignore_eos", "temperature", "top_k",
+                   "top_p", "seed", "top_logprobs", "pushed_transfer_id"}},
+                 {"Attention", AttentionFlags()},
+                 {"Prefill and its KV",
+                  {"block_tokens", "kv_order", "kv_dtype", "first_head", "num_heads", "first_block",
+                   "lanes", "layer_stats", "prompt_logprobs", "deliver_to", "transfer_id"}}}};
 }
 
 }  // namespace

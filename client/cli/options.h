@@ -24,7 +24,9 @@ struct PromptSource {
   std::optional<std::string> text_file;
   std::optional<std::string> token_ids;
   std::optional<std::string> token_ids_file;
-  int bos = 256;  // put before the bytes of a text; -1: nothing
+  std::string model_dir;           // of the model that is served; a text needs it
+  std::string python = "python3";  // runs the tokenizer of the Python client
+  int bos = 256;                   // put before the bytes of a text; -1: nothing
 };
 
 struct CliOptions {

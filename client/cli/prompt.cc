@@ -4,10 +4,12 @@
 #include <iostream>
 #include <iterator>
 
+#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
+#include "nlohmann/json.hpp"
 #include "proto/status_macros.h"
 
 namespace prefilld::client {
@@ -24,28 +26,48 @@ absl::StatusOr<std::string> ReadAll(const std::string& path) {
   return std::string(Iterator(input), Iterator());
 }
 
-Prompt FromText(absl::string_view text, int bos) {
+absl::StatusOr<Prompt> FromText(const PromptSource& source, absl::string_view text) {
   Prompt prompt;
-  prompt.is_text = true;
-  prompt.token_ids.reserve(text.size() + 1);
-  if (bos >= 0) prompt.token_ids.push_back(static_cast<uint32_t>(bos));
-  for (const char byte : text) prompt.token_ids.push_back(static_cast<uint8_t>(byte));
+  PREFILLD_ASSIGN_OR_RETURN(prompt.text,
+                            OpenTextTokens(source.model_dir, source.bos, source.python));
+  if (text.empty()) return prompt;
+  PREFILLD_ASSIGN_OR_RETURN(prompt.token_ids, prompt.text->Encode(text));
   return prompt;
 }
 
 absl::StatusOr<Prompt> FromTokenIds(absl::string_view text) {
-  PREFILLD_ASSIGN_OR_RETURN(std::vector<uint32_t> ids, ParseTokenIds(text));
-  return Prompt{std::move(ids), /*is_text=*/false};
+  Prompt prompt;
+  PREFILLD_ASSIGN_OR_RETURN(prompt.token_ids, ParseTokenIds(text));
+  return prompt;
 }
 
 absl::StatusOr<Prompt> Read(const PromptSource& source) {
-  if (source.text) return FromText(*source.text, source.bos);
+  if (source.text) return FromText(source, *source.text);
   if (source.token_ids) return FromTokenIds(*source.token_ids);
   const bool is_text = source.text_file.has_value();
   PREFILLD_ASSIGN_OR_RETURN(
       const std::string content,
       ReadAll(is_text ? *source.text_file : source.token_ids_file.value_or("-")));
-  return is_text ? FromText(content, source.bos) : FromTokenIds(content);
+  return is_text ? FromText(source, content) : FromTokenIds(content);
+}
+
+// Returns the list of an object with "token_ids", such as make_prompts.py and --json write.
+absl::StatusOr<std::vector<uint32_t>> FromObject(absl::string_view text) {
+  const auto object = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+  const auto list = object.find("token_ids");
+  if (!object.is_object() || list == object.end() || !list->is_array()) {
+    return absl::InvalidArgumentError("token ids: the object has no list \"token_ids\"");
+  }
+  std::vector<uint32_t> ids;
+  ids.reserve(list->size());
+  for (const auto& id : *list) {
+    if (!id.is_number_unsigned() || id.get<uint64_t>() > UINT32_MAX) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("token ids: '", id.dump().substr(0, 40), "' is no token id"));
+    }
+    ids.push_back(id.get<uint32_t>());
+  }
+  return ids;
 }
 
 }  // namespace
@@ -60,6 +82,7 @@ absl::StatusOr<Prompt> ReadPrompt(const PromptSource& source) {
 
 absl::StatusOr<std::vector<uint32_t>> ParseTokenIds(absl::string_view text) {
   text = absl::StripAsciiWhitespace(text);
+  if (absl::StartsWith(text, "{")) return FromObject(text);
   if (absl::ConsumePrefix(&text, "[") && !absl::ConsumeSuffix(&text, "]")) {
     return absl::InvalidArgumentError("token ids: the list has no closing bracket");
   }
@@ -74,10 +97,6 @@ absl::StatusOr<std::vector<uint32_t>> ParseTokenIds(absl::string_view text) {
     ids.push_back(id);
   }
   return ids;
-}
-
-std::string TokenText(uint32_t token_id) {
-  return token_id < 256 ? std::string(1, static_cast<char>(token_id)) : std::string();
 }
 
 }  // namespace prefilld::client

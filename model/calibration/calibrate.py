@@ -123,6 +123,9 @@ def calibrate(args: argparse.Namespace) -> bool:
     candidates = read_candidates(args.candidates)
     config = json.loads((args.model / "config.json").read_text())
     prompts = read_prompts(args.prompts, config.get("bos_token_id"))
+    if config.get("byte_tokens") is not True:
+        for text in (prompt.name for prompt in prompts if prompt.name.endswith(".txt")):
+            raise ValueError(f'{text}: {args.model} does not say "byte_tokens": true in its config.json; a text is no prompt')
     choosing, judging = loss_search.split(prompts)
     digest = hashlib.sha256(json.dumps([[p.domain, p.tokens] for p in prompts]).encode()).hexdigest()[:16]
     groups = groups_of(args)

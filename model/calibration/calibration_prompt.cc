@@ -84,8 +84,15 @@ absl::Status ParseJsonPrompt(const std::string& path, absl::string_view content,
   return absl::OkStatus();
 }
 
-absl::Status Check(const std::string& path, const CalibrationPrompt& prompt, int64_t vocab_size,
-                   int64_t max_tokens) {
+absl::Status Check(const std::string& path, const CalibrationPrompt& prompt,
+                   const ModelConfig& model) {
+  if (fs::path(path).extension() == ".txt" && !model.byte_tokens) {
+    return Invalid(
+        path,
+        "a text becomes bytes, and the tokens of this model are no bytes: config.json does "
+        "not say \"byte_tokens\": true. Make .json prompts of token ids instead "
+        "(make_prompts.py --tokenizer)");
+  }
   const bool fits_file_name =
       !prompt.domain.empty() && std::none_of(prompt.domain.begin(), prompt.domain.end(),
                                              [](char c) { return c == '/' || c == '\0'; });
@@ -94,13 +101,14 @@ absl::Status Check(const std::string& path, const CalibrationPrompt& prompt, int
                    absl::StrCat("domain '", prompt.domain, "' cannot be part of a file name"));
   }
   const auto num_tokens = static_cast<int64_t>(prompt.tokens.size());
+  const int64_t max_tokens = PositionLimit(model);
   if (num_tokens < 1 || num_tokens > max_tokens) {
     return Invalid(path, absl::StrCat(num_tokens, " tokens are outside [1, ", max_tokens, "]"));
   }
   for (size_t i = 0; i < prompt.tokens.size(); ++i) {
-    if (prompt.tokens[i] < vocab_size) continue;
+    if (prompt.tokens[i] < model.vocab_size) continue;
     return Invalid(path, absl::StrCat("token_ids[", i, "] ", prompt.tokens[i],
-                                      " is outside the vocabulary of ", vocab_size));
+                                      " is outside the vocabulary of ", model.vocab_size));
   }
   return absl::OkStatus();
 }
@@ -125,7 +133,7 @@ absl::StatusOr<CalibrationPrompt> ParseCalibrationPrompt(const std::string& path
 }
 
 absl::StatusOr<std::vector<CalibrationPrompt>> ReadCalibrationPrompts(
-    const std::vector<std::string>& paths, int bos, int64_t vocab_size, int64_t max_tokens) {
+    const std::vector<std::string>& paths, int bos, const ModelConfig& model) {
   std::vector<CalibrationPrompt> prompts;
   std::set<std::string> names;
   for (const std::string& path : paths) {
@@ -134,7 +142,7 @@ absl::StatusOr<std::vector<CalibrationPrompt>> ReadCalibrationPrompts(
       PREFILLD_ASSIGN_OR_RETURN(const std::string content, ReadAll(file));
       PREFILLD_ASSIGN_OR_RETURN(CalibrationPrompt prompt,
                                 ParseCalibrationPrompt(file, content, bos));
-      PREFILLD_RETURN_IF_ERROR(Check(file, prompt, vocab_size, max_tokens));
+      PREFILLD_RETURN_IF_ERROR(Check(file, prompt, model));
       if (!names.insert(prompt.FileName()).second) {
         return Invalid(file, absl::StrCat("a second prompt '", prompt.name, "' of domain '",
                                           prompt.domain, "'"));

@@ -8,6 +8,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "model/checkpoint/config.h"
 
 namespace prefilld::model {
 
@@ -27,10 +28,11 @@ absl::StatusOr<CalibrationPrompt> ParseCalibrationPrompt(const std::string& path
                                                          absl::string_view content, int bos);
 
 // Reads the prompts of all paths in the order given. A folder stands for the .json and .txt files
-// in it and below, sorted. Ids are checked against vocab_size and lengths against max_tokens, and
-// no two prompts may have the same FileName. NOT_FOUND and INVALID_ARGUMENT begin with the path.
+// in it and below, sorted. Ids are checked against the model's vocabulary, lengths against its
+// positions, and a .txt needs a byte-level model (ModelConfig::byte_tokens). No two prompts may
+// have the same FileName. NOT_FOUND and INVALID_ARGUMENT begin with the path.
 absl::StatusOr<std::vector<CalibrationPrompt>> ReadCalibrationPrompts(
-    const std::vector<std::string>& paths, int bos, int64_t vocab_size, int64_t max_tokens);
+    const std::vector<std::string>& paths, int bos, const ModelConfig& model);
 
 }  // namespace prefilld::model
 

@@ -209,6 +209,8 @@ def main() -> None:
     if args.take:
         take(args.clusters, args.write, parse_heads(args.take, *shape), shape)
         return
+    if not args.tokenizer and config.get("byte_tokens") is not True:
+        raise ValueError(f'{args.model} does not say "byte_tokens": true in its config.json, so --tokenizer is needed')
     file = cluster_file.read(args.clusters, *shape)
     asked = parse_heads(args.heads or [f"0-{shape[0] - 1}"], *shape)
     heads = [head for head in asked if head not in sharing_heads(file)]

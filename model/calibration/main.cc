@@ -69,8 +69,7 @@ absl::Status Run(CalibrateOptions options) {
   PREFILLD_ASSIGN_OR_RETURN(ModelConfig config,
                             LoadModelConfig(options.checkpoint_dir, options.overruled_config_keys));
   PREFILLD_ASSIGN_OR_RETURN(const std::vector<CalibrationPrompt> prompts,
-                            ReadCalibrationPrompts(options.prompts, options.bos, config.vocab_size,
-                                                   PositionLimit(config)));
+                            ReadCalibrationPrompts(options.prompts, options.bos, config));
   for (const CalibrationPrompt& prompt : prompts) {
     options.recorder.max_tokens =
         std::max(options.recorder.max_tokens, static_cast<int64_t>(prompt.tokens.size()));

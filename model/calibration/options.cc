@@ -32,7 +32,7 @@ constexpr char kUsage[] =
   prefill-calibrate --model=DIR --out=DUMPS PROMPTS...
 
 PROMPTS are files, or folders of files: .json with token ids (a list, or an object with "token_ids"),
-or .txt for byte-level models. The folder a file lies in names its domain. Every prompt runs with
+or .txt for byte-level models, whose config.json says "byte_tokens": true. The folder a file lies in names its domain. Every prompt runs with
 dense attention and gives DUMPS/<domain>.<name>.safetensors.)";
 
 absl::StatusOr<DeviceChoice> ReadDevice(const std::string& name) {

@@ -216,6 +216,7 @@ absl::StatusOr<ModelConfig> ReadConfig(const json& object) {
   LimitToOneChunk(fields, config);
   RequireFullAttention(fields, config);
   ReadEosIds(fields, config.eos_token_ids);
+  config.byte_tokens = fields.Flag("byte_tokens", false);
   IgnoreInertFields(fields);
   PREFILLD_RETURN_IF_ERROR(fields.Finish());
   config.ignored_keys = fields.ignored();

@@ -47,6 +47,9 @@ struct ModelConfig {
   bool output_bias = false;  // bias of the attention output projection (Llama attention_bias)
   bool qk_norm = false;
   bool tied_embeddings = false;
+  // Tokens 0 to 255 are bytes, so that no tokenizer is needed: "byte_tokens" of config.json, a
+  // field of ours that the embedded model has.
+  bool byte_tokens = false;
   RopeConfig rope;
   std::vector<uint32_t> eos_token_ids;  // config.json, completed by generation_config.json
   // Fields of config.json that were left out of account because they cannot change the result.

@@ -60,7 +60,7 @@ for tokens in $lengths; do
   for policy in dense share; do
     best=
     for _ in $(seq "$runs"); do
-      "$bin/prefill-cli" prefill --server="$address" --text_file="$work/prompt" --policy="$policy" \
+      "$bin/prefill-cli" prefill --server="$address" --model="$model" --text_file="$work/prompt" --policy="$policy" \
         --json --quiet >"$work/result.json"
       total=$(number total_us "$work/result.json")
       if [[ -z "$best" || "$total" -lt "$best" ]]; then best=$total; fi

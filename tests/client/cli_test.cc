@@ -1,3 +1,8 @@
+#include <stdlib.h>
+
+#include <filesystem>
+#include <fstream>
+
 #include "client/cli/progress_line.h"
 #include "client/cli/prompt.h"
 #include "client/cli/summary.h"
@@ -15,14 +20,61 @@ namespace {
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
-TEST(Prompt, ATextIsItsBytesAfterTheBeginningToken) {
+// A folder with a config.json of these fields.
+class ModelFolder {
+ public:
+  explicit ModelFolder(const std::string& config) {
+    path_ = (std::filesystem::temp_directory_path() / "prefilld-cli-XXXXXX").string();
+    if (mkdtemp(path_.data()) == nullptr) abort();
+    Write("config.json", config);
+  }
+  ~ModelFolder() { std::filesystem::remove_all(path_); }
+  void Write(const std::string& name, const std::string& content) const {
+    std::ofstream(path_ + "/" + name) << content;
+  }
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+TEST(Prompt, ATextForAByteLevelModelIsItsBytesAfterTheBeginningToken) {
+  const ModelFolder model(R"({"byte_tokens": true})");
   PromptSource source;
-  source.text = "a\xc3\xa4";
+  source.model_dir = model.path();
+  source.text = std::string("a\xc3\xa4");
   EXPECT_THAT(ReadPrompt(source)->token_ids, ElementsAre(256, 'a', 0xc3, 0xa4));
   source.bos = -1;
-  EXPECT_THAT(ReadPrompt(source)->token_ids, ElementsAre('a', 0xc3, 0xa4));
-  source.text = "";
+  const auto prompt = ReadPrompt(source);
+  EXPECT_THAT(prompt->token_ids, ElementsAre('a', 0xc3, 0xa4));
+  EXPECT_EQ(*prompt->text->Decode('x'), "x");
+  EXPECT_EQ(*prompt->text->Decode(257), "");
+  source.text = std::string("");
   EXPECT_EQ(ReadPrompt(source).status().message(), "the prompt is empty");
+}
+
+// Bytes must never go as ids to a model whose tokens are something else.
+TEST(Prompt, ATextIsRefusedUnlessTheModelSaysHowItBecomesTokens) {
+  PromptSource source;
+  source.text = std::string("a");
+  const auto refusal = [&] {
+    const absl::Status status = ReadPrompt(source).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+    return std::string(status.message());
+  };
+  EXPECT_THAT(refusal(), HasSubstr("a text needs --model=FOLDER"));
+  source.model_dir = "/nonexistent";
+  EXPECT_THAT(refusal(), HasSubstr("/nonexistent/config.json cannot be read"));
+  for (const char* config : {"{}", R"({"vocab_size": 256})", R"({"byte_tokens": false})"}) {
+    const ModelFolder model(config);
+    source.model_dir = model.path();
+    EXPECT_THAT(refusal(), HasSubstr("has no tokenizer.json"));
+    model.Write("tokenizer.json", "{}");
+    source.python = "/nonexistent/python";
+    EXPECT_THAT(refusal(), HasSubstr("--python=/nonexistent/python cannot be run"));
+    source.python = "false";
+    EXPECT_THAT(refusal(), HasSubstr("pip install './client/python[tokenizer]'"));
+  }
 }
 
 TEST(Prompt, TokenIdsComeInSeveralForms) {
@@ -33,23 +85,33 @@ TEST(Prompt, TokenIdsComeInSeveralForms) {
   EXPECT_FALSE(ParseTokenIds("4294967296").ok());
 }
 
+// make_prompts.py writes the first, and `generate --json` and `prefill --json` objects of such a
+// form.
+TEST(Prompt, TokenIdsComeInObjectsAsOurToolsWriteThem) {
+  EXPECT_THAT(*ParseTokenIds(R"({"domain": "prose", "token_ids": [1, 2, 151643]})"),
+              ElementsAre(1, 2, 151643));
+  Generated generated;
+  generated.tokens.emplace_back().set_token_id(7);
+  EXPECT_THAT(*ParseTokenIds(ToJson(generated).dump(2)), ElementsAre(7));
+  EXPECT_THAT(ParseTokenIds(R"({"tokens": [1]})").status().message(),
+              HasSubstr("the object has no list \"token_ids\""));
+  EXPECT_THAT(ParseTokenIds(R"({"token_ids": [1, -2]})").status().message(),
+              HasSubstr("'-2' is no token id"));
+  EXPECT_THAT(ParseTokenIds(R"({"token_ids": [1)").status().message(), HasSubstr("no list"));
+}
+
 TEST(Prompt, AMissingFileIsNamed) {
   PromptSource source;
-  source.text_file = "/nonexistent/prompt";
+  source.text_file = std::string("/nonexistent/prompt");
   EXPECT_EQ(ReadPrompt(source).status().message(), "/nonexistent/prompt cannot be read");
 }
 
 TEST(Prompt, AFolderIsNoFile) {
   PromptSource source;
-  source.text_file = "/";
+  source.text_file = std::string("/");
   EXPECT_EQ(ReadPrompt(source).status().message(), "/ cannot be read");
   EXPECT_EQ(wire::ReadPemFile("TLS ca_file", "/").status().message(),
             "TLS ca_file / cannot be read");
-}
-
-TEST(Prompt, SpecialTokensHaveNoText) {
-  EXPECT_EQ(TokenText('x'), "x");
-  EXPECT_EQ(TokenText(257), "");
 }
 
 TEST(Summary, NumbersReadWell) {

@@ -73,7 +73,7 @@ run_tiny() {
       for ((i = 0; i < 10; ++i)); do
         key=$((10000 + (tokens * 7 + i * 7919) % 90000))
         deploy/pass_key_prompt.sh $((tokens - 1)) $key 0.${i}5 $i >"$work/prompt.txt"
-        "$bin/prefill-cli" generate --worker="$worker" --text_file="$work/prompt.txt" --policy=$policy \
+        "$bin/prefill-cli" generate --worker="$worker" --model=model/tiny --text_file="$work/prompt.txt" --policy=$policy \
           --max_new_tokens=5 --json >"$work/answer.json" || return 1
         grep -q "$key" "$work/answer.json" && right=$((right + 1))
         sed "1s/{/{\"expected\": \"$key\",/" "$work/answer.json" | tr -d '\n' >>"$out/tiny.jsonl"

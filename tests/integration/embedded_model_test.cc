@@ -42,8 +42,8 @@ class EmbeddedModel : public ::testing::TestWithParam<const char*> {
 TEST_P(EmbeddedModel, FindsThePassKeyAndEndsItsAnswer) {
   for (const auto& [key, depth] : {std::pair<const char*, double>{"31415", 0.15}, {"92653", 0.7}}) {
     ChildProcess cli("prefill-cli",
-                     {"generate", "--worker=" + worker_.address(), "--max_new_tokens=12", "--json",
-                      absl::StrCat("--policy=", GetParam()),
+                     {"generate", "--worker=" + worker_.address(), "--model=model/tiny",
+                      "--max_new_tokens=12", "--json", absl::StrCat("--policy=", GetParam()),
                       absl::StrCat("--text=", PassKeyPrompt(4000, key, depth))});
     ASSERT_EQ(cli.Wait(absl::Seconds(60)), 0) << cli.stderr_text();
     const auto answer = nlohmann::json::parse(cli.stdout_text());

@@ -91,20 +91,36 @@ TEST(CalibrationPrompt, AJsonFileIsAListOfIdsOrSaysMore) {
 
 class CalibrationPromptsTest : public testing::Test {
  protected:
+  CalibrationPromptsTest() {
+    model_.vocab_size = 300;
+    model_.max_positions = 8;
+    model_.byte_tokens = true;
+  }
   void Write(const std::string& name, const std::string& content) {
     std::filesystem::create_directories(
         std::filesystem::path(folder_.path() + "/" + name).parent_path());
     std::ofstream(folder_.path() + "/" + name) << content;
   }
   absl::StatusOr<std::vector<CalibrationPrompt>> Read(const std::string& name = "") {
-    return ReadCalibrationPrompts({folder_.path() + "/" + name}, 256, 300, 8);
+    return ReadCalibrationPrompts({folder_.path() + "/" + name}, 256, model_);
   }
   std::string Refusal(const std::string& name = "") {
     return std::string(Read(name).status().message());
   }
 
   TemporaryFolder folder_;
+  ModelConfig model_;
 };
+
+TEST_F(CalibrationPromptsTest, ATextNeedsAModelWhoseTokensAreBytes) {
+  Write("prose/a.txt", "a");
+  EXPECT_TRUE(Read().ok());
+  model_.byte_tokens = false;
+  EXPECT_THAT(Refusal(),
+              HasSubstr("a.txt: a text becomes bytes, and the tokens of this model are no"));
+  Write("ids/a.json", "[7]");
+  EXPECT_TRUE(Read("ids").ok());
+}
 
 TEST_F(CalibrationPromptsTest, AFolderStandsForItsPromptsInOrder) {
   Write("prose/b.txt", "b");

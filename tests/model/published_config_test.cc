@@ -198,6 +198,11 @@ TEST(PublishedConfig, LoadsWholeNumbersWrittenWithAPoint) {
   EXPECT_THAT(config->eos_token_ids, ElementsAre(2));
 }
 
+TEST(PublishedConfig, TokensAreBytesOnlyWhereTheFileSaysSo) {
+  EXPECT_FALSE(LoadWith(Qwen2(), R"({"vocab_size": 256})")->byte_tokens);
+  EXPECT_TRUE(LoadWith(Qwen2(), R"({"byte_tokens": true})")->byte_tokens);
+}
+
 TEST(PublishedConfig, LoadsEndTokensThatNoTextHas) {
   const auto config = LoadWith(Qwen2(), R"({"eos_token_id": [-1, 7]})");
   EXPECT_THAT(IgnoredKeys(config), Contains("eos_token_id -1"));

@@ -2,25 +2,39 @@
 """Fetches the KV cache of a text from prefilld, then has a decode worker continue the text.
 
     PYTHONPATH=client/python python3 client/python/examples/prefill_and_generate.py \
-        --server localhost:50051 --worker localhost:50052 --text "Once upon a time"
+        --server localhost:50051 --worker localhost:50052 --model model/tiny --text "Once upon a time"
 
-Tokens are the bytes of the text after one BOS (256), as the embedded model has them.
+The folder of the model that is served says how text becomes tokens (prefilld.text_tokens). Without it, --token_ids.
 """
 
 import argparse
 import time
 
 from prefilld import Attention, DecodeClient, Layout, PrefillClient, to_float32
+from prefilld.text_tokens import NoTokenizer, TextStream, open_tokens
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prefill a text, then continue it.")
     parser.add_argument("--server", default="localhost:50051", help="host:port of prefilld")
     parser.add_argument("--worker", default=None, help="host:port of a decode worker; none: prefill only")
-    parser.add_argument("--text", default="Once upon a time")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--text", help="needs --model")
+    prompt.add_argument("--token_ids", type=int, nargs="+")
+    parser.add_argument("--model", help="folder of the model that is served")
     parser.add_argument("--policy", default=None, choices=["dense", "vertical_slash", "share", "auto"])
     args = parser.parse_args()
-    tokens = [256, *args.text.encode()]
+    text = None
+    if args.text is None:
+        tokens = args.token_ids
+    elif args.model is None:
+        parser.error("--text needs --model: only the model's folder says which tokens a text has")
+    else:
+        try:
+            text = open_tokens(args.model)
+        except NoTokenizer as error:
+            parser.error(str(error))
+        tokens = text.encode(args.text)
 
     with PrefillClient(args.server) as client:
         info = client.server_info()
@@ -41,13 +55,10 @@ def main() -> None:
 
     if args.worker:
         with DecodeClient(args.worker) as client:
+            stream = TextStream(text.decode) if text else None
             for token in client.generate(tokens, 32, attention=Attention(args.policy)):
-                print(
-                    bytes([token.id]).decode(errors="replace") if token.id < 256 else f"<{token.id}>",
-                    end="",
-                    flush=True,
-                )
-        print()
+                print(stream.add(token.id) if stream else f"{token.id} ", end="", flush=True)
+        print(stream.rest() if stream else "")
 
 
 if __name__ == "__main__":

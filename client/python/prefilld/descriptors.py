@@ -1,7 +1,9 @@
 """The wire contract in compiled form: a FileDescriptorSet of proto/.
 
 In a checkout it is compiled from proto/ on import, which takes a few milliseconds and cannot be
-stale. An installed package carries the file. To take the client to a machine without a compiler:
+stale. client/python has a copy of proto/ (a test compares them), so that the folder can be used and
+installed alone. An installed package carries the compiled file. To take the client to a machine
+without a compiler:
 
     python3 client/python/prefilld/descriptors.py
 
@@ -17,7 +19,18 @@ from pathlib import Path
 
 FILE_NAME = "descriptors.binpb"
 PACKAGED = Path(__file__).with_name(FILE_NAME)
-PROTO_ROOT = Path(__file__).resolve().parents[3] / "proto"
+
+
+def _proto_root() -> Path | None:
+    """Returns proto/ of the checkout, or else the copy beside the package, or None when it is installed."""
+    above = Path(__file__).resolve().parents
+    for root in (above[min(3, len(above) - 1)] / "proto", above[1] / "proto"):
+        if (root / "prefill" / "v1").is_dir():
+            return root
+    return None
+
+
+PROTO_ROOT = _proto_root()
 
 
 def _run_compiler(arguments: list[str]) -> None:
@@ -48,9 +61,8 @@ def compile_descriptors() -> bytes:
 
 
 def load_descriptors() -> bytes:
-    """Compiles the contract afresh in a checkout where that is possible, otherwise reads the packaged file."""
-    in_checkout = (PROTO_ROOT / "prefill" / "v1").is_dir()
-    if not in_checkout:
+    """Compiles the contract afresh where its text is, otherwise reads the packaged file."""
+    if PROTO_ROOT is None:
         return PACKAGED.read_bytes()
     try:
         return compile_descriptors()
