@@ -107,7 +107,7 @@ void Delivery::Abort(const absl::Status& status) {
   control_->Abort(status);
 }
 
-Delivery::ConsumerState Delivery::consumer(absl::Time now) const {
+Delivery::ConsumerState Delivery::consumer(absl::Time now) {
   ConsumerState state;
   state.all_attached = std::all_of(side_lanes_.begin(), side_lanes_.end(),
                                    [](const auto& lane) { return lane->attached(); });

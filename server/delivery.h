@@ -66,7 +66,7 @@ class Delivery {
   // Ends every stream with `status` and drops what they have not sent.
   void Abort(const absl::Status& status);
 
-  ConsumerState consumer(absl::Time now) const;
+  ConsumerState consumer(absl::Time now);
   Sent sent() const;
 
  private:

@@ -5,6 +5,10 @@
 namespace prefilld::server {
 namespace {
 
+// Each stream of a connection may have a message of this size under way, and the socket holds as
+// much.
+constexpr int64_t kBytesAheadPerStream = 8 << 20;
+
 size_t PayloadBytes(const Message& message) {
   const auto* frame = std::get_if<KvFrame>(&message);
   return frame == nullptr ? 0 : frame->payload_bytes;
@@ -92,7 +96,7 @@ void LaneQueue::Pump() {
     if (transport_ == nullptr || writing_) return;
     if (!queue_.empty()) {
       writing_ = true;
-      write_started_ = clock_.Now();
+      StartClock();
       message = std::move(queue_.front());
       queue_.pop_front();
       in_flight_bytes_ = PayloadBytes(message);
@@ -130,9 +134,27 @@ bool LaneQueue::idle() const {
   return queue_.empty() && !writing_;
 }
 
-absl::Duration LaneQueue::StalledFor(absl::Time now) const {
+absl::Duration LaneQueue::StalledFor(absl::Time now) {
   absl::MutexLock lock(&mu_);
-  return writing_ ? now - write_started_ : absl::ZeroDuration();
+  if (!writing_) return absl::ZeroDuration();
+  NoteProgress(now);
+  return now - last_progress_;
+}
+
+void LaneQueue::StartClock() {
+  write_started_ = last_progress_ = clock_.Now();
+  taken_at_start_ = taken_at_progress_ =
+      transport_->connection_use().value_or(Transport::ConnectionUse()).bytes_taken;
+}
+
+void LaneQueue::NoteProgress(absl::Time now) {
+  const std::optional<Transport::ConnectionUse> use = transport_->connection_use();
+  if (!use.has_value() || use->bytes_taken - taken_at_progress_ < kProgressBytes) return;
+  const int64_t ahead =
+      static_cast<int64_t>(in_flight_bytes_) + use->most_streams * kBytesAheadPerStream;
+  if (use->bytes_taken - taken_at_start_ > ahead) return;
+  taken_at_progress_ = use->bytes_taken;
+  last_progress_ = now;
 }
 
 LaneQueue::Taken LaneQueue::taken(absl::Time now) const {

@@ -46,8 +46,12 @@ class LaneQueue {
 
   size_t pending_bytes() const;  // payloads of frames, queued or being written
   bool idle() const;             // nothing queued or being written
-  // Tells for how long the transport has not taken the message it was given; 0 when it has none.
-  absl::Duration StalledFor(absl::Time now) const;
+  // Tells for how long the peer has taken nothing of the message that the transport was given; 0 when
+  // it has none. A message that leaves slowly is not stalled: it counts as progress when the
+  // connection moves kProgressBytes, as long as no more has passed than could have to pass before
+  // the message. Then the stream itself is held up, beside others that are not.
+  absl::Duration StalledFor(absl::Time now);
+  static constexpr int64_t kProgressBytes = 64 << 10;
 
   struct Taken {
     size_t payload_bytes = 0;
@@ -58,6 +62,8 @@ class LaneQueue {
 
  private:
   void Pump();
+  void StartClock() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void NoteProgress(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Stamp(KvFrame& frame) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   const Clock& clock_;
@@ -74,6 +80,9 @@ class LaneQueue {
   bool writing_ ABSL_GUARDED_BY(mu_) = false;
   size_t in_flight_bytes_ ABSL_GUARDED_BY(mu_) = 0;
   absl::Time write_started_ ABSL_GUARDED_BY(mu_);
+  absl::Time last_progress_ ABSL_GUARDED_BY(mu_);     // of the write
+  int64_t taken_at_start_ ABSL_GUARDED_BY(mu_) = 0;  // by the connection, when the write started
+  int64_t taken_at_progress_ ABSL_GUARDED_BY(mu_) = 0;
   Taken taken_ ABSL_GUARDED_BY(mu_);  // by the writes that are done
 };
 

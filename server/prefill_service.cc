@@ -8,6 +8,7 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "proto/wire/connections.h"
 #include "proto/wire/grpc_status.h"
 #include "server/metrics.h"
 #include "server/prefill_job.h"
@@ -104,7 +105,7 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
                       : admission.status);
   }
   LaneQueue& queue = job->delivery().control();
-  auto* stream = new ServerStream(context, &queue,
+  auto* stream = new ServerStream(context, &queue, ConnectionOf(*context),
                                   {.on_cancel = [job] { job->OnCallCancelled(); },
                                    .on_end =
                                        [job](const absl::Status& status) {
@@ -133,7 +134,7 @@ Stream* PrefillService::AttachLane(grpc::CallbackServerContext* context,
   const auto queue = job->delivery().side_lane(request->lane());
   if (!queue.ok()) return RefuseStream(queue.status());
   auto stream = std::make_unique<ServerStream>(
-      context, *queue,
+      context, *queue, ConnectionOf(*context),
       ServerStream::Events{.on_cancel = [job] { job->OnCallCancelled(); },
                            .on_end =
                                [job](const absl::Status& status) {
@@ -150,6 +151,12 @@ Stream* PrefillService::AttachLane(grpc::CallbackServerContext* context,
         absl::AlreadyExistsError(absl::StrCat("lane ", request->lane(), " is attached already")));
   }
   return stream.release();  // owns itself from here on
+}
+
+std::shared_ptr<const wire::Connection> PrefillService::ConnectionOf(
+    const grpc::CallbackServerContext& context) const {
+  const wire::Connections* connections = connections_;
+  return connections == nullptr ? nullptr : connections->Find(context.peer());
 }
 
 grpc::ServerUnaryReactor* PrefillService::GetServerInfo(grpc::CallbackServerContext* context,

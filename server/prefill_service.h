@@ -3,6 +3,7 @@
 #ifndef PREFILLD_SERVER_PREFILL_SERVICE_H_
 #define PREFILLD_SERVER_PREFILL_SERVICE_H_
 
+#include <atomic>
 #include <memory>
 #include <string>
 
@@ -14,6 +15,11 @@
 #include "prefill/v1/prefill.grpc.pb.h"
 #include "server/clock.h"
 #include "server/prefill_work.h"
+
+namespace prefilld::wire {
+class Connection;
+class Connections;
+}  // namespace prefilld::wire
 
 namespace prefilld::server {
 
@@ -43,7 +49,12 @@ class PrefillService final : public PrefillServiceBase {
                                           const ::prefill::v1::GetServerInfoRequest* request,
                                           ::prefill::v1::ServerInfo* response) override;
 
+  // Lets streams see how much their connections take. Calls that came before do without.
+  void SetConnections(const wire::Connections* connections) { connections_ = connections; }
+
  private:
+  std::shared_ptr<const wire::Connection> ConnectionOf(
+      const grpc::CallbackServerContext& context) const;
   grpc::ServerWriteReactor<grpc::ByteBuffer>* Refuse(const std::string& request_id,
                                                      const std::string& peer,
                                                      const absl::Status& status);
@@ -54,6 +65,7 @@ class PrefillService final : public PrefillServiceBase {
   const Clock& clock_;
   const RequestLimits limits_;
   const ::prefill::v1::ServerInfo info_;
+  std::atomic<const wire::Connections*> connections_ = nullptr;
 };
 
 }  // namespace prefilld::server

@@ -66,7 +66,7 @@ PushStream::PushStream(std::shared_ptr<PrefillJob> job, LaneQueue* queue, const 
       queue_(queue),
       open_(dialer.open_),
       stub_(wire::OpenPushChannel(job_->work().deliver_to.address(), dialer.credentials_,
-                                  {.use_proxy = dialer.use_proxy_})) {
+                                  {.use_proxy = dialer.use_proxy_, .patience = dialer.patience_})) {
   {
     absl::MutexLock lock(&open_->mu);
     ++open_->calls;
@@ -158,8 +158,11 @@ absl::Status PushStream::CheckOutcome(const grpc::Status& status) {
 }
 
 PushDialer::PushDialer(std::shared_ptr<grpc::ChannelCredentials> credentials, bool use_proxy,
-                       const Clock& clock)
-    : credentials_(std::move(credentials)), use_proxy_(use_proxy), clock_(clock) {}
+                       const Clock& clock, absl::Duration stall_timeout)
+    : credentials_(std::move(credentials)),
+      use_proxy_(use_proxy),
+      clock_(clock),
+      patience_(2 * stall_timeout + absl::Seconds(30)) {}
 
 void PushDialer::Start(std::shared_ptr<PrefillJob> job) {
   const auto lane = job->delivery().side_lane(0);

@@ -8,6 +8,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
 #include "server/prefill_job.h"
 #include "server/receiver_lookup.h"
 
@@ -16,8 +17,9 @@ namespace prefilld::server {
 // Opens the calls to receivers, and must outlive them. Thread-safe.
 class PushDialer {
  public:
+  // A receiver that takes nothing for `stall_timeout` is ended by its job, not by the connection.
   PushDialer(std::shared_ptr<grpc::ChannelCredentials> credentials, bool use_proxy,
-             const Clock& clock);
+             const Clock& clock, absl::Duration stall_timeout);
 
   // Opens the call to work().deliver_to and attaches it to the job's lane 0. The job ends with the
   // receiver's status if the receiver refuses, fails or goes away.
@@ -40,6 +42,7 @@ class PushDialer {
   const std::shared_ptr<grpc::ChannelCredentials> credentials_;
   const bool use_proxy_;
   const Clock& clock_;
+  const absl::Duration patience_;
   ReceiverLookup lookup_;
   const std::shared_ptr<Open> open_ = std::make_shared<Open>();
 };

@@ -148,8 +148,8 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
                                      .recall_audit = options.recall_audit},
                        .deliver_to_allow = options.deliver_to_allow,
                        .max_lanes = options.max_lanes};
-  push_dialer_ =
-      std::make_unique<PushDialer>(std::move(push_credentials), options.use_proxy, clock_);
+  push_dialer_ = std::make_unique<PushDialer>(std::move(push_credentials), options.use_proxy,
+                                              clock_, options.stall_timeout);
   service_ = std::make_unique<PrefillService>(*scheduler_, *push_dialer_, *metrics_, clock_,
                                               std::move(limits),
                                               DescribeServer(options, engine, attention));
@@ -166,6 +166,7 @@ absl::Status PrefillServer::StartListening(const ServerOptions& options) {
       .stall_timeout = options.stall_timeout};
   PREFILLD_ASSIGN_OR_RETURN(listener_, wire::Listener::Create(listen, {service_.get()}));
   certificate_watch_ = std::make_unique<process::CertificateWatch>(listener_->certificates());
+  service_->SetConnections(&listener_->connections());
   health_ = std::make_unique<process::Health>(
       listener_->server().GetHealthCheckService(),
       std::vector<std::string>{v1::PrefillService::service_full_name()});

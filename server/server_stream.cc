@@ -4,6 +4,7 @@
 
 #include <grpc/grpc.h>
 
+#include "proto/wire/connections.h"
 #include "proto/wire/grpc_status.h"
 #include "server/grpc_encoding.h"
 
@@ -20,8 +21,19 @@ class RefusedStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer> {
 
 }  // namespace
 
-ServerStream::ServerStream(grpc::CallbackServerContext* context, LaneQueue* queue, Events events)
-    : context_(context), queue_(queue), events_(std::move(events)) {}
+ServerStream::ServerStream(grpc::CallbackServerContext* context, LaneQueue* queue,
+                           std::shared_ptr<const wire::Connection> connection, Events events)
+    : context_(context),
+      queue_(queue),
+      connection_(std::move(connection)),
+      events_(std::move(events)) {}
+
+// Every stream of a connection co-owns it.
+std::optional<Transport::ConnectionUse> ServerStream::connection_use() const {
+  if (connection_ == nullptr) return std::nullopt;
+  return ConnectionUse{.bytes_taken = connection_->BytesTaken(),
+                       .most_streams = connection_.use_count()};
+}
 
 void ServerStream::Send(Message message, bool last) {
   under_way_ = EncodeEvent(std::move(message));

@@ -2,6 +2,9 @@
 #ifndef PREFILLD_SERVER_SERVER_STREAM_H_
 #define PREFILLD_SERVER_SERVER_STREAM_H_
 
+#include <memory>
+#include <optional>
+
 #include <grpcpp/server_context.h>
 #include <grpcpp/support/byte_buffer.h>
 #include <grpcpp/support/server_callback.h>
@@ -10,6 +13,10 @@
 #include "absl/status/status.h"
 #include "server/lane_queue.h"
 #include "server/transport.h"
+
+namespace prefilld::wire {
+class Connection;
+}
 
 namespace prefilld::server {
 
@@ -27,11 +34,14 @@ class ServerStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>, pu
   };
 
   // The creator attaches the stream to the queue.
-  ServerStream(grpc::CallbackServerContext* context, LaneQueue* queue, Events events);
+  // `connection` may be null.
+  ServerStream(grpc::CallbackServerContext* context, LaneQueue* queue,
+               std::shared_ptr<const wire::Connection> connection, Events events);
 
   void Send(Message message, bool last) override;
   void End(const absl::Status& status) override;
   void Cancel(const absl::Status& status) override;
+  std::optional<ConnectionUse> connection_use() const override;
 
  private:
   void OnWriteDone(bool ok) override;
@@ -40,6 +50,7 @@ class ServerStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>, pu
 
   grpc::CallbackServerContext* const context_;
   LaneQueue* const queue_;
+  const std::shared_ptr<const wire::Connection> connection_;  // co-owned by its other calls
   Events events_;
   grpc::ByteBuffer under_way_;  // belongs to gRPC from Send to OnWriteDone
 };

@@ -3,6 +3,8 @@
 #define PREFILLD_SERVER_TRANSPORT_H_
 
 #include <cstddef>
+#include <cstdint>
+#include <optional>
 #include <variant>
 
 #include "absl/status/status.h"
@@ -35,6 +37,14 @@ class Transport {
   // Breaks off the message under way, whose OnWriteDone still follows. The peer gets `status`. It
   // is called under the queue's lock, so it must not call back.
   virtual void Cancel(const absl::Status& status) = 0;
+
+  // The use of the connection below, which may carry other streams too.
+  struct ConnectionUse {
+    int64_t bytes_taken = 0;  // by the peer's machine, since it was opened
+    int64_t most_streams = 1;  // that may share it
+  };
+  // Nullopt: unknown.
+  virtual std::optional<ConnectionUse> connection_use() const { return std::nullopt; }
 };
 
 }  // namespace prefilld::server

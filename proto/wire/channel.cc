@@ -55,7 +55,8 @@ std::shared_ptr<grpc::Channel> OpenPushChannel(
   grpc::ChannelArguments arguments = CommonArguments(options.use_proxy);
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS,
                    static_cast<int>(absl::ToInt64Milliseconds(options.silence)));
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepAliveTimeoutMs);
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS,
+                   static_cast<int>(absl::ToInt64Milliseconds(options.patience)));
   arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 2);
   // Without a scheme gRPC would take "unix:80" for the name of a socket.
   const std::string target =

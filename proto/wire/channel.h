@@ -43,13 +43,15 @@ std::shared_ptr<grpc::Channel> OpenChannel(
 struct PushChannelOptions {
   bool use_proxy = false;  // as in ChannelOptions
   absl::Duration silence = absl::Milliseconds(kKeepAliveTimeMs);
+  absl::Duration patience = absl::Milliseconds(kKeepAliveTimeoutMs);
 };
 
 // Opens a channel, with a connection of its own, to a receiver of pushed KV at `address`, host:port
 // or unix:/path. A receiver may be any gRPC server, and one that was not told otherwise ends a
 // connection that pings it more than a few times without sending a message. So after
 // `options.silence` without a word from it, it is pinged at most twice until the next message is
-// sent.
+// sent. It has `options.patience` to answer, and to take what was sent: that must be more than a
+// consumer's stall time-out, which is the reason to give when it takes nothing.
 std::shared_ptr<grpc::Channel> OpenPushChannel(
     const std::string& address, const std::shared_ptr<grpc::ChannelCredentials>& credentials,
     const PushChannelOptions& options = {});

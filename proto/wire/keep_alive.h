@@ -10,12 +10,14 @@
 
 namespace prefilld::wire {
 
-// A peer that vanished without a word is noticed within half a minute: after 20 s in which nothing
-// came it is pinged, and it has 10 s to answer.
+// A server that vanished without a word is noticed by its clients within half a minute: after 20 s in
+// which nothing came it is pinged, and it has 10 s to answer. Servers notice a machine that vanished
+// as early, by TCP (Connections::Limits), and are more patient with one that is there: a process that
+// is stopped, or reads nothing, loses its calls one by one (Listener).
 inline constexpr int kKeepAliveTimeMs = 20'000;
 inline constexpr int kKeepAliveTimeoutMs = 10'000;
 
-// The arguments of both ends of a connection to prefilld or to a caller of the decode worker. The
+// The arguments of a client of prefilld or of the decode worker. The
 // number of pings is not limited, because a long prefill sends nothing.
 inline constexpr std::array<std::pair<const char*, int>, 3> kKeepAliveArguments = {
     {{GRPC_ARG_KEEPALIVE_TIME_MS, kKeepAliveTimeMs},

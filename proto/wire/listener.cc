@@ -7,6 +7,7 @@
 #include <grpc/grpc.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/resource_quota.h>
 #include <grpcpp/server_builder.h>
 
 #include "absl/strings/str_cat.h"
@@ -19,6 +20,9 @@ namespace prefilld::wire {
 namespace {
 
 constexpr int64_t kMaxStreams = 1 << 16;
+constexpr int64_t kLeastReceiveMemory = int64_t{256} << 20;
+// Reflection is the one service that takes a thread for each open call; more calls are refused.
+constexpr int kMaxBlockingThreads = 32;
 constexpr int kHandshakeTimeoutMs = 20'000;
 constexpr int kMaxIdleMs = 300'000;
 constexpr absl::Duration kPatience = absl::Seconds(30);
@@ -37,6 +41,11 @@ void SetLimits(const ListenOptions& options, grpc::ServerBuilder& builder) {
   builder.SetMaxReceiveMessageSize(static_cast<int>(
       std::min<int64_t>(options.max_request_bytes, std::numeric_limits<int32_t>::max())));
   builder.SetMaxSendMessageSize(-1);
+  int64_t memory = options.receive_memory_bytes;
+  if (memory == 0) memory = std::max(kLeastReceiveMemory, 16 * options.max_request_bytes);
+  grpc::ResourceQuota quota("listener");
+  quota.Resize(static_cast<size_t>(memory)).SetMaxThreads(kMaxBlockingThreads);
+  builder.SetResourceQuota(quota);
   builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS,
                              static_cast<int>(std::min(options.max_streams, kMaxStreams)));
 }
@@ -44,7 +53,8 @@ void SetLimits(const ListenOptions& options, grpc::ServerBuilder& builder) {
 // Pings find a peer that is not there although something on the way answers for it. A process that
 // is stopped is not gone: its calls end by their own stall time-outs, so pings are more patient.
 void SetKeepAlive(const ListenOptions& options, grpc::ServerBuilder& builder) {
-  for (const auto& [name, value] : kKeepAliveArguments) builder.AddChannelArgument(name, value);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepAliveTimeMs);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
   builder.AddChannelArgument(
       GRPC_ARG_KEEPALIVE_TIMEOUT_MS,
       static_cast<int>(absl::ToInt64Milliseconds(2 * options.stall_timeout + kPatience)));

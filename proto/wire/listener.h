@@ -24,6 +24,10 @@ struct ListenOptions {
   int64_t max_request_bytes = 0;   // a larger message is refused
   int64_t max_streams = 0;         // open calls per connection; more wait in the client
   int64_t max_connections = 1024;  // lowered to what the limit of open files allows
+  // gRPC's buffers for what all connections send, and the state of connections and calls. Beyond
+  // that calls are ended with RESOURCE_EXHAUSTED until it is enough. 0: sixteen requests of the
+  // greatest size, at least 256 MiB.
+  int64_t receive_memory_bytes = 0;
   // A peer may leave its socket unread for so long before a call ends, and its other calls go on.
   // The connection as a whole is given up after twice that time, and half a minute more.
   absl::Duration stall_timeout = absl::Seconds(30);

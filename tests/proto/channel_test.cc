@@ -52,7 +52,7 @@ TEST(OpenPushChannel, ALongLayerDoesNotEndThePushToAServerWithDefaultPingLimits)
 
   const auto channel =
       OpenPushChannel(absl::StrCat("127.0.0.1:", port), grpc::InsecureChannelCredentials(),
-                      {.silence = absl::Seconds(1)});
+                      {.use_proxy = false, .silence = absl::Seconds(1)});
   const auto stub = v1::KvReceiver::NewStub(channel);
   grpc::ClientContext context;
   v1::ReceiveResponse response;

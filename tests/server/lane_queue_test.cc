@@ -1,5 +1,6 @@
 #include "server/lane_queue.h"
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -27,6 +28,9 @@ struct FakeTransport final : Transport {
   }
   void End(const absl::Status& status) override { ends.push_back(status); }
   void Cancel(const absl::Status& status) override { cancels.push_back(status); }
+  std::optional<ConnectionUse> connection_use() const override { return use; }
+
+  std::optional<ConnectionUse> use;  // nullopt: nobody knows
 
   std::vector<std::string> sent;  // names
   std::vector<wire::FrameHeader> headers;
@@ -160,6 +164,44 @@ TEST_F(LaneQueueTest, StallIsTheAgeOfTheWriteInProgress) {
   queue_.OnWriteDone(true);
   EXPECT_EQ(queue_.StalledFor(clock_.now), absl::ZeroDuration());
   EXPECT_TRUE(queue_.idle());
+}
+
+TEST_F(LaneQueueTest, AMessageThatLeavesSlowlyIsNotStalled) {
+  transport_.use = Transport::ConnectionUse{.bytes_taken = 1000};
+  queue_.Push(Frame('a', 2 << 20));
+  queue_.Attach(&transport_);
+  for (int second = 1; second <= 15; ++second) {
+    clock_.now += absl::Seconds(1);
+    transport_.use->bytes_taken += 139'000;
+    EXPECT_EQ(queue_.StalledFor(clock_.now), absl::ZeroDuration());
+  }
+  clock_.now += absl::Seconds(5);
+  EXPECT_EQ(queue_.StalledFor(clock_.now), absl::Seconds(5));
+}
+
+TEST_F(LaneQueueTest, PingsAreNoProgress) {
+  transport_.use = Transport::ConnectionUse{};
+  queue_.Push(Frame('a', 2 << 20));
+  queue_.Attach(&transport_);
+  for (int second = 1; second <= 10; ++second) {
+    clock_.now += absl::Seconds(1);
+    transport_.use->bytes_taken += 17;
+    EXPECT_EQ(queue_.StalledFor(clock_.now), absl::Seconds(second));
+  }
+}
+
+// The other streams of the connection flow, and this one's peer does not read it.
+TEST_F(LaneQueueTest, AStreamThatIsPassedByTheOthersOfItsConnectionIsStalled) {
+  transport_.use = Transport::ConnectionUse{.bytes_taken = 0, .most_streams = 2};
+  queue_.Push(Frame('a', 2 << 20));
+  queue_.Attach(&transport_);
+  absl::Duration stalled;
+  for (int second = 1; second <= 10; ++second) {
+    clock_.now += absl::Seconds(1);
+    transport_.use->bytes_taken += 10 << 20;
+    stalled = queue_.StalledFor(clock_.now);
+  }
+  EXPECT_EQ(stalled, absl::Seconds(9));
 }
 
 }  // namespace
