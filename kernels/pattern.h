@@ -90,16 +90,19 @@ struct ExpandVerticalSlashParams {
 };
 
 // Makes patterns from block mass. A row gets the smallest set of key blocks whose mass reaches
-// gamma of the row's (lowest index first among equals), and block 0 and the diagonal.
+// gamma of the row's (lowest index first among equals), and block 0 and the diagonal. With `join`
+// it also keeps the blocks that the pattern has already.
 struct SelectRowsParams {
-  // [num_heads, num_query_blocks, num_key_blocks], as attention writes it or, for one row, the
-  // estimate.
+  // [num_heads, num_query_blocks, num_key_blocks], as attention or antidiagonal scores write it or,
+  // for one row, the estimate. Entries above the diagonal are not read.
   const float* block_mass = nullptr;
   int64_t num_query_blocks = 0;  // they are the last of the num_key_blocks
   int64_t num_key_blocks = 0;
   float gamma = 0.9f;
   uint32_t* pattern = nullptr;  // [num_heads, num_query_blocks, W]
   int num_heads = 1;
+  bool join = false;
+  int64_t* blocks = nullptr;  // [num_heads]: the number of bits set; may be null
 };
 
 // Measures how much of a head's block mass a pattern holds, and how many blocks it has.

@@ -28,6 +28,7 @@ const std::vector<double> kRecalls = {0.3, 0.5,   0.6,  0.7,   0.75, 0.8,   0.85
 // The values of the `kind` label of recall.
 constexpr std::pair<model::PatternSource, const char*> kSparseKinds[] = {
     {model::PatternSource::kPivot, "shared"},
+    {model::PatternSource::kScored, "scored"},
     {model::PatternSource::kVerticalSlash, "vertical_slash"},
     {model::PatternSource::kBaseline, "baseline"}};
 
@@ -36,6 +37,8 @@ constexpr std::pair<int model::LayerReport::*, const char*> kHeadKinds[] = {
     {&model::LayerReport::dense_heads, "dense"},
     {&model::LayerReport::pivot_heads, "pivot"},
     {&model::LayerReport::shared_heads, "shared"},
+    {&model::LayerReport::score_sharing_heads, "score_sharing"},
+    {&model::LayerReport::scored_heads, "scored"},
     {&model::LayerReport::vertical_slash_heads, "vertical_slash"},
     {&model::LayerReport::baseline_heads, "baseline"}};
 

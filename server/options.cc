@@ -81,6 +81,12 @@ ABSL_FLAG(std::optional<float>, vertical_slash_gamma, std::nullopt,
 ABSL_FLAG(std::optional<float>, tau, std::nullopt, ThresholdHelp(ThresholdNamed("tau")));
 ABSL_FLAG(std::optional<float>, delta, std::nullopt, ThresholdHelp(ThresholdNamed("delta")));
 ABSL_FLAG(std::optional<float>, coverage, std::nullopt, ThresholdHelp(ThresholdNamed("coverage")));
+ABSL_FLAG(std::optional<float>, score_threshold, std::nullopt,
+          ThresholdHelp(ThresholdNamed("score_threshold")));
+ABSL_FLAG(std::optional<int64_t>, score_stride, std::nullopt,
+          ThresholdHelp(ThresholdNamed("score_stride")));
+ABSL_FLAG(std::optional<float>, last_rows_gamma, std::nullopt,
+          ThresholdHelp(ThresholdNamed("last_rows_gamma")));
 ABSL_FLAG(std::optional<int64_t>, min_budget_tokens, std::nullopt,
           ThresholdHelp(ThresholdNamed("min_budget_tokens")));
 ABSL_FLAG(std::optional<int64_t>, crossover_tokens, std::nullopt,

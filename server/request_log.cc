@@ -41,6 +41,9 @@ void LogRequest(PrefillJob& job, absl::Time now) {
     if (const auto shared = RecallOf(total.recall, model::PatternSource::kPivot)) {
       fields.emplace_back("recall_shared", shared->mean);
     }
+    if (const auto scored = RecallOf(total.recall, model::PatternSource::kScored)) {
+      fields.emplace_back("recall_scored", scored->mean);
+    }
     if (const auto vertical = RecallOf(total.recall, model::PatternSource::kVerticalSlash)) {
       fields.emplace_back("recall_vertical_slash", vertical->mean);
     }

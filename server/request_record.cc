@@ -32,6 +32,8 @@ v1::LayerStats ToProto(const model::LayerReport& report) {
   stats.set_dense_heads(report.dense_heads);
   stats.set_pivot_heads(report.pivot_heads);
   stats.set_shared_heads(report.shared_heads);
+  stats.set_score_sharing_heads(report.score_sharing_heads);
+  stats.set_scored_heads(report.scored_heads);
   stats.set_vertical_slash_heads(report.vertical_slash_heads);
   stats.set_num_queries(static_cast<uint64_t>(report.num_queries));
   stats.set_density(report.density);
@@ -44,6 +46,7 @@ v1::LayerStats ToProto(const model::LayerReport& report) {
     Audit& audit = *stats.mutable_recall();
     const std::vector<model::HeadRecall>& heads = report.recall;
     SetSummary(heads, model::PatternSource::kPivot, &Audit::mutable_shared, audit);
+    SetSummary(heads, model::PatternSource::kScored, &Audit::mutable_scored, audit);
     SetSummary(heads, model::PatternSource::kVerticalSlash, &Audit::mutable_vertical_slash, audit);
     SetSummary(heads, model::PatternSource::kBaseline, &Audit::mutable_baseline, audit);
     audit.set_audit_us(report.audit_us);
@@ -68,6 +71,8 @@ void Add(const model::LayerReport& layer, model::LayerReport& sum) {
   sum.dense_heads += layer.dense_heads;
   sum.pivot_heads += layer.pivot_heads;
   sum.shared_heads += layer.shared_heads;
+  sum.score_sharing_heads += layer.score_sharing_heads;
+  sum.scored_heads += layer.scored_heads;
   sum.vertical_slash_heads += layer.vertical_slash_heads;
   sum.baseline_heads += layer.baseline_heads;
   sum.num_queries += layer.num_queries;

@@ -76,7 +76,7 @@ ABSL_FLAG(std::optional<float>, gamma, std::nullopt,
           "Mass that a pattern must cover, (0, 1]. Named, it is --vertical_slash_gamma as well, "
           "unless that is named too.");
 ABSL_FLAG(std::optional<float>, vertical_slash_gamma, std::nullopt,
-          "--gamma of vertical-slash alone, whose columns and diagonals each reach it, (0, 1]. "
+          "--gamma of policy vertical_slash, whose columns and diagonals each reach it, (0, 1]. "
           "Absent: --gamma if that is named, else the server's.");
 ABSL_FLAG(std::optional<float>, tau, std::nullopt, "Distance below which heads share, [0, 1].");
 ABSL_FLAG(std::optional<float>, delta, std::nullopt,
@@ -84,8 +84,15 @@ ABSL_FLAG(std::optional<float>, delta, std::nullopt,
 ABSL_FLAG(std::optional<float>, coverage, std::nullopt,
           "A cluster shares when vertical-slash covers less of its pivot than this, [0, 1], or "
           "costs more.");
+ABSL_FLAG(std::optional<float>, score_threshold, std::nullopt,
+          "Part of each row's antidiagonal scores that the blocks of a scored head hold, (0, 1].");
+ABSL_FLAG(std::optional<uint32_t>, score_stride, std::nullopt,
+          "Tokens that antidiagonal scores take together: 8 or 16.");
+ABSL_FLAG(std::optional<float>, last_rows_gamma, std::nullopt,
+          "Mass of the columns, and of the diagonals, that the last queries add to a scored head's "
+          "blocks, (0, 1].");
 ABSL_FLAG(std::optional<uint32_t>, min_budget_tokens, std::nullopt,
-          "Least number of columns, and of diagonals, that vertical-slash keeps.");
+          "Least number of columns, and of diagonals, that the last queries choose.");
 ABSL_FLAG(std::optional<bool>, same_layer_sharing, std::nullopt,
           "Heads may share a pivot of their own layer.");
 ABSL_FLAG(std::optional<float>, density, std::nullopt,

@@ -55,10 +55,11 @@ std::string AttentionLine(const PrefillResult& prefill) {
   const LayerStats& total = prefill.total();
   return Line(
       "attention",
-      absl::StrFormat("%s, density %.1f %%; heads: %u dense, %u pivot, %u shared, "
-                      "%u vertical-slash%s; attention %s, patterns %s",
+      absl::StrFormat("%s, density %.1f %%; heads: %u dense, %u pivot, %u shared, %u scored, "
+                      "%u score-sharing, %u vertical-slash%s; attention %s, patterns %s",
                       EnumName(prefill.policy()), 100 * total.density(), total.dense_heads(),
-                      total.pivot_heads(), total.shared_heads(), total.vertical_slash_heads(),
+                      total.pivot_heads(), total.shared_heads(), total.scored_heads(),
+                      total.score_sharing_heads(), total.vertical_slash_heads(),
                       total.baseline_heads() == 0
                           ? ""
                           : absl::StrFormat(", %u baseline", total.baseline_heads()),
@@ -75,7 +76,7 @@ std::string RecallText(const char* kind, const RecallSummary& heads) {
 
 std::string RecallLines(const PrefillResult& prefill) {
   const RecallAudit& audit = prefill.total().recall();
-  return absl::StrCat(RecallText("shared", audit.shared()),
+  return absl::StrCat(RecallText("shared", audit.shared()), RecallText("scored", audit.scored()),
                       RecallText("vertical-slash", audit.vertical_slash()),
                       RecallText("baseline", audit.baseline()));
 }
@@ -115,7 +116,8 @@ std::string LowestRecallText(const LayerStats& layer) {
   if (!layer.has_recall()) return "";
   double lowest = 1;
   const RecallAudit& audit = layer.recall();
-  for (const RecallSummary* heads : {&audit.shared(), &audit.vertical_slash(), &audit.baseline()}) {
+  for (const RecallSummary* heads :
+       {&audit.shared(), &audit.scored(), &audit.vertical_slash(), &audit.baseline()}) {
     if (!heads->heads().empty()) lowest = std::min(lowest, heads->lowest());
   }
   return absl::StrFormat("%15.3f", lowest);
@@ -123,17 +125,17 @@ std::string LowestRecallText(const LayerStats& layer) {
 
 std::string LayerTable(const PrefillResult& prefill) {
   if (prefill.layers().empty()) return "";
-  std::string text =
-      absl::StrFormat("%5s %8s %6s %6s %6s %6s %9s %10s %10s %10s%s\n", "layer", "queries", "dense",
-                      "pivot", "shared", "v-slsh", "density", "compute", "attention", "patterns",
-                      prefill.total().has_recall() ? "  lowest recall" : "");
+  std::string text = absl::StrFormat(
+      "%5s %8s %6s %6s %6s %6s %6s %6s %9s %10s %10s %10s%s\n", "layer", "queries", "dense",
+      "pivot", "shared", "scored", "sc-shr", "v-slsh", "density", "compute", "attention",
+      "patterns", prefill.total().has_recall() ? "  lowest recall" : "");
   for (const LayerStats& layer : prefill.layers()) {
-    absl::StrAppendFormat(&text, "%5u %8u %6u %6u %6u %6u %8.1f%% %10s %10s %10s%s\n",
-                          layer.layer(), layer.num_queries(), layer.dense_heads(),
-                          layer.pivot_heads(), layer.shared_heads(), layer.vertical_slash_heads(),
-                          100 * layer.density(), DurationText(layer.compute_us()),
-                          DurationText(layer.attention_us()), DurationText(layer.pattern_us()),
-                          LowestRecallText(layer));
+    absl::StrAppendFormat(
+        &text, "%5u %8u %6u %6u %6u %6u %6u %6u %8.1f%% %10s %10s %10s%s\n", layer.layer(),
+        layer.num_queries(), layer.dense_heads(), layer.pivot_heads(), layer.shared_heads(),
+        layer.scored_heads(), layer.score_sharing_heads(), layer.vertical_slash_heads(),
+        100 * layer.density(), DurationText(layer.compute_us()), DurationText(layer.attention_us()),
+        DurationText(layer.pattern_us()), LowestRecallText(layer));
   }
   return text;
 }
@@ -150,6 +152,7 @@ json ToJson(const RecallSummary& heads) {
 json ToJson(const RecallAudit& audit) {
   json object = {{"audit_us", audit.audit_us()}};
   if (audit.has_shared()) object["shared"] = ToJson(audit.shared());
+  if (audit.has_scored()) object["scored"] = ToJson(audit.scored());
   if (audit.has_vertical_slash()) object["vertical_slash"] = ToJson(audit.vertical_slash());
   if (audit.has_baseline()) object["baseline"] = ToJson(audit.baseline());
   return object;
@@ -159,6 +162,8 @@ json ToJson(const LayerStats& stats) {
   json object = {{"dense_heads", stats.dense_heads()},
                  {"pivot_heads", stats.pivot_heads()},
                  {"shared_heads", stats.shared_heads()},
+                 {"scored_heads", stats.scored_heads()},
+                 {"score_sharing_heads", stats.score_sharing_heads()},
                  {"vertical_slash_heads", stats.vertical_slash_heads()},
                  {"baseline_heads", stats.baseline_heads()},
                  {"num_queries", stats.num_queries()},

@@ -114,19 +114,25 @@ void SelectRows(const SelectRowsParams& params) {
   const int64_t num_key_blocks = params.num_key_blocks;
   const int64_t words = PatternWords(num_key_blocks);
   const int64_t first_block = num_key_blocks - params.num_query_blocks;
+  if (params.blocks != nullptr) std::fill_n(params.blocks, params.num_heads, int64_t{0});
   // This is the only allocation: eight bytes per key block for each thread.
   std::vector<uint64_t> sets(static_cast<size_t>(num_key_blocks * omp_get_max_threads()));
 #pragma omp parallel for schedule(dynamic, 16)
   for (int64_t row = 0; row < params.num_heads * params.num_query_blocks; ++row) {
     uint64_t* set = &sets[omp_get_thread_num() * num_key_blocks];
     uint32_t* pattern = params.pattern + row * words;
-    std::fill_n(pattern, words, 0u);
+    if (!params.join) std::fill_n(pattern, words, 0u);
     const int64_t block = first_block + row % params.num_query_blocks;
     const int64_t taken = SelectSmallestSet(params.block_mass + row * num_key_blocks, block + 1,
                                             params.gamma, 0, set);
     for (int64_t i = 0; i < taken; ++i) SetBit(pattern, IndexOf(set[i]));
     SetBit(pattern, 0);
     SetBit(pattern, block);
+    if (params.blocks == nullptr) continue;
+    int64_t count = 0;
+    for (int64_t word = 0; word < words; ++word) count += std::popcount(pattern[word]);
+#pragma omp atomic
+    params.blocks[row / params.num_query_blocks] += count;
   }
 }
 

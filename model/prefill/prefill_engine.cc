@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <numeric>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "model/prefill/crossover.h"
 #include "model/prefill/engine_parts.h"
 #include "model/prefill/packed_prompts.h"
 #include "model/prefill/prompt_sequence.h"
@@ -129,7 +131,7 @@ class Engine final : public PrefillEngine {
 
  private:
   AttentionPolicy Resolve(const AttentionOptions& options, int64_t num_tokens) const {
-    return ResolvePolicy(options, num_tokens, parts_->block_tokens, !parts_->clusters.empty());
+    return ResolvePolicy(options, num_tokens, parts_->block_tokens);
   }
 
   absl::Status CheckPrompt(const PromptInput& prompt) const {
@@ -224,6 +226,17 @@ absl::Status AllocateWorkspace(const EngineOptions& options, int64_t most_tokens
         parts->baseline,
         BaselineWorkspace::Create(device, &config, max_tokens, options.block_tokens));
   }
+  std::vector<int> all_heads(static_cast<size_t>(config.num_heads));
+  std::iota(all_heads.begin(), all_heads.end(), 0);
+  PREFILLD_RETURN_IF_ERROR(
+      device->ops().ReserveAntidiagonalScores({.num_queries = max_tokens,
+                                               .num_keys = max_tokens,
+                                               .num_heads = config.num_heads,
+                                               .num_kv_heads = config.num_kv_heads,
+                                               .head_dim = config.head_dim,
+                                               .block_tokens = options.block_tokens,
+                                               .heads = all_heads.data(),
+                                               .num_scored = config.num_heads}));
   // If there are clusters, heads become pivots, and attention is asked for their block mass.
   return device->ops().ReserveAttention({.num_queries = most_tokens,
                                          .num_keys = most_tokens,
@@ -301,6 +314,31 @@ absl::Status AllocateMemory(const EngineOptions& options, EngineParts* parts) {
   return absl::OkStatus();
 }
 
+// Finds the length at which policy auto changes, in memory that no prompt uses yet.
+absl::StatusOr<int64_t> MeasureCrossover(EngineParts* parts) {
+  const ModelConfig& config = parts->info.config;
+  const int64_t max_tokens = parts->info.max_tokens;
+  PromptState& state = parts->states.largest();
+  PREFILLD_ASSIGN_OR_RETURN(const KvSlot slot, state.slots->Acquire(/*layer=*/0));
+  absl::StatusOr<int64_t> crossover = MeasureCrossover(
+      parts->sharing.get(),
+      {.q = parts->step->queries(),
+       .k = slot.k,
+       .v = slot.v,
+       .out = parts->step->queries(),
+       .num_queries = max_tokens,
+       .num_keys = max_tokens,
+       .kv_head_stride = RoundUp(state.max_tokens, kKvStrideTokens) * config.head_dim,
+       .num_heads = config.num_heads,
+       .num_kv_heads = config.num_kv_heads,
+       .head_dim = config.head_dim,
+       .block_tokens = parts->block_tokens,
+       .scale = 1.0f},
+      parts->info.default_attention);
+  state.slots->Release(/*layer=*/0);
+  return crossover;
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<PrefillEngine>> CreatePrefillEngine(const EngineOptions& options) {
@@ -336,6 +374,10 @@ absl::StatusOr<std::unique_ptr<PrefillEngine>> CreatePrefillEngine(const EngineO
   if (traits.records) parts->max_graph_tokens = options.max_graph_tokens.value_or(kCudaGraphTokens);
   if (traits.asynchronous) parts->run_ahead_tokens = kCudaRunAheadTokens;
   PREFILLD_RETURN_IF_ERROR(AllocateMemory(options, parts.get()));
+  if (!options.attention_overrides.crossover_tokens.has_value()) {
+    PREFILLD_ASSIGN_OR_RETURN(info.default_attention.crossover_tokens,
+                              MeasureCrossover(parts.get()));
+  }
   return std::make_unique<Engine>(std::move(parts));
 }
 

@@ -174,7 +174,8 @@ struct EngineOptions {
   // Reserves the memory that baseline policies take; without it Start refuses them.
   bool baselines = false;
   // EngineInfo.default_attention is the built-in options with the thresholds that the cluster file
-  // names, and these over them. A request may override it in its turn.
+  // names, and these over them. crossover_tokens is measured unless it is named here. A request may
+  // override it in its turn.
   AttentionOverrides attention_overrides;
 };
 

@@ -57,6 +57,10 @@ absl::Status Validate(const AttentionOptions& options) {
         [&](const auto& members) { return CheckLimits(threshold.name, members, options); },
         threshold.members));
   }
+  if (options.score_stride != 8 && options.score_stride != 16) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("attention.score_stride ", options.score_stride, " is none of 8, 16"));
+  }
   return absl::OkStatus();
 }
 
@@ -73,12 +77,11 @@ AttentionOptions Apply(const AttentionOverrides& overrides, AttentionOptions opt
   return options;
 }
 
-AttentionPolicy ResolvePolicy(const AttentionOptions& options, int64_t num_tokens, int block_tokens,
-                              bool has_clusters) {
+AttentionPolicy ResolvePolicy(const AttentionOptions& options, int64_t num_tokens,
+                              int block_tokens) {
   if (num_tokens <= 2 * block_tokens) return AttentionPolicy::kDense;
   if (options.policy != AttentionPolicy::kAuto) return options.policy;
-  const bool long_enough = num_tokens >= options.crossover_tokens;
-  return long_enough && has_clusters ? AttentionPolicy::kShare : AttentionPolicy::kDense;
+  return num_tokens >= options.crossover_tokens ? AttentionPolicy::kShare : AttentionPolicy::kDense;
 }
 
 }  // namespace prefilld::model

@@ -30,6 +30,9 @@ struct AttentionOptions {
   float tau = 0.4f;
   float delta = 1.0f;
   float coverage = 0.85f;
+  float score_threshold = 0.95f;
+  int64_t score_stride = 8;
+  float last_rows_gamma = 0.5f;
   int64_t min_budget_tokens = 128;
   bool same_layer_sharing = true;
   int64_t crossover_tokens = 4096;
@@ -44,8 +47,9 @@ struct AttentionOptions {
 // there before.
 struct AttentionOverrides {
   std::optional<AttentionPolicy> policy;
-  std::optional<float> gamma, vertical_slash_gamma, tau, delta, coverage, density;
-  std::optional<int64_t> min_budget_tokens, crossover_tokens, recall_audit_rows;
+  std::optional<float> gamma, vertical_slash_gamma, tau, delta, coverage, score_threshold,
+      last_rows_gamma, density;
+  std::optional<int64_t> score_stride, min_budget_tokens, crossover_tokens, recall_audit_rows;
   std::optional<bool> same_layer_sharing;
 };
 
@@ -102,8 +106,10 @@ inline constexpr AttentionThreshold kAttentionThresholds[] = {
                                                    &AttentionOverrides::vertical_slash_gamma, 0.0f,
                                                    1.0f, /*lowest_allowed=*/false},
      kOperator | kRequest | kClusterFile,
-     "--gamma of vertical-slash alone, whose columns and diagonals each reach it and together hold "
-     "far more. Absent: --gamma if that is named, else the cluster file's or the built-in one."},
+     "--gamma of policy vertical_slash, whose columns and diagonals each reach it and together "
+     "hold "
+     "far more, and of the set that --coverage judges. Absent: --gamma if that is named, else the "
+     "cluster file's or the built-in one."},
     {"tau", ThresholdMembers<float>{&AttentionOptions::tau, &AttentionOverrides::tau, 0.0f, 1.0f},
      kOperator | kRequest | kClusterFile,
      "A head shares its cluster's pattern when its distance to the pivot is below this."},
@@ -116,11 +122,29 @@ inline constexpr AttentionThreshold kAttentionThresholds[] = {
                              1.0f},
      kOperator | kRequest | kClusterFile,
      "A cluster shares when vertical-slash covers less of its pivot than this, or costs more."},
+    {"score_threshold",
+     ThresholdMembers<float>{&AttentionOptions::score_threshold,
+                             &AttentionOverrides::score_threshold, 0.0f, 1.0f,
+                             /*lowest_allowed=*/false},
+     kOperator | kRequest | kClusterFile,
+     "Part of each row's antidiagonal scores that the blocks of a scored head hold."},
+    {"score_stride",
+     ThresholdMembers<int64_t>{&AttentionOptions::score_stride, &AttentionOverrides::score_stride,
+                               8, 16},
+     kOperator | kRequest | kClusterFile,
+     "Tokens that antidiagonal scores take together, 8 or 16: 16 costs half and sees less."},
+    {"last_rows_gamma",
+     ThresholdMembers<float>{&AttentionOptions::last_rows_gamma,
+                             &AttentionOverrides::last_rows_gamma, 0.0f, 1.0f,
+                             /*lowest_allowed=*/false},
+     kOperator | kRequest | kClusterFile,
+     "Mass of the columns, and of the diagonals, that the last queries add to a scored head's "
+     "blocks."},
     {"min_budget_tokens",
      ThresholdMembers<int64_t>{&AttentionOptions::min_budget_tokens,
                                &AttentionOverrides::min_budget_tokens, 0},
      kOperator | kRequest | kClusterFile,
-     "Least number of columns, and of diagonals, that vertical-slash keeps."},
+     "Least number of columns, and of diagonals, that the last queries choose."},
     {"same_layer_sharing",
      ThresholdMembers<bool>{&AttentionOptions::same_layer_sharing,
                             &AttentionOverrides::same_layer_sharing},
@@ -128,7 +152,10 @@ inline constexpr AttentionThreshold kAttentionThresholds[] = {
     {"crossover_tokens",
      ThresholdMembers<int64_t>{&AttentionOptions::crossover_tokens,
                                &AttentionOverrides::crossover_tokens, 0},
-     kOperator, "Policy auto is dense for prompts shorter than this, and shares from here on."},
+     kOperator,
+     "Policy auto is dense for prompts shorter than this, and shares from here on. Not set: "
+     "measured "
+     "at start (model/prefill/crossover.h)."},
     {"density",
      ThresholdMembers<float>{&AttentionOptions::density, &AttentionOverrides::density, 0.0f, 1.0f,
                              /*lowest_allowed=*/false},
@@ -165,9 +192,9 @@ AttentionOptions Apply(const AttentionOverrides& overrides, AttentionOptions opt
 
 // Returns the policy that runs for a prompt of `num_tokens`, which is never kAuto. A prompt of one
 // or two pattern blocks is dense under every policy, since its pattern would be all of it. kAuto is
-// dense for a model without head clusters too, because vertical-slash alone loses answers.
-AttentionPolicy ResolvePolicy(const AttentionOptions& options, int64_t num_tokens, int block_tokens,
-                              bool has_clusters);
+// kShare from crossover_tokens on, with and without head clusters.
+AttentionPolicy ResolvePolicy(const AttentionOptions& options, int64_t num_tokens,
+                              int block_tokens);
 
 }  // namespace prefilld::model
 

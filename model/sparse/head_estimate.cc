@@ -50,22 +50,33 @@ absl::Status HeadEstimate::OfQueries(const kernels::AttentionParams& attention, 
 
 absl::Status HeadEstimate::BuildVerticalSlash(float gamma, int64_t min_budget_tokens,
                                               uint32_t* patterns, int64_t* blocks) {
-  PREFILLD_RETURN_IF_ERROR(device_.ops().VerticalSlash({.vertical = vertical_.as<float>(),
-                                                        .slash = slash_.as<float>(),
-                                                        .num_keys = num_keys_,
-                                                        .num_heads = num_heads_,
-                                                        .block_tokens = block_tokens_,
-                                                        .gamma = gamma,
-                                                        .min_budget_tokens = min_budget_tokens,
-                                                        .columns = columns_.as<uint32_t>(),
-                                                        .diagonals = diagonals_.as<uint32_t>()}));
+  return Build(0, num_heads_, gamma, min_budget_tokens, patterns, blocks);
+}
+
+absl::Status HeadEstimate::BuildVerticalSlashOf(int head, float gamma, int64_t min_budget_tokens,
+                                                uint32_t* pattern) {
+  return Build(head, 1, gamma, min_budget_tokens, pattern, /*blocks=*/nullptr);
+}
+
+absl::Status HeadEstimate::Build(int first, int count, float gamma, int64_t min_budget_tokens,
+                                 uint32_t* patterns, int64_t* blocks) {
+  PREFILLD_RETURN_IF_ERROR(
+      device_.ops().VerticalSlash({.vertical = vertical_.as<float>() + first * num_keys_,
+                                   .slash = slash_.as<float>() + first * num_keys_,
+                                   .num_keys = num_keys_,
+                                   .num_heads = count,
+                                   .block_tokens = block_tokens_,
+                                   .gamma = gamma,
+                                   .min_budget_tokens = min_budget_tokens,
+                                   .columns = columns_.as<uint32_t>(),
+                                   .diagonals = diagonals_.as<uint32_t>()}));
   const int64_t num_blocks = kernels::CeilDiv(num_keys_, block_tokens_);
   return device_.ops().ExpandVerticalSlash({.columns = columns_.as<uint32_t>(),
                                             .diagonals = diagonals_.as<uint32_t>(),
                                             .num_query_blocks = num_blocks,
                                             .num_key_blocks = num_blocks,
                                             .pattern = patterns,
-                                            .num_heads = num_heads_,
+                                            .num_heads = count,
                                             .blocks = blocks});
 }
 

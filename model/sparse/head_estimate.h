@@ -31,6 +31,9 @@ class HeadEstimate {
   // to `blocks` [num_heads], which may be null.
   absl::Status BuildVerticalSlash(float gamma, int64_t min_budget_tokens, uint32_t* patterns,
                                   int64_t* blocks);
+  // Builds the pattern [n, W] of one head.
+  absl::Status BuildVerticalSlashOf(int head, float gamma, int64_t min_budget_tokens,
+                                    uint32_t* pattern);
 
   // The results of the last estimate, in fp32. num_keys is the number of keys that it covered.
   const DeviceBuffer& block_mass() const { return block_mass_; }  // [num_heads, n]
@@ -38,6 +41,10 @@ class HeadEstimate {
   const DeviceBuffer& slash() const { return slash_; }            // [num_heads, num_keys]
 
  private:
+  // Does it for `count` heads from `first` on.
+  absl::Status Build(int first, int count, float gamma, int64_t min_budget_tokens,
+                     uint32_t* patterns, int64_t* blocks);
+
   HeadEstimate(Device* device, int num_heads, int block_tokens)
       : device_(*device), num_heads_(num_heads), block_tokens_(block_tokens) {}
 

@@ -19,9 +19,11 @@ struct LayerReport {
   int64_t num_queries = 0;
   int dense_heads = 0;
   int pivot_heads = 0;
-  int shared_heads = 0;
-  int vertical_slash_heads = 0;
-  int baseline_heads = 0;  // patterns of a baseline policy
+  int shared_heads = 0;          // patterns of exact pivots
+  int score_sharing_heads = 0;   // scored patterns of another head
+  int scored_heads = 0;          // patterns from antidiagonal scores and the last queries
+  int vertical_slash_heads = 0;  // patterns from the last queries alone
+  int baseline_heads = 0;        // patterns of a baseline policy
   // Computed blocks / causal blocks of these queries over all heads; exact heads count as 1.
   double density = 0.0;
   int64_t compute_us = 0;

@@ -4,6 +4,7 @@
 #include <bit>
 
 #include "model/device/stopwatch.h"
+#include "model/sparse/scored_patterns.h"
 #include "proto/status_macros.h"
 
 namespace prefilld::model {
@@ -32,6 +33,12 @@ int64_t CountNewBlocks(absl::Span<const uint32_t> row, absl::Span<const uint32_t
   return count;
 }
 
+// The origin of the pattern of a head that is no pivot.
+PatternSource SourceOf(HeadRole role) {
+  if (role == HeadRole::kShared) return PatternSource::kPivot;
+  return role == HeadRole::kScored ? PatternSource::kScored : PatternSource::kVerticalSlash;
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<PatternSharing>> PatternSharing::Create(SharingWorkspace* workspace,
@@ -57,6 +64,7 @@ absl::Status PatternSharing::Allocate(int64_t max_tokens) {
   }
   no_clusters_.assign(heads, HeadClusters::kNoCluster);
   roles_.resize(heads);
+  to_score_.reserve(heads);
   work_.reserve(heads);
   return absl::OkStatus();
 }
@@ -78,12 +86,17 @@ absl::Status PatternSharing::Attend(int layer, const kernels::AttentionParams& a
                         (!pivots_[cluster].exists() || pivots_[cluster].worth_sharing);
                });
   stages_ = {};
-  std::fill(roles_.begin(), roles_.end(), HeadRole::kVerticalSlash);
+  std::fill(
+      roles_.begin(), roles_.end(),
+      options_.policy == AttentionPolicy::kShare ? HeadRole::kScored : HeadRole::kVerticalSlash);
   // If nobody asked for the report of an earlier layer, its downloads still read what is written
   // next.
   PREFILLD_RETURN_IF_ERROR(device_.FinishDownloads());
   PREFILLD_RETURN_IF_ERROR(Prepare(attention));
-  if (may_share_) PREFILLD_RETURN_IF_ERROR(Decide(layer, attention));
+  if (may_share_) {
+    PREFILLD_RETURN_IF_ERROR(Decide(layer, attention));
+    PREFILLD_RETURN_IF_ERROR(ScoreHeads(attention, /*can_share=*/true));
+  }
   AssignWork();
   PREFILLD_RETURN_IF_ERROR(device_.Mark(kDecided));
   PREFILLD_RETURN_IF_ERROR(AttendSparse(layer, attention, report));
@@ -100,24 +113,39 @@ absl::Status PatternSharing::Prepare(const kernels::AttentionParams& attention) 
         config_.num_heads * num_blocks_ * sizeof(float)));
   }
   PREFILLD_RETURN_IF_ERROR(device_.Mark(kEstimated));
-  PREFILLD_RETURN_IF_ERROR(SelectSets());
+  PREFILLD_RETURN_IF_ERROR(SelectSets(attention));
   return device_.Mark(kSelected);
 }
 
 // Selects sets for all heads, whatever they will turn out to do. One launch is cheaper than
-// choosing heads, and the device would have to wait for the host's decisions.
-absl::Status PatternSharing::SelectSets() {
+// choosing heads, and the device would have to wait for the host's decisions. Scores cost more, so
+// heads that may share are scored only once they do not.
+absl::Status PatternSharing::SelectSets(const kernels::AttentionParams& attention) {
+  const bool share = options_.policy == AttentionPolicy::kShare;
   PREFILLD_RETURN_IF_ERROR(scratch_.head_estimate->BuildVerticalSlash(
-      options_.gamma_of_vertical_slash(), options_.min_budget_tokens, VerticalSlashPattern(0),
-      scratch_.figures.as<int64_t>() + scratch_.VerticalSlashSlot(0)));
-  if (!may_share_) return absl::OkStatus();
-  // These are each head's own blocks of the last row, in case it shares.
-  return device_.ops().SelectRows({.block_mass = scratch_.head_estimate->block_mass().as<float>(),
-                                   .num_query_blocks = 1,
-                                   .num_key_blocks = num_blocks_,
-                                   .gamma = options_.gamma,
-                                   .pattern = scratch_.last_rows.as<uint32_t>(),
-                                   .num_heads = config_.num_heads});
+      share ? options_.last_rows_gamma : options_.gamma_of_vertical_slash(),
+      options_.min_budget_tokens, OwnPattern(0),
+      scratch_.figures.as<int64_t>() + scratch_.OwnBlocksSlot(0)));
+  if (may_share_) {
+    // These are each head's own blocks of the last row, in case it shares.
+    PREFILLD_RETURN_IF_ERROR(
+        device_.ops().SelectRows({.block_mass = scratch_.head_estimate->block_mass().as<float>(),
+                                  .num_query_blocks = 1,
+                                  .num_key_blocks = num_blocks_,
+                                  .gamma = options_.gamma,
+                                  .pattern = scratch_.last_rows.as<uint32_t>(),
+                                  .num_heads = config_.num_heads}));
+  }
+  return share ? ScoreHeads(attention, /*can_share=*/false) : absl::OkStatus();
+}
+
+absl::Status PatternSharing::ScoreHeads(const kernels::AttentionParams& attention, bool can_share) {
+  to_score_.clear();
+  for (int head = 0; head < config_.num_heads; ++head) {
+    const bool could_share = may_share_ && cluster_of_[head] != HeadClusters::kNoCluster;
+    if (roles_[head] == HeadRole::kScored && could_share == can_share) to_score_.push_back(head);
+  }
+  return AddScoredBlocks(scratch_, attention, to_score_, options_);
 }
 
 absl::Status PatternSharing::Decide(int layer, const kernels::AttentionParams& attention) {
@@ -128,9 +156,7 @@ absl::Status PatternSharing::Decide(int layer, const kernels::AttentionParams& a
   const std::vector<int> pivots = ChoosePivots(cluster_of_, estimate, pivots_, options_);
   stages_.host_us += static_cast<double>(stopwatch.LapUs());
 
-  const int64_t mass_floats = static_cast<int64_t>(scratch_.pivot_mass.bytes() / sizeof(float));
-  const size_t at_a_time =
-      static_cast<size_t>(std::max<int64_t>(1, mass_floats / (num_blocks_ * num_blocks_)));
+  const auto at_a_time = static_cast<size_t>(scratch_.MassesAtATime(num_blocks_));
   for (size_t first = 0; first < pivots.size(); first += at_a_time) {
     const auto batch = absl::MakeConstSpan(pivots).subspan(first, at_a_time);
     PREFILLD_RETURN_IF_ERROR(AttendPivots(attention, batch));
@@ -178,7 +204,10 @@ absl::Status PatternSharing::MeasurePivots(absl::Span<const int> pivots) {
                                                        .gamma = options_.gamma,
                                                        .pattern = pattern}));
     PREFILLD_RETURN_IF_ERROR(Measure(PivotMass(i), pattern, slot));
-    PREFILLD_RETURN_IF_ERROR(Measure(PivotMass(i), VerticalSlashPattern(pivots[i]), slot + 1));
+    auto* vertical_slash = scratch_.pivot_vertical_slash.as<uint32_t>();
+    PREFILLD_RETURN_IF_ERROR(scratch_.head_estimate->BuildVerticalSlashOf(
+        pivots[i], options_.gamma_of_vertical_slash(), options_.min_budget_tokens, vertical_slash));
+    PREFILLD_RETURN_IF_ERROR(Measure(PivotMass(i), vertical_slash, slot + 1));
     PREFILLD_RETURN_IF_ERROR(
         device_.StartDownload(scratch_.last_rows_host.as<uint32_t>() + i * words,
                               pattern + (num_blocks_ - 1) * words, words * sizeof(uint32_t)));
@@ -212,8 +241,9 @@ void PatternSharing::AssignWork() {
     switch (roles_[head]) {
       case HeadRole::kPivot:
         break;
+      case HeadRole::kScored:
       case HeadRole::kVerticalSlash:
-        work_.push_back({.head = head, .pattern = VerticalSlashPattern(head)});
+        work_.push_back({.head = head, .pattern = OwnPattern(head)});
         break;
       case HeadRole::kShared:
         work_.push_back({.head = head,
@@ -250,9 +280,7 @@ absl::Status PatternSharing::Audit(int layer, const kernels::AttentionParams& at
                                                    absl::MakeSpan(recall)));
   for (int i = 0; i < attention.num_work; ++i) {
     const int head = attention.work[i].head;
-    const PatternSource source =
-        roles_[head] == HeadRole::kShared ? PatternSource::kPivot : PatternSource::kVerticalSlash;
-    report->recall.push_back({layer, head, source, recall[i]});
+    report->recall.push_back({layer, head, SourceOf(roles_[head]), recall[i]});
   }
   return absl::OkStatus();
 }
@@ -274,9 +302,10 @@ absl::Status PatternSharing::Report(LayerReport* report) {
         ++report->pivot_heads;
         blocks += CausalBlocks(num_blocks_);
         break;
+      case HeadRole::kScored:
       case HeadRole::kVerticalSlash:
-        ++report->vertical_slash_heads;
-        blocks += scratch_.figures_host.as<int64_t>()[scratch_.VerticalSlashSlot(head)];
+        ++(roles_[head] == HeadRole::kScored ? report->scored_heads : report->vertical_slash_heads);
+        blocks += scratch_.figures_host.as<int64_t>()[scratch_.OwnBlocksSlot(head)];
         break;
       case HeadRole::kShared: {
         ++report->shared_heads;

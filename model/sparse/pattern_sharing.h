@@ -6,7 +6,7 @@
 // with the prompt. So, prompt by prompt and layer by layer:
 //   1 Estimate  The last block of queries yields mass per key block, per column, per diagonal.
 //   2 Decide    The first head of a cluster becomes its pivot; heads near enough to their
-//               pivot share; all others take their own vertical-slash set
+//               pivot share; all others are scored, each for itself
 //               (model/sparse/sharing_decision.h).
 //   3 Pivot     Dense attention that also yields the exact mass of every block. Per row of blocks
 //               the smallest set that holds gamma of it, with block 0 and the diagonal, is the
@@ -14,8 +14,13 @@
 //   4 Coverage  What the pivot's own vertical-slash set holds of its exact mass, and what it costs
 //               beside the pattern, says whether the cluster gains by sharing. It is computed on a
 //               set, so no block counts twice.
-//   5 Attend    Shared heads compute the pivot's pattern plus the blocks of the last row that
-//               their own estimate found; the others compute their vertical-slash set.
+//   5 Score     Each of the other heads gets the blocks that antidiagonal scores of all its
+//               queries choose, and the columns and diagonals that its last queries look at
+//               (model/sparse/scored_patterns.h). In the paper they get the latter alone.
+//   6 Attend    Shared heads compute the pivot's pattern plus the blocks of the last row that
+//               their own estimate found; the others compute their own pattern.
+// Without clusters every head is scored. Policy vertical_slash takes steps 1 and 6 alone, with the
+// vertical-slash set of every head.
 #ifndef PREFILLD_MODEL_SPARSE_PATTERN_SHARING_H_
 #define PREFILLD_MODEL_SPARSE_PATTERN_SHARING_H_
 
@@ -36,9 +41,10 @@ namespace prefilld::model {
 // The parts of a layer's time, in microseconds by the device's clock; host_us by the host's.
 struct PatternStages {
   double estimate_us = 0.0;
-  double select_us = 0.0;  // vertical-slash sets, their patterns, the blocks of the last row
-  // The time from there until the sparse heads can run: the rest of the host's decisions, and the
-  // measuring of pivots.
+  // The sets of the last queries, the blocks of the last row, scores of heads that cannot share.
+  double select_us = 0.0;
+  // The time from there until the sparse heads can run: the rest of the host's decisions, the
+  // measuring of pivots, and the scores of heads that could have shared.
   double decide_us = 0.0;
   double host_us = 0.0;    // what the host computes to decide, most of it beside select_us
   double pivots_us = 0.0;  // attention of pivots
@@ -60,8 +66,8 @@ class PatternSharing final : public AttentionStrategy {
   void StartPrompt(int64_t num_tokens, const AttentionOptions& options) override;
 
   // The host waits once for the device, to decide by the estimate while the device computes the
-  // vertical-slash sets, and once more for every batch of new pivots. It does not wait if no head
-  // of the layer can share. The decisions allocate a few arrays of [num_heads].
+  // sets of the last queries, and once more for every batch of new pivots. It does not wait if no
+  // head of the layer can share. The decisions allocate a few arrays of [num_heads].
   absl::Status Attend(int layer, const kernels::AttentionParams& attention,
                       LayerReport* report) override;
   absl::Status Report(LayerReport* report) override;
@@ -82,7 +88,9 @@ class PatternSharing final : public AttentionStrategy {
                             LayerReport* report);
   absl::Status DownloadForReport();
 
-  absl::Status SelectSets();
+  absl::Status SelectSets(const kernels::AttentionParams& attention);
+  // Scores the heads whose role is kScored, of those that cannot share or of the others.
+  absl::Status ScoreHeads(const kernels::AttentionParams& attention, bool can_share);
   absl::Status AttendPivots(const kernels::AttentionParams& attention,
                             absl::Span<const int> pivots);
   absl::Status MeasurePivots(absl::Span<const int> pivots);
@@ -97,14 +105,14 @@ class PatternSharing final : public AttentionStrategy {
 
   int64_t row_words() const { return kernels::PatternWords(num_blocks_); }
   int64_t pattern_words() const { return num_blocks_ * row_words(); }
-  uint32_t* VerticalSlashPattern(int head) const {
-    return scratch_.vertical_slash_patterns.as<uint32_t>() + head * pattern_words();
+  uint32_t* OwnPattern(int head) const {
+    return scratch_.own_patterns.as<uint32_t>() + head * pattern_words();
   }
   uint32_t* PivotPattern(int cluster) const {
     return pivot_patterns_.as<uint32_t>() + cluster * pattern_words();
   }
   float* PivotMass(int64_t place) const {
-    return scratch_.pivot_mass.as<float>() + place * num_blocks_ * num_blocks_;
+    return scratch_.block_mass.as<float>() + place * num_blocks_ * num_blocks_;
   }
   absl::Span<const float> EstimateOf(int head) const {
     return {scratch_.block_mass_host.as<float>() + head * num_blocks_,
@@ -130,6 +138,7 @@ class PatternSharing final : public AttentionStrategy {
   absl::Span<const int> cluster_of_;     // [num_heads]
   bool may_share_ = false;               // some head is in a cluster, and clusters may share
   std::vector<HeadRole> roles_;          // [num_heads]
+  std::vector<int> to_score_;            // heads; at most num_heads
   std::vector<kernels::HeadWork> work_;  // of the launch being prepared
   PatternStages stages_;
 };

@@ -28,7 +28,7 @@ namespace prefilld::model {
 class HeadEstimate;
 
 // The origin of a sparse head's pattern.
-enum class PatternSource : uint8_t { kPivot, kVerticalSlash, kBaseline };
+enum class PatternSource : uint8_t { kPivot, kScored, kVerticalSlash, kBaseline };
 
 struct HeadRecall {
   int layer = 0;

@@ -101,12 +101,12 @@ std::vector<int> ChoosePivots(absl::Span<const int> cluster_of, absl::Span<const
 HeadRole DecideHead(int layer, absl::Span<const float> estimate, const ClusterPivot* pivot,
                     const AttentionOptions& options) {
   if (pivot == nullptr || !pivot->exists() || !pivot->worth_sharing) {
-    return HeadRole::kVerticalSlash;
+    return HeadRole::kScored;
   }
-  if (pivot->layer == layer && !options.same_layer_sharing) return HeadRole::kVerticalSlash;
-  if (DeltaRuleExcludes(estimate, options.delta)) return HeadRole::kVerticalSlash;
+  if (pivot->layer == layer && !options.same_layer_sharing) return HeadRole::kScored;
+  if (DeltaRuleExcludes(estimate, options.delta)) return HeadRole::kScored;
   const bool alike = JensenShannonDistance(estimate, pivot->estimate) < options.tau;
-  return alike ? HeadRole::kShared : HeadRole::kVerticalSlash;
+  return alike ? HeadRole::kShared : HeadRole::kScored;
 }
 
 bool WorthSharing(const PatternFigures& pattern, const PatternFigures& vertical_slash,

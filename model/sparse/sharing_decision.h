@@ -17,7 +17,9 @@ namespace prefilld::model {
 double JensenShannonDistance(absl::Span<const float> p, absl::Span<const float> q);
 double DistanceFromUniform(absl::Span<const float> p);
 
-enum class HeadRole : uint8_t { kVerticalSlash, kPivot, kShared };
+// A head that neither is a pivot nor shares has a pattern of its own: a scored one under policy
+// share, the vertical-slash set under policy vertical_slash.
+enum class HeadRole : uint8_t { kScored, kVerticalSlash, kPivot, kShared };
 
 // The head that is computed exactly on behalf of its cluster, for one prompt.
 struct ClusterPivot {
@@ -35,19 +37,19 @@ struct ClusterPivot {
 };
 
 // Chooses the heads of a layer that become pivots, ascending: the first head of every cluster that
-// has no pivot yet, unless the delta rule leaves it to vertical-slash. cluster_of is [num_heads]
+// has no pivot yet, unless the delta rule excludes it. cluster_of is [num_heads]
 // with HeadClusters::kNoCluster; estimate is [num_heads, num_key_blocks]; pivots is [num_clusters].
 // With coverage 0 no cluster can ever share, so there are no pivots.
 std::vector<int> ChoosePivots(absl::Span<const int> cluster_of, absl::Span<const float> estimate,
                               absl::Span<const ClusterPivot> pivots,
                               const AttentionOptions& options);
 
-// Decides the role of a head of `layer` that is no pivot of this layer. `pivot` is that of its
-// cluster, or null if it is in no cluster that shares; the pivots of this layer must have been
-// measured. The head shares when the cluster is worth it, when its estimate is nearer than tau to
-// the pivot's, and when the delta rule does not object. Ours: a pivot of the same layer serves at
-// once, because pivots run first; the switch restores the release's behaviour, which begins one
-// layer later.
+// Decides the role of a head of `layer` that is no pivot of this layer: kShared or kScored. `pivot`
+// is that of its cluster, or null if it is in no cluster that shares; the pivots of this layer must
+// have been measured. The head shares when the cluster is worth it, when its estimate is nearer
+// than tau to the pivot's, and when the delta rule does not object. Ours: a pivot of the same layer
+// serves at once, because pivots run first; the switch restores the release's behaviour, which
+// begins one layer later.
 HeadRole DecideHead(int layer, absl::Span<const float> estimate, const ClusterPivot* pivot,
                     const AttentionOptions& options);
 

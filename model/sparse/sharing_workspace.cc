@@ -9,9 +9,9 @@
 namespace prefilld::model {
 namespace {
 
-// The block masses of several pivots are held at a time if they fit into this: at lengths where
-// one pivot does not fill the device, a launch with several does.
-constexpr int64_t kPivotMassBytes = int64_t{64} << 20;
+// The block masses of several heads are held at a time if they fit into this: at lengths where one
+// head does not fill the device, a launch with several does.
+constexpr int64_t kBlockMassBytes = int64_t{128} << 20;
 
 }  // namespace
 
@@ -23,14 +23,14 @@ absl::StatusOr<std::unique_ptr<SharingWorkspace>> SharingWorkspace::Create(
   const int64_t blocks = kernels::CeilDiv(max_tokens, block_tokens);
   const int64_t words = kernels::PatternWords(blocks);
   const int64_t mass_bytes = blocks * blocks * int64_t{sizeof(float)};
-  const int64_t pivot_mass_bytes =
-      clusters->empty()
-          ? 0
-          : std::max(mass_bytes, std::min(mass_bytes * clusters->num_clusters, kPivotMassBytes));
+  const int64_t all_mass_bytes =
+      std::max(mass_bytes, std::min(mass_bytes * heads, kBlockMassBytes));
   const std::pair<DeviceBuffer&, int64_t> wanted[] = {
       {workspace->last_rows, heads * words * int64_t{sizeof(uint32_t)}},
-      {workspace->vertical_slash_patterns, heads * blocks * words * int64_t{sizeof(uint32_t)}},
-      {workspace->pivot_mass, pivot_mass_bytes},
+      {workspace->own_patterns, heads * blocks * words * int64_t{sizeof(uint32_t)}},
+      {workspace->pivot_vertical_slash,
+       clusters->empty() ? 0 : blocks * words * int64_t{sizeof(uint32_t)}},
+      {workspace->block_mass, all_mass_bytes},
       {workspace->figures, kFiguresPerHead * heads * int64_t{sizeof(int64_t)}},
   };
   for (const auto& [buffer, bytes] : wanted) {

@@ -2,6 +2,7 @@
 #ifndef PREFILLD_MODEL_SPARSE_SHARING_WORKSPACE_H_
 #define PREFILLD_MODEL_SPARSE_SHARING_WORKSPACE_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 
@@ -17,8 +18,8 @@ namespace prefilld::model {
 
 // Scratch of PatternSharing: nothing here is read again once a layer's report is made. Create
 // allocates it for the longest prompt. With H heads, n blocks and W words of a pattern row, that is
-// H * n * W * 4 bytes for patterns (H times 8.4 MB at 1M tokens and 128-token blocks) and n * n * 4
-// for each pivot whose block mass is held at a time. Not thread-safe.
+// (H + 1) * n * W * 4 bytes for patterns (8.4 MB a head at 1M tokens and 128-token blocks) and
+// n * n * 4 for each head whose block mass is held at a time (268 MB then). Not thread-safe.
 struct SharingWorkspace {
   // All parameters are borrowed and must outlive the workspace.
   static absl::StatusOr<std::unique_ptr<SharingWorkspace>> Create(Device* device,
@@ -28,12 +29,16 @@ struct SharingWorkspace {
                                                                   int block_tokens);
 
   // Figures are measured into numbered slots, 2 H of them, and read back together: mass as double
-  // and blocks as int64. Behind them stand H counts of blocks, int64, of the heads' vertical-slash
-  // patterns.
+  // and blocks as int64. Behind them stand H counts of blocks, int64, of the heads' own patterns.
   static constexpr int64_t kFiguresPerHead = 5;
   int MassSlot(int slot) const { return slot; }
   int BlocksSlot(int slot) const { return 2 * config.num_heads + slot; }
-  int VerticalSlashSlot(int head) const { return 4 * config.num_heads + head; }
+  int OwnBlocksSlot(int head) const { return 4 * config.num_heads + head; }
+
+  // The number of heads whose block mass is held at a time, for a prompt of n blocks.
+  int64_t MassesAtATime(int64_t n) const {
+    return std::max<int64_t>(1, static_cast<int64_t>(block_mass.bytes() / sizeof(float)) / (n * n));
+  }
 
   SharingWorkspace(Device* device, const ModelConfig* config, const HeadClusters* clusters,
                    int block_tokens)
@@ -46,10 +51,11 @@ struct SharingWorkspace {
 
   // Device memory.
   std::unique_ptr<HeadEstimate> head_estimate;
-  DeviceBuffer last_rows;                // [H, W]: blocks that each head's own estimate found
-  DeviceBuffer vertical_slash_patterns;  // [H, n, W]
-  DeviceBuffer pivot_mass;               // [as many as fit, n, n] fp32
-  DeviceBuffer figures;                  // [kFiguresPerHead * H] of 8 bytes
+  DeviceBuffer last_rows;             // [H, W]: blocks that each head's own estimate found
+  DeviceBuffer own_patterns;          // [H, n, W]: scored, or vertical-slash
+  DeviceBuffer pivot_vertical_slash;  // [n, W], of the pivot that is measured
+  DeviceBuffer block_mass;            // [as many as fit, n, n] fp32: of pivots, or from scores
+  DeviceBuffer figures;               // [kFiguresPerHead * H] of 8 bytes
   std::unique_ptr<RecallAudit> audit;
 
   // Copies in host memory.

@@ -18,7 +18,7 @@ import settings
 from prefilld import Attention, DecodeClient, Layout, PrefillClient, retry_after
 from prefilld.wire import enum_name
 
-HEAD_COUNTS = ("dense_heads", "pivot_heads", "shared_heads", "vertical_slash_heads", "baseline_heads")
+HEAD_COUNTS = ("dense_heads", "pivot_heads", "shared_heads", "scored_heads", "vertical_slash_heads", "baseline_heads")
 RETRIES = 8  # in a row, of one prompt, when the server is full or restarting
 BLOCK_TOKENS = 16
 

@@ -14,7 +14,7 @@ from prompts import TASKS, TEXT, group
 DENSE = "dense"
 SHARE = "share"
 COMPARED_WITH_SHARE = ("vertical_slash", "baseline_query_aware", "baseline_random")
-SPARSE_KINDS = ("shared", "vertical_slash", "baseline")  # of heads, as RecallAudit names them
+SPARSE_KINDS = ("shared", "scored", "vertical_slash", "baseline")  # of heads, as RecallAudit names them
 LARGE_MODEL_HEADS = 1024
 TEXT_PARTS = 8  # of a text, alike in length, of which each has its perplexity
 
@@ -96,6 +96,7 @@ def _cost(records: list[dict]) -> dict:
         "density_among_1024_heads": round(fmean(large), 4),
         "pivot_heads": mean_of("pivot_heads", 1),
         "shared_heads": mean_of("shared_heads", 1),
+        "scored_heads": round(fmean(r.get("scored_heads", 0) for r in records), 1),
         "vertical_slash_heads": mean_of("vertical_slash_heads", 1),
         "ttft_ms": milliseconds("ttft_us"),
         "compute_ms": milliseconds("compute_us"),

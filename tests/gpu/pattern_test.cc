@@ -360,6 +360,43 @@ TEST_F(CudaPattern, SelectRowsTakesHeadsOneAfterTheOther) {
   EXPECT_EQ(actual.Read(), expected);
 }
 
+TEST_F(CudaPattern, SelectRowsJoinsWhatThePatternHasAndCounts) {
+  constexpr int64_t kHeads = 2, kBlocks = 300;
+  const int64_t words = kBlocks * PatternWords(kBlocks);
+  std::vector<float> mass;
+  std::vector<uint32_t> old;
+  for (uint32_t head = 0; head < kHeads; ++head) {
+    const std::vector<float> rows = MakeMasses(kBlocks, kBlocks, false, head);
+    mass.insert(mass.end(), rows.begin(), rows.end());
+    const std::vector<uint32_t> bits = MakePattern(kBlocks, kBlocks, 0.1, head);
+    old.insert(old.end(), bits.begin(), bits.end());
+  }
+  std::vector<uint32_t> expected(old.size());
+  std::vector<int64_t> expected_blocks(kHeads);
+  for (int64_t head = 0; head < kHeads; ++head) {
+    reference::SelectRows({mass.data() + head * kBlocks * kBlocks, kBlocks, kBlocks, 0.5f,
+                           expected.data() + head * words});
+    for (int64_t i = head * words; i < (head + 1) * words; ++i) {
+      expected[static_cast<size_t>(i)] |= old[static_cast<size_t>(i)];
+      expected_blocks[static_cast<size_t>(head)] += std::popcount(expected[static_cast<size_t>(i)]);
+    }
+  }
+  const DeviceArray<float> device_mass(mass);
+  const DeviceArray<uint32_t> actual(old);
+  const DeviceArray<int64_t> blocks(kHeads);
+  PREFILLD_ASSERT_CUDA(cuda::LaunchSelectRows({.block_mass = device_mass.data(),
+                                               .num_query_blocks = kBlocks,
+                                               .num_key_blocks = kBlocks,
+                                               .gamma = 0.5f,
+                                               .pattern = actual.data(),
+                                               .num_heads = kHeads,
+                                               .join = true,
+                                               .blocks = blocks.data()},
+                                              nullptr));
+  EXPECT_EQ(actual.Read(), expected);
+  EXPECT_EQ(blocks.Read(), expected_blocks);
+}
+
 TEST_F(CudaPattern, MeasurePatternEqualsReference) {
   for (const int64_t key_blocks : {1, 33, 70, 1100}) {
     for (const int64_t query_blocks : {int64_t{1}, key_blocks}) {

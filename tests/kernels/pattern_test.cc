@@ -256,6 +256,39 @@ TEST(CpuSelectRows, TakesHeadsOneAfterTheOther) {
   EXPECT_EQ(actual, expected);
 }
 
+TEST(CpuSelectRows, JoinsWhatThePatternHasAndCounts) {
+  constexpr int64_t kHeads = 2, kBlocks = 40;
+  const int64_t words = kBlocks * PatternWords(kBlocks);
+  std::vector<float> mass;
+  std::vector<uint32_t> actual;
+  for (uint32_t head = 0; head < kHeads; ++head) {
+    const std::vector<float> rows = MakeMasses(kBlocks, kBlocks, false, head);
+    mass.insert(mass.end(), rows.begin(), rows.end());
+    const std::vector<uint32_t> old = MakePattern(kBlocks, kBlocks, 0.1, head);
+    actual.insert(actual.end(), old.begin(), old.end());
+  }
+  std::vector<uint32_t> expected(actual.size());
+  std::vector<int64_t> expected_blocks(kHeads), blocks(kHeads, -1);
+  for (int64_t head = 0; head < kHeads; ++head) {
+    reference::SelectRows({mass.data() + head * kBlocks * kBlocks, kBlocks, kBlocks, 0.5f,
+                           expected.data() + head * words});
+    for (int64_t i = head * words; i < (head + 1) * words; ++i) {
+      expected[static_cast<size_t>(i)] |= actual[static_cast<size_t>(i)];
+      expected_blocks[static_cast<size_t>(head)] += std::popcount(expected[static_cast<size_t>(i)]);
+    }
+  }
+  cpu::SelectRows({.block_mass = mass.data(),
+                   .num_query_blocks = kBlocks,
+                   .num_key_blocks = kBlocks,
+                   .gamma = 0.5f,
+                   .pattern = actual.data(),
+                   .num_heads = kHeads,
+                   .join = true,
+                   .blocks = blocks.data()});
+  EXPECT_EQ(actual, expected);
+  EXPECT_EQ(blocks, expected_blocks);
+}
+
 TEST(CpuMeasurePattern, EqualsReference) {
   for (const int64_t key_blocks : {1, 33, 70}) {
     for (const int64_t query_blocks : {int64_t{1}, key_blocks}) {

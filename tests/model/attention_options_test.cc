@@ -114,7 +114,7 @@ TEST(AttentionThresholds, EveryRowNamesItsOwnMembersAndItsLimits) {
               EXPECT_EQ(status.message(), absl::StrCat("attention.", threshold.name, " ", value,
                                                        " is outside ", members.LimitsText()));
             }
-            overrides.*members.named = static_cast<T>(1);
+            overrides.*members.named = members.Contains(1) ? static_cast<T>(1) : members.highest;
           }
           const AttentionOptions options = Apply(overrides, AttentionOptions());
           EXPECT_TRUE(Validate(options).ok());
@@ -139,6 +139,14 @@ TEST(AttentionThresholds, HelpSaysLimitsAndTheBuiltInValue) {
               HasSubstr(" In [0, inf). Built in: 128."));
   EXPECT_THAT(ThresholdHelp(ThresholdNamed("same_layer_sharing")),
               HasSubstr("layer. Built in: true."));
+}
+
+TEST(AttentionOptions, ScoresHaveAStrideOf8Or16) {
+  AttentionOptions options;
+  options.score_stride = 16;
+  EXPECT_TRUE(Validate(options).ok());
+  options.score_stride = 12;
+  EXPECT_EQ(Validate(options).message(), "attention.score_stride 12 is none of 8, 16");
 }
 
 TEST(ApplyOverrides, ReplacesWhatWasSaidAndNothingElse) {
@@ -175,19 +183,18 @@ TEST(AttentionOptions, VerticalSlashHasItsOwnGammaOrTheCommonOne) {
   EXPECT_EQ(options.gamma_of_vertical_slash(), 0.5f);
 }
 
-TEST(ResolvePolicy, AutoSharesFromTheCrossoverOnWhereThereAreClusters) {
+TEST(ResolvePolicy, AutoSharesFromTheCrossoverOn) {
   AttentionOptions options;
   options.crossover_tokens = 1000;
-  EXPECT_EQ(ResolvePolicy(options, 999, 64, true), AttentionPolicy::kDense);
-  EXPECT_EQ(ResolvePolicy(options, 1000, 64, true), AttentionPolicy::kShare);
-  EXPECT_EQ(ResolvePolicy(options, 1000, 64, false), AttentionPolicy::kDense);
+  EXPECT_EQ(ResolvePolicy(options, 999, 64), AttentionPolicy::kDense);
+  EXPECT_EQ(ResolvePolicy(options, 1000, 64), AttentionPolicy::kShare);
 }
 
 TEST(ResolvePolicy, TwoBlocksAreDenseUnderEveryPolicy) {
   AttentionOptions options;
   options.policy = AttentionPolicy::kVerticalSlash;
-  EXPECT_EQ(ResolvePolicy(options, 128, 64, true), AttentionPolicy::kDense);
-  EXPECT_EQ(ResolvePolicy(options, 129, 64, true), AttentionPolicy::kVerticalSlash);
+  EXPECT_EQ(ResolvePolicy(options, 128, 64), AttentionPolicy::kDense);
+  EXPECT_EQ(ResolvePolicy(options, 129, 64), AttentionPolicy::kVerticalSlash);
 }
 
 }  // namespace

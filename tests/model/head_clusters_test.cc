@@ -80,11 +80,13 @@ TEST_F(HeadClustersTest, ReadsEachThresholdThatAClusterFileMayNameAndRefusesTheO
                   HasSubstr(absl::StrCat("thresholds.", threshold.name, " 1 unsupported")));
       continue;
     }
-    const auto clusters = Load(file("1"));
-    ASSERT_TRUE(clusters.ok()) << clusters.status();
     std::visit(
         [&](const auto& members) {
-          EXPECT_EQ(clusters->thresholds.*members.named, 1);
+          // 1 is within the limits of every threshold but score_stride.
+          const int value = members.Contains(1) ? 1 : static_cast<int>(members.highest);
+          const auto clusters = Load(file(absl::StrCat(value).c_str()));
+          ASSERT_TRUE(clusters.ok()) << clusters.status();
+          EXPECT_EQ(clusters->thresholds.*members.named, value);
           const std::string refusal = Refusal(file("-1"));
           EXPECT_THAT(refusal,
                       HasSubstr(absl::StrCat("thresholds.", threshold.name, " -1 is not ")));

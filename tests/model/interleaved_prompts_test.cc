@@ -85,6 +85,7 @@ class Runner {
     EXPECT_EQ(report->layer, num_layers_);
     ++num_layers_;
     outcome.heads.push_back({report->dense_heads, report->pivot_heads, report->shared_heads,
+                             report->scored_heads, report->score_sharing_heads,
                              report->vertical_slash_heads, report->baseline_heads});
     outcome.density.push_back(report->density);
   }
@@ -227,8 +228,9 @@ TEST_F(InterleavedPrompts, PivotsOfOneCluster) {
                                          One(900, Share(), /*logprobs=*/true)};
   for (const Request& request : requests) {
     const Outcome outcome = Alone(*engine_, request);
-    EXPECT_EQ(outcome.heads[0], (std::vector<int>{0, 1, 3, 0, 0})) << "its own pivot";
-    EXPECT_EQ(outcome.heads[1], (std::vector<int>{0, 0, 4, 0, 0})) << "the same in the next layer";
+    EXPECT_EQ(outcome.heads[0], (std::vector<int>{0, 1, 3, 0, 0, 0, 0})) << "its own pivot";
+    EXPECT_EQ(outcome.heads[1], (std::vector<int>{0, 0, 4, 0, 0, 0, 0}))
+        << "the same in the next layer";
     EXPECT_LT(outcome.density[1], 0.8);
   }
   ExpectEachAsAlone(*engine_, requests);

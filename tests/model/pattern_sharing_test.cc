@@ -16,12 +16,12 @@ constexpr int kBlockTokens = 64;
 constexpr int kNumHeads = 4;
 constexpr float kStrength = 12.0f;  // logit of a key that a query looks for
 
-// The two kinds of heads. kTopics follows content: the prompt consists of segments, each about one
+// The kinds of heads. kTopics follows content: the prompt consists of segments, each about one
 // topic, and a query attends to all earlier segments about its own topic. These are few blocks, in
 // different places for every query block, so that the last block's columns and diagonals say little
 // about the others. kSinkAndLocal attends to the first token and the neighbourhood, which
-// vertical-slash covers.
-enum class Structure { kTopics, kSinkAndLocal };
+// vertical-slash covers. kNeedle attends to one key from everywhere, and else to its own block.
+enum class Structure { kTopics, kSinkAndLocal, kNeedle };
 
 // One layer of one prompt on the CPU, with all heads in one cluster unless a test says otherwise.
 class Layer {
@@ -47,12 +47,25 @@ class Layer {
     std::normal_distribution<float> normal;
     for (float& value : v_) value = normal(random);
     for (int head = 0; head < kNumHeads; ++head) {
-      structure[head] == Structure::kTopics ? FillTopics(head, topic_seed[head])
-                                            : FillSinkAndLocal(head);
+      switch (structure[head]) {
+        case Structure::kTopics:
+          FillTopics(head, topic_seed[head]);
+          break;
+        case Structure::kSinkAndLocal:
+          FillSinkAndLocal(head);
+          break;
+        case Structure::kNeedle:
+          FillNeedle(head);
+          break;
+      }
     }
   }
 
   HeadClusters& clusters() { return clusters_; }
+  void RemoveClusters() {
+    clusters_.num_clusters = 0;
+    clusters_.cluster_of.assign(2, std::vector<int>(kNumHeads, HeadClusters::kNoCluster));
+  }
 
   // Computes the attention of layers 0 .. num_layers - 1 on the same inputs, and returns the output
   // and report of the last one.
@@ -112,6 +125,18 @@ class Layer {
     }
     std::fill_n(K(0, head), 3, 0.0f);
     K(0, head)[2] = 1.6f * length;
+  }
+
+  // Every key of a query's own block has logit 8, and the needle 16. Nearly all mass is the
+  // needle's. The mean over eight keys hides it: there its logit is 2.
+  void FillNeedle(int head) {
+    constexpr int kNeedleAxis = kHeadDim - 1;
+    for (int64_t t = 0; t < num_tokens_; ++t) {
+      const auto own_axis = t / kBlockTokens % kNeedleAxis;
+      Q(t, head)[own_axis] = K(t, head)[own_axis] = 8.0f;
+      Q(t, head)[kNeedleAxis] = 16.0f;
+    }
+    K(num_tokens_ / 3, head)[kNeedleAxis] = 8.0f;
   }
 
   kernels::AttentionParams Params(std::vector<float>* out) {
@@ -180,13 +205,70 @@ TEST(PatternSharing, KeepsWhatVerticalSlashLosesWhereAttentionFollowsContent) {
   }
 }
 
-TEST(PatternSharing, AMemberThatLooksElsewhereTakesItsOwnPattern) {
+// Without clusters nothing is shared. Scores in which every query has a say find what the last
+// queries cannot know: they see the topics of their own block alone.
+TEST(PatternSharing, WithoutClustersEveryHeadIsScoredAndFollowsContent) {
+  for (const int64_t stride : {8, 16}) {
+    Layer layer(4000, kAllTopics, {1, 2, 3, 4});
+    layer.RemoveClusters();
+    const auto dense = layer.AttendDense();
+    AttentionOptions options = Options(AttentionPolicy::kShare);
+    options.score_stride = stride;
+    options.last_rows_gamma = 0.1f;
+    options.min_budget_tokens = 0;
+    LayerReport report;
+    const auto out = layer.Attend(options, &report);
+    EXPECT_EQ(report.scored_heads, kNumHeads);
+    EXPECT_EQ(report.pivot_heads + report.shared_heads + report.vertical_slash_heads, 0);
+    EXPECT_LT(report.density, 0.3);
+    for (int head = 0; head < kNumHeads; ++head) EXPECT_LT(HeadError(out, dense, head), 0.3);
+
+    options.score_threshold = 0.01f;
+    const auto without_scores = layer.Attend(options, &report);
+    for (int head = 0; head < kNumHeads; ++head) {
+      EXPECT_GT(HeadError(without_scores, dense, head), 0.35);
+    }
+  }
+}
+
+// Averages hide a single key, which the last queries' columns show.
+TEST(PatternSharing, ScoredHeadsSeeTheSingleKeysThatTheirLastQueriesLookFor) {
+  Layer layer(4000, std::vector<Structure>(kNumHeads, Structure::kNeedle), kSameTopics);
+  layer.RemoveClusters();
+  const auto dense = layer.AttendDense();
+  AttentionOptions options = Options(AttentionPolicy::kShare);
+  options.min_budget_tokens = 0;
+  LayerReport report;
+  const auto out = layer.Attend(options, &report);
+  EXPECT_LT(report.density, 0.2);
+  for (int head = 0; head < kNumHeads; ++head) EXPECT_LT(HeadError(out, dense, head), 0.3);
+}
+
+TEST(PatternSharing, ScoredHeadsComputeMoreWhereTheirThresholdsAreHigher) {
+  Layer layer(4096, kAllTopics, {1, 2, 3, 4});
+  layer.RemoveClusters();
+  AttentionOptions options = Options(AttentionPolicy::kShare);
+  options.score_threshold = 0.5f;
+  options.last_rows_gamma = 0.1f;
+  options.min_budget_tokens = 0;
+  LayerReport low, scores, last_rows;
+  layer.Attend(options, &low);
+  options.score_threshold = 0.95f;
+  layer.Attend(options, &scores);
+  EXPECT_GT(scores.density, low.density);
+  options.score_threshold = 0.5f;
+  options.last_rows_gamma = 0.9f;
+  layer.Attend(options, &last_rows);
+  EXPECT_GT(last_rows.density, low.density);
+}
+
+TEST(PatternSharing, AMemberThatLooksElsewhereIsScored) {
   Layer layer(4096, kAllTopics, {1, 1, 2, 1});
   LayerReport report;
   layer.Attend(Options(AttentionPolicy::kShare), &report);
   EXPECT_EQ(report.pivot_heads, 1);
   EXPECT_EQ(report.shared_heads, 2);
-  EXPECT_EQ(report.vertical_slash_heads, 1);
+  EXPECT_EQ(report.scored_heads, 1);
 }
 
 TEST(PatternSharing, VerticalSlashHasAGammaOfItsOwn) {
@@ -224,7 +306,7 @@ TEST(PatternSharing, AClusterThatVerticalSlashCoversAtEqualCostDoesNotShare) {
   LayerReport report;
   const auto out = layer.Attend(options, &report);
   EXPECT_EQ(report.pivot_heads, 1);
-  EXPECT_EQ(report.vertical_slash_heads, 3);
+  EXPECT_EQ(report.scored_heads, 3);
   for (int head = 0; head < kNumHeads; ++head) EXPECT_LT(HeadError(out, dense, head), 0.3);
 
   options.coverage = 1.0f;
@@ -232,7 +314,7 @@ TEST(PatternSharing, AClusterThatVerticalSlashCoversAtEqualCostDoesNotShare) {
   EXPECT_EQ(report.shared_heads, 3);
 }
 
-TEST(PatternSharing, ALayerWhoseClustersGainNothingIsVerticalSlashBitForBit) {
+TEST(PatternSharing, ALayerWhoseClustersGainNothingIsAsWithoutClustersBitForBit) {
   Layer layer(4096, std::vector<Structure>(kNumHeads, Structure::kSinkAndLocal), kSameTopics);
   AttentionOptions options = Options(AttentionPolicy::kShare);
   options.gamma = 1.0f;
@@ -240,11 +322,11 @@ TEST(PatternSharing, ALayerWhoseClustersGainNothingIsVerticalSlashBitForBit) {
   const auto out = layer.Attend(options, &report, /*num_layers=*/2);
   EXPECT_EQ(report.pivot_heads, 0);
   EXPECT_EQ(report.shared_heads, 0);
-  EXPECT_EQ(report.vertical_slash_heads, kNumHeads);
-  options.policy = AttentionPolicy::kVerticalSlash;
-  LayerReport vertical_slash;
-  EXPECT_EQ(layer.Attend(options, &vertical_slash), out);
-  EXPECT_EQ(vertical_slash.density, report.density);
+  EXPECT_EQ(report.scored_heads, kNumHeads);
+  layer.RemoveClusters();
+  LayerReport scored;
+  EXPECT_EQ(layer.Attend(options, &scored), out);
+  EXPECT_EQ(scored.density, report.density);
 }
 
 // A large budget floor makes vertical-slash cover everything, at the cost of all blocks.
@@ -279,20 +361,20 @@ TEST(PatternSharing, WithoutSameLayerSharingItBeginsOneLayerLater) {
   LayerReport report;
   layer.Attend(options, &report, /*num_layers=*/1);
   EXPECT_EQ(report.pivot_heads, 1);
-  EXPECT_EQ(report.vertical_slash_heads, 3);
+  EXPECT_EQ(report.scored_heads, 3);
   layer.Attend(options, &report, /*num_layers=*/2);
   EXPECT_EQ(report.pivot_heads, 0);
   EXPECT_EQ(report.shared_heads, 4);
 }
 
-TEST(PatternSharing, HeadsOutsideSharedClustersAreVerticalSlash) {
+TEST(PatternSharing, HeadsOutsideSharedClustersAreScored) {
   Layer layer(4096, kAllTopics, kSameTopics);
   layer.clusters().cluster_of[0] = {HeadClusters::kNoCluster, 0, HeadClusters::kNoCluster, 0};
   LayerReport report;
   layer.Attend(Options(AttentionPolicy::kShare), &report);
   EXPECT_EQ(report.pivot_heads, 1);
   EXPECT_EQ(report.shared_heads, 1);
-  EXPECT_EQ(report.vertical_slash_heads, 2);
+  EXPECT_EQ(report.scored_heads, 2);
 }
 
 TEST(PatternSharing, ThresholdsThatForceEveryBlockGiveDenseBitForBit) {
@@ -316,32 +398,36 @@ TEST(PatternSharing, EveryHeadAloneInAClusterIsItsPivotAndDenseBitForBit) {
   EXPECT_EQ(report.density, 1.0);
 }
 
-TEST(PatternSharing, WhereNoPivotFormsItIsVerticalSlashBitForBit) {
+TEST(PatternSharing, WhereNoPivotFormsItIsAsWithoutClustersBitForBit) {
   Layer layer(2000, kAllTopics, kSameTopics);
   LayerReport plain, share;
-  const auto expected = layer.Attend(Options(AttentionPolicy::kVerticalSlash), &plain);
   AttentionOptions sparse_excluded = Options(AttentionPolicy::kShare);
   sparse_excluded.delta = 0.0f;
-  EXPECT_EQ(layer.Attend(sparse_excluded, &share), expected);
-  EXPECT_EQ(share.density, plain.density);
+  const auto excluded = layer.Attend(sparse_excluded, &share);
   AttentionOptions never = Options(AttentionPolicy::kShare);
   never.coverage = 0.0f;
-  EXPECT_EQ(layer.Attend(never, &share), expected);
-  EXPECT_EQ(share.vertical_slash_heads, kNumHeads);
+  const auto not_covered = layer.Attend(never, &share);
+  EXPECT_EQ(share.scored_heads, kNumHeads);
+  layer.RemoveClusters();
+  const auto expected = layer.Attend(Options(AttentionPolicy::kShare), &plain);
+  EXPECT_EQ(excluded, expected);
+  EXPECT_EQ(not_covered, expected);
+  EXPECT_EQ(share.density, plain.density);
 }
 
-// A pivot beside vertical-slash heads changes nothing for them.
-TEST(PatternSharing, WithTauZeroItIsVerticalSlashPlusPivots) {
+// A pivot beside scored heads changes nothing for them.
+TEST(PatternSharing, WithTauZeroItIsScoredHeadsPlusPivots) {
   Layer layer(2000, kAllTopics, kSameTopics);
   LayerReport report;
-  const auto vertical_slash = layer.Attend(Options(AttentionPolicy::kVerticalSlash), &report);
   const auto dense = layer.AttendDense();
   AttentionOptions options = Options(AttentionPolicy::kShare);
   options.tau = 0.0f;
   const auto out = layer.Attend(options, &report);
   EXPECT_EQ(report.pivot_heads, 1);
   EXPECT_EQ(HeadError(out, dense, 0), 0.0);
-  for (int head = 1; head < kNumHeads; ++head) EXPECT_EQ(HeadError(out, vertical_slash, head), 0.0);
+  layer.RemoveClusters();
+  const auto scored = layer.Attend(options, &report);
+  for (int head = 1; head < kNumHeads; ++head) EXPECT_EQ(HeadError(out, scored, head), 0.0);
 }
 
 TEST(PatternSharing, APromptInheritsNothingFromTheOneBefore) {

@@ -4,6 +4,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "model/prefill/crossover.h"
 #include "model/prefill/prefill_engine.h"
 #include "tests/model/prompt_run.h"
 #include "tests/model/random_checkpoint.h"
@@ -107,8 +108,7 @@ TEST(PromptPolicies, AuditedPromptsGiveTheSameResultAndTheRecallOfEverySparseHea
   const PromptRun audited = RunPrompt(*engine, tokens, options);
   EXPECT_EQ(audited.logits, unseen.logits);
   for (const LayerReport& report : audited.reports) {
-    EXPECT_EQ(static_cast<int>(report.recall.size()),
-              report.shared_heads + report.vertical_slash_heads);
+    EXPECT_EQ(static_cast<int>(report.recall.size()), report.shared_heads + report.scored_heads);
     for (const HeadRecall& head : report.recall) {
       EXPECT_EQ(head.layer, report.layer);
       EXPECT_GT(head.recall, 0.0f);
@@ -117,7 +117,7 @@ TEST(PromptPolicies, AuditedPromptsGiveTheSameResultAndTheRecallOfEverySparseHea
   }
 }
 
-TEST(PromptPolicies, AutoIsDenseForShortPromptsAndForModelsWithoutClusters) {
+TEST(PromptPolicies, AutoIsDenseForShortPromptsWithAndWithoutClusters) {
   const RandomCheckpoint plain, clustered;
   clustered.WriteFile("head_clusters.json", ClusterFile(clustered.config(), /*alone=*/false));
   AttentionOptions options;
@@ -126,9 +126,34 @@ TEST(PromptPolicies, AutoIsDenseForShortPromptsAndForModelsWithoutClusters) {
     const auto engine = NewEngine(CpuEngineOptions(checkpoint.dir(), 1200));
     return (*engine->Start(RandomTokens(length, 320), options))->policy();
   };
-  EXPECT_EQ(policy(plain, 700), AttentionPolicy::kDense);
+  EXPECT_EQ(policy(plain, 700), AttentionPolicy::kShare);
+  EXPECT_EQ(policy(plain, 500), AttentionPolicy::kDense);
   EXPECT_EQ(policy(clustered, 700), AttentionPolicy::kShare);
   EXPECT_EQ(policy(clustered, 500), AttentionPolicy::kDense);
+}
+
+TEST(PromptPolicies, TheCrossoverIsMeasuredUnlessTheOperatorNamesIt) {
+  const RandomCheckpoint checkpoint;
+  EngineOptions options = CpuEngineOptions(checkpoint.dir(), 1200);
+  const int64_t measured = NewEngine(options)->info().default_attention.crossover_tokens;
+  EXPECT_GE(measured, 512);
+  EXPECT_LE(measured, 1201);
+  options.attention_overrides.crossover_tokens = 777;
+  EXPECT_EQ(NewEngine(options)->info().default_attention.crossover_tokens, 777);
+}
+
+TEST(CrossoverOf, LiesWhereTheTimesAreEqual) {
+  // Dense attention grows with the square, share with a part of it and something fixed.
+  std::vector<AttentionTimes> measured;
+  for (const double n : {512.0, 1024.0, 2048.0, 4096.0}) {
+    measured.push_back({static_cast<int64_t>(n), n * n, 0.6 * n * n + 0.4 * 1800.0 * 1800.0});
+  }
+  const int64_t crossover = CrossoverOf(measured, 100000);
+  EXPECT_GT(crossover, 1600);
+  EXPECT_LT(crossover, 2000);
+  EXPECT_EQ(CrossoverOf(absl::MakeConstSpan(measured).first(2), 3000), 3001) << "never faster";
+  EXPECT_EQ(CrossoverOf(absl::MakeConstSpan(measured).subspan(2), 3000), 2048) << "always faster";
+  EXPECT_EQ(CrossoverOf({}, 400), 401) << "nothing was measured";
 }
 
 }  // namespace

@@ -96,6 +96,25 @@ TEST(RecallAudit, OfVerticalSlashHeadsIsTheTrueMassInsideWhatTheyComputed) {
   }
 }
 
+TEST(RecallAudit, OfScoredHeadsIsTheTrueMassInsideWhatTheyComputed) {
+  OneLayer layer(1500);
+  HeadClusters none = OneCluster();
+  none.num_clusters = 0;
+  for (auto& heads : none.cluster_of) heads.assign(OneLayer::kNumHeads, HeadClusters::kNoCluster);
+  AttentionOptions options = ShareAll(layer.num_blocks());
+  options.score_threshold = 0.6f;
+  options.last_rows_gamma = 0.2f;
+  options.min_budget_tokens = 0;
+  const AuditedRun run = Attend(layer, options, none);
+  ASSERT_EQ(run.report.scored_heads, OneLayer::kNumHeads);
+  ASSERT_EQ(run.report.recall.size(), size_t{OneLayer::kNumHeads});
+  const std::vector<double> expected = layer.RecallOf(run.out, layer.AllRows());
+  for (const HeadRecall& head : run.report.recall) {
+    EXPECT_EQ(head.source, PatternSource::kScored);
+    EXPECT_NEAR(head.recall, expected[head.head], kTolerance) << "head " << head.head;
+  }
+}
+
 TEST(RecallAudit, OfSomeRowsIsThatOfTheirQueries) {
   OneLayer layer(1450);
   const HeadClusters clusters = OneCluster();

@@ -114,21 +114,21 @@ TEST(DecideHead, SharesBelowTauAndNotAtIt) {
   AttentionOptions options = Share();
   options.tau = 0.4f;
   EXPECT_EQ(DecideHead(1, estimate, &near, options), HeadRole::kShared);
-  EXPECT_EQ(DecideHead(1, estimate, &far, options), HeadRole::kVerticalSlash);
+  EXPECT_EQ(DecideHead(1, estimate, &far, options), HeadRole::kScored);
   options.tau = 1.0f;
   EXPECT_EQ(DecideHead(1, estimate, &far, options), HeadRole::kShared);
   options.tau = 0.0f;
   const ClusterPivot same = Pivot(0, estimate);
-  EXPECT_EQ(DecideHead(1, estimate, &same, options), HeadRole::kVerticalSlash);
+  EXPECT_EQ(DecideHead(1, estimate, &same, options), HeadRole::kScored);
 }
 
 TEST(DecideHead, NeedsAPivotThatIsWorthSharing) {
   const std::vector<float> estimate = {0.5f, 0.5f};
   const ClusterPivot absent;
   const ClusterPivot not_worth_it = Pivot(0, estimate, /*worth_sharing=*/false);
-  EXPECT_EQ(DecideHead(1, estimate, nullptr, Share()), HeadRole::kVerticalSlash);
-  EXPECT_EQ(DecideHead(1, estimate, &absent, Share()), HeadRole::kVerticalSlash);
-  EXPECT_EQ(DecideHead(1, estimate, &not_worth_it, Share()), HeadRole::kVerticalSlash);
+  EXPECT_EQ(DecideHead(1, estimate, nullptr, Share()), HeadRole::kScored);
+  EXPECT_EQ(DecideHead(1, estimate, &absent, Share()), HeadRole::kScored);
+  EXPECT_EQ(DecideHead(1, estimate, &not_worth_it, Share()), HeadRole::kScored);
 }
 
 TEST(DecideHead, SameLayerSharingIsASwitch) {
@@ -137,22 +137,22 @@ TEST(DecideHead, SameLayerSharingIsASwitch) {
   AttentionOptions options = Share();
   EXPECT_EQ(DecideHead(3, estimate, &pivot, options), HeadRole::kShared);
   options.same_layer_sharing = false;
-  EXPECT_EQ(DecideHead(3, estimate, &pivot, options), HeadRole::kVerticalSlash);
+  EXPECT_EQ(DecideHead(3, estimate, &pivot, options), HeadRole::kScored);
   EXPECT_EQ(DecideHead(4, estimate, &pivot, options), HeadRole::kShared);
 }
 
-TEST(DecideHead, DeltaRuleLeavesSparseHeadsToVerticalSlash) {
+TEST(DecideHead, DeltaRuleKeepsSparseHeadsFromSharing) {
   const std::vector<float> sparse = {1.0f, 0.0f, 0.0f, 0.0f};
   const ClusterPivot pivot = Pivot(0, sparse);
   AttentionOptions options = Share();
   options.delta = 0.3f;
-  EXPECT_EQ(DecideHead(1, sparse, &pivot, options), HeadRole::kVerticalSlash);
+  EXPECT_EQ(DecideHead(1, sparse, &pivot, options), HeadRole::kScored);
 }
 
 TEST(DecideHead, AnEstimateThatIsNoNumberNeverShares) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const ClusterPivot pivot = Pivot(0, {0.5f, 0.5f});
-  EXPECT_EQ(DecideHead(1, {nan, nan}, &pivot, Share()), HeadRole::kVerticalSlash);
+  EXPECT_EQ(DecideHead(1, {nan, nan}, &pivot, Share()), HeadRole::kScored);
 }
 
 TEST(WorthSharing, WhenVerticalSlashCoversTooLittle) {

@@ -99,7 +99,8 @@ TEST(AttentionThresholdsOfARequest, OverrideTheServersAndAreRefusedOutOfRange) {
         [&](const auto& members) {
           using Members = std::decay_t<decltype(members)>;
           using T = typename Members::Value;
-          const T value = kIsFloat<Members> ? T(0.25) : kIsBool<Members> ? T(false) : T(7);
+          T value = kIsFloat<Members> ? T(0.25) : kIsBool<Members> ? T(false) : T(7);
+          if (!members.Contains(value)) value = members.highest;
           v1::AttentionOptions request;
           Set(threshold.name, static_cast<double>(value), request);
           const auto options = ResolveAttention(request, Limits());
@@ -130,9 +131,11 @@ TEST(AttentionThresholdsOfAnOperator, AreFlagsAndAreRefusedOutOfRange) {
     EXPECT_EQ(flag->Help(), model::ThresholdHelp(threshold));
     std::visit(
         [&](const auto& members) {
-          const auto options = Start(absl::StrCat(threshold.name, "=1"));
+          const int value = members.Contains(1) ? 1 : static_cast<int>(members.highest);
+          const auto options = Start(absl::StrCat(threshold.name, "=", value));
           ASSERT_TRUE(options.ok()) << options.status();
-          EXPECT_EQ(options->attention.*members.named, 1) << "the flag's type is not the table's";
+          EXPECT_EQ(options->attention.*members.named, value)
+              << "the flag's type is not the table's";
 
           const auto refused = Start(absl::StrCat(threshold.name, "=-1"));
           EXPECT_THAT(std::string(refused.status().message()),

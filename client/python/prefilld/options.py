@@ -53,6 +53,9 @@ class Attention:
     tau: float | None = None
     delta: float | None = None
     coverage: float | None = None
+    score_threshold: float | None = None
+    score_stride: int | None = None
+    last_rows_gamma: float | None = None
     min_budget_tokens: int | None = None
     same_layer_sharing: bool | None = None
     density: float | None = None

@@ -18,6 +18,8 @@ constexpr int64_t kMeasureWordsPerCta = 64;
 __global__ void __launch_bounds__(kThreads) select_rows_kernel(SelectRowsParams params) {
   using Search = SmallestSetSearch<kThreads, /*kCopies=*/8>;
   __shared__ typename Search::Shared shared;
+  __shared__ unsigned num_chosen;
+  if (threadIdx.x == 0) num_chosen = 0;  // the search has barriers between this and the additions
   const int64_t row = blockIdx.y * params.num_query_blocks + blockIdx.x;
   const auto diagonal =
       static_cast<int>(params.num_key_blocks - params.num_query_blocks + blockIdx.x);
@@ -31,8 +33,17 @@ __global__ void __launch_bounds__(kThreads) select_rows_kernel(SelectRowsParams 
     const int block = w * 32 + lane;
     const bool chosen =
         block <= diagonal && (block == 0 || block == diagonal || set.contains(mass[block], block));
-    const uint32_t word = __ballot_sync(0xffffffffu, chosen);
-    if (lane == 0) words[w] = word;
+    uint32_t word = __ballot_sync(0xffffffffu, chosen);
+    if (lane != 0) continue;
+    if (params.join) word |= words[w];
+    words[w] = word;
+    if (params.blocks != nullptr) atomicAdd(&num_chosen, static_cast<unsigned>(__popc(word)));
+  }
+  if (params.blocks == nullptr) return;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(params.blocks + blockIdx.y),
+              static_cast<unsigned long long>(num_chosen));
   }
 }
 
@@ -100,6 +111,11 @@ __global__ void __launch_bounds__(kThreads) measure_pattern_kernel(MeasurePatter
 
 cudaError_t LaunchSelectRows(const SelectRowsParams& params, cudaStream_t stream) {
   if (params.num_query_blocks <= 0 || params.num_heads <= 0) return cudaErrorInvalidValue;
+  if (params.blocks != nullptr) {
+    const cudaError_t error = cudaMemsetAsync(
+        params.blocks, 0, static_cast<size_t>(params.num_heads) * sizeof(*params.blocks), stream);
+    if (error != cudaSuccess) return error;
+  }
   const dim3 grid(static_cast<unsigned>(params.num_query_blocks),
                   static_cast<unsigned>(params.num_heads));
   select_rows_kernel<<<grid, kThreads, 0, stream>>>(params);

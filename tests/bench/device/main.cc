@@ -194,9 +194,10 @@ absl::Status RunPolicies(model::PrefillEngine& engine, const std::vector<uint32_
   for (const std::string& name : absl::GetFlag(FLAGS_policies)) {
     absl::StatusOr<model::AttentionPolicy> policy = Policy(name);
     if (!policy.ok()) return policy.status();
-    absl::Status status =
-        BenchPrefill(engine, tokens, Options(*policy), absl::GetFlag(FLAGS_warm_up),
-                     absl::GetFlag(FLAGS_runs), report);
+    model::AttentionOptions options = Options(*policy);
+    options.crossover_tokens = engine.info().default_attention.crossover_tokens;
+    absl::Status status = BenchPrefill(engine, tokens, options, absl::GetFlag(FLAGS_warm_up),
+                                       absl::GetFlag(FLAGS_runs), report);
     if (!status.ok()) return status;
   }
   return absl::OkStatus();

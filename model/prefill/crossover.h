@@ -1,0 +1,44 @@
+// Measures from which prompt length on policy `share` is faster than dense attention, on this
+// device and for this model's shape. Policy `auto` changes there.
+#ifndef PREFILLD_MODEL_PREFILL_CROSSOVER_H_
+#define PREFILLD_MODEL_PREFILL_CROSSOVER_H_
+
+#include <cstdint>
+
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "kernels/attention.h"
+#include "model/sparse/attention_options.h"
+#include "model/sparse/sharing_workspace.h"
+
+namespace prefilld::model {
+
+// The time of one layer's attention over a prompt, both ways.
+struct AttentionTimes {
+  int64_t num_tokens = 0;
+  double dense_us = 0.0;
+  double share_us = 0.0;  // everything that share adds is in it: scores, choice, waiting
+};
+
+// Returns the length from which on share takes no longer than dense. `measured` is by ascending
+// length. Between the last length at which share was slower and the first at which it was not, the
+// ratio of the two times is taken to change evenly with the length's logarithm. max_tokens + 1
+// where share was slower throughout.
+int64_t CrossoverOf(absl::Span<const AttentionTimes> measured, int64_t max_tokens);
+
+// Measures attention of prompts of 512 tokens, twice as many and so on, until share takes no
+// longer, the prompt would be longer than max_tokens, or three seconds are over; then returns
+// CrossoverOf them. The times of dense attention and of finding patterns do not depend on the
+// prompt. That of sparse attention does: it is measured at a density of 0.80 for 512 tokens, 0.67
+// for 1024, 0.55 for 2048 and towards 0.4 for more, in blocks of 128. Prompts of the embedded model
+// have less: 0.64 for 1024 and 0.46 for 2048.
+//
+// `attention` describes the tensors for max_tokens tokens; they are overwritten. `workspace` is not
+// in use.
+absl::StatusOr<int64_t> MeasureCrossover(SharingWorkspace* workspace,
+                                         const kernels::AttentionParams& attention,
+                                         const AttentionOptions& options);
+
+}  // namespace prefilld::model
+
+#endif  // PREFILLD_MODEL_PREFILL_CROSSOVER_H_

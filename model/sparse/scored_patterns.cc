@@ -1,0 +1,60 @@
+#include "model/sparse/scored_patterns.h"
+
+#include <algorithm>
+#include <cstddef>
+
+#include "proto/status_macros.h"
+
+namespace prefilld::model {
+namespace {
+
+// Counts the first heads that are numbered without a gap.
+size_t RunLength(absl::Span<const int> heads) {
+  size_t length = 1;
+  while (length < heads.size() && heads[length] == heads[0] + static_cast<int>(length)) ++length;
+  return length;
+}
+
+}  // namespace
+
+absl::Status AddScoredBlocks(SharingWorkspace& scratch, const kernels::AttentionParams& attention,
+                             absl::Span<const int> heads, const AttentionOptions& options) {
+  Ops& ops = scratch.device.ops();
+  const int64_t n = kernels::CeilDiv(attention.num_keys, attention.block_tokens);
+  while (!heads.empty()) {
+    const auto group = heads.subspan(0, static_cast<size_t>(scratch.MassesAtATime(n)));
+    heads.remove_prefix(group.size());
+    PREFILLD_RETURN_IF_ERROR(
+        ops.AntidiagonalScores({.q = attention.q,
+                                .k = attention.k,
+                                .num_queries = attention.num_queries,
+                                .num_keys = attention.num_keys,
+                                .kv_head_stride = attention.kv_head_stride,
+                                .num_heads = attention.num_heads,
+                                .num_kv_heads = attention.num_kv_heads,
+                                .head_dim = attention.head_dim,
+                                .block_tokens = attention.block_tokens,
+                                .stride = static_cast<int>(options.score_stride),
+                                .scale = attention.scale,
+                                .heads = group.data(),
+                                .num_scored = static_cast<int>(group.size()),
+                                .block_mass = scratch.block_mass.as<float>()}));
+    for (size_t first = 0; first < group.size();) {
+      const auto run = group.subspan(first, RunLength(group.subspan(first)));
+      PREFILLD_RETURN_IF_ERROR(ops.SelectRows(
+          {.block_mass = scratch.block_mass.as<float>() + static_cast<int64_t>(first) * n * n,
+           .num_query_blocks = n,
+           .num_key_blocks = n,
+           .gamma = options.score_threshold,
+           .pattern =
+               scratch.own_patterns.as<uint32_t>() + run.front() * n * kernels::PatternWords(n),
+           .num_heads = static_cast<int>(run.size()),
+           .join = true,
+           .blocks = scratch.figures.as<int64_t>() + scratch.OwnBlocksSlot(run.front())}));
+      first += run.size();
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace prefilld::model
