@@ -3,9 +3,12 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <type_traits>
+#include <utility>
 #include <variant>
 
 #include "absl/status/status.h"
@@ -24,8 +27,43 @@ constexpr size_t kMaxFileBytes = size_t{16} << 20;
 constexpr int64_t kFormatVersion = 1;
 constexpr size_t kFingerprintDigits = 32;
 
-// Numbers the clusters that share from 0, in the order in which the file lists them.
-absl::StatusOr<std::map<std::string, int>> NumberSharedClusters(const json& file) {
+constexpr char kNone[] = "none";
+constexpr std::pair<const char*, SharingForm> kForms[] = {{"exact", SharingForm::kExact},
+                                                          {"scored", SharingForm::kScored}};
+
+// Returns the form that the file names for a cluster, kNone included; "exact" where it names none.
+absl::StatusOr<std::string> NamedForm(const json& file, const std::string& id) {
+  const auto sharing = file.find("sharing");
+  if (sharing == file.end() || !sharing->contains(id)) return kForms[0].first;
+  const json& form = (*sharing)[id];
+  const bool known = form == kNone || std::any_of(std::begin(kForms), std::end(kForms),
+                                                  [&](const auto& f) { return form == f.first; });
+  if (known) return form.get<std::string>();
+  return absl::InvalidArgumentError(absl::StrCat("sharing of cluster ", Shown(json(id)), " is ",
+                                                 Shown(form), ", none of exact, scored, none"));
+}
+
+// Checks that `sharing` names forms of clusters that share. "none" may be said of any cluster.
+absl::Status CheckForms(const json& file) {
+  const auto sharing = file.find("sharing");
+  if (sharing == file.end() || sharing->is_null()) return absl::OkStatus();
+  if (!sharing->is_object()) return absl::InvalidArgumentError("sharing is not an object");
+  const json& shared = file["shared_clusters"];
+  for (const auto& [id, form] : sharing->items()) {
+    PREFILLD_ASSIGN_OR_RETURN(const std::string name, NamedForm(file, id));
+    const bool is_shared = std::find(shared.begin(), shared.end(), id) != shared.end();
+    if (!file["clusters"].contains(id) || (!is_shared && name != kNone)) {
+      return absl::InvalidArgumentError(absl::StrCat("sharing names ", Shown(json(id)),
+                                                     ", which is not among the shared clusters"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Numbers the clusters that share from 0, in the order in which the file lists them, and appends
+// the form of each to `forms`.
+absl::StatusOr<std::map<std::string, int>> NumberSharedClusters(const json& file,
+                                                                std::vector<SharingForm>& forms) {
   const auto clusters = file.find("clusters");
   if (clusters == file.end() || !clusters->is_object()) {
     return absl::InvalidArgumentError("clusters is missing or not an object");
@@ -35,15 +73,24 @@ absl::StatusOr<std::map<std::string, int>> NumberSharedClusters(const json& file
     return absl::InvalidArgumentError("shared_clusters is missing or not an array");
   }
   std::map<std::string, int> number_of;
+  std::set<std::string> named;
   for (const json& id : *shared) {
     if (!id.is_string() || !clusters->contains(id.get_ref<const std::string&>())) {
       return absl::InvalidArgumentError(
           absl::StrCat("shared_clusters names ", Shown(id), ", which is not among the clusters"));
     }
-    const int number = static_cast<int>(number_of.size());
-    if (!number_of.emplace(id.get<std::string>(), number).second) {
+    if (!named.insert(id.get<std::string>()).second) {
       return absl::InvalidArgumentError(
           absl::StrCat("shared_clusters names ", Shown(id), " twice"));
+    }
+  }
+  PREFILLD_RETURN_IF_ERROR(CheckForms(file));
+  for (const json& id : *shared) {
+    PREFILLD_ASSIGN_OR_RETURN(const std::string name, NamedForm(file, id.get<std::string>()));
+    for (const auto& [form_name, form] : kForms) {
+      if (name != form_name) continue;
+      number_of.emplace(id.get<std::string>(), static_cast<int>(number_of.size()));
+      forms.push_back(form);
     }
   }
   return number_of;
@@ -128,13 +175,15 @@ absl::Status ReadProvenance(const json& file, HeadClusters& result) {
 }
 
 absl::StatusOr<HeadClusters> ReadClusters(const json& file, const ModelConfig& config) {
-  PREFILLD_ASSIGN_OR_RETURN(const auto number_of, NumberSharedClusters(file));
+  std::vector<SharingForm> forms;
+  PREFILLD_ASSIGN_OR_RETURN(const auto number_of, NumberSharedClusters(file, forms));
 
   const auto num_layers = static_cast<size_t>(config.num_layers);
   const auto num_heads = static_cast<size_t>(config.num_heads);
   HeadClusters result;
   PREFILLD_RETURN_IF_ERROR(ReadProvenance(file, result));
   result.num_clusters = static_cast<int>(number_of.size());
+  result.forms = std::move(forms);
   result.cluster_of.assign(num_layers, std::vector<int>(num_heads, HeadClusters::kNoCluster));
   std::vector<std::vector<bool>> taken(num_layers, std::vector<bool>(num_heads, false));
   for (const auto& [id, heads] : file["clusters"].items()) {

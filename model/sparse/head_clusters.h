@@ -3,6 +3,7 @@
 // The file format (JSON) is that of the SharePrefill release with optional additions:
 //   {"clusters": {"<id>": [[layer, head], ...], ...},   groups of query heads
 //    "shared_clusters": ["<id>", ...],                  those that may share patterns
+//    "sharing": {"<id>": "scored", ...},                optional: how each shares, SharingForm
 //    "format_version": 1,                               optional; another one is refused
 //    "model_fingerprint": "<32 hexadecimal digits>",    optional; of the model it was made for
 //    "thresholds": {"gamma": 0.9, ...}}                 optional, tuned: any threshold that a
@@ -12,6 +13,7 @@
 #ifndef PREFILLD_MODEL_SPARSE_HEAD_CLUSTERS_H_
 #define PREFILLD_MODEL_SPARSE_HEAD_CLUSTERS_H_
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -22,21 +24,33 @@
 
 namespace prefilld::model {
 
+// How the heads of a cluster share. A cluster for which the file names nothing is exact if it is
+// among the shared ones. The file may also name "none", which takes it off them.
+enum class SharingForm : uint8_t {
+  kExact,   // "exact": the pivot is exact, and its block mass gives the pattern
+  kScored,  // "scored": the pivot is a scored head, whose pattern it is; the others are not scored
+};
+
 struct HeadClusters {
   static constexpr int kNoCluster = -1;
 
   // Cluster numbers [num_layers][num_heads], 0 .. num_clusters - 1, or kNoCluster for heads in no
   // cluster and for heads of clusters that do not share.
   std::vector<std::vector<int>> cluster_of;
-  int num_clusters = 0;           // shared ones
-  AttentionOverrides thresholds;  // those that the file names
-  std::string model_fingerprint;  // empty: the file does not say
+  int num_clusters = 0;            // shared ones
+  std::vector<SharingForm> forms;  // [num_clusters]; empty: all exact
+  AttentionOverrides thresholds;   // those that the file names
+  std::string model_fingerprint;   // empty: the file does not say
 
   bool empty() const { return num_clusters == 0; }
+  SharingForm FormOf(int cluster) const {
+    return forms.empty() ? SharingForm::kExact : forms[cluster];
+  }
 };
 
 // Loads and checks a file. INVALID_ARGUMENT: malformed JSON, another format version, a head outside
-// the model, a head in two clusters, or a shared cluster that does not exist.
+// the model, a head in two clusters, a shared cluster that does not exist, or a form of sharing
+// that is unknown or not of a shared cluster.
 absl::StatusOr<HeadClusters> LoadHeadClusters(const std::string& path, const ModelConfig& config);
 
 // Checks that the file was made for the loaded model, because heads are alike or not by their

@@ -4,7 +4,6 @@
 #include <bit>
 
 #include "model/device/stopwatch.h"
-#include "model/sparse/scored_patterns.h"
 #include "proto/status_macros.h"
 
 namespace prefilld::model {
@@ -35,7 +34,7 @@ int64_t CountNewBlocks(absl::Span<const uint32_t> row, absl::Span<const uint32_t
 
 // The origin of the pattern of a head that is no pivot.
 PatternSource SourceOf(HeadRole role) {
-  if (role == HeadRole::kShared) return PatternSource::kPivot;
+  if (role == HeadRole::kShared || role == HeadRole::kScoreSharing) return PatternSource::kPivot;
   return role == HeadRole::kScored ? PatternSource::kScored : PatternSource::kVerticalSlash;
 }
 
@@ -92,18 +91,18 @@ absl::Status PatternSharing::Attend(int layer, const kernels::AttentionParams& a
   // If nobody asked for the report of an earlier layer, its downloads still read what is written
   // next.
   PREFILLD_RETURN_IF_ERROR(device_.FinishDownloads());
-  PREFILLD_RETURN_IF_ERROR(Prepare(attention));
+  PREFILLD_RETURN_IF_ERROR(Prepare(layer, attention));
   if (may_share_) {
     PREFILLD_RETURN_IF_ERROR(Decide(layer, attention));
-    PREFILLD_RETURN_IF_ERROR(ScoreHeads(attention, /*can_share=*/true));
+    PREFILLD_RETURN_IF_ERROR(ScoreHeads(layer, attention, /*can_share=*/true));
   }
-  AssignWork();
+  AssignWork(layer);
   PREFILLD_RETURN_IF_ERROR(device_.Mark(kDecided));
   PREFILLD_RETURN_IF_ERROR(AttendSparse(layer, attention, report));
-  return DownloadForReport();
+  return DownloadForReport(layer);
 }
 
-absl::Status PatternSharing::Prepare(const kernels::AttentionParams& attention) {
+absl::Status PatternSharing::Prepare(int layer, const kernels::AttentionParams& attention) {
   PREFILLD_RETURN_IF_ERROR(device_.Mark(kBegin));
   PREFILLD_RETURN_IF_ERROR(scratch_.head_estimate->OfLastQueries(attention));
   // The host decides by the estimate while the device goes on to the sets.
@@ -113,14 +112,14 @@ absl::Status PatternSharing::Prepare(const kernels::AttentionParams& attention) 
         config_.num_heads * num_blocks_ * sizeof(float)));
   }
   PREFILLD_RETURN_IF_ERROR(device_.Mark(kEstimated));
-  PREFILLD_RETURN_IF_ERROR(SelectSets(attention));
+  PREFILLD_RETURN_IF_ERROR(SelectSets(layer, attention));
   return device_.Mark(kSelected);
 }
 
 // Selects sets for all heads, whatever they will turn out to do. One launch is cheaper than
 // choosing heads, and the device would have to wait for the host's decisions. Scores cost more, so
 // heads that may share are scored only once they do not.
-absl::Status PatternSharing::SelectSets(const kernels::AttentionParams& attention) {
+absl::Status PatternSharing::SelectSets(int layer, const kernels::AttentionParams& attention) {
   const bool share = options_.policy == AttentionPolicy::kShare;
   PREFILLD_RETURN_IF_ERROR(scratch_.head_estimate->BuildVerticalSlash(
       share ? options_.last_rows_gamma : options_.gamma_of_vertical_slash(),
@@ -136,14 +135,23 @@ absl::Status PatternSharing::SelectSets(const kernels::AttentionParams& attentio
                                   .pattern = scratch_.last_rows.as<uint32_t>(),
                                   .num_heads = config_.num_heads}));
   }
-  return share ? ScoreHeads(attention, /*can_share=*/false) : absl::OkStatus();
+  return share ? ScoreHeads(layer, attention, /*can_share=*/false) : absl::OkStatus();
 }
 
-absl::Status PatternSharing::ScoreHeads(const kernels::AttentionParams& attention, bool can_share) {
+absl::Status PatternSharing::ScoreHeads(int layer, const kernels::AttentionParams& attention,
+                                        bool can_share) {
   to_score_.clear();
   for (int head = 0; head < config_.num_heads; ++head) {
     const bool could_share = may_share_ && cluster_of_[head] != HeadClusters::kNoCluster;
-    if (roles_[head] == HeadRole::kScored && could_share == can_share) to_score_.push_back(head);
+    if (roles_[head] != HeadRole::kScored || could_share != can_share) continue;
+    uint32_t* pattern = OwnPattern(head);
+    if (could_share && IsScoredPivot(head, layer)) {
+      // Its pattern outlives the layer, so it is built where it stays.
+      pattern = PivotPattern(cluster_of_[head]);
+      PREFILLD_RETURN_IF_ERROR(scratch_.head_estimate->BuildVerticalSlashOf(
+          head, options_.last_rows_gamma, options_.min_budget_tokens, pattern));
+    }
+    to_score_.push_back({head, pattern});
   }
   return AddScoredBlocks(scratch_, attention, to_score_, options_);
 }
@@ -153,7 +161,12 @@ absl::Status PatternSharing::Decide(int layer, const kernels::AttentionParams& a
   Stopwatch stopwatch;
   const absl::Span<const float> estimate(scratch_.block_mass_host.as<float>(),
                                          config_.num_heads * num_blocks_);
-  const std::vector<int> pivots = ChoosePivots(cluster_of_, estimate, pivots_, options_);
+  std::vector<int> pivots = ChoosePivots(cluster_of_, estimate, pivots_, options_);
+  const auto scored = std::stable_partition(pivots.begin(), pivots.end(), [this](int head) {
+    return scratch_.clusters.FormOf(cluster_of_[head]) == SharingForm::kExact;
+  });
+  KeepScoredPivots(layer, absl::MakeConstSpan(pivots).subspan(scored - pivots.begin()));
+  pivots.erase(scored, pivots.end());
   stages_.host_us += static_cast<double>(stopwatch.LapUs());
 
   const auto at_a_time = static_cast<size_t>(scratch_.MassesAtATime(num_blocks_));
@@ -169,7 +182,7 @@ absl::Status PatternSharing::Decide(int layer, const kernels::AttentionParams& a
     const int cluster = cluster_of_[head];
     if (std::binary_search(pivots.begin(), pivots.end(), head)) {
       roles_[head] = HeadRole::kPivot;
-    } else if (cluster != HeadClusters::kNoCluster) {
+    } else if (cluster != HeadClusters::kNoCluster && !IsScoredPivot(head, layer)) {
       roles_[head] = DecideHead(layer, EstimateOf(head), &pivots_[cluster], options_);
     }
   }
@@ -229,13 +242,38 @@ void PatternSharing::KeepPivots(int layer, absl::Span<const int> pivots) {
     pivot.layer = layer;
     pivot.head = pivots[i];
     pivot.estimate.assign(estimate.begin(), estimate.end());
+    pivot.scored = false;
     pivot.worth_sharing = WorthSharing(Figures(slot), Figures(slot + 1), options_.coverage);
     pivot.pattern_blocks = Figures(slot).blocks;
     pivot.last_row.assign(last_row.begin(), last_row.end());
   }
 }
 
-void PatternSharing::AssignWork() {
+void PatternSharing::KeepScoredPivots(int layer, absl::Span<const int> pivots) {
+  for (const int head : pivots) {
+    const absl::Span<const float> estimate = EstimateOf(head);
+    ClusterPivot& pivot = pivots_[cluster_of_[head]];
+    pivot.layer = layer;
+    pivot.head = head;
+    pivot.estimate.assign(estimate.begin(), estimate.end());
+    pivot.scored = true;
+    pivot.worth_sharing = true;
+    pivot.pattern_blocks = 0;
+    pivot.last_row.assign(static_cast<size_t>(row_words()), 0);
+  }
+}
+
+void PatternSharing::CompleteScoredPivots(int layer) {
+  for (int head = 0; head < config_.num_heads; ++head) {
+    if (!IsScoredPivot(head, layer)) continue;
+    ClusterPivot& pivot = pivots_[cluster_of_[head]];
+    pivot.pattern_blocks = scratch_.figures_host.as<int64_t>()[scratch_.OwnBlocksSlot(head)];
+    const uint32_t* row = scratch_.pivot_rows_host.as<uint32_t>() + head * row_words();
+    pivot.last_row.assign(row, row + row_words());
+  }
+}
+
+void PatternSharing::AssignWork(int layer) {
   work_.clear();
   for (int head = 0; head < config_.num_heads; ++head) {
     switch (roles_[head]) {
@@ -243,9 +281,12 @@ void PatternSharing::AssignWork() {
         break;
       case HeadRole::kScored:
       case HeadRole::kVerticalSlash:
-        work_.push_back({.head = head, .pattern = OwnPattern(head)});
+        work_.push_back({.head = head,
+                         .pattern = IsScoredPivot(head, layer) ? PivotPattern(cluster_of_[head])
+                                                               : OwnPattern(head)});
         break;
       case HeadRole::kShared:
+      case HeadRole::kScoreSharing:
         work_.push_back({.head = head,
                          .pattern = PivotPattern(cluster_of_[head]),
                          .last_row = scratch_.last_rows.as<uint32_t>() + head * row_words()});
@@ -285,8 +326,15 @@ absl::Status PatternSharing::Audit(int layer, const kernels::AttentionParams& at
   return absl::OkStatus();
 }
 
-absl::Status PatternSharing::DownloadForReport() {
+absl::Status PatternSharing::DownloadForReport(int layer) {
   PREFILLD_RETURN_IF_ERROR(DownloadFigures());
+  for (int head = 0; head < config_.num_heads; ++head) {
+    if (!IsScoredPivot(head, layer)) continue;
+    PREFILLD_RETURN_IF_ERROR(
+        device_.StartDownload(scratch_.pivot_rows_host.as<uint32_t>() + head * row_words(),
+                              PivotPattern(cluster_of_[head]) + (num_blocks_ - 1) * row_words(),
+                              static_cast<size_t>(row_words()) * sizeof(uint32_t)));
+  }
   if (!may_share_) return absl::OkStatus();
   return device_.StartDownload(scratch_.last_rows_host.data(), scratch_.last_rows.data(),
                                config_.num_heads * row_words() * sizeof(uint32_t));
@@ -295,6 +343,7 @@ absl::Status PatternSharing::DownloadForReport() {
 absl::Status PatternSharing::Report(LayerReport* report) {
   PREFILLD_RETURN_IF_ERROR(device_.FinishDownloads());
   PREFILLD_RETURN_IF_ERROR(MeasureTimes(report));
+  CompleteScoredPivots(report->layer);
   int64_t blocks = 0;
   for (int head = 0; head < config_.num_heads; ++head) {
     switch (roles_[head]) {
@@ -307,8 +356,9 @@ absl::Status PatternSharing::Report(LayerReport* report) {
         ++(roles_[head] == HeadRole::kScored ? report->scored_heads : report->vertical_slash_heads);
         blocks += scratch_.figures_host.as<int64_t>()[scratch_.OwnBlocksSlot(head)];
         break;
-      case HeadRole::kShared: {
-        ++report->shared_heads;
+      case HeadRole::kShared:
+      case HeadRole::kScoreSharing: {
+        ++(roles_[head] == HeadRole::kShared ? report->shared_heads : report->score_sharing_heads);
         const ClusterPivot& pivot = pivots_[cluster_of_[head]];
         blocks += pivot.pattern_blocks + CountNewBlocks(HostLastRow(head), pivot.last_row);
         break;

@@ -19,6 +19,8 @@
 //               (model/sparse/scored_patterns.h). In the paper they get the latter alone.
 //   6 Attend    Shared heads compute the pivot's pattern plus the blocks of the last row that
 //               their own estimate found; the others compute their own pattern.
+// A cluster may have a scored pivot instead (SharingForm): its first head is scored, and those near
+// enough take that head's pattern and are not scored. What they share is the cost of finding it.
 // Without clusters every head is scored. Policy vertical_slash takes steps 1 and 6 alone, with the
 // vertical-slash set of every head.
 #ifndef PREFILLD_MODEL_SPARSE_PATTERN_SHARING_H_
@@ -33,6 +35,7 @@
 #include "absl/types/span.h"
 #include "model/sparse/attention_options.h"
 #include "model/sparse/attention_strategy.h"
+#include "model/sparse/scored_patterns.h"
 #include "model/sparse/sharing_decision.h"
 #include "model/sparse/sharing_workspace.h"
 
@@ -81,20 +84,28 @@ class PatternSharing final : public AttentionStrategy {
   absl::Status Allocate(int64_t max_tokens);
 
   // These are the stages of Attend, in order.
-  absl::Status Prepare(const kernels::AttentionParams& attention);
+  absl::Status Prepare(int layer, const kernels::AttentionParams& attention);
   absl::Status Decide(int layer, const kernels::AttentionParams& attention);
-  void AssignWork();
+  void AssignWork(int layer);
   absl::Status AttendSparse(int layer, const kernels::AttentionParams& attention,
                             LayerReport* report);
-  absl::Status DownloadForReport();
+  absl::Status DownloadForReport(int layer);
 
-  absl::Status SelectSets(const kernels::AttentionParams& attention);
+  absl::Status SelectSets(int layer, const kernels::AttentionParams& attention);
   // Scores the heads whose role is kScored, of those that cannot share or of the others.
-  absl::Status ScoreHeads(const kernels::AttentionParams& attention, bool can_share);
+  absl::Status ScoreHeads(int layer, const kernels::AttentionParams& attention, bool can_share);
   absl::Status AttendPivots(const kernels::AttentionParams& attention,
                             absl::Span<const int> pivots);
   absl::Status MeasurePivots(absl::Span<const int> pivots);
   void KeepPivots(int layer, absl::Span<const int> pivots);
+  void KeepScoredPivots(int layer, absl::Span<const int> pivots);
+  // Fills in what the reports of later layers need of the scored pivots of this one.
+  void CompleteScoredPivots(int layer);
+  bool IsScoredPivot(int head, int layer) const {
+    const int cluster = cluster_of_[head];
+    return cluster != HeadClusters::kNoCluster && pivots_[cluster].scored &&
+           pivots_[cluster].layer == layer && pivots_[cluster].head == head;
+  }
   // Measures the recall of the patterns that are about to run.
   absl::Status Audit(int layer, const kernels::AttentionParams& attention, LayerReport* report);
   absl::Status MeasureTimes(LayerReport* report);
@@ -138,7 +149,7 @@ class PatternSharing final : public AttentionStrategy {
   absl::Span<const int> cluster_of_;     // [num_heads]
   bool may_share_ = false;               // some head is in a cluster, and clusters may share
   std::vector<HeadRole> roles_;          // [num_heads]
-  std::vector<int> to_score_;            // heads; at most num_heads
+  std::vector<ScoredHead> to_score_;     // at most num_heads
   std::vector<kernels::HeadWork> work_;  // of the launch being prepared
   PatternStages stages_;
 };

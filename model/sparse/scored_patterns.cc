@@ -2,28 +2,36 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <vector>
 
 #include "proto/status_macros.h"
 
 namespace prefilld::model {
 namespace {
 
-// Counts the first heads that are numbered without a gap.
-size_t RunLength(absl::Span<const int> heads) {
+// Counts the first heads that are numbered without a gap, and whose patterns of `words` words lie
+// one behind the other.
+size_t RunLength(absl::Span<const ScoredHead> heads, int64_t words) {
   size_t length = 1;
-  while (length < heads.size() && heads[length] == heads[0] + static_cast<int>(length)) ++length;
+  while (length < heads.size() && heads[length].head == heads[length - 1].head + 1 &&
+         heads[length].pattern == heads[length - 1].pattern + words) {
+    ++length;
+  }
   return length;
 }
 
 }  // namespace
 
 absl::Status AddScoredBlocks(SharingWorkspace& scratch, const kernels::AttentionParams& attention,
-                             absl::Span<const int> heads, const AttentionOptions& options) {
+                             absl::Span<const ScoredHead> heads, const AttentionOptions& options) {
   Ops& ops = scratch.device.ops();
   const int64_t n = kernels::CeilDiv(attention.num_keys, attention.block_tokens);
+  const int64_t words = n * kernels::PatternWords(n);
   while (!heads.empty()) {
     const auto group = heads.subspan(0, static_cast<size_t>(scratch.MassesAtATime(n)));
     heads.remove_prefix(group.size());
+    std::vector<int> numbers;
+    for (const ScoredHead& scored : group) numbers.push_back(scored.head);
     PREFILLD_RETURN_IF_ERROR(
         ops.AntidiagonalScores({.q = attention.q,
                                 .k = attention.k,
@@ -36,21 +44,20 @@ absl::Status AddScoredBlocks(SharingWorkspace& scratch, const kernels::Attention
                                 .block_tokens = attention.block_tokens,
                                 .stride = static_cast<int>(options.score_stride),
                                 .scale = attention.scale,
-                                .heads = group.data(),
+                                .heads = numbers.data(),
                                 .num_scored = static_cast<int>(group.size()),
                                 .block_mass = scratch.block_mass.as<float>()}));
     for (size_t first = 0; first < group.size();) {
-      const auto run = group.subspan(first, RunLength(group.subspan(first)));
+      const auto run = group.subspan(first, RunLength(group.subspan(first), words));
       PREFILLD_RETURN_IF_ERROR(ops.SelectRows(
           {.block_mass = scratch.block_mass.as<float>() + static_cast<int64_t>(first) * n * n,
            .num_query_blocks = n,
            .num_key_blocks = n,
            .gamma = options.score_threshold,
-           .pattern =
-               scratch.own_patterns.as<uint32_t>() + run.front() * n * kernels::PatternWords(n),
+           .pattern = run.front().pattern,
            .num_heads = static_cast<int>(run.size()),
            .join = true,
-           .blocks = scratch.figures.as<int64_t>() + scratch.OwnBlocksSlot(run.front())}));
+           .blocks = scratch.figures.as<int64_t>() + scratch.OwnBlocksSlot(run.front().head)}));
       first += run.size();
     }
   }

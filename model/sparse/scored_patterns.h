@@ -17,12 +17,17 @@
 
 namespace prefilld::model {
 
-// Adds to the pattern of each of these heads, in scratch.own_patterns, the smallest set of blocks
-// of every row that holds options.score_threshold of the row's scores, and counts the blocks of the
-// result (SharingWorkspace::OwnBlocksSlot). `heads` are ascending. `attention` describes the whole
-// prompt. Uses scratch.block_mass; heads are taken in groups as large as that holds.
+struct ScoredHead {
+  int head = 0;
+  uint32_t* pattern = nullptr;  // [n, W], device memory: holds what the last queries look at
+};
+
+// Adds to the pattern of each of these heads the smallest set of blocks of every row that holds
+// options.score_threshold of the row's scores, and counts the blocks of the result
+// (SharingWorkspace::OwnBlocksSlot). `heads` are ascending. `attention` describes the whole prompt.
+// Uses scratch.block_mass; heads are taken in groups as large as that holds.
 absl::Status AddScoredBlocks(SharingWorkspace& scratch, const kernels::AttentionParams& attention,
-                             absl::Span<const int> heads, const AttentionOptions& options);
+                             absl::Span<const ScoredHead> heads, const AttentionOptions& options);
 
 }  // namespace prefilld::model
 

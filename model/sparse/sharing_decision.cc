@@ -106,7 +106,8 @@ HeadRole DecideHead(int layer, absl::Span<const float> estimate, const ClusterPi
   if (pivot->layer == layer && !options.same_layer_sharing) return HeadRole::kScored;
   if (DeltaRuleExcludes(estimate, options.delta)) return HeadRole::kScored;
   const bool alike = JensenShannonDistance(estimate, pivot->estimate) < options.tau;
-  return alike ? HeadRole::kShared : HeadRole::kScored;
+  if (!alike) return HeadRole::kScored;
+  return pivot->scored ? HeadRole::kScoreSharing : HeadRole::kShared;
 }
 
 bool WorthSharing(const PatternFigures& pattern, const PatternFigures& vertical_slash,

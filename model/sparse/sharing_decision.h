@@ -18,10 +18,12 @@ double JensenShannonDistance(absl::Span<const float> p, absl::Span<const float> 
 double DistanceFromUniform(absl::Span<const float> p);
 
 // A head that neither is a pivot nor shares has a pattern of its own: a scored one under policy
-// share, the vertical-slash set under policy vertical_slash.
-enum class HeadRole : uint8_t { kScored, kVerticalSlash, kPivot, kShared };
+// share, the vertical-slash set under policy vertical_slash. kPivot is an exact pivot. A scored
+// pivot is kScored like other heads, and the heads that take its pattern are kScoreSharing.
+enum class HeadRole : uint8_t { kScored, kVerticalSlash, kPivot, kShared, kScoreSharing };
 
-// The head that is computed exactly on behalf of its cluster, for one prompt.
+// The head that finds the pattern of its cluster, for one prompt: exactly, or by scores
+// (SharingForm).
 struct ClusterPivot {
   static constexpr int kNone = -1;
   int layer = kNone;  // provenance; kNone: no pivot yet
@@ -30,7 +32,9 @@ struct ClusterPivot {
   // the last row of its exact block mass. Ours is the same quantity up to a partial last block, and
   // is known before any attention runs, so that a whole layer is decided at once.
   std::vector<float> estimate;
-  bool worth_sharing = false;      // WorthSharing() of the pivot's exact block mass
+  bool scored = false;         // the form of the cluster
+  bool worth_sharing = false;  // WorthSharing() of the exact block mass; true of a scored pivot
+  // Both are known of a scored pivot once its layer is reported, since only reports need them.
   int64_t pattern_blocks = 0;      // of the whole pattern
   std::vector<uint32_t> last_row;  // of the pattern, as kernels/attention.h lays out a row
   bool exists() const { return layer != kNone; }
@@ -44,12 +48,12 @@ std::vector<int> ChoosePivots(absl::Span<const int> cluster_of, absl::Span<const
                               absl::Span<const ClusterPivot> pivots,
                               const AttentionOptions& options);
 
-// Decides the role of a head of `layer` that is no pivot of this layer: kShared or kScored. `pivot`
-// is that of its cluster, or null if it is in no cluster that shares; the pivots of this layer must
-// have been measured. The head shares when the cluster is worth it, when its estimate is nearer
-// than tau to the pivot's, and when the delta rule does not object. Ours: a pivot of the same layer
-// serves at once, because pivots run first; the switch restores the release's behaviour, which
-// begins one layer later.
+// Decides the role of a head of `layer` that is no pivot of this layer: kShared or kScoreSharing,
+// as the pivot has it, or kScored. `pivot` is that of its cluster, or null if it is in no cluster
+// that shares; the pivots of this layer must have been measured. The head shares when the cluster
+// is worth it, when its estimate is nearer than tau to the pivot's, and when the delta rule does
+// not object. Ours: a pivot of the same layer serves at once, because pivots run first; the switch
+// restores the release's behaviour, which begins one layer later.
 HeadRole DecideHead(int layer, absl::Span<const float> estimate, const ClusterPivot* pivot,
                     const AttentionOptions& options);
 

@@ -43,6 +43,7 @@ absl::StatusOr<std::unique_ptr<SharingWorkspace>> SharingWorkspace::Create(
   const std::pair<DeviceBuffer&, const DeviceBuffer&> host_copies[] = {
       {workspace->block_mass_host, workspace->head_estimate->block_mass()},
       {workspace->last_rows_host, workspace->last_rows},
+      {workspace->pivot_rows_host, workspace->last_rows},
       {workspace->figures_host, workspace->figures}};
   for (const auto& [copy, original] : host_copies) {
     PREFILLD_ASSIGN_OR_RETURN(copy, device->AllocateStaging(original.bytes()));

@@ -61,6 +61,7 @@ struct SharingWorkspace {
   // Copies in host memory.
   DeviceBuffer block_mass_host;  // [H, n] fp32: head_estimate->block_mass()
   DeviceBuffer last_rows_host;  // last_rows; before that, the last rows of the new pivots' patterns
+  DeviceBuffer pivot_rows_host;  // [H, W]: the last rows of new scored pivots' patterns
   DeviceBuffer figures_host;
 };
 

@@ -97,6 +97,36 @@ TEST_F(HeadClustersTest, ReadsEachThresholdThatAClusterFileMayNameAndRefusesTheO
   }
 }
 
+TEST_F(HeadClustersTest, ReadsHowEachClusterShares) {
+  const auto file = [](const std::string& sharing) {
+    return R"({"clusters": {"a": [[0, 0]], "b": [[0, 1]], "c": [[1, 0]]},
+               "shared_clusters": ["b", "a"], "sharing": )" +
+           sharing + "}";
+  };
+  const auto plain = Load(file("{}"));
+  ASSERT_TRUE(plain.ok()) << plain.status();
+  EXPECT_EQ(plain->num_clusters, 2);
+  EXPECT_EQ(plain->FormOf(0), SharingForm::kExact);
+
+  const auto scored = Load(file(R"({"a": "scored", "b": "exact", "c": "none"})"));
+  ASSERT_TRUE(scored.ok()) << scored.status();
+  EXPECT_EQ(scored->FormOf(scored->cluster_of[0][0]), SharingForm::kScored);
+  EXPECT_EQ(scored->FormOf(scored->cluster_of[0][1]), SharingForm::kExact);
+
+  const auto none = Load(file(R"({"b": "none"})"));
+  ASSERT_TRUE(none.ok()) << none.status();
+  EXPECT_EQ(none->num_clusters, 1);
+  EXPECT_EQ(none->cluster_of[0][1], HeadClusters::kNoCluster);
+  EXPECT_EQ(none->cluster_of[0][0], 0);
+
+  EXPECT_THAT(Refusal(file(R"({"a": "half"})")),
+              HasSubstr(R"(sharing of cluster "a" is "half", none of exact, scored, none)"));
+  EXPECT_THAT(Refusal(file(R"({"c": "scored"})")),
+              HasSubstr(R"(sharing names "c", which is not among the shared clusters)"));
+  EXPECT_THAT(Refusal(file(R"({"d": "none"})")), HasSubstr(R"(sharing names "d")"));
+  EXPECT_THAT(Refusal(file("[]")), HasSubstr("sharing is not an object"));
+}
+
 TEST_F(HeadClustersTest, RefusesAFormatItDoesNotKnow) {
   EXPECT_TRUE(Load(R"({"format_version": 1, "clusters": {}, "shared_clusters": []})").ok());
   EXPECT_THAT(Refusal(R"({"format_version": 2, "clusters": {}, "shared_clusters": []})"),
