@@ -28,7 +28,14 @@ from served_runs import Journal, Server, measure
 
 DENSE, SHARE = "dense", "share"
 # These are the candidates unless --candidates names others: each line thresholds of `share`, the densest first.
-CANDIDATES = [f"gamma={gamma}" for gamma in (0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)]
+# gamma is that of pivots' patterns, and does nothing without --clusters.
+CANDIDATES = [
+    f"gamma={threshold},score_threshold={threshold},last_rows_gamma={last_rows}"
+    for threshold, last_rows in (
+        (0.99, 0.7), (0.98, 0.6), (0.97, 0.5), (0.96, 0.5), (0.95, 0.5), (0.95, 0.3), (0.93, 0.3), (0.9, 0.3),
+        (0.85, 0.3), (0.8, 0.3), (0.7, 0.3), (0.6, 0.3), (0.5, 0.2),
+    )
+]  # fmt: skip
 Thresholds = dict[str, float]
 
 

@@ -122,7 +122,10 @@ class Served(unittest.TestCase):
         (self.folder / "licence").mkdir()
         for i in range(4):
             (self.folder / "licence" / f"{i}.txt").write_bytes(text[2500 * i : 2500 * i + 2047])
-        (self.folder / "candidates").write_text("gamma=0.99\ngamma=0.9\ngamma=0.5\ngamma=0.1,min_budget_tokens=1\n")
+        (self.folder / "candidates").write_text(
+            "score_threshold=0.99\nscore_threshold=0.9\nscore_threshold=0.5\n"
+            "score_threshold=0.05,last_rows_gamma=0.01,min_budget_tokens=1\n"
+        )
         self.out = self.folder / "head_clusters.json"
 
     def calibrate(self, rise: float) -> subprocess.CompletedProcess:
@@ -137,15 +140,15 @@ class Served(unittest.TestCase):
         written = json.loads(self.out.read_text())
         self.assertLessEqual(written["calibration"]["measured"]["perplexity_rise"], 0.02)
         self.assertEqual(written["calibration"]["prompts"], {"licence": 4})
-        self.assertLess(written["thresholds"]["gamma"], 0.99)
-        self.assertGreater(written["thresholds"]["gamma"], 0.1)
+        self.assertLess(written["thresholds"]["score_threshold"], 0.99)
+        self.assertGreater(written["thresholds"]["score_threshold"], 0.05)
         with served_runs.Server(PROGRAMS / "prefilld", TINY, "cpu", 2048).serving(self.out) as address:
             self.assertEqual(calibrate.fingerprint_of(address), written["model_fingerprint"])
         again = self.calibrate(0.02)  # nothing is measured again
         self.assertEqual((again.returncode, again.stdout, again.stderr), (0, done.stdout, ""))
 
     def test_what_nothing_keeps_is_said_and_not_written(self):
-        (self.folder / "candidates").write_text("gamma=0.1,min_budget_tokens=1\n")
+        (self.folder / "candidates").write_text("score_threshold=0.05,last_rows_gamma=0.01,min_budget_tokens=1\n")
         done = self.calibrate(0.0001)
         self.assertEqual(done.returncode, 1, done.stderr)
         self.assertIn("--policy=dense", done.stdout)
