@@ -7,8 +7,10 @@
 #include <cstddef>
 #include <limits>
 #include <memory>
+#include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "model/device/stopwatch.h"
 #include "model/sparse/pattern_sharing.h"
 #include "proto/status_macros.h"
@@ -23,6 +25,9 @@ constexpr int64_t kMostUs = 3'000'000;  // for all lengths together
 // into this time, but at least two.
 constexpr int kTurns = 10;
 constexpr int64_t kTurnsUs = 200'000;
+// The part of dense attention that share takes of long prompts, for a guess beyond what was
+// measured: scores are a tenth of it, and the rest is more than prompts need.
+constexpr double kLastingShare = 0.75;
 
 // With queries and keys of zeros all masses are equal, and the first ones are chosen. So these
 // thresholds are the part of each row's blocks that a head computes, beside the diagonal.
@@ -120,18 +125,22 @@ bool ShareIsFaster(const AttentionTimes& times) { return times.share_us <= times
 }  // namespace
 
 int64_t CrossoverOf(absl::Span<const AttentionTimes> measured, int64_t max_tokens) {
+  if (measured.empty()) return max_tokens + 1;
   const auto first = std::find_if(measured.begin(), measured.end(), ShareIsFaster);
-  if (first == measured.end()) return max_tokens + 1;
   if (first == measured.begin()) return first->num_tokens;
   const AttentionTimes& before = *(first - 1);
   const double ratio_before = before.share_us / before.dense_us;
-  const double ratio = first->share_us / first->dense_us;
-  const double way = (ratio_before - 1.0) / (ratio_before - ratio);
-  const double between = std::pow(
-      static_cast<double>(first->num_tokens) / static_cast<double>(before.num_tokens), way);
-  return std::min(
-      first->num_tokens,
-      static_cast<int64_t>(std::ceil(static_cast<double>(before.num_tokens) * between)));
+  double times_longer;  // than `before`
+  if (first == measured.end()) {
+    times_longer = std::sqrt((ratio_before - kLastingShare) / (1.0 - kLastingShare));
+  } else {
+    const double ratio = first->share_us / first->dense_us;
+    const double way = (ratio_before - 1.0) / (ratio_before - ratio);
+    times_longer = std::pow(
+        static_cast<double>(first->num_tokens) / static_cast<double>(before.num_tokens), way);
+  }
+  const double crossover = std::ceil(static_cast<double>(before.num_tokens) * times_longer);
+  return static_cast<int64_t>(std::min(crossover, static_cast<double>(max_tokens + 1)));
 }
 
 absl::StatusOr<int64_t> MeasureCrossover(SharingWorkspace* workspace,
@@ -156,12 +165,14 @@ absl::StatusOr<int64_t> MeasureCrossover(SharingWorkspace* workspace,
     if (ShareIsFaster(times)) break;
   }
   const int64_t crossover = CrossoverOf(measured, max_tokens);
+  const std::string measured_up_to = absl::StrCat(measured.empty() ? 0 : measured.back().num_tokens,
+                                                  " tokens in ", taken_us / 1000, " ms");
   if (crossover > max_tokens) {
-    spdlog::info("policy auto: dense at every length, as share was not faster up to {} tokens",
-                 measured.empty() ? 0 : measured.back().num_tokens);
+    spdlog::info("policy auto: dense at every length, as share was not faster (measured up to {})",
+                 measured_up_to);
   } else {
-    spdlog::info("policy auto: dense below {} tokens, share from there on (measured in {} ms)",
-                 crossover, taken_us / 1000);
+    spdlog::info("policy auto: dense below {} tokens, share from there on (measured up to {})",
+                 crossover, measured_up_to);
   }
   return crossover;
 }

@@ -22,8 +22,10 @@ struct AttentionTimes {
 
 // Returns the length from which on share takes no longer than dense. `measured` is by ascending
 // length. Between the last length at which share was slower and the first at which it was not, the
-// ratio of the two times is taken to change evenly with the length's logarithm. max_tokens + 1
-// where share was slower throughout.
+// ratio of the two times is taken to change evenly with the length's logarithm. Where share was
+// slower throughout, what it took beyond three quarters of dense attention at the greatest length
+// is taken to stay the same for longer prompts, and dense attention to grow with the square.
+// max_tokens + 1 where that lies beyond max_tokens, and where nothing was measured.
 int64_t CrossoverOf(absl::Span<const AttentionTimes> measured, int64_t max_tokens);
 
 // Measures attention of prompts of 512 tokens, twice as many and so on, until share takes no
