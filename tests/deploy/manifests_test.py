@@ -173,7 +173,7 @@ class Manifests(unittest.TestCase):
                     source = (ROOT / OPTIONS[program]).read_text(encoding="utf-8")
                     for argument in container["args"]:
                         name = re.fullmatch(r"--([a-z_]+)=.+", argument).group(1)
-                        self.assertRegex(source, rf"ABSL_FLAG\([^\n]*[ >]{name},", f"{program} has no flag --{name}")
+                        self.assertRegex(source, rf"ABSL_FLAG\(\s*[^\n]*[ >]{name},", f"{program} has no flag --{name}")
 
     def test_the_decode_worker_finds_the_prefill_service(self):
         for resources in self.for_each_kustomization():
