@@ -149,10 +149,11 @@ class PrefillCall {
     check_ = std::make_unique<TransferCheck>(accepted.layout(), num_lanes);
     PREFILLD_RETURN_IF_ERROR(sink_.OnAccepted(accepted));
     for (uint32_t lane = 1; lane < num_lanes; ++lane) {
-      lane_threads_.emplace_back([this, lane, id = accepted.request_id()] {
+      lane_threads_.emplace_back([this, lane, id = accepted.request_id(), key = accepted.lane_key()] {
         AttachLaneRequest attach;
         attach.set_request_id(id);
         attach.set_lane(lane);
+        attach.set_lane_key(key);
         streams_[lane]->Start(kAttachLaneMethod, attach, deadline_);
         ReadStream(lane);
       });

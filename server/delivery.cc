@@ -99,6 +99,7 @@ void Delivery::MaybeSendResult() {
     if (!result_.has_value() || open_side_lanes_ > 0) return;
     *event.mutable_result() = *std::exchange(result_, std::nullopt);
   }
+  result_is_out_.store(true, std::memory_order_release);
   control_->Close(std::move(event));
 }
 

@@ -2,6 +2,7 @@
 #ifndef PREFILLD_SERVER_DELIVERY_H_
 #define PREFILLD_SERVER_DELIVERY_H_
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -63,6 +64,9 @@ class Delivery {
   // frames_per_lane to it.
   void SendResult(::prefill::v1::PrefillResult result);
 
+  // Tells whether the result has been handed to the control stream.
+  bool result_is_out() const { return result_is_out_.load(std::memory_order_acquire); }
+
   // Ends every stream with `status` and drops what they have not sent.
   void Abort(const absl::Status& status);
 
@@ -79,6 +83,8 @@ class Delivery {
   std::unique_ptr<LaneQueue> control_;
   std::vector<std::unique_ptr<LaneQueue>> side_lanes_;
   std::vector<LaneQueue*> kv_lanes_;
+
+  std::atomic<bool> result_is_out_ = false;
 
   mutable absl::Mutex mu_;
   Sent sent_ ABSL_GUARDED_BY(mu_);

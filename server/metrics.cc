@@ -150,6 +150,11 @@ Metrics::Metrics(const model::EngineInfo& engine)
       queued_requests_(NewGauge("prefilld_queued_requests", "Requests waiting to compute.")),
       queued_tokens_(NewGauge("prefilld_queued_tokens", "Prompt tokens waiting to compute.")),
       running_requests_(NewGauge("prefilld_running_requests", "Requests computing.")),
+      ended_in_passes_(NewGauge("prefilld_ended_requests_in_passes",
+                                "Requests that have ended while the device was computing for "
+                                "them; it stops at the next point inside the layer, or after it.")),
+      computing_(NewGauge("prefilld_computing",
+                          "1 while a step is computed, whether or not anybody waits for it.")),
       live_requests_(
           NewGauge("prefilld_live_requests", "Requests queued, computing or still being sent.")),
       staged_bytes_(NewGauge("prefilld_staged_bytes", "Staging memory on loan to frames.")),
@@ -273,6 +278,8 @@ void Metrics::Set(const ResourceUse& use) {
   queued_requests_.Set(static_cast<double>(use.queued_requests));
   queued_tokens_.Set(static_cast<double>(use.queued_tokens));
   running_requests_.Set(static_cast<double>(use.running_requests));
+  ended_in_passes_.Set(static_cast<double>(use.ended_in_passes));
+  computing_.Set(use.computing ? 1 : 0);
   live_requests_.Set(static_cast<double>(use.live_requests));
   staged_bytes_.Set(static_cast<double>(use.staged_bytes));
   staging_capacity_.Set(static_cast<double>(use.staging_capacity_bytes));

@@ -31,6 +31,8 @@ struct ResourceUse {
   int64_t queued_requests = 0;
   int64_t queued_tokens = 0;
   int64_t running_requests = 0;
+  int64_t ended_in_passes = 0;
+  bool computing = false;
   int64_t live_requests = 0;  // queued, running, or still being sent
   int64_t staged_bytes = 0;
   int64_t staging_capacity_bytes = 0;
@@ -97,6 +99,8 @@ class Metrics {
   prometheus::Gauge& queued_requests_;
   prometheus::Gauge& queued_tokens_;
   prometheus::Gauge& running_requests_;
+  prometheus::Gauge& ended_in_passes_;
+  prometheus::Gauge& computing_;
   prometheus::Gauge& live_requests_;
   prometheus::Gauge& staged_bytes_;
   prometheus::Gauge& staging_capacity_;

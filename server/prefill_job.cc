@@ -28,6 +28,7 @@ v1::PrefillEvent AcceptedEvent(const PrefillWork& work, int64_t queue_position) 
   *event.mutable_accepted()->mutable_layout() = work.layout;
   event.mutable_accepted()->set_num_lanes(work.num_lanes);
   event.mutable_accepted()->set_queue_position(queue_position);
+  event.mutable_accepted()->set_lane_key(work.lane_key);
   return event;
 }
 
@@ -82,6 +83,8 @@ void PrefillJob::OnCallCancelled() {
     Abort(Outcome::kCancelled, absl::CancelledError(absl::StrCat("cancelled ", Whereabouts())));
   }
 }
+
+bool PrefillJob::id_is_free() const { return ended() || delivery_.result_is_out(); }
 
 void PrefillJob::OnResultSent() { ended_.store(true, std::memory_order_release); }
 

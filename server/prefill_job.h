@@ -69,6 +69,9 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
   void OnResultSent();
   bool ended() const { return ended_.load(std::memory_order_acquire); }
   Ending ending() const;  // valid after ended()
+  // Tells whether another request may have this one's id. It is true before the caller can know
+  // that the request is over.
+  bool id_is_free() const;
 
   // Aborts the request if its deadline has passed, lanes are missing, its consumer takes nothing,
   // or its consumer is slow while others wait. Sends progress when the control stream has been

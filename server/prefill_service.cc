@@ -55,6 +55,14 @@ std::string TraceIdOf(const grpc::CallbackServerContext& context) {
   return trace_id;
 }
 
+// Takes the same time for all keys of one length, so that a key cannot be found digit by digit.
+bool IsSameKey(absl::string_view shown, absl::string_view key) {
+  if (shown.size() != key.size()) return false;
+  int difference = 0;
+  for (size_t i = 0; i < key.size(); ++i) difference |= shown[i] ^ key[i];
+  return difference == 0;
+}
+
 Outcome OutcomeOfRefusal(absl::StatusCode code) {
   switch (code) {
     case absl::StatusCode::kAlreadyExists:
@@ -130,6 +138,10 @@ Stream* PrefillService::AttachLane(grpc::CallbackServerContext* context,
   const std::shared_ptr<PrefillJob> job = scheduler_.Find(request->request_id());
   if (job == nullptr || job->work().pushes()) {
     return RefuseStream(absl::NotFoundError("request_id: no such running request with lanes"));
+  }
+  if (!IsSameKey(request->lane_key(), job->work().lane_key)) {
+    return RefuseStream(
+        absl::PermissionDeniedError("lane_key: not the one of this request's Accepted"));
   }
   const auto queue = job->delivery().side_lane(request->lane());
   if (!queue.ok()) return RefuseStream(queue.status());

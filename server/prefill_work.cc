@@ -21,6 +21,14 @@ namespace v1 = ::prefill::v1;
 
 constexpr size_t kMaxAddressLength = 256;
 
+// Comes from the operating system's random source, because it keeps strangers out.
+std::string NewLaneKey() {
+  std::random_device random;
+  std::string key;
+  for (int i = 0; i < 4; ++i) absl::StrAppend(&key, absl::Hex(random(), absl::kZeroPad8));
+  return key;
+}
+
 std::string NewRequestId() {
   static thread_local std::mt19937_64 random{std::random_device{}()};
   return absl::StrFormat("%016x", random());
@@ -181,6 +189,7 @@ absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
   work.id = request.request_id().empty() ? NewRequestId() : request.request_id();
   work.tokens.assign(request.token_ids().begin(), request.token_ids().end());
   work.num_lanes = request.num_lanes() == 0 ? 1 : static_cast<int>(request.num_lanes());
+  if (work.num_lanes > 1) work.lane_key = NewLaneKey();
   work.layer_stats = request.layer_stats();
   work.prompt_logprobs = request.prompt_logprobs();
   work.deliver_to = request.deliver_to();

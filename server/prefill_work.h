@@ -22,6 +22,7 @@ struct PrefillWork {
   model::SamplingOptions sampling;
   ::prefill::v1::KvLayout layout;  // every default resolved
   int num_lanes = 1;
+  std::string lane_key;  // what attached lanes must show; empty if there are none
   bool layer_stats = false;
   bool prompt_logprobs = false;
   ::prefill::v1::DeliverTo deliver_to;  // address empty: the KV goes back on the call's streams

@@ -27,7 +27,8 @@ Scheduler::Admission Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
   const int64_t num_tokens = NumTokens(*job);
   absl::MutexLock lock(&mu_);
   if (!closed_.empty()) return refused(absl::UnavailableError(closed_));
-  if (live_.contains(job->work().id)) {
+  const auto namesake = by_id_.find(job->work().id);
+  if (namesake != by_id_.end() && !namesake->second->id_is_free()) {
     return refused(absl::AlreadyExistsError(
         absl::StrCat("request_id ", job->work().id, " is taken by a running request")));
   }
@@ -43,7 +44,8 @@ Scheduler::Admission Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
   // Accepted is sent before the compute thread can see the job, so that it is the first event.
   job->delivery().Send(
       AcceptedEvent(job->work(), static_cast<int64_t>(queue_.size()) + NumRunning()));
-  live_[job->work().id] = job;
+  by_id_[job->work().id] = job;
+  live_[job.get()] = job;
   queued_tokens_ += num_tokens;
   queue_.push_back(std::move(job));
   wake_.Notify();
@@ -70,11 +72,12 @@ WaitingLine Scheduler::Line() const {
 void Scheduler::Retire(PrefillJob& job) {
   std::shared_ptr<PrefillJob> last_reference;  // released after the lock
   absl::MutexLock lock(&mu_);
-  const auto live = live_.find(job.work().id);
-  if (live != live_.end() && live->second.get() == &job) {
+  if (const auto live = live_.find(&job); live != live_.end()) {
     last_reference = std::move(live->second);
     live_.erase(live);
   }
+  const auto named = by_id_.find(job.work().id);
+  if (named != by_id_.end() && named->second.get() == &job) by_id_.erase(named);
   if (const auto queued = FindQueued(job); queued != queue_.end()) {
     queued_tokens_ -= NumTokens(job);
     queue_.erase(queued);
@@ -88,8 +91,8 @@ Scheduler::Queue::const_iterator Scheduler::FindQueued(const PrefillJob& job) co
 
 std::shared_ptr<PrefillJob> Scheduler::Find(const std::string& id) const {
   absl::MutexLock lock(&mu_);
-  const auto live = live_.find(id);
-  return live == live_.end() ? nullptr : live->second;
+  const auto named = by_id_.find(id);
+  return named == by_id_.end() ? nullptr : named->second;
 }
 
 std::vector<LiveJob> Scheduler::LiveJobs() const {
@@ -99,7 +102,7 @@ std::vector<LiveJob> Scheduler::LiveJobs() const {
   for (const auto& job : queue_) {
     requests_ahead.emplace(job.get(), static_cast<int64_t>(requests_ahead.size()) + NumRunning());
   }
-  for (const auto& [id, job] : live_) {
+  for (const auto& [key, job] : live_) {
     LiveJob live{.job = job};
     if (const auto queued = requests_ahead.find(job.get()); queued != requests_ahead.end()) {
       live.requests_ahead = queued->second;
@@ -132,6 +135,8 @@ QueueState Scheduler::state() const {
   return {.queued_requests = static_cast<int64_t>(queue_.size()),
           .queued_tokens = queued_tokens_,
           .running_requests = NumRunning(),
+          .ended_in_passes = static_cast<int64_t>(running_.size()) - NumRunning(),
+          .computing = computing_,
           .live_requests = static_cast<int64_t>(live_.size()),
           .work_waits = !queue_.empty() || !running_.empty()};
 }
@@ -275,7 +280,9 @@ PrefillPass::Next Scheduler::StepPass(Running& running) {
   PrefillPass& pass = *running.pass;
   const int layers_before = pass.layers_computed();
   const absl::Duration computing_before = pass.computing();
+  SetComputing(true);
   const auto report = pass.Step();
+  SetComputing(false);
   running.last_step_at = resources_.clock.Now();
   if (!report.ok()) {
     Fail(report.status());
@@ -287,6 +294,11 @@ PrefillPass::Next Scheduler::StepPass(Running& running) {
   }
   if (report->first_tokens_after.has_value()) RecordSpeed(pass, *report->first_tokens_after);
   return report->next;
+}
+
+void Scheduler::SetComputing(bool computing) {
+  absl::MutexLock lock(&mu_);
+  computing_ = computing;
 }
 
 void Scheduler::RecordSpeed(const PrefillPass& pass, absl::Duration compute) {

@@ -34,6 +34,10 @@ struct QueueState {
   int64_t queued_requests = 0;
   int64_t queued_tokens = 0;
   int64_t running_requests = 0;  // those of the passes under way that have not ended
+  // Those of the passes under way that have ended: the device may compute a part of a layer for
+  // nobody.
+  int64_t ended_in_passes = 0;
+  bool computing = false;  // a step is being computed
   int64_t live_requests = 0;     // queued, running, or still being sent
   bool work_waits = false;       // a pass runs, or could
 };
@@ -66,7 +70,7 @@ class Scheduler {
   // Takes the job in and sends Accepted. Errors:
   // - RESOURCE_EXHAUSTED: the queue is full.
   // - DEADLINE_EXCEEDED: the deadline is out of reach.
-  // - ALREADY_EXISTS: a live request has this id.
+  // - ALREADY_EXISTS: a request has this id whose caller cannot know yet that it is over.
   // - UNAVAILABLE: the scheduler is closed.
   Admission Submit(std::shared_ptr<PrefillJob> job);
   // Ends the life of a job whose call is over. The job leaves the queue if it is still there.
@@ -114,6 +118,7 @@ class Scheduler {
   void StartPass(Jobs jobs);
   void PutBack(Jobs jobs);
   PrefillPass::Next StepPass(Running& running);
+  void SetComputing(bool computing);
   void RecordSpeed(const PrefillPass& pass, absl::Duration compute);
   void EndPass(size_t i);
   void Forget(const Jobs& jobs);
@@ -131,7 +136,10 @@ class Scheduler {
   int64_t queued_tokens_ ABSL_GUARDED_BY(mu_) = 0;
   bool place_is_wanted_ ABSL_GUARDED_BY(mu_) = false;  // a queued prompt found none in the engine
   std::vector<RunningJob> running_ ABSL_GUARDED_BY(mu_);  // of all passes
-  absl::flat_hash_map<std::string, std::shared_ptr<PrefillJob>> live_ ABSL_GUARDED_BY(mu_);
+  absl::flat_hash_map<const PrefillJob*, std::shared_ptr<PrefillJob>> live_ ABSL_GUARDED_BY(mu_);
+  // The latest request of each id. It may have ended.
+  absl::flat_hash_map<std::string, std::shared_ptr<PrefillJob>> by_id_ ABSL_GUARDED_BY(mu_);
+  bool computing_ ABSL_GUARDED_BY(mu_) = false;
   PromptSpeed speed_ ABSL_GUARDED_BY(mu_);
 
   // Only the compute thread uses the members from here on.

@@ -54,6 +54,8 @@ void Watchdog::LookAround() {
   watched_.metrics->Set({.queued_requests = queue.queued_requests,
                          .queued_tokens = queue.queued_tokens,
                          .running_requests = queue.running_requests,
+                         .ended_in_passes = queue.ended_in_passes,
+                         .computing = queue.computing,
                          .live_requests = queue.live_requests,
                          .staged_bytes = watched_.ring->staged_bytes(),
                          .staging_capacity_bytes = watched_.ring->capacity_bytes(),

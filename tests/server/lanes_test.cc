@@ -10,10 +10,11 @@ namespace {
 
 using ::testing::HasSubstr;
 
-v1::AttachLaneRequest Lane(const std::string& id, uint32_t lane) {
+v1::AttachLaneRequest Lane(const v1::Accepted& accepted, uint32_t lane) {
   v1::AttachLaneRequest request;
-  request.set_request_id(id);
+  request.set_request_id(accepted.request_id());
   request.set_lane(lane);
+  request.set_lane_key(accepted.lane_key());
   return request;
 }
 
@@ -37,9 +38,9 @@ TEST_F(Lanes, TogetherBringTheWholeCacheAndAResultThatCountsTheirFrames) {
   std::thread readers[2];
   const auto stub_1 = NewStub(), stub_2 = NewStub();
   readers[0] =
-      std::thread([&] { lane_contents[0] = OpenStream(*stub_1, Lane("laned", 1)).Rest(); });
+      std::thread([&] { lane_contents[0] = OpenStream(*stub_1, Lane(accepted, 1)).Rest(); });
   readers[1] =
-      std::thread([&] { lane_contents[1] = OpenStream(*stub_2, Lane("laned", 2)).Rest(); });
+      std::thread([&] { lane_contents[1] = OpenStream(*stub_2, Lane(accepted, 2)).Rest(); });
   const StreamContents rest = control.Rest();
   for (auto& reader : readers) reader.join();
 
@@ -66,9 +67,9 @@ TEST_F(Lanes, TogetherBringTheWholeCacheAndAResultThatCountsTheirFrames) {
 TEST_F(Lanes, AShortPromptsResultWaitsForEveryLaneToBeAttached) {
   StartServer();
   OpenStream control(*stub_, PromptOverLanes(2, 10));
-  control.ReadUntil(v1::PrefillEvent::kAccepted);
+  const v1::Accepted accepted = control.ReadUntil(v1::PrefillEvent::kAccepted).accepted();
   EXPECT_TRUE(Eventually([&] { return engine_->layers_run() == 4; }));
-  OpenStream lane(*stub_, Lane("laned", 1));
+  OpenStream lane(*stub_, Lane(accepted, 1));
   EXPECT_TRUE(lane.Rest().status.ok());
   EXPECT_NE(control.Rest().result(), nullptr);
 }
@@ -76,7 +77,7 @@ TEST_F(Lanes, AShortPromptsResultWaitsForEveryLaneToBeAttached) {
 TEST_F(Lanes, NotAttachedInTimeEndTheRequest) {
   StartServer();
   OpenStream control(*stub_, PromptOverLanes(2, 10));
-  control.ReadUntil(v1::PrefillEvent::kAccepted);
+  const v1::Accepted accepted = control.ReadUntil(v1::PrefillEvent::kAccepted).accepted();
   clock_.Advance(absl::Seconds(11));
   const grpc::Status status = control.Rest().status;
   EXPECT_EQ(status.error_code(), grpc::StatusCode::ABORTED);
@@ -87,29 +88,55 @@ TEST_F(Lanes, NotAttachedInTimeEndTheRequest) {
 
 TEST_F(Lanes, AreRefusedWhenUnknownTakenOrOutOfRange) {
   StartServer();
-  EXPECT_EQ(OpenStream(*stub_, Lane("nobody", 1)).Rest().status.error_code(),
+  v1::Accepted nobody;
+  nobody.set_request_id("nobody");
+  EXPECT_EQ(OpenStream(*stub_, Lane(nobody, 1)).Rest().status.error_code(),
             grpc::StatusCode::NOT_FOUND);
   engine_->HoldAfter(0);
   OpenStream control(*stub_, PromptOverLanes(3, 10));
-  control.ReadUntil(v1::PrefillEvent::kAccepted);
-  OpenStream lane(*stub_, Lane("laned", 1));
+  const v1::Accepted accepted = control.ReadUntil(v1::PrefillEvent::kAccepted).accepted();
+  OpenStream lane(*stub_, Lane(accepted, 1));
   lane.WaitUntilAttached();
-  EXPECT_EQ(OpenStream(*stub_, Lane("laned", 1)).Rest().status.error_code(),
+  EXPECT_EQ(OpenStream(*stub_, Lane(accepted, 1)).Rest().status.error_code(),
             grpc::StatusCode::ALREADY_EXISTS);
   for (const uint32_t number : {0u, 3u, 0xffffffffu}) {
-    EXPECT_EQ(OpenStream(*stub_, Lane("laned", number)).Rest().status.error_code(),
+    EXPECT_EQ(OpenStream(*stub_, Lane(accepted, number)).Rest().status.error_code(),
               grpc::StatusCode::INVALID_ARGUMENT);
   }
+}
+
+TEST_F(Lanes, OfAStrangerWhoGuessesTheIdAreRefusedAndTheRequestGoesOn) {
+  StartServer();
+  engine_->HoldAfter(0);
+  OpenStream control(*stub_, PromptOverLanes(2, 10));
+  const v1::Accepted accepted = control.ReadUntil(v1::PrefillEvent::kAccepted).accepted();
+  EXPECT_EQ(accepted.lane_key().size(), 32);
+  v1::Accepted guessed = accepted;
+  for (const char* key : {"", "0", "00000000000000000000000000000000"}) {
+    guessed.set_lane_key(key);
+    EXPECT_EQ(OpenStream(*NewStub(), Lane(guessed, 1)).Rest().status.error_code(),
+              grpc::StatusCode::PERMISSION_DENIED);
+  }
+  OpenStream lane(*stub_, Lane(accepted, 1));
+  lane.WaitUntilAttached();
+  engine_->HoldAfter(-1);
+  std::thread reader([&] { EXPECT_TRUE(lane.Rest().status.ok()); });
+  EXPECT_NE(control.Rest().result(), nullptr);
+  reader.join();
+
+  OpenStream other(*stub_, PromptOverLanes(2, 10));
+  EXPECT_NE(other.ReadUntil(v1::PrefillEvent::kAccepted).accepted().lane_key(),
+            accepted.lane_key());
 }
 
 TEST_F(Lanes, ThatBreakEndTheRequest) {
   StartServer();
   engine_->HoldAfter(0);
   OpenStream control(*stub_, PromptOverLanes(2));
-  control.ReadUntil(v1::PrefillEvent::kAccepted);
+  const v1::Accepted accepted = control.ReadUntil(v1::PrefillEvent::kAccepted).accepted();
   {
     const auto stub = NewStub();
-    OpenStream lane(*stub, Lane("laned", 1));
+    OpenStream lane(*stub, Lane(accepted, 1));
     lane.WaitUntilAttached();
     engine_->HoldAfter(1);
     lane.ReadUntil(v1::PrefillEvent::kKvFrame);
@@ -124,9 +151,9 @@ TEST_F(Lanes, AStalledOneEndsTheRequestThoughTheOthersFlow) {
   StartServer();
   engine_->set_layer_time(absl::Milliseconds(10));
   OpenStream control(*stub_, PromptOverLanes(2, 40'000));
-  control.ReadUntil(v1::PrefillEvent::kAccepted);
+  const v1::Accepted accepted = control.ReadUntil(v1::PrefillEvent::kAccepted).accepted();
   const auto stub = NewStub();
-  OpenStream never_read(*stub, Lane("laned", 1));
+  OpenStream never_read(*stub, Lane(accepted, 1));
   StreamContents rest;
   std::thread reader([&] { rest = control.Rest(); });
   // The request's share of staging fills up, and its consumer takes no more.

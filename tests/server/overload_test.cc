@@ -94,6 +94,40 @@ TEST_F(Overload, RefusesTheIdOfARunningRequestUntilItIsOver) {
   EXPECT_TRUE(Prefill(PromptOf(10, "twin")).status.ok());
 }
 
+TEST_F(Overload, AnIdIsFreeAsSoonAsItsCallerHasTheEnd) {
+  StartServer();
+  for (int i = 0; i < 300; ++i) {
+    const grpc::Status status = Prefill(PromptOf(3, "again")).status;
+    ASSERT_TRUE(status.ok()) << i << ": " << status.error_message();
+  }
+}
+
+// Without the end of the call, which a caller who has the result need not wait for.
+TEST_F(Overload, AnIdIsFreeAsSoonAsItsCallerHasTheResult) {
+  StartServer();
+  std::vector<std::unique_ptr<OpenStream>> streams;
+  for (int i = 0; i < 50; ++i) {
+    streams.push_back(std::make_unique<OpenStream>(*stub_, PromptOf(3, "again")));
+    streams.back()->ReadUntil(v1::PrefillEvent::kResult);
+  }
+}
+
+// The layer that was under way is a long one.
+TEST_F(Overload, AnIdIsFreeAsSoonAsItsCallWasCancelled) {
+  StartServer();
+  const auto running = RunHeld(PromptOf(10, "again"));
+  running->Cancel();
+  EXPECT_EQ(running->Rest().status.error_code(), grpc::StatusCode::CANCELLED);
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_ended_requests_in_passes") == 1; }));
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_running_requests") == 0; }));
+  OpenStream next(*stub_, PromptOf(10, "again"));
+  next.ReadUntil(v1::PrefillEvent::kAccepted);
+  engine_->HoldAfter(-1);
+  EXPECT_TRUE(next.Rest().status.ok());
+  EXPECT_TRUE(EverythingIsFree());
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_ended_requests_in_passes") == 0; }));
+}
+
 TEST_F(Overload, RunsInOrderOfArrival) {
   StartServer();
   const auto running = RunHeld(PromptOf(1));

@@ -145,15 +145,40 @@ TEST_F(SchedulerTest, ADeadlineOutOfReachIsRefusedOnceSpeedsAreKnown) {
   EXPECT_TRUE(Submit(20'000, absl::Seconds(6)).ok());
 }
 
-TEST_F(SchedulerTest, AnIdIsTakenUntilItsRequestIsRetired) {
+TEST_F(SchedulerTest, AnIdIsTakenUntilTheResultIsOut) {
   auto call = Submit(10, absl::InfiniteDuration(), "twin");
-  Run();
+  scheduler_.StepOnce();
   EXPECT_EQ(scheduler_.Find("twin"), call->job);
   EXPECT_EQ(Submit(10, absl::InfiniteDuration(), "twin").status().code(),
             absl::StatusCode::kAlreadyExists);
+  Run();
+  EXPECT_NE(call->consumer->result(), nullptr);
+  auto next = Submit(10, absl::InfiniteDuration(), "twin");
+  ASSERT_TRUE(next.ok()) << next.status();
+  // The end of the first call takes nothing away from the second request.
   Retire(*call);
+  EXPECT_EQ(scheduler_.Find("twin"), next->job);
+  Run();
+  Retire(*next);
   EXPECT_EQ(scheduler_.Find("twin"), nullptr);
-  EXPECT_TRUE(Submit(10, absl::InfiniteDuration(), "twin").ok());
+  EXPECT_TRUE(scheduler_.AwaitIdle(absl::ZeroDuration()));
+}
+
+// The fake engine has places for four prompts.
+TEST_F(SchedulerTest, ConsumersThatTakeNothingTimeOutBesideEachOther) {
+  std::vector<absl::StatusOr<Call>> stalled;
+  for (int i = 0; i < 4; ++i) {
+    stalled.push_back(Submit(2000));
+    stalled.back()->consumer->HoldStill();
+    Run();
+  }
+  auto next = Submit(100);
+  Run();
+  EXPECT_EQ(next->consumer->result(), nullptr) << "every place is taken";
+  bench_.clock.Advance(bench_.resources.timeouts.stall + absl::Seconds(1));
+  Run();
+  for (auto& call : stalled) EXPECT_EQ(call->job->ending().outcome, Outcome::kStalled);
+  EXPECT_NE(next->consumer->result(), nullptr) << "after one stall time-out, not four";
 }
 
 TEST_F(SchedulerTest, AShortPromptIsComputedBetweenTwoLayersOfALongOne) {
