@@ -26,14 +26,14 @@ PrefillPass::PrefillPass(const PassResources& resources,
   resources_.metrics.CountPass(static_cast<int>(jobs_.size()));
 }
 
-absl::StatusOr<PrefillPass::StepReport> PrefillPass::Step() {
-  PREFILLD_ASSIGN_OR_RETURN(const StepReport report, NextStep());
+absl::StatusOr<PrefillPass::StepReport> PrefillPass::Step(absl::FunctionRef<void()> at_point) {
+  PREFILLD_ASSIGN_OR_RETURN(const StepReport report, NextStep(at_point));
   // A frame of a request that has ended may still be packed, and may be the one that fails.
   if (report.next == Next::kOver) PREFILLD_RETURN_IF_ERROR(source_->Close());
   return report;
 }
 
-absl::StatusOr<PrefillPass::StepReport> PrefillPass::NextStep() {
+absl::StatusOr<PrefillPass::StepReport> PrefillPass::NextStep(absl::FunctionRef<void()> at_point) {
   EndStall();
   PREFILLD_ASSIGN_OR_RETURN(const bool has_room, source_->HasRoom());
   StepReport report;
@@ -43,13 +43,24 @@ absl::StatusOr<PrefillPass::StepReport> PrefillPass::NextStep() {
     return report;
   }
   const absl::Time started = resources_.clock.Now();
+  absl::Duration elsewhere;  // in the steps of other passes
+  const auto go_elsewhere = [&] {
+    const absl::Time left = resources_.clock.Now();
+    at_point();
+    elsewhere += resources_.clock.Now() - left;
+  };
   if (layers_computed_ < num_layers_) {
     if (!has_room) {
       stalled_since_ = started;
       report.next = Next::kConsumers;
       return report;
     }
-    PREFILLD_RETURN_IF_ERROR(ComputeLayer());
+    const absl::Status computed = ComputeLayer(go_elsewhere);
+    if (absl::IsCancelled(computed) && AllEnded()) {
+      report.next = Next::kOver;
+      return report;
+    }
+    PREFILLD_RETURN_IF_ERROR(computed);
   } else if (!has_first_tokens_) {
     PREFILLD_RETURN_IF_ERROR(ComputeFirstTokens());
     report.first_tokens_after = computing_ + (resources_.clock.Now() - started);
@@ -58,12 +69,18 @@ absl::StatusOr<PrefillPass::StepReport> PrefillPass::NextStep() {
   } else {
     report.next = FinishWhatHasLeft() ? Next::kOver : Next::kConsumers;
   }
-  computing_ += resources_.clock.Now() - started;
+  computing_ += resources_.clock.Now() - started - elsewhere;
   return report;
 }
 
-absl::Status PrefillPass::ComputeLayer() {
-  PREFILLD_ASSIGN_OR_RETURN(const model::LayerReport report, sequence_->RunLayer());
+absl::Status PrefillPass::ComputeLayer(absl::FunctionRef<void()> at_point) {
+  const auto go_on = [&] {
+    resources_.progress.Record();
+    CheckTimers();
+    if (!AllEnded()) at_point();
+    return !AllEnded();
+  };
+  PREFILLD_ASSIGN_OR_RETURN(const model::LayerReport report, sequence_->RunLayer(go_on));
   resources_.progress.Record();
   resources_.metrics.CountLayer(report, static_cast<int>(jobs_.size()), num_tokens_);
   for (const auto& job : jobs_) {

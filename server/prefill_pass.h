@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
@@ -60,19 +61,23 @@ class PrefillPass {
   // Computes one layer, the first tokens, or one prompt's log-probabilities, unless it must wait
   // for consumers. Once it has returned kOver, nobody uses the sequence. It fails when the device
   // failed; the caller must then abort the jobs that have not ended.
-  absl::StatusOr<StepReport> Step();
+  //
+  // It calls `at_point` at the points inside a long layer, where passes that may_interject() may
+  // step. It stops there when all jobs have ended.
+  absl::StatusOr<StepReport> Step(absl::FunctionRef<void()> at_point = [] {});
 
   absl::Span<const std::shared_ptr<PrefillJob>> jobs() const { return jobs_; }
   int64_t num_tokens() const { return num_tokens_; }  // over all prompts
   bool AllEnded() const;
+  bool may_interject() const { return sequence_->may_interject(); }
   int layers_computed() const { return layers_computed_; }
   int layers_left() const { return num_layers_ - layers_computed_; }
   // The time that the layers so far have taken on the device, without waits.
   absl::Duration computing() const { return computing_; }
 
  private:
-  absl::StatusOr<StepReport> NextStep();
-  absl::Status ComputeLayer();
+  absl::StatusOr<StepReport> NextStep(absl::FunctionRef<void()> at_point);
+  absl::Status ComputeLayer(absl::FunctionRef<void()> at_point);
   absl::Status ComputeFirstTokens();
   absl::Status ComputeLogprobs(size_t job);
   std::optional<size_t> NextLogprobs() const;  // the job whose turn it is
@@ -90,7 +95,7 @@ class PrefillPass {
   bool has_first_tokens_ = false;
   std::vector<bool> complete_;               // [jobs], all is computed that was asked for
   std::vector<bool> finished_;               // [jobs]
-  absl::Duration computing_;                 // the steps so far
+  absl::Duration computing_;                 // the steps so far, without those of other passes
   std::optional<absl::Time> stalled_since_;  // the next layer waits for a slot
 
   // The source borrows the sequence, so it is destroyed first.

@@ -163,21 +163,32 @@ absl::Status Scheduler::failure() const {
   return failure_;
 }
 
-bool Scheduler::StepOnce() {
+bool Scheduler::StepOnce() { return StepOne(/*interrupted=*/nullptr); }
+
+// Takes a turn at a point inside a layer of the pass `interrupted`, among those that may. Returns
+// false when it is that pass's turn again. Null: between layers, where all may.
+bool Scheduler::StepOne(const Running* interrupted) {
   std::vector<Contender> contenders;
-  for (const Running& running : passes_) contenders.push_back(DescribePass(running));
+  std::vector<std::list<Running>::iterator> passes;  // of the contenders
+  for (auto at = passes_.begin(); at != passes_.end(); ++at) {
+    if (interrupted != nullptr && &*at != interrupted && !at->pass->may_interject()) continue;
+    passes.push_back(at);
+    contenders.push_back(DescribePass(*at));
+  }
   Contender waiting;
-  const std::shared_ptr<PrefillJob> head = BestWaiting(&waiting);
+  const std::shared_ptr<PrefillJob> head =
+      BestWaiting(/*must_interject=*/interrupted != nullptr, &waiting);
   if (head != nullptr) contenders.push_back(waiting);
 
   for (const size_t i : OrderOfTurns(contenders)) {
-    if (i == passes_.size()) {
+    if (i == passes.size()) {
       StartPass(TakeJobs(*head));
       return true;
     }
-    const PrefillPass::Next next = StepPass(passes_[i]);
+    if (&*passes[i] == interrupted) return false;
+    const PrefillPass::Next next = StepPass(*passes[i]);
     if (next == PrefillPass::Next::kConsumers) continue;
-    if (next == PrefillPass::Next::kOver) EndPass(i);
+    if (next == PrefillPass::Next::kOver) EndPass(passes[i]);
     return true;
   }
   return false;
@@ -197,19 +208,20 @@ Contender Scheduler::DescribePass(const Running& running) const {
 
 // Returns the prompt of the queue that should be started before the others. There is none while the
 // engine has no place for any of them.
-std::shared_ptr<PrefillJob> Scheduler::BestWaiting(Contender* best) {
+std::shared_ptr<PrefillJob> Scheduler::BestWaiting(bool must_interject, Contender* best) {
   Jobs jobs;
   std::vector<Contender> contenders;
   absl::MutexLock lock(&mu_);
   for (const auto& entry : queue_) {
     const PrefillJob& job = *entry;
     if (job.ended()) continue;
+    if (must_interject && !engine_.MayInterject(NumTokens(job), job.work().attention)) continue;
     const absl::Duration layer = costs_.Layer(job.work().attention.policy, NumTokens(job));
     jobs.push_back(entry);
     contenders.push_back({.remaining = engine_.info().config.num_layers * layer,
                           .waited = resources_.clock.Now() - job.accepted_at()});
   }
-  place_is_wanted_ = false;
+  if (!must_interject) place_is_wanted_ = false;
   for (const size_t i : OrderOfTurns(contenders)) {
     const PrefillJob& job = *jobs[i];
     const bool in_a_batch = engine_.BatchTokens(NumTokens(job), job.work().attention) > 0;
@@ -281,7 +293,11 @@ PrefillPass::Next Scheduler::StepPass(Running& running) {
   const int layers_before = pass.layers_computed();
   const absl::Duration computing_before = pass.computing();
   SetComputing(true);
-  const auto report = pass.Step();
+  const auto report = pass.Step([&] {
+    while (StepOne(&running)) {
+    }
+    SetComputing(true);
+  });
   SetComputing(false);
   running.last_step_at = resources_.clock.Now();
   if (!report.ok()) {
@@ -312,9 +328,9 @@ void Scheduler::RecordSpeed(const PrefillPass& pass, absl::Duration compute) {
   }
 }
 
-void Scheduler::EndPass(size_t i) {
-  const Jobs jobs(passes_[i].pass->jobs().begin(), passes_[i].pass->jobs().end());
-  passes_.erase(passes_.begin() + static_cast<std::ptrdiff_t>(i));
+void Scheduler::EndPass(std::list<Running>::iterator running) {
+  const Jobs jobs(running->pass->jobs().begin(), running->pass->jobs().end());
+  passes_.erase(running);
   Forget(jobs);
 }
 

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <deque>
+#include <list>
 #include <memory>
 #include <optional>
 #include <string>
@@ -49,9 +50,10 @@ struct LiveJob {
 };
 
 // Several passes may be under way, as many as the engine has memory for, and they take turns step
-// by step: the rule in turns.h chooses between those under way and the prompts that wait. So a short
-// prompt waits for one layer of a long one, and a pass whose consumers are slow holds up nobody. The
-// rules in admission.h decide who may wait and which prompts share a pass.
+// by step: the rule in turns.h chooses between those under way and the prompts that wait. Short dense
+// prompts also take turns at the points inside a layer of a long one. So they wait for a part of that
+// layer, others wait for one layer, and a pass whose consumers are slow holds up nobody. The rules in
+// admission.h decide who may wait and which prompts share a pass.
 //
 // The scheduler has no thread of its own: the compute thread calls StepOnce, and any thread may
 // call everything else.
@@ -111,7 +113,8 @@ class Scheduler {
   int64_t NumRunning() const ABSL_SHARED_LOCKS_REQUIRED(mu_);
   bool MateGoesOn(const PrefillJob& job) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
 
-  std::shared_ptr<PrefillJob> BestWaiting(Contender* best);
+  bool StepOne(const Running* interrupted);
+  std::shared_ptr<PrefillJob> BestWaiting(bool must_interject, Contender* best);
   Contender DescribePass(const Running& running) const;
   Queue::const_iterator FindQueued(const PrefillJob& job) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
   Jobs TakeJobs(const PrefillJob& head);
@@ -120,7 +123,7 @@ class Scheduler {
   PrefillPass::Next StepPass(Running& running);
   void SetComputing(bool computing);
   void RecordSpeed(const PrefillPass& pass, absl::Duration compute);
-  void EndPass(size_t i);
+  void EndPass(std::list<Running>::iterator running);
   void Forget(const Jobs& jobs);
   void Fail(const absl::Status& cause);
 
@@ -143,7 +146,7 @@ class Scheduler {
   PromptSpeed speed_ ABSL_GUARDED_BY(mu_);
 
   // Only the compute thread uses the members from here on.
-  std::vector<Running> passes_;
+  std::list<Running> passes_;
   int64_t passes_started_ = 0;
   StepCost costs_;
 };

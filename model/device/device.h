@@ -95,7 +95,7 @@ class Device {
   // Marks the point behind all earlier ops, without waiting for it. Marks are numbered
   // 0 .. kNumMarks - 1 and may be set anew. ElapsedUs waits until the device has passed both points
   // and returns the time between them by the device's own clock; both must have been marked.
-  static constexpr int kNumMarks = 128;
+  static constexpr int kNumMarks = 136;
   virtual absl::Status Mark(int mark) = 0;
   virtual absl::StatusOr<double> ElapsedUs(int from, int to) = 0;
 

@@ -10,6 +10,7 @@
 #include "model/prefill/layer_step.h"
 #include "model/prefill/prefill_engine.h"
 #include "model/prefill/prompt_state_pool.h"
+#include "model/prefill/turn_points.h"
 #include "model/sparse/baseline_attention.h"
 #include "model/sparse/head_clusters.h"
 #include "model/sparse/sharing_workspace.h"
@@ -31,9 +32,18 @@ struct EngineParts {
   Weights weights;
   HeadClusters clusters;
   std::unique_ptr<LayerStep> step;
+  // The scratch of sequences that may interject: dense ones of at most interject_tokens.
+  std::unique_ptr<LayerStep> short_step;
+  int64_t interject_tokens = 0;
+  std::unique_ptr<TurnPoints> points;
   std::unique_ptr<SharingWorkspace> sharing;
   std::unique_ptr<BaselineWorkspace> baseline;  // null: not asked for
   PromptStatePool states;                       // borrow the workspaces
+
+  // Tells whether prompts of so many tokens in all, padding included, use short_step.
+  bool MayInterject(int64_t num_tokens, AttentionPolicy resolved) const {
+    return resolved == AttentionPolicy::kDense && num_tokens <= interject_tokens;
+  }
 };
 
 }  // namespace prefilld::model

@@ -31,9 +31,10 @@ absl::StatusOr<std::unique_ptr<LayerStep>> LayerStep::Create(Device* device,
                                                              const ModelConfig* config,
                                                              const Weights* weights,
                                                              int64_t max_tokens,
-                                                             int64_t tile_tokens) {
+                                                             int64_t tile_tokens,
+                                                             LayerPauses* pauses) {
   std::unique_ptr<LayerStep> step(
-      new LayerStep(device, config, weights, std::min(tile_tokens, max_tokens)));
+      new LayerStep(device, config, weights, std::min(tile_tokens, max_tokens), pauses));
   PREFILLD_RETURN_IF_ERROR(step->Allocate(max_tokens));
   return step;
 }
@@ -216,6 +217,7 @@ absl::Status LayerStep::BeforeAttention(const HiddenStates& states, int layer,
     const int64_t count = std::min(tile_tokens_, states.num_tokens - first);
     PREFILLD_RETURN_IF_ERROR(
         Project(states, weights_.layers[layer], kv, first, count, Heads::kAll));
+    PREFILLD_RETURN_IF_ERROR(Pause());
   }
   return absl::OkStatus();
 }
@@ -226,6 +228,7 @@ absl::Status LayerStep::BeforeLastAttention(const HiddenStates& states, int laye
   for (int64_t first = 0; first < states.num_tokens; first += tile_tokens_) {
     const int64_t count = std::min(tile_tokens_, states.num_tokens - first);
     PREFILLD_RETURN_IF_ERROR(Project(states, weights, kv, first, count, Heads::kKeysAndValues));
+    PREFILLD_RETURN_IF_ERROR(Pause());
   }
   return Project(states, weights, kv, LastTokenOf(states.places.back()), 1, Heads::kQueries);
 }
@@ -262,6 +265,7 @@ absl::Status LayerStep::AfterAttention(HiddenStates& states, int layer) {
     PREFILLD_RETURN_IF_ERROR(FinishTile(weights_.layers[layer], At(queries_, first * q_width()),
                                         At(states.values, first * config_.hidden),
                                         std::min(tile_tokens_, states.num_tokens - first)));
+    PREFILLD_RETURN_IF_ERROR(Pause());
   }
   return absl::OkStatus();
 }

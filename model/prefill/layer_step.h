@@ -16,6 +16,7 @@
 #include "model/prefill/hidden_states.h"
 #include "model/prefill/packed_prompts.h"
 #include "model/prefill/prompt_logprobs.h"
+#include "model/sparse/layer_pauses.h"
 
 namespace prefilld::model {
 
@@ -41,11 +42,13 @@ struct KvDestination {
 // thread-safe.
 class LayerStep {
  public:
-  // `device`, `config` and `weights` are borrowed and must outlive the step.
+  // `device`, `config` and `weights` are borrowed and must outlive the step, as must `pauses`, which
+  // is reached behind every tile of tokens. Null: nobody wants to go first.
   static absl::StatusOr<std::unique_ptr<LayerStep>> Create(Device* device,
                                                            const ModelConfig* config,
                                                            const Weights* weights,
-                                                           int64_t max_tokens, int64_t tile_tokens);
+                                                           int64_t max_tokens, int64_t tile_tokens,
+                                                           LayerPauses* pauses = nullptr);
 
   // Finds the fastest way to compute the products of a whole tile, by trying with noise and the
   // weights of layer 0. Must be called before the first run. `any` is overwritten and must have
@@ -86,13 +89,19 @@ class LayerStep {
   void* queries() const { return queries_.data(); }
 
  private:
-  LayerStep(Device* device, const ModelConfig* config, const Weights* weights, int64_t tile_tokens)
-      : device_(*device), config_(*config), weights_(*weights), tile_tokens_(tile_tokens) {}
+  LayerStep(Device* device, const ModelConfig* config, const Weights* weights, int64_t tile_tokens,
+            LayerPauses* pauses)
+      : device_(*device),
+        config_(*config),
+        weights_(*weights),
+        tile_tokens_(tile_tokens),
+        pauses_(pauses) {}
 
   // The heads that a product of the fused projection computes.
   enum class Heads { kAll, kQueries, kKeysAndValues };
 
   absl::Status Allocate(int64_t max_tokens);
+  absl::Status Pause() { return pauses_ == nullptr ? absl::OkStatus() : pauses_->Reach(); }
   absl::Status SetRotation(HiddenStates& states, int64_t rope_tokens);
   absl::Status EmbedTokens(HiddenStates& states, absl::Span<const uint32_t> tokens);
   int64_t LogitsPerTile() const;
@@ -130,6 +139,7 @@ class LayerStep {
   const ModelConfig& config_;
   const Weights& weights_;
   const int64_t tile_tokens_;
+  LayerPauses* const pauses_;
 
   DeviceBuffer queries_;    // [max_tokens, num_heads * head_dim]
   DeviceBuffer normed_;     // [tile_tokens, hidden]

@@ -43,9 +43,13 @@ constexpr int kCpuLongPrompts = 1;
 constexpr int kCudaShortPrompts = 4;
 constexpr int kCpuShortPrompts = 2;
 constexpr int64_t kCudaShortTokens = 8192;
+// The workspace of prompts that interject is small beside a long prompt's.
+constexpr int64_t kInterjectTokens = 4096;
+constexpr int64_t kCudaInterjectTileTokens = 2048;
 constexpr int64_t kCpuShortTokens = 4096;
-static_assert(PatternSharing::kNumMarks + kMaxPromptStates * PromptState::kNumMarks <=
-              Device::kNumMarks);
+constexpr int kTurnPointsMark = PatternSharing::kNumMarks;  // the first one
+constexpr int kPromptStatesMark = kTurnPointsMark + TurnPoints::kNumMarks;
+static_assert(kPromptStatesMark + kMaxPromptStates * PromptState::kNumMarks <= Device::kNumMarks);
 
 absl::Status CheckRange(const char* name, int64_t value, int64_t least, int64_t most) {
   if (value >= least && value <= most) return absl::OkStatus();
@@ -66,6 +70,9 @@ absl::Status ValidateOptions(const EngineOptions& options) {
       CheckRange("max_batch_tokens", options.max_batch_tokens.value_or(0), 0, kMaxBatchTokens));
   PREFILLD_RETURN_IF_ERROR(
       CheckRange("max_graph_tokens", options.max_graph_tokens.value_or(0), 0, kMaxGraphTokens));
+  PREFILLD_RETURN_IF_ERROR(CheckRange("interject_tokens",
+                                      options.interject_tokens.value_or(kInterjectTokens), 1,
+                                      kMaxPositions));
   const int long_prompts = options.long_prompts.value_or(1);
   PREFILLD_RETURN_IF_ERROR(CheckRange("long_prompts", long_prompts, 1, kMaxPromptStates));
   PREFILLD_RETURN_IF_ERROR(CheckRange("short_prompts", options.short_prompts.value_or(0), 0,
@@ -101,6 +108,11 @@ class Engine final : public PrefillEngine {
                       Resolve(options, num_tokens) == AttentionPolicy::kDense &&
                       HasCommonRopeTable(parts_->info.config, num_tokens);
     return fits ? padded : 0;
+  }
+
+  bool MayInterject(int64_t num_tokens, const AttentionOptions& options) const override {
+    return parts_->MayInterject(PackedPrompts::PaddedTokens(num_tokens),
+                                Resolve(options, num_tokens));
   }
 
   bool CanStart(int64_t num_tokens) const override { return parts_->states.CanTake(num_tokens); }
@@ -216,8 +228,16 @@ absl::Status AllocateWorkspace(const EngineOptions& options, int64_t most_tokens
   if (tile_tokens == 0) {
     tile_tokens = device->traits().asynchronous ? kCudaTileTokens : kCpuTileTokens;
   }
-  PREFILLD_ASSIGN_OR_RETURN(
-      parts->step, LayerStep::Create(device, &config, &parts->weights, most_tokens, tile_tokens));
+  parts->points = std::make_unique<TurnPoints>(device, kTurnPointsMark);
+  PREFILLD_ASSIGN_OR_RETURN(parts->step,
+                            LayerStep::Create(device, &config, &parts->weights, most_tokens,
+                                              tile_tokens, parts->points.get()));
+  parts->interject_tokens =
+      std::min(options.interject_tokens.value_or(kInterjectTokens), most_tokens);
+  if (device->traits().asynchronous) tile_tokens = std::min(tile_tokens, kCudaInterjectTileTokens);
+  PREFILLD_ASSIGN_OR_RETURN(parts->short_step,
+                            LayerStep::Create(device, &config, &parts->weights,
+                                              parts->interject_tokens, tile_tokens));
   PREFILLD_ASSIGN_OR_RETURN(parts->sharing,
                             SharingWorkspace::Create(device, &config, &parts->clusters, max_tokens,
                                                      options.block_tokens));
@@ -256,6 +276,7 @@ class StateAllocator {
         pool_(parts->states),
         parts_{.device = parts->device.get(),
                .config = &parts->info.config,
+               .points = parts->points.get(),
                .sharing = parts->sharing.get(),
                .baseline = parts->baseline.get(),
                .block_tokens = parts->block_tokens,
@@ -264,7 +285,7 @@ class StateAllocator {
                .kv_slots = parts->kv_slots} {}
 
   absl::Status Add(int64_t max_tokens) {
-    const int first_mark = PatternSharing::kNumMarks + pool_.count() * PromptState::kNumMarks;
+    const int first_mark = kPromptStatesMark + pool_.count() * PromptState::kNumMarks;
     PREFILLD_ASSIGN_OR_RETURN(auto state, PromptState::Create(parts_, max_tokens, first_mark));
     pool_.Add(std::move(state));
     return absl::OkStatus();
@@ -305,7 +326,9 @@ absl::Status AllocateMemory(const EngineOptions& options, EngineParts* parts) {
     PREFILLD_RETURN_IF_ERROR(allocator.Add(long_tokens));
   }
   for (int i = 0; i < short_prompts; ++i) PREFILLD_RETURN_IF_ERROR(allocator.Add(short_tokens));
-  PREFILLD_RETURN_IF_ERROR(parts->step->TuneLinears(parts->states.largest().hidden));
+  for (LayerStep* step : {parts->step.get(), parts->short_step.get()}) {
+    PREFILLD_RETURN_IF_ERROR(step->TuneLinears(parts->states.largest().hidden));
+  }
   const int long_prompts =
       std::min(asynchronous ? kCudaLongPrompts : kCpuLongPrompts, kMaxPromptStates - short_prompts);
   for (int i = 1; i < long_prompts && !options.long_prompts; ++i) {

@@ -62,7 +62,16 @@ class PrefillSequence {
   // PrefillEngine::kv_slots() layers of this sequence may be unreleased, the one being computed
   // included; otherwise FAILED_PRECONDITION, and the sequence may continue once one is released.
   // Layers of other sequences do not count.
-  virtual absl::StatusOr<LayerReport> RunLayer() = 0;
+  //
+  // A layer of a long prompt has points inside it, between its tiles of tokens and its groups of
+  // heads. RunLayer calls `at_point` there. Meanwhile the caller may run layers of sequences that
+  // may_interject(), and of no others. When `at_point` returns false, RunLayer returns CANCELLED,
+  // and nothing is left to do with the sequence but to destroy it.
+  virtual absl::StatusOr<LayerReport> RunLayer(absl::FunctionRef<bool()> at_point) = 0;
+  absl::StatusOr<LayerReport> RunLayer() {
+    return RunLayer([] { return true; });
+  }
+  virtual bool may_interject() const = 0;
 
   // Writes PackedBytes() of a finished layer to `dst`, memory from AllocateStaging.
   virtual absl::Status PackKv(int layer, const KvSelection& selection, void* dst) = 0;
@@ -103,6 +112,9 @@ class PrefillEngine {
   // because fewer than kFullBatchPrompts like it fit, or it is not dense, or its rotation differs
   // from others'.
   virtual int64_t BatchTokens(int64_t num_tokens, const AttentionOptions& options) const = 0;
+
+  // Tells whether the sequence of such a prompt would be one that may_interject(): short and dense.
+  virtual bool MayInterject(int64_t num_tokens, const AttentionOptions& options) const = 0;
 
   // Starts prompts of 1 .. max_tokens ids, each < vocab_size, with valid options. There may be
   // several if BatchTokens is above 0 for each and at most max_batch_tokens() in all (checked:
@@ -169,6 +181,9 @@ struct EngineOptions {
   // length, up to so many tokens: a GPU would wait for the host to launch it anew, kernel by
   // kernel. 0: never. Absent: 2048 on CUDA; the CPU has nothing to record.
   std::optional<int64_t> max_graph_tokens;
+  // Dense prompts and batches of up to so many tokens may be computed at the points inside a layer of
+  // a longer prompt. Their scratch memory is allocated at the start. Absent: 4096.
+  std::optional<int64_t> interject_tokens;
   int kv_slots = 3;        // of each prompt
   int block_tokens = 128;  // of attention patterns: 64 or 128
   // Reserves the memory that baseline policies take; without it Start refuses them.

@@ -13,6 +13,8 @@ namespace prefilld::model {
 PromptSequence::PromptSequence(EngineParts* parts, PromptState* state)
     : parts_(*parts),
       state_(*state),
+      step_(parts->MayInterject(state->num_tokens(), state->options.policy) ? *parts->short_step
+                                                                           : *parts->step),
       all_of_last_layer_(state->logprobs || state->is_batch() ||
                          state->prompts.places().front().count == 1) {}
 
@@ -20,7 +22,15 @@ PromptSequence::PromptSequence(EngineParts* parts, PromptState* state)
 // queued behind that layer.
 PromptSequence::~PromptSequence() { parts_.states.GiveBack(&state_); }
 
-absl::StatusOr<LayerReport> PromptSequence::RunLayer() {
+absl::StatusOr<LayerReport> PromptSequence::RunLayer(absl::FunctionRef<bool()> at_point) {
+  if (may_interject()) return RunNextLayer();
+  parts_.points->Begin(at_point);
+  auto report = RunNextLayer();
+  parts_.points->End();
+  return report;
+}
+
+absl::StatusOr<LayerReport> PromptSequence::RunNextLayer() {
   PREFILLD_RETURN_IF_ERROR(state_.failure);
   const int layer = state_.next_layer;
   if (layer == config().num_layers) {
@@ -70,7 +80,7 @@ absl::Status PromptSequence::StartLayer(int layer, const KvSlot& slot, LayerRepo
 absl::Status PromptSequence::Begin() {
   // All prompts of a batch have the same rotation.
   const int64_t rope_tokens = state_.prompts.places().front().count;
-  PREFILLD_RETURN_IF_ERROR(parts_.step->Embed(state_.hidden, state_.prompts, rope_tokens));
+  PREFILLD_RETURN_IF_ERROR(step_.Embed(state_.hidden, state_.prompts, rope_tokens));
   if (!state_.is_batch()) return absl::OkStatus();
   const std::vector<uint32_t> pattern = state_.prompts.Pattern(parts_.block_tokens);
   return parts_.device->Upload(state_.batch_pattern.data(), pattern.data(),
@@ -93,23 +103,22 @@ Device::RecordingKey PromptSequence::KeyOf(int layer, const KvSlot& slot) const 
 }
 
 absl::Status PromptSequence::ComputeLayer(int layer, const KvSlot& slot, LayerReport* report) {
-  LayerStep& step = *parts_.step;
   const KvDestination kv = {
       .k = slot.k, .v = slot.v, .head_stride = kv_head_stride(), .token_stride = config().head_dim};
   const bool alone = LastQueryAlone(layer);
-  PREFILLD_RETURN_IF_ERROR(alone ? step.BeforeLastAttention(state_.hidden, layer, kv)
-                                 : step.BeforeAttention(state_.hidden, layer, kv));
+  PREFILLD_RETURN_IF_ERROR(alone ? step_.BeforeLastAttention(state_.hidden, layer, kv)
+                                 : step_.BeforeAttention(state_.hidden, layer, kv));
   PREFILLD_RETURN_IF_ERROR(StrategyOf(layer).Attend(layer, AttentionOf(layer, slot), report));
-  return alone ? step.AfterLastAttention(state_.hidden, layer)
-               : step.AfterAttention(state_.hidden, layer);
+  return alone ? step_.AfterLastAttention(state_.hidden, layer)
+               : step_.AfterAttention(state_.hidden, layer);
 }
 
 kernels::AttentionParams PromptSequence::AttentionOf(int layer, const KvSlot& slot) const {
   const bool alone = LastQueryAlone(layer);
-  return {.q = parts_.step->queries(),
+  return {.q = step_.queries(),
           .k = slot.k,
           .v = slot.v,
-          .out = parts_.step->queries(),
+          .out = step_.queries(),
           .num_queries = alone ? 1 : state_.num_tokens(),
           .num_keys = alone ? state_.prompts.places().front().count : state_.num_tokens(),
           .kv_head_stride = kv_head_stride(),
@@ -154,7 +163,7 @@ absl::Status PromptSequence::PackKv(int layer, const KvSelection& selection, voi
 
 absl::StatusOr<std::vector<std::vector<float>>> PromptSequence::FinalLogits() {
   PREFILLD_RETURN_IF_ERROR(CheckFinished());
-  return parts_.step->Logits(state_.hidden);
+  return step_.Logits(state_.hidden);
 }
 
 absl::StatusOr<PromptLogprobs> PromptSequence::Logprobs(int prompt,
@@ -164,7 +173,7 @@ absl::StatusOr<PromptLogprobs> PromptSequence::Logprobs(int prompt,
   if (!state_.logprobs) {
     return absl::FailedPreconditionError("logprobs asked for, but not when the prompt was started");
   }
-  return parts_.step->LogprobsOf(state_.hidden, prompt, state_.prompts.tokens_of(prompt), go_on);
+  return step_.LogprobsOf(state_.hidden, prompt, state_.prompts.tokens_of(prompt), go_on);
 }
 
 absl::Status PromptSequence::CheckFinished() const {

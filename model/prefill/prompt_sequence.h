@@ -23,7 +23,8 @@ class PromptSequence final : public PrefillSequence {
   PromptSequence(EngineParts* parts, PromptState* state);
   ~PromptSequence() override;
 
-  absl::StatusOr<LayerReport> RunLayer() override;
+  absl::StatusOr<LayerReport> RunLayer(absl::FunctionRef<bool()> at_point) override;
+  bool may_interject() const override { return &step_ == parts_.short_step.get(); }
   absl::Status PackKv(int layer, const KvSelection& selection, void* dst) override;
   void ReleaseKv(int layer) override { state_.slots->Release(layer); }
   absl::StatusOr<std::vector<std::vector<float>>> FinalLogits() override;
@@ -45,6 +46,7 @@ class PromptSequence final : public PrefillSequence {
   bool IsRecorded(int layer) const;
   Device::RecordingKey KeyOf(int layer, const KvSlot& slot) const;
 
+  absl::StatusOr<LayerReport> RunNextLayer();
   // Queues a layer's work, and the embedding before the first: the layer that is waited for, or the
   // one behind it. `report` gets what attention finds on the way.
   absl::Status StartLayer(int layer, const KvSlot& slot, LayerReport* report);
@@ -61,6 +63,7 @@ class PromptSequence final : public PrefillSequence {
 
   EngineParts& parts_;
   PromptState& state_;
+  LayerStep& step_;
   // Unless logprobs will be asked for, only the last token of a prompt alone goes through all of
   // the last layer.
   const bool all_of_last_layer_;

@@ -10,7 +10,7 @@ namespace prefilld::model {
 PromptState::PromptState(const PromptStateParts& parts, int64_t max_tokens, int first_mark)
     : max_tokens(max_tokens),
       first_mark(first_mark),
-      dense(parts.device, parts.config->num_heads, /*pattern=*/nullptr,
+      dense(parts.device, parts.points, parts.config->num_heads, /*pattern=*/nullptr,
             first_mark + 2 * kNumPoints) {
   if (parts.baseline != nullptr) baseline = std::make_unique<BaselineAttention>(parts.baseline);
 }
@@ -40,7 +40,7 @@ absl::StatusOr<std::unique_ptr<PromptState>> PromptState::Create(const PromptSta
         device->Allocate(blocks * kernels::PatternWords(blocks) * sizeof(uint32_t)));
     // A batch is no prompt alone, so it may use the same marks.
     state->batch = std::make_unique<DenseStrategy>(
-        device, config.num_heads, state->batch_pattern.as<uint32_t>(), first_mark + 2 * kNumPoints);
+        device, parts.points, config.num_heads, state->batch_pattern.as<uint32_t>(), first_mark + 2 * kNumPoints);
   }
   return state;
 }

@@ -31,6 +31,7 @@ inline int64_t RoundUp(int64_t n, int64_t multiple) {
 struct PromptStateParts {
   Device* device = nullptr;
   const ModelConfig* config = nullptr;
+  LayerPauses* points = nullptr;
   SharingWorkspace* sharing = nullptr;
   BaselineWorkspace* baseline = nullptr;  // null: baseline policies are refused
   int block_tokens = 0;                   // of attention patterns

@@ -1,11 +1,22 @@
 #include "model/sparse/dense_strategy.h"
 
+#include <algorithm>
+
 #include "proto/status_macros.h"
 
 namespace prefilld::model {
+namespace {
 
-DenseStrategy::DenseStrategy(Device* device, int num_heads, const uint32_t* pattern, int first_mark)
-    : device_(*device), first_mark_(first_mark) {
+// From these lengths on the attention of one KV head's queries takes some 10 ms on an H200 and some
+// 50 ms on two cores.
+constexpr int64_t kLongOnGpu = 65536;
+constexpr int64_t kLongOnCpu = 4096;
+
+}  // namespace
+
+DenseStrategy::DenseStrategy(Device* device, LayerPauses* pauses, int num_heads,
+                             const uint32_t* pattern, int first_mark)
+    : device_(*device), pauses_(*pauses), first_mark_(first_mark) {
   for (int head = 0; head < num_heads; ++head) {
     work_.push_back({.head = head, .pattern = pattern});
   }
@@ -17,12 +28,25 @@ void DenseStrategy::StartPrompt(int64_t num_tokens, const AttentionOptions&) {
 
 absl::Status DenseStrategy::Attend(int layer, const kernels::AttentionParams& attention,
                                    LayerReport*) {
+  const auto num_heads = static_cast<int>(work_.size());
+  const int at_once = HeadsAtOnce(attention);
   kernels::AttentionParams params = attention;
-  params.work = work_.data();
-  params.num_work = static_cast<int>(work_.size());
   PREFILLD_RETURN_IF_ERROR(device_.Mark(BeginMark(layer)));
-  PREFILLD_RETURN_IF_ERROR(device_.ops().Attention(params));
+  for (int first = 0; first < num_heads; first += at_once) {
+    params.work = &work_[first];
+    params.num_work = std::min(at_once, num_heads - first);
+    PREFILLD_RETURN_IF_ERROR(device_.ops().Attention(params));
+    if (at_once < num_heads) PREFILLD_RETURN_IF_ERROR(pauses_.Reach());
+  }
   return device_.Mark(DoneMark(layer));
+}
+
+// The query heads of one KV head are a part that is worth a pause on a long prompt, and still fill
+// the device.
+int DenseStrategy::HeadsAtOnce(const kernels::AttentionParams& attention) const {
+  const bool is_long = attention.num_queries >=
+                       (device_.traits().asynchronous ? kLongOnGpu : kLongOnCpu);
+  return is_long ? attention.num_heads / attention.num_kv_heads : attention.num_heads;
 }
 
 absl::Status DenseStrategy::Report(LayerReport* report) {

@@ -10,6 +10,7 @@
 #include "kernels/attention.h"
 #include "model/device/device.h"
 #include "model/sparse/attention_strategy.h"
+#include "model/sparse/layer_pauses.h"
 
 namespace prefilld::model {
 
@@ -19,10 +20,13 @@ class DenseStrategy final : public AttentionStrategy {
  public:
   static constexpr int kNumMarks = 4;
 
+  // `pauses` is reached between groups of heads of a long prompt.
+  //
   // `pattern` is device memory (kernels/attention.h) that is filled when a prompt starts, or null
-  // for all keys. Uses the device's marks from `first_mark` on. The device and the pattern are
-  // borrowed and must outlive this.
-  DenseStrategy(Device* device, int num_heads, const uint32_t* pattern, int first_mark);
+  // for all keys. Uses the device's marks from `first_mark` on. The pointers are borrowed and
+  // must outlive this.
+  DenseStrategy(Device* device, LayerPauses* pauses, int num_heads, const uint32_t* pattern,
+                int first_mark);
 
   void StartPrompt(int64_t num_tokens, const AttentionOptions& options) override;
   absl::Status Attend(int layer, const kernels::AttentionParams& attention,
@@ -35,7 +39,10 @@ class DenseStrategy final : public AttentionStrategy {
   int BeginMark(int layer) const { return first_mark_ + layer % 2; }
   int DoneMark(int layer) const { return first_mark_ + 2 + layer % 2; }
 
+  int HeadsAtOnce(const kernels::AttentionParams& attention) const;
+
   Device& device_;
+  LayerPauses& pauses_;
   const int first_mark_;
   std::vector<kernels::HeadWork> work_;  // [num_heads]
   int64_t num_tokens_ = 0;               // of the prompt or batch

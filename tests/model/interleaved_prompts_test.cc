@@ -59,10 +59,10 @@ class Runner {
 
   // Computes a layer, or after the last one the logits, and then log-probabilities prompt by
   // prompt.
-  void Step() {
+  void Step(absl::FunctionRef<bool()> at_point = [] { return true; }) {
     if (num_layers_ < engine_.info().config.num_layers) {
       if (unreleased() == engine_.kv_slots()) PackOldest();
-      RunLayer();
+      RunLayer(at_point);
     } else if (outcome.logits.empty()) {
       const auto logits = sequence_->FinalLogits();
       ASSERT_TRUE(logits.ok()) << logits.status();
@@ -79,8 +79,8 @@ class Runner {
     }
   }
 
-  void RunLayer() {
-    const auto report = sequence_->RunLayer();
+  void RunLayer(absl::FunctionRef<bool()> at_point = [] { return true; }) {
+    const auto report = sequence_->RunLayer(at_point);
     ASSERT_TRUE(report.ok()) << report.status();
     EXPECT_EQ(report->layer, num_layers_);
     ++num_layers_;
@@ -294,6 +294,65 @@ TEST_F(InterleavedPrompts, OneThatEndsMidwayLeavesNoTraceInItsSuccessorOrNeighbo
       ExpectSame(successor.outcome, coming_alone);
     }
   }
+}
+
+class InterjectedPrompts : public InterleavedPrompts {
+ protected:
+  InterjectedPrompts() {
+    engine_ = nullptr;
+    EngineOptions options = CpuEngineOptions(checkpoint_.dir(), 4096);
+    options.device = DeviceFlag();
+    options.tile_tokens = 256;
+    options.interject_tokens = 384;
+    options.max_batch_tokens = 1024;
+    options.long_prompts = 2;
+    engine_ = NewEngine(options);
+  }
+};
+
+// At every point inside a layer of a long prompt one step of a short one is computed.
+TEST_F(InterjectedPrompts, AreAndLeaveEverythingAsItIsAlone) {
+  const std::vector<Request> shorts = {One(200, DenseAttention(), /*logprobs=*/true),
+                                       Batch({20, 30}), One(384, DenseAttention()),
+                                       One(1, DenseAttention())};
+  std::vector<Outcome> shorts_alone;
+  for (const Request& request : shorts) shorts_alone.push_back(Alone(*engine_, request));
+  for (const Request& outer : {One(4096, DenseAttention()), One(1300, Share())}) {
+    const Outcome outer_alone = Alone(*engine_, outer);
+    Runner run(*engine_, outer);
+    size_t started = 0;
+    std::unique_ptr<Runner> interjected;
+    const auto at_point = [&] {
+      if (interjected == nullptr || interjected->done()) {
+        interjected = std::make_unique<Runner>(*engine_, shorts[started++ % shorts.size()]);
+        EXPECT_TRUE(interjected->sequence().may_interject());
+      }
+      interjected->Step();
+      if (interjected->done()) {
+        ExpectSame(interjected->outcome, shorts_alone[(started - 1) % shorts.size()]);
+      }
+      return true;
+    };
+    EXPECT_FALSE(run.sequence().may_interject());
+    while (!run.done() && !HasFatalFailure()) run.Step(at_point);
+    ExpectSame(run.outcome, outer_alone);
+    EXPECT_GT(started, 0);
+  }
+}
+
+TEST_F(InterjectedPrompts, StopALayer) {
+  const Request stopped = One(1300, DenseAttention()), next = One(1300, Share());
+  const Outcome next_alone = Alone(*engine_, next);
+  for (int points = 0; points < 3; ++points) {
+    Runner run(*engine_, stopped);
+    run.RunLayer();
+    int reached = 0;
+    const auto report = run.sequence().RunLayer([&] { return reached++ < points; });
+    EXPECT_EQ(report.status().code(), absl::StatusCode::kCancelled);
+    EXPECT_EQ(reached, points + 1);
+    EXPECT_EQ(run.sequence().RunLayer().status().code(), absl::StatusCode::kCancelled);
+  }
+  ExpectSame(Alone(*engine_, next), next_alone);
 }
 
 // A consumer that takes nothing holds back its own prompt and no other.

@@ -69,7 +69,12 @@ class FakeSequence final : public model::PrefillSequence {
     --engine_->alive_;
   }
 
-  absl::StatusOr<model::LayerReport> RunLayer() override {
+  bool may_interject() const override {
+    return policy_ == model::AttentionPolicy::kDense &&
+           num_tokens_ <= engine_->options_.interject_tokens;
+  }
+
+  absl::StatusOr<model::LayerReport> RunLayer(absl::FunctionRef<bool()> at_point) override {
     absl::Duration time;
     std::function<void(int64_t)> on_layer;
     {
@@ -82,8 +87,15 @@ class FakeSequence final : public model::PrefillSequence {
       time = engine_->layer_time_;
       on_layer = engine_->on_layer_;
     }
-    if (time > absl::ZeroDuration()) absl::SleepFor(time);
+    const absl::Time until = absl::Now() + time;
+    while (absl::Now() < until) {
+      if (!at_point()) return absl::CancelledError("stopped inside a layer");
+      absl::SleepFor(std::min(until - absl::Now(), absl::Milliseconds(5)));
+    }
     if (on_layer != nullptr) on_layer(num_tokens_);
+    for (int i = 0; i < engine_->options_.points_per_layer && !may_interject(); ++i) {
+      if (!at_point()) return absl::CancelledError("stopped inside a layer");
+    }
     ++held_;
     const int held = ++engine_->held_;
     engine_->most_held_ = std::max<int>(engine_->most_held_, held);
@@ -243,6 +255,11 @@ std::vector<uint32_t> FakeEngine::last_tokens() const {
 model::AttentionOptions FakeEngine::last_attention() const {
   absl::MutexLock lock(&mu_);
   return last_attention_;
+}
+
+bool FakeEngine::MayInterject(int64_t num_tokens, const model::AttentionOptions& options) const {
+  return Resolve(options, num_tokens) == model::AttentionPolicy::kDense &&
+         num_tokens <= options_.interject_tokens;
 }
 
 int64_t FakeEngine::BatchTokens(int64_t num_tokens, const model::AttentionOptions& options) const {

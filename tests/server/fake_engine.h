@@ -25,6 +25,8 @@ struct FakeEngineOptions {
   int64_t max_tokens = 1 << 20;
   int kv_slots = 3;
   int64_t max_batch_tokens = 0;
+  int points_per_layer = 0;       // of sequences that may not interject
+  int64_t interject_tokens = 0;   // dense sequences of at most so many may
   int max_sequences = 4;  // at once; Start answers RESOURCE_EXHAUSTED beyond
 };
 
@@ -35,7 +37,7 @@ class FakeEngine final : public model::PrefillEngine {
  public:
   explicit FakeEngine(const FakeEngineOptions& options);
 
-  // Makes every layer take this long from now on.
+  // Makes every layer take this long from now on. It can be stopped within.
   void set_layer_time(absl::Duration time);
   // Sets a function that is called in every layer from now on, by the thread that runs the layer,
   // with the tokens of all prompts of the sequence. A test advances its clock there.
@@ -71,6 +73,7 @@ class FakeEngine final : public model::PrefillEngine {
   size_t allocated_bytes() const override { return 12345; }
   int64_t max_batch_tokens() const override { return options_.max_batch_tokens; }
   int64_t BatchTokens(int64_t num_tokens, const model::AttentionOptions& options) const override;
+  bool MayInterject(int64_t num_tokens, const model::AttentionOptions& options) const override;
   bool CanStart(int64_t) const override { return alive_ < options_.max_sequences; }
   absl::StatusOr<std::unique_ptr<model::PrefillSequence>> Start(
       absl::Span<const model::PromptInput> prompts) override;

@@ -128,6 +128,18 @@ TEST_F(Overload, AnIdIsFreeAsSoonAsItsCallWasCancelled) {
   EXPECT_TRUE(Eventually([&] { return Metric("prefilld_ended_requests_in_passes") == 0; }));
 }
 
+TEST_F(Overload, ACancelledRequestStopsInsideItsLayer) {
+  StartServer();
+  engine_->set_layer_time(absl::Minutes(5));
+  auto running = std::make_unique<OpenStream>(*stub_, PromptOf(10));
+  running->ReadUntil(v1::PrefillEvent::kAccepted);
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_computing") == 1; }));
+  running->Cancel();
+  EXPECT_TRUE(Eventually([&] { return engine_->alive() == 0; }));
+  EXPECT_TRUE(EverythingIsFree());
+  EXPECT_EQ(engine_->layers_run(), 0);
+}
+
 TEST_F(Overload, RunsInOrderOfArrival) {
   StartServer();
   const auto running = RunHeld(PromptOf(1));

@@ -195,6 +195,51 @@ TEST_F(SchedulerTest, AShortPromptIsComputedBetweenTwoLayersOfALongOne) {
   EXPECT_NE(long_one->consumer->result(), nullptr);
 }
 
+TEST(Scheduler, AShortPromptIsComputedAtThePointsInsideALayer) {
+  Bench bench({.points_per_layer = 8, .interject_tokens = 1000});
+  Scheduler scheduler(bench.engine, bench.resources, bench.wake,
+                      QueueLimits{.capacity = 8, .max_queued_tokens = 100'000});
+  const auto long_one = bench.NewJob(50'000), short_one = bench.NewJob(100);
+  const auto another_long_one = bench.NewJob(1001);
+  Consumer long_consumer(long_one), short_consumer(short_one), other_consumer(another_long_one);
+  ASSERT_TRUE(scheduler.Submit(long_one).status.ok());
+  bench.engine.set_on_layer([&](int64_t num_tokens) {
+    bench.clock.Advance(num_tokens * StepCost::kUnmeasuredPerToken);
+    bench.PackAll();
+    if (num_tokens == 50'000 && scheduler.Find(short_one->work().id) == nullptr) {
+      EXPECT_TRUE(scheduler.Submit(short_one).status.ok());
+      EXPECT_TRUE(scheduler.Submit(another_long_one).status.ok());
+    }
+  });
+  for (int i = 0; i < 2; ++i) EXPECT_TRUE(scheduler.StepOnce());  // starts, and computes a layer
+  EXPECT_EQ(long_one->record().stats().layers_computed, 1);
+  EXPECT_TRUE(short_one->record().stats().first_token_at.has_value());
+  EXPECT_FALSE(another_long_one->record().stats().started_at.has_value());
+  do {
+    bench.PackAll();
+  } while (scheduler.StepOnce());
+  for (const Consumer* consumer : {&long_consumer, &short_consumer, &other_consumer}) {
+    EXPECT_NE(consumer->result(), nullptr);
+  }
+  for (const auto& job : {long_one, short_one, another_long_one}) scheduler.Retire(*job);
+}
+
+TEST(Scheduler, ACancelledRequestStopsInsideItsLayer) {
+  Bench bench({.points_per_layer = 8});
+  Scheduler scheduler(bench.engine, bench.resources, bench.wake,
+                      QueueLimits{.capacity = 8, .max_queued_tokens = 100'000});
+  const auto job = bench.NewJob(50'000);
+  Consumer consumer(job);
+  ASSERT_TRUE(scheduler.Submit(job).status.ok());
+  bench.engine.set_on_layer([&](int64_t) { job->OnCallCancelled(); });
+  while (scheduler.StepOnce()) {
+  }
+  EXPECT_EQ(bench.engine.layers_run(), 0) << "none was finished";
+  EXPECT_EQ(bench.engine.alive(), 0);
+  EXPECT_TRUE(scheduler.failure().ok());
+  scheduler.Retire(*job);
+}
+
 TEST_F(SchedulerTest, ALongPromptGoesOnUnderAFloodOfShortOnes) {
   auto long_one = Submit(50'000);
   scheduler_.StepOnce();

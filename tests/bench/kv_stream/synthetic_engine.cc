@@ -15,7 +15,8 @@ class SyntheticSequence : public model::PrefillSequence {
   SyntheticSequence(const model::ModelConfig& config, const std::vector<uint8_t>& kv)
       : config_(config), kv_(kv) {}
 
-  absl::StatusOr<model::LayerReport> RunLayer() override {
+  bool may_interject() const override { return false; }
+  absl::StatusOr<model::LayerReport> RunLayer(absl::FunctionRef<bool()>) override {
     model::LayerReport report;
     report.layer = next_layer_++;
     report.dense_heads = config_.num_heads;

@@ -19,6 +19,7 @@ class SyntheticEngine : public model::PrefillEngine {
   const model::EngineInfo& info() const override { return info_; }
   int kv_slots() const override { return 3; }
   size_t allocated_bytes() const override { return 0; }
+  bool MayInterject(int64_t, const model::AttentionOptions&) const override { return false; }
   bool CanStart(int64_t) const override { return true; }
   // Packing is one copy out of a buffer of this content, as it would be from a finished layer's KV.
   absl::StatusOr<std::unique_ptr<model::PrefillSequence>> Start(
