@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import contract
 
 POLICIES = contract.policies()
-AMOUNTS = ("gamma", "vertical_slash_gamma", "density")  # how much is computed
+AMOUNTS = ("gamma", "vertical_slash_gamma", "density", "score_threshold")  # how much is computed
 
 
 def _flag(text: str) -> bool:

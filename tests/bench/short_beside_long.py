@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""Measures how long short prompts wait for their first token, alone and beside two clients that send long ones.
+
+    PYTHONPATH=client/python tests/bench/short_beside_long.py PREFILLD MODEL --device=cuda --seconds=25 \\
+        --long_prompts long1.json long2.json
+
+Dense prompts of 512 and of 2048 random tokens come together, three pairs a second, at random. The long
+prompts are files of token ids, for instance of model/synthetic/make_checkpoint.py --prompt; without
+any, random tokens are sent. Only the last block of KV is asked for, so that consumers wait for nothing
+but the computation. The times are those of the server's log (ttft_ms), queueing included.
+"""
+
+import argparse
+import json
+import random
+import re
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from prefilld import Attention, Layout, PrefillClient
+
+SHORT = (512, 2048)
+PAIRS_PER_SECOND = 3.0
+
+
+def prefill(client: PrefillClient, tokens: list[int], policy: str) -> None:
+    layout = Layout(block_tokens=64, first_block=(len(tokens) - 1) // 64)
+    with client.prefill(tokens, layout=layout, attention=Attention(policy)) as stream:
+        for _ in stream:
+            pass
+
+
+def send_shorts(address: str, prompts: dict[int, list[list[int]]], seconds: float, rng: random.Random) -> None:
+    """Sends pairs of short prompts, each from a thread and a connection of its own, and waits for all."""
+    threads = []
+    end = time.monotonic() + seconds
+
+    def send(tokens: list[int]) -> None:
+        with PrefillClient(address) as client:
+            prefill(client, tokens, "dense")
+
+    while time.monotonic() < end:
+        for length in SHORT:
+            threads.append(threading.Thread(target=send, args=(rng.choice(prompts[length]),)))
+            threads[-1].start()
+        time.sleep(rng.expovariate(PAIRS_PER_SECOND))
+    for thread in threads:
+        thread.join()
+
+
+def percentiles(times: list[float]) -> dict:
+    times = sorted(times)
+    at = lambda share: round(times[min(len(times) - 1, int(share * len(times)))], 1)  # noqa: E731
+    return {"count": len(times), "p50": at(0.5), "p90": at(0.9), "p99": at(0.99)} if times else {"count": 0}
+
+
+def first_token_times(log: str) -> dict[str, dict]:
+    """Returns the percentiles of ttft_ms of every prompt length in these lines of a log."""
+    times: dict[str, list[float]] = {}
+    for tokens, ttft in re.findall(r" tokens=(\d+) .*? ttft_ms=([\d.]+)", log):
+        times.setdefault(tokens, []).append(float(ttft))
+    return {tokens: percentiles(values) for tokens, values in sorted(times.items(), key=lambda item: int(item[0]))}
+
+
+def measure(args: argparse.Namespace, address: str, log: Path) -> dict:
+    rng = random.Random(7)
+    random_prompt = lambda length: [rng.randrange(args.vocabulary) for _ in range(length)]  # noqa: E731
+    shorts = {length: [random_prompt(length) for _ in range(8)] for length in SHORT}
+    longs = [json.loads(Path(path).read_text()) for path in args.long_prompts]
+    longs = longs or [random_prompt(args.long_tokens) for _ in range(2)]
+
+    def phase(run) -> dict[str, dict]:
+        begin = log.stat().st_size
+        run()
+        time.sleep(0.5)
+        return first_token_times(log.read_bytes()[begin:].decode())
+
+    def beside() -> None:
+        stop = threading.Event()
+
+        def keep_sending(tokens: list[int]) -> None:
+            with PrefillClient(address) as client:
+                while not stop.is_set():
+                    prefill(client, tokens, args.policy)
+
+        threads = [threading.Thread(target=keep_sending, args=(tokens,)) for tokens in longs]
+        for thread in threads:
+            thread.start()
+        time.sleep(1)
+        send_shorts(address, shorts, args.seconds, rng)
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+    send_shorts(address, shorts, 1, rng)  # warms up
+    return {
+        "alone_ms": phase(lambda: send_shorts(address, shorts, args.seconds / 4, rng)),
+        "long_alone_ms": phase(lambda: [prefill(PrefillClient(address), tokens, args.policy) for tokens in longs]),
+        "beside_ms": phase(beside),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("prefilld", help="the server program")
+    parser.add_argument("model", help="model folder")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seconds", type=float, default=25)
+    parser.add_argument("--policy", default="share", help="of the long prompts")
+    parser.add_argument("--long_prompts", nargs="*", default=[], metavar="JSON")
+    parser.add_argument("--long_tokens", type=int, default=131072, help="of random long prompts")
+    parser.add_argument("--vocabulary", type=int, default=256, help="token ids are drawn below it")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        ports, log = Path(folder, "ports"), Path(folder, "log")
+        with log.open("w") as stderr:
+            server = subprocess.Popen(
+                [args.prefilld, f"--model={args.model}", f"--device={args.device}", "--listen=127.0.0.1:0",
+                 "--metrics_listen=", f"--port_file={ports}", f"--max_prompt_tokens={args.long_tokens}"],
+                stderr=stderr)
+        try:
+            while not ports.exists():
+                if server.poll() is not None:
+                    raise SystemExit(log.read_text())
+                time.sleep(0.1)
+            port = re.search(r"grpc=(\d+)", ports.read_text())[1]
+            print(json.dumps(measure(args, f"127.0.0.1:{port}", log), indent=1))
+        finally:
+            server.terminate()
+            server.wait()
+
+
+if __name__ == "__main__":
+    main()
