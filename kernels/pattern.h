@@ -33,12 +33,13 @@ struct EstimateParams {
 };
 
 // Returns the inputs of an estimate from queries [first, end) of `attention` against the keys
-// before `end`. `attention` has the queries and keys of the whole prompt; [first, end) is at most a
-// block. The caller sets the outputs and scratch.
+// before `end`. Queries are numbered by their positions, and `attention` has them; [first, end) is
+// at most a block. The caller sets the outputs and scratch.
 inline EstimateParams EstimateInputs(const AttentionParams& attention, int64_t first, int64_t end,
                                      DType dtype) {
+  const int64_t query = first - (attention.num_keys - attention.num_queries);
   const int64_t query_offset =
-      first * attention.num_heads * attention.head_dim * static_cast<int64_t>(SizeOf(dtype));
+      query * attention.num_heads * attention.head_dim * static_cast<int64_t>(SizeOf(dtype));
   return {.q = static_cast<const char*>(attention.q) + query_offset,
           .k = attention.k,
           .num_queries = end - first,

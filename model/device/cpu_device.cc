@@ -84,12 +84,43 @@ class CpuOps final : public Ops {
   const int num_threads_;
 };
 
+// Every copy is done when its start returns.
+class CpuCopies final : public HostCopies {
+ public:
+  absl::Status StartLoads(absl::Span<const RowCopy> copies) override {
+    const auto started = std::chrono::steady_clock::now();
+    for (const RowCopy& copy : copies) CopyRows(copy);
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - started;
+    load_seconds_.store(load_seconds_.load() + took.count());
+    return absl::OkStatus();
+  }
+  absl::Status OrderOpsBehindLoads() override { return absl::OkStatus(); }
+  absl::Status FinishLoads() override { return absl::OkStatus(); }
+  absl::Status StartSaves(absl::Span<const RowCopy> copies) override {
+    for (const RowCopy& copy : copies) CopyRows(copy);
+    return absl::OkStatus();
+  }
+  absl::Status FinishSaves() override { return absl::OkStatus(); }
+  double load_seconds() const override { return load_seconds_.load(); }
+
+ private:
+  static void CopyRows(const RowCopy& copy) {
+    for (size_t row = 0; row < copy.rows; ++row) {
+      std::memcpy(static_cast<char*>(copy.dst) + row * copy.dst_stride,
+                  static_cast<const char*>(copy.src) + row * copy.src_stride, copy.row_bytes);
+    }
+  }
+
+  std::atomic<double> load_seconds_{0.0};
+};
+
 class CpuDevice final : public Device {
  public:
   explicit CpuDevice(int num_threads) : ops_(num_threads) {}
 
   const DeviceTraits& traits() const override { return traits_; }
   Ops& ops() override { return ops_; }
+  HostCopies& host_copies() override { return copies_; }
   size_t allocated_bytes() const override { return allocated_bytes_.load(); }
 
   absl::StatusOr<DeviceBuffer> Allocate(size_t bytes) override {
@@ -149,6 +180,7 @@ class CpuDevice final : public Device {
 
   const DeviceTraits traits_ = {.name = "cpu", .compute_dtype = kernels::DType::kFp32};
   CpuOps ops_;
+  CpuCopies copies_;
   std::array<std::chrono::steady_clock::time_point, kNumMarks> marks_;
   std::atomic<size_t> allocated_bytes_ = 0;
 };

@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "model/device/cuda_host_copies.h"
 #include "model/device/cuda_ops.h"
 #include "model/device/cuda_pack_lanes.h"
 #include "model/device/cuda_recordings.h"
@@ -27,6 +28,7 @@ class CudaDevice final : public Device {
 
   const DeviceTraits& traits() const override { return traits_; }
   Ops& ops() override { return *ops_; }
+  HostCopies& host_copies() override { return *host_copies_; }
   // Counts device memory only.
   size_t allocated_bytes() const override { return allocated_bytes_.load(); }
 
@@ -69,6 +71,7 @@ class CudaDevice final : public Device {
   bool recording_ = false;          // ops are recorded, not run
   bool recordings_failed_ = false;  // nothing more is recorded then
   std::unique_ptr<CudaOps> ops_;    // run on stream_
+  std::unique_ptr<CudaHostCopies> host_copies_;
 };
 
 absl::StatusOr<std::unique_ptr<Device>> CudaDevice::Create(int ordinal) {
@@ -100,13 +103,16 @@ absl::Status CudaDevice::Initialize() {
   PREFILLD_RETURN_IF_ERROR(fault_.Check(pack_lanes_.Reserve(), "reserving memory to pack KV"));
   allocated_bytes_ += CudaPackLanes::kReservedBytes;
   ops_ = std::make_unique<CudaOps>(this, stream_, &fault_, &recordings_);
-  return ops_->Initialize();
+  PREFILLD_RETURN_IF_ERROR(ops_->Initialize());
+  host_copies_ = std::make_unique<CudaHostCopies>(stream_, &fault_);
+  return host_copies_->Initialize();
 }
 
 CudaDevice::~CudaDevice() {
   if (stream_ != nullptr) cudaStreamSynchronize(stream_);
   recordings_.Clear();
   ops_.reset();
+  host_copies_.reset();
   if (download_stream_ != nullptr) {
     cudaStreamSynchronize(download_stream_);
     cudaStreamDestroy(download_stream_);

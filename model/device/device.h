@@ -13,6 +13,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/dtype.h"
 #include "kernels/kv_pack.h"
+#include "model/device/host_copies.h"
 #include "model/device/ops.h"
 
 namespace prefilld::model {
@@ -60,7 +61,7 @@ struct DeviceTraits {
 // One device. Its ops and the copies below are ordered among themselves, in the order of the calls
 // of one thread. The methods marked thread-safe may be called from any thread beside it.
 //
-// Fourteen methods, because a device has four concerns that share one order of execution: memory,
+// Fifteen methods, because a device has four concerns that share one order of execution: memory,
 // copies, points on its time line, and recordings.
 class Device {
  public:
@@ -68,6 +69,7 @@ class Device {
 
   virtual const DeviceTraits& traits() const = 0;
   virtual Ops& ops() = 0;
+  virtual HostCopies& host_copies() = 0;  // beside the ops
 
   // Memory is not initialised. RESOURCE_EXHAUSTED names the size that was refused. Thread-safe.
   virtual absl::StatusOr<DeviceBuffer> Allocate(size_t bytes) = 0;

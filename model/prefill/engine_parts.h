@@ -9,6 +9,7 @@
 #include "model/device/device.h"
 #include "model/prefill/layer_step.h"
 #include "model/prefill/prefill_engine.h"
+#include "model/prefill/prefix_store.h"
 #include "model/prefill/prompt_state_pool.h"
 #include "model/prefill/turn_points.h"
 #include "model/sparse/baseline_attention.h"
@@ -38,6 +39,7 @@ struct EngineParts {
   std::unique_ptr<TurnPoints> points;
   std::unique_ptr<SharingWorkspace> sharing;
   std::unique_ptr<BaselineWorkspace> baseline;  // null: not asked for
+  std::unique_ptr<PrefixStore> prefixes;        // null: no prefix cache
   PromptStatePool states;                       // borrow the workspaces
 
   // Tells whether prompts of so many tokens in all, padding included, use short_step.

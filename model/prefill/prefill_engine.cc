@@ -77,6 +77,8 @@ absl::Status ValidateOptions(const EngineOptions& options) {
   PREFILLD_RETURN_IF_ERROR(CheckRange("long_prompts", long_prompts, 1, kMaxPromptStates));
   PREFILLD_RETURN_IF_ERROR(CheckRange("short_prompts", options.short_prompts.value_or(0), 0,
                                       kMaxPromptStates - long_prompts));
+  PREFILLD_RETURN_IF_ERROR(CheckRange("prefix_cache_bytes", options.prefix_cache_bytes, 0,
+                                      int64_t{1} << 46));
   if (options.kv_slots < 2) {
     return absl::InvalidArgumentError(absl::StrCat("kv_slots ", options.kv_slots,
                                                    " is below 2: one layer leaves while the next "
@@ -99,6 +101,16 @@ class Engine final : public PrefillEngine {
   int64_t num_recordings() const override { return parts_->device->num_recordings(); }
   absl::StatusOr<DeviceBuffer> AllocateStaging(size_t bytes) override {
     return parts_->device->AllocateStaging(bytes);
+  }
+  PrefixCacheUse prefix_cache() const override {
+    if (parts_->prefixes == nullptr) return {};
+    return {.counts = parts_->prefixes->index().counts(),
+            .block_bytes = parts_->prefixes->block_bytes(),
+            .load_seconds = parts_->device->host_copies().load_seconds()};
+  }
+  int64_t CachedTokens(const PromptInput& prompt) const override {
+    if (!UsesPrefixes(prompt)) return 0;
+    return parts_->prefixes->index().CountUsable(PrefixQueryOf(prompt));
   }
 
   int64_t max_batch_tokens() const override { return parts_->max_batch_tokens; }
@@ -137,13 +149,43 @@ class Engine final : public PrefillEngine {
     PackedPrompts packed(tokens, pad_last);
     PREFILLD_ASSIGN_OR_RETURN(PromptState * state,
                               parts_->states.Take(static_cast<int64_t>(packed.tokens().size())));
-    state->Start(std::move(packed), resolved, logprobs);
+    PrefixLease lease;
+    if (prompts.size() == 1) lease = LookUp(prompts.front(), resolved, packed);
+    state->Start(std::move(packed), resolved, logprobs, std::move(lease));
     return std::make_unique<PromptSequence>(parts_.get(), state);
   }
 
  private:
   AttentionPolicy Resolve(const AttentionOptions& options, int64_t num_tokens) const {
     return ResolvePolicy(options, num_tokens, parts_->block_tokens);
+  }
+
+  bool UsesPrefixes(const PromptInput& prompt) const {
+    return parts_->prefixes != nullptr && prompt.use_prefix_cache && !prompt.logprobs &&
+           prompt.attention.recall_audit_rows == 0 && !IsBaseline(prompt.attention.policy);
+  }
+
+  PrefixQuery PrefixQueryOf(const PromptInput& prompt) const {
+    const auto num_tokens = static_cast<int64_t>(prompt.tokens.size());
+    const bool common = HasCommonRopeTable(parts_->info.config, num_tokens);
+    AttentionOptions attention = prompt.attention;
+    attention.policy = Resolve(attention, num_tokens);
+    return {PrefixDomain(parts_->info.fingerprint, common ? 0 : num_tokens, prompt.cache_salt),
+            prompt.tokens, attention};
+  }
+
+  // Asks the prefix cache. A few queries behind a prefix are computed densely, as short prompts are:
+  // all that a pattern could leave out costs little. Their prompt is not padded, because it is not
+  // recorded.
+  PrefixLease LookUp(const PromptInput& prompt, AttentionOptions& attention,
+                     PackedPrompts& packed) const {
+    if (!UsesPrefixes(prompt)) return {};
+    PrefixLease lease = parts_->prefixes->index().Take(PrefixQueryOf(prompt));
+    if (lease.found_tokens() == 0) return lease;
+    packed = PackedPrompts({prompt.tokens}, /*pad_last=*/false);
+    const auto computed = static_cast<int64_t>(prompt.tokens.size()) - lease.found_tokens();
+    if (computed <= 2 * parts_->block_tokens) attention.policy = AttentionPolicy::kDense;
+    return lease;
   }
 
   absl::Status CheckPrompt(const PromptInput& prompt) const {
@@ -400,6 +442,11 @@ absl::StatusOr<std::unique_ptr<PrefillEngine>> CreatePrefillEngine(const EngineO
   if (!options.attention_overrides.crossover_tokens.has_value()) {
     PREFILLD_ASSIGN_OR_RETURN(info.default_attention.crossover_tokens,
                               MeasureCrossover(parts.get()));
+  }
+  if (options.prefix_cache_bytes > 0) {
+    PREFILLD_ASSIGN_OR_RETURN(
+        parts->prefixes, PrefixStore::Create(parts->device.get(), info.config,
+                                             options.prefix_cache_bytes, options.prefix_reuse));
   }
   return std::make_unique<Engine>(std::move(parts));
 }

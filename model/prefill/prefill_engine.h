@@ -15,11 +15,14 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "kernels/dtype.h"
 #include "kernels/kv_pack.h"
 #include "model/checkpoint/config.h"
 #include "model/device/device.h"
+#include "model/prefill/prefix_cache.h"
+#include "model/prefill/prefix_reuse.h"
 #include "model/prefill/prompt_logprobs.h"
 #include "model/sparse/attention_options.h"
 #include "model/sparse/layer_report.h"
@@ -86,14 +89,28 @@ class PrefillSequence {
   // each part and returns CANCELLED as soon as that says no.
   virtual absl::StatusOr<PromptLogprobs> Logprobs(int prompt, absl::FunctionRef<bool()> go_on) = 0;
 
-  // Returns the policy that runs, with kAuto resolved. It is dense for several prompts.
+  // Returns the policy that runs, with kAuto resolved. It is dense for several prompts, and where at
+  // most two blocks of patterns are computed behind a cached prefix.
   virtual AttentionPolicy policy() const = 0;
+  // Returns how many tokens at the prompt's beginning came from the prefix cache.
+  virtual int64_t cached_tokens() const { return 0; }
 };
 
 struct PromptInput {
   absl::Span<const uint32_t> tokens;
   AttentionOptions attention;
   bool logprobs = false;  // will be asked for: all of the last layer is computed
+  // The prefix cache is neither asked nor filled if this is false. It is not used either for prompts
+  // whose hidden states are all needed (logprobs, an audit of recall), for baselines and for batches.
+  bool use_prefix_cache = true;
+  absl::string_view cache_salt = "";  // prompts share prefixes with those of an equal salt alone
+};
+
+// The use of the prefix cache so far.
+struct PrefixCacheUse {
+  PrefixCacheCounts counts;  // all 0: there is no cache
+  int64_t block_bytes = 0;   // memory of a slot
+  double load_seconds = 0;   // spent copying to the device, most of it beside the computation
 };
 
 class PrefillEngine {
@@ -104,6 +121,10 @@ class PrefillEngine {
   virtual int kv_slots() const = 0;  // of every sequence; at least 2
   virtual size_t allocated_bytes() const = 0;
   virtual int64_t num_recordings() const { return 0; }  // of layers; EngineOptions.max_graph_tokens
+  virtual PrefixCacheUse prefix_cache() const { return {}; }  // thread-safe
+  // Returns how many tokens of the prompt are in the prefix cache now. Others may evict them before
+  // Start. Thread-safe.
+  virtual int64_t CachedTokens(const PromptInput& prompt) const { return 0; }
 
   // Returns how many tokens prompts that are computed together may take in all. 0: prompts are not
   // computed together.
@@ -184,6 +205,10 @@ struct EngineOptions {
   // Dense prompts and batches of up to so many tokens may be computed at the points inside a layer of
   // a longer prompt. Their scratch memory is allocated at the start. Absent: 4096.
   std::optional<int64_t> interject_tokens;
+  // Host memory for the KV of prefixes that later prompts may begin with; 0: none is kept. It is
+  // allocated at the start, pinned on CUDA. Otherwise at least a block of kPrefixBlockTokens tokens.
+  int64_t prefix_cache_bytes = 0;
+  PrefixReuseRule prefix_reuse = PrefixReuseRule::kLooser;
   int kv_slots = 3;        // of each prompt
   int block_tokens = 128;  // of attention patterns: 64 or 128
   // Reserves the memory that baseline policies take; without it Start refuses them.

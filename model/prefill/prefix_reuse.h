@@ -14,8 +14,8 @@ namespace prefilld::model {
 // out, and a request must not get KV that is less exact than what it asked for.
 enum class PrefixReuseRule : uint8_t {
   // KV computed densely serves every request. KV computed sparsely serves requests of the same
-  // policy whose gamma, vertical_slash_gamma and min_budget_tokens are at most as large, and whose
-  // other thresholds are equal.
+  // policy whose gamma, vertical_slash_gamma, score_threshold, last_rows_gamma and
+  // min_budget_tokens are at most as large, and whose other thresholds are equal.
   kLooser,
   // KV serves requests of the same policy and thresholds alone. A sparse request then gets what it
   // would get from the same prompts without dense ones beside them.

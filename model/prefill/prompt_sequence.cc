@@ -15,12 +15,21 @@ PromptSequence::PromptSequence(EngineParts* parts, PromptState* state)
       state_(*state),
       step_(parts->MayInterject(state->num_tokens(), state->options.policy) ? *parts->short_step
                                                                            : *parts->step),
-      all_of_last_layer_(state->logprobs || state->is_batch() ||
-                         state->prompts.places().front().count == 1) {}
+      all_of_last_layer_(state->logprobs || state->is_batch() || state->num_computed() == 1),
+      num_cached_(state->num_cached()),
+      saves_(!state->prefix.added().empty()) {}
 
 // A layer may still be computed. The state's next user writes to its memory only by work that is
 // queued behind that layer.
-PromptSequence::~PromptSequence() { parts_.states.GiveBack(&state_); }
+// Copies to and from the prefix cache are on other streams, so they are waited for. A failure of the
+// device is reported by whoever uses it next.
+PromptSequence::~PromptSequence() {
+  HostCopies& copies = parts_.device->host_copies();
+  if (num_cached_ > 0) copies.FinishLoads().IgnoreError();
+  if (saves_) copies.FinishSaves().IgnoreError();
+  state_.prefix.Reset();
+  parts_.states.GiveBack(&state_);
+}
 
 absl::StatusOr<LayerReport> PromptSequence::RunLayer(absl::FunctionRef<bool()> at_point) {
   if (may_interject()) return RunNextLayer();
@@ -39,14 +48,52 @@ absl::StatusOr<LayerReport> PromptSequence::RunNextLayer() {
   LayerReport report;
   report.layer = layer;
   if (state_.started_layers == layer) {
-    PREFILLD_ASSIGN_OR_RETURN(const KvSlot slot, state_.slots->Acquire(layer));
+    PREFILLD_ASSIGN_OR_RETURN(const KvSlot slot, TakeSlot(layer));
     state_.failure = StartLayer(layer, slot, &report);
   }
   if (state_.failure.ok()) state_.failure = StartNextAhead();
   if (state_.failure.ok()) state_.failure = FinishLayer(&report);
   PREFILLD_RETURN_IF_ERROR(state_.failure);
   state_.slots->MarkComputed(state_.next_layer++);
+  state_.failure = SaveComputed(layer);
+  PREFILLD_RETURN_IF_ERROR(state_.failure);
   return report;
+}
+
+absl::StatusOr<KvSlot> PromptSequence::TakeSlot(int layer) {
+  if (!state_.loading.has_value() || state_.loading->first != layer) {
+    return state_.slots->Acquire(layer);
+  }
+  return state_.loading->second;
+}
+
+absl::Status PromptSequence::LoadCached(int layer, const KvSlot& slot) {
+  if (num_cached_ == 0) return absl::OkStatus();
+  const auto start = [&](int of_layer, const KvSlot& into) {
+    return parts_.prefixes->StartLoad(state_.prefix, of_layer, into, kv_head_stride());
+  };
+  const bool on_its_way = state_.loading.has_value() && state_.loading->first == layer;
+  if (!on_its_way) PREFILLD_RETURN_IF_ERROR(start(layer, slot));
+  state_.loading.reset();
+  PREFILLD_RETURN_IF_ERROR(parts_.device->host_copies().OrderOpsBehindLoads());
+  const int next = layer + 1;
+  if (next == config().num_layers || !state_.slots->HasFree()) return absl::OkStatus();
+  PREFILLD_ASSIGN_OR_RETURN(const KvSlot next_slot, state_.slots->Acquire(next));
+  state_.loading = {next, next_slot};
+  return start(next, next_slot);
+}
+
+absl::Status PromptSequence::SaveComputed(int layer) {
+  if (!saves_) return absl::OkStatus();
+  PREFILLD_ASSIGN_OR_RETURN(const KvSlot slot, state_.slots->Computed(layer));
+  return parts_.prefixes->StartSave(state_.prefix, layer, slot, kv_head_stride());
+}
+
+// Without its saves the slot would be written anew while it is read. They began when the layer was
+// done, so by the time that its last frame is packed they rarely have to be waited for.
+void PromptSequence::ReleaseKv(int layer) {
+  if (saves_) parts_.device->host_copies().FinishSaves().IgnoreError();
+  state_.slots->Release(layer);
 }
 
 // Another sequence may queue its layers before this one is waited for, and that is right:
@@ -59,9 +106,9 @@ absl::Status PromptSequence::StartNextAhead() {
   const int layer = state_.started_layers;
   const bool may = state_.strategy().only_queues() &&
                    state_.num_tokens() <= parts_.run_ahead_tokens && layer < config().num_layers &&
-                   state_.slots->HasFree();
+                   (state_.loading.has_value() || state_.slots->HasFree());
   if (!may) return absl::OkStatus();
-  PREFILLD_ASSIGN_OR_RETURN(const KvSlot slot, state_.slots->Acquire(layer));
+  PREFILLD_ASSIGN_OR_RETURN(const KvSlot slot, TakeSlot(layer));
   LayerReport nothing_to_report;  // a strategy that only queues finds nothing on the way
   return StartLayer(layer, slot, &nothing_to_report);
 }
@@ -72,6 +119,7 @@ absl::Status PromptSequence::StartLayer(int layer, const KvSlot& slot, LayerRepo
   const auto compute = [&] { return ComputeLayer(layer, slot, report); };
   PREFILLD_RETURN_IF_ERROR(device.Mark(state_.MarkOf(PromptState::kLayerBegins, layer)));
   if (layer == 0) PREFILLD_RETURN_IF_ERROR(Begin());
+  PREFILLD_RETURN_IF_ERROR(LoadCached(layer, slot));
   PREFILLD_RETURN_IF_ERROR(IsRecorded(layer) ? device.Repeat(KeyOf(layer, slot), compute)
                                              : compute());
   return device.Mark(state_.MarkOf(PromptState::kLayerDone, layer));
@@ -80,6 +128,10 @@ absl::Status PromptSequence::StartLayer(int layer, const KvSlot& slot, LayerRepo
 absl::Status PromptSequence::Begin() {
   // All prompts of a batch have the same rotation.
   const int64_t rope_tokens = state_.prompts.places().front().count;
+  if (num_cached_ > 0) {
+    const auto computed = state_.prompts.tokens().subspan(static_cast<size_t>(num_cached_));
+    return step_.Embed(state_.hidden, computed, num_cached_, rope_tokens);
+  }
   PREFILLD_RETURN_IF_ERROR(step_.Embed(state_.hidden, state_.prompts, rope_tokens));
   if (!state_.is_batch()) return absl::OkStatus();
   const std::vector<uint32_t> pattern = state_.prompts.Pattern(parts_.block_tokens);
@@ -91,7 +143,7 @@ absl::Status PromptSequence::Begin() {
 // the pattern of a batch lie in the state's device memory, written by Begin.
 bool PromptSequence::IsRecorded(int layer) const {
   return state_.strategy().only_queues() && !LastQueryAlone(layer) &&
-         state_.num_tokens() <= parts_.max_graph_tokens;
+         num_cached_ == 0 && state_.num_tokens() <= parts_.max_graph_tokens;
 }
 
 // The addresses of a state's memory, and its marks, are part of a recording. Its slot tells them
@@ -103,8 +155,11 @@ Device::RecordingKey PromptSequence::KeyOf(int layer, const KvSlot& slot) const 
 }
 
 absl::Status PromptSequence::ComputeLayer(int layer, const KvSlot& slot, LayerReport* report) {
-  const KvDestination kv = {
-      .k = slot.k, .v = slot.v, .head_stride = kv_head_stride(), .token_stride = config().head_dim};
+  const int64_t first_byte = num_cached_ * token_bytes();
+  const KvDestination kv = {.k = static_cast<char*>(slot.k) + first_byte,
+                            .v = static_cast<char*>(slot.v) + first_byte,
+                            .head_stride = kv_head_stride(),
+                            .token_stride = config().head_dim};
   const bool alone = LastQueryAlone(layer);
   PREFILLD_RETURN_IF_ERROR(alone ? step_.BeforeLastAttention(state_.hidden, layer, kv)
                                  : step_.BeforeAttention(state_.hidden, layer, kv));
@@ -119,7 +174,7 @@ kernels::AttentionParams PromptSequence::AttentionOf(int layer, const KvSlot& sl
           .k = slot.k,
           .v = slot.v,
           .out = step_.queries(),
-          .num_queries = alone ? 1 : state_.num_tokens(),
+          .num_queries = alone ? 1 : state_.num_tokens() - num_cached_,
           .num_keys = alone ? state_.prompts.places().front().count : state_.num_tokens(),
           .kv_head_stride = kv_head_stride(),
           .num_heads = config().num_heads,
@@ -136,7 +191,7 @@ absl::Status PromptSequence::FinishLayer(LayerReport* report) {
       const double us, parts_.device->ElapsedUs(state_.MarkOf(PromptState::kLayerBegins, layer),
                                                 state_.MarkOf(PromptState::kLayerDone, layer)));
   report->compute_us = static_cast<int64_t>(us);
-  report->num_queries = LastQueryAlone(layer) ? 1 : state_.num_tokens();
+  report->num_queries = LastQueryAlone(layer) ? 1 : state_.num_tokens() - num_cached_;
   return StrategyOf(layer).Report(report);
 }
 
@@ -144,8 +199,7 @@ absl::Status PromptSequence::PackKv(int layer, const KvSelection& selection, voi
   PREFILLD_ASSIGN_OR_RETURN(const KvSlot slot, state_.slots->Computed(layer));
   PREFILLD_RETURN_IF_ERROR(CheckSelection(selection));
   const PromptPlace& place = state_.prompts.places()[selection.prompt];
-  const int64_t first_byte = place.first * config().head_dim *
-                             static_cast<int64_t>(kernels::SizeOf(parts_.info.native_dtype));
+  const int64_t first_byte = place.first * token_bytes();
   return parts_.device->PackKv({.k = static_cast<const char*>(slot.k) + first_byte,
                                 .v = static_cast<const char*>(slot.v) + first_byte,
                                 .kv_head_stride = kv_head_stride(),
@@ -163,7 +217,18 @@ absl::Status PromptSequence::PackKv(int layer, const KvSelection& selection, voi
 
 absl::StatusOr<std::vector<std::vector<float>>> PromptSequence::FinalLogits() {
   PREFILLD_RETURN_IF_ERROR(CheckFinished());
-  return step_.Logits(state_.hidden);
+  PREFILLD_ASSIGN_OR_RETURN(auto logits, step_.Logits(state_.hidden));
+  PREFILLD_RETURN_IF_ERROR(PublishSaved());
+  return logits;
+}
+
+// The last layer was saved beside the logits.
+absl::Status PromptSequence::PublishSaved() {
+  if (!saves_) return absl::OkStatus();
+  PREFILLD_RETURN_IF_ERROR(parts_.device->host_copies().FinishSaves());
+  state_.prefix.Publish();
+  state_.prefix.Reset();
+  return absl::OkStatus();
 }
 
 absl::StatusOr<PromptLogprobs> PromptSequence::Logprobs(int prompt,

@@ -26,15 +26,20 @@ class PromptSequence final : public PrefillSequence {
   absl::StatusOr<LayerReport> RunLayer(absl::FunctionRef<bool()> at_point) override;
   bool may_interject() const override { return &step_ == parts_.short_step.get(); }
   absl::Status PackKv(int layer, const KvSelection& selection, void* dst) override;
-  void ReleaseKv(int layer) override { state_.slots->Release(layer); }
+  void ReleaseKv(int layer) override;
   absl::StatusOr<std::vector<std::vector<float>>> FinalLogits() override;
   absl::StatusOr<PromptLogprobs> Logprobs(int prompt, absl::FunctionRef<bool()> go_on) override;
   AttentionPolicy policy() const override { return state_.options.policy; }
+  int64_t cached_tokens() const override { return num_cached_; }
 
  private:
   const ModelConfig& config() const { return parts_.info.config; }
   int64_t kv_head_stride() const {
     return RoundUp(state_.num_tokens(), kKvStrideTokens) * config().head_dim;
+  }
+  // The size of a token's keys, or values, in one head.
+  int64_t token_bytes() const {
+    return config().head_dim * static_cast<int64_t>(kernels::SizeOf(parts_.info.native_dtype));
   }
   // Tells whether only the prompt's last query is computed in this layer.
   bool LastQueryAlone(int layer) const {
@@ -47,6 +52,13 @@ class PromptSequence final : public PrefillSequence {
   Device::RecordingKey KeyOf(int layer, const KvSlot& slot) const;
 
   absl::StatusOr<LayerReport> RunNextLayer();
+  // Takes the slot for a layer that is about to be started.
+  absl::StatusOr<KvSlot> TakeSlot(int layer);
+  // Lets the layer wait for its cached KV, and starts to load that of the next one.
+  absl::Status LoadCached(int layer, const KvSlot& slot);
+  absl::Status SaveComputed(int layer);
+  // Makes what was saved visible to other prompts.
+  absl::Status PublishSaved();
   // Queues a layer's work, and the embedding before the first: the layer that is waited for, or the
   // one behind it. `report` gets what attention finds on the way.
   absl::Status StartLayer(int layer, const KvSlot& slot, LayerReport* report);
@@ -67,6 +79,10 @@ class PromptSequence final : public PrefillSequence {
   // Unless logprobs will be asked for, only the last token of a prompt alone goes through all of
   // the last layer.
   const bool all_of_last_layer_;
+  // Constant, because packing threads and the prompt's last calls ask for them after the lease has
+  // been given back.
+  const int64_t num_cached_;
+  const bool saves_;  // the layers go to the prefix cache
 };
 
 }  // namespace prefilld::model

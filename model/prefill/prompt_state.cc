@@ -45,14 +45,17 @@ absl::StatusOr<std::unique_ptr<PromptState>> PromptState::Create(const PromptSta
   return state;
 }
 
-void PromptState::Start(PackedPrompts next, const AttentionOptions& attention, bool with_logprobs) {
+void PromptState::Start(PackedPrompts next, const AttentionOptions& attention, bool with_logprobs,
+                        PrefixLease prefix_lease) {
   prompts = std::move(next);
   options = attention;
   logprobs = with_logprobs;
+  prefix = std::move(prefix_lease);
+  loading.reset();
   started_layers = next_layer = 0;
   failure = absl::OkStatus();
-  dense.StartPrompt(num_tokens(), options);
-  strategy().StartPrompt(num_tokens(), options);
+  dense.StartPrompt(num_computed(), options);
+  if (&strategy() != &dense) strategy().StartPrompt(num_tokens(), options);
 }
 
 AttentionStrategy& PromptState::strategy() {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -12,6 +13,7 @@
 #include "model/prefill/hidden_states.h"
 #include "model/prefill/kv_slots.h"
 #include "model/prefill/packed_prompts.h"
+#include "model/prefill/prefix_cache.h"
 #include "model/sparse/attention_options.h"
 #include "model/sparse/attention_strategy.h"
 #include "model/sparse/baseline_attention.h"
@@ -63,8 +65,10 @@ struct PromptState {
   static absl::StatusOr<std::unique_ptr<PromptState>> Create(const PromptStateParts& parts,
                                                              int64_t max_tokens, int first_mark);
 
-  // Forgets the prompt before and takes this one, or this batch.
-  void Start(PackedPrompts next, const AttentionOptions& attention, bool with_logprobs);
+  // Forgets the prompt before and takes this one, or this batch. `prefix_lease` is that of a prompt
+  // alone, or of nothing; what it found is not computed.
+  void Start(PackedPrompts next, const AttentionOptions& attention, bool with_logprobs,
+             PrefixLease prefix_lease);
 
   // Returns the strategy that computes the attention of this prompt or batch, except in layers of a
   // last query.
@@ -74,6 +78,9 @@ struct PromptState {
   bool is_batch() const { return prompts.count() > 1; }
   // Counts the tokens of all prompts, padding included.
   int64_t num_tokens() const { return static_cast<int64_t>(prompts.tokens().size()); }
+  // Counts those whose KV is loaded. They are the first ones.
+  int64_t num_cached() const { return prefix.found_tokens(); }
+  int64_t num_computed() const { return num_tokens() - num_cached(); }
 
   PromptState(const PromptStateParts& parts, int64_t max_tokens, int first_mark);
 
@@ -93,6 +100,10 @@ struct PromptState {
   PackedPrompts prompts;
   AttentionOptions options;  // the policy is resolved; dense for a batch
   bool logprobs = false;     // will be asked for
+  PrefixLease prefix;
+  // The layer whose cached KV is on its way, before its computation begins, and the slot that it
+  // goes to.
+  std::optional<std::pair<int, KvSlot>> loading;
   int started_layers = 0;    // queued
   int next_layer = 0;        // to be waited for
   absl::Status failure;      // of a layer: the hidden states are lost with it

@@ -33,12 +33,13 @@ absl::StatusOr<std::unique_ptr<HeadEstimate>> HeadEstimate::Create(Device* devic
 
 absl::Status HeadEstimate::OfLastQueries(const kernels::AttentionParams& attention) {
   const int64_t end = attention.num_keys;
-  return OfQueries(attention, std::max<int64_t>(0, end - block_tokens_), end);
+  return OfQueries(attention, std::max(end - attention.num_queries, end - block_tokens_), end);
 }
 
 absl::Status HeadEstimate::OfQueries(const kernels::AttentionParams& attention, int64_t first,
                                      int64_t end) {
   num_keys_ = end;
+  first_query_block_ = (attention.num_keys - attention.num_queries) / block_tokens_;
   kernels::EstimateParams params =
       kernels::EstimateInputs(attention, first, end, device_.traits().compute_dtype);
   params.block_mass = block_mass_.as<float>();
@@ -73,7 +74,7 @@ absl::Status HeadEstimate::Build(int first, int count, float gamma, int64_t min_
   const int64_t num_blocks = kernels::CeilDiv(num_keys_, block_tokens_);
   return device_.ops().ExpandVerticalSlash({.columns = columns_.as<uint32_t>(),
                                             .diagonals = diagonals_.as<uint32_t>(),
-                                            .num_query_blocks = num_blocks,
+                                            .num_query_blocks = num_blocks - first_query_block_,
                                             .num_key_blocks = num_blocks,
                                             .pattern = patterns,
                                             .num_heads = count,

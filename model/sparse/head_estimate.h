@@ -22,13 +22,14 @@ class HeadEstimate {
   static absl::StatusOr<std::unique_ptr<HeadEstimate>> Create(Device* device, int num_heads,
                                                               int64_t max_tokens, int block_tokens);
 
-  // Estimates from the last block_tokens queries of `attention`, which describes the whole prompt.
+  // Estimates from the last block_tokens queries of `attention`, or as many as it has.
   absl::Status OfLastQueries(const kernels::AttentionParams& attention);
   // Estimates from queries [first, end), at most a block, as if the prompt ended with them.
   absl::Status OfQueries(const kernels::AttentionParams& attention, int64_t first, int64_t end);
 
-  // Builds patterns [num_heads, n, W] from the last estimate. Writes the number of blocks of each
-  // to `blocks` [num_heads], which may be null.
+  // Builds patterns [num_heads, num_query_blocks, W] from the last estimate, for the query blocks
+  // of its `attention`. Writes the number of blocks of each to `blocks` [num_heads], which may be
+  // null.
   absl::Status BuildVerticalSlash(float gamma, int64_t min_budget_tokens, uint32_t* patterns,
                                   int64_t* blocks);
   // Builds the pattern [n, W] of one head.
@@ -56,6 +57,7 @@ class HeadEstimate {
   DeviceBuffer scratch_;
   DeviceBuffer columns_, diagonals_;  // [num_heads, W]
   int64_t num_keys_ = 0;
+  int64_t first_query_block_ = 0;
 };
 
 }  // namespace prefilld::model

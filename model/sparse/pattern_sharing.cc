@@ -23,8 +23,6 @@ enum Mark {
 };
 static_assert(kNumPoints == PatternSharing::kNumMarks);
 
-int64_t CausalBlocks(int64_t num_blocks) { return num_blocks * (num_blocks + 1) / 2; }
-
 // Counts the blocks of `row` that are not in `old`.
 int64_t CountNewBlocks(absl::Span<const uint32_t> row, absl::Span<const uint32_t> old) {
   int64_t count = 0;
@@ -74,6 +72,11 @@ void PatternSharing::StartPrompt(int64_t num_tokens, const AttentionOptions& opt
   for (ClusterPivot& pivot : pivots_) pivot.layer = pivot.head = ClusterPivot::kNone;
 }
 
+int64_t PatternSharing::CausalBlocks() const {
+  const int64_t first = num_blocks_ - num_query_blocks_;
+  return (num_blocks_ * (num_blocks_ + 1) - first * (first + 1)) / 2;
+}
+
 absl::Status PatternSharing::Attend(int layer, const kernels::AttentionParams& attention,
                                     LayerReport* report) {
   cluster_of_ = options_.policy == AttentionPolicy::kShare
@@ -84,6 +87,8 @@ absl::Status PatternSharing::Attend(int layer, const kernels::AttentionParams& a
                  return cluster != HeadClusters::kNoCluster &&
                         (!pivots_[cluster].exists() || pivots_[cluster].worth_sharing);
                });
+  num_query_blocks_ =
+      num_blocks_ - (attention.num_keys - attention.num_queries) / scratch_.block_tokens;
   stages_ = {};
   std::fill(
       roles_.begin(), roles_.end(),
@@ -169,7 +174,7 @@ absl::Status PatternSharing::Decide(int layer, const kernels::AttentionParams& a
   pivots.erase(scored, pivots.end());
   stages_.host_us += static_cast<double>(stopwatch.LapUs());
 
-  const auto at_a_time = static_cast<size_t>(scratch_.MassesAtATime(num_blocks_));
+  const auto at_a_time = static_cast<size_t>(scratch_.MassesAtATime(num_query_blocks_, num_blocks_));
   for (size_t first = 0; first < pivots.size(); first += at_a_time) {
     const auto batch = absl::MakeConstSpan(pivots).subspan(first, at_a_time);
     PREFILLD_RETURN_IF_ERROR(AttendPivots(attention, batch));
@@ -212,7 +217,7 @@ absl::Status PatternSharing::MeasurePivots(absl::Span<const int> pivots) {
     const int slot = static_cast<int>(2 * i);
     uint32_t* pattern = PivotPattern(cluster_of_[pivots[i]]);
     PREFILLD_RETURN_IF_ERROR(device_.ops().SelectRows({.block_mass = PivotMass(i),
-                                                       .num_query_blocks = num_blocks_,
+                                                       .num_query_blocks = num_query_blocks_,
                                                        .num_key_blocks = num_blocks_,
                                                        .gamma = options_.gamma,
                                                        .pattern = pattern}));
@@ -223,7 +228,7 @@ absl::Status PatternSharing::MeasurePivots(absl::Span<const int> pivots) {
     PREFILLD_RETURN_IF_ERROR(Measure(PivotMass(i), vertical_slash, slot + 1));
     PREFILLD_RETURN_IF_ERROR(
         device_.StartDownload(scratch_.last_rows_host.as<uint32_t>() + i * words,
-                              pattern + (num_blocks_ - 1) * words, words * sizeof(uint32_t)));
+                              pattern + (num_query_blocks_ - 1) * words, words * sizeof(uint32_t)));
   }
   PREFILLD_RETURN_IF_ERROR(DownloadFigures());
   PREFILLD_RETURN_IF_ERROR(device_.FinishDownloads());
@@ -332,7 +337,7 @@ absl::Status PatternSharing::DownloadForReport(int layer) {
     if (!IsScoredPivot(head, layer)) continue;
     PREFILLD_RETURN_IF_ERROR(
         device_.StartDownload(scratch_.pivot_rows_host.as<uint32_t>() + head * row_words(),
-                              PivotPattern(cluster_of_[head]) + (num_blocks_ - 1) * row_words(),
+                              PivotPattern(cluster_of_[head]) + (num_query_blocks_ - 1) * row_words(),
                               static_cast<size_t>(row_words()) * sizeof(uint32_t)));
   }
   if (!may_share_) return absl::OkStatus();
@@ -349,7 +354,7 @@ absl::Status PatternSharing::Report(LayerReport* report) {
     switch (roles_[head]) {
       case HeadRole::kPivot:
         ++report->pivot_heads;
-        blocks += CausalBlocks(num_blocks_);
+        blocks += CausalBlocks();
         break;
       case HeadRole::kScored:
       case HeadRole::kVerticalSlash:
@@ -365,7 +370,7 @@ absl::Status PatternSharing::Report(LayerReport* report) {
       }
     }
   }
-  report->density = static_cast<double>(blocks) / (static_cast<double>(CausalBlocks(num_blocks_)) *
+  report->density = static_cast<double>(blocks) / (static_cast<double>(CausalBlocks()) *
                                                    static_cast<double>(config_.num_heads));
   return absl::OkStatus();
 }
@@ -393,7 +398,7 @@ absl::Status PatternSharing::Measure(const float* block_mass, const uint32_t* pa
   return device_.ops().MeasurePattern(
       {.block_mass = block_mass,
        .pattern = pattern,
-       .num_query_blocks = num_blocks_,
+       .num_query_blocks = num_query_blocks_,
        .num_key_blocks = num_blocks_,
        .mass = scratch_.figures.as<double>() + scratch_.MassSlot(slot),
        .blocks = scratch_.figures.as<int64_t>() + scratch_.BlocksSlot(slot)});

@@ -114,8 +114,10 @@ class PatternSharing final : public AttentionStrategy {
   absl::Status DownloadFigures();
   PatternFigures Figures(int slot) const;
 
+  // Counts the blocks that the queries may attend to.
+  int64_t CausalBlocks() const;
   int64_t row_words() const { return kernels::PatternWords(num_blocks_); }
-  int64_t pattern_words() const { return num_blocks_ * row_words(); }
+  int64_t pattern_words() const { return num_query_blocks_ * row_words(); }
   uint32_t* OwnPattern(int head) const {
     return scratch_.own_patterns.as<uint32_t>() + head * pattern_words();
   }
@@ -123,7 +125,7 @@ class PatternSharing final : public AttentionStrategy {
     return pivot_patterns_.as<uint32_t>() + cluster * pattern_words();
   }
   float* PivotMass(int64_t place) const {
-    return scratch_.block_mass.as<float>() + place * num_blocks_ * num_blocks_;
+    return scratch_.block_mass.as<float>() + place * num_query_blocks_ * num_blocks_;
   }
   absl::Span<const float> EstimateOf(int head) const {
     return {scratch_.block_mass_host.as<float>() + head * num_blocks_,
@@ -141,6 +143,7 @@ class PatternSharing final : public AttentionStrategy {
   // The prompt.
   AttentionOptions options_;
   int64_t num_blocks_ = 0;
+  int64_t num_query_blocks_ = 0;      // the last ones; fewer than num_blocks_ behind a cached prefix
   std::vector<ClusterPivot> pivots_;  // [num_clusters]
   DeviceBuffer pivot_patterns_;       // [num_clusters, n, W]
 

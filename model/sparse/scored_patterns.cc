@@ -26,9 +26,11 @@ absl::Status AddScoredBlocks(SharingWorkspace& scratch, const kernels::Attention
                              absl::Span<const ScoredHead> heads, const AttentionOptions& options) {
   Ops& ops = scratch.device.ops();
   const int64_t n = kernels::CeilDiv(attention.num_keys, attention.block_tokens);
-  const int64_t words = n * kernels::PatternWords(n);
+  const int64_t first_row = (attention.num_keys - attention.num_queries) / attention.block_tokens;
+  const int64_t rows = n - first_row;
+  const int64_t words = rows * kernels::PatternWords(n);
   while (!heads.empty()) {
-    const auto group = heads.subspan(0, static_cast<size_t>(scratch.MassesAtATime(n)));
+    const auto group = heads.subspan(0, static_cast<size_t>(scratch.MassesAtATime(rows, n)));
     heads.remove_prefix(group.size());
     std::vector<int> numbers;
     for (const ScoredHead& scored : group) numbers.push_back(scored.head);
@@ -50,8 +52,8 @@ absl::Status AddScoredBlocks(SharingWorkspace& scratch, const kernels::Attention
     for (size_t first = 0; first < group.size();) {
       const auto run = group.subspan(first, RunLength(group.subspan(first), words));
       PREFILLD_RETURN_IF_ERROR(ops.SelectRows(
-          {.block_mass = scratch.block_mass.as<float>() + static_cast<int64_t>(first) * n * n,
-           .num_query_blocks = n,
+          {.block_mass = scratch.block_mass.as<float>() + static_cast<int64_t>(first) * rows * n,
+           .num_query_blocks = rows,
            .num_key_blocks = n,
            .gamma = options.score_threshold,
            .pattern = run.front().pattern,

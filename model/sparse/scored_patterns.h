@@ -19,12 +19,13 @@ namespace prefilld::model {
 
 struct ScoredHead {
   int head = 0;
-  uint32_t* pattern = nullptr;  // [n, W], device memory: holds what the last queries look at
+  // [num_query_blocks, W], device memory: holds what the last queries look at.
+  uint32_t* pattern = nullptr;
 };
 
 // Adds to the pattern of each of these heads the smallest set of blocks of every row that holds
 // options.score_threshold of the row's scores, and counts the blocks of the result
-// (SharingWorkspace::OwnBlocksSlot). `heads` are ascending. `attention` describes the whole prompt.
+// (SharingWorkspace::OwnBlocksSlot). `heads` are ascending. A row is a block of the queries of `attention`.
 // Uses scratch.block_mass; heads are taken in groups as large as that holds.
 absl::Status AddScoredBlocks(SharingWorkspace& scratch, const kernels::AttentionParams& attention,
                              absl::Span<const ScoredHead> heads, const AttentionOptions& options);

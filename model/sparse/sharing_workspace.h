@@ -35,9 +35,10 @@ struct SharingWorkspace {
   int BlocksSlot(int slot) const { return 2 * config.num_heads + slot; }
   int OwnBlocksSlot(int head) const { return 4 * config.num_heads + head; }
 
-  // The number of heads whose block mass is held at a time, for a prompt of n blocks.
-  int64_t MassesAtATime(int64_t n) const {
-    return std::max<int64_t>(1, static_cast<int64_t>(block_mass.bytes() / sizeof(float)) / (n * n));
+  // The number of heads whose block mass [num_query_blocks, num_key_blocks] is held at a time.
+  int64_t MassesAtATime(int64_t num_query_blocks, int64_t num_key_blocks) const {
+    const auto floats = static_cast<int64_t>(block_mass.bytes() / sizeof(float));
+    return std::max<int64_t>(1, floats / (num_query_blocks * num_key_blocks));
   }
 
   SharingWorkspace(Device* device, const ModelConfig* config, const HeadClusters* clusters,

@@ -104,7 +104,11 @@ std::vector<PromptRun> Compute(PrefillEngine& engine, PrefillSequence& sequence,
   }
   const std::vector<std::vector<float>> logits = OrDie(sequence.FinalLogits());
   if (logits.size() != runs.size()) abort();
-  for (size_t i = 0; i < runs.size(); ++i) runs[i].logits = logits[i];
+  for (size_t i = 0; i < runs.size(); ++i) {
+    runs[i].logits = logits[i];
+    runs[i].cached_tokens = sequence.cached_tokens();
+    runs[i].policy = sequence.policy();
+  }
   return runs;
 }
 
@@ -127,10 +131,14 @@ std::vector<PromptRun> RunPrompts(PrefillEngine& engine,
   return runs;
 }
 
+PromptRun RunPrompt(PrefillEngine& engine, const PromptInput& input) {
+  const auto sequence = OrDie(engine.Start(absl::MakeConstSpan(&input, 1)));
+  return Compute(engine, *sequence, {static_cast<int64_t>(input.tokens.size())}).front();
+}
+
 PromptRun RunPrompt(PrefillEngine& engine, const std::vector<uint32_t>& tokens,
                     const AttentionOptions& options) {
-  const std::unique_ptr<PrefillSequence> sequence = OrDie(engine.Start(tokens, options));
-  return Compute(engine, *sequence, {static_cast<int64_t>(tokens.size())}).front();
+  return RunPrompt(engine, {tokens, options});
 }
 
 }  // namespace prefilld::model

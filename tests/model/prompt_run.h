@@ -26,6 +26,8 @@ struct PromptRun {
   std::vector<std::vector<float>> kv;  // [num_layers]
   std::vector<float> logits;
   PromptLogprobs logprobs;  // set by RunPrompts
+  int64_t cached_tokens = 0;
+  AttentionPolicy policy = AttentionPolicy::kAuto;  // the one that ran
 };
 
 // Makes uniform ids below vocab_size, as a function of the seed.
@@ -49,6 +51,7 @@ std::vector<PromptRun> RunPrompts(PrefillEngine& engine,
                                   const AttentionOptions& options);
 
 // Runs one prompt alone, without its log-probabilities.
+PromptRun RunPrompt(PrefillEngine& engine, const PromptInput& input);
 PromptRun RunPrompt(PrefillEngine& engine, const std::vector<uint32_t>& tokens,
                     const AttentionOptions& options);
 
