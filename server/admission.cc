@@ -50,7 +50,7 @@ absl::Status CheckDeadline(const WaitingLine& line, const WaitingPrompt& newcome
                            const PromptSpeed& speed, absl::Time now) {
   if (newcomer.time_left == absl::InfiniteDuration()) return absl::OkStatus();
   const absl::Duration queue = QueueAtBest(line, newcomer, speed, now);
-  const absl::Duration compute = speed.AtBest(now, newcomer.num_tokens, newcomer.policy);
+  const absl::Duration compute = speed.AtBest(now, newcomer.num_new_tokens(), newcomer.policy);
   if (newcomer.time_left >= kHopeless * (queue + compute)) return absl::OkStatus();
   const auto rounded = [](absl::Duration d) {
     return absl::FormatDuration(absl::Trunc(d, absl::Milliseconds(1)));
@@ -63,12 +63,12 @@ absl::Status CheckDeadline(const WaitingLine& line, const WaitingPrompt& newcome
 absl::Duration QueueAtBest(const WaitingLine& line, const WaitingPrompt& newcomer,
                            const PromptSpeed& speed, absl::Time now) {
   const bool may_be_batched = newcomer.batch_tokens > 0;
-  const absl::Duration own = speed.AtBest(now, newcomer.num_tokens, newcomer.policy);
+  const absl::Duration own = speed.AtBest(now, newcomer.num_new_tokens(), newcomer.policy);
   absl::Duration alone;
   int64_t batched_tokens = 0;
   for (const WaitingPrompt& prompt : line.prompts) {
     if (prompt.batch_tokens == 0) {
-      const absl::Duration compute = speed.AtBest(now, prompt.num_tokens, prompt.policy);
+      const absl::Duration compute = speed.AtBest(now, prompt.num_new_tokens(), prompt.policy);
       if (compute <= own) alone += compute;
     } else if (may_be_batched) {
       break;

@@ -25,10 +25,13 @@ struct QueueLimits {
 // The facts about a prompt that the rules read.
 struct WaitingPrompt {
   int64_t num_tokens = 0;
+  int64_t cached_tokens = 0;   // in the prefix cache: they cost no time worth counting
   int64_t batch_tokens = 0;  // what it takes of a batch's tokens; 0: it computes alone
   model::AttentionPolicy policy = model::AttentionPolicy::kAuto;  // that was asked for
   absl::Duration time_left = absl::InfiniteDuration();            // to its deadline
   bool ended = false;  // it waits no longer, and will leave the queue
+
+  int64_t num_new_tokens() const { return num_tokens - cached_tokens; }
 };
 
 // The prompts that wait at one moment.

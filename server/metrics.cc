@@ -123,8 +123,9 @@ Metrics::Metrics(const model::EngineInfo& engine)
                                  "Estimating, deciding and building patterns, per request.",
                                  kSeconds)),
       tokens_per_second_(NewGauge("prefilld_prompt_tokens_per_second",
-                                  "Speed of the latest prompt, from first layer to first token; "
-                                  "in a batch its own tokens alone count.")),
+                                  "Speed of the latest prompt of which nothing was cached, from "
+                                  "first layer to first token; in a batch its own tokens alone "
+                                  "count.")),
       batch_prompts_(NewHistogram("prefilld_batch_prompts",
                                   "Prompts computed together, per pass through the layers.",
                                   kPrompts)),
@@ -132,8 +133,8 @@ Metrics::Metrics(const model::EngineInfo& engine)
                               "One layer of one prompt, or of a batch.", kSeconds)),
       computed_layers_(NewCounter("prefilld_steps_total", "Layer steps computed.")),
       computed_token_layers_(NewCounter("prefilld_step_tokens_total",
-                                        "Prompt tokens times layers computed; divide by the "
-                                        "number of layers for prompt tokens.")),
+                                        "Prompt tokens times layers computed, without cached ones; "
+                                        "divide by the number of layers for prompt tokens.")),
       heads_(NewHeads(*registry_)),
       recall_audits_(NewCounter("prefilld_recall_audits_total",
                                 "Requests whose recall was measured, sparse ones alone.")),
@@ -166,6 +167,7 @@ Metrics::Metrics(const model::EngineInfo& engine)
       recorded_layers_(NewGauge("prefilld_recorded_layers",
                                 "Layers of short prompts that are replayed as CUDA graphs, by "
                                 "layer and length.")),
+      prefix_cache_(*registry_),
       ready_(NewGauge("prefilld_ready", "1 while new requests are accepted.")),
       live_(NewGauge("prefilld_live", "0 when work waits and nothing progresses, or no new "
                                          "caller gets in.")) {
@@ -239,7 +241,9 @@ void Metrics::CountRequest(const PrefillJob& job, absl::Time now) {
   compute_time_.Observe(seconds(compute));
   density_.Observe(total.density);
   pattern_time_.Observe(static_cast<double>(total.pattern_us) * 1e-6);
-  if (compute > absl::ZeroDuration()) tokens_per_second_.Set(num_tokens / seconds(compute));
+  if (compute > absl::ZeroDuration() && stats.cached_tokens == 0) {
+    tokens_per_second_.Set(num_tokens / seconds(compute));
+  }
   if (total.recall.empty()) return;
   recall_audits_.Increment();
   for (const auto& [source, kind] : kSparseKinds) {
@@ -287,6 +291,7 @@ void Metrics::Set(const ResourceUse& use) {
                       static_cast<double>(std::max<int64_t>(1, use.staging_capacity_bytes)));
   device_bytes_.Set(static_cast<double>(use.device_bytes));
   recorded_layers_.Set(static_cast<double>(use.recorded_layers));
+  prefix_cache_.Set(use.prefix_cache);
   ready_.Set(use.ready ? 1 : 0);
   live_.Set(use.live ? 1 : 0);
 }

@@ -19,6 +19,7 @@
 #include "model/prefill/prefill_engine.h"
 #include "server/outcome.h"
 #include "server/prefill_job.h"
+#include "server/prefix_cache_metrics.h"
 
 namespace prometheus {
 class Registry;
@@ -38,6 +39,7 @@ struct ResourceUse {
   int64_t staging_capacity_bytes = 0;
   int64_t device_bytes = 0;
   int64_t recorded_layers = 0;
+  model::PrefixCacheUse prefix_cache;
   bool ready = false;
   bool live = false;
 };
@@ -51,7 +53,7 @@ class Metrics {
   void CountRefused(Outcome outcome);
   void CountRequest(const PrefillJob& job, absl::Time now);  // once, when its Prefill call is over
   void CountPass(int num_prompts);
-  // `num_tokens` counts the tokens of all prompts of the pass.
+  // `num_tokens` counts the tokens that are computed, of all prompts of the pass.
   void CountLayer(const model::LayerReport& report, int num_prompts, int64_t num_tokens);
   void CountFrame(int lane, int64_t payload_bytes);
   void CountStall(absl::Duration stalled);
@@ -107,6 +109,7 @@ class Metrics {
   prometheus::Gauge& kv_utilization_;
   prometheus::Gauge& device_bytes_;
   prometheus::Gauge& recorded_layers_;
+  PrefixCacheMetrics prefix_cache_;
   prometheus::Gauge& ready_;
   prometheus::Gauge& live_;
 };

@@ -42,6 +42,14 @@ ABSL_FLAG(
     "go through 1.9 times as fast together, of 512 only 1.11 times, and as each waits for the "
     "whole pass, the mean time to the first token of those grows from 102 to 172 ms.");
 
+ABSL_FLAG(int64_t, prefix_cache_bytes, 0,
+          "Host memory that keeps the KV of prompts for later ones that begin with the same tokens, "
+          "which then compute the rest alone. Reserved at start, pinned on a GPU. 0: none.");
+ABSL_FLAG(std::string, prefix_cache_reuse, "looser",
+          "Requests that sparsely computed KV of the prefix cache serves. looser: those of the same "
+          "policy with the same or looser thresholds, and densely computed KV serves all. equal: "
+          "those of the same policy and thresholds alone, for dense KV too.");
+
 ABSL_FLAG(std::optional<int64_t>, max_graph_tokens, std::nullopt,
           "Dense prompts of up to so many tokens, and batches of them, are padded to a multiple of "
           "128, and their layers recorded the second time such a length is met and replayed from "
@@ -160,6 +168,14 @@ void ReadNamedValues(ServerOptions& options, std::vector<std::string>& problems)
   }
   options.log_format = format == "json" ? process::LogFormat::kJson : process::LogFormat::kText;
 
+  const std::string reuse = absl::GetFlag(FLAGS_prefix_cache_reuse);
+  if (const auto rule = model::ParsePrefixReuseRule(reuse); rule.has_value()) {
+    options.engine.prefix_reuse = *rule;
+  } else {
+    problems.push_back(absl::StrCat("--prefix_cache_reuse=", reuse, " is not one of ",
+                                    model::kPrefixReuseRuleNames));
+  }
+
   const std::string policies = model::AllPolicyNames();
   if (const auto name = absl::GetFlag(FLAGS_policy); name.has_value()) {
     options.attention.policy = model::ParsePolicy(*name);
@@ -204,6 +220,7 @@ ServerOptions ReadPlainValues() {
   options.engine.max_tokens = absl::GetFlag(FLAGS_max_prompt_tokens);
   options.engine.max_batch_tokens = absl::GetFlag(FLAGS_max_batch_tokens);
   options.engine.max_graph_tokens = absl::GetFlag(FLAGS_max_graph_tokens);
+  options.engine.prefix_cache_bytes = absl::GetFlag(FLAGS_prefix_cache_bytes);
   ReadThresholds(options.attention);
   options.recall_audit.fraction = absl::GetFlag(FLAGS_recall_audit_fraction);
   options.recall_audit.rows = absl::GetFlag(FLAGS_recall_audit_rows);
@@ -248,6 +265,7 @@ process::ProgramHelp Help() {
            {"listen", "metrics_listen", "port_file", "tls_cert", "tls_key", "tls_client_ca",
             "log_format"}},
           {"Attention", AttentionFlags()},
+          {"Prefix cache", {"prefix_cache_bytes", "prefix_cache_reuse"}},
           {"Recall audit", {"recall_audit_fraction", "recall_audit_rows"}},
           {"Connections and queue", {"max_connections", "queue_capacity", "max_queued_tokens"}},
           {"KV delivery",

@@ -32,9 +32,9 @@ v1::PrefillEvent AcceptedEvent(const PrefillWork& work, int64_t queue_position) 
   return event;
 }
 
-void PrefillJob::Start(model::AttentionPolicy policy, int batch_prompts) {
+void PrefillJob::Start(model::AttentionPolicy policy, int batch_prompts, int64_t cached_tokens) {
   const absl::Time now = clock_.Now();
-  record_.Start(now, policy, batch_prompts);
+  record_.Start(now, policy, batch_prompts, cached_tokens);
   delivery_.progress().started_at = now;
   if (work_.pushes()) dial_(shared_from_this());
 }

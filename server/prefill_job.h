@@ -50,12 +50,16 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
   const PrefillWork& work() const { return work_; }
   absl::Time accepted_at() const { return accepted_at_; }
   Delivery& delivery() { return delivery_; }
+  // The tokens that the prefix cache held when the request came. The scheduler sets them before
+  // another thread sees the job.
+  void set_expected_cached_tokens(int64_t tokens) { expected_cached_tokens_ = tokens; }
+  int64_t expected_cached_tokens() const { return expected_cached_tokens_; }
   RequestRecord& record() { return record_; }
   const RequestRecord& record() const { return record_; }
 
   // The compute thread calls these in this order: Start before the first layer, RecordLayer after
   // each layer, and Finish, which sends the result, after the last frame.
-  void Start(model::AttentionPolicy policy, int batch_prompts);
+  void Start(model::AttentionPolicy policy, int batch_prompts, int64_t cached_tokens);
   void RecordLayer(const model::LayerReport& report);
   void Finish();
 
@@ -88,6 +92,7 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
   const Clock& clock_;
   const Dial dial_;
   const absl::Time accepted_at_;
+  int64_t expected_cached_tokens_ = 0;
 
   RequestRecord record_;
   Delivery delivery_;

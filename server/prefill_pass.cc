@@ -21,7 +21,9 @@ PrefillPass::PrefillPass(const PassResources& resources,
       source_(resources.packer.Add(jobs_, *sequence_)) {
   for (const auto& job : jobs_) {
     num_tokens_ += static_cast<int64_t>(job->work().tokens.size());
-    if (!job->ended()) job->Start(sequence_->policy(), static_cast<int>(jobs_.size()));
+    if (!job->ended()) {
+      job->Start(sequence_->policy(), static_cast<int>(jobs_.size()), sequence_->cached_tokens());
+    }
   }
   resources_.metrics.CountPass(static_cast<int>(jobs_.size()));
 }
@@ -82,7 +84,7 @@ absl::Status PrefillPass::ComputeLayer(absl::FunctionRef<void()> at_point) {
   };
   PREFILLD_ASSIGN_OR_RETURN(const model::LayerReport report, sequence_->RunLayer(go_on));
   resources_.progress.Record();
-  resources_.metrics.CountLayer(report, static_cast<int>(jobs_.size()), num_tokens_);
+  resources_.metrics.CountLayer(report, static_cast<int>(jobs_.size()), num_computed_tokens());
   for (const auto& job : jobs_) {
     if (!job->ended()) job->RecordLayer(report);
   }

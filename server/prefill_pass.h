@@ -68,6 +68,7 @@ class PrefillPass {
 
   absl::Span<const std::shared_ptr<PrefillJob>> jobs() const { return jobs_; }
   int64_t num_tokens() const { return num_tokens_; }  // over all prompts
+  int64_t num_computed_tokens() const { return num_tokens_ - sequence_->cached_tokens(); }
   bool AllEnded() const;
   bool may_interject() const { return sequence_->may_interject(); }
   int layers_computed() const { return layers_computed_; }

@@ -179,6 +179,12 @@ grpc::ServerUnaryReactor* PrefillService::GetServerInfo(grpc::CallbackServerCont
   response->set_queued_requests(state.queued_requests);
   response->set_running_requests(state.running_requests);
   response->set_queued_tokens(state.queued_tokens);
+  if (const model::PrefixCacheUse use = scheduler_.prefix_cache(); use.counts.num_slots > 0) {
+    v1::PrefixCacheInfo& info = *response->mutable_prefix_cache();
+    info.set_block_tokens(model::kPrefixBlockTokens);
+    info.set_capacity_bytes(static_cast<uint64_t>(use.counts.num_slots * use.block_bytes));
+    info.set_used_bytes(static_cast<uint64_t>(use.counts.used_slots * use.block_bytes));
+  }
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
   reactor->Finish(grpc::Status::OK);
   return reactor;

@@ -185,6 +185,7 @@ absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
   PREFILLD_RETURN_IF_ERROR(CheckLogprobs(request));
   PREFILLD_RETURN_IF_ERROR(CheckLanes(request, limits));
   PREFILLD_RETURN_IF_ERROR(CheckDelivery(request, limits));
+  PREFILLD_RETURN_IF_ERROR(wire::CheckId("prefix_cache.salt", request.prefix_cache().salt()));
 
   work.id = request.request_id().empty() ? NewRequestId() : request.request_id();
   work.tokens.assign(request.token_ids().begin(), request.token_ids().end());
@@ -192,8 +193,18 @@ absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
   if (work.num_lanes > 1) work.lane_key = NewLaneKey();
   work.layer_stats = request.layer_stats();
   work.prompt_logprobs = request.prompt_logprobs();
+  work.use_prefix_cache = !request.prefix_cache().bypass();
+  work.cache_salt = request.prefix_cache().salt();
   work.deliver_to = request.deliver_to();
   return work;
+}
+
+model::PromptInput InputOf(const PrefillWork& work) {
+  return {.tokens = work.tokens,
+          .attention = work.attention,
+          .logprobs = work.prompt_logprobs,
+          .use_prefix_cache = work.use_prefix_cache,
+          .cache_salt = work.cache_salt};
 }
 
 model::KvSelection SelectBlocks(const v1::KvLayout& layout, int64_t first_block,

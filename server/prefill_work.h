@@ -25,6 +25,8 @@ struct PrefillWork {
   std::string lane_key;  // what attached lanes must show; empty if there are none
   bool layer_stats = false;
   bool prompt_logprobs = false;
+  bool use_prefix_cache = true;
+  std::string cache_salt;
   ::prefill::v1::DeliverTo deliver_to;  // address empty: the KV goes back on the call's streams
   absl::Time deadline = absl::InfiniteFuture();  // by the server's clock
   std::string peer;                              // for the log
@@ -50,6 +52,9 @@ struct RequestLimits {
 // - UNIMPLEMENTED: a push was asked for, and the operator allows none.
 absl::StatusOr<PrefillWork> ValidateRequest(const ::prefill::v1::PrefillRequest& request,
                                             const RequestLimits& limits);
+
+// Describes a prompt to the engine. The work is borrowed.
+model::PromptInput InputOf(const PrefillWork& work);
 
 // The longest prompt whose log-probabilities fit, with room to spare, into a message of 4 MiB,
 // which is what gRPC clients accept by default.

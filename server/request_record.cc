@@ -94,11 +94,13 @@ std::optional<model::RecallSummary> RecallOf(const std::vector<model::HeadRecall
   return model::Summarize(of_source);
 }
 
-void RequestRecord::Start(absl::Time now, model::AttentionPolicy policy, int batch_prompts) {
+void RequestRecord::Start(absl::Time now, model::AttentionPolicy policy, int batch_prompts,
+                          int64_t cached_tokens) {
   absl::MutexLock lock(&mu_);
   stats_.started_at = now;
   stats_.policy = policy;
   stats_.batch_prompts = batch_prompts;
+  stats_.cached_tokens = cached_tokens;
 }
 
 void RequestRecord::AddLayer(const model::LayerReport& report) {
@@ -141,6 +143,7 @@ v1::PrefillResult RequestRecord::TakeResult(bool layers) {
   const absl::Time first_token = stats_.first_token_at.value_or(started);
   result.set_policy(server::ToProto(stats_.policy.value_or(model::AttentionPolicy::kAuto)));
   result.set_batch_prompts(stats_.batch_prompts);
+  result.set_cached_tokens(static_cast<uint32_t>(stats_.cached_tokens));
   result.set_queue_us(absl::ToInt64Microseconds(started - stats_.accepted_at));
   result.set_compute_us(absl::ToInt64Microseconds(first_token - started));
   result.set_stall_us(absl::ToInt64Microseconds(stats_.stalled));

@@ -22,6 +22,7 @@ struct RequestStats {
   std::optional<absl::Time> first_token_at;      // its first token was sampled
   std::optional<model::AttentionPolicy> policy;  // the one that ran
   int batch_prompts = 0;                         // computed together, this one included
+  int64_t cached_tokens = 0;                     // that came from the prefix cache
   int layers_computed = 0;
   model::LayerReport total;                // sums over the layers; density is their mean by queries
   absl::Duration stalled;                  // time in which layers waited for the consumers
@@ -37,7 +38,8 @@ class RequestRecord {
  public:
   explicit RequestRecord(absl::Time accepted_at) { stats_.accepted_at = accepted_at; }
 
-  void Start(absl::Time now, model::AttentionPolicy policy, int batch_prompts);
+  void Start(absl::Time now, model::AttentionPolicy policy, int batch_prompts,
+             int64_t cached_tokens);
   void AddLayer(const model::LayerReport& report);
   void AddStall(absl::Duration stalled);
   void SetFirstToken(absl::Time now, model::SampledToken token);

@@ -12,6 +12,11 @@ namespace {
 
 int64_t NumTokens(const PrefillJob& job) { return static_cast<int64_t>(job.work().tokens.size()); }
 
+// Counts the tokens that will be computed, unless the prefix cache changes meanwhile.
+int64_t NumNewTokens(const PrefillJob& job) {
+  return NumTokens(job) - job.expected_cached_tokens();
+}
+
 }  // namespace
 
 Scheduler::Scheduler(model::PrefillEngine& engine, const PassResources& resources, EventCount& wake,
@@ -25,6 +30,7 @@ Scheduler::Admission Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
     return Admission{std::move(status), std::nullopt};
   };
   const int64_t num_tokens = NumTokens(*job);
+  job->set_expected_cached_tokens(engine_.CachedTokens(InputOf(job->work())));
   absl::MutexLock lock(&mu_);
   if (!closed_.empty()) return refused(absl::UnavailableError(closed_));
   const auto namesake = by_id_.find(job->work().id);
@@ -55,6 +61,7 @@ Scheduler::Admission Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
 WaitingPrompt Scheduler::Describe(const PrefillJob& job) const {
   const model::AttentionOptions& attention = job.work().attention;
   return {.num_tokens = NumTokens(job),
+          .cached_tokens = job.expected_cached_tokens(),
           .batch_tokens = engine_.BatchTokens(NumTokens(job), attention),
           .policy = attention.policy,
           .time_left = job.work().deadline - resources_.clock.Now(),
@@ -141,6 +148,8 @@ QueueState Scheduler::state() const {
           .work_waits = !queue_.empty() || !running_.empty()};
 }
 
+model::PrefixCacheUse Scheduler::prefix_cache() const { return engine_.prefix_cache(); }
+
 void Scheduler::Close(const std::string& reason) {
   absl::MutexLock lock(&mu_);
   if (closed_.empty()) closed_ = reason;
@@ -201,7 +210,7 @@ Contender Scheduler::DescribePass(const Running& running) const {
   const absl::Duration layer =
       pass.layers_computed() > 0
           ? pass.computing() / pass.layers_computed()
-          : costs_.Layer(pass.jobs().front()->work().attention.policy, pass.num_tokens());
+          : costs_.Layer(pass.jobs().front()->work().attention.policy, pass.num_computed_tokens());
   return {.remaining = pass.layers_left() * layer,
           .waited = resources_.clock.Now() - running.last_step_at};
 }
@@ -216,7 +225,7 @@ std::shared_ptr<PrefillJob> Scheduler::BestWaiting(bool must_interject, Contende
     const PrefillJob& job = *entry;
     if (job.ended()) continue;
     if (must_interject && !engine_.MayInterject(NumTokens(job), job.work().attention)) continue;
-    const absl::Duration layer = costs_.Layer(job.work().attention.policy, NumTokens(job));
+    const absl::Duration layer = costs_.Layer(job.work().attention.policy, NumNewTokens(job));
     jobs.push_back(entry);
     contenders.push_back({.remaining = engine_.info().config.num_layers * layer,
                           .waited = resources_.clock.Now() - job.accepted_at()});
@@ -256,10 +265,7 @@ Scheduler::Jobs Scheduler::TakeJobs(const PrefillJob& head) {
 void Scheduler::StartPass(Jobs jobs) {
   if (jobs.empty()) return;
   std::vector<model::PromptInput> prompts;
-  for (const auto& job : jobs) {
-    const PrefillWork& work = job->work();
-    prompts.push_back({work.tokens, work.attention, work.prompt_logprobs});
-  }
+  for (const auto& job : jobs) prompts.push_back(InputOf(job->work()));
   auto sequence = engine_.Start(prompts);
   if (sequence.ok()) {
     auto pass = std::make_unique<PrefillPass>(resources_, std::move(jobs), *std::move(sequence),
@@ -304,7 +310,8 @@ PrefillPass::Next Scheduler::StepPass(Running& running) {
     Fail(report.status());
     return PrefillPass::Next::kOver;
   }
-  if (pass.layers_computed() > layers_before) {
+  // Layers behind a cached prefix take longer per token than their number says.
+  if (pass.layers_computed() > layers_before && pass.num_computed_tokens() == pass.num_tokens()) {
     costs_.Record(pass.jobs().front()->work().attention.policy, pass.num_tokens(),
                   pass.computing() - computing_before);
   }
@@ -318,6 +325,7 @@ void Scheduler::SetComputing(bool computing) {
 }
 
 void Scheduler::RecordSpeed(const PrefillPass& pass, absl::Duration compute) {
+  if (pass.num_computed_tokens() < pass.num_tokens()) return;
   const absl::Time now = resources_.clock.Now();
   absl::MutexLock lock(&mu_);
   if (pass.jobs().size() > 1) {

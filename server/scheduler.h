@@ -27,7 +27,8 @@
 
 namespace prefilld::model {
 class PrefillEngine;
-}
+struct PrefixCacheUse;
+}  // namespace prefilld::model
 
 namespace prefilld::server {
 
@@ -85,6 +86,7 @@ class Scheduler {
   std::shared_ptr<PrefillJob> Find(const std::string& id) const;  // null: no such live request
   std::vector<LiveJob> LiveJobs() const;
   QueueState state() const;
+  model::PrefixCacheUse prefix_cache() const;
 
   // Closes the scheduler: from now on Submit answers UNAVAILABLE with this reason.
   void Close(const std::string& reason);

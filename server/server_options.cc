@@ -66,6 +66,8 @@ absl::Status Validate(const ServerOptions& o) {
              problems);
   CheckRange("--max_graph_tokens", o.engine.max_graph_tokens.value_or(0), 0, model::kMaxGraphTokens,
              problems);
+  CheckRange("--prefix_cache_bytes", o.engine.prefix_cache_bytes, 0, model::kMaxPrefixCacheBytes,
+             problems);
   CheckAddresses(o, problems);
   wire::CheckServerTls(o.tls, problems);
   CheckAttention(o, problems);
@@ -108,6 +110,8 @@ std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o
            o.engine.max_batch_tokens ? absl::StrCat(*o.engine.max_batch_tokens) : "by device"},
           {"max_graph_tokens",
            o.engine.max_graph_tokens ? absl::StrCat(*o.engine.max_graph_tokens) : "by device"},
+          {"prefix_cache_bytes", absl::StrCat(o.engine.prefix_cache_bytes)},
+          {"prefix_cache_reuse", model::Name(o.engine.prefix_reuse)},
           {"listen", o.listen},
           {"metrics_listen", o.metrics_listen},
           {"tls", o.tls.mode()},

@@ -61,6 +61,7 @@ void Watchdog::LookAround() {
                          .staging_capacity_bytes = watched_.ring->capacity_bytes(),
                          .device_bytes = static_cast<int64_t>(watched_.engine->allocated_bytes()),
                          .recorded_layers = watched_.engine->num_recordings(),
+                         .prefix_cache = watched_.engine->prefix_cache(),
                          .ready = watched_.health->ready(),
                          .live = watched_.health->live()});
 }

@@ -78,7 +78,7 @@ absl::Status ValidateOptions(const EngineOptions& options) {
   PREFILLD_RETURN_IF_ERROR(CheckRange("short_prompts", options.short_prompts.value_or(0), 0,
                                       kMaxPromptStates - long_prompts));
   PREFILLD_RETURN_IF_ERROR(CheckRange("prefix_cache_bytes", options.prefix_cache_bytes, 0,
-                                      int64_t{1} << 46));
+                                      kMaxPrefixCacheBytes));
   if (options.kv_slots < 2) {
     return absl::InvalidArgumentError(absl::StrCat("kv_slots ", options.kv_slots,
                                                    " is below 2: one layer leaves while the next "

@@ -176,6 +176,9 @@ inline constexpr int64_t kFullBatchPrompts = 8;
 // for recordings and for what the driver allocates on its own.
 inline constexpr size_t kMemoryReserve = size_t{1} << 30;
 
+// The limit of EngineOptions.prefix_cache_bytes: 64 TiB.
+inline constexpr int64_t kMaxPrefixCacheBytes = int64_t{1} << 46;
+
 // The limit of EngineOptions.long_prompts and short_prompts together.
 inline constexpr int kMaxPromptStates = 15;
 

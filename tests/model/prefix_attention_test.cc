@@ -36,12 +36,14 @@ LayerRun Attend(OneLayer& layer, const AttentionOptions& options, int64_t first)
   return run;
 }
 
-AttentionOptions Sparse(AttentionPolicy policy) {
+AttentionOptions Sparse(AttentionPolicy policy, float coverage = 1.0f) {
   AttentionOptions options;
   options.policy = policy;
   options.gamma = policy == AttentionPolicy::kShare ? 0.8f : 0.3f;
   options.tau = 1.0f;
-  options.coverage = 1.0f;
+  options.coverage = coverage;
+  options.score_threshold = 0.5f;
+  options.last_rows_gamma = 0.3f;
   options.min_budget_tokens = 0;
   return options;
 }
@@ -51,16 +53,19 @@ AttentionOptions Sparse(AttentionPolicy policy) {
 // computed.
 TEST(PrefixAttention, LastQueriesGetWhatTheyGetInTheWholePrompt) {
   for (const int64_t num_tokens : {1024, 1000}) {
-    for (const AttentionPolicy policy :
-         {AttentionPolicy::kVerticalSlash, AttentionPolicy::kShare}) {
+    // Without coverage no head shares, so all are scored.
+    for (const AttentionOptions& options :
+         {Sparse(AttentionPolicy::kVerticalSlash), Sparse(AttentionPolicy::kShare),
+          Sparse(AttentionPolicy::kShare, /*coverage=*/0.0f)}) {
       OneLayer layer(num_tokens);
-      const LayerRun whole = Attend(layer, Sparse(policy), 0);
+      const LayerRun whole = Attend(layer, options, 0);
       EXPECT_LT(whole.report.density, 0.9);
       for (const int64_t first : {128, 512, 832}) {
-        SCOPED_TRACE(testing::Message() << Name(policy) << " from " << first);
-        const LayerRun last = Attend(layer, Sparse(policy), first);
+        SCOPED_TRACE(testing::Message() << Name(options.policy) << " from " << first);
+        const LayerRun last = Attend(layer, options, first);
         EXPECT_EQ(last.report.pivot_heads, whole.report.pivot_heads);
         EXPECT_EQ(last.report.shared_heads, whole.report.shared_heads);
+        EXPECT_EQ(last.report.scored_heads, whole.report.scored_heads);
         EXPECT_EQ(last.report.vertical_slash_heads, whole.report.vertical_slash_heads);
         EXPECT_GT(last.report.density, 0.0);
         EXPECT_LE(last.report.density, 1.0);

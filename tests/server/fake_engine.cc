@@ -61,6 +61,7 @@ class FakeSequence final : public model::PrefillSequence {
     const model::AttentionOptions& options = prompts.front().attention;
     policy_ = Resolve(options, prompts_.front().num_tokens);
     audited_ = options.recall_audit_rows > 0;
+    if (prompts.size() == 1) cached_tokens_ = engine_->CachedTokens(prompts.front());
     ++engine_->alive_;
     ++engine_->started_;
   }
@@ -170,6 +171,7 @@ class FakeSequence final : public model::PrefillSequence {
   }
 
   model::AttentionPolicy policy() const override { return policy_; }
+  int64_t cached_tokens() const override { return cached_tokens_; }
 
  private:
   struct FakePrompt {
@@ -181,6 +183,7 @@ class FakeSequence final : public model::PrefillSequence {
   std::vector<FakePrompt> prompts_;
   int64_t num_tokens_ = 0;  // of all prompts
   model::AttentionPolicy policy_;
+  int64_t cached_tokens_ = 0;
   bool audited_;
   int layer_ = 0;
   std::atomic<int> held_ = 0;
@@ -262,6 +265,31 @@ bool FakeEngine::MayInterject(int64_t num_tokens, const model::AttentionOptions&
          num_tokens <= options_.interject_tokens;
 }
 
+int64_t FakeEngine::CachedTokens(const model::PromptInput& prompt) const {
+  const auto num_tokens = static_cast<int64_t>(prompt.tokens.size());
+  return prompt.use_prefix_cache && num_tokens > options_.cached_tokens ? options_.cached_tokens
+                                                                        : 0;
+}
+
+// A block of 1000 bytes for every layer run.
+model::PrefixCacheUse FakeEngine::prefix_cache() const {
+  if (options_.cached_tokens == 0) return {};
+  const int64_t layers = layers_run_;
+  return {.counts = {.lookups = layers,
+                     .hits = layers,
+                     .hit_tokens = 128 * layers,
+                     .stored_blocks = layers,
+                     .used_slots = layers,
+                     .num_slots = 1000},
+          .block_bytes = 1000,
+          .load_seconds = 0.5};
+}
+
+std::string FakeEngine::last_salt() const {
+  absl::MutexLock lock(&mu_);
+  return last_salt_;
+}
+
 int64_t FakeEngine::BatchTokens(int64_t num_tokens, const model::AttentionOptions& options) const {
   const bool is_dense = Resolve(options, num_tokens) == model::AttentionPolicy::kDense;
   return is_dense && num_tokens <= options_.max_batch_tokens ? num_tokens : 0;
@@ -278,6 +306,7 @@ absl::StatusOr<std::unique_ptr<model::PrefillSequence>> FakeEngine::Start(
   for (const model::PromptInput& prompt : prompts) {
     lengths.push_back(static_cast<int64_t>(prompt.tokens.size()));
   }
+  last_salt_ = std::string(prompts.front().cache_salt);
   last_tokens_.assign(prompts.front().tokens.begin(), prompts.front().tokens.end());
   last_attention_ = prompts.front().attention;
   return std::make_unique<FakeSequence>(this, prompts);

@@ -28,6 +28,8 @@ struct FakeEngineOptions {
   int points_per_layer = 0;       // of sequences that may not interject
   int64_t interject_tokens = 0;   // dense sequences of at most so many may
   int max_sequences = 4;  // at once; Start answers RESOURCE_EXHAUSTED beyond
+  // Prompts of more tokens, alone and with use_prefix_cache, have so many in the cache.
+  int64_t cached_tokens = 0;
 };
 
 // The first token of a prompt is its last token plus one. K and V are a pure function of (layer, K
@@ -65,6 +67,7 @@ class FakeEngine final : public model::PrefillEngine {
   int most_held() const { return most_held_; }            // most unreleased layers at any time
   int logprobs_parts() const { return logprobs_parts_; }  // over all sequences
   std::vector<std::vector<int64_t>> lengths() const;      // for every sequence so far
+  std::string last_salt() const;                          // of the latest sequence's first prompt
   std::vector<uint32_t> last_tokens() const;              // for the latest sequence's first prompt
   model::AttentionOptions last_attention() const;         // for the latest sequence's first prompt
 
@@ -74,6 +77,8 @@ class FakeEngine final : public model::PrefillEngine {
   int64_t max_batch_tokens() const override { return options_.max_batch_tokens; }
   int64_t BatchTokens(int64_t num_tokens, const model::AttentionOptions& options) const override;
   bool MayInterject(int64_t num_tokens, const model::AttentionOptions& options) const override;
+  int64_t CachedTokens(const model::PromptInput& prompt) const override;
+  model::PrefixCacheUse prefix_cache() const override;
   bool CanStart(int64_t) const override { return alive_ < options_.max_sequences; }
   absl::StatusOr<std::unique_ptr<model::PrefillSequence>> Start(
       absl::Span<const model::PromptInput> prompts) override;
@@ -101,6 +106,7 @@ class FakeEngine final : public model::PrefillEngine {
   int hold_logprobs_after_ ABSL_GUARDED_BY(mu_) = -1;
   absl::Status logprobs_error_ ABSL_GUARDED_BY(mu_);
   std::vector<std::vector<int64_t>> lengths_ ABSL_GUARDED_BY(mu_);
+  std::string last_salt_ ABSL_GUARDED_BY(mu_);
   std::vector<uint32_t> last_tokens_ ABSL_GUARDED_BY(mu_);
   model::AttentionOptions last_attention_ ABSL_GUARDED_BY(mu_);
 };

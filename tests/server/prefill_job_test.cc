@@ -47,7 +47,7 @@ TEST_F(PrefillJobTest, EndsOnceForTheFirstReason) {
 TEST_F(PrefillJobTest, IsNotCancelledOnceItsResultWasSent) {
   const auto job = NewJob();
   Consumer consumer(job);
-  job->Start(model::AttentionPolicy::kDense, 1);
+  job->Start(model::AttentionPolicy::kDense, 1, /*cached_tokens=*/0);
   job->Finish();
   EXPECT_TRUE(job->ended());
   job->OnCallCancelled();
@@ -140,7 +140,7 @@ TEST_F(PrefillJobTest, OpensTheCallToItsReceiverWhenItStarts) {
   const auto job = std::make_shared<PrefillJob>(
       std::move(work), bench_.clock, [&](auto self) { dialed.push_back(std::move(self)); });
   EXPECT_TRUE(dialed.empty());
-  job->Start(model::AttentionPolicy::kDense, 1);
+  job->Start(model::AttentionPolicy::kDense, 1, /*cached_tokens=*/0);
   ASSERT_EQ(dialed.size(), 1u);
   EXPECT_EQ(dialed[0], job);
 }
