@@ -111,6 +111,10 @@ ABSL_FLAG(uint32_t, lanes, 1, "prefill: connections for the KV, 1 to 16.");
 ABSL_FLAG(bool, layer_stats, false, "prefill: report every layer.");
 ABSL_FLAG(bool, prompt_logprobs, false,
           "prefill: report how likely the model finds the prompt; the result waits for it.");
+ABSL_FLAG(bool, bypass_prefix_cache, false,
+          "prefill: compute all of the prompt, and leave nothing in the server's prefix cache.");
+ABSL_FLAG(std::string, cache_salt, "",
+          "prefill: the prompt shares cached prefixes with those of an equal salt alone.");
 ABSL_FLAG(std::string, deliver_to, "",
           "prefill: have the KV pushed to this decode worker (host:port) instead of here.");
 ABSL_FLAG(std::string, transfer_id, "", "prefill: the pushed_transfer_id it waits under.");
@@ -288,7 +292,8 @@ process::ProgramHelp Help() {
                  {"Attention", AttentionFlags()},
                  {"Prefill and its KV",
                   {"block_tokens", "kv_order", "kv_dtype", "first_head", "num_heads", "first_block",
-                   "lanes", "layer_stats", "prompt_logprobs", "deliver_to", "transfer_id"}}}};
+                   "lanes", "layer_stats", "prompt_logprobs", "bypass_prefix_cache", "cache_salt",
+                   "deliver_to", "transfer_id"}}}};
 }
 
 }  // namespace
@@ -322,6 +327,8 @@ absl::StatusOr<CliOptions> OptionsFromFlags(const std::vector<char*>& positional
   options.lanes = absl::GetFlag(FLAGS_lanes);
   options.layer_stats = absl::GetFlag(FLAGS_layer_stats);
   options.prompt_logprobs = absl::GetFlag(FLAGS_prompt_logprobs);
+  options.prefix_cache.set_bypass(absl::GetFlag(FLAGS_bypass_prefix_cache));
+  options.prefix_cache.set_salt(absl::GetFlag(FLAGS_cache_salt));
   options.deliver_to = absl::GetFlag(FLAGS_deliver_to);
   options.transfer_id = absl::GetFlag(FLAGS_transfer_id);
   if (!options.deliver_to.empty()) CheckAddress("--deliver_to", options.deliver_to, problems);

@@ -53,6 +53,7 @@ struct CliOptions {
   uint32_t lanes = 1;
   bool layer_stats = false;
   bool prompt_logprobs = false;
+  ::prefill::v1::PrefixCacheOptions prefix_cache;
   std::string deliver_to;
   std::string transfer_id;
 };

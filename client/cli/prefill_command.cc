@@ -79,6 +79,7 @@ PrefillRequest MakeRequest(const CliOptions& options, const Prompt& prompt) {
   request.set_num_lanes(options.lanes);
   request.set_layer_stats(options.layer_stats);
   request.set_prompt_logprobs(options.prompt_logprobs);
+  *request.mutable_prefix_cache() = options.prefix_cache;
   if (!options.deliver_to.empty()) {
     request.mutable_deliver_to()->set_address(options.deliver_to);
     request.mutable_deliver_to()->set_transfer_id(options.transfer_id);

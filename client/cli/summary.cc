@@ -44,11 +44,16 @@ std::string Line(const char* label, const std::string& text) {
 }
 
 std::string PromptLine(const PrefillResult& prefill, uint64_t ttft_us) {
-  return Line("prompt", absl::StrFormat(
-                            "%s tokens; first token after %s, %s tokens/s; computing %s, queued %s",
-                            CountText(prefill.num_tokens()), DurationText(ttft_us),
-                            CountText(PerSecond(prefill.num_tokens(), ttft_us)),
-                            DurationText(prefill.compute_us()), DurationText(prefill.queue_us())));
+  const std::string cached =
+      prefill.cached_tokens() == 0
+          ? ""
+          : absl::StrFormat(", %s of them cached", CountText(prefill.cached_tokens()));
+  return Line(
+      "prompt",
+      absl::StrFormat("%s tokens%s; first token after %s, %s tokens/s; computing %s, queued %s",
+                      CountText(prefill.num_tokens()), cached, DurationText(ttft_us),
+                      CountText(PerSecond(prefill.num_tokens(), ttft_us)),
+                      DurationText(prefill.compute_us()), DurationText(prefill.queue_us())));
 }
 
 std::string AttentionLine(const PrefillResult& prefill) {
@@ -184,6 +189,7 @@ json ToJson(const PrefillResult& result) {
   object["policy"] = EnumName(result.policy());
   object["batch_prompts"] = result.batch_prompts();
   object["prompt_tokens"] = result.num_tokens();
+  object["cached_tokens"] = result.cached_tokens();
   object["kv_bytes"] = result.kv_bytes();
   object["kv_frames"] = result.kv_frames();
   for (const LayerStats& layer : result.layers()) {
@@ -254,6 +260,12 @@ std::string Summary(const ServerInfo& info) {
       Line("load", absl::StrFormat("%u running, %u of %u queued, %s tokens waiting",
                                    info.running_requests(), info.queued_requests(),
                                    info.queue_capacity(), CountText(info.queued_tokens()))),
+      info.has_prefix_cache()
+          ? Line("prefixes", absl::StrFormat("%s of %s used, blocks of %u tokens",
+                                             BytesText(info.prefix_cache().used_bytes()),
+                                             BytesText(info.prefix_cache().capacity_bytes()),
+                                             info.prefix_cache().block_tokens()))
+          : "",
       Line("version", info.version()));
 }
 
@@ -308,6 +320,11 @@ json ToJson(const ServerInfo& info) {
                  {"queued_requests", info.queued_requests()},
                  {"running_requests", info.running_requests()},
                  {"queued_tokens", info.queued_tokens()}};
+  if (info.has_prefix_cache()) {
+    object["prefix_cache"] = {{"block_tokens", info.prefix_cache().block_tokens()},
+                              {"capacity_bytes", info.prefix_cache().capacity_bytes()},
+                              {"used_bytes", info.prefix_cache().used_bytes()}};
+  }
   for (int policy : info.allowed_policies()) {
     object["allowed_policies"].push_back(EnumName(static_cast<AttentionPolicy>(policy)));
   }

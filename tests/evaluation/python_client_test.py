@@ -41,6 +41,7 @@ from prefilld import (
     PrefillClient,
     Sampling,
     TransferError,
+    prefix_keys,
     to_float32,
     wire,
 )  # noqa: E402
@@ -63,6 +64,25 @@ class Options(unittest.TestCase):
             message = Attention(**{name: {float: 0.5, int: 7, bool: False}[kind]}).to_wire()
             self.assertEqual([field.name for field, _ in message.ListFields()], [name])
         self.assertEqual(Attention().to_wire().ByteSize(), 0)
+
+
+class PrefixKeys(unittest.TestCase):
+    def test_are_those_of_the_server(self):
+        """tests/model/prefix_cache_test.cc expects the same."""
+        tokens = [i * i * 1000 for i in range(256)]
+        keys = prefix_keys(tokens + [1, 2], "0123456789abcdef0123456789abcdef", salt="tenant a")
+        self.assertEqual(
+            [key.hex() for key in keys],
+            ["0f17f8fb269de7f310f1567d93bc19a5", "f620efe8c9a80cfbc67c9d24a2b2fb55"],
+        )
+
+    def test_name_whole_blocks_and_what_is_before_them(self):
+        keys = prefix_keys([1] * 300, "model")
+        self.assertEqual(len(keys), 2)
+        self.assertNotEqual(keys[0], keys[1])
+        self.assertEqual(prefix_keys([1] * 127, "model"), [])
+        for other in (prefix_keys([1] * 300, "model", salt="a"), prefix_keys([1] * 300, "model", rope_tokens=300)):
+            self.assertFalse(set(keys) & set(other))
 
 
 class Frames(unittest.TestCase):

@@ -76,6 +76,17 @@ TEST(RetryDelay, StaysBetweenASecondAndAMinute) {
   EXPECT_EQ(RetryDelay({.prompts = {Long(1'000'000)}}, 1000), absl::Seconds(60));
 }
 
+TEST(CheckDeadline, CountsWhatIsNotCachedAlone) {
+  const PromptSpeed speed = Measured();
+  WaitingPrompt prompt = Long(100'000, absl::Seconds(4));
+  EXPECT_FALSE(CheckDeadline({}, prompt, speed, kNow).ok());
+  prompt.cached_tokens = 95'000;
+  EXPECT_TRUE(CheckDeadline({}, prompt, speed, kNow).ok());
+  WaitingPrompt before = Long(4000);
+  before.cached_tokens = 1000;
+  EXPECT_EQ(QueueAtBest({.prompts = {before}}, prompt, speed, kNow), absl::Seconds(3));
+}
+
 TEST(CheckDeadline, RefusesWhatLeavesLessThanHalfOfTheTime) {
   const PromptSpeed speed = Measured();
   const WaitingLine line = {.prompts = {Long(3000), Long(8000), Long(3000)}};

@@ -24,7 +24,8 @@ struct Call {
 
 class SchedulerTest : public ::testing::Test {
  protected:
-  SchedulerTest() {
+  explicit SchedulerTest(const FakeEngineOptions& options = {.max_batch_tokens = 1000})
+      : bench_(options, /*num_buffers=*/32) {
     bench_.engine.set_on_layer(
         [this](int64_t num_tokens) { bench_.clock.Advance(num_tokens * kLayerTime / 2000); });
   }
@@ -48,7 +49,7 @@ class SchedulerTest : public ::testing::Test {
   }
   void Retire(Call& call) { scheduler_.Retire(*call.job); }
 
-  Bench bench_{{.max_batch_tokens = 1000}, /*num_buffers=*/32};
+  Bench bench_;
   Scheduler scheduler_{bench_.engine, bench_.resources, bench_.wake,
                        QueueLimits{.capacity = 4, .max_queued_tokens = 100'000}};
 };
@@ -70,6 +71,22 @@ TEST_F(SchedulerTest, ShortPromptIsBatchedWithTheHead) {
   Run();
   EXPECT_THAT(bench_.engine.lengths(),
               ElementsAre(ElementsAre(2000), ElementsAre(100, 50), ElementsAre(3000)));
+}
+
+class SchedulerWithPrefixes : public SchedulerTest {
+ protected:
+  SchedulerWithPrefixes() : SchedulerTest({.cached_tokens = 9000}) {}
+};
+
+// Of 10,000 tokens only 1000 are computed.
+TEST_F(SchedulerWithPrefixes, APromptThatIsMostlyCachedCountsAsShort) {
+  auto holder = Submit(20'000);
+  EXPECT_TRUE(scheduler_.StepOnce());
+  auto short_one = Submit(2000), cached = Submit(10'000);
+  Run();
+  EXPECT_THAT(bench_.engine.lengths(),
+              ElementsAre(ElementsAre(20'000), ElementsAre(10'000), ElementsAre(2000)));
+  EXPECT_EQ(cached->consumer->result()->cached_tokens(), 9000);
 }
 
 TEST_F(SchedulerTest, OneStepIsOneLayer) {

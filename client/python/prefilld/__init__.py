@@ -15,6 +15,7 @@ with DecodeClient("localhost:50052") as client:
 
 from prefilld.clients import DecodeClient, GenerateStream, PrefillClient, PrefillStream, Token, retry_after
 from prefilld.options import Attention, Layout, Sampling
+from prefilld.prefixes import prefix_keys
 from prefilld.transfer import KvBlocks, TransferError, to_float32
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Sampling",
     "Token",
     "TransferError",
+    "prefix_keys",
     "retry_after",
     "to_float32",
 ]

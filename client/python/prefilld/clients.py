@@ -169,6 +169,8 @@ class PrefillClient(_Client):
         model_fingerprint: str = "",
         layer_stats: bool = False,
         prompt_logprobs: bool = False,
+        bypass_prefix_cache: bool = False,
+        cache_salt: str = "",
         timeout: float | None = None,
         on_progress: Callable | None = None,
     ) -> PrefillStream:
@@ -179,6 +181,10 @@ class PrefillClient(_Client):
         as greedy decoding would have. On a GPU they come from logits rounded to bf16, so that several
         tokens may count as the likeliest. The result, and with it the first token, comes after that
         pass, which takes result.logprobs_us. numpy.array(result.prompt_logprobs) copies them at once.
+
+        If the server has a prefix cache, a prompt that begins as an earlier one did computes the rest
+        alone; result.cached_tokens counts what was cached. Prompts share prefixes with those of an
+        equal cache_salt alone. With bypass_prefix_cache the cache is neither asked nor filled.
 
         on_progress(Progress) is called after each layer and while the request waits, from within
         the iteration. Raises grpc.RpcError with the server's status, which PrefillService in
@@ -195,6 +201,7 @@ class PrefillClient(_Client):
             num_lanes=1,
             layer_stats=layer_stats,
             prompt_logprobs=prompt_logprobs,
+            prefix_cache=wire.PrefixCacheOptions(bypass=bypass_prefix_cache, salt=cache_salt),
         )
         call = self._stub.Prefill(request, timeout=timeout)
         first = next(call, None)

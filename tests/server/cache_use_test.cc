@@ -1,0 +1,81 @@
+// Tests how requests use the prefix cache of an engine, and what the server tells about it.
+#include <string>
+
+#include "gmock/gmock.h"
+#include "tests/server/server_fixture.h"
+
+namespace prefilld::server {
+namespace {
+
+using ::testing::HasSubstr;
+
+class PrefixCacheTest : public ServerFixture {
+ protected:
+  PrefixCacheTest() { engine_options_.cached_tokens = 512; }
+
+  v1::ServerInfo Info() {
+    v1::ServerInfo info;
+    grpc::ClientContext context;
+    EXPECT_TRUE(stub_->GetServerInfo(&context, {}, &info).ok());
+    return info;
+  }
+};
+
+TEST_F(PrefixCacheTest, ResultSaysHowManyTokensWereCached) {
+  StartServer();
+  const StreamContents cached = Prefill(PromptOf(600));
+  ASSERT_TRUE(cached.status.ok()) << cached.status.error_message();
+  EXPECT_EQ(cached.result()->cached_tokens(), 512);
+  EXPECT_EQ(cached.result()->num_tokens(), 600);
+  ExpectWholeCache(cached.frames(), cached.events.front().accepted().layout());
+  EXPECT_EQ(Prefill(PromptOf(300)).result()->cached_tokens(), 0);
+  EXPECT_TRUE(EverythingIsFree());
+}
+
+TEST_F(PrefixCacheTest, ARequestMayBypassItAndHasASalt) {
+  StartServer();
+  v1::PrefillRequest request = PromptOf(600);
+  request.mutable_prefix_cache()->set_bypass(true);
+  EXPECT_EQ(Prefill(request).result()->cached_tokens(), 0);
+  request.mutable_prefix_cache()->set_bypass(false);
+  request.mutable_prefix_cache()->set_salt("tenant a");
+  EXPECT_EQ(Prefill(request).result()->cached_tokens(), 512);
+  EXPECT_EQ(engine_->last_salt(), "tenant a");
+}
+
+TEST_F(PrefixCacheTest, ASaltHasALimit) {
+  StartServer();
+  v1::PrefillRequest request = PromptOf(600);
+  request.mutable_prefix_cache()->set_salt(std::string(129, 'a'));
+  const grpc::Status status = Prefill(request).status;
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_THAT(status.error_message(), HasSubstr("prefix_cache.salt"));
+  EXPECT_THAT(status.error_message(), HasSubstr("128"));
+}
+
+TEST_F(PrefixCacheTest, InfoAndMetricsShowItsUse) {
+  StartServer();
+  Prefill(PromptOf(600));
+  EXPECT_EQ(Info().prefix_cache().block_tokens(), 128);
+  EXPECT_EQ(Info().prefix_cache().capacity_bytes(), 1'000'000);
+  EXPECT_EQ(Info().prefix_cache().used_bytes(), 4000);  // a block for each of 4 layers
+  EXPECT_TRUE(Eventually([this] { return Metric("prefilld_prefix_cache_hits_total") == 4; }));
+  EXPECT_EQ(Metric("prefilld_prefix_cache_lookups_total"), 4);
+  EXPECT_EQ(Metric("prefilld_prefix_cache_hit_tokens_total"), 512);
+  EXPECT_EQ(Metric("prefilld_prefix_cache_stored_blocks_total"), 4);
+  EXPECT_EQ(Metric("prefilld_prefix_cache_evicted_blocks_total"), 0);
+  EXPECT_EQ(Metric("prefilld_prefix_cache_load_seconds_total"), 0.5);
+  EXPECT_EQ(Metric("prefilld_prefix_cache_bytes"), 4000);
+  EXPECT_EQ(Metric("prefilld_prefix_cache_capacity_bytes"), 1'000'000);
+  EXPECT_EQ(Metric("prefilld_step_tokens_total"), 4 * (600 - 512));
+}
+
+TEST_F(PrefixCacheTest, AServerWithoutOneSaysSo) {
+  engine_options_.cached_tokens = 0;
+  StartServer();
+  EXPECT_EQ(Prefill(PromptOf(600)).result()->cached_tokens(), 0);
+  EXPECT_FALSE(Info().has_prefix_cache());
+}
+
+}  // namespace
+}  // namespace prefilld::server
