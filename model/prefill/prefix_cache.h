@@ -92,7 +92,7 @@ class PrefixCache {
   void LetGo(Block* block) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void ListIfEvictable(Block* block) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
-  // What a lease does.
+  // A lease calls these.
   void Publish(const PrefixQuery& query, const Blocks& found, PrefixKey last,
                std::vector<int>& slots);
   void Return(const Blocks& found, const std::vector<int>& slots);

@@ -195,7 +195,7 @@ TEST_F(CachedPrompts, AFewQueriesAreDenseUnderEveryPolicy) {
   EXPECT_EQ(again.cached_tokens, 1408);
   EXPECT_EQ(again.policy, AttentionPolicy::kDense);
   EXPECT_EQ(again.reports[0].dense_heads, 4);
-  // What is sparse is not used by those who asked for exact attention.
+  // Sparse KV is not used by those who asked for exact attention.
   EXPECT_EQ(RunPrompt(*engine, prompt, DenseAttention()).cached_tokens, 0);
   EXPECT_EQ(RunPrompt(*engine, prompt, Sparse(AttentionPolicy::kShare)).cached_tokens, 1408);
 }

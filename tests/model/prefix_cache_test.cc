@@ -230,7 +230,7 @@ TEST(PrefixCache, ComparesTokensWhereKeysCollide) {
   EXPECT_EQ(cache.counts().used_slots, 1);
 }
 
-// What a slot holds: everything that its block's KV depends on.
+// The content of a slot: everything that its block's KV depends on.
 struct Content {
   std::string domain;
   std::vector<uint32_t> prefix;

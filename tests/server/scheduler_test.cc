@@ -78,7 +78,7 @@ class SchedulerWithPrefixes : public SchedulerTest {
   SchedulerWithPrefixes() : SchedulerTest({.cached_tokens = 9000}) {}
 };
 
-// Of 10,000 tokens only 1000 are computed.
+// Only 1000 of the 10,000 tokens are computed.
 TEST_F(SchedulerWithPrefixes, APromptThatIsMostlyCachedCountsAsShort) {
   auto holder = Submit(20'000);
   EXPECT_TRUE(scheduler_.StepOnce());
