@@ -80,8 +80,7 @@ absl::Duration QueueAtBest(const WaitingLine& line, const WaitingPrompt& newcome
 }
 
 std::vector<size_t> ChoosePass(absl::Span<const WaitingPrompt> line, size_t head,
-                               int64_t max_batch_tokens, const PromptSpeed& speed,
-                               absl::Time now) {
+                               int64_t max_batch_tokens, const PromptSpeed& speed, absl::Time now) {
   std::vector<size_t> chosen = {head};
   if (line[head].batch_tokens == 0) return chosen;
   int64_t room = max_batch_tokens - line[head].batch_tokens;

@@ -25,8 +25,8 @@ struct QueueLimits {
 // The facts about a prompt that the rules read.
 struct WaitingPrompt {
   int64_t num_tokens = 0;
-  int64_t cached_tokens = 0;   // in the prefix cache: they cost no time worth counting
-  int64_t batch_tokens = 0;  // what it takes of a batch's tokens; 0: it computes alone
+  int64_t cached_tokens = 0;  // in the prefix cache: they cost no time worth counting
+  int64_t batch_tokens = 0;   // what it takes of a batch's tokens; 0: it computes alone
   model::AttentionPolicy policy = model::AttentionPolicy::kAuto;  // that was asked for
   absl::Duration time_left = absl::InfiniteDuration();            // to its deadline
   bool ended = false;  // it waits no longer, and will leave the queue
@@ -51,8 +51,8 @@ absl::Status CheckRoom(const QueueLimits& limits, const WaitingLine& line, int64
 absl::Duration RetryDelay(const WaitingLine& line, double tokens_per_second);
 
 // Returns DEADLINE_EXCEEDED when the time left to the newcomer's deadline is less than half of what
-// the queue and its own prompt take at the best recent speed. Passes under way do not count, because
-// they may end at any moment.
+// the queue and its own prompt take at the best recent speed. Passes under way do not count,
+// because they may end at any moment.
 absl::Status CheckDeadline(const WaitingLine& line, const WaitingPrompt& newcomer,
                            const PromptSpeed& speed, absl::Time now);
 

@@ -52,9 +52,13 @@ absl::Status CudaHostCopies::StartLoads(absl::Span<const RowCopy> copies) {
 }
 
 void CudaHostCopies::CountLoads() {
-  float milliseconds = 0.0f;
-  if (counted_ || cudaEventQuery(loads_end_) != cudaSuccess) return;
+  if (counted_) return;
+  if (cudaEventQuery(loads_end_) != cudaSuccess) {
+    cudaGetLastError();  // "not ready" is no error that the next launch should report
+    return;
+  }
   counted_ = true;
+  float milliseconds = 0.0f;
   if (cudaEventElapsedTime(&milliseconds, loads_begin_, loads_end_) != cudaSuccess) return;
   load_seconds_.store(load_seconds_.load() + 1e-3 * milliseconds);
 }

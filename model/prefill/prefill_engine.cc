@@ -70,15 +70,14 @@ absl::Status ValidateOptions(const EngineOptions& options) {
       CheckRange("max_batch_tokens", options.max_batch_tokens.value_or(0), 0, kMaxBatchTokens));
   PREFILLD_RETURN_IF_ERROR(
       CheckRange("max_graph_tokens", options.max_graph_tokens.value_or(0), 0, kMaxGraphTokens));
-  PREFILLD_RETURN_IF_ERROR(CheckRange("interject_tokens",
-                                      options.interject_tokens.value_or(kInterjectTokens), 1,
-                                      kMaxPositions));
+  PREFILLD_RETURN_IF_ERROR(CheckRange(
+      "interject_tokens", options.interject_tokens.value_or(kInterjectTokens), 1, kMaxPositions));
   const int long_prompts = options.long_prompts.value_or(1);
   PREFILLD_RETURN_IF_ERROR(CheckRange("long_prompts", long_prompts, 1, kMaxPromptStates));
   PREFILLD_RETURN_IF_ERROR(CheckRange("short_prompts", options.short_prompts.value_or(0), 0,
                                       kMaxPromptStates - long_prompts));
-  PREFILLD_RETURN_IF_ERROR(CheckRange("prefix_cache_bytes", options.prefix_cache_bytes, 0,
-                                      kMaxPrefixCacheBytes));
+  PREFILLD_RETURN_IF_ERROR(
+      CheckRange("prefix_cache_bytes", options.prefix_cache_bytes, 0, kMaxPrefixCacheBytes));
   if (options.kv_slots < 2) {
     return absl::InvalidArgumentError(absl::StrCat("kv_slots ", options.kv_slots,
                                                    " is below 2: one layer leaves while the next "
@@ -174,9 +173,9 @@ class Engine final : public PrefillEngine {
             prompt.tokens, attention};
   }
 
-  // Asks the prefix cache. A few queries behind a prefix are computed densely, as short prompts are:
-  // all that a pattern could leave out costs little. Their prompt is not padded, because it is not
-  // recorded.
+  // Asks the prefix cache. A few queries behind a prefix are computed densely, as short prompts
+  // are: all that a pattern could leave out costs little. Their prompt is not padded, because it is
+  // not recorded.
   PrefixLease LookUp(const PromptInput& prompt, AttentionOptions& attention,
                      PackedPrompts& packed) const {
     if (!UsesPrefixes(prompt)) return {};
@@ -271,15 +270,15 @@ absl::Status AllocateWorkspace(const EngineOptions& options, int64_t most_tokens
     tile_tokens = device->traits().asynchronous ? kCudaTileTokens : kCpuTileTokens;
   }
   parts->points = std::make_unique<TurnPoints>(device, kTurnPointsMark);
-  PREFILLD_ASSIGN_OR_RETURN(parts->step,
-                            LayerStep::Create(device, &config, &parts->weights, most_tokens,
-                                              tile_tokens, parts->points.get()));
+  PREFILLD_ASSIGN_OR_RETURN(
+      parts->step, LayerStep::Create(device, &config, &parts->weights, most_tokens, tile_tokens,
+                                     parts->points.get()));
   parts->interject_tokens =
       std::min(options.interject_tokens.value_or(kInterjectTokens), most_tokens);
   if (device->traits().asynchronous) tile_tokens = std::min(tile_tokens, kCudaInterjectTileTokens);
-  PREFILLD_ASSIGN_OR_RETURN(parts->short_step,
-                            LayerStep::Create(device, &config, &parts->weights,
-                                              parts->interject_tokens, tile_tokens));
+  PREFILLD_ASSIGN_OR_RETURN(
+      parts->short_step,
+      LayerStep::Create(device, &config, &parts->weights, parts->interject_tokens, tile_tokens));
   PREFILLD_ASSIGN_OR_RETURN(parts->sharing,
                             SharingWorkspace::Create(device, &config, &parts->clusters, max_tokens,
                                                      options.block_tokens));

@@ -89,8 +89,8 @@ class PrefillSequence {
   // each part and returns CANCELLED as soon as that says no.
   virtual absl::StatusOr<PromptLogprobs> Logprobs(int prompt, absl::FunctionRef<bool()> go_on) = 0;
 
-  // Returns the policy that runs, with kAuto resolved. It is dense for several prompts, and where at
-  // most two blocks of patterns are computed behind a cached prefix.
+  // Returns the policy that runs, with kAuto resolved. It is dense for several prompts, and where
+  // at most two blocks of patterns are computed behind a cached prefix.
   virtual AttentionPolicy policy() const = 0;
   // Returns how many tokens at the prompt's beginning came from the prefix cache.
   virtual int64_t cached_tokens() const { return 0; }
@@ -100,8 +100,9 @@ struct PromptInput {
   absl::Span<const uint32_t> tokens;
   AttentionOptions attention;
   bool logprobs = false;  // will be asked for: all of the last layer is computed
-  // The prefix cache is neither asked nor filled if this is false. It is not used either for prompts
-  // whose hidden states are all needed (logprobs, an audit of recall), for baselines and for batches.
+  // The prefix cache is neither asked nor filled if this is false. It is not used either for
+  // prompts whose hidden states are all needed (logprobs, an audit of recall), for baselines and
+  // for batches.
   bool use_prefix_cache = true;
   absl::string_view cache_salt = "";  // prompts share prefixes with those of an equal salt alone
 };
@@ -205,11 +206,12 @@ struct EngineOptions {
   // length, up to so many tokens: a GPU would wait for the host to launch it anew, kernel by
   // kernel. 0: never. Absent: 2048 on CUDA; the CPU has nothing to record.
   std::optional<int64_t> max_graph_tokens;
-  // Dense prompts and batches of up to so many tokens may be computed at the points inside a layer of
-  // a longer prompt. Their scratch memory is allocated at the start. Absent: 4096.
+  // Dense prompts and batches of up to so many tokens may be computed at the points inside a layer
+  // of a longer prompt. Their scratch memory is allocated at the start. Absent: 4096.
   std::optional<int64_t> interject_tokens;
   // Host memory for the KV of prefixes that later prompts may begin with; 0: none is kept. It is
-  // allocated at the start, pinned on CUDA. Otherwise at least a block of kPrefixBlockTokens tokens.
+  // allocated at the start, pinned on CUDA. Otherwise at least a block of kPrefixBlockTokens
+  // tokens.
   int64_t prefix_cache_bytes = 0;
   PrefixReuseRule prefix_reuse = PrefixReuseRule::kLooser;
   int kv_slots = 3;        // of each prompt

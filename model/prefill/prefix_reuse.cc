@@ -7,12 +7,11 @@ namespace prefilld::model {
 namespace {
 
 // The more of these, the more blocks are computed.
-constexpr absl::string_view kMoreIsStricter[] = {
-    "gamma", "vertical_slash_gamma", "score_threshold", "last_rows_gamma", "min_budget_tokens"};
+constexpr absl::string_view kMoreIsStricter[] = {"gamma", "vertical_slash_gamma", "score_threshold",
+                                                 "last_rows_gamma", "min_budget_tokens"};
 // These change no KV of share and vertical_slash: they choose the policy, are a baseline's, or only
 // measure.
-constexpr absl::string_view kWithoutEffect[] = {"crossover_tokens", "density",
-                                                "recall_audit_rows"};
+constexpr absl::string_view kWithoutEffect[] = {"crossover_tokens", "density", "recall_audit_rows"};
 
 template <size_t n>
 bool Contains(const absl::string_view (&names)[n], absl::string_view name) {

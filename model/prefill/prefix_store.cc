@@ -57,13 +57,12 @@ std::vector<RowCopy> PrefixStore::Copies(absl::Span<const int> slots, int64_t fi
       char* host = HostAddress(layer, tensor, slots[first]);
       char* device = static_cast<char*>(tensor == 0 ? slot.k : slot.v) +
                      (first_block + static_cast<int64_t>(first)) * row_bytes_;
-      copies.push_back(
-          {.dst = to_device ? device : host,
-           .dst_stride = static_cast<size_t>(to_device ? device_stride : host_stride),
-           .src = to_device ? host : device,
-           .src_stride = static_cast<size_t>(to_device ? host_stride : device_stride),
-           .row_bytes = (end - first) * static_cast<size_t>(row_bytes_),
-           .rows = static_cast<size_t>(num_kv_heads_)});
+      copies.push_back({.dst = to_device ? device : host,
+                        .dst_stride = static_cast<size_t>(to_device ? device_stride : host_stride),
+                        .src = to_device ? host : device,
+                        .src_stride = static_cast<size_t>(to_device ? host_stride : device_stride),
+                        .row_bytes = (end - first) * static_cast<size_t>(row_bytes_),
+                        .rows = static_cast<size_t>(num_kv_heads_)});
     }
   }
   return copies;

@@ -14,15 +14,15 @@ PromptSequence::PromptSequence(EngineParts* parts, PromptState* state)
     : parts_(*parts),
       state_(*state),
       step_(parts->MayInterject(state->num_tokens(), state->options.policy) ? *parts->short_step
-                                                                           : *parts->step),
+                                                                            : *parts->step),
       all_of_last_layer_(state->logprobs || state->is_batch() || state->num_computed() == 1),
       num_cached_(state->num_cached()),
       saves_(!state->prefix.added().empty()) {}
 
 // A layer may still be computed. The state's next user writes to its memory only by work that is
 // queued behind that layer.
-// Copies to and from the prefix cache are on other streams, so they are waited for. A failure of the
-// device is reported by whoever uses it next.
+// Copies to and from the prefix cache are on other streams, so they are waited for. A failure of
+// the device is reported by whoever uses it next.
 PromptSequence::~PromptSequence() {
   HostCopies& copies = parts_.device->host_copies();
   if (num_cached_ > 0) copies.FinishLoads().IgnoreError();
@@ -142,8 +142,8 @@ absl::Status PromptSequence::Begin() {
 // Nothing that differs between prompts of one length enters a recorded layer: tokens, positions and
 // the pattern of a batch lie in the state's device memory, written by Begin.
 bool PromptSequence::IsRecorded(int layer) const {
-  return state_.strategy().only_queues() && !LastQueryAlone(layer) &&
-         num_cached_ == 0 && state_.num_tokens() <= parts_.max_graph_tokens;
+  return state_.strategy().only_queues() && !LastQueryAlone(layer) && num_cached_ == 0 &&
+         state_.num_tokens() <= parts_.max_graph_tokens;
 }
 
 // The addresses of a state's memory, and its marks, are part of a recording. Its slot tells them

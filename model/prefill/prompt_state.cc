@@ -39,8 +39,9 @@ absl::StatusOr<std::unique_ptr<PromptState>> PromptState::Create(const PromptSta
         state->batch_pattern,
         device->Allocate(blocks * kernels::PatternWords(blocks) * sizeof(uint32_t)));
     // A batch is no prompt alone, so it may use the same marks.
-    state->batch = std::make_unique<DenseStrategy>(
-        device, parts.points, config.num_heads, state->batch_pattern.as<uint32_t>(), first_mark + 2 * kNumPoints);
+    state->batch = std::make_unique<DenseStrategy>(device, parts.points, config.num_heads,
+                                                   state->batch_pattern.as<uint32_t>(),
+                                                   first_mark + 2 * kNumPoints);
   }
   return state;
 }

@@ -104,9 +104,9 @@ struct PromptState {
   // The layer whose cached KV is on its way, before its computation begins, and the slot that it
   // goes to.
   std::optional<std::pair<int, KvSlot>> loading;
-  int started_layers = 0;    // queued
-  int next_layer = 0;        // to be waited for
-  absl::Status failure;      // of a layer: the hidden states are lost with it
+  int started_layers = 0;  // queued
+  int next_layer = 0;      // to be waited for
+  absl::Status failure;    // of a layer: the hidden states are lost with it
 };
 
 }  // namespace prefilld::model

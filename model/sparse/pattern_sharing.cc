@@ -174,7 +174,8 @@ absl::Status PatternSharing::Decide(int layer, const kernels::AttentionParams& a
   pivots.erase(scored, pivots.end());
   stages_.host_us += static_cast<double>(stopwatch.LapUs());
 
-  const auto at_a_time = static_cast<size_t>(scratch_.MassesAtATime(num_query_blocks_, num_blocks_));
+  const auto at_a_time =
+      static_cast<size_t>(scratch_.MassesAtATime(num_query_blocks_, num_blocks_));
   for (size_t first = 0; first < pivots.size(); first += at_a_time) {
     const auto batch = absl::MakeConstSpan(pivots).subspan(first, at_a_time);
     PREFILLD_RETURN_IF_ERROR(AttendPivots(attention, batch));
@@ -333,11 +334,12 @@ absl::Status PatternSharing::Audit(int layer, const kernels::AttentionParams& at
 
 absl::Status PatternSharing::DownloadForReport(int layer) {
   PREFILLD_RETURN_IF_ERROR(DownloadFigures());
+  const int64_t last_row = num_query_blocks_ - 1;
   for (int head = 0; head < config_.num_heads; ++head) {
     if (!IsScoredPivot(head, layer)) continue;
     PREFILLD_RETURN_IF_ERROR(
         device_.StartDownload(scratch_.pivot_rows_host.as<uint32_t>() + head * row_words(),
-                              PivotPattern(cluster_of_[head]) + (num_query_blocks_ - 1) * row_words(),
+                              PivotPattern(cluster_of_[head]) + last_row * row_words(),
                               static_cast<size_t>(row_words()) * sizeof(uint32_t)));
   }
   if (!may_share_) return absl::OkStatus();
@@ -370,8 +372,8 @@ absl::Status PatternSharing::Report(LayerReport* report) {
       }
     }
   }
-  report->density = static_cast<double>(blocks) / (static_cast<double>(CausalBlocks()) *
-                                                   static_cast<double>(config_.num_heads));
+  report->density = static_cast<double>(blocks) /
+                    (static_cast<double>(CausalBlocks()) * static_cast<double>(config_.num_heads));
   return absl::OkStatus();
 }
 

@@ -143,7 +143,7 @@ class PatternSharing final : public AttentionStrategy {
   // The prompt.
   AttentionOptions options_;
   int64_t num_blocks_ = 0;
-  int64_t num_query_blocks_ = 0;      // the last ones; fewer than num_blocks_ behind a cached prefix
+  int64_t num_query_blocks_ = 0;      // the last ones: all, unless there is a cached prefix
   std::vector<ClusterPivot> pivots_;  // [num_clusters]
   DeviceBuffer pivot_patterns_;       // [num_clusters, n, W]
 

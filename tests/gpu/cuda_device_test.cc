@@ -97,6 +97,50 @@ TEST_F(CudaDevice, DownloadsBesideLaterOpsWhatEarlierOnesLeft) {
   EXPECT_LT(*elapsed, 1e7);
 }
 
+// Rows go to the device and back by streams of their own; what ops queue behind the loads sees
+// them.
+TEST_F(CudaDevice, LoadsAndSavesRowsBesideOps) {
+  constexpr size_t kRows = 3, kWords = 1 << 18, kStride = kWords + 64;
+  constexpr size_t kWord = sizeof(uint32_t);
+  HostCopies& copies = device_->host_copies();
+  absl::StatusOr<DeviceBuffer> host = device_->AllocateStaging(kRows * kWords * kWord);
+  absl::StatusOr<DeviceBuffer> back = device_->AllocateStaging(kRows * kWords * kWord);
+  ASSERT_TRUE(host.ok() && back.ok());
+  const DeviceBuffer device = Allocate(kRows * kStride * kWord);
+  for (uint32_t round = 0; round < 3; ++round) {
+    for (size_t i = 0; i < kRows * kWords; ++i) {
+      host->as<uint32_t>()[i] = static_cast<uint32_t>(i) + round;
+    }
+    ASSERT_TRUE(copies
+                    .StartLoads({{.dst = device.data(),
+                                  .dst_stride = kStride * kWord,
+                                  .src = host->data(),
+                                  .src_stride = kWords * kWord,
+                                  .row_bytes = kWords * kWord,
+                                  .rows = kRows}})
+                    .ok());
+    ASSERT_TRUE(copies.OrderOpsBehindLoads().ok());
+    std::vector<uint32_t> seen(kRows * kStride);
+    ASSERT_TRUE(device_->Download(seen.data(), device.data(), seen.size() * kWord).ok());
+    ASSERT_TRUE(copies
+                    .StartSaves({{.dst = back->data(),
+                                  .dst_stride = kWords * kWord,
+                                  .src = device.data(),
+                                  .src_stride = kStride * kWord,
+                                  .row_bytes = kWords * kWord,
+                                  .rows = kRows}})
+                    .ok());
+    ASSERT_TRUE(copies.FinishSaves().ok());
+    for (size_t i = 0; i < kRows * kWords; ++i) {
+      ASSERT_EQ(seen[i / kWords * kStride + i % kWords], i + round);
+      ASSERT_EQ(back->as<uint32_t>()[i], i + round);
+    }
+  }
+  ASSERT_TRUE(copies.FinishLoads().ok());
+  EXPECT_GT(copies.load_seconds(), 0.0);
+  EXPECT_LT(copies.load_seconds(), 10.0);
+}
+
 TEST_F(CudaDevice, NamesTheShapeThatItHasNoKernelFor) {
   kernels::AttentionParams params;
   params.num_queries = params.num_keys = 1;

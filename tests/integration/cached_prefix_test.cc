@@ -36,9 +36,9 @@ std::string PassKeyPrompt(int num_bytes, const std::string& key, double depth) {
 class CachedPrefix : public ::testing::TestWithParam<const char*> {
  protected:
   nlohmann::json Prefill(const std::string& text, std::vector<std::string> flags = {}) {
-    flags.insert(flags.begin(), {"prefill", "--server=" + prefilld_.address(), "--model=model/tiny",
-                                 "--json", "--quiet", absl::StrCat("--policy=", GetParam()),
-                                 absl::StrCat("--text=", text)});
+    flags.insert(flags.begin(),
+                 {"prefill", "--server=" + prefilld_.address(), "--model=model/tiny", "--json",
+                  "--quiet", absl::StrCat("--policy=", GetParam()), absl::StrCat("--text=", text)});
     ChildProcess cli("prefill-cli", flags);
     EXPECT_EQ(cli.Wait(absl::Seconds(60)), 0) << cli.stderr_text();
     return nlohmann::json::parse(cli.stdout_text());

@@ -292,10 +292,10 @@ TEST_F(CachedPrompts, InTurnsWithEvictionsAndCancellations) {
     bool over = random() % 40 == 0;  // cancelled
     if (!over && layer < config.num_layers) {
       ASSERT_TRUE(turn.sequence->RunLayer().ok());
-      const auto packed = PackLayer(
-          *engine, *turn.sequence, layer,
-          WholeLayer(config, static_cast<int64_t>(prompts[turn.prompt].size()), 128,
-                     kernels::KvOrder::kHnd, kernels::DType::kFp32));
+      const auto packed =
+          PackLayer(*engine, *turn.sequence, layer,
+                    WholeLayer(config, static_cast<int64_t>(prompts[turn.prompt].size()), 128,
+                               kernels::KvOrder::kHnd, kernels::DType::kFp32));
       const auto* values = reinterpret_cast<const float*>(packed.data());
       turn.run.kv.emplace_back(values, values + packed.size() / sizeof(float));
       turn.sequence->ReleaseKv(layer);

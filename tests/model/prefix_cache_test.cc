@@ -297,8 +297,7 @@ class RandomUse {
       EXPECT_EQ(content.domain, open.query.domain);
       EXPECT_TRUE(content.prefix ==
                   std::vector<uint32_t>(open.tokens.begin(), open.tokens.begin() + end));
-      EXPECT_TRUE(
-          MayReuse(PrefixReuseRule::kLooser, content.attention, open.query.attention));
+      EXPECT_TRUE(MayReuse(PrefixReuseRule::kLooser, content.attention, open.query.attention));
     }
   }
 
