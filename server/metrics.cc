@@ -96,7 +96,7 @@ std::vector<prometheus::Counter*> NewLanes(prometheus::Registry& registry, const
 
 }  // namespace
 
-Metrics::Metrics(const model::EngineInfo& engine)
+Metrics::Metrics(const model::EngineInfo& engine, absl::Span<const Tenant> tenants)
     : registry_(std::make_shared<prometheus::Registry>()),
       requests_(NewOutcomes(*registry_)),
       policies_(NewPolicies(*registry_)),
@@ -170,7 +170,8 @@ Metrics::Metrics(const model::EngineInfo& engine)
       prefix_cache_(*registry_),
       ready_(NewGauge("prefilld_ready", "1 while new requests are accepted.")),
       live_(NewGauge("prefilld_live", "0 when work waits and nothing progresses, or no new "
-                                         "caller gets in.")) {
+                                         "caller gets in.")),
+      tenants_(*registry_, tenants) {
   prometheus::BuildGauge()
       .Name("prefilld_build_info")
       .Help("Constant 1; what runs here.")
@@ -219,6 +220,7 @@ void Metrics::CountRefused(Outcome outcome) { requests_.at(outcome)->Increment()
 
 void Metrics::CountRequest(const PrefillJob& job, absl::Time now) {
   requests_.at(job.ending().outcome)->Increment();
+  tenants_.CountRequest(job);
   const RequestStats stats = job.record().stats();
   const auto seconds = [](absl::Duration d) { return absl::ToDoubleSeconds(d); };
   const auto num_tokens = static_cast<double>(job.work().tokens.size());
@@ -292,6 +294,7 @@ void Metrics::Set(const ResourceUse& use) {
   device_bytes_.Set(static_cast<double>(use.device_bytes));
   recorded_layers_.Set(static_cast<double>(use.recorded_layers));
   prefix_cache_.Set(use.prefix_cache);
+  tenants_.SetQueued(use.queued_of_tenants);
   ready_.Set(use.ready ? 1 : 0);
   live_.Set(use.live ? 1 : 0);
 }

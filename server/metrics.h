@@ -20,6 +20,8 @@
 #include "server/outcome.h"
 #include "server/prefill_job.h"
 #include "server/prefix_cache_metrics.h"
+#include "server/tenant_metrics.h"
+#include "server/tenants.h"
 
 namespace prometheus {
 class Registry;
@@ -42,12 +44,14 @@ struct ResourceUse {
   model::PrefixCacheUse prefix_cache;
   bool ready = false;
   bool live = false;
+  std::vector<int64_t> queued_of_tenants;  // requests; [tenants]
 };
 
 // Thread-safe.
 class Metrics {
  public:
-  explicit Metrics(const model::EngineInfo& engine);
+  explicit Metrics(const model::EngineInfo& engine,
+                   absl::Span<const Tenant> tenants = Tenants().all());
   ~Metrics();
 
   void CountRefused(Outcome outcome);
@@ -59,6 +63,8 @@ class Metrics {
   void CountStall(absl::Duration stalled);
   void CountDeviceError();
   void Set(const ResourceUse& use);
+
+  TenantMetrics& tenants() { return tenants_; }
 
   const std::shared_ptr<prometheus::Registry>& registry() const { return registry_; }
 
@@ -112,6 +118,8 @@ class Metrics {
   PrefixCacheMetrics prefix_cache_;
   prometheus::Gauge& ready_;
   prometheus::Gauge& live_;
+
+  TenantMetrics tenants_;
 };
 
 }  // namespace prefilld::server

@@ -113,6 +113,16 @@ ABSL_FLAG(int64_t, max_connections, 1024,
 ABSL_FLAG(int64_t, queue_capacity, 64, "Requests that may wait behind those that run.");
 ABSL_FLAG(int64_t, max_queued_tokens, 0,
           "Prompt tokens that may wait. 0: eight prompts of the greatest length.");
+ABSL_FLAG(std::string, tenant_from, "none",
+          "How callers are told apart: none, by the name in their certificate (certificate; the "
+          "common name, else the first alternative name), by metadata that a gateway sets which "
+          "you trust (metadata), or by a bearer token (token). Tenants share the device by weight.");
+ABSL_FLAG(std::string, tenant_metadata_key, "x-tenant",
+          "Key of that metadata. Nobody but the gateway may be able to set it.");
+ABSL_FLAG(std::string, tenants, "",
+          "JSON file with the tenants: weights, limits, tokens (deploy/README.md). Empty: one for "
+          "all callers, without limits. It is read at the start.");
+
 ABSL_FLAG(int32_t, max_lanes, 16, "Parallel KV streams one request may use, 1 to 16.");
 ABSL_FLAG(int64_t, staging_bytes, int64_t{256} << 20,
           "Host memory for KV on its way to consumers; one request takes at most half.");
@@ -166,6 +176,14 @@ void ReadNamedValues(ServerOptions& options, std::vector<std::string>& problems)
   if (format != "text" && format != "json") {
     problems.push_back(absl::StrCat("--log_format=", format, " is not one of text, json"));
   }
+  const std::string source = absl::GetFlag(FLAGS_tenant_from);
+  if (const auto known = ParseTenantSource(source); known.has_value()) {
+    options.tenants.source = *known;
+  } else {
+    problems.push_back(absl::StrCat("--tenant_from=", source,
+                                    " is not one of none, certificate, metadata, token"));
+  }
+
   options.log_format = format == "json" ? process::LogFormat::kJson : process::LogFormat::kText;
 
   const std::string reuse = absl::GetFlag(FLAGS_prefix_cache_reuse);
@@ -246,6 +264,17 @@ ServerOptions ReadPlainValues() {
   return options;
 }
 
+void ReadTenants(ServerOptions& options, std::vector<std::string>& problems) {
+  options.tenants.metadata_key = absl::GetFlag(FLAGS_tenant_metadata_key);
+  options.tenants_file = absl::GetFlag(FLAGS_tenants);
+  if (options.tenants_file.empty()) return;
+  if (auto table = Tenants::Read(options.tenants_file); table.ok()) {
+    options.tenants.table = *std::move(table);
+  } else {
+    problems.push_back(absl::StrCat("--tenants: ", table.status().message()));
+  }
+}
+
 std::vector<const char*> AttentionFlags() {
   std::vector<const char*> names = {"policy", "allowed_policies"};
   for (const model::AttentionThreshold& threshold : model::kAttentionThresholds) {
@@ -268,6 +297,7 @@ process::ProgramHelp Help() {
           {"Prefix cache", {"prefix_cache_bytes", "prefix_cache_reuse"}},
           {"Recall audit", {"recall_audit_fraction", "recall_audit_rows"}},
           {"Connections and queue", {"max_connections", "queue_capacity", "max_queued_tokens"}},
+          {"Tenants", {"tenant_from", "tenant_metadata_key", "tenants"}},
           {"KV delivery",
            {"max_lanes", "staging_bytes", "frame_bytes", "pack_threads", "deliver_to_allow",
             "use_proxy"}},
@@ -288,6 +318,7 @@ absl::StatusOr<ServerOptions> OptionsFromFlags(const std::vector<char*>& positio
   }
   ServerOptions options = ReadPlainValues();
   ReadNamedValues(options, problems);
+  ReadTenants(options, problems);
   if (const absl::Status status = Validate(options); !status.ok()) {
     problems.emplace_back(status.message());
   }

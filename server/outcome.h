@@ -11,7 +11,8 @@ enum class Outcome : uint8_t {
   kOk,
   kInvalid,         // refused: a field, or a model that is not here
   kDuplicate,       // refused: its id is taken by a running request
-  kQueueFull,       // refused: requests or tokens
+  kQueueFull,       // refused: requests or tokens, of the queue or of the tenant
+  kUnauthenticated,  // refused: its caller is no tenant
   kUnavailable,     // refused: draining, or the device has failed
   kDeadline,        // its deadline passed
   kCancelled,       // cancelled by the caller, or its connection died
@@ -24,11 +25,12 @@ enum class Outcome : uint8_t {
   kInternal,        // the model gave no usable logits
 };
 
-inline constexpr std::array<Outcome, 14> kOutcomes = {
-    Outcome::kOk,          Outcome::kInvalid,      Outcome::kDuplicate,      Outcome::kQueueFull,
-    Outcome::kUnavailable, Outcome::kDeadline,     Outcome::kCancelled,      Outcome::kStalled,
-    Outcome::kTooSlow,     Outcome::kLanesMissing, Outcome::kReceiverFailed, Outcome::kDeviceFailed,
-    Outcome::kShutDown,    Outcome::kInternal};
+inline constexpr std::array<Outcome, 15> kOutcomes = {
+    Outcome::kOk,           Outcome::kInvalid,         Outcome::kDuplicate,
+    Outcome::kQueueFull,    Outcome::kUnauthenticated, Outcome::kUnavailable,
+    Outcome::kDeadline,     Outcome::kCancelled,       Outcome::kStalled,
+    Outcome::kTooSlow,      Outcome::kLanesMissing,    Outcome::kReceiverFailed,
+    Outcome::kDeviceFailed, Outcome::kShutDown,        Outcome::kInternal};
 
 constexpr const char* Name(Outcome outcome) {
   switch (outcome) {
@@ -40,6 +42,8 @@ constexpr const char* Name(Outcome outcome) {
       return "duplicate";
     case Outcome::kQueueFull:
       return "queue_full";
+    case Outcome::kUnauthenticated:
+      return "unauthenticated";
     case Outcome::kUnavailable:
       return "unavailable";
     case Outcome::kDeadline:

@@ -29,6 +29,7 @@ v1::PrefillEvent AcceptedEvent(const PrefillWork& work, int64_t queue_position) 
   event.mutable_accepted()->set_num_lanes(work.num_lanes);
   event.mutable_accepted()->set_queue_position(queue_position);
   event.mutable_accepted()->set_lane_key(work.lane_key);
+  event.mutable_accepted()->set_priority(work.priority);
   return event;
 }
 

@@ -1,5 +1,6 @@
 #include "server/prefill_service.h"
 
+#include <algorithm>
 #include <chrono>
 #include <utility>
 
@@ -69,6 +70,8 @@ Outcome OutcomeOfRefusal(absl::StatusCode code) {
       return Outcome::kDuplicate;
     case absl::StatusCode::kResourceExhausted:
       return Outcome::kQueueFull;
+    case absl::StatusCode::kUnauthenticated:
+      return Outcome::kUnauthenticated;
     case absl::StatusCode::kUnavailable:
       return Outcome::kUnavailable;
     case absl::StatusCode::kDeadlineExceeded:
@@ -81,23 +84,28 @@ Outcome OutcomeOfRefusal(absl::StatusCode code) {
 }  // namespace
 
 PrefillService::PrefillService(Scheduler& scheduler, PushDialer& push_dialer, Metrics& metrics,
-                               const Clock& clock, RequestLimits limits, v1::ServerInfo info)
+                               const Clock& clock, RequestLimits limits,
+                               TenantIdentity tenants, v1::ServerInfo info)
     : scheduler_(scheduler),
       push_dialer_(push_dialer),
       metrics_(metrics),
       clock_(clock),
       limits_(std::move(limits)),
+      tenants_(std::move(tenants)),
       info_(std::move(info)) {}
 
 Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
                                 const grpc::ByteBuffer* request_bytes) {
   const auto request = Decode<v1::PrefillRequest>(*request_bytes);
   if (!request.ok()) return Refuse("", context->peer(), request.status());
+  const auto tenant = TenantOf(tenants_, *context);
+  if (!tenant.ok()) return Refuse(request->request_id(), context->peer(), tenant.status());
   auto work = ValidateRequest(*request, limits_);
   if (!work.ok()) return Refuse(request->request_id(), context->peer(), work.status());
   work->deadline = DeadlineOf(*context, clock_);
   work->peer = context->peer();
   work->trace_id = TraceIdOf(*context);
+  AssignTenant(*tenant, *work);
   if (clock_.Now() >= work->deadline) {
     return Refuse(work->id, work->peer, absl::DeadlineExceededError("the deadline has passed"));
   }
@@ -107,6 +115,7 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
   };
   auto job = std::make_shared<PrefillJob>(*std::move(work), clock_, dial);
   if (const auto admission = scheduler_.Submit(job); !admission.status.ok()) {
+    metrics_.tenants().CountRefused(*tenant);
     return Refuse(job->work().id, job->work().peer,
                   admission.retry_after.has_value()
                       ? wire::WithRetryDelay(admission.status, *admission.retry_after)
@@ -129,6 +138,13 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
                                        }});
   queue.Attach(stream);
   return stream;
+}
+
+void PrefillService::AssignTenant(size_t position, PrefillWork& work) const {
+  const Tenant& tenant = tenants_.table.all()[position];
+  work.tenant = static_cast<int>(position);
+  if (tenants_.source != TenantSource::kNone) work.tenant_name = tenant.name;
+  work.priority = std::min(work.priority, tenant.max_priority);
 }
 
 Stream* PrefillService::AttachLane(grpc::CallbackServerContext* context,

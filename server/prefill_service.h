@@ -4,6 +4,7 @@
 #define PREFILLD_SERVER_PREFILL_SERVICE_H_
 
 #include <atomic>
+#include <cstddef>
 #include <memory>
 #include <string>
 
@@ -15,6 +16,7 @@
 #include "prefill/v1/prefill.grpc.pb.h"
 #include "server/clock.h"
 #include "server/prefill_work.h"
+#include "server/tenant_identity.h"
 
 namespace prefilld::wire {
 class Connection;
@@ -39,7 +41,8 @@ class PrefillService final : public PrefillServiceBase {
  public:
   // `info` holds everything about the server that does not change.
   PrefillService(Scheduler& scheduler, PushDialer& push_dialer, Metrics& metrics,
-                 const Clock& clock, RequestLimits limits, ::prefill::v1::ServerInfo info);
+                 const Clock& clock, RequestLimits limits, TenantIdentity tenants,
+                 ::prefill::v1::ServerInfo info);
 
   grpc::ServerWriteReactor<grpc::ByteBuffer>* Prefill(grpc::CallbackServerContext* context,
                                                       const grpc::ByteBuffer* request) override;
@@ -55,6 +58,8 @@ class PrefillService final : public PrefillServiceBase {
  private:
   std::shared_ptr<const wire::Connection> ConnectionOf(
       const grpc::CallbackServerContext& context) const;
+  // Says whose request it is, and lowers its class to what this tenant may have.
+  void AssignTenant(size_t position, PrefillWork& work) const;
   grpc::ServerWriteReactor<grpc::ByteBuffer>* Refuse(const std::string& request_id,
                                                      const std::string& peer,
                                                      const absl::Status& status);
@@ -64,6 +69,7 @@ class PrefillService final : public PrefillServiceBase {
   Metrics& metrics_;
   const Clock& clock_;
   const RequestLimits limits_;
+  const TenantIdentity tenants_;
   const ::prefill::v1::ServerInfo info_;
   std::atomic<const wire::Connections*> connections_ = nullptr;
 };

@@ -13,6 +13,7 @@
 #include "proto/wire/host_port.h"
 #include "proto/wire/kv_layout.h"
 #include "proto/wire/request_id.h"
+#include "server/fair_shares.h"
 
 namespace prefilld::server {
 namespace {
@@ -134,6 +135,14 @@ absl::Status CheckLanes(const v1::PrefillRequest& request, const RequestLimits& 
   return absl::OkStatus();
 }
 
+absl::Status CheckPriority(const v1::PrefillRequest& request) {
+  if (request.priority() >= -kMaxPriority && request.priority() <= kMaxPriority) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(absl::StrCat("priority ", request.priority(), "; from ",
+                                                 -kMaxPriority, " to ", kMaxPriority));
+}
+
 absl::Status CheckDelivery(const v1::PrefillRequest& request, const RequestLimits& limits) {
   if (!request.has_deliver_to()) return absl::OkStatus();
   const std::string& address = request.deliver_to().address();
@@ -184,6 +193,7 @@ absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
   PREFILLD_ASSIGN_OR_RETURN(work.sampling, ResolveSampling(request.sampling()));
   PREFILLD_RETURN_IF_ERROR(CheckLogprobs(request));
   PREFILLD_RETURN_IF_ERROR(CheckLanes(request, limits));
+  PREFILLD_RETURN_IF_ERROR(CheckPriority(request));
   PREFILLD_RETURN_IF_ERROR(CheckDelivery(request, limits));
   PREFILLD_RETURN_IF_ERROR(wire::CheckId("prefix_cache.salt", request.prefix_cache().salt()));
 
@@ -196,6 +206,7 @@ absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
   work.use_prefix_cache = !request.prefix_cache().bypass();
   work.cache_salt = request.prefix_cache().salt();
   work.deliver_to = request.deliver_to();
+  work.priority = request.priority();
   return work;
 }
 

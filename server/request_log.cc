@@ -63,6 +63,8 @@ void LogRequest(PrefillJob& job, absl::Time now) {
   fields.emplace_back("kv_bytes", sent.bytes);
   fields.emplace_back("lanes", static_cast<int64_t>(work.num_lanes));
   fields.emplace_back("peer", work.peer);
+  if (!work.tenant_name.empty()) fields.emplace_back("tenant", work.tenant_name);
+  if (work.priority != 0) fields.emplace_back("priority", int64_t{work.priority});
   if (work.pushes()) fields.emplace_back("deliver_to", work.deliver_to.address());
   if (!work.trace_id.empty()) fields.emplace_back("trace_id", work.trace_id);
   const bool ok = ending.outcome == Outcome::kOk;

@@ -21,7 +21,13 @@ int64_t NumNewTokens(const PrefillJob& job) {
 
 Scheduler::Scheduler(model::PrefillEngine& engine, const PassResources& resources, EventCount& wake,
                      const QueueLimits& limits)
-    : engine_(engine), resources_(resources), wake_(wake), limits_(limits) {}
+    : engine_(engine),
+      resources_(resources),
+      wake_(wake),
+      limits_(limits),
+      shares_(limits.tenants, resources.metrics.tenants()) {
+  for (const Tenant& tenant : limits_.tenants) buckets_.emplace_back(tenant.tokens_per_second);
+}
 
 Scheduler::~Scheduler() = default;
 
@@ -39,11 +45,24 @@ Scheduler::Admission Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
         absl::StrCat("request_id ", job->work().id, " is taken by a running request")));
   }
   const WaitingLine line = Line();
-  if (absl::Status room = CheckRoom(limits_, line, num_tokens); !room.ok()) {
-    return {std::move(room), RetryDelay(line, speed_.latest())};
+  const WaitingPrompt newcomer = Describe(*job);
+  const Tenant& tenant = limits_.tenants[newcomer.tenant];
+  const absl::Time now = resources_.clock.Now();
+  absl::Status room = CheckTenantUse(tenant,
+                                     {.requests = RequestsOf(newcomer.tenant),
+                                      .queued_tokens = line.TokensOf(newcomer.tenant)},
+                                     num_tokens);
+  if (room.ok()) room = CheckRoom(limits_, line, newcomer);
+  if (!room.ok()) {
+    return {std::move(room), RetryDelay(limits_, line, newcomer.tenant, speed_.latest())};
   }
-  absl::Status deadline = CheckDeadline(line, Describe(*job), speed_, resources_.clock.Now());
+  absl::Status deadline = CheckDeadline(line, newcomer, speed_, now);
   if (!deadline.ok()) return refused(std::move(deadline));
+  TokenBucket& bucket = buckets_[newcomer.tenant];
+  if (absl::Status rate = CheckTenantRate(tenant, bucket, num_tokens, now); !rate.ok()) {
+    return {std::move(rate), bucket.WaitFor(num_tokens, now)};
+  }
+  bucket.Take(num_tokens, now);
 
   // An idle server has made no progress for a while, which must not count as a wedge.
   if (queue_.empty() && running_.empty()) resources_.progress.Record();
@@ -65,7 +84,9 @@ WaitingPrompt Scheduler::Describe(const PrefillJob& job) const {
           .batch_tokens = engine_.BatchTokens(NumTokens(job), attention),
           .policy = attention.policy,
           .time_left = job.work().deadline - resources_.clock.Now(),
-          .ended = job.ended()};
+          .ended = job.ended(),
+          .tenant = job.work().tenant,
+          .priority = job.work().priority};
 }
 
 WaitingLine Scheduler::Line() const {
@@ -74,6 +95,13 @@ WaitingLine Scheduler::Line() const {
   line.prompts.reserve(queue_.size());
   for (const auto& job : queue_) line.prompts.push_back(Describe(*job));
   return line;
+}
+
+// Counts the requests of a tenant whose callers cannot know yet that they are over.
+int64_t Scheduler::RequestsOf(int tenant) const {
+  return std::count_if(live_.begin(), live_.end(), [tenant](const auto& entry) {
+    return entry.second->work().tenant == tenant && !entry.second->id_is_free();
+  });
 }
 
 void Scheduler::Retire(PrefillJob& job) {
@@ -139,13 +167,16 @@ bool Scheduler::MateGoesOn(const PrefillJob& job) const {
 
 QueueState Scheduler::state() const {
   absl::MutexLock lock(&mu_);
+  std::vector<int64_t> queued_of_tenants(limits_.tenants.size());
+  for (const auto& job : queue_) ++queued_of_tenants[job->work().tenant];
   return {.queued_requests = static_cast<int64_t>(queue_.size()),
           .queued_tokens = queued_tokens_,
           .running_requests = NumRunning(),
           .ended_in_passes = static_cast<int64_t>(running_.size()) - NumRunning(),
           .computing = computing_,
           .live_requests = static_cast<int64_t>(live_.size()),
-          .work_waits = !queue_.empty() || !running_.empty()};
+          .work_waits = !queue_.empty() || !running_.empty(),
+          .queued_of_tenants = std::move(queued_of_tenants)};
 }
 
 model::PrefixCacheUse Scheduler::prefix_cache() const { return engine_.prefix_cache(); }
@@ -177,6 +208,7 @@ bool Scheduler::StepOnce() { return StepOne(/*interrupted=*/nullptr); }
 // Takes a turn at a point inside a layer of the pass `interrupted`, among those that may. Returns
 // false when it is that pass's turn again. Null: between layers, where all may.
 bool Scheduler::StepOne(const Running* interrupted) {
+  NoteClaimants();
   std::vector<Contender> contenders;
   std::vector<std::list<Running>::iterator> passes;  // of the contenders
   for (auto at = passes_.begin(); at != passes_.end(); ++at) {
@@ -203,16 +235,34 @@ bool Scheduler::StepOne(const Running* interrupted) {
   return false;
 }
 
+// Tells the shares who has something to compute. A pass whose consumers are slow has not, and so its
+// tenant saves up no time meanwhile.
+void Scheduler::NoteClaimants() {
+  std::vector<const PrefillJob*> claimants;
+  const auto note = [&claimants](const std::shared_ptr<PrefillJob>& job) {
+    if (!job->ended()) claimants.push_back(job.get());
+  };
+  for (const Running& running : passes_) {
+    if (running.waits_for_consumers) continue;
+    for (const auto& job : running.pass->jobs()) note(job);
+  }
+  absl::MutexLock lock(&mu_);
+  for (const auto& job : queue_) note(job);
+  shares_.SetClaimants(claimants, resources_.clock.Now());
+}
+
 Contender Scheduler::DescribePass(const Running& running) const {
   const PrefillPass& pass = *running.pass;
   // A pass without jobs only gives its place back, and that goes first.
-  if (pass.AllEnded()) return {.remaining = -absl::InfiniteDuration()};
+  if (pass.AllEnded()) return {.class_waited = absl::InfiniteDuration()};
   const absl::Duration layer =
       pass.layers_computed() > 0
           ? pass.computing() / pass.layers_computed()
           : costs_.Layer(pass.jobs().front()->work().attention.policy, pass.num_computed_tokens());
-  return {.remaining = pass.layers_left() * layer,
-          .waited = resources_.clock.Now() - running.last_step_at};
+  Contender contender = shares_.StandingOf(pass.jobs(), resources_.clock.Now());
+  contender.remaining = pass.layers_left() * layer;
+  contender.waited = resources_.clock.Now() - running.last_step_at;
+  return contender;
 }
 
 // Returns the prompt of the queue that should be started before the others. There is none while the
@@ -226,9 +276,12 @@ std::shared_ptr<PrefillJob> Scheduler::BestWaiting(bool must_interject, Contende
     if (job.ended()) continue;
     if (must_interject && !engine_.MayInterject(NumTokens(job), job.work().attention)) continue;
     const absl::Duration layer = costs_.Layer(job.work().attention.policy, NumNewTokens(job));
+    Contender contender =
+        shares_.StandingOf(absl::MakeConstSpan(&entry, 1), resources_.clock.Now());
+    contender.remaining = engine_.info().config.num_layers * layer;
+    contender.waited = resources_.clock.Now() - job.accepted_at();
     jobs.push_back(entry);
-    contenders.push_back({.remaining = engine_.info().config.num_layers * layer,
-                          .waited = resources_.clock.Now() - job.accepted_at()});
+    contenders.push_back(contender);
   }
   if (!must_interject) place_is_wanted_ = false;
   for (const size_t i : OrderOfTurns(contenders)) {
@@ -250,9 +303,12 @@ Scheduler::Jobs Scheduler::TakeJobs(const PrefillJob& head) {
   const auto found = FindQueued(head);
   if (found == queue_.end()) return jobs;
   ++passes_started_;
-  for (const size_t i :
-       ChoosePass(Line().prompts, static_cast<size_t>(found - queue_.begin()),
-                  engine_.max_batch_tokens(), speed_, resources_.clock.Now())) {
+  WaitingLine line = Line();
+  for (size_t i = 0; i < queue_.size(); ++i) {
+    line.prompts[i].tenant_time = shares_.virtual_time(*queue_[i]);
+  }
+  for (const size_t i : ChoosePass(line.prompts, static_cast<size_t>(found - queue_.begin()),
+                                   engine_.max_batch_tokens(), speed_, resources_.clock.Now())) {
     queued_tokens_ -= NumTokens(*queue_[i]);
     running_.push_back({queue_[i], passes_started_});
     jobs.push_back(std::move(queue_[i]));
@@ -298,18 +354,30 @@ PrefillPass::Next Scheduler::StepPass(Running& running) {
   PrefillPass& pass = *running.pass;
   const int layers_before = pass.layers_computed();
   const absl::Duration computing_before = pass.computing();
+  absl::Time charged_until = resources_.clock.Now();
+  const auto charge = [&] {
+    const absl::Time now = resources_.clock.Now();
+    shares_.Charge(pass.jobs(), now - charged_until);
+    charged_until = now;
+  };
   SetComputing(true);
   const auto report = pass.Step([&] {
+    charge();
+    shares_.EndStep(pass.jobs(), resources_.clock.Now());
     while (StepOne(&running)) {
     }
     SetComputing(true);
+    charged_until = resources_.clock.Now();
   });
   SetComputing(false);
+  charge();
   running.last_step_at = resources_.clock.Now();
   if (!report.ok()) {
     Fail(report.status());
     return PrefillPass::Next::kOver;
   }
+  running.waits_for_consumers = report->next == PrefillPass::Next::kConsumers;
+  if (!running.waits_for_consumers) shares_.EndStep(pass.jobs(), running.last_step_at);
   // Layers behind a cached prefix take longer per token than their number says.
   if (pass.layers_computed() > layers_before && pass.num_computed_tokens() == pass.num_tokens()) {
     costs_.Record(pass.jobs().front()->work().attention.policy, pass.num_tokens(),

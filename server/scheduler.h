@@ -19,10 +19,12 @@
 #include "absl/time/time.h"
 #include "server/admission.h"
 #include "server/event_count.h"
+#include "server/job_shares.h"
 #include "server/prefill_job.h"
 #include "server/prefill_pass.h"
 #include "server/prompt_speed.h"
 #include "server/step_cost.h"
+#include "server/tenant_limits.h"
 #include "server/turns.h"
 
 namespace prefilld::model {
@@ -42,6 +44,7 @@ struct QueueState {
   bool computing = false;  // a step is being computed
   int64_t live_requests = 0;     // queued, running, or still being sent
   bool work_waits = false;       // a pass runs, or could
+  std::vector<int64_t> queued_of_tenants;  // requests; [tenants]
 };
 
 struct LiveJob {
@@ -51,7 +54,9 @@ struct LiveJob {
 };
 
 // Several passes may be under way, as many as the engine has memory for, and they take turns step
-// by step: the rule in turns.h chooses between those under way and the prompts that wait. Short dense
+// by step: the rule in turns.h chooses between those under way and the prompts that wait. It shares
+// the device between tenants by what each step took (fair_shares.h); a step of a batch counts to the
+// tenants of its prompts by their tokens. Short dense
 // prompts also take turns at the points inside a layer of a long one. So they wait for a part of that
 // layer, others wait for one layer, and a pass whose consumers are slow holds up nobody. The rules in
 // admission.h decide who may wait and which prompts share a pass.
@@ -71,7 +76,7 @@ class Scheduler {
     std::optional<absl::Duration> retry_after;  // with RESOURCE_EXHAUSTED
   };
   // Takes the job in and sends Accepted. Errors:
-  // - RESOURCE_EXHAUSTED: the queue is full.
+  // - RESOURCE_EXHAUSTED: the queue is full, or a limit of the request's tenant is reached.
   // - DEADLINE_EXCEEDED: the deadline is out of reach.
   // - ALREADY_EXISTS: a request has this id whose caller cannot know yet that it is over.
   // - UNAVAILABLE: the scheduler is closed.
@@ -104,6 +109,7 @@ class Scheduler {
   struct Running {
     std::unique_ptr<PrefillPass> pass;
     absl::Time last_step_at;
+    bool waits_for_consumers = false;  // its latest step could do nothing
   };
   struct RunningJob {
     std::shared_ptr<PrefillJob> job;
@@ -112,12 +118,14 @@ class Scheduler {
 
   WaitingPrompt Describe(const PrefillJob& job) const;
   WaitingLine Line() const ABSL_SHARED_LOCKS_REQUIRED(mu_);
+  int64_t RequestsOf(int tenant) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
   int64_t NumRunning() const ABSL_SHARED_LOCKS_REQUIRED(mu_);
   bool MateGoesOn(const PrefillJob& job) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
 
   bool StepOne(const Running* interrupted);
   std::shared_ptr<PrefillJob> BestWaiting(bool must_interject, Contender* best);
   Contender DescribePass(const Running& running) const;
+  void NoteClaimants();
   Queue::const_iterator FindQueued(const PrefillJob& job) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
   Jobs TakeJobs(const PrefillJob& head);
   void StartPass(Jobs jobs);
@@ -146,11 +154,13 @@ class Scheduler {
   absl::flat_hash_map<std::string, std::shared_ptr<PrefillJob>> by_id_ ABSL_GUARDED_BY(mu_);
   bool computing_ ABSL_GUARDED_BY(mu_) = false;
   PromptSpeed speed_ ABSL_GUARDED_BY(mu_);
+  std::vector<TokenBucket> buckets_ ABSL_GUARDED_BY(mu_);  // [tenants]
 
   // Only the compute thread uses the members from here on.
   std::list<Running> passes_;
   int64_t passes_started_ = 0;
   StepCost costs_;
+  JobShares shares_;
 };
 
 // The thread that steps a scheduler. It sleeps when there is nothing to compute.

@@ -89,7 +89,7 @@ absl::StatusOr<std::unique_ptr<PrefillServer>> PrefillServer::Create(const Serve
   std::unique_ptr<PrefillServer> server(new PrefillServer(engine, clock));
   server->timeouts_.stall = options.stall_timeout;
   server->timeouts_.min_consumer_bytes_per_s = options.min_consumer_mb_per_s * 1e6;
-  server->metrics_ = std::make_unique<Metrics>(engine.info());
+  server->metrics_ = std::make_unique<Metrics>(engine.info(), options.tenants.table.all());
   PREFILLD_RETURN_IF_ERROR(server->CreateStaging(options));
   server->CreateScheduler(options);
   PREFILLD_RETURN_IF_ERROR(server->CreateService(options));
@@ -123,11 +123,13 @@ void PrefillServer::CreateScheduler(const ServerOptions& options) {
           .ring = *ring_, .metrics = *metrics_, .progress = progress_, .wake = wake_},
       engine_.kv_slots(), threads);
   constexpr int64_t kDefaultQueuedPrompts = 8;
+  const absl::Span<const Tenant> tenants = options.tenants.table.all();
   const QueueLimits limits{
       .capacity = options.queue_capacity,
       .max_queued_tokens = options.max_queued_tokens > 0
                                ? options.max_queued_tokens
-                               : kDefaultQueuedPrompts * engine_.info().max_tokens};
+                               : kDefaultQueuedPrompts * engine_.info().max_tokens,
+      .tenants = {tenants.begin(), tenants.end()}};
   scheduler_ = std::make_unique<Scheduler>(engine_,
                                            PassResources{.packer = *packer_,
                                                          .metrics = *metrics_,
@@ -151,7 +153,7 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
   push_dialer_ = std::make_unique<PushDialer>(std::move(push_credentials), options.use_proxy,
                                               clock_, options.stall_timeout);
   service_ = std::make_unique<PrefillService>(*scheduler_, *push_dialer_, *metrics_, clock_,
-                                              std::move(limits),
+                                              std::move(limits), options.tenants,
                                               DescribeServer(options, engine, attention));
   return absl::OkStatus();
 }

@@ -55,6 +55,23 @@ void CheckAttention(const ServerOptions& o, process::Problems& problems) {
   }
 }
 
+void CheckTenants(const ServerOptions& o, process::Problems& problems) {
+  const TenantSource source = o.tenants.source;
+  if (source != TenantSource::kNone && o.tenants_file.empty()) {
+    problems.push_back(absl::StrCat("--tenant_from=", Name(source), " needs --tenants"));
+  }
+  if (source == TenantSource::kNone && o.tenants.table.all().size() > 1) {
+    problems.push_back("--tenants names more than the default tenant; --tenant_from is needed");
+  }
+  if (source == TenantSource::kCertificate && o.tls.client_ca_file.empty()) {
+    problems.push_back("--tenant_from=certificate needs --tls_client_ca");
+  }
+  if (source == TenantSource::kToken && !o.tenants.table.has_tokens()) {
+    problems.push_back("--tenant_from=token needs a token_sha256 in --tenants");
+  }
+  AddIfAny(MetadataKeyProblem("--tenant_metadata_key", o.tenants.metadata_key), problems);
+}
+
 }  // namespace
 
 absl::Status Validate(const ServerOptions& o) {
@@ -76,6 +93,7 @@ absl::Status Validate(const ServerOptions& o) {
         absl::StrCat("--recall_audit_fraction=", o.recall_audit.fraction, " is outside [0, 1]"));
   }
   CheckRange("--recall_audit_rows", o.recall_audit.rows, 0, 1024, problems);
+  CheckTenants(o, problems);
   CheckRange("--max_connections", o.max_connections, 1, 1 << 20, problems);
   CheckRange("--queue_capacity", o.queue_capacity, 0, 1 << 20, problems);
   CheckRange("--max_queued_tokens", o.max_queued_tokens, 0, int64_t{1} << 36, problems);
@@ -122,6 +140,9 @@ std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o
           {"max_connections", absl::StrCat(o.max_connections)},
           {"queue_capacity", absl::StrCat(o.queue_capacity)},
           {"max_queued_tokens", absl::StrCat(o.max_queued_tokens)},
+          {"tenant_from", Name(o.tenants.source)},
+          {"tenant_metadata_key", o.tenants.metadata_key},
+          {"tenants", absl::StrCat(o.tenants.table.all().size())},
           {"max_lanes", absl::StrCat(o.max_lanes)},
           {"staging_bytes", absl::StrCat(o.staging_bytes)},
           {"pack_threads", absl::StrCat(o.pack_threads)},

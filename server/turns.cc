@@ -8,8 +8,19 @@ namespace {
 
 constexpr double kAgeing = 0.5;
 
+bool IsOverdue(const Contender& contender) { return contender.class_waited > kClassPatience; }
+
 absl::Duration Rank(const Contender& contender) {
   return contender.remaining - kAgeing * contender.waited;
+}
+
+bool GoesFirst(const Contender& a, const Contender& b) {
+  if (IsOverdue(a) || IsOverdue(b)) {
+    if (a.class_waited != b.class_waited) return a.class_waited > b.class_waited;
+  }
+  if (a.priority != b.priority) return a.priority > b.priority;
+  if (a.tenant_time != b.tenant_time) return a.tenant_time < b.tenant_time;
+  return Rank(a) < Rank(b);
 }
 
 }  // namespace
@@ -18,7 +29,7 @@ std::vector<size_t> OrderOfTurns(absl::Span<const Contender> contenders) {
   std::vector<size_t> order(contenders.size());
   std::iota(order.begin(), order.end(), size_t{0});
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
-    return Rank(contenders[a]) < Rank(contenders[b]);
+    return GoesFirst(contenders[a], contenders[b]);
   });
   return order;
 }

@@ -12,20 +12,36 @@ namespace prefilld::server {
 
 // A pass under way that could compute its next step, or a waiting prompt that could be started.
 struct Contender {
+  int priority = 0;  // its class; higher classes go first
+  // The time since anyone of its class had a step, or since somebody of the class came.
+  absl::Duration class_waited = absl::ZeroDuration();
+  // The virtual time of its tenant in its class (fair_shares.h).
+  absl::Duration tenant_time = absl::ZeroDuration();
   // The predicted time that it still computes.
   absl::Duration remaining = absl::ZeroDuration();
   // The time since its last step or, before the first one, since it came.
   absl::Duration waited = absl::ZeroDuration();
 };
 
+// A class that has waited for longer than this goes first for one step.
+inline constexpr absl::Duration kClassPatience = absl::Seconds(5);
+
 // Returns the positions of the contenders in the order in which they should compute, the next one
-// first.
+// first. Classes decide first, then the tenants' virtual times, then the prompts themselves.
 //
-// The least remaining time goes first, because that keeps the mean wait least: a short prompt waits
+// The highest class goes first. So that a flood of high classes starves nobody, a class whose
+// contenders have seen no step for kClassPatience goes before all others, for one step; of several
+// such classes, the one that has waited longest. Ageing belongs to the class and not to its prompts,
+// because under load all prompts of a long queue are old, and priority would end with that.
+//
+// Within a class the tenant with the least virtual time goes first.
+//
+// Within a tenant the least remaining time goes first, because that keeps the mean wait least: a short prompt waits
 // for one step of a long one and not for all of it. Waiting counts for half of its length against
-// the remaining time, so nobody starves: whatever else comes, a contender gets a step after at most
-// twice its remaining time, plus one turn of each contender that has waited as long. The half keeps
-// two long prompts of one length from alternating, which would delay the first and help neither.
+// the remaining time, so nobody starves: a contender that has waited for twice its remaining time is
+// the next of its tenant in this class, after one turn of each of the tenant's contenders that have
+// waited as long. The half keeps two long prompts of one length from alternating, which would delay
+// the first and help neither.
 std::vector<size_t> OrderOfTurns(absl::Span<const Contender> contenders);
 
 }  // namespace prefilld::server

@@ -63,7 +63,8 @@ void Watchdog::LookAround() {
                          .recorded_layers = watched_.engine->num_recordings(),
                          .prefix_cache = watched_.engine->prefix_cache(),
                          .ready = watched_.health->ready(),
-                         .live = watched_.health->live()});
+                         .live = watched_.health->live(),
+                         .queued_of_tenants = queue.queued_of_tenants});
 }
 
 }  // namespace prefilld::server

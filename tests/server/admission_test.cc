@@ -37,43 +37,97 @@ PromptSpeed Measured() {
 TEST(CheckRoom, LetsSoManyWaitBehindWhatComputes) {
   const QueueLimits limits = {.capacity = 2, .max_queued_tokens = 1000};
   const WaitingLine one = {.prompts = {Long(10)}, .computing = true};
-  EXPECT_TRUE(CheckRoom(limits, one, 10).ok());
+  EXPECT_TRUE(CheckRoom(limits, one, Long(10)).ok());
   const WaitingLine two = {.prompts = {Long(10), Long(10)}, .computing = true};
-  const absl::Status full = CheckRoom(limits, two, 10);
+  const absl::Status full = CheckRoom(limits, two, Long(10));
   EXPECT_EQ(full.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(full.message(), HasSubstr("2 requests wait; at most 2"));
 }
 
 TEST(CheckRoom, DoesNotCountTheHeadOfAnIdleServerAsWaiting) {
   const QueueLimits limits = {.capacity = 1, .max_queued_tokens = 1000};
-  EXPECT_TRUE(CheckRoom(limits, {.prompts = {Long(10)}}, 10).ok());
-  EXPECT_FALSE(CheckRoom(limits, {.prompts = {Long(10), Long(10)}}, 10).ok());
+  EXPECT_TRUE(CheckRoom(limits, {.prompts = {Long(10)}}, Long(10)).ok());
+  EXPECT_FALSE(CheckRoom(limits, {.prompts = {Long(10), Long(10)}}, Long(10)).ok());
 }
 
 TEST(CheckRoom, WithoutAQueueTakesOnePromptAtATime) {
   const QueueLimits limits = {.capacity = 0, .max_queued_tokens = 1000};
-  EXPECT_TRUE(CheckRoom(limits, {}, 10).ok());
-  EXPECT_FALSE(CheckRoom(limits, {.prompts = {}, .computing = true}, 10).ok());
+  EXPECT_TRUE(CheckRoom(limits, {}, Long(10)).ok());
+  EXPECT_FALSE(CheckRoom(limits, {.prompts = {}, .computing = true}, Long(10)).ok());
 }
 
 TEST(CheckRoom, BoundsTheTokensThatWaitButForTheFirst) {
   const QueueLimits limits = {.capacity = 64, .max_queued_tokens = 1000};
-  EXPECT_TRUE(CheckRoom(limits, {.prompts = {}, .computing = true}, 1500).ok());
+  EXPECT_TRUE(CheckRoom(limits, {.prompts = {}, .computing = true}, Long(1500)).ok());
   const WaitingLine line = {.prompts = {Long(900)}, .computing = true};
-  EXPECT_TRUE(CheckRoom(limits, line, 100).ok());
-  EXPECT_THAT(CheckRoom(limits, line, 101).message(),
+  EXPECT_TRUE(CheckRoom(limits, line, Long(100)).ok());
+  EXPECT_THAT(CheckRoom(limits, line, Long(101)).message(),
               HasSubstr("900 tokens wait and 101 came; at most 1000"));
+}
+
+WaitingPrompt LongOf(int tenant, int64_t num_tokens, int priority = 0) {
+  WaitingPrompt prompt = Long(num_tokens);
+  prompt.tenant = tenant;
+  prompt.priority = priority;
+  return prompt;
+}
+
+// A queue of 8 places, 1 of which is the first tenant's own and 3 the second's.
+QueueLimits TwoTenants() {
+  return {.capacity = 8,
+          .max_queued_tokens = 8000,
+          .tenants = {{.name = "one", .weight = 1}, {.name = "three", .weight = 3}}};
+}
+
+TEST(CheckRoom, KeepsHalfOfThePlacesForTheTenantsByTheirWeights) {
+  WaitingLine line = {.prompts = {}, .computing = true};
+  int taken = 0;
+  for (; CheckRoom(TwoTenants(), line, LongOf(0, 1)).ok(); ++taken) {
+    line.prompts.push_back(LongOf(0, 1));
+  }
+  EXPECT_EQ(taken, 1 + 4) << "its own and those for all";
+  EXPECT_THAT(CheckRoom(TwoTenants(), line, LongOf(0, 1)).message(),
+              HasSubstr("for tenant one, who has 5 requests and 5 tokens in it: 5 requests wait"));
+  for (taken = 0; CheckRoom(TwoTenants(), line, LongOf(1, 1)).ok(); ++taken) {
+    line.prompts.push_back(LongOf(1, 1));
+  }
+  EXPECT_EQ(taken, 3);
+}
+
+TEST(CheckRoom, KeepsHalfOfTheTokensToo) {
+  const WaitingLine line = {.prompts = {LongOf(0, 5000), LongOf(1, 1000)}, .computing = true};
+  EXPECT_FALSE(CheckRoom(TwoTenants(), line, LongOf(0, 1)).ok());
+  EXPECT_TRUE(CheckRoom(TwoTenants(), line, LongOf(1, 2000)).ok());
+  EXPECT_FALSE(CheckRoom(TwoTenants(), line, LongOf(1, 2001)).ok());
+}
+
+TEST(CheckRoom, LetsOneRequestOfEachTenantWait) {
+  QueueLimits limits = {.capacity = 2, .max_queued_tokens = 10, .tenants = {}};
+  WaitingLine line = {.prompts = {}, .computing = true};
+  for (int t = 0; t < 5; ++t) limits.tenants.push_back({.name = std::string(1, 'a' + t)});
+  for (int t = 0; t < 5; ++t) {
+    EXPECT_TRUE(CheckRoom(limits, line, LongOf(t, 1000)).ok());
+    line.prompts.push_back(LongOf(t, 1000));
+    EXPECT_FALSE(CheckRoom(limits, line, LongOf(t, 1)).ok());
+  }
 }
 
 TEST(RetryDelay, IsTheTimeThatTheWaitingTokensTake) {
   const WaitingLine line = {.prompts = {Long(10'000), Long(2000)}};
-  EXPECT_EQ(RetryDelay(line, 4000), absl::Seconds(3));
-  EXPECT_EQ(RetryDelay(line, /*tokens_per_second=*/0), absl::Seconds(12));
+  EXPECT_EQ(RetryDelay({}, line, 0, 4000), absl::Seconds(3));
+  EXPECT_EQ(RetryDelay({}, line, 0, /*tokens_per_second=*/0), absl::Seconds(12));
 }
 
 TEST(RetryDelay, StaysBetweenASecondAndAMinute) {
-  EXPECT_EQ(RetryDelay({.prompts = {Long(10)}}, 1000), absl::Seconds(1));
-  EXPECT_EQ(RetryDelay({.prompts = {Long(1'000'000)}}, 1000), absl::Seconds(60));
+  EXPECT_EQ(RetryDelay({}, {.prompts = {Long(10)}}, 0, 1000), absl::Seconds(1));
+  EXPECT_EQ(RetryDelay({}, {.prompts = {Long(1'000'000)}}, 0, 1000), absl::Seconds(60));
+}
+
+TEST(RetryDelay, ComesFromTheTenantsOwnBacklogAndItsShare) {
+  const WaitingLine line = {.prompts = {LongOf(0, 2000), LongOf(1, 30'000)}};
+  EXPECT_EQ(RetryDelay(TwoTenants(), line, 0, 1000), absl::Seconds(8)) << "2 s at a quarter";
+  EXPECT_EQ(RetryDelay(TwoTenants(), line, 1, 1000), absl::Seconds(40));
+  EXPECT_EQ(RetryDelay(TwoTenants(), {.prompts = {LongOf(0, 2000)}}, 0, 1000), absl::Seconds(2));
 }
 
 TEST(CheckDeadline, CountsWhatIsNotCachedAlone) {
@@ -119,6 +173,22 @@ TEST(QueueAtBest, LeavesOutWhatTakesLonger) {
 TEST(QueueAtBest, EndsAtTheFirstBatchForAPromptThatCanJoinIt) {
   const WaitingLine line = {.prompts = {Long(3000), Short(500), Long(2000), Short(1500)}};
   EXPECT_EQ(QueueAtBest(line, Short(4000), Measured(), kNow), absl::Seconds(3));
+}
+
+TEST(QueueAtBest, LeavesOutOtherTenantsAndLowerClasses) {
+  const WaitingLine line = {.prompts = {LongOf(0, 2000), LongOf(1, 2200), LongOf(1, 2500, 1),
+                                        LongOf(0, 2300, -1)}};
+  EXPECT_EQ(QueueAtBest(line, LongOf(0, 3000), Measured(), kNow), absl::Milliseconds(4500));
+}
+
+TEST(ChoosePass, FillsABatchByClassesAndThenByTheTenantsTimes) {
+  std::vector<WaitingPrompt> line(5, Short(100));
+  line[1].tenant_time = absl::Seconds(2);
+  line[2].tenant_time = absl::Seconds(1);
+  line[3].tenant_time = absl::Seconds(3);
+  line[4].tenant_time = absl::Seconds(3);
+  line[4].priority = 1;
+  EXPECT_THAT(ChoosePass(line, /*head=*/0, 300, PromptSpeed(), kNow), ElementsAre(0, 2, 4));
 }
 
 TEST(ChoosePass, ShortPromptIsBatchedWithTheHead) {

@@ -87,11 +87,12 @@ int Consumer::num_progress() const {
   return count;
 }
 
-Bench::Bench(const FakeEngineOptions& options, int num_buffers, int pack_threads)
+Bench::Bench(const FakeEngineOptions& options, int num_buffers, int pack_threads,
+             const std::vector<Tenant>& tenants)
     : engine(options),
       ring(*StagingRing::Create(engine, num_buffers, wire::KvPairBytes(WorkOf(engine, 1).layout),
                                 absl::InfiniteDuration())),
-      metrics(engine.info()),
+      metrics(engine.info(), tenants),
       packer({.ring = *ring, .metrics = metrics, .progress = progress, .wake = wake},
              options.kv_slots, pack_threads),
       resources{.packer = packer,

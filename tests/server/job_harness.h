@@ -71,7 +71,8 @@ class Consumer final : public Transport {
 // All that a pass works with, over a fake engine and a fake clock. By default there are no packing
 // threads, and the test packs.
 struct Bench {
-  explicit Bench(const FakeEngineOptions& options = {}, int num_buffers = 64, int pack_threads = 0);
+  explicit Bench(const FakeEngineOptions& options = {}, int num_buffers = 64, int pack_threads = 0,
+                 const std::vector<Tenant>& tenants = {Tenant()});
 
   // Packs and sends all that can be packed.
   void PackAll() {

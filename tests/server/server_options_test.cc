@@ -50,6 +50,29 @@ TEST(ServerOptions, EveryProblemIsListedWithItsFlagValueAndLimit) {
   }
 }
 
+TEST(ServerOptions, RefusesTenantsThatNobodyCanTellApart) {
+  const auto problems = [](const ServerOptions& options) {
+    return std::string(Validate(options).message());
+  };
+  ServerOptions options = ValidOptions();
+  options.tenants.source = TenantSource::kMetadata;
+  EXPECT_THAT(problems(options), HasSubstr("--tenant_from=metadata needs --tenants"));
+  options.tenants_file = "tenants.json";
+  options.tenants.table = *Tenants::Parse(R"({"tenants": [{"name": "a"}]})");
+  EXPECT_TRUE(Validate(options).ok()) << Validate(options);
+  for (const char* key : {"", "X-Tenant", "x tenant", "tenant-bin", "grpc-tenant"}) {
+    options.tenants.metadata_key = key;
+    EXPECT_THAT(problems(options), HasSubstr(std::string("--tenant_metadata_key=") + key));
+  }
+  options.tenants.metadata_key = "x-tenant";
+  options.tenants.source = TenantSource::kNone;
+  EXPECT_THAT(problems(options), HasSubstr("--tenant_from is needed"));
+  options.tenants.source = TenantSource::kCertificate;
+  EXPECT_THAT(problems(options), HasSubstr("--tenant_from=certificate needs --tls_client_ca"));
+  options.tenants.source = TenantSource::kToken;
+  EXPECT_THAT(problems(options), HasSubstr("needs a token_sha256 in --tenants"));
+}
+
 TEST(ServerOptions, RefusesContradictions) {
   ServerOptions options = ValidOptions();
   options.tls.client_ca_file = "/dev/null";

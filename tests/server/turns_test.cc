@@ -29,6 +29,31 @@ TEST(OrderOfTurns, CountsHalfOfTheWait) {
   EXPECT_THAT(OrderOfTurns({waited, {.remaining = absl::Milliseconds(600)}}), ElementsAre(0, 1));
 }
 
+TEST(OrderOfTurns, PutsTheLeastTimeOfATenantBeforeTheLeastRemainingTime) {
+  EXPECT_THAT(OrderOfTurns({{.tenant_time = absl::Seconds(2), .remaining = absl::Seconds(1)},
+                            {.tenant_time = absl::Seconds(1), .remaining = absl::Seconds(9)},
+                            {.tenant_time = absl::Seconds(1), .remaining = absl::Seconds(8)}}),
+              ElementsAre(2, 1, 0));
+}
+
+TEST(OrderOfTurns, PutsHigherClassesBeforeAllElse) {
+  EXPECT_THAT(OrderOfTurns({{.priority = -1},
+                            {.priority = 0},
+                            {.priority = 1, .tenant_time = absl::Seconds(9)},
+                            {.priority = 0, .waited = absl::Hours(1)}}),
+              ElementsAre(2, 3, 1, 0));
+}
+
+TEST(OrderOfTurns, PutsAClassThatLostItsPatienceFirst) {
+  const absl::Duration impatient = kClassPatience + absl::Milliseconds(1);
+  EXPECT_THAT(OrderOfTurns({{.priority = 1, .class_waited = kClassPatience},
+                            {.priority = 0, .class_waited = impatient},
+                            {.priority = -1, .class_waited = 2 * impatient},
+                            {.priority = 0, .class_waited = impatient,
+                             .remaining = -absl::Seconds(1)}}),
+              ElementsAre(2, 3, 1, 0));
+}
+
 struct Prompt {
   absl::Duration step;
   int steps_left;

@@ -1,0 +1,216 @@
+#include "server/tenants.h"
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+#include <iterator>
+#include <utility>
+
+#include <nlohmann/json.hpp>
+#include <openssl/sha.h>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "proto/process/problems.h"
+#include "proto/status_macros.h"
+#include "proto/wire/request_id.h"
+#include "server/fair_shares.h"
+
+namespace prefilld::server {
+namespace {
+
+using nlohmann::json;
+
+constexpr size_t kMaxFileBytes = size_t{4} << 20;
+constexpr size_t kSha256HexDigits = 64;
+constexpr double kMaxWeight = 1e6;
+constexpr double kMaxTokens = 1e12;  // of any limit in tokens
+
+std::string Sha256Hex(absl::string_view text) {
+  unsigned char digest[SHA256_DIGEST_LENGTH];
+  SHA256(reinterpret_cast<const unsigned char*>(text.data()), text.size(), digest);
+  return absl::BytesToHexString(
+      absl::string_view(reinterpret_cast<const char*>(digest), sizeof(digest)));
+}
+
+bool IsSha256Hex(absl::string_view text) {
+  return text.size() == kSha256HexDigits &&
+         std::all_of(text.begin(), text.end(),
+                     [](char c) { return absl::ascii_isxdigit(static_cast<unsigned char>(c)); });
+}
+
+std::string Shown(const json& value) {
+  return wire::ShownId(
+      value.dump(-1, ' ', /*ensure_ascii=*/true, json::error_handler_t::replace));
+}
+
+// Reads the fields of one object, and remembers what is wrong with them.
+class FieldReader {
+ public:
+  FieldReader(std::string where, const json& object, process::Problems& problems)
+      : where_(std::move(where)), object_(object), problems_(problems) {}
+
+  // Returns `value` if there is no such field.
+  double Number(const char* field, double value, double low, double high) {
+    const json* found = Find(field);
+    if (found == nullptr) return value;
+    const double number = found->is_number() ? found->get<double>() : NAN;
+    if (number >= low && number <= high) return number;
+    Add(absl::StrCat(field, " is ", Shown(*found), "; a number from ", low, " to ", high));
+    return value;
+  }
+  int64_t Integer(const char* field, int64_t value, double low, double high) {
+    const json* found = Find(field);
+    if (found != nullptr && found->is_number() && !found->is_number_integer()) {
+      Add(absl::StrCat(field, " is ", Shown(*found), "; a whole number"));
+      return value;
+    }
+    return static_cast<int64_t>(Number(field, static_cast<double>(value), low, high));
+  }
+  std::vector<std::string> Texts(const char* field) {
+    const json* found = Find(field);
+    std::vector<std::string> texts;
+    if (found == nullptr) return texts;
+    if (!found->is_array()) {
+      Add(absl::StrCat(field, " is ", Shown(*found), "; a list of texts"));
+      return texts;
+    }
+    for (const json& text : *found) texts.push_back(text.is_string() ? text.get<std::string>() : "");
+    return texts;
+  }
+  std::string Text(const char* field, const std::string& value) {
+    const json* found = Find(field);
+    if (found == nullptr) return value;
+    if (found->is_string()) return found->get<std::string>();
+    Add(absl::StrCat(field, " is ", Shown(*found), "; a text"));
+    return value;
+  }
+  const json* Find(const char* field) {
+    known_.emplace_back(field);
+    const auto found = object_.find(field);
+    return found == object_.end() ? nullptr : &*found;
+  }
+  // Must come last. A field that nobody has asked for is wrong, because it may be a limit whose name
+  // is misspelt.
+  void RefuseOthers() {
+    for (const auto& [field, value] : object_.items()) {
+      if (std::find(known_.begin(), known_.end(), field) == known_.end()) {
+        Add(absl::StrCat("unknown field ", Shown(field)));
+      }
+    }
+  }
+  void Add(const std::string& problem) { problems_.push_back(absl::StrCat(where_, ": ", problem)); }
+
+ private:
+  const std::string where_;
+  const json& object_;
+  process::Problems& problems_;
+  std::vector<std::string> known_;
+};
+
+Tenant ReadTenant(FieldReader& fields) {
+  Tenant tenant;
+  tenant.name = fields.Text("name", "");
+  if (tenant.name.empty() || !wire::CheckId("name", tenant.name).ok()) {
+    fields.Add(absl::StrCat("name has ", tenant.name.size(), " bytes; 1 to ",
+                            Tenants::kMaxNameBytes, " printable ASCII characters"));
+  }
+  tenant.weight = fields.Number("weight", 1, 1 / kMaxWeight, kMaxWeight);
+  tenant.max_priority =
+      static_cast<int>(fields.Integer("max_priority", 0, -kMaxPriority, kMaxPriority));
+  tenant.max_requests = fields.Integer("max_requests", 0, 0, kMaxTokens);
+  tenant.max_queued_tokens = fields.Integer("max_queued_tokens", 0, 0, kMaxTokens);
+  tenant.tokens_per_second = fields.Number("tokens_per_second", 0, 0, kMaxTokens);
+  return tenant;
+}
+
+}  // namespace
+
+static_assert(Tenants::kMaxNameBytes == wire::kMaxIdBytes, "names are checked as ids");
+
+Tenants::Tenants() : all_(1), default_(0) { by_name_[all_[0].name] = 0; }
+
+absl::StatusOr<Tenants> Tenants::Parse(absl::string_view text) {
+  const json file = json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!file.is_object()) return absl::InvalidArgumentError("the file is not a JSON object");
+  process::Problems problems;
+  FieldReader top("the file", file, problems);
+  const std::string unknown = top.Text("unknown", "default");
+  if (unknown != "default" && unknown != "refuse") {
+    top.Add(absl::StrCat("unknown is ", Shown(unknown), "; default or refuse"));
+  }
+  const json* list = top.Find("tenants");
+  top.RefuseOthers();
+  if (list == nullptr || !list->is_array() || list->empty() || list->size() > kMaxTenants) {
+    top.Add(absl::StrCat("tenants is not a list of 1 to ", kMaxTenants, " tenants"));
+    return process::ToStatus(problems);
+  }
+
+  Tenants tenants;
+  tenants.all_.clear();
+  tenants.by_name_.clear();
+  for (size_t i = 0; i < list->size(); ++i) {
+    const json& entry = (*list)[i];
+    if (!entry.is_object()) {
+      problems.push_back(absl::StrCat("tenants[", i, "] is ", Shown(entry), "; an object"));
+      continue;
+    }
+    const auto name = entry.find("name");
+    FieldReader fields(name == entry.end() ? absl::StrCat("tenants[", i, "]")
+                                           : absl::StrCat("tenant ", Shown(*name)),
+                       entry, problems);
+    Tenant tenant = ReadTenant(fields);
+    for (const std::string& hash : fields.Texts("token_sha256")) {
+      if (!IsSha256Hex(hash)) {
+        fields.Add(absl::StrCat("a token_sha256 is not of ", kSha256HexDigits,
+                                " hexadecimal digits"));
+      } else if (!tenants.by_token_.emplace(absl::AsciiStrToLower(hash), i).second) {
+        fields.Add("a token_sha256 is there twice");
+      }
+    }
+    fields.RefuseOthers();
+    if (!tenants.by_name_.emplace(tenant.name, i).second) fields.Add("the name is there twice");
+    tenants.all_.push_back(std::move(tenant));
+  }
+  PREFILLD_RETURN_IF_ERROR(process::ToStatus(problems));
+
+  tenants.default_.reset();
+  if (unknown == "refuse") return tenants;
+  const auto named = tenants.by_name_.find(kDefaultTenant);
+  if (named != tenants.by_name_.end()) {
+    tenants.default_ = named->second;
+  } else {
+    tenants.default_ = tenants.all_.size();
+    tenants.by_name_[std::string(kDefaultTenant)] = tenants.all_.size();
+    tenants.all_.emplace_back();
+  }
+  return tenants;
+}
+
+absl::StatusOr<Tenants> Tenants::Read(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) return absl::NotFoundError(absl::StrCat(path, " cannot be read"));
+  std::string text(kMaxFileBytes + 1, '\0');
+  file.read(text.data(), static_cast<std::streamsize>(text.size()));
+  text.resize(static_cast<size_t>(file.gcount()));
+  if (text.size() > kMaxFileBytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(path, " has more than ", kMaxFileBytes, " bytes"));
+  }
+  auto tenants = Parse(text);
+  if (tenants.ok()) return tenants;
+  return absl::InvalidArgumentError(absl::StrCat(path, ": ", tenants.status().message()));
+}
+
+std::optional<size_t> Tenants::ByName(absl::string_view name) const {
+  const auto found = by_name_.find(name);
+  return found == by_name_.end() ? default_ : found->second;
+}
+
+std::optional<size_t> Tenants::ByToken(absl::string_view token) const {
+  const auto found = by_token_.find(Sha256Hex(token));
+  return found == by_token_.end() ? default_ : found->second;
+}
+
+}  // namespace prefilld::server
