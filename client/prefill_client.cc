@@ -5,6 +5,9 @@
 #include <thread>
 #include <utility>
 
+#include "absl/strings/ascii.h"
+#include "absl/strings/escaping.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "client/raw_stream.h"
@@ -42,18 +45,40 @@ absl::Status CheckLogprobs(const PrefillRequest& request, const PrefillResult& r
   return absl::OkStatus();
 }
 
+// Compared with what gRPC carries as text; it would end the process over anything else.
+absl::Status CheckMetadata(const Metadata& metadata) {
+  for (const auto& [key, value] : metadata) {
+    const bool key_is_legal =
+        !key.empty() && std::all_of(key.begin(), key.end(), [](char c) {
+          return absl::ascii_islower(c) || absl::ascii_isdigit(c) || c == '-' || c == '_' ||
+                 c == '.';
+        });
+    if (!key_is_legal || absl::EndsWith(key, "-bin") || absl::StartsWith(key, "grpc-")) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("metadata key '", absl::CHexEscape(key),
+                       "'; of a-z 0-9 - _ . without grpc- before or -bin behind them"));
+    }
+    if (!std::all_of(value.begin(), value.end(), absl::ascii_isprint)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("the value of metadata ", key, " is not printable ASCII"));
+    }
+  }
+  return absl::OkStatus();
+}
+
 // One Prefill call. The calling thread reads lane 0, which carries everything except frames of
 // other lanes. Each further lane has a thread that lives from Accepted to the end of its stream.
 class PrefillCall {
  public:
-  PrefillCall(const PrefillRequest& request, KvSink& sink, absl::Time deadline,
+  // `options` must outlive the call.
+  PrefillCall(const PrefillRequest& request, KvSink& sink, const PrefillCallOptions& options,
               const std::vector<std::shared_ptr<grpc::Channel>>& channels)
-      : request_(request), sink_(sink), deadline_(deadline) {
+      : request_(request), sink_(sink), deadline_(options.deadline), metadata_(options.metadata) {
     for (const auto& channel : channels) streams_.push_back(std::make_unique<RawStream>(channel));
   }
 
   absl::StatusOr<PrefillResult> Run() {
-    streams_[0]->Start(kPrefillMethod, request_, deadline_);
+    streams_[0]->Start(kPrefillMethod, request_, deadline_, metadata_);
     ReadStream(0);
     if (status().ok() && !result_) Fail(absl::DataLossError("the stream ended without a result"));
     for (std::thread& thread : lane_threads_) thread.join();
@@ -164,6 +189,7 @@ class PrefillCall {
   const PrefillRequest& request_;
   KvSink& sink_;
   const absl::Time deadline_;
+  const Metadata& metadata_;
   std::vector<std::unique_ptr<RawStream>> streams_;  // by lane
 
   // Set on Accepted, before the lanes' threads start.
@@ -228,10 +254,11 @@ absl::StatusOr<PrefillResult> PrefillClient::Prefill(const PrefillRequest& reque
     return absl::InvalidArgumentError(
         absl::StrCat("num_lanes ", request.num_lanes(), ", allowed: 1 to ", kMaxLanes));
   }
+  PREFILLD_RETURN_IF_ERROR(CheckMetadata(options.metadata));
   absl::StatusOr<PrefillResult> result;
   for (ServerChannels* server : InTurn()) {
     const auto channels = server->OfLanes(std::max(request.num_lanes(), 1u));
-    PrefillCall call(request, sink, options.deadline, channels);
+    PrefillCall call(request, sink, options, channels);
     {
       CancelHook hook(options.cancellation,
                       [&call] { call.Fail(absl::CancelledError("cancelled by the caller")); });

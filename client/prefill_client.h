@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -36,9 +37,15 @@ class KvSink {
   virtual absl::Status OnFrame(const wire::ReceivedFrame& frame) = 0;
 };
 
+// Keys and values that go with a call, as gRPC headers.
+using Metadata = std::vector<std::pair<std::string, std::string>>;
+
 struct PrefillCallOptions {
   absl::Time deadline = absl::InfiniteFuture();
   Cancellation* cancellation = nullptr;  // borrowed for the duration of the call; may be null
+  // Goes with the Prefill call. Servers that tell tenants apart by metadata or by tokens look for it
+  // there: {"x-tenant", "search"} or {"authorization", "Bearer TOKEN"}.
+  Metadata metadata = {};
 };
 
 // Makes any number of calls at once. Thread-safe.
@@ -58,6 +65,7 @@ class PrefillClient {
 
   // Runs one prompt and returns when the whole cache has gone to `sink`, or with the reason why
   // not: the server's status (see PrefillService), CANCELLED, the sink's error, and
+  //   INVALID_ARGUMENT     metadata has a key or a value that gRPC does not carry
   //   FAILED_PRECONDITION  the server answered with another layout than asked for
   //   DATA_LOSS            a frame is damaged, missing, or not what the layout promises, the
   //                        stream ended without a result, or its log-probabilities are not as

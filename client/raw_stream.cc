@@ -12,7 +12,9 @@ namespace prefilld::client {
 RawStream::RawStream(std::shared_ptr<grpc::Channel> channel) : stub_(std::move(channel)) {}
 
 void RawStream::Start(const std::string& method, const google::protobuf::MessageLite& request,
-                      absl::Time deadline) {
+                      absl::Time deadline,
+                      const std::vector<std::pair<std::string, std::string>>& metadata) {
+  for (const auto& [key, value] : metadata) context_.AddMetadata(key, value);
   if (deadline != absl::InfiniteFuture()) context_.set_deadline(absl::ToChronoTime(deadline));
   call_ = stub_.PrepareCall(&context_, method, &queue_);
   call_->StartCall(this);

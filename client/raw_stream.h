@@ -3,6 +3,8 @@
 
 #include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
@@ -25,9 +27,11 @@ class RawStream {
   RawStream& operator=(const RawStream&) = delete;
 
   // Starts the call; may be called once. Blocks while the channel connects. `method` is
-  // "/package.Service/Method". Errors show at the end of the stream.
+  // "/package.Service/Method". `metadata` goes with it, as keys and values that gRPC carries. Errors
+  // show at the end of the stream.
   void Start(const std::string& method, const google::protobuf::MessageLite& request,
-             absl::Time deadline);
+             absl::Time deadline,
+             const std::vector<std::pair<std::string, std::string>>& metadata = {});
   // Reads a message. Returns false at the end of the stream; Finish tells why it ended.
   bool Read(grpc::ByteBuffer& message);
   // Returns the call's status. May be called once, after Read returned false.

@@ -35,6 +35,7 @@ GenerateRequest MakeRequest(const CliOptions& options, const Prompt& prompt) {
   request.mutable_stop_token_ids()->Assign(options.stop_token_ids.begin(),
                                            options.stop_token_ids.end());
   request.set_ignore_eos(options.ignore_eos);
+  request.set_priority(options.priority);
   request.set_pushed_transfer_id(options.pushed_transfer_id);
   return request;
 }

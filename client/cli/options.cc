@@ -3,6 +3,7 @@
 #include <google/protobuf/descriptor.h>
 #include <google/protobuf/message.h>
 
+#include <fstream>
 #include <optional>
 
 #include "absl/flags/flag.h"
@@ -54,6 +55,10 @@ ABSL_FLAG(int32_t, bos, 256,
           "Token to put before the bytes of a text for a byte-level model; 256 suits the embedded "
           "one. -1: none.");
 ABSL_FLAG(std::string, request_id, "", "Name of the request in logs. Empty: chosen for you.");
+
+ABSL_FLAG(int32_t, priority, 0,
+          "Class of the prefill, -7 to 7: higher ones go first, as far as the server's operator lets "
+          "you.");
 
 ABSL_FLAG(int32_t, max_new_tokens, 64, "Tokens to generate.");
 ABSL_FLAG(std::vector<std::string>, stop_token_ids, {},
@@ -115,6 +120,11 @@ ABSL_FLAG(bool, bypass_prefix_cache, false,
           "prefill: compute all of the prompt, and leave nothing in the server's prefix cache.");
 ABSL_FLAG(std::string, cache_salt, "",
           "prefill: the prompt shares cached prefixes with those of an equal salt alone.");
+ABSL_FLAG(std::vector<std::string>, metadata, {},
+          "prefill: metadata that goes with the call, as key=value, comma-separated; "
+          "x-tenant=search names a tenant to servers that trust you with it.");
+ABSL_FLAG(std::string, token_file, "",
+          "prefill: file with a bearer token that tells the server whose request this is.");
 ABSL_FLAG(std::string, deliver_to, "",
           "prefill: have the KV pushed to this decode worker (host:port) instead of here.");
 ABSL_FLAG(std::string, transfer_id, "", "prefill: the pushed_transfer_id it waits under.");
@@ -269,6 +279,28 @@ std::vector<uint32_t> ReadStopTokens(Problems& problems) {
   return ids;
 }
 
+Metadata ReadMetadata(Problems& problems) {
+  Metadata metadata;
+  for (const std::string& text : absl::GetFlag(FLAGS_metadata)) {
+    const size_t equals = text.find('=');
+    if (equals == std::string::npos || equals == 0) {
+      problems.push_back(absl::StrCat("--metadata: '", text, "' is not key=value"));
+    } else {
+      metadata.emplace_back(text.substr(0, equals), text.substr(equals + 1));
+    }
+  }
+  if (const std::string path = absl::GetFlag(FLAGS_token_file); !path.empty()) {
+    std::ifstream file(path);
+    std::string token;
+    if (file >> token) {
+      metadata.emplace_back("authorization", absl::StrCat("Bearer ", token));
+    } else {
+      problems.push_back(absl::StrCat("--token_file: no token can be read from ", path));
+    }
+  }
+  return metadata;
+}
+
 std::vector<const char*> AttentionFlags() {
   const auto& fields = *::prefill::v1::AttentionOptions::descriptor();
   std::vector<const char*> names;
@@ -285,7 +317,7 @@ process::ProgramHelp Help() {
                  {"Output", {"json", "quiet"}},
                  {"Prompt",
                   {"text", "text_file", "token_ids", "token_ids_file", "model", "python", "bos",
-                   "request_id"}},
+                   "request_id", "priority"}},
                  {"Generation",
                   {"max_new_tokens", "stop_token_ids", "ignore_eos", "temperature", "top_k",
                    "top_p", "seed", "top_logprobs", "pushed_transfer_id"}},
@@ -293,7 +325,7 @@ process::ProgramHelp Help() {
                  {"Prefill and its KV",
                   {"block_tokens", "kv_order", "kv_dtype", "first_head", "num_heads", "first_block",
                    "lanes", "layer_stats", "prompt_logprobs", "bypass_prefix_cache", "cache_salt",
-                   "deliver_to", "transfer_id"}}}};
+                   "metadata", "token_file", "deliver_to", "transfer_id"}}}};
 }
 
 }  // namespace
@@ -315,6 +347,7 @@ absl::StatusOr<CliOptions> OptionsFromFlags(const std::vector<char*>& positional
   options.quiet = absl::GetFlag(FLAGS_quiet);
   options.prompt = ReadPrompt(options.command, problems);
   options.request_id = absl::GetFlag(FLAGS_request_id);
+  options.priority = absl::GetFlag(FLAGS_priority);
   options.attention = ReadAttention(problems);
   options.sampling = ReadSampling();
   const int32_t max_new_tokens = absl::GetFlag(FLAGS_max_new_tokens);
@@ -329,6 +362,7 @@ absl::StatusOr<CliOptions> OptionsFromFlags(const std::vector<char*>& positional
   options.prompt_logprobs = absl::GetFlag(FLAGS_prompt_logprobs);
   options.prefix_cache.set_bypass(absl::GetFlag(FLAGS_bypass_prefix_cache));
   options.prefix_cache.set_salt(absl::GetFlag(FLAGS_cache_salt));
+  options.metadata = ReadMetadata(problems);
   options.deliver_to = absl::GetFlag(FLAGS_deliver_to);
   options.transfer_id = absl::GetFlag(FLAGS_transfer_id);
   if (!options.deliver_to.empty()) CheckAddress("--deliver_to", options.deliver_to, problems);

@@ -39,6 +39,7 @@ struct CliOptions {
 
   PromptSource prompt;
   std::string request_id;
+  int32_t priority = 0;
   ::prefill::v1::AttentionOptions attention;
   ::prefill::v1::Sampling sampling;
 
@@ -54,6 +55,7 @@ struct CliOptions {
   bool layer_stats = false;
   bool prompt_logprobs = false;
   ::prefill::v1::PrefixCacheOptions prefix_cache;
+  Metadata metadata;
   std::string deliver_to;
   std::string transfer_id;
 };

@@ -78,6 +78,7 @@ PrefillRequest MakeRequest(const CliOptions& options, const Prompt& prompt) {
   *request.mutable_attention() = options.attention;
   request.set_num_lanes(options.lanes);
   request.set_layer_stats(options.layer_stats);
+  request.set_priority(options.priority);
   request.set_prompt_logprobs(options.prompt_logprobs);
   *request.mutable_prefix_cache() = options.prefix_cache;
   if (!options.deliver_to.empty()) {
@@ -95,7 +96,9 @@ absl::Status RunPrefill(const CliOptions& options, Cancellation& cancellation) {
   DiscardingSink sink(!options.quiet);
   const auto result =
       client->Prefill(MakeRequest(options, prompt), sink,
-                      {.deadline = absl::Now() + options.timeout, .cancellation = &cancellation});
+                      {.deadline = absl::Now() + options.timeout,
+                       .cancellation = &cancellation,
+                       .metadata = options.metadata});
   const TransferTimes times = sink.End();
   if (!result.ok()) return result.status();
   if (options.json) {

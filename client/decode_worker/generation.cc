@@ -165,6 +165,7 @@ class Generation : public KvSink {
     *prefill.mutable_sampling() = request_.sampling();
     *prefill.mutable_attention() = request_.attention();
     prefill.set_num_lanes(worker_.options->lanes);
+    prefill.set_priority(request_.priority());
     return worker_.prefill->Prefill(prefill, *this,
                                     {.deadline = facts_.deadline, .cancellation = &cancellation_});
   }

@@ -63,6 +63,16 @@ TEST(CliOptions, ValuesReachTheRequest) {
   EXPECT_EQ(Call("kv_dtype=fp16")->layout.dtype(), v1::DTYPE_FP16);
 }
 
+TEST(CliOptions, MetadataIsKeysAndValues) {
+  EXPECT_EQ(Call("metadata=x-tenant=search,x-b=c=d")->metadata,
+            (Metadata{{"x-tenant", "search"}, {"x-b", "c=d"}}));
+  EXPECT_THAT(std::string(Call("metadata=search").status().message()),
+              HasSubstr("--metadata: 'search' is not key=value"));
+  EXPECT_THAT(std::string(Call("token_file=/no/such/file").status().message()),
+              HasSubstr("--token_file: no token can be read from /no/such/file"));
+  EXPECT_EQ(Call("priority=-3")->priority, -3);
+}
+
 TEST(CliOptions, PoliciesGoByTheNamesOfTheContract) {
   const auto& values = *v1::AttentionPolicy_descriptor();
   const std::string help = absl::FindCommandLineFlag("policy")->Help();

@@ -236,6 +236,14 @@ class Live(unittest.TestCase):
             for _ in range(4):
                 self.assertEqual(client.server_info().model_name, "tiny")
 
+    def test_a_priority_is_lowered_to_what_the_operator_allows(self):
+        for asked, given in ((3, 0), (-2, -2)):
+            with self.server.prefill(PROMPT, priority=asked, metadata=[("x-tenant", "search")]) as stream:
+                self.assertEqual(stream.priority, given)
+        with self.assertRaises(grpc.RpcError) as raised:
+            self.server.prefill(PROMPT, priority=8)
+        self.assertEqual(raised.exception.code(), grpc.StatusCode.INVALID_ARGUMENT)
+
     def test_layers_come_in_order_and_whole(self):
         with self.server.prefill(PROMPT) as stream:
             layers = [blocks.layer for blocks in stream]

@@ -96,7 +96,8 @@ class _Stream:
 class PrefillStream(_Stream):
     """Iterates over KvBlocks as the server computes them, layer by layer.
 
-    request_id, layout, queue_position: known at once (layout: the KvLayout message).
+    request_id, layout, queue_position, priority: known at once (layout: the KvLayout message;
+    priority: the class that the request has, which may be lower than what it asked for).
     result: the PrefillResult message, once the iteration has ended; None before.
     """
 
@@ -105,6 +106,7 @@ class PrefillStream(_Stream):
         self.request_id: str = accepted.request_id
         self.queue_position: int = accepted.queue_position
         self.layout = accepted.layout
+        self.priority: int = accepted.priority
         self.result = None
         self._on_progress = on_progress
         self._check = TransferCheck(accepted.layout, prompt_logprobs)
@@ -171,6 +173,8 @@ class PrefillClient(_Client):
         prompt_logprobs: bool = False,
         bypass_prefix_cache: bool = False,
         cache_salt: str = "",
+        priority: int = 0,
+        metadata: Sequence[tuple[str, str]] = (),
         timeout: float | None = None,
         on_progress: Callable | None = None,
     ) -> PrefillStream:
@@ -185,6 +189,10 @@ class PrefillClient(_Client):
         If the server has a prefix cache, a prompt that begins as an earlier one did computes the rest
         alone; result.cached_tokens counts what was cached. Prompts share prefixes with those of an
         equal cache_salt alone. With bypass_prefix_cache the cache is neither asked nor filled.
+
+        priority, -7 to 7: requests of higher classes go first, as far as the server's operator lets
+        you (PrefillStream.priority). metadata goes with the call; servers that tell tenants apart look
+        there: ("authorization", "Bearer TOKEN"), or ("x-tenant", "search") where they trust you.
 
         on_progress(Progress) is called after each layer and while the request waits, from within
         the iteration. Raises grpc.RpcError with the server's status, which PrefillService in
@@ -202,8 +210,9 @@ class PrefillClient(_Client):
             layer_stats=layer_stats,
             prompt_logprobs=prompt_logprobs,
             prefix_cache=wire.PrefixCacheOptions(bypass=bypass_prefix_cache, salt=cache_salt),
+            priority=priority,
         )
-        call = self._stub.Prefill(request, timeout=timeout)
+        call = self._stub.Prefill(request, timeout=timeout, metadata=tuple(metadata))
         first = next(call, None)
         if first is None or first.WhichOneof("event") != "accepted":
             call.cancel()
@@ -271,10 +280,13 @@ class DecodeClient(_Client):
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
         request_id: str = "",
+        priority: int = 0,
         timeout: float | None = None,
         on_progress: Callable | None = None,
     ) -> GenerateStream:
         """Starts one generation. on_progress(PrefillProgress) is called while the prompt is prefilled.
+
+        priority is that of the prefill, as in PrefillClient.prefill.
 
         Iterating raises grpc.RpcError: RESOURCE_EXHAUSTED when the worker lacks KV blocks,
         otherwise what prefilld answered (see PrefillService in prefill.proto).
@@ -287,5 +299,6 @@ class DecodeClient(_Client):
             attention=attention.to_wire(),
             stop_token_ids=stop_token_ids,
             ignore_eos=ignore_eos,
+            priority=priority,
         )
         return GenerateStream(self._stub.Generate(request, timeout=timeout), on_progress)
