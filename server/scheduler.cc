@@ -10,6 +10,10 @@
 namespace prefilld::server {
 namespace {
 
+// A layer is held up for at most so long, and one step more, by those that go first inside it,
+// because all others wait for its end.
+constexpr absl::Duration kMostInterjected = absl::Milliseconds(500);
+
 int64_t NumTokens(const PrefillJob& job) { return static_cast<int64_t>(job.work().tokens.size()); }
 
 // Counts the tokens that will be computed, unless the prefix cache changes meanwhile.
@@ -203,11 +207,11 @@ absl::Status Scheduler::failure() const {
   return failure_;
 }
 
-bool Scheduler::StepOnce() { return StepOne(/*interrupted=*/nullptr); }
+bool Scheduler::StepOnce() { return TakeTurn(/*interrupted=*/nullptr); }
 
 // Takes a turn at a point inside a layer of the pass `interrupted`, among those that may. Returns
 // false when it is that pass's turn again. Null: between layers, where all may.
-bool Scheduler::StepOne(const Running* interrupted) {
+bool Scheduler::TakeTurn(const Running* interrupted) {
   NoteClaimants();
   std::vector<Contender> contenders;
   std::vector<std::list<Running>::iterator> passes;  // of the contenders
@@ -346,6 +350,12 @@ void Scheduler::StartPass(Jobs jobs) {
 void Scheduler::PutBack(Jobs jobs) {
   Forget(jobs);
   absl::MutexLock lock(&mu_);
+  // One that was retired meanwhile waits for nothing.
+  jobs.erase(std::remove_if(jobs.begin(), jobs.end(),
+                            [this](const auto& job) ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+                              return !live_.contains(job.get());
+                            }),
+             jobs.end());
   for (const auto& job : jobs) queued_tokens_ += NumTokens(*job);
   queue_.insert(queue_.begin(), jobs.begin(), jobs.end());
 }
@@ -361,11 +371,15 @@ PrefillPass::Next Scheduler::StepPass(Running& running) {
     charged_until = now;
   };
   SetComputing(true);
+  absl::Duration interjected;
   const auto report = pass.Step([&] {
+    const absl::Time left = resources_.clock.Now();
+    const auto so_far = [&] { return interjected + (resources_.clock.Now() - left); };
     charge();
     shares_.EndStep(pass.jobs(), resources_.clock.Now());
-    while (StepOne(&running)) {
+    while (so_far() < kMostInterjected && TakeTurn(&running)) {
     }
+    interjected = so_far();
     SetComputing(true);
     charged_until = resources_.clock.Now();
   });

@@ -56,10 +56,10 @@ struct LiveJob {
 // Several passes may be under way, as many as the engine has memory for, and they take turns step
 // by step: the rule in turns.h chooses between those under way and the prompts that wait. It shares
 // the device between tenants by what each step took (fair_shares.h); a step of a batch counts to the
-// tenants of its prompts by their tokens. Short dense
-// prompts also take turns at the points inside a layer of a long one. So they wait for a part of that
-// layer, others wait for one layer, and a pass whose consumers are slow holds up nobody. The rules in
-// admission.h decide who may wait and which prompts share a pass.
+// tenants of its prompts by their tokens. Short dense prompts also take turns at the points inside a
+// layer of a long one, for half a second of it. So a short dense prompt waits for a part of a layer,
+// any other prompt for one layer and half a second, and a pass whose consumers are slow holds up
+// nobody. The rules in admission.h decide who may wait and which prompts share a pass.
 //
 // The scheduler has no thread of its own: the compute thread calls StepOnce, and any thread may
 // call everything else.
@@ -122,7 +122,7 @@ class Scheduler {
   int64_t NumRunning() const ABSL_SHARED_LOCKS_REQUIRED(mu_);
   bool MateGoesOn(const PrefillJob& job) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
 
-  bool StepOne(const Running* interrupted);
+  bool TakeTurn(const Running* interrupted);
   std::shared_ptr<PrefillJob> BestWaiting(bool must_interject, Contender* best);
   Contender DescribePass(const Running& running) const;
   void NoteClaimants();

@@ -126,6 +126,10 @@ void ReadProjections(Family family, ConfigFields& fields, ModelConfig& config) {
       break;
   }
   if (fields.Flag("mlp_bias", false)) fields.Refuse("mlp_bias", "unsupported");
+  // Embedding models switch the mask off. An absent field means true, unlike most flags.
+  if (!fields.Flag("is_causal", true)) {
+    fields.Refuse("is_causal", "unsupported; built for causal attention");
+  }
   const std::string activation = fields.Text("hidden_act", "silu");
   if (activation != "silu") fields.Refuse("hidden_act", "unsupported; built for silu");
   config.tied_embeddings = fields.Flag("tie_word_embeddings", false);

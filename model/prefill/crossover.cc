@@ -6,13 +6,11 @@
 #include <cmath>
 #include <cstddef>
 #include <limits>
-#include <memory>
 #include <string>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "model/device/stopwatch.h"
-#include "model/sparse/pattern_sharing.h"
 #include "proto/status_macros.h"
 
 namespace prefilld::model {
@@ -143,13 +141,11 @@ int64_t CrossoverOf(absl::Span<const AttentionTimes> measured, int64_t max_token
   return static_cast<int64_t>(std::min(crossover, static_cast<double>(max_tokens + 1)));
 }
 
-absl::StatusOr<int64_t> MeasureCrossover(SharingWorkspace* workspace,
+absl::StatusOr<int64_t> MeasureCrossover(SharingWorkspace* workspace, PatternSharing* sharing,
                                          const kernels::AttentionParams& attention,
                                          const AttentionOptions& options) {
   const int64_t max_tokens = attention.num_keys;
-  PREFILLD_ASSIGN_OR_RETURN(const std::unique_ptr<PatternSharing> sharing,
-                            PatternSharing::Create(workspace, max_tokens));
-  Contest contest(workspace, attention, sharing.get(), options);
+  Contest contest(workspace, attention, sharing, options);
   std::vector<AttentionTimes> measured;
   int64_t taken_us = 0;
   Stopwatch stopwatch;
@@ -167,12 +163,15 @@ absl::StatusOr<int64_t> MeasureCrossover(SharingWorkspace* workspace,
   const int64_t crossover = CrossoverOf(measured, max_tokens);
   const std::string measured_up_to = absl::StrCat(measured.empty() ? 0 : measured.back().num_tokens,
                                                   " tokens in ", taken_us / 1000, " ms");
-  if (crossover > max_tokens) {
+  if (measured.empty()) {
+    spdlog::info("policy auto: dense at every length; prompts are too short to measure share");
+  } else if (crossover > max_tokens) {
     spdlog::info("policy auto: dense at every length, as share was not faster (measured up to {})",
                  measured_up_to);
   } else {
-    spdlog::info("policy auto: dense below {} tokens, share from there on (measured up to {})",
-                 crossover, measured_up_to);
+    const bool estimated = crossover > measured.back().num_tokens;
+    spdlog::info("policy auto: dense below {} tokens, share from there on ({}measured up to {})",
+                 crossover, estimated ? "estimated; " : "", measured_up_to);
   }
   return crossover;
 }

@@ -9,6 +9,7 @@
 #include "absl/types/span.h"
 #include "kernels/attention.h"
 #include "model/sparse/attention_options.h"
+#include "model/sparse/pattern_sharing.h"
 #include "model/sparse/sharing_workspace.h"
 
 namespace prefilld::model {
@@ -29,15 +30,15 @@ struct AttentionTimes {
 int64_t CrossoverOf(absl::Span<const AttentionTimes> measured, int64_t max_tokens);
 
 // Measures attention of prompts of 512 tokens, twice as many and so on, until share takes no
-// longer, the prompt would be longer than max_tokens, or three seconds are over; then returns
+// longer, the prompt would be longer than max_tokens, or three seconds would be over; then returns
 // CrossoverOf them. The times of dense attention and of finding patterns do not depend on the
 // prompt. That of sparse attention does: it is measured at a density of 0.80 for 512 tokens, 0.67
 // for 1024, 0.55 for 2048 and towards 0.4 for more, in blocks of 128. Prompts of the embedded model
 // have less: 0.64 for 1024 and 0.46 for 2048.
 //
-// `attention` describes the tensors for max_tokens tokens; they are overwritten. `workspace` is not
-// in use.
-absl::StatusOr<int64_t> MeasureCrossover(SharingWorkspace* workspace,
+// `attention` describes the tensors for max_tokens tokens; they are overwritten. `sharing` has room
+// for as many and serves no prompt; `workspace` is its own.
+absl::StatusOr<int64_t> MeasureCrossover(SharingWorkspace* workspace, PatternSharing* sharing,
                                          const kernels::AttentionParams& attention,
                                          const AttentionOptions& options);
 

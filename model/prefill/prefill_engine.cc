@@ -289,15 +289,18 @@ absl::Status AllocateWorkspace(const EngineOptions& options, int64_t most_tokens
   }
   std::vector<int> all_heads(static_cast<size_t>(config.num_heads));
   std::iota(all_heads.begin(), all_heads.end(), 0);
-  PREFILLD_RETURN_IF_ERROR(
-      device->ops().ReserveAntidiagonalScores({.num_queries = max_tokens,
-                                               .num_keys = max_tokens,
-                                               .num_heads = config.num_heads,
-                                               .num_kv_heads = config.num_kv_heads,
-                                               .head_dim = config.head_dim,
-                                               .block_tokens = options.block_tokens,
-                                               .heads = all_heads.data(),
-                                               .num_scored = config.num_heads}));
+  for (const int stride : {8, 16}) {  // a request may choose, and neither always needs more
+    PREFILLD_RETURN_IF_ERROR(
+        device->ops().ReserveAntidiagonalScores({.num_queries = max_tokens,
+                                                 .num_keys = max_tokens,
+                                                 .num_heads = config.num_heads,
+                                                 .num_kv_heads = config.num_kv_heads,
+                                                 .head_dim = config.head_dim,
+                                                 .block_tokens = options.block_tokens,
+                                                 .stride = stride,
+                                                 .heads = all_heads.data(),
+                                                 .num_scored = config.num_heads}));
+  }
   // If there are clusters, heads become pivots, and attention is asked for their block mass.
   return device->ops().ReserveAttention({.num_queries = most_tokens,
                                          .num_keys = most_tokens,
@@ -385,7 +388,7 @@ absl::StatusOr<int64_t> MeasureCrossover(EngineParts* parts) {
   PromptState& state = parts->states.largest();
   PREFILLD_ASSIGN_OR_RETURN(const KvSlot slot, state.slots->Acquire(/*layer=*/0));
   absl::StatusOr<int64_t> crossover = MeasureCrossover(
-      parts->sharing.get(),
+      parts->sharing.get(), state.sharing.get(),
       {.q = parts->step->queries(),
        .k = slot.k,
        .v = slot.v,

@@ -142,8 +142,9 @@ absl::Status PromptSequence::Begin() {
 // Nothing that differs between prompts of one length enters a recorded layer: tokens, positions and
 // the pattern of a batch lie in the state's device memory, written by Begin.
 bool PromptSequence::IsRecorded(int layer) const {
-  return state_.strategy().only_queues() && !LastQueryAlone(layer) && num_cached_ == 0 &&
-         state_.num_tokens() <= parts_.max_graph_tokens;
+  // A layer with turn points is not recorded, or else a listener's work would enter the recording.
+  return may_interject() && state_.strategy().only_queues() && !LastQueryAlone(layer) &&
+         num_cached_ == 0 && state_.num_tokens() <= parts_.max_graph_tokens;
 }
 
 // The addresses of a state's memory, and its marks, are part of a recording. Its slot tells them

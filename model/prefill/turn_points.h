@@ -15,8 +15,7 @@ namespace prefilld::model {
 // of tokens, and groups of heads. Here a listener may run layers of other sequences, which use a
 // workspace of their own, or stop the layer.
 //
-// A device that computes asynchronously is kept at most one part ahead: each point waits until the
-// part before the last one is done. So what the listener queues waits for little, and the device
+// At each point the host waits for the part before the one that it has just queued. So what the listener queues waits for little, and the device
 // always has the next part to compute. Only the compute thread uses it.
 class TurnPoints final : public LayerPauses {
  public:

@@ -29,8 +29,11 @@ std::string ThresholdHelp(const AttentionThreshold& threshold) {
         return absl::StrCat(value);
       },
       ValueOf(threshold, AttentionOptions()));
+  // This one is measured at start, so the member's initial value is nobody's default.
+  const bool is_measured = absl::string_view(threshold.name) == "crossover_tokens";
   return absl::StrCat(threshold.help, limits.empty() ? "" : " In ", limits,
-                      limits.empty() ? "" : ".", " Built in: ", built_in, ".");
+                      limits.empty() ? "" : ".",
+                      is_measured ? "" : absl::StrCat(" Built in: ", built_in, "."));
 }
 
 ThresholdValue ValueOf(const AttentionThreshold& threshold, const AttentionOptions& options) {

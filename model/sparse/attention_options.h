@@ -168,12 +168,13 @@ inline constexpr AttentionThreshold kAttentionThresholds[] = {
      "how much of its mass the patterns hold."},
 };
 
-// Returns the row of that name. A name that is not in the table does not compile.
-consteval const AttentionThreshold& ThresholdNamed(absl::string_view name) {
+// Returns the row of that name. A name that is not in the table does not compile in a constant
+// expression and ends the program elsewhere: in the help of a flag that is before main.
+constexpr const AttentionThreshold& ThresholdNamed(absl::string_view name) {
   for (const AttentionThreshold& threshold : kAttentionThresholds) {
     if (name == threshold.name) return threshold;
   }
-  throw "no threshold has this name";  // reached by the compiler alone
+  throw "no threshold has this name";
 }
 
 // Returns the sentence for --help: what the threshold does, its limits and its built-in value.

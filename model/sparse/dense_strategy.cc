@@ -11,6 +11,7 @@ namespace {
 // 50 ms on two cores.
 constexpr int64_t kLongOnGpu = 65536;
 constexpr int64_t kLongOnCpu = 4096;
+constexpr int kMostParts = 8;
 
 }  // namespace
 
@@ -41,12 +42,14 @@ absl::Status DenseStrategy::Attend(int layer, const kernels::AttentionParams& at
   return device_.Mark(DoneMark(layer));
 }
 
-// The query heads of one KV head are a part that is worth a pause on a long prompt, and still fill
-// the device.
+// The query heads of one KV head, or of several if there are many, are a part that is worth a pause
+// on a long prompt, and still fill the device.
 int DenseStrategy::HeadsAtOnce(const kernels::AttentionParams& attention) const {
   const bool is_long = attention.num_queries >=
                        (device_.traits().asynchronous ? kLongOnGpu : kLongOnCpu);
-  return is_long ? attention.num_heads / attention.num_kv_heads : attention.num_heads;
+  if (!is_long) return attention.num_heads;
+  const int group = attention.num_heads / attention.num_kv_heads;
+  return std::max(group, attention.num_heads / kMostParts / group * group);
 }
 
 absl::Status DenseStrategy::Report(LayerReport* report) {

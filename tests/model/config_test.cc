@@ -202,6 +202,7 @@ INSTANTIATE_TEST_SUITE_P(
         Refusal{Llama, R"({"hidden_act": "gelu"})", "hidden_act \"gelu\" unsupported"},
         Refusal{Llama, R"({"mlp_bias": true})", "mlp_bias true unsupported"},
         Refusal{Llama, R"({"attention_bias": 1})", "attention_bias 1 is not true or false"},
+        Refusal{Qwen2, R"({"is_causal": false})", "is_causal false unsupported"},
         Refusal{Qwen2, R"({"attention_bias": false})",
                 "attention_bias false unsupported for qwen2"},
         Refusal{Mistral, R"({"attention_bias": true})", "attention_bias true unsupported"},

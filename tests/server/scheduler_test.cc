@@ -241,6 +241,41 @@ TEST(Scheduler, AShortPromptIsComputedAtThePointsInsideALayer) {
   for (const auto& job : {long_one, short_one, another_long_one}) scheduler.Retire(*job);
 }
 
+// One that may not interject waits for the end of the layer, so the flood must not delay that.
+TEST(Scheduler, AFloodInsideALayerHoldsItUpForHalfASecond) {
+  Bench bench({.points_per_layer = 8, .interject_tokens = 1000});
+  Scheduler scheduler(bench.engine, bench.resources, bench.wake,
+                      QueueLimits{.capacity = 8, .max_queued_tokens = 100'000'000});
+  const auto long_one = bench.NewJob(1'000'000), other = bench.NewJob(1001);
+  Consumer long_consumer(long_one), other_consumer(other);
+  std::vector<std::shared_ptr<PrefillJob>> shorts;
+  std::vector<std::unique_ptr<Consumer>> consumers;
+  ASSERT_TRUE(scheduler.Submit(long_one).status.ok());
+  bench.engine.set_on_layer([&](int64_t num_tokens) {
+    bench.clock.Advance(num_tokens == 1'000'000 ? absl::Seconds(1) : absl::Milliseconds(5));
+    bench.PackAll();
+    if (num_tokens == 1'000'000) {
+      EXPECT_TRUE(scheduler.Submit(other).status.ok());
+    }
+    if (scheduler.state().queued_requests > 1) return;  // there is always a short one
+    shorts.push_back(bench.NewJob(100));
+    consumers.push_back(std::make_unique<Consumer>(shorts.back()));
+    EXPECT_TRUE(scheduler.Submit(shorts.back()).status.ok());
+  });
+  EXPECT_TRUE(scheduler.StepOnce());  // starts the long one
+  const absl::Time start = bench.clock.Now();
+  EXPECT_TRUE(scheduler.StepOnce());  // a layer of it
+  EXPECT_GT(shorts.size(), 10);
+  EXPECT_LE(bench.clock.Now() - start, absl::Seconds(1) + absl::Milliseconds(510));
+  bench.engine.set_on_layer(nullptr);
+  scheduler.AbortAll(Outcome::kShutDown, absl::UnavailableError("the test is over"));
+  while (scheduler.StepOnce()) {
+  }
+  shorts.push_back(long_one);
+  shorts.push_back(other);
+  for (const auto& job : shorts) scheduler.Retire(*job);
+}
+
 TEST(Scheduler, ACancelledRequestStopsInsideItsLayer) {
   Bench bench({.points_per_layer = 8});
   Scheduler scheduler(bench.engine, bench.resources, bench.wake,
