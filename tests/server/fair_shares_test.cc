@@ -143,9 +143,11 @@ void RunTrace(unsigned seed) {
   std::vector<double> weights;
   for (int i = 0; i < 3; ++i) weights.push_back(1 + static_cast<double>(random() % 4));
   Trace trace(seed, weights);
+  // Most of the flood is of the highest class, and in a third of the traces all of it.
+  const int tenths_of_highest = trace.Draw(8, 10);
   const auto flood = [&] {
-    // Most of it is of the highest class.
-    const int priority = trace.Draw(0, 9) < 8 ? kClasses - 1 : trace.Draw(0, kClasses - 1);
+    const int priority =
+        trace.Draw(1, 10) <= tenths_of_highest ? kClasses - 1 : trace.Draw(0, kClasses - 1);
     trace.Add({.priority = priority, .tenant = trace.Draw(0, 2)}, trace.Draw(1, 4));
   };
   const int steps = trace.Draw(1, 4);
