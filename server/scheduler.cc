@@ -445,20 +445,4 @@ void Scheduler::Fail(const absl::Status& cause) {
   AbortAll(Outcome::kDeviceFailed, absl::UnavailableError(reason));
 }
 
-ComputeThread::ComputeThread(Scheduler& scheduler, EventCount& wake)
-    : scheduler_(scheduler), wake_(wake), thread_([this] { Run(); }) {}
-
-ComputeThread::~ComputeThread() {
-  stop_ = true;
-  wake_.Notify();
-  thread_.join();
-}
-
-void ComputeThread::Run() {
-  while (!stop_) {
-    const int64_t events = wake_.count();
-    if (!scheduler_.StepOnce() && !stop_) wake_.AwaitAfter(events);
-  }
-}
-
 }  // namespace prefilld::server

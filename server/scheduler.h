@@ -2,14 +2,12 @@
 #ifndef PREFILLD_SERVER_SCHEDULER_H_
 #define PREFILLD_SERVER_SCHEDULER_H_
 
-#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <list>
 #include <memory>
 #include <optional>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
@@ -161,22 +159,6 @@ class Scheduler {
   int64_t passes_started_ = 0;
   StepCost costs_;
   JobShares shares_;
-};
-
-// The thread that steps a scheduler. It sleeps when there is nothing to compute.
-class ComputeThread {
- public:
-  ComputeThread(Scheduler& scheduler, EventCount& wake);
-  // Returns after the current step.
-  ~ComputeThread();
-
- private:
-  void Run();
-
-  Scheduler& scheduler_;
-  EventCount& wake_;
-  std::atomic<bool> stop_ = false;
-  std::thread thread_;
 };
 
 }  // namespace prefilld::server

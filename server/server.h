@@ -9,6 +9,7 @@
 #include "absl/time/time.h"
 #include "model/prefill/prefill_engine.h"
 #include "server/clock.h"
+#include "server/compute_thread.h"
 #include "server/event_count.h"
 #include "server/kv_packer.h"
 #include "server/metrics.h"
