@@ -143,7 +143,11 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
 void PrefillService::AssignTenant(size_t position, PrefillWork& work) const {
   const Tenant& tenant = tenants_.table.all()[position];
   work.tenant = static_cast<int>(position);
-  if (tenants_.source != TenantSource::kNone) work.tenant_name = tenant.name;
+  if (tenants_.source != TenantSource::kNone) {
+    work.tenant_name = tenant.name;
+    // No line break is in a salt, so the tenants' salts cannot meet.
+    work.cache_salt = absl::StrCat(tenant.name, "\n", work.cache_salt);
+  }
   work.priority = std::min(work.priority, tenant.max_priority);
 }
 

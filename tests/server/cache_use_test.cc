@@ -43,6 +43,25 @@ TEST_F(PrefixCacheTest, ARequestMayBypassItAndHasASalt) {
   EXPECT_EQ(engine_->last_salt(), "tenant a");
 }
 
+TEST_F(PrefixCacheTest, TenantsShareNothing) {
+  options_.tenants.source = TenantSource::kMetadata;
+  options_.tenants.metadata_key = "x-tenant";
+  options_.tenants.table = *Tenants::Parse(R"({"tenants": [{"name": "a"}, {"name": "b"}]})");
+  StartServer();
+  v1::PrefillRequest request = PromptOf(600);
+  request.mutable_prefix_cache()->set_salt("same");
+  for (const std::string tenant : {"a", "b"}) {
+    grpc::ClientContext context;
+    context.AddMetadata("x-tenant", tenant);
+    const auto call = stub_->Prefill(&context, request);
+    v1::PrefillEvent event;
+    while (call->Read(&event)) {
+    }
+    EXPECT_TRUE(call->Finish().ok());
+    EXPECT_EQ(engine_->last_salt(), tenant + "\nsame");
+  }
+}
+
 TEST_F(PrefixCacheTest, ASaltHasALimit) {
   StartServer();
   v1::PrefillRequest request = PromptOf(600);

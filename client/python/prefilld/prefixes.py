@@ -19,7 +19,8 @@ def prefix_keys(
     little-endian; so it names the block and everything before it. The key before the first is that of
     the text "prefilld-prefix 1\\n<model_fingerprint>\\n<rope_tokens>\\n<salt>".
 
-    model_fingerprint: ServerInfo.model_fingerprint. salt: the cache_salt of the request.
+    model_fingerprint: ServerInfo.model_fingerprint. salt: the cache_salt of the request; behind
+    "<tenant>\\n" where the server tells tenants apart.
     rope_tokens: 0, except for models whose rotation changes with the prompt's length (rope_scaling
     "dynamic", prompts longer than the model's original positions): the number of tokens there.
     """
