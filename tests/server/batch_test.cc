@@ -280,6 +280,7 @@ TEST_F(Batch, IsReachedInTimeByAShortPromptThatOvertakesTheQueue) {
   engine_->set_layer_time(absl::ZeroDuration());
   engine_->HoldAfter(0);
   const auto holder = Submit(long_one);
+  EXPECT_TRUE(Eventually([&] { return engine_->alive() == 1; }));
   Calls queue;
   queue.push_back(Submit(DensePromptOf(10)));
   for (int i = 0; i < 20; ++i) queue.push_back(Submit(long_one));  // 2 s
