@@ -48,11 +48,9 @@ absl::Status CheckLogprobs(const PrefillRequest& request, const PrefillResult& r
 // Compared with what gRPC carries as text; it would end the process over anything else.
 absl::Status CheckMetadata(const Metadata& metadata) {
   for (const auto& [key, value] : metadata) {
-    const bool key_is_legal =
-        !key.empty() && std::all_of(key.begin(), key.end(), [](char c) {
-          return absl::ascii_islower(c) || absl::ascii_isdigit(c) || c == '-' || c == '_' ||
-                 c == '.';
-        });
+    const bool key_is_legal = !key.empty() && std::all_of(key.begin(), key.end(), [](char c) {
+      return absl::ascii_islower(c) || absl::ascii_isdigit(c) || c == '-' || c == '_' || c == '.';
+    });
     if (!key_is_legal || absl::EndsWith(key, "-bin") || absl::StartsWith(key, "grpc-")) {
       return absl::InvalidArgumentError(
           absl::StrCat("metadata key '", absl::CHexEscape(key),
@@ -174,14 +172,15 @@ class PrefillCall {
     check_ = std::make_unique<TransferCheck>(accepted.layout(), num_lanes);
     PREFILLD_RETURN_IF_ERROR(sink_.OnAccepted(accepted));
     for (uint32_t lane = 1; lane < num_lanes; ++lane) {
-      lane_threads_.emplace_back([this, lane, id = accepted.request_id(), key = accepted.lane_key()] {
-        AttachLaneRequest attach;
-        attach.set_request_id(id);
-        attach.set_lane(lane);
-        attach.set_lane_key(key);
-        streams_[lane]->Start(kAttachLaneMethod, attach, deadline_);
-        ReadStream(lane);
-      });
+      lane_threads_.emplace_back(
+          [this, lane, id = accepted.request_id(), key = accepted.lane_key()] {
+            AttachLaneRequest attach;
+            attach.set_request_id(id);
+            attach.set_lane(lane);
+            attach.set_lane_key(key);
+            streams_[lane]->Start(kAttachLaneMethod, attach, deadline_);
+            ReadStream(lane);
+          });
     }
     return absl::OkStatus();
   }

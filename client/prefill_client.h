@@ -43,8 +43,8 @@ using Metadata = std::vector<std::pair<std::string, std::string>>;
 struct PrefillCallOptions {
   absl::Time deadline = absl::InfiniteFuture();
   Cancellation* cancellation = nullptr;  // borrowed for the duration of the call; may be null
-  // Goes with the Prefill call. Servers that tell tenants apart by metadata or by tokens look for it
-  // there: {"x-tenant", "search"} or {"authorization", "Bearer TOKEN"}.
+  // Goes with the Prefill call. Servers that tell tenants apart by metadata or by tokens look for
+  // it there: {"x-tenant", "search"} or {"authorization", "Bearer TOKEN"}.
   Metadata metadata = {};
 };
 

@@ -27,8 +27,8 @@ class RawStream {
   RawStream& operator=(const RawStream&) = delete;
 
   // Starts the call; may be called once. Blocks while the channel connects. `method` is
-  // "/package.Service/Method". `metadata` goes with it, as keys and values that gRPC carries. Errors
-  // show at the end of the stream.
+  // "/package.Service/Method". `metadata` goes with it, as keys and values that gRPC carries.
+  // Errors show at the end of the stream.
   void Start(const std::string& method, const google::protobuf::MessageLite& request,
              absl::Time deadline,
              const std::vector<std::pair<std::string, std::string>>& metadata = {});

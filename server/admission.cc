@@ -83,15 +83,15 @@ absl::Status CheckRoom(const QueueLimits& limits, const WaitingLine& line,
                          " requests and ", tokens.used[own], " tokens in it");
   }
   if (!HasRoom(places, limits.tenants, own, 1)) {
-    return absl::ResourceExhaustedError(absl::StrCat(
-        "the queue is full", whose, ": ", queued, " requests wait; at most ", limits.capacity));
+    return absl::ResourceExhaustedError(absl::StrCat("the queue is full", whose, ": ", queued,
+                                                     " requests wait; at most ", limits.capacity));
   }
   if (places.used[own] > 0 && !HasRoom(tokens, limits.tenants, own, newcomer.num_tokens)) {
     int64_t queued_tokens = 0;
     for (const int64_t used : tokens.used) queued_tokens += used;
-    return absl::ResourceExhaustedError(absl::StrCat(
-        "the queue is full", whose, ": ", queued_tokens, " tokens wait and ", newcomer.num_tokens,
-        " came; at most ", limits.max_queued_tokens));
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the queue is full", whose, ": ", queued_tokens, " tokens wait and ",
+                     newcomer.num_tokens, " came; at most ", limits.max_queued_tokens));
   }
   return absl::OkStatus();
 }

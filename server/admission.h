@@ -57,8 +57,8 @@ absl::Status CheckRoom(const QueueLimits& limits, const WaitingLine& line,
                        const WaitingPrompt& newcomer);
 
 // Tells when a caller who was refused for want of room should come back: after the time that the
-// waiting tokens of its own tenant take at `tokens_per_second` (0: unknown) times the tenant's share
-// among those that wait, but within one second and one minute.
+// waiting tokens of its own tenant take at `tokens_per_second` (0: unknown) times the tenant's
+// share among those that wait, but within one second and one minute.
 absl::Duration RetryDelay(const QueueLimits& limits, const WaitingLine& line, int tenant,
                           double tokens_per_second);
 
@@ -70,15 +70,15 @@ absl::Status CheckDeadline(const WaitingLine& line, const WaitingPrompt& newcome
 
 // Estimates how long the newcomer waits at least, at the best recent speed. It overtakes prompts
 // that take longer than it does, those of lower classes and, as its tenant's turn may be the next,
-// those of other tenants in its class. If it can be batched, it may also join the first pass of prompts
-// like it, and so overtakes everyone behind them.
+// those of other tenants in its class. If it can be batched, it may also join the first pass of
+// prompts like it, and so overtakes everyone behind them.
 absl::Duration QueueAtBest(const WaitingLine& line, const WaitingPrompt& newcomer,
                            const PromptSpeed& speed, absl::Time now);
 
 // Chooses the prompts that share a pass with the one at `head`, as ascending positions in the line;
 // `head` is among them. If it can be batched, others that can be batched are taken, those of higher
-// classes first, then those of tenants with less virtual time, then in their order, as long as the batch has room for them and the deadlines of all in it allow, at the best recent
-// speed.
+// classes first, then those of tenants with less virtual time, then in their order, as long as the
+// batch has room for them and the deadlines of all in it allow, at the best recent speed.
 std::vector<size_t> ChoosePass(absl::Span<const WaitingPrompt> line, size_t head,
                                int64_t max_batch_tokens, const PromptSpeed& speed, absl::Time now);
 

@@ -46,8 +46,8 @@ class LaneQueue {
 
   size_t pending_bytes() const;  // payloads of frames, queued or being written
   bool idle() const;             // nothing queued or being written
-  // Tells for how long the peer has taken nothing of the message that the transport was given; 0 when
-  // it has none. A message that leaves slowly is not stalled: it counts as progress when the
+  // Tells for how long the peer has taken nothing of the message that the transport was given; 0
+  // when it has none. A message that leaves slowly is not stalled: it counts as progress when the
   // connection moves kProgressBytes, as long as no more has passed than could have to pass before
   // the message. Then the stream itself is held up, beside others that are not.
   absl::Duration StalledFor(absl::Time now);
@@ -80,7 +80,7 @@ class LaneQueue {
   bool writing_ ABSL_GUARDED_BY(mu_) = false;
   size_t in_flight_bytes_ ABSL_GUARDED_BY(mu_) = 0;
   absl::Time write_started_ ABSL_GUARDED_BY(mu_);
-  absl::Time last_progress_ ABSL_GUARDED_BY(mu_);     // of the write
+  absl::Time last_progress_ ABSL_GUARDED_BY(mu_);    // of the write
   int64_t taken_at_start_ ABSL_GUARDED_BY(mu_) = 0;  // by the connection, when the write started
   int64_t taken_at_progress_ ABSL_GUARDED_BY(mu_) = 0;
   Taken taken_ ABSL_GUARDED_BY(mu_);  // by the writes that are done

@@ -169,8 +169,9 @@ Metrics::Metrics(const model::EngineInfo& engine, absl::Span<const Tenant> tenan
                                 "layer and length.")),
       prefix_cache_(*registry_),
       ready_(NewGauge("prefilld_ready", "1 while new requests are accepted.")),
-      live_(NewGauge("prefilld_live", "0 when work waits and nothing progresses, or no new "
-                                         "caller gets in.")),
+      live_(NewGauge("prefilld_live",
+                     "0 when work waits and nothing progresses, or no new "
+                     "caller gets in.")),
       tenants_(*registry_, tenants) {
   prometheus::BuildGauge()
       .Name("prefilld_build_info")

@@ -42,13 +42,15 @@ ABSL_FLAG(
     "go through 1.9 times as fast together, of 512 only 1.11 times, and as each waits for the "
     "whole pass, the mean time to the first token of those grows from 102 to 172 ms.");
 
-ABSL_FLAG(int64_t, prefix_cache_bytes, 0,
-          "Host memory that keeps the KV of prompts for later ones that begin with the same tokens, "
-          "which then compute the rest alone. Reserved at start, pinned on a GPU. 0: none.");
-ABSL_FLAG(std::string, prefix_cache_reuse, "looser",
-          "Requests that sparsely computed KV of the prefix cache serves. looser: those of the same "
-          "policy with the same or looser thresholds, and densely computed KV serves all. equal: "
-          "those of the same policy and thresholds alone, for dense KV too.");
+ABSL_FLAG(
+    int64_t, prefix_cache_bytes, 0,
+    "Host memory that keeps the KV of prompts for later ones that begin with the same tokens, "
+    "which then compute the rest alone. Reserved at start, pinned on a GPU. 0: none.");
+ABSL_FLAG(
+    std::string, prefix_cache_reuse, "looser",
+    "Requests that sparsely computed KV of the prefix cache serves. looser: those of the same "
+    "policy with the same or looser thresholds, and densely computed KV serves all. equal: "
+    "those of the same policy and thresholds alone, for dense KV too.");
 
 ABSL_FLAG(std::optional<int64_t>, max_graph_tokens, std::nullopt,
           "Dense prompts of up to so many tokens, and batches of them, are padded to a multiple of "
@@ -113,10 +115,11 @@ ABSL_FLAG(int64_t, max_connections, 1024,
 ABSL_FLAG(int64_t, queue_capacity, 64, "Requests that may wait behind those that run.");
 ABSL_FLAG(int64_t, max_queued_tokens, 0,
           "Prompt tokens that may wait. 0: eight prompts of the greatest length.");
-ABSL_FLAG(std::string, tenant_from, "none",
-          "How callers are told apart: none, by the name in their certificate (certificate; the "
-          "common name, else the first alternative name), by metadata that a gateway sets which "
-          "you trust (metadata), or by a bearer token (token). Tenants share the device by weight.");
+ABSL_FLAG(
+    std::string, tenant_from, "none",
+    "How callers are told apart: none, by the name in their certificate (certificate; the "
+    "common name, else the first alternative name), by metadata that a gateway sets which "
+    "you trust (metadata), or by a bearer token (token). Tenants share the device by weight.");
 ABSL_FLAG(std::string, tenant_metadata_key, "x-tenant",
           "Key of that metadata. Nobody but the gateway may be able to set it.");
 ABSL_FLAG(std::string, tenants, "",
@@ -139,10 +142,11 @@ ABSL_FLAG(bool, use_proxy, false,
           "Pushes go through the HTTP proxy that grpc_proxy, https_proxy or http_proxy names. "
           "Otherwise these variables are ignored.");
 ABSL_FLAG(double, stall_timeout_s, 30, "A consumer that takes nothing for so long is cut off.");
-ABSL_FLAG(double, min_consumer_mb_per_s, 50,
-          "A consumer that is slower, measured while it has KV to take and beyond its first "
-          "--stall_timeout_s, is cut off when other requests wait for its memory. Lower it on links "
-          "below 400 Mbit/s. 0: as slow as it likes.");
+ABSL_FLAG(
+    double, min_consumer_mb_per_s, 50,
+    "A consumer that is slower, measured while it has KV to take and beyond its first "
+    "--stall_timeout_s, is cut off when other requests wait for its memory. Lower it on links "
+    "below 400 Mbit/s. 0: as slow as it likes.");
 ABSL_FLAG(double, wedge_timeout_s, 300,
           "Liveness fails when no layer and no frame gets done for so long though work waits. "
           "More than the longest layer takes, and more than --stall_timeout_s.");

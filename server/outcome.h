@@ -9,20 +9,20 @@ namespace prefilld::server {
 
 enum class Outcome : uint8_t {
   kOk,
-  kInvalid,         // refused: a field, or a model that is not here
-  kDuplicate,       // refused: its id is taken by a running request
-  kQueueFull,       // refused: requests or tokens, of the queue or of the tenant
+  kInvalid,          // refused: a field, or a model that is not here
+  kDuplicate,        // refused: its id is taken by a running request
+  kQueueFull,        // refused: requests or tokens, of the queue or of the tenant
   kUnauthenticated,  // refused: its caller is no tenant
-  kUnavailable,     // refused: draining, or the device has failed
-  kDeadline,        // its deadline passed
-  kCancelled,       // cancelled by the caller, or its connection died
-  kStalled,         // the consumer took nothing
-  kTooSlow,         // the consumer took little while others waited
-  kLanesMissing,    // lanes were announced and not attached
-  kReceiverFailed,  // the target of a push refused, failed or went away
-  kDeviceFailed,    // in flight when the device failed
-  kShutDown,        // in flight when the drain time ran out
-  kInternal,        // the model gave no usable logits
+  kUnavailable,      // refused: draining, or the device has failed
+  kDeadline,         // its deadline passed
+  kCancelled,        // cancelled by the caller, or its connection died
+  kStalled,          // the consumer took nothing
+  kTooSlow,          // the consumer took little while others waited
+  kLanesMissing,     // lanes were announced and not attached
+  kReceiverFailed,   // the target of a push refused, failed or went away
+  kDeviceFailed,     // in flight when the device failed
+  kShutDown,         // in flight when the drain time ran out
+  kInternal,         // the model gave no usable logits
 };
 
 inline constexpr std::array<Outcome, 15> kOutcomes = {

@@ -84,8 +84,8 @@ Outcome OutcomeOfRefusal(absl::StatusCode code) {
 }  // namespace
 
 PrefillService::PrefillService(Scheduler& scheduler, PushDialer& push_dialer, Metrics& metrics,
-                               const Clock& clock, RequestLimits limits,
-                               TenantIdentity tenants, v1::ServerInfo info)
+                               const Clock& clock, RequestLimits limits, TenantIdentity tenants,
+                               v1::ServerInfo info)
     : scheduler_(scheduler),
       push_dialer_(push_dialer),
       metrics_(metrics),

@@ -30,10 +30,10 @@ struct PrefillWork {
   ::prefill::v1::DeliverTo deliver_to;  // address empty: the KV goes back on the call's streams
   absl::Time deadline = absl::InfiniteFuture();  // by the server's clock
   std::string peer;                              // for the log
-  int tenant = 0;           // its position in the operator's table
-  std::string tenant_name;  // for the log; empty: there is but one tenant
-  int priority = 0;  // its class; what was asked for, until the service caps it
-  std::string trace_id;                          // W3C trace context; empty: none
+  int tenant = 0;                                // its position in the operator's table
+  std::string tenant_name;                       // for the log; empty: there is but one tenant
+  int priority = 0;      // its class; what was asked for, until the service caps it
+  std::string trace_id;  // W3C trace context; empty: none
 
   bool pushes() const { return !deliver_to.address().empty(); }
   // The number of blocks to send per layer.

@@ -52,10 +52,10 @@ Scheduler::Admission Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
   const WaitingPrompt newcomer = Describe(*job);
   const Tenant& tenant = limits_.tenants[newcomer.tenant];
   const absl::Time now = resources_.clock.Now();
-  absl::Status room = CheckTenantUse(tenant,
-                                     {.requests = RequestsOf(newcomer.tenant),
-                                      .queued_tokens = line.TokensOf(newcomer.tenant)},
-                                     num_tokens);
+  absl::Status room = CheckTenantUse(
+      tenant,
+      {.requests = RequestsOf(newcomer.tenant), .queued_tokens = line.TokensOf(newcomer.tenant)},
+      num_tokens);
   if (room.ok()) room = CheckRoom(limits_, line, newcomer);
   if (!room.ok()) {
     return {std::move(room), RetryDelay(limits_, line, newcomer.tenant, speed_.latest())};
@@ -161,8 +161,9 @@ int64_t Scheduler::NumRunning() const {
 
 // Tells whether another job of the same pass has not ended.
 bool Scheduler::MateGoesOn(const PrefillJob& job) const {
-  const auto own = std::find_if(running_.begin(), running_.end(),
-                                [&job](const RunningJob& entry) { return entry.job.get() == &job; });
+  const auto own = std::find_if(running_.begin(), running_.end(), [&job](const RunningJob& entry) {
+    return entry.job.get() == &job;
+  });
   return own != running_.end() &&
          std::any_of(running_.begin(), running_.end(), [&](const RunningJob& entry) {
            return entry.job != own->job && entry.pass == own->pass && !entry.job->ended();
@@ -239,8 +240,8 @@ bool Scheduler::TakeTurn(const Running* interrupted) {
   return false;
 }
 
-// Tells the shares who has something to compute. A pass whose consumers are slow has not, and so its
-// tenant saves up no time meanwhile.
+// Tells the shares who has something to compute. A pass whose consumers are slow has not, and so
+// its tenant saves up no time meanwhile.
 void Scheduler::NoteClaimants() {
   std::vector<const PrefillJob*> claimants;
   const auto note = [&claimants](const std::shared_ptr<PrefillJob>& job) {

@@ -39,9 +39,9 @@ struct QueueState {
   // Those of the passes under way that have ended: the device may compute a part of a layer for
   // nobody.
   int64_t ended_in_passes = 0;
-  bool computing = false;  // a step is being computed
-  int64_t live_requests = 0;     // queued, running, or still being sent
-  bool work_waits = false;       // a pass runs, or could
+  bool computing = false;                  // a step is being computed
+  int64_t live_requests = 0;               // queued, running, or still being sent
+  bool work_waits = false;                 // a pass runs, or could
   std::vector<int64_t> queued_of_tenants;  // requests; [tenants]
 };
 
@@ -53,11 +53,11 @@ struct LiveJob {
 
 // Several passes may be under way, as many as the engine has memory for, and they take turns step
 // by step: the rule in turns.h chooses between those under way and the prompts that wait. It shares
-// the device between tenants by what each step took (fair_shares.h); a step of a batch counts to the
-// tenants of its prompts by their tokens. Short dense prompts also take turns at the points inside a
-// layer of a long one, for half a second of it. So a short dense prompt waits for a part of a layer,
-// any other prompt for one layer and half a second, and a pass whose consumers are slow holds up
-// nobody. The rules in admission.h decide who may wait and which prompts share a pass.
+// the device between tenants by what each step took (fair_shares.h); a step of a batch counts to
+// the tenants of its prompts by their tokens. Short dense prompts also take turns at the points
+// inside a layer of a long one, for half a second of it. So a short dense prompt waits for a part
+// of a layer, any other prompt for one layer and half a second, and a pass whose consumers are slow
+// holds up nobody. The rules in admission.h decide who may wait and which prompts share a pass.
 //
 // The scheduler has no thread of its own: the compute thread calls StepOnce, and any thread may
 // call everything else.

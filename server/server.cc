@@ -73,8 +73,8 @@ v1::ServerInfo DescribeServer(const ServerOptions& options, const model::EngineI
   info.set_max_lanes(options.max_lanes);
   info.set_default_policy(ToProto(attention.policy));
   for (const auto policy : options.allowed_policies) info.add_allowed_policies(ToProto(policy));
-  info.set_crossover_tokens(static_cast<uint32_t>(std::min<int64_t>(
-      attention.crossover_tokens, std::numeric_limits<uint32_t>::max())));
+  info.set_crossover_tokens(static_cast<uint32_t>(
+      std::min<int64_t>(attention.crossover_tokens, std::numeric_limits<uint32_t>::max())));
   info.set_queue_capacity(options.queue_capacity);
   for (const uint32_t id : engine.config.eos_token_ids) info.add_eos_token_ids(id);
   return info;

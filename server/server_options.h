@@ -47,9 +47,9 @@ struct ServerOptions {
   int max_lanes = 16;
   int64_t staging_bytes = int64_t{256} << 20;
   int64_t frame_bytes = int64_t{2} << 20;
-  int pack_threads = 0;  // that pack and send KV; 0: a quarter of the cores, 1 to 4
-  TenantIdentity tenants;                     // who shares the server, and how they are told apart
-  std::string tenants_file;                   // that their table was read from; empty: none
+  int pack_threads = 0;      // that pack and send KV; 0: a quarter of the cores, 1 to 4
+  TenantIdentity tenants;    // who shares the server, and how they are told apart
+  std::string tenants_file;  // that their table was read from; empty: none
   std::vector<std::string> deliver_to_allow;  // patterns (address_pattern.h); empty: no push
 
   absl::Duration stall_timeout = absl::Seconds(30);

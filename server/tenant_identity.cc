@@ -55,8 +55,8 @@ absl::string_view TokenOf(const grpc::ServerContextBase& context) {
 
 absl::StatusOr<size_t> Known(std::optional<size_t> position, const std::string& stranger) {
   if (position.has_value()) return *position;
-  return absl::UnauthenticatedError(absl::StrCat(stranger, "; this server takes requests of its ",
-                                                 "tenants alone"));
+  return absl::UnauthenticatedError(
+      absl::StrCat(stranger, "; this server takes requests of its ", "tenants alone"));
 }
 
 }  // namespace
@@ -84,8 +84,8 @@ absl::StatusOr<size_t> TenantOf(const TenantIdentity& identity,
     case TenantSource::kCertificate: {
       const std::shared_ptr<const grpc::AuthContext> peer = context.auth_context();
       const absl::string_view name = CertificateNameOf(*peer);
-      return Known(table.ByName(name),
-                   absl::StrCat("no tenant has the certificate's name '", wire::ShownId(name), "'"));
+      return Known(table.ByName(name), absl::StrCat("no tenant has the certificate's name '",
+                                                    wire::ShownId(name), "'"));
     }
     case TenantSource::kMetadata: {
       const absl::string_view name = MetadataOf(context, identity.metadata_key);

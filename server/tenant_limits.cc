@@ -8,9 +8,9 @@ namespace prefilld::server {
 
 absl::Status CheckTenantUse(const Tenant& tenant, const TenantUse& use, int64_t num_tokens) {
   if (tenant.max_requests > 0 && use.requests >= tenant.max_requests) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("tenant ", tenant.name, ": ", use.requests,
-                     " requests are under way; at most ", tenant.max_requests, " (max_requests)"));
+    return absl::ResourceExhaustedError(absl::StrCat("tenant ", tenant.name, ": ", use.requests,
+                                                     " requests are under way; at most ",
+                                                     tenant.max_requests, " (max_requests)"));
   }
   if (tenant.max_queued_tokens > 0 && use.queued_tokens > 0 &&
       use.queued_tokens + num_tokens > tenant.max_queued_tokens) {
@@ -47,10 +47,9 @@ absl::Status CheckTenantRate(const Tenant& tenant, const TokenBucket& bucket, in
                              absl::Time now) {
   const absl::Duration wait = bucket.WaitFor(num_tokens, now);
   if (wait == absl::ZeroDuration()) return absl::OkStatus();
-  return absl::ResourceExhaustedError(
-      absl::StrCat("tenant ", tenant.name, ": ", num_tokens, " tokens came ",
-                   absl::FormatDuration(wait), " too soon; at most ", tenant.tokens_per_second,
-                   " a second (tokens_per_second)"));
+  return absl::ResourceExhaustedError(absl::StrCat(
+      "tenant ", tenant.name, ": ", num_tokens, " tokens came ", absl::FormatDuration(wait),
+      " too soon; at most ", tenant.tokens_per_second, " a second (tokens_per_second)"));
 }
 
 }  // namespace prefilld::server

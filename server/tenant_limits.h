@@ -21,8 +21,8 @@ struct TenantUse {
 absl::Status CheckTenantUse(const Tenant& tenant, const TenantUse& use, int64_t num_tokens);
 
 // The tokens that a tenant may still spend. They come back at its rate, up to those of
-// kBurstSeconds. A prompt may be longer than that: it needs a full bucket and leaves a debt, so that
-// the rate holds on average for prompts of all lengths. Not thread-safe.
+// kBurstSeconds. A prompt may be longer than that: it needs a full bucket and leaves a debt, so
+// that the rate holds on average for prompts of all lengths. Not thread-safe.
 class TokenBucket {
  public:
   static constexpr double kBurstSeconds = 10;

@@ -9,8 +9,9 @@
 namespace prefilld::server {
 
 TenantMetrics::TenantMetrics(prometheus::Registry& registry, absl::Span<const Tenant> tenants) {
-  const auto counters = [&registry](const std::string& name,
-                                    const std::string& help) -> prometheus::Family<prometheus::Counter>& {
+  const auto counters = [&registry](
+                            const std::string& name,
+                            const std::string& help) -> prometheus::Family<prometheus::Counter>& {
     return prometheus::BuildCounter().Name(name).Help(help).Register(registry);
   };
   auto& requests = counters("prefilld_tenant_requests_total",
@@ -22,9 +23,10 @@ TenantMetrics::TenantMetrics(prometheus::Registry& registry, absl::Span<const Te
                                  "Tokens of the tenant's prompts whose requests are over.");
   auto& queue_time = counters("prefilld_tenant_queue_seconds_total",
                               "Time that those prompts waited in the queue.");
-  auto& device_time = counters("prefilld_tenant_device_seconds_total",
-                               "Time that the device computed for the tenant; a batch counts to its "
-                               "tenants by their tokens.");
+  auto& device_time =
+      counters("prefilld_tenant_device_seconds_total",
+               "Time that the device computed for the tenant; a batch counts to its "
+               "tenants by their tokens.");
   auto& queued = prometheus::BuildGauge()
                      .Name("prefilld_tenant_queued_requests")
                      .Help("Requests of the tenant that wait to compute.")

@@ -6,8 +6,8 @@
 #include <iterator>
 #include <utility>
 
-#include <nlohmann/json.hpp>
 #include <openssl/sha.h>
+#include <nlohmann/json.hpp>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/escaping.h"
@@ -35,14 +35,13 @@ std::string Sha256Hex(absl::string_view text) {
 }
 
 bool IsSha256Hex(absl::string_view text) {
-  return text.size() == kSha256HexDigits &&
-         std::all_of(text.begin(), text.end(),
-                     [](char c) { return absl::ascii_isxdigit(static_cast<unsigned char>(c)); });
+  return text.size() == kSha256HexDigits && std::all_of(text.begin(), text.end(), [](char c) {
+           return absl::ascii_isxdigit(static_cast<unsigned char>(c));
+         });
 }
 
 std::string Shown(const json& value) {
-  return wire::ShownId(
-      value.dump(-1, ' ', /*ensure_ascii=*/true, json::error_handler_t::replace));
+  return wire::ShownId(value.dump(-1, ' ', /*ensure_ascii=*/true, json::error_handler_t::replace));
 }
 
 // Reads the fields of one object, and remembers what is wrong with them.
@@ -76,7 +75,8 @@ class FieldReader {
       Add(absl::StrCat(field, " is ", Shown(*found), "; a list of texts"));
       return texts;
     }
-    for (const json& text : *found) texts.push_back(text.is_string() ? text.get<std::string>() : "");
+    for (const json& text : *found)
+      texts.push_back(text.is_string() ? text.get<std::string>() : "");
     return texts;
   }
   std::string Text(const char* field, const std::string& value) {
@@ -91,8 +91,8 @@ class FieldReader {
     const auto found = object_.find(field);
     return found == object_.end() ? nullptr : &*found;
   }
-  // Must come last. A field that nobody has asked for is wrong, because it may be a limit whose name
-  // is misspelt.
+  // Must come last. A field that nobody has asked for is wrong, because it may be a limit whose
+  // name is misspelt.
   void RefuseOthers() {
     for (const auto& [field, value] : object_.items()) {
       if (std::find(known_.begin(), known_.end(), field) == known_.end()) {
@@ -163,8 +163,8 @@ absl::StatusOr<Tenants> Tenants::Parse(absl::string_view text) {
     Tenant tenant = ReadTenant(fields);
     for (const std::string& hash : fields.Texts("token_sha256")) {
       if (!IsSha256Hex(hash)) {
-        fields.Add(absl::StrCat("a token_sha256 is not of ", kSha256HexDigits,
-                                " hexadecimal digits"));
+        fields.Add(
+            absl::StrCat("a token_sha256 is not of ", kSha256HexDigits, " hexadecimal digits"));
       } else if (!tenants.by_token_.emplace(absl::AsciiStrToLower(hash), i).second) {
         fields.Add("a token_sha256 is there twice");
       }

@@ -21,8 +21,8 @@ inline constexpr absl::string_view kDefaultTenant = "default";
 // One tenant, as the operator's file describes it. The limits are off when they are 0.
 struct Tenant {
   std::string name{kDefaultTenant};
-  double weight = 1;     // its share of the device, in proportion to those of the others
-  int max_priority = 0;  // the highest class that its requests may have
+  double weight = 1;              // its share of the device, in proportion to those of the others
+  int max_priority = 0;           // the highest class that its requests may have
   int64_t max_requests = 0;       // under way at once: waiting, computing, being sent
   int64_t max_queued_tokens = 0;  // waiting at once; one prompt may always wait
   double tokens_per_second = 0;   // of prompts that are taken in, on average

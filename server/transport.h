@@ -40,7 +40,7 @@ class Transport {
 
   // The use of the connection below, which may carry other streams too.
   struct ConnectionUse {
-    int64_t bytes_taken = 0;  // by the peer's machine, since it was opened
+    int64_t bytes_taken = 0;   // by the peer's machine, since it was opened
     int64_t most_streams = 1;  // that may share it
   };
   // Nullopt: unknown.

@@ -28,9 +28,8 @@ bool GoesFirst(const Contender& a, const Contender& b) {
 std::vector<size_t> OrderOfTurns(absl::Span<const Contender> contenders) {
   std::vector<size_t> order(contenders.size());
   std::iota(order.begin(), order.end(), size_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
-    return GoesFirst(contenders[a], contenders[b]);
-  });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return GoesFirst(contenders[a], contenders[b]); });
   return order;
 }
 

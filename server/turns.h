@@ -31,17 +31,18 @@ inline constexpr absl::Duration kClassPatience = absl::Seconds(5);
 //
 // The highest class goes first. So that a flood of high classes starves nobody, a class whose
 // contenders have seen no step for kClassPatience goes before all others, for one step; of several
-// such classes, the one that has waited longest. Ageing belongs to the class and not to its prompts,
-// because under load all prompts of a long queue are old, and priority would end with that.
+// such classes, the one that has waited longest. Ageing belongs to the class and not to its
+// prompts, because under load all prompts of a long queue are old, and priority would end with
+// that.
 //
 // Within a class the tenant with the least virtual time goes first.
 //
-// Within a tenant the least remaining time goes first, because that keeps the mean wait least: a short prompt waits
-// for one step of a long one and not for all of it. Waiting counts for half of its length against
-// the remaining time, so nobody starves: a contender that has waited for twice its remaining time is
-// the next of its tenant in this class, after one turn of each of the tenant's contenders that have
-// waited as long. The half keeps two long prompts of one length from alternating, which would delay
-// the first and help neither.
+// Within a tenant the least remaining time goes first, because that keeps the mean wait least: a
+// short prompt waits for one step of a long one and not for all of it. Waiting counts for half of
+// its length against the remaining time, so nobody starves: a contender that has waited for twice
+// its remaining time is the next of its tenant in this class, after one turn of each of the
+// tenant's contenders that have waited as long. The half keeps two long prompts of one length from
+// alternating, which would delay the first and help neither.
 std::vector<size_t> OrderOfTurns(absl::Span<const Contender> contenders);
 
 }  // namespace prefilld::server

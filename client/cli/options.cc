@@ -56,9 +56,10 @@ ABSL_FLAG(int32_t, bos, 256,
           "one. -1: none.");
 ABSL_FLAG(std::string, request_id, "", "Name of the request in logs. Empty: chosen for you.");
 
-ABSL_FLAG(int32_t, priority, 0,
-          "Class of the prefill, -7 to 7: higher ones go first, as far as the server's operator lets "
-          "you.");
+ABSL_FLAG(
+    int32_t, priority, 0,
+    "Class of the prefill, -7 to 7: higher ones go first, as far as the server's operator lets "
+    "you.");
 
 ABSL_FLAG(int32_t, max_new_tokens, 64, "Tokens to generate.");
 ABSL_FLAG(std::vector<std::string>, stop_token_ids, {},

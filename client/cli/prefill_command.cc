@@ -94,11 +94,10 @@ absl::Status RunPrefill(const CliOptions& options, Cancellation& cancellation) {
   PREFILLD_ASSIGN_OR_RETURN(const Prompt prompt, ReadPrompt(options.prompt));
   PREFILLD_ASSIGN_OR_RETURN(const auto client, PrefillClient::Create(options.server));
   DiscardingSink sink(!options.quiet);
-  const auto result =
-      client->Prefill(MakeRequest(options, prompt), sink,
-                      {.deadline = absl::Now() + options.timeout,
-                       .cancellation = &cancellation,
-                       .metadata = options.metadata});
+  const auto result = client->Prefill(MakeRequest(options, prompt), sink,
+                                      {.deadline = absl::Now() + options.timeout,
+                                       .cancellation = &cancellation,
+                                       .metadata = options.metadata});
   const TransferTimes times = sink.End();
   if (!result.ok()) return result.status();
   if (options.json) {

@@ -81,7 +81,8 @@ absl::StatusOr<json> TokenizerProcess::ReadAnswer() {
   free(line);
   if (length <= 0) {
     return absl::FailedPreconditionError(
-        "the tokenizer (python -m prefilld.text_tokens) ended without an answer. It needs the Python "
+        "the tokenizer (python -m prefilld.text_tokens) ended without an answer. It needs the "
+        "Python "
         "client with its tokenizer: pip install './client/python[tokenizer]'; --python names the "
         "Python that has it");
   }

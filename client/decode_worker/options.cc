@@ -83,19 +83,18 @@ using process::Problems;
 process::ProgramHelp Help() {
   process::ProgramHelp help;
   help.usage = "Reference decode worker of prefilld. prefilld-decode-worker --model=DIR [flags]";
-  help.groups = {
-      {"Model and KV memory",
-       {"model", "ignore_config", "device", "cpu_threads", "kv_block_tokens", "kv_order",
-        "kv_pool_tokens"}},
-      {"prefilld",
-       {"prefill_address", "use_proxy", "prefill_tls", "prefill_tls_ca", "prefill_tls_cert",
-        "prefill_tls_key", "prefill_tls_name", "lanes"}},
-      {"Addresses, TLS and log",
-       {"listen", "metrics_listen", "port_file", "tls_cert", "tls_key", "tls_client_ca",
-        "log_format"}},
-      {"Limits and time-outs",
-       {"max_connections", "max_new_tokens_limit", "max_requests", "transfer_timeout_s",
-        "stall_timeout_s", "drain_timeout_s"}}};
+  help.groups = {{"Model and KV memory",
+                  {"model", "ignore_config", "device", "cpu_threads", "kv_block_tokens", "kv_order",
+                   "kv_pool_tokens"}},
+                 {"prefilld",
+                  {"prefill_address", "use_proxy", "prefill_tls", "prefill_tls_ca",
+                   "prefill_tls_cert", "prefill_tls_key", "prefill_tls_name", "lanes"}},
+                 {"Addresses, TLS and log",
+                  {"listen", "metrics_listen", "port_file", "tls_cert", "tls_key", "tls_client_ca",
+                   "log_format"}},
+                 {"Limits and time-outs",
+                  {"max_connections", "max_new_tokens_limit", "max_requests", "transfer_timeout_s",
+                   "stall_timeout_s", "drain_timeout_s"}}};
   return help;
 }
 

@@ -30,12 +30,12 @@ absl::StatusOr<std::unique_ptr<wire::Listener>> StartWorkerServer(const WorkerOp
                                                                   GenerateService& generate,
                                                                   ReceiverService& receiver) {
   return wire::Listener::Create({.address = options.listen,
-                       .tls = options.tls,
-                       .max_request_bytes = MaxMessageBytes(options, model),
-                       .max_streams = MaxStreamsPerConnection(options),
-                       .max_connections = options.max_connections,
-                       .stall_timeout = options.stall_timeout},
-                      {&generate, &receiver});
+                                 .tls = options.tls,
+                                 .max_request_bytes = MaxMessageBytes(options, model),
+                                 .max_streams = MaxStreamsPerConnection(options),
+                                 .max_connections = options.max_connections,
+                                 .stall_timeout = options.stall_timeout},
+                                {&generate, &receiver});
 }
 
 }  // namespace prefilld::client

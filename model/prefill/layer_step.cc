@@ -27,12 +27,9 @@ int64_t LastTokenOf(const PromptPlace& place) { return place.first + place.count
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<LayerStep>> LayerStep::Create(Device* device,
-                                                             const ModelConfig* config,
-                                                             const Weights* weights,
-                                                             int64_t max_tokens,
-                                                             int64_t tile_tokens,
-                                                             LayerPauses* pauses) {
+absl::StatusOr<std::unique_ptr<LayerStep>> LayerStep::Create(
+    Device* device, const ModelConfig* config, const Weights* weights, int64_t max_tokens,
+    int64_t tile_tokens, LayerPauses* pauses) {
   std::unique_ptr<LayerStep> step(
       new LayerStep(device, config, weights, std::min(tile_tokens, max_tokens), pauses));
   PREFILLD_RETURN_IF_ERROR(step->Allocate(max_tokens));

@@ -42,8 +42,8 @@ struct KvDestination {
 // thread-safe.
 class LayerStep {
  public:
-  // `device`, `config` and `weights` are borrowed and must outlive the step, as must `pauses`, which
-  // is reached behind every tile of tokens. Null: nobody wants to go first.
+  // `device`, `config` and `weights` are borrowed and must outlive the step, as must `pauses`,
+  // which is reached behind every tile of tokens. Null: nobody wants to go first.
   static absl::StatusOr<std::unique_ptr<LayerStep>> Create(Device* device,
                                                            const ModelConfig* config,
                                                            const Weights* weights,

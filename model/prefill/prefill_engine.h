@@ -68,8 +68,8 @@ class PrefillSequence {
   //
   // A layer of a long prompt has points inside it, between its tiles of tokens and its groups of
   // heads. RunLayer calls `at_point` there. Meanwhile the caller may start and end sequences, and
-  // compute those that may_interject(), but no others. When `at_point` returns false, RunLayer returns CANCELLED,
-  // and nothing is left to do with the sequence but to destroy it.
+  // compute those that may_interject(), but no others. When `at_point` returns false, RunLayer
+  // returns CANCELLED, and nothing is left to do with the sequence but to destroy it.
   virtual absl::StatusOr<LayerReport> RunLayer(absl::FunctionRef<bool()> at_point) = 0;
   absl::StatusOr<LayerReport> RunLayer() {
     return RunLayer([] { return true; });

@@ -11,12 +11,13 @@
 
 namespace prefilld::model {
 
-// A layer of a long prompt takes long, so whoever computes it comes by here between its parts: tiles
-// of tokens, and groups of heads. Here a listener may run layers of other sequences, which use a
-// workspace of their own, or stop the layer.
+// A layer of a long prompt takes long, so whoever computes it comes by here between its parts:
+// tiles of tokens, and groups of heads. Here a listener may run layers of other sequences, which
+// use a workspace of their own, or stop the layer.
 //
-// At each point the host waits for the part before the one that it has just queued. So what the listener queues waits for little, and the device
-// always has the next part to compute. Only the compute thread uses it.
+// At each point the host waits for the part before the one that it has just queued. So what the
+// listener queues waits for little, and the device always has the next part to compute. Only the
+// compute thread uses it.
 class TurnPoints final : public LayerPauses {
  public:
   static constexpr int kNumMarks = 2;

@@ -31,8 +31,8 @@ class AttentionStrategy {
                               LayerReport* report) = 0;
 
   // Waits for the attention of layer report->layer and fills in head counts, density and times.
-  // report->num_queries is set. Unless only_queues(), only the Attend of strategies that do may come
-  // between a layer's Attend and its Report, because the figures wait in the common workspace.
+  // report->num_queries is set. Unless only_queues(), only the Attend of strategies that do may
+  // come between a layer's Attend and its Report, because the figures wait in the common workspace.
   virtual absl::Status Report(LayerReport* report) = 0;
 
   // Says that Attend queues the same work for every prompt of one length and never waits for the

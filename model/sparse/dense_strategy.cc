@@ -45,8 +45,8 @@ absl::Status DenseStrategy::Attend(int layer, const kernels::AttentionParams& at
 // The query heads of one KV head, or of several if there are many, are a part that is worth a pause
 // on a long prompt, and still fill the device.
 int DenseStrategy::HeadsAtOnce(const kernels::AttentionParams& attention) const {
-  const bool is_long = attention.num_queries >=
-                       (device_.traits().asynchronous ? kLongOnGpu : kLongOnCpu);
+  const bool is_long =
+      attention.num_queries >= (device_.traits().asynchronous ? kLongOnGpu : kLongOnCpu);
   if (!is_long) return attention.num_heads;
   const int group = attention.num_heads / attention.num_kv_heads;
   return std::max(group, attention.num_heads / kMostParts / group * group);

@@ -10,8 +10,8 @@ class LayerPauses {
  public:
   virtual ~LayerPauses() = default;
 
-  // Is called between two parts of a layer that take long. Whatever the layer has queued so far, and
-  // the scratch that it uses, stays as it is. CANCELLED: the layer must not be finished.
+  // Is called between two parts of a layer that take long. Whatever the layer has queued so far,
+  // and the scratch that it uses, stays as it is. CANCELLED: the layer must not be finished.
   virtual absl::Status Reach() = 0;
 };
 

@@ -26,7 +26,8 @@ struct ScoredHead {
 // Adds to the pattern of each of these heads the smallest set of blocks of every row that holds
 // options.score_threshold of the row's scores, and counts the blocks of the result
 // (SharingWorkspace::OwnBlocksSlot). `heads` are ascending. Rows are those of
-// the queries of `attention`. Uses scratch.block_mass; heads are taken in groups as large as that holds.
+// the queries of `attention`. Uses scratch.block_mass; heads are taken in groups as large as that
+// holds.
 absl::Status AddScoredBlocks(SharingWorkspace& scratch, const kernels::AttentionParams& attention,
                              absl::Span<const ScoredHead> heads, const AttentionOptions& options);
 

@@ -35,7 +35,7 @@ class Connection {
   // Returns how many bytes the peer's machine has acknowledged since the connection was opened. It
   // grows while the peer reads its socket, however slowly, and stands still when it does not.
   int64_t BytesTaken() const;
-  // As grpc::ServerContext::peer() tells it; empty for callers of a Unix socket.
+  // The caller's address, as grpc::ServerContext::peer() writes it. Empty for a Unix socket.
   const std::string& peer() const { return peer_; }
 
  private:

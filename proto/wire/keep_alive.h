@@ -10,10 +10,10 @@
 
 namespace prefilld::wire {
 
-// A server that vanished without a word is noticed by its clients within half a minute: after 20 s in
-// which nothing came it is pinged, and it has 10 s to answer. Servers notice a machine that vanished
-// as early, by TCP (Connections::Limits), and are more patient with one that is there: a process that
-// is stopped, or reads nothing, loses its calls one by one (Listener).
+// A server that vanished without a word is noticed by its clients within half a minute: after 20 s
+// in which nothing came it is pinged, and it has 10 s to answer. Servers notice a machine that
+// vanished as early, by TCP (Connections::Limits), and are more patient with one that is there: a
+// process that is stopped, or reads nothing, loses its calls one by one (Listener).
 inline constexpr int kKeepAliveTimeMs = 20'000;
 inline constexpr int kKeepAliveTimeoutMs = 10'000;
 

@@ -27,7 +27,9 @@ TEST(CliCommandLine, HelpListsEveryFlagWithItsDefault) { ExpectHelpListsEveryFla
 TEST(CliCommandLine, HelpIsGivenBehindACommandAndIsNoFlagsValue) {
   EXPECT_EQ(RunProgram(CLI_BINARY, "generate --text x --help").first, 0);
   // Here --help is the text of the prompt, and nobody listens at the address.
-  EXPECT_EQ(RunProgram(CLI_BINARY, "generate --worker=127.0.0.1:1 --model=model/tiny --text --help").first, 3);
+  EXPECT_EQ(RunProgram(CLI_BINARY, "generate --worker=127.0.0.1:1 --model=model/tiny --text --help")
+                .first,
+            3);
 }
 
 TEST(WorkerCommandLine, EveryProblemIsListed) {

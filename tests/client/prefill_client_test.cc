@@ -320,17 +320,16 @@ TEST(PrefillClient, CancellationEndsASilentCall) {
 
 TEST(PrefillClient, MetadataGoesWithTheCall) {
   std::string tenant;
-  ScriptedServer server([&](grpc::ServerContext& context, const PrefillRequest& request,
-                            PrefillWriter& writer) {
-    const auto found = context.client_metadata().find("x-tenant");
-    if (found != context.client_metadata().end()) {
-      tenant = std::string(found->second.data(), found->second.size());
-    }
-    return OneFramePerLayer()(context, request, writer);
-  });
+  ScriptedServer server(
+      [&](grpc::ServerContext& context, const PrefillRequest& request, PrefillWriter& writer) {
+        const auto found = context.client_metadata().find("x-tenant");
+        if (found != context.client_metadata().end()) {
+          tenant = std::string(found->second.data(), found->second.size());
+        }
+        return OneFramePerLayer()(context, request, writer);
+      });
   RecordingSink sink;
-  const auto result =
-      Call(server, sink, SmallRequest(), {.metadata = {{"x-tenant", "search"}}});
+  const auto result = Call(server, sink, SmallRequest(), {.metadata = {{"x-tenant", "search"}}});
   EXPECT_TRUE(result.ok()) << result.status();
   EXPECT_EQ(tenant, "search");
 }
@@ -338,8 +337,12 @@ TEST(PrefillClient, MetadataGoesWithTheCall) {
 TEST(PrefillClient, RefusesMetadataThatCannotBeSent) {
   ScriptedServer server(OneFramePerLayer());
   RecordingSink sink;
-  for (const auto& [key, value] : Metadata{{"X-Tenant", "a"}, {"", "a"}, {"x tenant", "a"},
-                                           {"tenant-bin", "a"}, {"grpc-x", "a"}, {"x", "a\nb"}}) {
+  for (const auto& [key, value] : Metadata{{"X-Tenant", "a"},
+                                           {"", "a"},
+                                           {"x tenant", "a"},
+                                           {"tenant-bin", "a"},
+                                           {"grpc-x", "a"},
+                                           {"x", "a\nb"}}) {
     const auto result = Call(server, sink, SmallRequest(), {.metadata = {{key, value}}});
     EXPECT_EQ(result.status().code(), absl::StatusCode::kInvalidArgument) << key;
   }

@@ -110,8 +110,8 @@ absl::Duration Median(std::vector<absl::Duration> times) {
 
 TEST_F(TenantsTest, AFloodDelaysItselfAndNotTheOtherTenant) {
   const TenantsFile file(R"({"tenants": [{"name": "flood"}, {"name": "visitor"}]})");
-  ServerProcess server("prefilld", Flags({file.flag(), "--tenant_from=metadata",
-                                          "--queue_capacity=12"}));
+  ServerProcess server("prefilld",
+                       Flags({file.flag(), "--tenant_from=metadata", "--queue_capacity=12"}));
   const PrefillRequest request = Request(1000);
   std::atomic<bool> stop = false;
   std::atomic<int> refusals = 0;
@@ -161,7 +161,8 @@ TEST_F(TenantsTest, AFloodDelaysItselfAndNotTheOtherTenant) {
 TEST_F(TenantsTest, TokensAreKnownByTheirHashesAndStrangersAreRefused) {
   const TenantsFile file(absl::StrCat(
       R"({"unknown": "refuse", "tenants": [{"name": "ali baba", "max_priority": 2,
-          "tokens_per_second": 2, "token_sha256": [")", kSesameHash, R"("]}]})"));
+          "tokens_per_second": 2, "token_sha256": [")",
+      kSesameHash, R"("]}]})"));
   ServerProcess server("prefilld", Flags({file.flag(), "--tenant_from=token"}));
   const client::Metadata sesame = {{"authorization", "Bearer sesame"}};
   PrefillRequest request = Request(20);
@@ -191,7 +192,8 @@ TEST_F(TenantsTest, TokensAreKnownByTheirHashesAndStrangersAreRefused) {
   EXPECT_NE(cli.Wait(absl::Seconds(30)), 0);
   EXPECT_THAT(cli.stderr_text(), HasSubstr("UNAUTHENTICATED"));
   EXPECT_EQ(MetricsPage(server.metrics_address())
-                .Value("prefilld_requests_total{outcome=\"unauthenticated\"}"), 5);
+                .Value("prefilld_requests_total{outcome=\"unauthenticated\"}"),
+            5);
   EXPECT_THAT(server.stderr_text(), HasSubstr("tenant=\"ali baba\" priority=2"));
   EXPECT_THAT(server.stderr_text(), Not(HasSubstr("sesam")));
 }
@@ -201,18 +203,19 @@ TEST_F(TenantsTest, TheNameInTheCertificateIsTheTenant) {
   const TenantsFile file(R"({"tenants": [{"name": ")" + kCertificateName +
                          R"(", "max_requests": 3}]})");
   ServerProcess server(
-      "prefilld", Flags({file.flag(), "--tenant_from=certificate",
-                         "--tls_cert=" + certificate.cert_file(), "--tls_key=" + certificate.key_file(),
-                         "--tls_client_ca=" + certificate.cert_file()}));
+      "prefilld",
+      Flags({file.flag(), "--tenant_from=certificate", "--tls_cert=" + certificate.cert_file(),
+             "--tls_key=" + certificate.key_file(), "--tls_client_ca=" + certificate.cert_file()}));
   ChildProcess cli("prefill-cli",
                    {"prefill", "--server=" + server.address(), "--token_ids=1,2,3", "--tls",
                     "--tls_ca=" + certificate.cert_file(), "--tls_cert=" + certificate.cert_file(),
                     "--tls_key=" + certificate.key_file(), "--metadata=x-tenant=default"});
   EXPECT_EQ(cli.Wait(absl::Seconds(30)), 0) << cli.stderr_text();
-  EXPECT_TRUE(WaitForMetrics(server.metrics_address(), absl::Seconds(10), [&](const MetricsPage& page) {
-    return page.Value("prefilld_tenant_requests_total{tenant=\"" + kCertificateName +
-                      "\"}") == 1;
-  }));
+  EXPECT_TRUE(
+      WaitForMetrics(server.metrics_address(), absl::Seconds(10), [&](const MetricsPage& page) {
+        return page.Value("prefilld_tenant_requests_total{tenant=\"" + kCertificateName + "\"}") ==
+               1;
+      }));
 }
 
 TEST_F(TenantsTest, AWrongTableStopsTheStart) {

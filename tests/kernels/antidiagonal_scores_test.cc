@@ -86,7 +86,7 @@ INSTANTIATE_TEST_SUITE_P(OtherHeadDims, CpuAntidiagonalScores,
 
 constexpr AntidiagonalCase kPlain = {"", 1000, 1000, 6, 2, 64, 128, 8};
 
-// As in a prefill there is room behind each head's keys, and what lies there counts for nothing.
+// There is room behind each head's keys, as in a prefill, and what lies there counts for nothing.
 TEST(CpuAntidiagonal, NothingBehindTheLastKeyIsRead) {
   ScoresData data(kPlain);
   const std::vector<float> expected = data.Run(cpu::AntidiagonalScores);

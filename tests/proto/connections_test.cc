@@ -117,8 +117,8 @@ TEST(Connections, AreCountedUntilEitherSideEndsThem) {
 TEST(Connections, AboveTheLimitAreToldWhyAndTheOthersAreServed) {
   const auto listener = Serve(/*max_connections=*/2);
   const auto first = OpenChannel({.address = listener->connections().own_address()});
-  ASSERT_TRUE((*first)->WaitForConnected(std::chrono::system_clock::now() +
-                                         std::chrono::seconds(5)));
+  ASSERT_TRUE(
+      (*first)->WaitForConnected(std::chrono::system_clock::now() + std::chrono::seconds(5)));
   const Descriptor second = Dial(*listener);
   ASSERT_TRUE(Eventually([&] { return listener->connections().counts().open == 2; }));
 
@@ -160,8 +160,7 @@ TEST(Connections, AreFoundByTheNameThatGrpcGivesThem) {
   const std::string peer = absl::StrCat("ipv4:127.0.0.1:", ntohs(own.sin_port));
   ASSERT_TRUE(Eventually([&] { return listener->connections().Find(peer) != nullptr; }));
   // The greeting of HTTP/2.
-  EXPECT_TRUE(
-      Eventually([&] { return listener->connections().Find(peer)->BytesTaken() > 0; }));
+  EXPECT_TRUE(Eventually([&] { return listener->connections().Find(peer)->BytesTaken() > 0; }));
 }
 
 TEST(Connections, TheLimitIsLoweredToWhatTheDescriptorsAllow) {

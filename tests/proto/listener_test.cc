@@ -42,8 +42,9 @@ TEST(Listen, NoSecondServerSharesThePort) {
   ASSERT_TRUE(first.ok()) << first.status();
   const absl::Status second = Listener::Create(Options((*first)->port()), {}).status();
   EXPECT_EQ(second.code(), absl::StatusCode::kUnavailable);
-  EXPECT_THAT(std::string(second.message()),
-              HasSubstr(absl::StrCat("--listen=127.0.0.1:", (*first)->port(), " cannot be served")));
+  EXPECT_THAT(
+      std::string(second.message()),
+      HasSubstr(absl::StrCat("--listen=127.0.0.1:", (*first)->port(), " cannot be served")));
 }
 
 TEST(Listen, NamesATlsFileThatCannotBeRead) {

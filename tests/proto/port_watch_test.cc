@@ -12,9 +12,8 @@
 namespace prefilld::process {
 namespace {
 
-constexpr PortWatch::Timing kQuick = {.interval = absl::Milliseconds(20),
-                                      .timeout = absl::Milliseconds(200),
-                                      .failures = 3};
+constexpr PortWatch::Timing kQuick = {
+    .interval = absl::Milliseconds(20), .timeout = absl::Milliseconds(200), .failures = 3};
 
 bool Eventually(absl::FunctionRef<bool()> condition) {
   const absl::Time until = absl::Now() + absl::Seconds(10);
@@ -38,8 +37,8 @@ TEST(PortWatch, AServerThatAcceptsNobodyIsNotLiveUntilItAcceptsAgain) {
     EXPECT_TRUE(health.live());
     EXPECT_TRUE(Eventually([&] { return !health.live(); }));
   }
-  const PortWatch watch((*serving)->connections(), health,
-                        std::make_shared<prometheus::Registry>(), kQuick);
+  const PortWatch watch((*serving)->connections(), health, std::make_shared<prometheus::Registry>(),
+                        kQuick);
   EXPECT_TRUE(Eventually([&] { return health.live(); }));
 }
 
@@ -48,8 +47,8 @@ TEST(PortWatch, StaysLiveWhileProgressAndPortAreGood) {
       {.address = "127.0.0.1:0", .tls = {}, .max_request_bytes = 1 << 20, .max_streams = 4}, {});
   ASSERT_TRUE(serving.ok()) << serving.status();
   Health health((*serving)->server().GetHealthCheckService(), {});
-  const PortWatch watch((*serving)->connections(), health,
-                        std::make_shared<prometheus::Registry>(), kQuick);
+  const PortWatch watch((*serving)->connections(), health, std::make_shared<prometheus::Registry>(),
+                        kQuick);
   ASSERT_TRUE(Eventually([&] { return (*serving)->connections().counts().accepted > 5; }));
   EXPECT_TRUE(health.live());
   health.SetProgressing(false);

@@ -176,8 +176,8 @@ TEST(QueueAtBest, EndsAtTheFirstBatchForAPromptThatCanJoinIt) {
 }
 
 TEST(QueueAtBest, LeavesOutOtherTenantsAndLowerClasses) {
-  const WaitingLine line = {.prompts = {LongOf(0, 2000), LongOf(1, 2200), LongOf(1, 2500, 1),
-                                        LongOf(0, 2300, -1)}};
+  const WaitingLine line = {
+      .prompts = {LongOf(0, 2000), LongOf(1, 2200), LongOf(1, 2500, 1), LongOf(0, 2300, -1)}};
   EXPECT_EQ(QueueAtBest(line, LongOf(0, 3000), Measured(), kNow), absl::Milliseconds(4500));
 }
 

@@ -12,8 +12,8 @@ namespace prefilld::server {
 namespace {
 
 using ::testing::ElementsAre;
-using ::testing::UnorderedElementsAre;
 using ::testing::HasSubstr;
+using ::testing::UnorderedElementsAre;
 
 using Calls = std::vector<std::unique_ptr<OpenStream>>;
 

@@ -1,4 +1,5 @@
-// Tests how the scheduler divides the device among tenants and classes, over a fake engine and clock.
+// Tests how the scheduler divides the device among tenants and classes, over a fake engine and
+// clock.
 #include <algorithm>
 #include <optional>
 #include <random>
@@ -41,9 +42,8 @@ class World {
                    {.capacity = capacity, .max_queued_tokens = 100'000, .tenants = tenants}),
         waits_(tenants.size()),
         refusals_(tenants.size()) {
-    bench_.engine.set_on_layer([this, token_time](int64_t num_tokens) {
-      bench_.clock.Advance(num_tokens * token_time);
-    });
+    bench_.engine.set_on_layer(
+        [this, token_time](int64_t num_tokens) { bench_.clock.Advance(num_tokens * token_time); });
   }
   ~World() {
     for (Caller& caller : callers_) {
@@ -146,8 +146,8 @@ TEST(Fairness, TwoFloodsGetTheirWeights) {
   world.AddCallers(10, {.tenant = 0});
   world.AddCallers(30, {.tenant = 1});
   world.Run(kTrace);
-  const double ratio = static_cast<double>(world.Waits(1).size()) /
-                       static_cast<double>(world.Waits(0).size());
+  const double ratio =
+      static_cast<double>(world.Waits(1).size()) / static_cast<double>(world.Waits(0).size());
   EXPECT_NEAR(ratio, 3, 0.3) << "prompts of both are alike";
 }
 

@@ -25,9 +25,9 @@ struct FakeEngineOptions {
   int64_t max_tokens = 1 << 20;
   int kv_slots = 3;
   int64_t max_batch_tokens = 0;
-  int points_per_layer = 0;       // of sequences that may not interject
-  int64_t interject_tokens = 0;   // dense sequences of at most so many may
-  int max_sequences = 4;  // at once; Start answers RESOURCE_EXHAUSTED beyond
+  int points_per_layer = 0;      // of sequences that may not interject
+  int64_t interject_tokens = 0;  // dense sequences of at most so many may
+  int max_sequences = 4;         // at once; Start answers RESOURCE_EXHAUSTED beyond
   // Prompts of more tokens, alone and with use_prefix_cache, have so many in the cache.
   int64_t cached_tokens = 0;
 };

@@ -68,9 +68,9 @@ class SlowReader {
     std::vector<char> bytes(8 << 10);
     while (!stop_ && !broken_) {
       const int64_t rate = rate_;
-      pollfd ends[2] = {{.fd = client, .events = POLLIN, .revents = 0},
-                        {.fd = server, .events = static_cast<short>(rate != 0 ? POLLIN : 0),
-                         .revents = 0}};
+      pollfd ends[2] = {
+          {.fd = client, .events = POLLIN, .revents = 0},
+          {.fd = server, .events = static_cast<short>(rate != 0 ? POLLIN : 0), .revents = 0}};
       poll(ends, 2, 20);
       if ((ends[0].revents & POLLIN) != 0) Forward(client, server, bytes);
       if ((ends[1].revents & (POLLHUP | POLLERR)) != 0 && rate == 0) broken_ = true;
@@ -103,9 +103,8 @@ class SlowConsumer : public ServerFixture {
   static std::unique_ptr<v1::PrefillService::Stub> Through(const SlowReader& reader) {
     grpc::ChannelArguments arguments;
     arguments.SetMaxReceiveMessageSize(-1);
-    return v1::PrefillService::NewStub(
-        grpc::CreateCustomChannel(absl::StrCat("127.0.0.1:", reader.port()),
-                                  grpc::InsecureChannelCredentials(), arguments));
+    return v1::PrefillService::NewStub(grpc::CreateCustomChannel(
+        absl::StrCat("127.0.0.1:", reader.port()), grpc::InsecureChannelCredentials(), arguments));
   }
 };
 
@@ -128,7 +127,7 @@ TEST_F(SlowConsumer, ThatTakesBytesIsNotStalledHoweverLongAFrameTakes) {
   EXPECT_NE(rest.result(), nullptr);
 }
 
-// Such a consumer is a process that is stopped, or one that is busy with other things. The kernel of
+// The consumer is a process that is stopped, or one that is busy with other things. The kernel of
 // its machine answers for it.
 TEST_F(SlowConsumer, WhoseSocketNobodyReadsLosesOneRequestAndKeepsItsConnection) {
   options_.min_consumer_mb_per_s = 0;

@@ -31,7 +31,8 @@ TEST(Tenants, AreReadWithTheirSettings) {
   const auto tenants = Tenants::Parse(absl::StrCat(R"({"tenants": [
       {"name": "search", "weight": 2.5, "max_priority": 3, "max_requests": 16,
        "max_queued_tokens": 500000, "tokens_per_second": 20000.5,
-       "token_sha256": [")", kHashOfAbc, R"("]},
+       "token_sha256": [")",
+                                                   kHashOfAbc, R"("]},
       {"name": "batch"}]})"));
   ASSERT_TRUE(tenants.ok()) << tenants.status();
   ASSERT_EQ(tenants->all().size(), 3);
@@ -55,7 +56,8 @@ TEST(Tenants, AreReadWithTheirSettings) {
 }
 
 TEST(Tenants, TheFileMaySayWhatStrangersGet) {
-  const auto named = Tenants::Parse(R"({"tenants": [{"name": "a"}, {"name": "default", "weight": 9}]})");
+  const auto named =
+      Tenants::Parse(R"({"tenants": [{"name": "a"}, {"name": "default", "weight": 9}]})");
   ASSERT_TRUE(named.ok()) << named.status();
   EXPECT_EQ(named->all().size(), 2);
   EXPECT_EQ(named->ByName("nobody"), 1);
@@ -68,24 +70,24 @@ TEST(Tenants, TheFileMaySayWhatStrangersGet) {
 }
 
 TEST(Tenants, EveryProblemIsListedByNameAndLimit) {
-  EXPECT_THAT(ProblemsOf(R"({"unknown": "drop", "limits": {}, "tenants": [
+  EXPECT_THAT(
+      ProblemsOf(R"({"unknown": "drop", "limits": {}, "tenants": [
       {"name": "a", "weight": 0, "max_priority": 9, "max_requests": 1.5, "wieght": 2},
       {"name": "a", "tokens_per_second": "many", "token_sha256": ["ab", 3]}, 7, {"weight": 1}]})"),
-              AllOf(HasSubstr("unknown is \"drop\"; default or refuse"),
-                    HasSubstr("the file: unknown field \"limits\""),
-                    HasSubstr("tenant \"a\": weight is 0; a number from 1e-06 to 1e+06"),
-                    HasSubstr("max_priority is 9; a number from -7 to 7"),
-                    HasSubstr("max_requests is 1.5; a whole number"),
-                    HasSubstr("unknown field \"wieght\""), HasSubstr("the name is there twice"),
-                    HasSubstr("tokens_per_second is \"many\""),
-                    HasSubstr("a token_sha256 is not of 64 hexadecimal digits"),
-                    HasSubstr("tenants[2] is 7; an object"),
-                    HasSubstr("tenants[3]: name has 0 bytes; 1 to 128 printable ASCII")));
+      AllOf(HasSubstr("unknown is \"drop\"; default or refuse"),
+            HasSubstr("the file: unknown field \"limits\""),
+            HasSubstr("tenant \"a\": weight is 0; a number from 1e-06 to 1e+06"),
+            HasSubstr("max_priority is 9; a number from -7 to 7"),
+            HasSubstr("max_requests is 1.5; a whole number"), HasSubstr("unknown field \"wieght\""),
+            HasSubstr("the name is there twice"), HasSubstr("tokens_per_second is \"many\""),
+            HasSubstr("a token_sha256 is not of 64 hexadecimal digits"),
+            HasSubstr("tenants[2] is 7; an object"),
+            HasSubstr("tenants[3]: name has 0 bytes; 1 to 128 printable ASCII")));
 }
 
 TEST(Tenants, ATokenBelongsToOneTenant) {
-  EXPECT_THAT(ProblemsOf(absl::StrCat(R"({"tenants": [{"name": "a", "token_sha256": [")", kHashOfAbc,
-                                      R"("]}, {"name": "b", "token_sha256": [")",
+  EXPECT_THAT(ProblemsOf(absl::StrCat(R"({"tenants": [{"name": "a", "token_sha256": [")",
+                                      kHashOfAbc, R"("]}, {"name": "b", "token_sha256": [")",
                                       absl::AsciiStrToUpper(kHashOfAbc), R"("]}]})")),
               HasSubstr("tenant \"b\": a token_sha256 is there twice"));
 }
@@ -98,8 +100,9 @@ TEST(Tenants, AreBoundedInNumberAndNames) {
   EXPECT_THAT(ProblemsOf(absl::StrCat(R"({"tenants": [)", list, "]}")),
               HasSubstr("tenants is not a list of 1 to 256 tenants"));
   EXPECT_THAT(ProblemsOf(R"({"tenants": []})"), HasSubstr("not a list of 1 to 256"));
-  EXPECT_THAT(ProblemsOf(absl::StrCat(R"({"tenants": [{"name": ")", std::string(129, 'x'), R"("}]})")),
-              HasSubstr("name has 129 bytes"));
+  EXPECT_THAT(
+      ProblemsOf(absl::StrCat(R"({"tenants": [{"name": ")", std::string(129, 'x'), R"("}]})")),
+      HasSubstr("name has 129 bytes"));
 }
 
 TEST(Tenants, WhatIsNoJsonIsRefused) {

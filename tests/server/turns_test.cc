@@ -18,9 +18,8 @@ TEST(OrderOfTurns, PutsTheLeastRemainingTimeFirst) {
 }
 
 TEST(OrderOfTurns, KeepsTheOrderOfEquals) {
-  EXPECT_THAT(
-      OrderOfTurns({{.remaining = absl::Seconds(1)}, {.remaining = absl::Seconds(1)}}),
-      ElementsAre(0, 1));
+  EXPECT_THAT(OrderOfTurns({{.remaining = absl::Seconds(1)}, {.remaining = absl::Seconds(1)}}),
+              ElementsAre(0, 1));
 }
 
 TEST(OrderOfTurns, CountsHalfOfTheWait) {
@@ -46,12 +45,12 @@ TEST(OrderOfTurns, PutsHigherClassesBeforeAllElse) {
 
 TEST(OrderOfTurns, PutsAClassThatLostItsPatienceFirst) {
   const absl::Duration impatient = kClassPatience + absl::Milliseconds(1);
-  EXPECT_THAT(OrderOfTurns({{.priority = 1, .class_waited = kClassPatience},
-                            {.priority = 0, .class_waited = impatient},
-                            {.priority = -1, .class_waited = 2 * impatient},
-                            {.priority = 0, .class_waited = impatient,
-                             .remaining = -absl::Seconds(1)}}),
-              ElementsAre(2, 3, 1, 0));
+  EXPECT_THAT(
+      OrderOfTurns({{.priority = 1, .class_waited = kClassPatience},
+                    {.priority = 0, .class_waited = impatient},
+                    {.priority = -1, .class_waited = 2 * impatient},
+                    {.priority = 0, .class_waited = impatient, .remaining = -absl::Seconds(1)}}),
+      ElementsAre(2, 3, 1, 0));
 }
 
 struct Prompt {
