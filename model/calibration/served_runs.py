@@ -89,8 +89,7 @@ def measure(name: str, policy: str, address: str, texts: Texts, thresholds: dict
     """Returns nats per token of every text and mean density, by length, as a line of the journal. Thresholds that are
     not named are the server's.
     """
-    import grpc
-    from prefilld import Attention, Layout, PrefillClient
+    from prefilld import Attention, Layout, PrefillClient, PrefilldError
 
     def result_of(client: PrefillClient, tokens: list[int]):
         no_cache = Layout(first_block=-(-len(tokens) // Layout.block_tokens))
@@ -106,8 +105,8 @@ def measure(name: str, policy: str, address: str, texts: Texts, thresholds: dict
                 results = [result_of(client, tokens) for tokens in prompts]
                 record["nats"][str(length)] = [-fmean(result.prompt_logprobs) for result in results]
                 record["density"][str(length)] = fmean(result.total.density for result in results)
-    except grpc.RpcError as error:
-        raise RuntimeError(f"prefilld refused {name}: {error.code().name}: {error.details()}") from None
+    except PrefilldError as error:
+        raise RuntimeError(f"prefilld refused {name}: {error}") from None
     return record
 
 

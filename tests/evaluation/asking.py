@@ -9,13 +9,12 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-import grpc
 import numpy as np
 
 import prompts
 import scoring
 import settings
-from prefilld import Attention, DecodeClient, Layout, PrefillClient, retry_after
+from prefilld import Attention, DecodeClient, Layout, PrefillClient, PrefilldError
 from prefilld.wire import enum_name
 
 HEAD_COUNTS = ("dense_heads", "pivot_heads", "shared_heads", "scored_heads", "vertical_slash_heads", "baseline_heads")
@@ -33,7 +32,7 @@ class Asking:
 
 
 class Asker:
-    """Asks one prompt after the other. Not thread-safe. Raises grpc.RpcError when the server or the worker refuses."""
+    """Asks one prompt after the other. Not thread-safe. Raises PrefilldError when the server or the worker refuses."""
 
     def __init__(self, asking: Asking, codec):
         self._asking, self._codec = asking, codec
@@ -50,11 +49,11 @@ class Asker:
         for attempt in range(RETRIES + 1):
             try:
                 return self._ask_once(prompt, setting)
-            except grpc.RpcError as error:
-                passing = error.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
+            except PrefilldError as error:
+                passing = error.code.name in ("RESOURCE_EXHAUSTED", "UNAVAILABLE")
                 if not passing or attempt == RETRIES:
                     raise
-                time.sleep(retry_after(error) or 0.5 * 2**attempt)
+                time.sleep(error.retry_after or 0.5 * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
 
     def _ask_once(self, prompt: prompts.Prompt, setting: settings.Setting) -> dict:

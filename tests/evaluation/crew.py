@@ -8,11 +8,10 @@ import traceback
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 
-import grpc
-
 import prompts
 import settings
 from asking import Asker, Asking
+from prefilld import PrefilldError
 
 PromptKey = tuple[str, int, int]  # task, length, index
 Job = tuple[PromptKey, list[settings.Setting]]  # all that one prompt is still to be asked under
@@ -98,9 +97,7 @@ def _work(connection: Connection, source: prompts.Prompts, codec, asking: Asking
                 if made is None or (made.task, made.length, made.index) != key:
                     made = source.make(*key)
                 answer = asker.ask(made, setting)
-            except grpc.RpcError as error:
-                answer = f"{error.code().name}: {error.details()}"
-            except ValueError as error:
+            except (PrefilldError, ValueError) as error:
                 answer = str(error)
             except Exception:
                 answer = traceback.format_exc()

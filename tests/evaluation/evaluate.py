@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
 
 import graded
 import prompts
@@ -29,7 +28,7 @@ import table
 from asking import Asking
 from crew import Crew, Job, PromptKey, Refused
 from journal import Journal
-from prefilld import PrefillClient
+from prefilld import PrefillClient, PrefilldError
 from prefilld.wire import enum_name
 from progress import Progress
 
@@ -172,10 +171,7 @@ def main() -> int:
         finally:
             if journal.records:
                 write_summary(args, info, journal.records)
-    except grpc.RpcError as error:
-        print(f"evaluate.py: {error.code().name}: {error.details()}", file=sys.stderr)
-        return 1
-    except (Refused, ValueError, OSError) as error:
+    except (Refused, PrefilldError, ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 1
     return 0

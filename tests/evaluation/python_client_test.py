@@ -5,6 +5,7 @@
 Exits with 77 (skipped, for CTest) without the client's packages or the weights of model/tiny.
 """
 
+import asyncio
 import contextlib
 import json
 import os
@@ -35,10 +36,13 @@ import numpy as np  # noqa: E402
 import prompts  # noqa: E402
 import xxhash  # noqa: E402
 from prefilld import (
+    AsyncDecodeClient,
+    AsyncPrefillClient,
     Attention,
     DecodeClient,
     Layout,
     PrefillClient,
+    PrefilldError,
     Sampling,
     TransferError,
     prefix_keys,
@@ -181,9 +185,9 @@ class Reconnecting(unittest.TestCase):
             address = "127.0.0.1:%d" % free.getsockname()[1]
 
         def answer(client):
-            with self.assertRaises(grpc.RpcError) as raised:
+            with self.assertRaises(PrefilldError) as raised:
                 client.server_info(timeout=1)
-            return raised.exception.code()
+            return raised.exception.code
 
         with PrefillClient(address) as client:
             # gRPC's own pauses would have grown to 6 seconds or more by the end.
@@ -227,9 +231,9 @@ class Live(unittest.TestCase):
             with PrefillClient(self.processes.server) as client:
                 self.assertEqual(client.server_info().model_name, "tiny")
             with PrefillClient(self.processes.server, use_proxy=True) as client:
-                with self.assertRaises(grpc.RpcError) as raised:
+                with self.assertRaises(PrefilldError) as raised:
                     client.server_info()
-                self.assertEqual(raised.exception.code(), grpc.StatusCode.UNAVAILABLE)
+                self.assertEqual(raised.exception.code, grpc.StatusCode.UNAVAILABLE)
 
     def test_one_of_several_servers_may_be_away(self):
         with PrefillClient(f"ipv4:127.0.0.1:1,{self.processes.server}") as client:
@@ -240,9 +244,9 @@ class Live(unittest.TestCase):
         for asked, given in ((3, 0), (-2, -2)):
             with self.server.prefill(PROMPT, priority=asked, metadata=[("x-tenant", "search")]) as stream:
                 self.assertEqual(stream.priority, given)
-        with self.assertRaises(grpc.RpcError) as raised:
+        with self.assertRaises(PrefilldError) as raised:
             self.server.prefill(PROMPT, priority=8)
-        self.assertEqual(raised.exception.code(), grpc.StatusCode.INVALID_ARGUMENT)
+        self.assertEqual(raised.exception.code, grpc.StatusCode.INVALID_ARGUMENT)
 
     def test_layers_come_in_order_and_whole(self):
         with self.server.prefill(PROMPT) as stream:
@@ -263,6 +267,31 @@ class Live(unittest.TestCase):
         for dtype, tolerance in (("bf16", 2**-8), ("fp16", 2**-11)):
             rounded = self.by_token(*self.cache(dtype=dtype))
             np.testing.assert_allclose(rounded, exact, rtol=tolerance, atol=1e-4)
+
+    def test_lanes_and_asyncio_bring_the_same_cache(self):
+        async def read(lanes):
+            async with AsyncPrefillClient(self.processes.server) as client:
+                async with client.submit(PROMPT, attention=Attention("dense"), lanes=lanes) as stream:
+                    return await stream.read_all(), stream.result.first_token.token_id
+
+        with self.server.prefill(PROMPT, attention=Attention("dense")) as stream:
+            cache = stream.read_all()
+        with self.server.prefill(PROMPT, attention=Attention("dense"), lanes=4) as laned:
+            np.testing.assert_array_equal(laned.read_all(), cache)
+        self.assertEqual(len(laned.result.frames_per_lane), 4)
+        for lanes in (1, 3):
+            other, first_token = asyncio.run(read(lanes))
+            np.testing.assert_array_equal(other, cache)
+            self.assertEqual(first_token, stream.result.first_token.token_id)
+
+    def test_asyncio_generates_the_same_tokens(self):
+        async def read():
+            async with AsyncDecodeClient(self.processes.worker) as client:
+                async with client.generate(PROMPT, 4, ignore_eos=True) as stream:
+                    return [token.id async for token in stream], stream.result.num_tokens
+
+        with self.worker.generate(PROMPT, 4, ignore_eos=True) as stream:
+            self.assertEqual(asyncio.run(read()), ([token.id for token in stream], 4))
 
     def test_a_range_of_heads_and_blocks_is_that_part(self):
         whole, _ = self.cache(dtype="fp32")
@@ -333,12 +362,12 @@ class Live(unittest.TestCase):
 
     def test_refusals_carry_the_servers_reason(self):
         for tokens, options in (([], {}), ([999_999], {}), (PROMPT, {"attention": Attention("share", gamma=7)})):
-            with self.assertRaises(grpc.RpcError) as caught:
+            with self.assertRaises(PrefilldError) as caught:
                 self.server.prefill(tokens, **options)
-            self.assertEqual(caught.exception.code(), grpc.StatusCode.INVALID_ARGUMENT)
-        with self.assertRaises(grpc.RpcError) as caught:
+            self.assertEqual(caught.exception.code, grpc.StatusCode.INVALID_ARGUMENT)
+        with self.assertRaises(PrefilldError) as caught:
             list(self.worker.generate([999_999], 1))
-        self.assertIn("999999", caught.exception.details())
+        self.assertIn("999999", caught.exception.details)
 
     def test_unknown_names_fail_before_the_call(self):
         for options in (
@@ -350,9 +379,9 @@ class Live(unittest.TestCase):
                 self.server.prefill(PROMPT, **options)
 
     def test_another_model_is_refused(self):
-        with self.assertRaises(grpc.RpcError) as caught:
+        with self.assertRaises(PrefilldError) as caught:
             self.server.prefill(PROMPT, model_fingerprint="0" * 32)
-        self.assertEqual(caught.exception.code(), grpc.StatusCode.FAILED_PRECONDITION)
+        self.assertEqual(caught.exception.code, grpc.StatusCode.FAILED_PRECONDITION)
 
     def test_leaving_a_stream_stops_the_server(self):
         with contextlib.closing(self.server.prefill(PROMPT * 16)) as stream:

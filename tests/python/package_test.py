@@ -100,7 +100,7 @@ class Package(unittest.TestCase):
             names = set(archive.namelist())
             (metadata,) = (n for n in names if n.endswith("METADATA"))
             text = archive.read(metadata).decode()
-        modules = {f"prefilld/{p.name}" for p in (CLIENT / "prefilld").glob("*.py")}
+        modules = {str(p.relative_to(CLIENT)) for p in (CLIENT / "prefilld").rglob("*.py")}
         self.assertLessEqual(modules | {"prefilld/py.typed", "prefilld/descriptors.binpb"}, names)
         self.assertIn("Requires-Python: >=", text)
         project = tomllib.loads((CLIENT / "pyproject.toml").read_text())["project"]

@@ -1,43 +1,25 @@
-"""PrefillClient and DecodeClient. Both are safe to use from several threads, one stream per thread."""
+"""PrefillClient and DecodeClient, which block. They are safe to use from several threads, one stream per thread."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import collections
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import grpc
 import numpy as np
 
 from prefilld import wire
-from prefilld.options import Attention, Layout, Sampling
-from prefilld.transfer import KvBlocks, TransferCheck, TransferError, block_shape, check_layout, element_type
+from prefilld.channels import Servers
+from prefilld.errors import PrefilldError, one_family
+from prefilld.options import Call, GenerateArguments, PrefillArguments, generate_call, prefill_call
+from prefilld.tokens import Generation, Token
+from prefilld.transfer import KvBlocks, Reception, WholeCache
 
-_CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", 64 << 20),  # a KV frame is 1 to 4 MiB, one large block can be more
-    ("grpc.max_send_message_length", 64 << 20),  # a million token ids are 5 MiB
-    ("grpc.http2.lookahead_bytes", 8 << 20),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.http2.max_pings_without_data", 0),  # we send nothing during a long prefill
-    ("grpc.use_local_subchannel_pool", 1),
-    # A server that was away is called again within about 2 s of its return, not after up to 2 minutes.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.min_reconnect_backoff_ms", 5_000),  # the time of an attempt that nobody answers, in truth
-    ("grpc.dns_min_time_between_resolutions_ms", 2_000),
-    ("grpc.lb_policy_name", "round_robin"),  # where an address stands for several servers
-)
-
-
-def retry_after(error: grpc.RpcError) -> float | None:
-    """Returns after how many seconds the server asks to come back (RESOURCE_EXHAUSTED), or None when it does not say.
-    """
-    for key, value in error.trailing_metadata() or ():
-        if key == "grpc-status-details-bin":
-            for detail in wire.RpcStatus.FromString(value).details:
-                if detail.type_url.endswith("/google.rpc.RetryInfo"):
-                    delay = wire.RetryInfo.FromString(detail.value).retry_delay
-                    return delay.seconds + delay.nanos / 1e9
-    return None
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class _Client:
@@ -45,7 +27,7 @@ class _Client:
 
     def __init__(
         self,
-        address: str,
+        address: str | Sequence[str],
         *,
         credentials: grpc.ChannelCredentials | None = None,
         use_proxy: bool = False,
@@ -53,22 +35,18 @@ class _Client:
     ):
         """Connects lazily: a server that is not there fails the first call with UNAVAILABLE.
 
-        address: host:port, or "unix:/path" on the same machine. Several servers of one model take
-        the calls in turn: "ipv4:10.0.0.1:50051,10.0.0.2:50051", or a name with several addresses.
+        address: host:port, or "unix:/path" on the same machine. A list names several servers of one
+        model, which take the calls in turn; one that is away and has not accepted a call passes it on.
         credentials: grpc.ssl_channel_credentials(...) for TLS, None for plain text. use_proxy: go
         through the proxy that grpc_proxy, https_proxy or http_proxy names; otherwise they are
         ignored. options: more gRPC channel arguments.
         """
-        arguments = (*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", int(use_proxy)), *options)
-        if credentials is None:
-            self._channel = grpc.insecure_channel(address, arguments)
-        else:
-            self._channel = grpc.secure_channel(address, credentials, arguments)
-        self._stub = wire.Stub(self._channel, self._service)
+        self._servers = Servers(address, self._service, grpc, credentials, use_proxy, options)
 
     def close(self) -> None:
         """Ends every call still running."""
-        self._channel.close()
+        for channel in self._servers.channels():
+            channel.close()
 
     def __enter__(self):
         return self
@@ -80,11 +58,23 @@ class _Client:
 class _Stream:
     """A response stream. Leaving its `with` block, or close(), cancels what is not finished."""
 
-    def __init__(self, call):
-        self._call = call
+    _items: Generator
+
+    def __init__(self):
+        self._lock = threading.Lock()  # of the two below
+        self._calls: list = []
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Ends the call, from any thread and at any time; whoever iterates gets Cancelled."""
+        with self._lock:
+            self._cancelled = True
+        self._end_calls()
 
     def close(self) -> None:
-        self._call.cancel()
+        """Ends what is not finished. For the thread that iterates."""
+        self.cancel()
+        self._items.close()
 
     def __enter__(self):
         return self
@@ -92,177 +82,265 @@ class _Stream:
     def __exit__(self, *_):
         self.close()
 
+    def _begin(self, call) -> None:
+        """Adds a call to those that cancel() ends."""
+        with self._lock:
+            self._calls.append(call)
+            if not self._cancelled:
+                return
+        call.cancel()
 
-class PrefillStream(_Stream):
-    """Iterates over KvBlocks as the server computes them, layer by layer.
+    def _end_calls(self) -> None:
+        with self._lock:
+            calls = list(self._calls)
+        for call in calls:
+            call.cancel()
 
-    request_id, layout, queue_position, priority: known at once (layout: the KvLayout message;
-    priority: the class that the request has, which may be lower than what it asked for).
-    result: the PrefillResult message, once the iteration has ended; None before.
-    """
+    def _one_family(self):
+        return one_family(lambda: self._cancelled)
 
-    def __init__(self, call, accepted, prompt_logprobs: bool, on_progress: Callable | None):
-        super().__init__(call)
-        self.request_id: str = accepted.request_id
-        self.queue_position: int = accepted.queue_position
-        self.layout = accepted.layout
-        self.priority: int = accepted.priority
-        self.result = None
-        self._on_progress = on_progress
-        self._check = TransferCheck(accepted.layout, prompt_logprobs)
-        self._blocks = self._receive()
+
+class AcceptedFields:
+    """The fields of a prefill that are known once the server has accepted it; RuntimeError before."""
+
+    _reception: Reception
+
+    @property
+    def _accepted(self):
+        if self._reception.accepted is None:
+            raise RuntimeError("the server has not accepted the request yet: wait_accepted() waits for it")
+        return self._reception.accepted
+
+    @property
+    def request_id(self) -> str:
+        return self._accepted.request_id
+
+    @property
+    def layout(self):
+        """The KvLayout message."""
+        return self._accepted.layout
+
+    @property
+    def queue_position(self) -> int:
+        """Requests that came before this one and were not done when it was accepted."""
+        return self._accepted.queue_position
+
+    @property
+    def priority(self) -> int:
+        """The class that the request has, which may be lower than what it asked for."""
+        return self._accepted.priority
+
+    @property
+    def result(self):
+        """The PrefillResult message, once the iteration has ended; None before."""
+        return self._reception.result if self._whole else None
+
+    _whole = False
+
+
+class _Mailbox:
+    """Hands what several threads read to one that iterates; holds at most `room` entries."""
+
+    def __init__(self, room: int):
+        self._room = room
+        self._changed = threading.Condition()
+        self._entries: collections.deque = collections.deque()
+        self._closed = False
+
+    def put(self, entry) -> bool:
+        """Waits for room; returns False when nobody takes entries any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._entries) < self._room)
+            if not self._closed:
+                self._entries.append(entry)
+                self._changed.notify_all()
+            return not self._closed
+
+    def take(self):
+        with self._changed:
+            self._changed.wait_for(lambda: self._entries)
+            self._changed.notify_all()
+            return self._entries.popleft()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+_LANE_ENDED = object()
+
+
+class PrefillStream(AcceptedFields, _Stream):
+    """Iterates over KvBlocks as the server computes them, layer by layer; with several lanes, in any order."""
+
+    def __init__(self, servers: Servers, call: Call):
+        super().__init__()
+        self._call = call
+        self._deadline = None if call.timeout is None else time.monotonic() + call.timeout
+        self._waiting = servers.in_turn()
+        for server in self._waiting:
+            server.check_lanes(call.request.num_lanes)
+        self._start()
+        self._items = self._receive()
+
+    def _start(self) -> None:
+        """Calls the next server that has not been asked."""
+        self._server = self._waiting.pop(0)
+        self._reception = Reception(self._call.request)
+        method = self._server.stub().Prefill
+        self._lane0 = method(self._call.request, timeout=self._left(), metadata=self._call.metadata)
+        self._begin(self._lane0)
+
+    def _left(self) -> float | None:
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def wait_accepted(self) -> None:
+        """Waits until a server has accepted the request. Raises PrefilldError if none does."""
+        while self._reception.accepted is None:
+            try:
+                with self._one_family():
+                    first = next(self._lane0, None)
+                if first is None:
+                    self._reception.finish()  # which raises
+                self._reception.take(0, first)
+            except PrefilldError as error:
+                self._lane0.cancel()
+                if error.code is not grpc.StatusCode.UNAVAILABLE or not self._waiting:
+                    raise
+                self._start()
 
     def __iter__(self) -> Iterator[KvBlocks]:
-        return self._blocks
+        return self._items
 
     def __next__(self) -> KvBlocks:
-        return next(self._blocks)
+        return next(self._items)
 
     def read_all(self) -> np.ndarray:
-        """Reads the whole cache: [num_layers, 2 (K, V), num_blocks, *block_shape(layout)], writable.
-
-        num_blocks counts from layout.first_block. With block order NHD and all blocks, `.reshape(layers, 2, -1, heads,
-        head_dim)[:, :, :num_tokens]` is the cache by token.
-        """
-        first, layout = self.layout.first_block, self.layout
-        shape = (layout.num_layers, 2, layout.num_blocks - first, *block_shape(layout))
-        cache = np.empty(shape, element_type(layout))
+        """Reads the whole cache into one array; WholeCache says of which shape."""
+        self.wait_accepted()
+        cache = WholeCache(self.layout)
         for blocks in self:
-            place = slice(blocks.first_block - first, blocks.first_block - first + len(blocks.keys))
-            cache[blocks.layer, 0, place] = blocks.keys
-            cache[blocks.layer, 1, place] = blocks.values
-        return cache
+            cache.store(blocks)
+        return cache.array
 
-    def _receive(self) -> Iterator[KvBlocks]:
+    def _receive(self) -> Generator[KvBlocks, None, None]:
+        self.wait_accepted()
         try:
-            for event in self._call:
-                kind = event.WhichOneof("event")
-                if kind == "kv_frame":
-                    yield self._check.take(event.kv_frame)
-                elif kind == "progress" and self._on_progress:
-                    self._on_progress(event.progress)
-                elif kind == "result":
-                    self._check.finish(event.result)
-                    self.result = event.result
-        except TransferError:
-            self.close()
-            raise
-        if self.result is None:
-            raise TransferError(grpc.StatusCode.DATA_LOSS, "the stream ended without a result")
+            one_lane = self._reception.accepted.num_lanes == 1
+            for taken in self._read(0, self._lane0) if one_lane else self._read_lanes():
+                if isinstance(taken, KvBlocks):
+                    yield taken
+                elif self._call.on_progress:
+                    self._call.on_progress(taken)
+            self._reception.finish()
+            self._whole = True
+        finally:
+            self._end_calls()
+
+    def _read(self, lane: int, call) -> Iterator:
+        with self._one_family():
+            for data in call:
+                taken = self._reception.take(lane, data)
+                if taken is not None:
+                    yield taken
+
+    def _read_lanes(self) -> Iterator:
+        calls = [self._lane0]
+        for attach in self._reception.attachments():
+            calls.append(self._server.stub(attach.lane).AttachLane(attach, timeout=self._left()))
+            self._begin(calls[-1])
+        mailbox = _Mailbox(2 * len(calls))
+
+        def read(lane: int, call) -> None:
+            try:
+                for taken in self._read(lane, call):
+                    if not mailbox.put(taken):
+                        return
+                mailbox.put(_LANE_ENDED)
+            except Exception as error:
+                mailbox.put(error)
+
+        for lane, call in enumerate(calls):
+            threading.Thread(target=read, args=(lane, call), name=f"prefilld-lane-{lane}", daemon=True).start()
+        try:
+            running = len(calls)
+            while running:
+                taken = mailbox.take()
+                if taken is _LANE_ENDED:
+                    running -= 1
+                elif isinstance(taken, Exception):
+                    raise taken
+                else:
+                    yield taken
+        finally:
+            mailbox.close()
 
 
 class PrefillClient(_Client):
-    """The client of a prefilld server. Frames come on one lane; the C++ client has several."""
+    """The client of prefilld servers."""
 
     _service = "PrefillService"
 
     def server_info(self, timeout: float = 10):
         """Returns the ServerInfo message: model, fingerprint, limits, policies, load."""
-        return self._stub.GetServerInfo(wire.GetServerInfoRequest(), timeout=timeout)
+        servers = self._servers.in_turn()
+        for server in servers:
+            try:
+                with one_family():
+                    return server.stub().GetServerInfo(wire.GetServerInfoRequest(), timeout=timeout)
+            except PrefilldError as error:
+                if error.code is not grpc.StatusCode.UNAVAILABLE or server is servers[-1]:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
 
-    def prefill(
-        self,
-        tokens: Sequence[int],
-        *,
-        layout: Layout = Layout(),
-        attention: Attention = Attention(),
-        sampling: Sampling = Sampling(),
-        request_id: str = "",
-        model_fingerprint: str = "",
-        layer_stats: bool = False,
-        prompt_logprobs: bool = False,
-        bypass_prefix_cache: bool = False,
-        cache_salt: str = "",
-        priority: int = 0,
-        metadata: Sequence[tuple[str, str]] = (),
-        timeout: float | None = None,
-        on_progress: Callable | None = None,
-    ) -> PrefillStream:
-        """Runs one prompt; returns once the server has accepted it.
+    def prefill(self, tokens: Sequence[int], **arguments: Unpack[PrefillArguments]) -> PrefillStream:
+        """Runs one prompt; returns once the server has accepted it. PrefillArguments describes the arguments.
 
-        With prompt_logprobs, result.prompt_logprobs[i] is the natural log-probability of tokens[i + 1]
-        and result.best_logprobs[i] that of the likeliest token there: equal where the prompt goes on
-        as greedy decoding would have. On a GPU they come from logits rounded to bf16, so that several
-        tokens may count as the likeliest. The result, and with it the first token, comes after that
-        pass, which takes result.logprobs_us. numpy.array(result.prompt_logprobs) copies them at once.
-
-        If the server has a prefix cache, a prompt that begins as an earlier one did computes the rest
-        alone; result.cached_tokens counts what was cached. Prompts share prefixes with those of an
-        equal cache_salt alone. With bypass_prefix_cache the cache is neither asked nor filled.
-
-        priority, -7 to 7: requests of higher classes go first, as far as the server's operator lets
-        you (PrefillStream.priority). metadata goes with the call; servers that tell tenants apart look
-        there: ("authorization", "Bearer TOKEN"), or ("x-tenant", "search") where they trust you.
-
-        on_progress(Progress) is called after each layer and while the request waits, from within
-        the iteration. Raises grpc.RpcError with the server's status, which PrefillService in
-        prefill.proto lists, and TransferError when the server breaks its promise; both here and
-        while iterating.
+        Raises PrefilldError, here and while iterating, with the server's status, which PrefillService in
+        prefill.proto lists; TransferError, which is one, when the server breaks its promise.
         """
-        request = wire.PrefillRequest(
-            request_id=request_id,
-            model_fingerprint=model_fingerprint,
-            token_ids=tokens,
-            layout=layout.to_wire(),
-            attention=attention.to_wire(),
-            sampling=sampling.to_wire(),
-            num_lanes=1,
-            layer_stats=layer_stats,
-            prompt_logprobs=prompt_logprobs,
-            prefix_cache=wire.PrefixCacheOptions(bypass=bypass_prefix_cache, salt=cache_salt),
-            priority=priority,
-        )
-        call = self._stub.Prefill(request, timeout=timeout, metadata=tuple(metadata))
-        first = next(call, None)
-        if first is None or first.WhichOneof("event") != "accepted":
-            call.cancel()
-            raise TransferError(grpc.StatusCode.DATA_LOSS, "the stream does not begin with Accepted")
-        try:
-            check_layout(first.accepted.layout, request.layout, len(tokens), model_fingerprint)
-        except TransferError:
-            call.cancel()
-            raise
-        return PrefillStream(call, first.accepted, prompt_logprobs, on_progress)
+        stream = self.submit(tokens, **arguments)
+        stream.wait_accepted()
+        return stream
 
+    def submit(self, tokens: Sequence[int], **arguments: Unpack[PrefillArguments]) -> PrefillStream:
+        """Sends one prompt and returns at once, so that the caller can cancel it while it waits to be accepted.
 
-@dataclass(frozen=True)
-class Token:
-    """A generated token. top_logprobs: (token id, natural log-probability), most likely first."""
-
-    id: int
-    index: int
-    logprob: float
-    top_logprobs: list[tuple[int, float]] = field(default_factory=list)
+        PrefillStream.wait_accepted(), or iterating, waits for that.
+        """
+        return PrefillStream(self._servers, prefill_call(tokens, **arguments))
 
 
 class GenerateStream(_Stream):
     """Iterates over Token as they are generated; result is the GenerateResult message after the last."""
 
     def __init__(self, call, on_progress: Callable | None):
-        super().__init__(call)
-        self.result = None
+        super().__init__()
+        self._begin(call)
+        self._generation = Generation()
         self._on_progress = on_progress
-        self._tokens = self._receive()
+        self._items = self._receive(call)
+
+    @property
+    def result(self):
+        return self._generation.result
 
     def __iter__(self) -> Iterator[Token]:
-        return self._tokens
+        return self._items
 
     def __next__(self) -> Token:
-        return next(self._tokens)
+        return next(self._items)
 
-    def _receive(self) -> Iterator[Token]:
-        for event in self._call:
-            kind = event.WhichOneof("event")
-            if kind == "token":
-                token = event.token.token
-                top = [(t.token_id, t.logprob) for t in token.top_logprobs]
-                yield Token(token.token_id, event.token.index, token.logprob, top)
-            elif kind == "progress" and self._on_progress:
-                self._on_progress(event.progress)
-            elif kind == "result":
-                self.result = event.result
-        if self.result is None:
-            raise TransferError(grpc.StatusCode.DATA_LOSS, "the stream ended without a result")
+    def _receive(self, call) -> Generator[Token, None, None]:
+        with self._one_family():
+            for event in call:
+                taken = self._generation.take(event)
+                if isinstance(taken, Token):
+                    yield taken
+                elif taken is not None and self._on_progress:
+                    self._on_progress(taken)
+        self._generation.finish()
 
 
 class DecodeClient(_Client):
@@ -271,34 +349,13 @@ class DecodeClient(_Client):
     _service = "DecodeService"
 
     def generate(
-        self,
-        tokens: Sequence[int],
-        max_new_tokens: int,
-        *,
-        attention: Attention = Attention(),
-        sampling: Sampling = Sampling(),
-        stop_token_ids: Sequence[int] = (),
-        ignore_eos: bool = False,
-        request_id: str = "",
-        priority: int = 0,
-        timeout: float | None = None,
-        on_progress: Callable | None = None,
+        self, tokens: Sequence[int], max_new_tokens: int, **arguments: Unpack[GenerateArguments]
     ) -> GenerateStream:
-        """Starts one generation. on_progress(PrefillProgress) is called while the prompt is prefilled.
+        """Starts one generation. GenerateArguments describes the arguments.
 
-        priority is that of the prefill, as in PrefillClient.prefill.
-
-        Iterating raises grpc.RpcError: RESOURCE_EXHAUSTED when the worker lacks KV blocks,
-        otherwise what prefilld answered (see PrefillService in prefill.proto).
+        Iterating raises PrefilldError: RESOURCE_EXHAUSTED when the worker lacks KV blocks, otherwise what
+        prefilld answered (see PrefillService in prefill.proto).
         """
-        request = wire.GenerateRequest(
-            request_id=request_id,
-            token_ids=tokens,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling.to_wire(),
-            attention=attention.to_wire(),
-            stop_token_ids=stop_token_ids,
-            ignore_eos=ignore_eos,
-            priority=priority,
-        )
-        return GenerateStream(self._stub.Generate(request, timeout=timeout), on_progress)
+        call = generate_call(tokens, max_new_tokens, **arguments)
+        (server, *_) = self._servers.in_turn()
+        return GenerateStream(server.stub().Generate(call.request, timeout=call.timeout), call.on_progress)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypedDict
 
 from prefilld import wire
+
+MAX_LANES = 16
 
 
 @dataclass(frozen=True)
@@ -84,3 +88,154 @@ class Sampling:
 
     def to_wire(self):
         return wire.Sampling(**vars(self))
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Has the KV cache pushed to a receiver instead of coming back on the call.
+
+    address: host:port of the receiver, which must be on the server's allow-list. transfer_id: the id under which
+    the receiver expects the cache.
+    """
+
+    address: str
+    transfer_id: str
+
+    def to_wire(self):
+        return wire.DeliverTo(**vars(self))
+
+
+class PrefillArguments(TypedDict, total=False):
+    """The arguments of prefill() and submit(), for the blocking client and the one of asyncio.
+
+    layout, attention, sampling: see Layout, Attention and Sampling.
+    lanes: 1 to 16 parallel streams for the KV, each on a connection of its own. One connection carries
+    2 to 3 GB/s at most.
+    deliver_to: pushes the cache elsewhere; iterating then brings nothing, and result comes at the end.
+    request_id: names the request in logs; empty: the server chooses one.
+    model_fingerprint: if it is set, a server refuses to run another model.
+    layer_stats: result.layers has one entry per layer.
+    prompt_logprobs: result.prompt_logprobs[i] is the natural log-probability of tokens[i + 1] and
+    result.best_logprobs[i] that of the likeliest token there: equal where the prompt goes on as greedy
+    decoding would have. On a GPU they come from logits rounded to bf16, so that several tokens may
+    count as the likeliest. The result, and with it the first token, comes after that pass, which takes
+    result.logprobs_us. numpy.array(result.prompt_logprobs) copies them at once.
+    bypass_prefix_cache, cache_salt: if the server has a prefix cache, a prompt that begins as an earlier
+    one did computes the rest alone; result.cached_tokens counts what was cached. Prompts share prefixes
+    with those of an equal cache_salt alone. With bypass_prefix_cache the cache is neither asked nor filled.
+    priority: -7 to 7. Requests of higher classes go first, as far as the server's operator lets you
+    (PrefillStream.priority).
+    metadata: goes with the call. Servers that tell tenants apart look there: ("authorization", "Bearer
+    TOKEN"), or ("x-tenant", "search") where they trust you.
+    timeout: seconds until the whole call must be done; None: no limit.
+    on_progress: on_progress(Progress) is called after each layer and while the request waits, from
+    within the iteration.
+    """
+
+    layout: Layout
+    attention: Attention
+    sampling: Sampling
+    lanes: int
+    deliver_to: Delivery | None
+    request_id: str
+    model_fingerprint: str
+    layer_stats: bool
+    prompt_logprobs: bool
+    bypass_prefix_cache: bool
+    cache_salt: str
+    priority: int
+    metadata: Sequence[tuple[str, str]]
+    timeout: float | None
+    on_progress: Callable[[Any], None] | None
+
+
+class GenerateArguments(TypedDict, total=False):
+    """The arguments of generate(), for the blocking client and the one of asyncio.
+
+    attention, sampling, request_id, timeout: as in PrefillArguments; priority is that of the prefill.
+    stop_token_ids: tokens that end the generation. ignore_eos: the model's own do not.
+    on_progress: on_progress(PrefillProgress) is called while the prompt is prefilled.
+    """
+
+    attention: Attention
+    sampling: Sampling
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    request_id: str
+    priority: int
+    timeout: float | None
+    on_progress: Callable[[Any], None] | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request as it goes on the wire, and what goes with it."""
+
+    request: Any
+    metadata: tuple[tuple[str, str], ...]
+    timeout: float | None
+    on_progress: Callable[[Any], None] | None
+
+
+def prefill_call(
+    tokens: Sequence[int],
+    layout: Layout = Layout(),
+    attention: Attention = Attention(),
+    sampling: Sampling = Sampling(),
+    lanes: int = 1,
+    deliver_to: Delivery | None = None,
+    request_id: str = "",
+    model_fingerprint: str = "",
+    layer_stats: bool = False,
+    prompt_logprobs: bool = False,
+    bypass_prefix_cache: bool = False,
+    cache_salt: str = "",
+    priority: int = 0,
+    metadata: Sequence[tuple[str, str]] = (),
+    timeout: float | None = None,
+    on_progress: Callable[[Any], None] | None = None,
+) -> Call:
+    """Makes a PrefillRequest of PrefillArguments."""
+    if not 1 <= lanes <= MAX_LANES:
+        raise ValueError(f"lanes is {lanes}, allowed: 1 to {MAX_LANES}")
+    request = wire.PrefillRequest(
+        request_id=request_id,
+        model_fingerprint=model_fingerprint,
+        token_ids=tokens,
+        layout=layout.to_wire(),
+        attention=attention.to_wire(),
+        sampling=sampling.to_wire(),
+        num_lanes=lanes,
+        deliver_to=None if deliver_to is None else deliver_to.to_wire(),
+        layer_stats=layer_stats,
+        prompt_logprobs=prompt_logprobs,
+        prefix_cache=wire.PrefixCacheOptions(bypass=bypass_prefix_cache, salt=cache_salt),
+        priority=priority,
+    )
+    return Call(request, tuple(metadata), timeout, on_progress)
+
+
+def generate_call(
+    tokens: Sequence[int],
+    max_new_tokens: int,
+    attention: Attention = Attention(),
+    sampling: Sampling = Sampling(),
+    stop_token_ids: Sequence[int] = (),
+    ignore_eos: bool = False,
+    request_id: str = "",
+    priority: int = 0,
+    timeout: float | None = None,
+    on_progress: Callable[[Any], None] | None = None,
+) -> Call:
+    """Makes a GenerateRequest of GenerateArguments."""
+    request = wire.GenerateRequest(
+        request_id=request_id,
+        token_ids=tokens,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling.to_wire(),
+        attention=attention.to_wire(),
+        stop_token_ids=stop_token_ids,
+        ignore_eos=ignore_eos,
+        priority=priority,
+    )
+    return Call(request, (), timeout, on_progress)

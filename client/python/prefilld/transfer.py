@@ -1,36 +1,25 @@
-"""Compares the frames of a KV cache with what the layout promises as they arrive, then shows them as arrays."""
+"""Compares the frames of a KV cache with what the layout promises as they arrive, then shows them as arrays.
+
+Nothing here reads a network: Reception is told what arrived, by whatever way, and says what it means.
+"""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import grpc
 import numpy as np
 import xxhash
 
 from prefilld import wire
+from prefilld.arrays import NUMPY_DTYPES, to_torch
+from prefilld.errors import TransferError, data_loss
+from prefilld.frames import Frame, read_event
 
-# numpy has no bfloat16: its bits arrive as uint16 (see to_float32).
-NUMPY_DTYPES = {"bf16": np.dtype("<u2"), "fp16": np.dtype("<f2"), "fp32": np.dtype("<f4")}
-
-
-class TransferError(Exception):
-    """The transfer is not what was asked for or promised; nothing that it brought may be used.
-
-    code: DATA_LOSS (a frame is damaged, missing or out of place, or the stream ended without a
-    result) or FAILED_PRECONDITION (the layout is not the one asked for).
-    """
-
-    def __init__(self, code: grpc.StatusCode, message: str):
-        super().__init__(message)
-        self.code = code
-
-
-def to_float32(array: np.ndarray) -> np.ndarray:
-    """Converts values of bf16 (uint16 bits), fp16 or fp32 to float32, in an array of the same shape."""
-    if array.dtype == np.uint16:
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32)
+if TYPE_CHECKING:
+    import torch
 
 
 def block_shape(layout) -> tuple[int, int, int]:
@@ -61,6 +50,10 @@ class KvBlocks:
     values: np.ndarray
     layers_computed: int
 
+    def torch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns keys and values as tensors of the same memory, which must not be written."""
+        return to_torch(self.keys), to_torch(self.values)
+
 
 def check_layout(layout, wished, num_tokens: int, fingerprint: str) -> None:
     """Raises TransferError FAILED_PRECONDITION when `layout` contradicts itself or the request `wished`."""
@@ -87,9 +80,12 @@ def check_layout(layout, wished, num_tokens: int, fingerprint: str) -> None:
 
 
 class TransferCheck:
-    """Checks the frames of one lane: numbered without gaps, in place, whole, undamaged, each block once."""
+    """Checks frames: those of a lane numbered without gaps, each in place, whole, undamaged, each block once.
 
-    def __init__(self, layout, prompt_logprobs: bool = False):
+    Safe to use from several threads, one per lane.
+    """
+
+    def __init__(self, layout, prompt_logprobs: bool = False, num_lanes: int = 1):
         """prompt_logprobs: whether the result must have log-probabilities of the prompt."""
         self._layout = layout
         self._num_logprobs = layout.num_tokens - 1 if prompt_logprobs else 0
@@ -97,41 +93,131 @@ class TransferCheck:
         self._dtype = element_type(layout)
         self._arrived = np.zeros((layout.num_layers, layout.num_blocks), bool)
         self._arrived[:, : layout.first_block] = True
-        self._frames = 0
+        self._frames = [0] * num_lanes
+        self._lock = threading.Lock()  # of what arrived
 
-    def take(self, frame) -> KvBlocks:
-        where = f"frame {frame.sequence} (layer {frame.layer}, blocks from {frame.first_block})"
-        if frame.sequence != self._frames:
-            raise _loss(f"{where} arrived where frame {self._frames} was due")
+    def take(self, frame: Frame, lane: int = 0) -> KvBlocks:
+        where = f"frame {frame.sequence} of lane {lane} (layer {frame.layer}, blocks from {frame.first_block})"
+        if frame.lane != lane:
+            raise data_loss(f"{where} says that it is of lane {frame.lane}")
+        if frame.sequence != self._frames[lane]:
+            raise data_loss(f"{where} arrived where frame {self._frames[lane]} was due")
         end = frame.first_block + frame.num_blocks
         if frame.layer >= self._layout.num_layers or frame.num_blocks == 0 or end > self._layout.num_blocks:
-            raise _loss(f"{where} with {frame.num_blocks} blocks lies outside the layout")
+            raise data_loss(f"{where} with {frame.num_blocks} blocks lies outside the layout")
         shape = (2, frame.num_blocks, *self._shape)
         size = int(np.prod(shape)) * self._dtype.itemsize
         if len(frame.payload) != size:
-            raise _loss(f"{where} has a payload of {len(frame.payload)} bytes; {size} are due")
-        arrived = self._arrived[frame.layer, frame.first_block : end]
-        if arrived.any():
-            raise _loss(f"{where} brings a block that arrived before or was not wanted")
+            raise data_loss(f"{where} has a payload of {len(frame.payload)} bytes; {size} are due")
         checksum = xxhash.xxh3_64_intdigest(frame.payload)
         if checksum != frame.checksum:
-            raise _loss(f"{where}: checksum of the payload is {checksum:016x}, sent was {frame.checksum:016x}")
-        arrived[:] = True
-        self._frames += 1
-        keys, values = np.frombuffer(frame.payload, self._dtype).reshape(shape)
+            raise data_loss(f"{where}: checksum of the payload is {checksum:016x}, sent was {frame.checksum:016x}")
+        with self._lock:
+            arrived = self._arrived[frame.layer, frame.first_block : end]
+            if arrived.any():
+                raise data_loss(f"{where} brings a block that arrived before or was not wanted")
+            arrived[:] = True
+        self._frames[lane] += 1
+        array = np.frombuffer(frame.payload, self._dtype)
+        if not array.flags.aligned:  # the payload stands where its message's other fields end
+            array = np.frombuffer(bytes(frame.payload), self._dtype)
+        keys, values = array.reshape(shape)
         return KvBlocks(frame.layer, frame.first_block, keys, values, frame.layers_computed)
 
     def finish(self, result) -> None:
-        sent = sum(result.frames_per_lane)
-        if sent != self._frames:
-            raise _loss(f"{self._frames} frames arrived of {sent} sent")
+        sent = list(result.frames_per_lane)
+        if sum(sent) != sum(self._frames) or (len(sent) == len(self._frames) and sent != self._frames):
+            raise data_loss(f"{sum(self._frames)} frames arrived of {sum(sent)} sent; by lane {self._frames} of {sent}")
         missing = int((~self._arrived).sum())
         if missing:
-            raise _loss(f"{missing} blocks were never sent, though the server says it is done")
+            raise data_loss(f"{missing} blocks were never sent, though the server says it is done")
         for name in ("prompt_logprobs", "best_logprobs"):
             if len(getattr(result, name)) != self._num_logprobs:
-                raise _loss(f"{len(getattr(result, name))} {name} arrived; {self._num_logprobs} are due")
+                raise data_loss(f"{len(getattr(result, name))} {name} arrived; {self._num_logprobs} are due")
 
 
-def _loss(message: str) -> TransferError:
-    return TransferError(grpc.StatusCode.DATA_LOSS, message)
+class Reception:
+    """Keeps what one Prefill call has brought so far, whoever reads its lanes.
+
+    Its methods raise TransferError when the server breaks its promise. take() may run in several
+    threads at once, one per lane.
+    """
+
+    def __init__(self, request):
+        """request: the PrefillRequest that was sent."""
+        self._request = request
+        self._check: TransferCheck | None = None
+        self.accepted = None
+        self.result = None
+
+    def attachments(self) -> list:
+        """Returns the AttachLaneRequest of each further lane, once accepted."""
+        accepted = self.accepted
+        return [
+            wire.AttachLaneRequest(request_id=accepted.request_id, lane=lane, lane_key=accepted.lane_key)
+            for lane in range(1, accepted.num_lanes)
+        ]
+
+    def take(self, lane: int, data: bytes):
+        """Takes one message; returns the KvBlocks or the Progress that it brought, or None."""
+        event = read_event(data)
+        if isinstance(event, Frame):
+            if self._check is None:
+                raise data_loss("a frame came before Accepted")
+            if self._request.HasField("deliver_to"):
+                raise data_loss("a frame came here though the cache is delivered elsewhere")
+            return self._check.take(event, lane)
+        if lane != 0:
+            raise data_loss(f"lane {lane} carries more than frames")
+        kind = event.WhichOneof("event")
+        if (kind == "accepted") == (self.accepted is not None):
+            raise data_loss(
+                "Accepted came twice" if self.accepted is not None else "the stream does not begin with Accepted"
+            )
+        if self.result is not None:
+            raise data_loss("an event came after the result")
+        if kind == "accepted":
+            self._accept(event.accepted)
+        elif kind == "progress":
+            return event.progress
+        elif kind == "result":
+            self.result = event.result
+        return None  # or an event of a later version
+
+    def _accept(self, accepted) -> None:
+        request = self._request
+        check_layout(accepted.layout, request.layout, len(request.token_ids), request.model_fingerprint)
+        if not 1 <= accepted.num_lanes <= max(1, request.num_lanes):
+            raise TransferError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"num_lanes is {accepted.num_lanes}, asked for were {request.num_lanes}",
+            )
+        self._check = TransferCheck(accepted.layout, request.prompt_logprobs, accepted.num_lanes)
+        self.accepted = accepted
+
+    def finish(self) -> None:
+        """Says that every lane has ended with OK."""
+        if self.accepted is None:
+            raise data_loss("the stream does not begin with Accepted")
+        if self.result is None:
+            raise data_loss("the stream ended without a result")
+        if not self._request.HasField("deliver_to"):
+            self._check.finish(self.result)
+
+
+class WholeCache:
+    """Puts blocks into one array: [num_layers, 2 (K, V), num_blocks, *block_shape(layout)], writable.
+
+    num_blocks counts from layout.first_block. With block order NHD and all blocks, `.reshape(layers, 2, -1, heads,
+    head_dim)[:, :, :num_tokens]` is the cache by token.
+    """
+
+    def __init__(self, layout):
+        self._first = layout.first_block
+        shape = (layout.num_layers, 2, layout.num_blocks - layout.first_block, *block_shape(layout))
+        self.array = np.empty(shape, element_type(layout))
+
+    def store(self, blocks: KvBlocks) -> None:
+        begin = blocks.first_block - self._first
+        self.array[blocks.layer, 0, begin : begin + len(blocks.keys)] = blocks.keys
+        self.array[blocks.layer, 1, begin : begin + len(blocks.keys)] = blocks.values

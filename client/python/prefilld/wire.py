@@ -67,18 +67,26 @@ def enum_name(enum: str, number: int) -> str:
     return str(number) if value is None else value.name.removeprefix(_prefix(enum)).lower()
 
 
-class Stub:
-    """The methods of one service as attributes, which are called like those of a generated stub."""
+# The streams with KV frames. Their messages are left as bytes, because parsing would copy each payload twice.
+_UNPARSED = ("Prefill", "AttachLane")
 
-    def __init__(self, channel: grpc.Channel, service: str):
+
+class Stub:
+    """The methods of one service as attributes, which are called like those of a generated stub.
+
+    The channel is one of grpc or of grpc.aio. Streams that carry KV frames bring bytes, for frames.read_event().
+    """
+
+    def __init__(self, channel: grpc.Channel | grpc.aio.Channel, service: str):
         for method in self._methods(service):
             kind = (
                 f"{'stream' if method.client_streaming else 'unary'}_{'stream' if method.server_streaming else 'unary'}"
             )
+            answer = _message_class(method.output_type.lstrip("."))
             call = getattr(channel, kind)(
                 f"/{_PACKAGE}.{service}/{method.name}",
                 request_serializer=_message_class(method.input_type.lstrip(".")).SerializeToString,
-                response_deserializer=_message_class(method.output_type.lstrip(".")).FromString,
+                response_deserializer=None if method.name in _UNPARSED else answer.FromString,
             )
             setattr(self, method.name, call)
 

@@ -30,7 +30,7 @@ import sources  # noqa: E402
 import text_scores  # noqa: E402
 import texts  # noqa: E402
 from journal import Journal  # noqa: E402
-from prefilld import Attention, Layout, PrefillClient  # noqa: E402
+from prefilld import Attention, Layout, PrefillClient, PrefilldError  # noqa: E402
 from prefilld.wire import enum_name  # noqa: E402
 
 TASK = "text"
@@ -154,10 +154,10 @@ class Run:
             ids = self._texts.ids(index, length)
             try:
                 result = ask(client, ids, setting, self._args.timeout)
-            except grpc.RpcError as error:
-                if error.code() not in REFUSALS:
+            except PrefilldError as error:
+                if error.code not in REFUSALS:
                     raise
-                self.refused[setting.name] = f"{error.code().name}: {error.details()}"
+                self.refused[setting.name] = str(error)
                 return None
             return record_of(setting, index, self._texts.about[index]["kind"], ids, result)
 
@@ -202,10 +202,7 @@ def main() -> int:
     try:
         with live_processes.Programs() as programs:
             measure(args, programs)
-    except grpc.RpcError as error:
-        print(f"measure.py: {error.code().name}: {error.details()}", file=sys.stderr)
-        return 1
-    except (ValueError, RuntimeError, OSError) as error:
+    except (PrefilldError, ValueError, RuntimeError, OSError) as error:
         print(f"measure.py: {error}", file=sys.stderr)
         return 1
     return 0

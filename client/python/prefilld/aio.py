@@ -1,0 +1,275 @@
+"""AsyncPrefillClient and AsyncDecodeClient, for asyncio. They belong to the event loop in which they are first used."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING
+
+import grpc
+import grpc.aio
+import numpy as np
+
+from prefilld import wire
+from prefilld.channels import Servers
+from prefilld.clients import AcceptedFields
+from prefilld.errors import Cancelled, PrefilldError, from_rpc
+from prefilld.options import Call, GenerateArguments, PrefillArguments, generate_call, prefill_call
+from prefilld.tokens import Generation, Token
+from prefilld.transfer import KvBlocks, Reception, WholeCache
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_LOCALLY_CANCELLED = "Locally cancelled by application!"  # grpc.aio's own words
+
+
+class _AsyncClient:
+    _service: str
+
+    def __init__(
+        self,
+        address: str | Sequence[str],
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        use_proxy: bool = False,
+        options: Sequence[tuple[str, object]] = (),
+    ):
+        """Takes what PrefillClient takes."""
+        self._servers = Servers(address, self._service, grpc.aio, credentials, use_proxy, options)
+
+    async def close(self) -> None:
+        """Ends every call still running."""
+        for channel in self._servers.channels():
+            await channel.close()
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        await self.close()
+
+
+class _AsyncStream:
+    """A response stream. Leaving its `async with` block, or cancel(), ends what is not finished."""
+
+    _items: AsyncGenerator
+
+    def __init__(self):
+        self._calls: list = []
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Ends the call at any time; whoever iterates gets Cancelled."""
+        self._cancelled = True
+        self._end_calls()
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        self.cancel()
+        await self._items.aclose()
+
+    def _end_calls(self) -> None:
+        for call in self._calls:
+            call.cancel()
+
+    async def _read(self, call):
+        """Returns the next message of a call, or None at its end."""
+        if self._cancelled:
+            raise Cancelled()
+        try:
+            message = await call.read()
+        except grpc.RpcError as error:
+            raise from_rpc(error, self._cancelled) from error
+        except asyncio.CancelledError:  # of the call, by whomever, or of the task that reads it
+            if self._cancelled:
+                raise Cancelled() from None
+            if call.done() and await call.details() != _LOCALLY_CANCELLED:
+                raise PrefilldError(grpc.StatusCode.UNAVAILABLE, "the server cancelled the call") from None
+            raise
+        return None if message is grpc.aio.EOF else message
+
+
+class AsyncPrefillStream(AcceptedFields, _AsyncStream):
+    """Iterates over KvBlocks as the server computes them, layer by layer; with several lanes, in any order."""
+
+    def __init__(self, servers: Servers, call: Call):
+        super().__init__()
+        self._call = call
+        self._deadline = None if call.timeout is None else time.monotonic() + call.timeout
+        self._waiting = servers.in_turn()
+        for server in self._waiting:
+            server.check_lanes(call.request.num_lanes)
+        self._start()
+        self._items = self._receive()
+
+    def _start(self) -> None:
+        """Calls the next server that has not been asked."""
+        self._server = self._waiting.pop(0)
+        self._reception = Reception(self._call.request)
+        method = self._server.stub().Prefill
+        self._lane0 = method(self._call.request, timeout=self._left(), metadata=self._call.metadata)
+        self._calls.append(self._lane0)
+
+    def _left(self) -> float | None:
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    async def wait_accepted(self) -> None:
+        """Waits until a server has accepted the request. Raises PrefilldError if none does."""
+        while self._reception.accepted is None:
+            try:
+                first = await self._read(self._lane0)
+                if first is None:
+                    self._reception.finish()  # which raises
+                self._reception.take(0, first)
+            except PrefilldError as error:
+                self._lane0.cancel()
+                if error.code is not grpc.StatusCode.UNAVAILABLE or not self._waiting:
+                    raise
+                self._start()
+
+    def __aiter__(self) -> AsyncIterator[KvBlocks]:
+        return self._items
+
+    async def __anext__(self) -> KvBlocks:
+        return await self._items.__anext__()
+
+    async def read_all(self) -> np.ndarray:
+        """Reads the whole cache into one array; WholeCache says of which shape."""
+        await self.wait_accepted()
+        cache = WholeCache(self.layout)
+        async for blocks in self:
+            cache.store(blocks)
+        return cache.array
+
+    async def _receive(self) -> AsyncGenerator[KvBlocks, None]:
+        await self.wait_accepted()
+        try:
+            one_lane = self._reception.accepted.num_lanes == 1
+            async with contextlib.aclosing(
+                self._read_lane(0, self._lane0) if one_lane else self._read_lanes()
+            ) as lanes:
+                async for taken in lanes:
+                    if isinstance(taken, KvBlocks):
+                        yield taken
+                    elif self._call.on_progress:
+                        self._call.on_progress(taken)
+            self._reception.finish()
+            self._whole = True
+        finally:
+            self._end_calls()
+
+    async def _read_lane(self, lane: int, call) -> AsyncGenerator:
+        while (data := await self._read(call)) is not None:
+            taken = self._reception.take(lane, data)
+            if taken is not None:
+                yield taken
+
+    async def _read_lanes(self) -> AsyncGenerator:
+        calls = [self._lane0]
+        for attach in self._reception.attachments():
+            calls.append(self._server.stub(attach.lane).AttachLane(attach, timeout=self._left()))
+            self._calls.append(calls[-1])
+        arrived: asyncio.Queue = asyncio.Queue(2 * len(calls))
+
+        async def read(lane: int, call) -> None:
+            try:
+                async for taken in self._read_lane(lane, call):
+                    await arrived.put(taken)
+                await arrived.put(None)
+            except Exception as error:
+                await arrived.put(error)
+
+        readers = [asyncio.ensure_future(read(lane, call)) for lane, call in enumerate(calls)]
+        try:
+            running = len(calls)
+            while running:
+                taken = await arrived.get()
+                if taken is None:
+                    running -= 1
+                elif isinstance(taken, Exception):
+                    raise taken
+                else:
+                    yield taken
+        finally:
+            for reader in readers:
+                reader.cancel()
+
+
+class AsyncPrefillClient(_AsyncClient):
+    """The client of prefilld servers."""
+
+    _service = "PrefillService"
+
+    async def server_info(self, timeout: float = 10):
+        """Returns the ServerInfo message: model, fingerprint, limits, policies, load."""
+        servers = self._servers.in_turn()
+        for server in servers:
+            try:
+                return await server.stub().GetServerInfo(wire.GetServerInfoRequest(), timeout=timeout)
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or server is servers[-1]:
+                    raise from_rpc(error, cancelled=False) from error
+        raise AssertionError("the last attempt returns or raises")
+
+    async def prefill(self, tokens: Sequence[int], **arguments: Unpack[PrefillArguments]) -> AsyncPrefillStream:
+        """Runs one prompt; returns once the server has accepted it. All else is as in PrefillClient.prefill."""
+        stream = self.submit(tokens, **arguments)
+        try:
+            await stream.wait_accepted()
+        except asyncio.CancelledError:
+            stream.cancel()
+            raise
+        return stream
+
+    def submit(self, tokens: Sequence[int], **arguments: Unpack[PrefillArguments]) -> AsyncPrefillStream:
+        """Sends one prompt and returns at once, so that the caller can cancel it while it waits to be accepted.
+
+        AsyncPrefillStream.wait_accepted(), or iterating, waits for that.
+        """
+        return AsyncPrefillStream(self._servers, prefill_call(tokens, **arguments))
+
+
+class AsyncGenerateStream(_AsyncStream):
+    """Iterates over Token as they are generated; result is the GenerateResult message after the last."""
+
+    def __init__(self, call, on_progress: Callable | None):
+        super().__init__()
+        self._calls.append(call)
+        self._generation = Generation()
+        self._on_progress = on_progress
+        self._items = self._receive(call)
+
+    @property
+    def result(self):
+        return self._generation.result
+
+    def __aiter__(self) -> AsyncIterator[Token]:
+        return self._items
+
+    async def _receive(self, call) -> AsyncGenerator[Token, None]:
+        while (event := await self._read(call)) is not None:
+            taken = self._generation.take(event)
+            if isinstance(taken, Token):
+                yield taken
+            elif taken is not None and self._on_progress:
+                self._on_progress(taken)
+        self._generation.finish()
+
+
+class AsyncDecodeClient(_AsyncClient):
+    """The client of a decode worker, which has the prompt prefilled by a prefilld and generates."""
+
+    _service = "DecodeService"
+
+    def generate(
+        self, tokens: Sequence[int], max_new_tokens: int, **arguments: Unpack[GenerateArguments]
+    ) -> AsyncGenerateStream:
+        """Starts one generation. All else is as in DecodeClient.generate."""
+        call = generate_call(tokens, max_new_tokens, **arguments)
+        (server, *_) = self._servers.in_turn()
+        return AsyncGenerateStream(server.stub().Generate(call.request, timeout=call.timeout), call.on_progress)

@@ -1,0 +1,93 @@
+"""Connections to one server, or to several of one model that take the calls in turn."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Sequence
+
+import grpc
+
+from prefilld import wire
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", 64 << 20),  # a KV frame is 1 to 4 MiB, one large block can be more
+    ("grpc.max_send_message_length", 64 << 20),  # a million token ids are 5 MiB
+    ("grpc.http2.lookahead_bytes", 8 << 20),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.http2.max_pings_without_data", 0),  # we send nothing during a long prefill
+    ("grpc.use_local_subchannel_pool", 1),
+    # A server that was away is called again within about 2 s of its return, not after up to 2 minutes.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # the time of an attempt that nobody answers, in truth
+    ("grpc.dns_min_time_between_resolutions_ms", 2_000),
+    ("grpc.lb_policy_name", "round_robin"),  # where an address stands for several servers
+)
+
+
+class Server:
+    """The connections to one address: one for each lane, opened when a call first needs it. Thread-safe."""
+
+    def __init__(self, address: str, service: str, open_channel):
+        self.address = address
+        self._service = service
+        self._open_channel = open_channel
+        self._lock = threading.Lock()
+        self._channels: list = []
+        self._stubs: list[wire.Stub] = []
+
+    def stub(self, lane: int = 0) -> wire.Stub:
+        with self._lock:
+            while len(self._stubs) <= lane:
+                channel = self._open_channel(self.address)
+                self._channels.append(channel)
+                self._stubs.append(wire.Stub(channel, self._service))
+            return self._stubs[lane]
+
+    def check_lanes(self, lanes: int) -> None:
+        """Raises ValueError where the lanes of one call would reach different servers."""
+        if lanes > 1 and "," in self.address:
+            raise ValueError(
+                f"address {self.address!r} stands for several servers, and all of {lanes} lanes must reach the same "
+                "one: give a list of addresses"
+            )
+
+    def channels(self) -> list:
+        with self._lock:
+            return list(self._channels)
+
+
+class Servers:
+    """All addresses of a client. Thread-safe."""
+
+    def __init__(
+        self,
+        address: str | Sequence[str],
+        service: str,
+        library,
+        credentials: grpc.ChannelCredentials | None,
+        use_proxy: bool,
+        options: Sequence[tuple[str, object]],
+    ):
+        """library: grpc or grpc.aio, whose channels are wanted."""
+        arguments = (*_OPTIONS, ("grpc.enable_http_proxy", int(use_proxy)), *options)
+
+        def open_channel(target: str):
+            if credentials is None:
+                return library.insecure_channel(target, arguments)
+            return library.secure_channel(target, credentials, arguments)
+
+        addresses = [address] if isinstance(address, str) else list(address)
+        if not addresses:
+            raise ValueError("no address of a server")
+        self._servers = [Server(a, service, open_channel) for a in addresses]
+        self._turn = itertools.count()
+
+    def in_turn(self) -> list[Server]:
+        """Returns the order in which a call tries the servers."""
+        first = next(self._turn) % len(self._servers)
+        return self._servers[first:] + self._servers[:first]
+
+    def channels(self) -> list:
+        return [channel for server in self._servers for channel in server.channels()]
