@@ -19,8 +19,8 @@
 
 #include "hwy/aligned_allocator.h"
 #include "hwy/highway.h"
-#include "kernels/cpu/antidiagonal_scores.h"
 #include "kernels/cpu/attention_tile-inl.h"
+#include "kernels/cpu/ops.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace prefilld::kernels::cpu {

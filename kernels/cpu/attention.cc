@@ -24,8 +24,8 @@
 #include <vector>
 
 #include "hwy/highway.h"
-#include "kernels/cpu/attention.h"
 #include "kernels/cpu/attention_tile-inl.h"
+#include "kernels/cpu/ops.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace prefilld::kernels::cpu {

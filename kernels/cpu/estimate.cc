@@ -12,9 +12,8 @@
 #include <algorithm>
 
 #include "hwy/highway.h"
-#include "kernels/cpu/attention.h"
 #include "kernels/cpu/attention_tile-inl.h"
-#include "kernels/cpu/pattern.h"
+#include "kernels/cpu/ops.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace prefilld::kernels::cpu {

@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "hwy/highway.h"
-#include "kernels/cpu/kv_pack.h"
+#include "kernels/cpu/ops.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace prefilld::kernels::cpu {

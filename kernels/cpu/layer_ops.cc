@@ -10,7 +10,7 @@
 #include "hwy/highway.h"
 #include "kernels/attention.h"
 #include "kernels/cpu/exp2-inl.h"
-#include "kernels/cpu/layer_ops.h"
+#include "kernels/cpu/ops.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace prefilld::kernels::cpu {

@@ -11,7 +11,7 @@
 #include <new>
 
 #include "hwy/highway.h"
-#include "kernels/cpu/layer_ops.h"
+#include "kernels/cpu/ops.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace prefilld::kernels::cpu {

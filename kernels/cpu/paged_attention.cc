@@ -14,8 +14,8 @@
 #include <limits>
 
 #include "hwy/highway.h"
-#include "kernels/cpu/attention.h"
 #include "kernels/cpu/exp2-inl.h"
+#include "kernels/cpu/ops.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace prefilld::kernels::cpu {

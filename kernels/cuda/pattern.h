@@ -22,6 +22,10 @@ cudaError_t LaunchExpandVerticalSlash(const ExpandVerticalSlashParams& params, c
 cudaError_t LaunchSelectRows(const SelectRowsParams& params, cudaStream_t stream);
 cudaError_t LaunchMeasurePattern(const MeasurePatternParams& params, cudaStream_t stream);
 
+// Serves a baseline of the evaluation alone, so it is plain rather than fast. head_dim is a
+// multiple of 32, at most 256.
+cudaError_t LaunchPooledMass(const PooledMassParams& params, cudaStream_t stream);
+
 }  // namespace prefilld::kernels::cuda
 
 #endif  // PREFILLD_KERNELS_CUDA_PATTERN_H_

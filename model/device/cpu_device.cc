@@ -1,4 +1,4 @@
-#include "model/device/cpu_device.h"
+#include "model/device/device.h"
 
 #include <array>
 #include <atomic>
@@ -9,12 +9,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
-#include "kernels/cpu/antidiagonal_scores.h"
-#include "kernels/cpu/attention.h"
-#include "kernels/cpu/kv_pack.h"
-#include "kernels/cpu/layer_ops.h"
-#include "kernels/cpu/pattern.h"
-#include "kernels/cpu/pooled_mass.h"
+#include "kernels/cpu/ops.h"
 #include "kernels/cpu/threads.h"
 
 namespace prefilld::model {

@@ -1,4 +1,4 @@
-#include "model/device/cuda_device.h"
+#include "model/device/device.h"
 
 #include <cuda_runtime_api.h>
 #include <spdlog/spdlog.h>

@@ -11,7 +11,6 @@
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/layer_ops.h"
 #include "kernels/cuda/pattern.h"
-#include "kernels/cuda/pooled_mass.h"
 #include "proto/status_macros.h"
 
 namespace prefilld::model {

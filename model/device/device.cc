@@ -4,21 +4,13 @@
 
 #include <utility>
 
-#include "model/device/cpu_device.h"
-#ifdef PREFILLD_HAVE_CUDA
-#include "model/device/cuda_device.h"
-#endif
-
 namespace prefilld::model {
-namespace {
 
 #ifndef PREFILLD_HAVE_CUDA
 absl::StatusOr<std::unique_ptr<Device>> CreateCudaDevice() {
   return absl::FailedPreconditionError("this build has no CUDA device");
 }
 #endif
-
-}  // namespace
 
 DeviceBuffer& DeviceBuffer::operator=(DeviceBuffer&& other) noexcept {
   if (this != &other) {

@@ -120,6 +120,19 @@ enum class DeviceChoice { kAuto, kCpu, kCuda };
 // with FAILED_PRECONDITION when the build or the machine has none. cpu_threads 0 means all cores.
 absl::StatusOr<std::unique_ptr<Device>> CreateDevice(DeviceChoice choice, int cpu_threads);
 
+// Creates the device over kernels/cpu: fp32 in ordinary memory. Every op is done when it returns.
+// num_threads 0 means all cores; INVALID_ARGUMENT when it is negative.
+absl::StatusOr<std::unique_ptr<Device>> CreateCpuDevice(int num_threads);
+
+// Creates the device over kernels/cuda: bf16 on the first visible GPU (CUDA_VISIBLE_DEVICES
+// chooses). FAILED_PRECONDITION, with the driver's reason, when there is none or it is older than
+// compute capability 8.0, and in a build without CUDA.
+//
+// Ops run on one stream, and PackKv on streams of its own. An error of the device itself (a fault
+// in a kernel, a lost GPU) is UNAVAILABLE and cannot be recovered: every later call returns the
+// same error.
+absl::StatusOr<std::unique_ptr<Device>> CreateCudaDevice();
+
 }  // namespace prefilld::model
 
 #endif  // PREFILLD_MODEL_DEVICE_DEVICE_H_

@@ -7,7 +7,6 @@
 #include "kernels/attention.h"
 #include "kernels/layer_ops.h"
 #include "kernels/pattern.h"
-#include "kernels/pooled_mass.h"
 
 namespace prefilld::model {
 
@@ -48,7 +47,7 @@ class Ops {
   // size allocates. Tensors are not read; `heads` must name heads of the shape.
   virtual absl::Status ReserveAntidiagonalScores(const kernels::AntidiagonalScoresParams& largest);
 
-  // These build patterns (kernels/pattern.h, kernels/pooled_mass.h).
+  // These build patterns (kernels/pattern.h).
   virtual absl::Status Estimate(const kernels::EstimateParams& params) = 0;
   virtual absl::Status VerticalSlash(const kernels::VerticalSlashParams& params) = 0;
   virtual absl::Status ExpandVerticalSlash(const kernels::ExpandVerticalSlashParams& params) = 0;

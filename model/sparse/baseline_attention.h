@@ -2,7 +2,7 @@
 // here is fast or safe enough to be a server's default.
 //
 //   baseline_query_aware  FlexPrefill (Lai et al., arXiv 2502.20766). The block means of queries
-//                         and keys predict the block mass (kernels/pooled_mass.h). If the
+//                         and keys predict the block mass (kernels/pattern.h). If the
 //                         prediction for the last row is nearer than tau to the head's true
 //                         estimate, every row takes the smallest set of blocks that holds gamma of
 //                         it, with block 0 and the diagonal. The other heads are left to

@@ -3,8 +3,7 @@
 // computed blocks, with the causal half of the diagonal. OMP_NUM_THREADS sets the threads.
 #include <benchmark/benchmark.h>
 
-#include "kernels/cpu/attention.h"
-#include "kernels/cpu/layer_ops.h"
+#include "kernels/cpu/ops.h"
 #include "tests/kernels/cases.h"
 #include "tests/kernels/structured_qkv.h"
 

@@ -7,13 +7,12 @@
 #include <numeric>
 #include <vector>
 
-#include "kernels/cpu/antidiagonal_scores.h"
-#include "kernels/cpu/pattern.h"
+#include "kernels/cpu/ops.h"
 #include "kernels/cuda/pattern.h"
 #include "tests/gpu/device_array.h"
 #include "tests/kernels/cases.h"
 #include "tests/kernels/closeness.h"
-#include "tests/kernels/reference_antidiagonal.h"
+#include "tests/kernels/reference_pattern.h"
 #include "tests/kernels/structured_qkv.h"
 
 namespace prefilld::kernels::testing {

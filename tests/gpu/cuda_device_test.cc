@@ -1,4 +1,4 @@
-#include "model/device/cuda_device.h"
+#include "model/device/device.h"
 
 #include <cstring>
 #include <numeric>

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <vector>
 
-#include "kernels/cpu/antidiagonal_scores.h"
+#include "kernels/cpu/ops.h"
 #include "kernels/cuda/antidiagonal_scores.h"
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/layer_ops.h"

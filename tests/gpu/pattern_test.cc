@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "kernels/attention.h"
-#include "kernels/cuda/pattern/vertical_slash_plan.h"
+#include "kernels/cuda/pattern/plan.h"
 #include "tests/gpu/device_array.h"
 #include "tests/kernels/cases.h"
 #include "tests/kernels/closeness.h"

@@ -17,8 +17,7 @@
 #include "kernels/cuda/kernel_path.h"
 #include "kernels/cuda/launch_status.h"
 #include "kernels/cuda/linear.h"
-#include "kernels/cuda/pattern/estimate_plan.h"
-#include "kernels/cuda/pattern/vertical_slash_plan.h"
+#include "kernels/cuda/pattern/plan.h"
 #include "kernels/pattern.h"
 
 namespace prefilld::kernels::cuda {

@@ -1,4 +1,4 @@
-#include "kernels/cuda/pooled_mass.h"
+#include "kernels/cuda/pattern.h"
 
 #include <vector>
 
@@ -6,7 +6,7 @@
 #include "tests/gpu/device_array.h"
 #include "tests/kernels/cases.h"
 #include "tests/kernels/closeness.h"
-#include "tests/kernels/reference_pooled_mass.h"
+#include "tests/kernels/reference_pattern.h"
 #include "tests/kernels/structured_qkv.h"
 
 namespace prefilld::kernels::testing {

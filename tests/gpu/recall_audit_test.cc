@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "model/device/cuda_device.h"
+#include "model/device/device.h"
 #include "model/sparse/head_estimate.h"
 #include "tests/gpu/device_array.h"
 #include "tests/kernels/cases.h"

@@ -1,4 +1,4 @@
-#include "kernels/cpu/antidiagonal_scores.h"
+#include "kernels/cpu/ops.h"
 
 #include <gtest/gtest.h>
 
@@ -7,10 +7,9 @@
 #include <numeric>
 #include <vector>
 
-#include "kernels/cpu/pattern.h"
 #include "tests/kernels/cases.h"
 #include "tests/kernels/closeness.h"
-#include "tests/kernels/reference_antidiagonal.h"
+#include "tests/kernels/reference_pattern.h"
 #include "tests/kernels/structured_qkv.h"
 
 namespace prefilld::kernels::testing {

@@ -1,4 +1,4 @@
-#include "kernels/cpu/kv_pack.h"
+#include "kernels/cpu/ops.h"
 
 #include <gtest/gtest.h>
 

@@ -6,9 +6,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels/cpu/attention.h"
-#include "kernels/cpu/kv_pack.h"
-#include "kernels/cpu/layer_ops.h"
+#include "kernels/cpu/ops.h"
 #include "tests/kernels/cases.h"
 #include "tests/kernels/structured_qkv.h"
 

@@ -1,4 +1,4 @@
-#include "kernels/cpu/layer_ops.h"
+#include "kernels/cpu/ops.h"
 
 #include <gtest/gtest.h>
 

@@ -8,10 +8,7 @@
 // simd_targets.h comes before Highway.
 #include "hwy/highway.h"
 #include "hwy/targets.h"
-#include "kernels/cpu/attention.h"
-#include "kernels/cpu/kv_pack.h"
-#include "kernels/cpu/layer_ops.h"
-#include "kernels/cpu/pattern.h"
+#include "kernels/cpu/ops.h"
 #include "tests/kernels/cases.h"
 #include "tests/kernels/closeness.h"
 #include "tests/kernels/reference_attention.h"

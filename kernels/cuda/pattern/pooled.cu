@@ -10,7 +10,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/cuda/device/arithmetic.cuh"
-#include "kernels/cuda/pooled_mass.h"
+#include "kernels/cuda/pattern.h"
 
 namespace prefilld::kernels::cuda {
 namespace {

@@ -12,8 +12,8 @@
 #include "kernels/cuda/device/cluster.cuh"
 #include "kernels/cuda/kernel_path.h"
 #include "kernels/cuda/pattern.h"
+#include "kernels/cuda/pattern/plan.h"
 #include "kernels/cuda/pattern/smallest_set.cuh"
-#include "kernels/cuda/pattern/vertical_slash_plan.h"
 
 namespace prefilld::kernels::cuda {
 namespace {

@@ -23,7 +23,7 @@
 #include "kernels/cuda/device/arithmetic.cuh"
 #include "kernels/cuda/device/shared_address.cuh"
 #include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/pattern/estimate_plan.h"
+#include "kernels/cuda/pattern/plan.h"
 #include "kernels/cuda/pattern/sm80/estimate.h"
 
 namespace prefilld::kernels::cuda::sm80 {

@@ -15,7 +15,7 @@
 #include "kernels/cuda/device/ring.cuh"
 #include "kernels/cuda/device/tma.cuh"
 #include "kernels/cuda/device/wgmma.cuh"
-#include "kernels/cuda/pattern/estimate_plan.h"
+#include "kernels/cuda/pattern/plan.h"
 #include "kernels/pattern.h"
 
 namespace prefilld::kernels::cuda::sm90::estimate {

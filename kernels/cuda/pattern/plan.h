@@ -1,7 +1,7 @@
-// Divides the keys of an estimate among CTAs and lays out its scratch memory, for either path. Pure
-// host functions.
-#ifndef PREFILLD_KERNELS_CUDA_PATTERN_ESTIMATE_PLAN_H_
-#define PREFILLD_KERNELS_CUDA_PATTERN_ESTIMATE_PLAN_H_
+// Divides the work of estimates and of vertical-slash sets among CTAs, and lays out the scratch
+// memory of an estimate. Pure host functions.
+#ifndef PREFILLD_KERNELS_CUDA_PATTERN_PLAN_H_
+#define PREFILLD_KERNELS_CUDA_PATTERN_PLAN_H_
 
 #include <algorithm>
 #include <cstdint>
@@ -74,6 +74,21 @@ constexpr EstimateScratch LayOutEstimateScratch(int num_groups, int num_heads) {
 }
 
 }  // namespace sm90
+
+// Returns the number of CTAs of the cluster that searches a set; there are two sets a head. It is
+// as large as the SMs have room for when all sets are searched at once, but each CTA gets at least
+// kMinShare values: it reads so many in the time that the cluster takes to exchange a histogram.
+constexpr int VerticalSlashClusterSize(int num_heads, int64_t num_keys, int num_sms) {
+  constexpr int kMaxClusterSize = 8;  // more is not portable
+  constexpr int64_t kMinShare = 8192;
+  int size = 1;
+  while (size < kMaxClusterSize && int64_t{2} * num_heads * 2 * size <= num_sms &&
+         num_keys >= 2 * size * kMinShare) {
+    size *= 2;
+  }
+  return size;
+}
+
 }  // namespace prefilld::kernels::cuda
 
-#endif  // PREFILLD_KERNELS_CUDA_PATTERN_ESTIMATE_PLAN_H_
+#endif  // PREFILLD_KERNELS_CUDA_PATTERN_PLAN_H_
