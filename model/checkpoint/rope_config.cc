@@ -6,7 +6,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
-#include "model/checkpoint/inert_fields.h"
+#include "model/checkpoint/ignored.h"
 #include "model/checkpoint/strict_json.h"
 
 namespace prefilld::model {

@@ -18,7 +18,7 @@
 #include "absl/synchronization/mutex.h"
 #include "kernels/cpu/threads.h"
 #include "model/checkpoint/fingerprint.h"
-#include "model/checkpoint/quantization_config.h"
+#include "model/checkpoint/refused.h"
 #include "model/checkpoint/safetensors.h"
 #include "model/checkpoint/weight_conversion.h"
 #include "proto/status_macros.h"

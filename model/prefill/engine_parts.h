@@ -1,16 +1,17 @@
-// The parts of a prefill engine, which its sequences use.
+// The parts of a prefill engine, which its sequences use, and how they are made from its options.
 #ifndef PREFILLD_MODEL_PREFILL_ENGINE_PARTS_H_
 #define PREFILLD_MODEL_PREFILL_ENGINE_PARTS_H_
 
 #include <cstdint>
 #include <memory>
 
+#include "absl/status/statusor.h"
 #include "model/checkpoint/weights.h"
 #include "model/device/device.h"
 #include "model/prefill/layer_step.h"
 #include "model/prefill/prefill_engine.h"
 #include "model/prefill/prefix_store.h"
-#include "model/prefill/prompt_state_pool.h"
+#include "model/prefill/prompt_state.h"
 #include "model/prefill/turn_points.h"
 #include "model/sparse/baseline_attention.h"
 #include "model/sparse/head_clusters.h"
@@ -47,6 +48,9 @@ struct EngineParts {
     return resolved == AttentionPolicy::kDense && num_tokens <= interject_tokens;
   }
 };
+
+// Loads the model, opens the device and allocates all memory. Errors: as CreatePrefillEngine.
+absl::StatusOr<std::unique_ptr<EngineParts>> CreateEngineParts(const EngineOptions& options);
 
 }  // namespace prefilld::model
 

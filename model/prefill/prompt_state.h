@@ -1,13 +1,17 @@
-// The state of a prompt, or of a batch of them, on its way through the layers.
+// The state of a prompt, or of a batch of them, on its way through the layers, and the pool of such
+// states that an engine has.
 #ifndef PREFILLD_MODEL_PREFILL_PROMPT_STATE_H_
 #define PREFILLD_MODEL_PREFILL_PROMPT_STATE_H_
 
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <vector>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
 #include "model/checkpoint/config.h"
 #include "model/device/device.h"
 #include "model/prefill/hidden_states.h"
@@ -107,6 +111,38 @@ struct PromptState {
   int started_layers = 0;  // queued
   int next_layer = 0;      // to be waited for
   absl::Status failure;    // of a layer: the hidden states are lost with it
+};
+
+// The prompt states of an engine, each free or taken. Thread-safe.
+class PromptStatePool {
+ public:
+  // Adds a free state. Not to be called once Take has been.
+  void Add(std::unique_ptr<PromptState> state);
+
+  // Takes the smallest free state that holds so many tokens. If several are equal, it takes the one
+  // that was added first, so that prompts that come one by one meet the same memory and its
+  // recordings. RESOURCE_EXHAUSTED when none is free.
+  absl::StatusOr<PromptState*> Take(int64_t num_tokens);
+
+  // Tells whether Take would find a state.
+  bool CanTake(int64_t num_tokens) const;
+
+  // Frees a state and its KV slots. Work that is still queued for it must be ordered before
+  // everything that its next user queues.
+  void GiveBack(PromptState* state);
+
+  int count() const;
+  // Returns the state that holds most tokens.
+  PromptState& largest();
+
+ private:
+  struct Entry {
+    std::unique_ptr<PromptState> state;
+    bool taken = false;
+  };
+
+  mutable absl::Mutex mu_;
+  std::vector<Entry> entries_ ABSL_GUARDED_BY(mu_);  // ascending by max_tokens
 };
 
 }  // namespace prefilld::model

@@ -21,8 +21,7 @@
 #include "absl/strings/strip.h"
 #include "absl/types/span.h"
 #include "model/prefill/prefill_engine.h"
-#include "tests/model/golden_checkpoint.h"
-#include "tests/model/golden_file.h"
+#include "tests/model/golden.h"
 #include "tests/model/prompt_run.h"
 
 namespace prefilld::model {

@@ -1,8 +1,11 @@
-#include "tests/model/golden_checkpoint.h"
+#include "tests/model/golden.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -10,6 +13,8 @@
 #include <sstream>
 #include <vector>
 
+#include "absl/strings/numbers.h"
+#include "absl/strings/strip.h"
 #include "model/checkpoint/weight_conversion.h"
 #include "tests/model/safetensors_image.h"
 
@@ -84,6 +89,47 @@ GoldenCheckpoint::GoldenCheckpoint(const std::string& case_dir) : case_dir_(case
   if (shards.size() > 1) {
     made_->Write("model.safetensors.index.json", json({{"weight_map", weight_map}}).dump());
   }
+}
+
+namespace {
+
+[[noreturn]] void Fail(const std::string& what) {
+  std::fprintf(stderr, "%s\n", what.c_str());
+  abort();
+}
+
+}  // namespace
+
+GoldenFile::GoldenFile(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream content;
+  content << file.rdbuf();
+  content_ = content.str();
+  absl::StatusOr<TensorMap> tensors =
+      ParseSafetensors({reinterpret_cast<const std::byte*>(content_.data()), content_.size()});
+  if (!tensors.ok()) Fail(path + ": " + tensors.status().ToString());
+  tensors_ = *std::move(tensors);
+}
+
+absl::Span<const float> GoldenFile::Get(absl::string_view name) const {
+  const auto found = tensors_.find(name);
+  if (found == tensors_.end() || found->second.dtype != kernels::DType::kFp32) {
+    Fail("golden file has no fp32 tensor " + std::string(name));
+  }
+  return {reinterpret_cast<const float*>(found->second.data), found->second.bytes / sizeof(float)};
+}
+
+std::vector<int64_t> GoldenFile::lengths() const {
+  std::vector<int64_t> lengths;
+  for (const auto& [name, tensor] : tensors_) {
+    absl::string_view prefix = name;
+    int64_t length = 0;
+    if (absl::ConsumeSuffix(&prefix, ".logits") && absl::SimpleAtoi(prefix, &length)) {
+      lengths.push_back(length);
+    }
+  }
+  std::sort(lengths.begin(), lengths.end());
+  return lengths;
 }
 
 }  // namespace prefilld::model
