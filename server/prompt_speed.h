@@ -1,9 +1,12 @@
-// The speed at which prompts were computed lately, from which admission predicts times.
+// The speed at which prompts were computed lately: whole prompts, from which admission predicts
+// times, and single layers, from which the order of turns is made.
 #ifndef PREFILLD_SERVER_PROMPT_SPEED_H_
 #define PREFILLD_SERVER_PROMPT_SPEED_H_
 
 #include <cstdint>
 #include <deque>
+#include <map>
+#include <utility>
 
 #include "absl/functional/function_ref.h"
 #include "absl/time/time.h"
@@ -53,6 +56,28 @@ class PromptSpeed {
 
   std::deque<Sample> alone_, batches_;  // the latest last
   double latest_ = 0;
+};
+
+// The scheduler compares prompts by the time that they still need. This class predicts it for
+// prompts that have not computed a layer yet. It remembers the time per token of each policy, apart
+// for each doubling of the length, because attention makes long prompts slower per token and sparse
+// policies change by how much. Not thread-safe.
+class StepCost {
+ public:
+  // Records a layer of `num_tokens` tokens. `policy` is the one that was asked for.
+  void Record(model::AttentionPolicy policy, int64_t num_tokens, absl::Duration layer);
+
+  // Predicts a layer. Lengths that were not measured are taken as fast per token as the nearest
+  // measured length below them, or else above them. Before anything of the policy was measured, the
+  // prediction is kUnmeasuredPerToken a token, which at least orders prompts by length.
+  absl::Duration Layer(model::AttentionPolicy policy, int64_t num_tokens) const;
+
+  static constexpr absl::Duration kUnmeasuredPerToken = absl::Microseconds(1);
+
+ private:
+  using Key = std::pair<model::AttentionPolicy, int>;  // the length's number of bits
+
+  std::map<Key, absl::Duration> per_token_;
 };
 
 }  // namespace prefilld::server

@@ -21,8 +21,7 @@
 #include "server/prefill_job.h"
 #include "server/prefill_pass.h"
 #include "server/prompt_speed.h"
-#include "server/step_cost.h"
-#include "server/tenant_limits.h"
+#include "server/tenants.h"
 #include "server/turns.h"
 
 namespace prefilld::model {

@@ -1,4 +1,5 @@
-// Jobs and their consumers without sockets, and a clock that stands still unless a test moves it.
+// Jobs, their consumers and a scheduler without sockets, and a clock that stands still unless a
+// test moves it.
 #ifndef PREFILLD_TESTS_SERVER_JOB_HARNESS_H_
 #define PREFILLD_TESTS_SERVER_JOB_HARNESS_H_
 
@@ -8,7 +9,10 @@
 #include <string>
 #include <vector>
 
+#include <gtest/gtest.h>
+
 #include "prefill/v1/prefill.pb.h"
+#include "proto/status_macros.h"
 #include "server/clock.h"
 #include "server/event_count.h"
 #include "server/kv_packer.h"
@@ -16,6 +20,7 @@
 #include "server/metrics.h"
 #include "server/prefill_job.h"
 #include "server/prefill_pass.h"
+#include "server/scheduler.h"
 #include "server/staging_ring.h"
 #include "server/transport.h"
 #include "tests/server/fake_engine.h"
@@ -90,6 +95,47 @@ struct Bench {
   EventCount wake;
   KvPacker packer;
   PassResources resources;
+};
+
+inline constexpr absl::Duration kLayerTime = absl::Milliseconds(250);  // of 2000 tokens
+
+// A request's control stream, as the service holds it.
+struct Call {
+  std::shared_ptr<PrefillJob> job;
+  std::unique_ptr<Consumer> consumer;
+};
+
+// A scheduler over a fake engine whose layers take kLayerTime for 2000 tokens.
+class SchedulerTest : public ::testing::Test {
+ protected:
+  explicit SchedulerTest(const FakeEngineOptions& options = {.max_batch_tokens = 1000})
+      : bench_(options, /*num_buffers=*/32) {
+    bench_.engine.set_on_layer(
+        [this](int64_t num_tokens) { bench_.clock.Advance(num_tokens * kLayerTime / 2000); });
+  }
+
+  absl::StatusOr<Call> Submit(PrefillWork work) {
+    auto job = std::make_shared<PrefillJob>(std::move(work), bench_.clock);
+    PREFILLD_RETURN_IF_ERROR(scheduler_.Submit(job).status);
+    return Call{job, std::make_unique<Consumer>(job)};
+  }
+  absl::StatusOr<Call> Submit(int num_tokens, absl::Duration deadline = absl::InfiniteDuration(),
+                              const std::string& id = "") {
+    PrefillWork work = WorkOf(bench_.engine, num_tokens, id);
+    work.deadline = bench_.clock.Now() + deadline;
+    return Submit(std::move(work));
+  }
+  // Computes and packs until nothing is left to do.
+  void Run() {
+    do {
+      bench_.PackAll();
+    } while (scheduler_.StepOnce());
+  }
+  void Retire(Call& call) { scheduler_.Retire(*call.job); }
+
+  Bench bench_;
+  Scheduler scheduler_{bench_.engine, bench_.resources, bench_.wake,
+                       QueueLimits{.capacity = 4, .max_queued_tokens = 100'000}};
 };
 
 }  // namespace prefilld::server
