@@ -42,7 +42,7 @@ class ByteTokens final : public TextTokens {
 };
 
 // Finds out how the model in `model_dir` is spoken to: ByteTokens if its config.json says
-// "byte_tokens": true, and otherwise its tokenizer.json by TokenizerProcess, run by the program
+// "byte_tokens": true, and otherwise its tokenizer.json by a process of the program
 // `python`. FAILED_PRECONDITION says why there is no way to turn a text into tokens of this model.
 absl::StatusOr<std::unique_ptr<TextTokens>> OpenTextTokens(const std::string& model_dir, int bos,
                                                            const std::string& python);
