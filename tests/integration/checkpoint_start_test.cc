@@ -1,12 +1,17 @@
-// Tests what the programs say about a checkpoint that is not quite as they would have it.
+// Tests the start with a checkpoint: what the programs say about one that is not quite as they
+// would have it, and that a signal ends them while they load it.
 #include <signal.h>
 
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <unistd.h>
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
+#include "absl/time/clock.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/integration/child_process.h"
@@ -76,5 +81,35 @@ INSTANTIATE_TEST_SUITE_P(Programs, CheckpointStart,
                          ::testing::Values("prefilld", "prefilld-decode-worker"),
                          [](const auto& info) { return info.index == 0 ? "Server" : "Worker"; });
 
+// Nothing is to be drained while the model loads, and the process must not wait for the load.
+class SignalWhileLoading : public ::testing::TestWithParam<const char*> {
+ protected:
+  SignalWhileLoading() {
+    char name[] = "/tmp/endless_model_XXXXXX";
+    folder_ = mkdtemp(name);
+    // Opening this file for reading blocks, because no writer ever comes.
+    EXPECT_EQ(mkfifo(config().c_str(), 0600), 0);
+  }
+  ~SignalWhileLoading() override {
+    unlink(config().c_str());
+    rmdir(folder_.c_str());
+  }
+  std::string config() const { return folder_ + "/config.json"; }
+
+  std::string folder_;
+};
+
+TEST_P(SignalWhileLoading, EndsTheProcessAtOnceWithExitCode0) {
+  ChildProcess program(GetParam(), {"--model=" + folder_, "--device=cpu", "--listen=127.0.0.1:0"});
+  ASSERT_EQ(program.Wait(absl::Milliseconds(500)), std::nullopt) << program.stderr_text();
+  program.Signal(SIGTERM);
+  EXPECT_EQ(program.Wait(absl::Seconds(5)), 0) << program.stderr_text();
+}
+
+INSTANTIATE_TEST_SUITE_P(Programs, SignalWhileLoading,
+                         ::testing::Values("prefilld", "prefilld-decode-worker"),
+                         [](const auto& info) { return info.index == 0 ? "Server" : "Worker"; });
+
 }  // namespace
+
 }  // namespace prefilld::integration

@@ -6,7 +6,7 @@
 #include <cstdio>
 
 #include "absl/time/clock.h"
-#include "tests/integration/tcp_socket.h"
+#include "tests/integration/tcp.h"
 
 namespace prefilld::integration {
 

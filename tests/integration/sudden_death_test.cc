@@ -15,7 +15,7 @@
 #include "tests/integration/child_process.h"
 #include "tests/integration/generate_client.h"
 #include "tests/integration/metrics_page.h"
-#include "tests/integration/tcp_proxy.h"
+#include "tests/integration/tcp.h"
 #include "tests/model/prompt_run.h"
 #include "tests/model/random_checkpoint.h"
 

@@ -1,7 +1,7 @@
 """The small models that prefilld is compared with Hugging Face transformers on.
 
 Weights are no files: every element is a function of the tensor's name and its index, so that this
-script and tests/model/golden_checkpoint.cc make the same ones. They are small integers times a
+script and tests/model/golden.cc make the same ones. They are small integers times a
 power of two, hence exact in bf16, fp16 and fp32 alike.
 """
 

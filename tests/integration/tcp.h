@@ -1,5 +1,5 @@
-#ifndef PREFILLD_TESTS_INTEGRATION_TCP_PROXY_H_
-#define PREFILLD_TESTS_INTEGRATION_TCP_PROXY_H_
+#ifndef PREFILLD_TESTS_INTEGRATION_TCP_H_
+#define PREFILLD_TESTS_INTEGRATION_TCP_H_
 
 #include <memory>
 #include <string>
@@ -9,9 +9,31 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
-#include "tests/integration/tcp_socket.h"
 
 namespace prefilld::integration {
+
+// A file descriptor that is closed on destruction; -1 means none. Move-only.
+class TcpSocket {
+ public:
+  TcpSocket() = default;
+  explicit TcpSocket(int descriptor) : descriptor_(descriptor) {}
+  TcpSocket(TcpSocket&& other) noexcept : descriptor_(std::exchange(other.descriptor_, -1)) {}
+  TcpSocket& operator=(TcpSocket&& other) noexcept {
+    std::swap(descriptor_, other.descriptor_);
+    return *this;
+  }
+  ~TcpSocket();
+
+  // Connects to "a.b.c.d:port". Aborts when refused.
+  static TcpSocket Connect(const std::string& address);
+  // Listens on a free port of 127.0.0.1, which it writes to `port`.
+  static TcpSocket Listen(int& port);
+
+  int descriptor() const { return descriptor_; }
+
+ private:
+  int descriptor_ = -1;
+};
 
 // A TCP proxy between two processes whose connections can be cut.
 class TcpProxy {
@@ -43,4 +65,4 @@ class TcpProxy {
 
 }  // namespace prefilld::integration
 
-#endif  // PREFILLD_TESTS_INTEGRATION_TCP_PROXY_H_
+#endif  // PREFILLD_TESTS_INTEGRATION_TCP_H_
