@@ -13,6 +13,7 @@
 #include "model/prefill/prefill_engine.h"
 #include "proto/process/log.h"
 #include "proto/process/open_files.h"
+#include "proto/process/openmp_waiting.h"
 #include "proto/process/signals.h"
 #include "proto/wire/host_port.h"
 #include "proto/wire/port_file.h"
@@ -119,10 +120,15 @@ int Serve(const process::EndSignals& signals, const ServerOptions& options) {
 }
 
 int Main(int argc, char** argv) {
+  const absl::Status waiting = process::LetOpenMpThreadsSleep(argv);
   const auto options = OptionsFromCommandLine(argc, argv);
   const process::EndSignals signals;  // before the log's thread
   process::InitLogging(options.ok() ? options->log_format : process::LogFormat::kText);
   if (!options.ok()) return Refuse("options", options.status());
+  if (!waiting.ok()) {
+    LogEvent(LogLevel::kWarning, "openmp_threads_spin",
+             {{"status", std::string(waiting.message())}});
+  }
   process::RaiseOpenFilesLimit();
   return Serve(signals, *options);
 }

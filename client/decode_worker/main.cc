@@ -23,6 +23,7 @@
 #include "proto/process/health.h"
 #include "proto/process/log.h"
 #include "proto/process/open_files.h"
+#include "proto/process/openmp_waiting.h"
 #include "proto/process/port_watch.h"
 #include "proto/process/signals.h"
 #include "proto/status_macros.h"
@@ -119,10 +120,15 @@ absl::Status Serve(const process::EndSignals& signals, const WorkerOptions& opti
 }
 
 absl::Status Run(int argc, char** argv) {
+  const absl::Status waiting = process::LetOpenMpThreadsSleep(argv);
   const auto options = OptionsFromCommandLine(argc, argv);
   const process::EndSignals signals;  // before the log's thread
   process::InitLogging(options.ok() ? options->log_format : process::LogFormat::kText);
   PREFILLD_RETURN_IF_ERROR(options.status());
+  if (!waiting.ok()) {
+    LogEvent(LogLevel::kWarning, "openmp_threads_spin",
+             {{"status", std::string(waiting.message())}});
+  }
   process::RaiseOpenFilesLimit();
   LogConfiguration(*options);
   return Serve(signals, *options);

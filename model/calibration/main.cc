@@ -14,6 +14,7 @@
 #include "model/calibration/safetensors_writer.h"
 #include "model/checkpoint/ignored.h"
 #include "model/device/stopwatch.h"
+#include "proto/process/openmp_waiting.h"
 #include "proto/status_macros.h"
 
 namespace prefilld::model {
@@ -96,6 +97,7 @@ absl::Status Run(CalibrateOptions options) {
 
 int main(int argc, char** argv) {
   using namespace prefilld::model;
+  prefilld::process::LetOpenMpThreadsSleep(argv).IgnoreError();
   absl::StatusOr<CalibrateOptions> options = OptionsFromCommandLine(argc, argv);
   const absl::Status status = options.ok() ? Run(*std::move(options)) : options.status();
   if (status.ok()) return 0;

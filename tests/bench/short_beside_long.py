@@ -11,6 +11,7 @@ but the computation. The times are those of the server's log (ttft_ms), queueing
 """
 
 import argparse
+import contextlib
 import json
 import random
 import re
@@ -18,6 +19,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from prefilld import Attention, Layout, PrefillClient
@@ -26,11 +28,31 @@ SHORT = (512, 2048)
 PAIRS_PER_SECOND = 3.0
 
 
-def prefill(client: PrefillClient, tokens: list[int], policy: str) -> None:
+@contextlib.contextmanager
+def running_server(program: str, flags: list[str]) -> Iterator[tuple[str, Path]]:
+    """Starts prefilld on a free port, waits until it is ready, and yields its address and its log."""
+    with tempfile.TemporaryDirectory() as folder:
+        ports, log = Path(folder, "ports"), Path(folder, "log")
+        with log.open("w") as stderr:
+            server = subprocess.Popen(
+                [program, "--listen=127.0.0.1:0", "--metrics_listen=", f"--port_file={ports}", *flags], stderr=stderr)
+        try:
+            while not ports.exists():
+                if server.poll() is not None:
+                    raise SystemExit(log.read_text())
+                time.sleep(0.1)
+            yield f"127.0.0.1:{re.search(r'grpc=([0-9]+)', ports.read_text())[1]}", log
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def prefill(client: PrefillClient, tokens: list[int], policy: str):
     layout = Layout(block_tokens=64, first_block=(len(tokens) - 1) // 64)
     with client.prefill(tokens, layout=layout, attention=Attention(policy)) as stream:
         for _ in stream:
             pass
+        return stream.result
 
 
 def send_shorts(address: str, prompts: dict[int, list[list[int]]], seconds: float, rng: random.Random) -> None:
@@ -114,23 +136,9 @@ def main() -> None:
     parser.add_argument("--long_tokens", type=int, default=131072, help="of random long prompts")
     parser.add_argument("--vocabulary", type=int, default=256, help="token ids are drawn below it")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        ports, log = Path(folder, "ports"), Path(folder, "log")
-        with log.open("w") as stderr:
-            server = subprocess.Popen(
-                [args.prefilld, f"--model={args.model}", f"--device={args.device}", "--listen=127.0.0.1:0",
-                 "--metrics_listen=", f"--port_file={ports}", f"--max_prompt_tokens={args.long_tokens}"],
-                stderr=stderr)
-        try:
-            while not ports.exists():
-                if server.poll() is not None:
-                    raise SystemExit(log.read_text())
-                time.sleep(0.1)
-            port = re.search(r"grpc=(\d+)", ports.read_text())[1]
-            print(json.dumps(measure(args, f"127.0.0.1:{port}", log), indent=1))
-        finally:
-            server.terminate()
-            server.wait()
+    flags = [f"--model={args.model}", f"--device={args.device}", f"--max_prompt_tokens={args.long_tokens}"]
+    with running_server(args.prefilld, flags) as (address, log):
+        print(json.dumps(measure(args, address, log), indent=1))
 
 
 if __name__ == "__main__":

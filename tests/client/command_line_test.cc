@@ -22,6 +22,8 @@ TEST(WorkerCommandLine, HelpListsEveryFlagWithItsDefault) {
   ExpectHelpListsEveryFlag(WORKER_BINARY);
 }
 
+TEST(WorkerCommandLine, OpenMpThreadsThatWaitSleep) { ExpectOpenMpThreadsSleep(WORKER_BINARY); }
+
 TEST(CliCommandLine, HelpListsEveryFlagWithItsDefault) { ExpectHelpListsEveryFlag(CLI_BINARY); }
 
 TEST(CliCommandLine, HelpIsGivenBehindACommandAndIsNoFlagsValue) {

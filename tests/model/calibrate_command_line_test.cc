@@ -10,6 +10,12 @@ TEST(CalibrateCommandLine, HelpListsEveryFlagWithItsDefault) {
   ExpectHelpListsEveryFlag(CALIBRATE_BINARY);
 }
 
+TEST(CalibrateCommandLine, OpenMpThreadsThatWaitSleep) {
+  ExpectOpenMpThreadsSleep(CALIBRATE_BINARY);
+}
+
+TEST(BenchCommandLine, OpenMpThreadsThatWaitSleep) { ExpectOpenMpThreadsSleep(BENCH_BINARY); }
+
 TEST(BenchCommandLine, HelpListsEveryFlagWithItsDefault) { ExpectHelpListsEveryFlag(BENCH_BINARY); }
 
 }  // namespace

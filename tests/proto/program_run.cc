@@ -18,6 +18,7 @@
 namespace prefilld {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
@@ -91,6 +92,13 @@ void ExpectHelpListsEveryFlag(const std::string& program) {
     ++listed;
   }
   EXPECT_EQ(listed, flags.size());
+}
+
+void ExpectOpenMpThreadsSleep(const std::string& program) {
+  const std::string unset = "env -u OMP_WAIT_POLICY -u GOMP_SPINCOUNT OMP_DISPLAY_ENV=verbose ";
+  EXPECT_THAT(RunCommand(unset + program + " --help").second, HasSubstr("GOMP_SPINCOUNT = '1000'"));
+  EXPECT_THAT(RunCommand(unset + "GOMP_SPINCOUNT=77 " + program + " --help").second,
+              AllOf(HasSubstr("GOMP_SPINCOUNT = '77'"), Not(HasSubstr("'1000'"))));
 }
 
 }  // namespace prefilld

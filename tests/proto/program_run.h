@@ -14,6 +14,10 @@ std::pair<int, std::string> RunCommand(const std::string& command);
 // them, with its default and help text, each under a subject, and ends with success.
 void ExpectHelpListsEveryFlag(const std::string& program);
 
+// Expects that OpenMP threads of the program sleep soon when they wait, and as an operator says if
+// one does, by what libgomp tells of itself (proto/process/openmp_waiting.h).
+void ExpectOpenMpThreadsSleep(const std::string& program);
+
 }  // namespace prefilld
 
 #endif  // PREFILLD_TESTS_PROTO_PROGRAM_RUN_H_

@@ -19,6 +19,8 @@ std::pair<int, std::string> RunPrefilld(const std::string& flags) {
 
 TEST(CommandLine, HelpListsEveryFlagWithItsDefault) { ExpectHelpListsEveryFlag(PREFILLD_BINARY); }
 
+TEST(CommandLine, OpenMpThreadsThatWaitSleep) { ExpectOpenMpThreadsSleep(PREFILLD_BINARY); }
+
 TEST(CommandLine, UnknownFlagsAreRefused) {
   const auto [status, output] = RunPrefilld("--model=/nowhere --stall_timeout_ms=3");
   EXPECT_EQ(status, 1);

@@ -19,6 +19,7 @@
 #include "absl/strings/str_cat.h"
 #include "model/prefill/packed_prompts.h"
 #include "proto/process/command_line.h"
+#include "proto/process/openmp_waiting.h"
 #include "tests/bench/device/benches.h"
 
 ABSL_FLAG(std::string, mode, "attention", "attention, scores, layer, linears, prefill or batch.");
@@ -281,6 +282,7 @@ absl::Status Run() {
 }  // namespace prefilld::bench
 
 int main(int argc, char** argv) {
+  prefilld::process::LetOpenMpThreadsSleep(argv).IgnoreError();
   prefilld::process::ParseCommandLine(
       argc, argv,
       {.usage = "How fast a device runs the parts of a prefill, and the whole.",
