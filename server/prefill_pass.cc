@@ -44,20 +44,13 @@ absl::StatusOr<PrefillPass::StepReport> PrefillPass::NextStep(absl::FunctionRef<
     report.next = Next::kOver;
     return report;
   }
-  const absl::Time started = resources_.clock.Now();
-  absl::Duration elsewhere;  // in the steps of other passes
-  const auto go_elsewhere = [&] {
-    const absl::Time left = resources_.clock.Now();
-    at_point();
-    elsewhere += resources_.clock.Now() - left;
-  };
   if (layers_computed_ < num_layers_) {
     if (!has_room) {
-      stalled_since_ = started;
+      stalled_since_ = resources_.clock.Now();
       report.next = Next::kConsumers;
       return report;
     }
-    const absl::Status computed = ComputeLayer(go_elsewhere);
+    const absl::Status computed = ComputeLayer(at_point);
     if (absl::IsCancelled(computed) && AllEnded()) {
       report.next = Next::kOver;
       return report;
@@ -65,13 +58,12 @@ absl::StatusOr<PrefillPass::StepReport> PrefillPass::NextStep(absl::FunctionRef<
     PREFILLD_RETURN_IF_ERROR(computed);
   } else if (!has_first_tokens_) {
     PREFILLD_RETURN_IF_ERROR(ComputeFirstTokens());
-    report.first_tokens_after = computing_ + (resources_.clock.Now() - started);
+    report.first_tokens_after = computing();
   } else if (const std::optional<size_t> job = NextLogprobs()) {
     PREFILLD_RETURN_IF_ERROR(ComputeLogprobs(*job));
   } else {
     report.next = FinishWhatHasLeft() ? Next::kOver : Next::kConsumers;
   }
-  computing_ += resources_.clock.Now() - started - elsewhere;
   return report;
 }
 
@@ -83,6 +75,7 @@ absl::Status PrefillPass::ComputeLayer(absl::FunctionRef<void()> at_point) {
     return !AllEnded();
   };
   PREFILLD_ASSIGN_OR_RETURN(const model::LayerReport report, sequence_->RunLayer(go_on));
+  layers_took_ = computing();
   resources_.progress.Record();
   resources_.metrics.CountLayer(report, static_cast<int>(jobs_.size()), num_computed_tokens());
   for (const auto& job : jobs_) {

@@ -49,8 +49,7 @@ class PrefillPass {
   };
   struct StepReport {
     Next next = Next::kAnotherStep;
-    // The time that this pass has computed until its first tokens, without waits and without the
-    // steps of other passes. It is set by the step that computed them.
+    // The value of computing() at the first tokens. It is set by the step that computed them.
     std::optional<absl::Duration> first_tokens_after;
   };
 
@@ -73,8 +72,11 @@ class PrefillPass {
   bool may_interject() const { return sequence_->may_interject(); }
   int layers_computed() const { return layers_computed_; }
   int layers_left() const { return num_layers_ - layers_computed_; }
-  // The time that the layers so far have taken on the device, without waits.
-  absl::Duration computing() const { return computing_; }
+  // Returns the time that the device has computed for this pass: without waits, and without the
+  // steps of other passes.
+  absl::Duration computing() const { return absl::Microseconds(sequence_->device_us()); }
+  // Returns the mean of the layers so far, of which there must be one.
+  absl::Duration layer_time() const { return layers_took_ / layers_computed_; }
 
  private:
   absl::StatusOr<StepReport> NextStep(absl::FunctionRef<void()> at_point);
@@ -96,7 +98,7 @@ class PrefillPass {
   bool has_first_tokens_ = false;
   std::vector<bool> complete_;               // [jobs], all is computed that was asked for
   std::vector<bool> finished_;               // [jobs]
-  absl::Duration computing_;                 // the steps so far, without those of other passes
+  absl::Duration layers_took_;               // on the device
   std::optional<absl::Time> stalled_since_;  // the next layer waits for a slot
 
   // The source borrows the sequence, so it is destroyed first.

@@ -262,7 +262,7 @@ Contender Scheduler::DescribePass(const Running& running) const {
   if (pass.AllEnded()) return {.class_waited = absl::InfiniteDuration()};
   const absl::Duration layer =
       pass.layers_computed() > 0
-          ? pass.computing() / pass.layers_computed()
+          ? pass.layer_time()
           : costs_.Layer(pass.jobs().front()->work().attention.policy, pass.num_computed_tokens());
   Contender contender = shares_.StandingOf(pass.jobs(), resources_.clock.Now());
   contender.remaining = pass.layers_left() * layer;
@@ -365,11 +365,12 @@ PrefillPass::Next Scheduler::StepPass(Running& running) {
   PrefillPass& pass = *running.pass;
   const int layers_before = pass.layers_computed();
   const absl::Duration computing_before = pass.computing();
-  absl::Time charged_until = resources_.clock.Now();
+  // The device's clock counts, because the host may wait in one pass for what it has queued for
+  // another.
+  absl::Duration charged = computing_before;
   const auto charge = [&] {
-    const absl::Time now = resources_.clock.Now();
-    shares_.Charge(pass.jobs(), now - charged_until);
-    charged_until = now;
+    shares_.Charge(pass.jobs(), pass.computing() - charged);
+    charged = pass.computing();
   };
   SetComputing(true);
   absl::Duration interjected;
@@ -382,7 +383,6 @@ PrefillPass::Next Scheduler::StepPass(Running& running) {
     }
     interjected = so_far();
     SetComputing(true);
-    charged_until = resources_.clock.Now();
   });
   SetComputing(false);
   charge();

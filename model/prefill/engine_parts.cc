@@ -136,7 +136,7 @@ absl::Status AllocateWorkspace(const EngineOptions& options, int64_t most_tokens
       LayerStep::Create(device, &config, &parts->weights, parts->interject_tokens, tile_tokens));
   PREFILLD_ASSIGN_OR_RETURN(parts->sharing,
                             SharingWorkspace::Create(device, &config, &parts->clusters, max_tokens,
-                                                     options.block_tokens));
+                                                     options.block_tokens, parts->points.get()));
   if (options.baselines) {
     PREFILLD_ASSIGN_OR_RETURN(
         parts->baseline,

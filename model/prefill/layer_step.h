@@ -101,7 +101,9 @@ class LayerStep {
   enum class Heads { kAll, kQueries, kKeysAndValues };
 
   absl::Status Allocate(int64_t max_tokens);
-  absl::Status Pause() { return pauses_ == nullptr ? absl::OkStatus() : pauses_->Reach(); }
+  absl::Status Pause() {
+    return pauses_ == nullptr ? absl::OkStatus() : pauses_->Reach(LayerStage::kTokens);
+  }
   absl::Status SetRotation(HiddenStates& states, int64_t rope_tokens);
   absl::Status EmbedTokens(HiddenStates& states, absl::Span<const uint32_t> tokens);
   int64_t LogitsPerTile() const;

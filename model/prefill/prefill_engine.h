@@ -94,6 +94,10 @@ class PrefillSequence {
   virtual AttentionPolicy policy() const = 0;
   // Returns how many tokens at the prompt's beginning came from the prefix cache.
   virtual int64_t cached_tokens() const { return 0; }
+  // Returns how long the device has computed for this sequence, in microseconds by its own clock:
+  // what it computed for others at the points of a layer does not count. A layer counts when
+  // RunLayer returns; within `at_point`, the parts of it that are known to be done count.
+  virtual double device_us() const = 0;
 };
 
 struct PromptInput {

@@ -2,7 +2,9 @@
 
 #include <bit>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <numeric>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/dtype.h"
@@ -17,7 +19,10 @@ PromptSequence::PromptSequence(EngineParts* parts, PromptState* state)
                                                                             : *parts->step),
       all_of_last_layer_(state->logprobs || state->is_batch() || state->num_computed() == 1),
       num_cached_(state->num_cached()),
-      saves_(!state->prefix.added().empty()) {}
+      saves_(!state->prefix.added().empty()) {
+  // A prompt that had the state before may have been given up within a layer.
+  for (InterruptedTimes& times : state_.interrupted) parts_.points->Reset(&times);
+}
 
 // A layer may still be computed. The state's next user writes to its memory only by work that is
 // queued behind that layer.
@@ -117,7 +122,9 @@ absl::Status PromptSequence::StartLayer(int layer, const KvSlot& slot, LayerRepo
   ++state_.started_layers;
   Device& device = *parts_.device;
   const auto compute = [&] { return ComputeLayer(layer, slot, report); };
-  PREFILLD_RETURN_IF_ERROR(device.Mark(state_.MarkOf(PromptState::kLayerBegins, layer)));
+  const int begins = state_.MarkOf(PromptState::kLayerBegins, layer);
+  PREFILLD_RETURN_IF_ERROR(device.Mark(begins));
+  if (!may_interject()) parts_.points->StartLayer(&state_.interrupted[layer % 2], begins);
   if (layer == 0) PREFILLD_RETURN_IF_ERROR(Begin());
   PREFILLD_RETURN_IF_ERROR(LoadCached(layer, slot));
   PREFILLD_RETURN_IF_ERROR(IsRecorded(layer) ? device.Repeat(KeyOf(layer, slot), compute)
@@ -191,9 +198,24 @@ absl::Status PromptSequence::FinishLayer(LayerReport* report) {
   PREFILLD_ASSIGN_OR_RETURN(
       const double us, parts_.device->ElapsedUs(state_.MarkOf(PromptState::kLayerBegins, layer),
                                                 state_.MarkOf(PromptState::kLayerDone, layer)));
-  report->compute_us = static_cast<int64_t>(us);
   report->num_queries = LastQueryAlone(layer) ? 1 : state_.num_tokens() - num_cached_;
-  return StrategyOf(layer).Report(report);
+  PREFILLD_RETURN_IF_ERROR(StrategyOf(layer).Report(report));
+  InterruptedTimes& times = state_.interrupted[layer % 2];
+  PREFILLD_RETURN_IF_ERROR(parts_.points->Settle(times));
+  const auto others = [&times](LayerStage stage) {
+    return static_cast<int64_t>(times.others_us[static_cast<size_t>(stage)]);
+  };
+  report->pattern_us -= others(LayerStage::kPatterns);
+  report->attention_us -= others(LayerStage::kAttention);
+  const double own_us = us - std::accumulate(times.others_us.begin(), times.others_us.end(), 0.0);
+  report->compute_us = static_cast<int64_t>(own_us);
+  device_us_ += own_us;
+  times = {};
+  return absl::OkStatus();
+}
+
+double PromptSequence::device_us() const {
+  return device_us_ + state_.interrupted[0].own_us + state_.interrupted[1].own_us;
 }
 
 absl::Status PromptSequence::PackKv(int layer, const KvSelection& selection, void* dst) {
@@ -218,9 +240,25 @@ absl::Status PromptSequence::PackKv(int layer, const KvSelection& selection, voi
 
 absl::StatusOr<std::vector<std::vector<float>>> PromptSequence::FinalLogits() {
   PREFILLD_RETURN_IF_ERROR(CheckFinished());
-  PREFILLD_ASSIGN_OR_RETURN(auto logits, step_.Logits(state_.hidden));
+  std::vector<std::vector<float>> logits;
+  PREFILLD_RETURN_IF_ERROR(Timed([&]() -> absl::Status {
+    PREFILLD_ASSIGN_OR_RETURN(logits, step_.Logits(state_.hidden));
+    return absl::OkStatus();
+  }));
   PREFILLD_RETURN_IF_ERROR(PublishSaved());
   return logits;
+}
+
+// No layer is under way any more, so the marks of one are free.
+absl::Status PromptSequence::Timed(absl::FunctionRef<absl::Status()> ops) {
+  const int begins = state_.MarkOf(PromptState::kLayerBegins, config().num_layers);
+  const int done = state_.MarkOf(PromptState::kLayerDone, config().num_layers);
+  PREFILLD_RETURN_IF_ERROR(parts_.device->Mark(begins));
+  const absl::Status status = ops();
+  PREFILLD_RETURN_IF_ERROR(parts_.device->Mark(done));
+  PREFILLD_ASSIGN_OR_RETURN(const double us, parts_.device->ElapsedUs(begins, done));
+  device_us_ += us;
+  return status;
 }
 
 // The last layer was saved beside the logits.
@@ -239,7 +277,13 @@ absl::StatusOr<PromptLogprobs> PromptSequence::Logprobs(int prompt,
   if (!state_.logprobs) {
     return absl::FailedPreconditionError("logprobs asked for, but not when the prompt was started");
   }
-  return step_.LogprobsOf(state_.hidden, prompt, state_.prompts.tokens_of(prompt), go_on);
+  PromptLogprobs logprobs;
+  PREFILLD_RETURN_IF_ERROR(Timed([&]() -> absl::Status {
+    PREFILLD_ASSIGN_OR_RETURN(
+        logprobs, step_.LogprobsOf(state_.hidden, prompt, state_.prompts.tokens_of(prompt), go_on));
+    return absl::OkStatus();
+  }));
+  return logprobs;
 }
 
 absl::Status PromptSequence::CheckFinished() const {

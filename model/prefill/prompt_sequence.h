@@ -31,6 +31,7 @@ class PromptSequence final : public PrefillSequence {
   absl::StatusOr<PromptLogprobs> Logprobs(int prompt, absl::FunctionRef<bool()> go_on) override;
   AttentionPolicy policy() const override { return state_.options.policy; }
   int64_t cached_tokens() const override { return num_cached_; }
+  double device_us() const override;
 
  private:
   const ModelConfig& config() const { return parts_.info.config; }
@@ -69,6 +70,9 @@ class PromptSequence final : public PrefillSequence {
   // Waits for the layer.
   absl::Status FinishLayer(LayerReport* report);
 
+  // Runs ops that come after the layers, and adds their time to device_us.
+  absl::Status Timed(absl::FunctionRef<absl::Status()> ops);
+
   absl::Status CheckFinished() const;
   absl::Status CheckPrompt(int prompt) const;
   absl::Status CheckSelection(const KvSelection& selection) const;
@@ -82,7 +86,8 @@ class PromptSequence final : public PrefillSequence {
   // Constant, because packing threads and the prompt's last calls ask for them after the lease has
   // been given back.
   const int64_t num_cached_;
-  const bool saves_;  // the layers go to the prefix cache
+  const bool saves_;        // the layers go to the prefix cache
+  double device_us_ = 0.0;  // of the layers that have been waited for, and of what came after them
 };
 
 }  // namespace prefilld::model

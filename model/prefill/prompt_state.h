@@ -17,7 +17,9 @@
 #include "model/prefill/hidden_states.h"
 #include "model/prefill/kv_slots.h"
 #include "model/prefill/packed_prompts.h"
+#include "model/prefill/prefill_engine.h"
 #include "model/prefill/prefix_cache.h"
+#include "model/prefill/turn_points.h"
 #include "model/sparse/attention_options.h"
 #include "model/sparse/attention_strategy.h"
 #include "model/sparse/baseline_attention.h"
@@ -108,9 +110,10 @@ struct PromptState {
   // The layer whose cached KV is on its way, before its computation begins, and the slot that it
   // goes to.
   std::optional<std::pair<int, KvSlot>> loading;
-  int started_layers = 0;  // queued
-  int next_layer = 0;      // to be waited for
-  absl::Status failure;    // of a layer: the hidden states are lost with it
+  int started_layers = 0;           // queued
+  int next_layer = 0;               // to be waited for
+  InterruptedTimes interrupted[2];  // of the layers that may be under way
+  absl::Status failure;             // of a layer: the hidden states are lost with it
 };
 
 // The prompt states of an engine, each free or taken. Thread-safe.

@@ -5,15 +5,6 @@
 #include "proto/status_macros.h"
 
 namespace prefilld::model {
-namespace {
-
-// From these lengths on the attention of one KV head's queries takes some 10 ms on an H200 and some
-// 50 ms on two cores.
-constexpr int64_t kLongOnGpu = 65536;
-constexpr int64_t kLongOnCpu = 4096;
-constexpr int kMostParts = 8;
-
-}  // namespace
 
 DenseStrategy::DenseStrategy(Device* device, LayerPauses* pauses, int num_heads,
                              const uint32_t* pattern, int first_mark)
@@ -30,26 +21,16 @@ void DenseStrategy::StartPrompt(int64_t num_tokens, const AttentionOptions&) {
 absl::Status DenseStrategy::Attend(int layer, const kernels::AttentionParams& attention,
                                    LayerReport*) {
   const auto num_heads = static_cast<int>(work_.size());
-  const int at_once = HeadsAtOnce(attention);
+  const int at_once = HeadsBetweenPauses(device_.traits(), attention);
   kernels::AttentionParams params = attention;
   PREFILLD_RETURN_IF_ERROR(device_.Mark(BeginMark(layer)));
   for (int first = 0; first < num_heads; first += at_once) {
     params.work = &work_[first];
     params.num_work = std::min(at_once, num_heads - first);
     PREFILLD_RETURN_IF_ERROR(device_.ops().Attention(params));
-    if (at_once < num_heads) PREFILLD_RETURN_IF_ERROR(pauses_.Reach());
+    if (at_once < num_heads) PREFILLD_RETURN_IF_ERROR(pauses_.Reach(LayerStage::kAttention));
   }
   return device_.Mark(DoneMark(layer));
-}
-
-// The query heads of one KV head, or of several if there are many, are a part that is worth a pause
-// on a long prompt, and still fill the device.
-int DenseStrategy::HeadsAtOnce(const kernels::AttentionParams& attention) const {
-  const bool is_long =
-      attention.num_queries >= (device_.traits().asynchronous ? kLongOnGpu : kLongOnCpu);
-  if (!is_long) return attention.num_heads;
-  const int group = attention.num_heads / attention.num_kv_heads;
-  return std::max(group, attention.num_heads / kMostParts / group * group);
 }
 
 absl::Status DenseStrategy::Report(LayerReport* report) {

@@ -39,8 +39,6 @@ class DenseStrategy final : public AttentionStrategy {
   int BeginMark(int layer) const { return first_mark_ + layer % 2; }
   int DoneMark(int layer) const { return first_mark_ + 2 + layer % 2; }
 
-  int HeadsAtOnce(const kernels::AttentionParams& attention) const;
-
   Device& device_;
   LayerPauses& pauses_;
   const int first_mark_;

@@ -2,18 +2,45 @@
 #ifndef PREFILLD_MODEL_SPARSE_LAYER_PAUSES_H_
 #define PREFILLD_MODEL_SPARSE_LAYER_PAUSES_H_
 
+#include <algorithm>
+#include <cstdint>
+
 #include "absl/status/status.h"
+#include "kernels/attention.h"
+#include "model/device/device.h"
 
 namespace prefilld::model {
+
+// The stages of a layer whose times are reported.
+enum class LayerStage : uint8_t { kTokens, kPatterns, kAttention };  // the first: token by token
+inline constexpr int kNumLayerStages = 3;
 
 class LayerPauses {
  public:
   virtual ~LayerPauses() = default;
 
-  // Is called between two parts of a layer that take long. Whatever the layer has queued so far,
+  // Is called between two parts of a layer that take long, the one before belonging to `stage`. The
+  // time that others take here is not counted to that stage. Whatever the layer has queued so far,
   // and the scratch that it uses, stays as it is. CANCELLED: the layer must not be finished.
-  virtual absl::Status Reach() = 0;
+  virtual absl::Status Reach(LayerStage stage) = 0;
 };
+
+// Returns how many heads of such an attention are a part that is worth a pause behind it, and still
+// fills the device: those that share a KV head, or several times as many. All heads of a short
+// prompt are one part.
+inline int HeadsBetweenPauses(const DeviceTraits& device,
+                              const kernels::AttentionParams& attention) {
+  // From these lengths on the dense attention of one KV head's queries takes some 10 ms on an H200
+  // and some 50 ms on two cores.
+  constexpr int64_t kLongOnGpu = 65536;
+  constexpr int64_t kLongOnCpu = 4096;
+  constexpr int kMostParts = 8;
+  if (attention.num_queries < (device.asynchronous ? kLongOnGpu : kLongOnCpu)) {
+    return attention.num_heads;
+  }
+  const int group = attention.num_heads / attention.num_kv_heads;
+  return std::max(group, attention.num_heads / kMostParts / group * group);
+}
 
 }  // namespace prefilld::model
 

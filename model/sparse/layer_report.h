@@ -26,6 +26,7 @@ struct LayerReport {
   int baseline_heads = 0;        // patterns of a baseline policy
   // Computed blocks / causal blocks of these queries over all heads; exact heads count as 1.
   double density = 0.0;
+  // Times by the device's clock, without what others computed at the points inside the layer.
   int64_t compute_us = 0;
   int64_t attention_us = 0;
   int64_t pattern_us = 0;  // estimate, decide, build

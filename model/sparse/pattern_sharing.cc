@@ -174,13 +174,17 @@ absl::Status PatternSharing::Decide(int layer, const kernels::AttentionParams& a
   pivots.erase(scored, pivots.end());
   stages_.host_us += static_cast<double>(stopwatch.LapUs());
 
-  const auto at_a_time =
-      static_cast<size_t>(scratch_.MassesAtATime(num_query_blocks_, num_blocks_));
+  const int between_pauses = HeadsBetweenPauses(device_.traits(), attention);
+  const auto at_a_time = static_cast<size_t>(
+      std::min<int64_t>(between_pauses, scratch_.MassesAtATime(num_query_blocks_, num_blocks_)));
   for (size_t first = 0; first < pivots.size(); first += at_a_time) {
     const auto batch = absl::MakeConstSpan(pivots).subspan(first, at_a_time);
     PREFILLD_RETURN_IF_ERROR(AttendPivots(attention, batch));
     PREFILLD_RETURN_IF_ERROR(MeasurePivots(batch));
     KeepPivots(layer, batch);
+    if (between_pauses < config_.num_heads) {
+      PREFILLD_RETURN_IF_ERROR(scratch_.Pause(LayerStage::kPatterns));
+    }
   }
 
   stopwatch.LapUs();
@@ -314,7 +318,15 @@ absl::Status PatternSharing::AttendSparse(int layer, const kernels::AttentionPar
     report->audit_us = stopwatch.LapUs();
   }
   PREFILLD_RETURN_IF_ERROR(device_.Mark(kAttentionBegins));
-  if (!work_.empty()) PREFILLD_RETURN_IF_ERROR(device_.ops().Attention(params));
+  const auto between_pauses = static_cast<size_t>(HeadsBetweenPauses(device_.traits(), attention));
+  for (size_t first = 0; first < work_.size(); first += between_pauses) {
+    params.work = &work_[first];
+    params.num_work = static_cast<int>(std::min(between_pauses, work_.size() - first));
+    PREFILLD_RETURN_IF_ERROR(device_.ops().Attention(params));
+    if (between_pauses < static_cast<size_t>(config_.num_heads)) {
+      PREFILLD_RETURN_IF_ERROR(scratch_.Pause(LayerStage::kAttention));
+    }
+  }
   return device_.Mark(kAttended);
 }
 

@@ -20,6 +20,18 @@ size_t RunLength(absl::Span<const ScoredHead> heads, int64_t words) {
   return length;
 }
 
+// Returns the first heads, at most `most` of them. If there are more, those that share a KV head
+// stay together where they can, because its keys are prepared once for all of them.
+absl::Span<const ScoredHead> FirstGroup(absl::Span<const ScoredHead> heads, int64_t most,
+                                        int heads_per_kv_head) {
+  const auto kv_head = [&](size_t i) { return heads[i].head / heads_per_kv_head; };
+  const auto count = static_cast<size_t>(std::min(most, static_cast<int64_t>(heads.size())));
+  if (count == heads.size()) return heads;
+  size_t whole = count;
+  while (whole > 0 && kv_head(whole - 1) == kv_head(whole)) --whole;
+  return heads.subspan(0, whole > 0 ? whole : count);
+}
+
 }  // namespace
 
 absl::Status AddScoredBlocks(SharingWorkspace& scratch, const kernels::AttentionParams& attention,
@@ -29,8 +41,10 @@ absl::Status AddScoredBlocks(SharingWorkspace& scratch, const kernels::Attention
   const int64_t first_row = (attention.num_keys - attention.num_queries) / attention.block_tokens;
   const int64_t rows = n - first_row;
   const int64_t words = rows * kernels::PatternWords(n);
+  const int between_pauses = HeadsBetweenPauses(scratch.device.traits(), attention);
+  const int64_t most = std::min<int64_t>(between_pauses, scratch.MassesAtATime(rows, n));
   while (!heads.empty()) {
-    const auto group = heads.subspan(0, static_cast<size_t>(scratch.MassesAtATime(rows, n)));
+    const auto group = FirstGroup(heads, most, attention.num_heads / attention.num_kv_heads);
     heads.remove_prefix(group.size());
     std::vector<int> numbers;
     for (const ScoredHead& scored : group) numbers.push_back(scored.head);
@@ -61,6 +75,9 @@ absl::Status AddScoredBlocks(SharingWorkspace& scratch, const kernels::Attention
            .join = true,
            .blocks = scratch.figures.as<int64_t>() + scratch.OwnBlocksSlot(run.front().head)}));
       first += run.size();
+    }
+    if (between_pauses < attention.num_heads) {
+      PREFILLD_RETURN_IF_ERROR(scratch.Pause(LayerStage::kPatterns));
     }
   }
   return absl::OkStatus();

@@ -27,7 +27,7 @@ struct ScoredHead {
 // options.score_threshold of the row's scores, and counts the blocks of the result
 // (SharingWorkspace::OwnBlocksSlot). `heads` are ascending. Rows are those of
 // the queries of `attention`. Uses scratch.block_mass; heads are taken in groups as large as that
-// holds.
+// holds, and of long prompts in smaller ones with a pause behind each.
 absl::Status AddScoredBlocks(SharingWorkspace& scratch, const kernels::AttentionParams& attention,
                              absl::Span<const ScoredHead> heads, const AttentionOptions& options);
 

@@ -17,8 +17,9 @@ constexpr int64_t kBlockMassBytes = int64_t{128} << 20;
 
 absl::StatusOr<std::unique_ptr<SharingWorkspace>> SharingWorkspace::Create(
     Device* device, const ModelConfig* config, const HeadClusters* clusters, int64_t max_tokens,
-    int block_tokens) {
-  auto workspace = std::make_unique<SharingWorkspace>(device, config, clusters, block_tokens);
+    int block_tokens, LayerPauses* pauses) {
+  auto workspace =
+      std::make_unique<SharingWorkspace>(device, config, clusters, block_tokens, pauses);
   const int64_t heads = config->num_heads;
   const int64_t blocks = kernels::CeilDiv(max_tokens, block_tokens);
   const int64_t words = kernels::PatternWords(blocks);

@@ -12,6 +12,7 @@
 #include "model/device/device.h"
 #include "model/sparse/head_clusters.h"
 #include "model/sparse/head_estimate.h"
+#include "model/sparse/layer_pauses.h"
 #include "model/sparse/recall_audit.h"
 
 namespace prefilld::model {
@@ -21,12 +22,11 @@ namespace prefilld::model {
 // (H + 1) * n * W * 4 bytes for patterns (8.4 MB a head at 1M tokens and 128-token blocks) and
 // n * n * 4 for each head whose block mass is held at a time (268 MB then). Not thread-safe.
 struct SharingWorkspace {
-  // All parameters are borrowed and must outlive the workspace.
-  static absl::StatusOr<std::unique_ptr<SharingWorkspace>> Create(Device* device,
-                                                                  const ModelConfig* config,
-                                                                  const HeadClusters* clusters,
-                                                                  int64_t max_tokens,
-                                                                  int block_tokens);
+  // All parameters are borrowed and must outlive the workspace. `pauses` is reached between groups
+  // of heads of a long prompt; null: nobody wants to go first.
+  static absl::StatusOr<std::unique_ptr<SharingWorkspace>> Create(
+      Device* device, const ModelConfig* config, const HeadClusters* clusters, int64_t max_tokens,
+      int block_tokens, LayerPauses* pauses = nullptr);
 
   // Figures are measured into numbered slots, 2 H of them, and read back together: mass as double
   // and blocks as int64. Behind them stand H counts of blocks, int64, of the heads' own patterns.
@@ -41,14 +41,23 @@ struct SharingWorkspace {
     return std::max<int64_t>(1, floats / (num_query_blocks * num_key_blocks));
   }
 
+  absl::Status Pause(LayerStage stage) {
+    return pauses == nullptr ? absl::OkStatus() : pauses->Reach(stage);
+  }
+
   SharingWorkspace(Device* device, const ModelConfig* config, const HeadClusters* clusters,
-                   int block_tokens)
-      : device(*device), config(*config), clusters(*clusters), block_tokens(block_tokens) {}
+                   int block_tokens, LayerPauses* pauses)
+      : device(*device),
+        config(*config),
+        clusters(*clusters),
+        block_tokens(block_tokens),
+        pauses(pauses) {}
 
   Device& device;
   const ModelConfig& config;
   const HeadClusters& clusters;
   const int block_tokens;
+  LayerPauses* const pauses;
 
   // Device memory.
   std::unique_ptr<HeadEstimate> head_estimate;

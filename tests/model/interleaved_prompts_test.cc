@@ -15,117 +15,12 @@
 #include "tests/model/device_flag.h"
 #include "tests/model/prompt_run.h"
 #include "tests/model/random_checkpoint.h"
+#include "tests/model/request_run.h"
 
 namespace prefilld::model {
 namespace {
 
 using ::testing::HasSubstr;
-
-// A prompt or a batch of prompts, with its options.
-struct Request {
-  std::vector<std::vector<uint32_t>> prompts;
-  AttentionOptions attention;
-  bool logprobs = false;
-
-  std::vector<PromptInput> inputs() const {
-    std::vector<PromptInput> inputs;
-    for (const auto& prompt : prompts) inputs.push_back({prompt, attention, logprobs});
-    return inputs;
-  }
-};
-
-// All results of a request.
-struct Outcome {
-  std::vector<std::vector<uint8_t>> kv;  // [num_layers * prompts], as packed
-  std::vector<std::vector<int>> heads;   // [num_layers]: dense, pivot, shared, …
-  std::vector<double> density;           // [num_layers]
-  std::vector<std::vector<float>> logits;
-  std::vector<std::vector<float>> logprobs;  // of the tokens and of the likeliest, prompt by prompt
-};
-
-// Takes a request through the engine step by step. Its consumer is slow: a layer's KV is packed as
-// late as the slots allow, or when a test asks for it.
-class Runner {
- public:
-  Runner(PrefillEngine& engine, const Request& request) : engine_(engine), request_(request) {
-    auto sequence = engine.Start(request.inputs());
-    EXPECT_TRUE(sequence.ok()) << sequence.status();
-    if (sequence.ok()) sequence_ = *std::move(sequence);
-  }
-
-  bool done() const { return sequence_ == nullptr; }
-  PrefillSequence& sequence() { return *sequence_; }
-  int unreleased() const { return num_layers_ - num_packed_; }
-
-  // Computes a layer, or after the last one the logits, and then log-probabilities prompt by
-  // prompt.
-  void Step(absl::FunctionRef<bool()> at_point = [] { return true; }) {
-    if (num_layers_ < engine_.info().config.num_layers) {
-      if (unreleased() == engine_.kv_slots()) PackOldest();
-      RunLayer(at_point);
-    } else if (outcome.logits.empty()) {
-      const auto logits = sequence_->FinalLogits();
-      ASSERT_TRUE(logits.ok()) << logits.status();
-      outcome.logits = *logits;
-    } else if (request_.logprobs && outcome.logprobs.size() < 2 * request_.prompts.size()) {
-      const auto logprobs =
-          sequence_->Logprobs(static_cast<int>(outcome.logprobs.size() / 2), [] { return true; });
-      ASSERT_TRUE(logprobs.ok()) << logprobs.status();
-      outcome.logprobs.push_back(logprobs->of_token);
-      outcome.logprobs.push_back(logprobs->of_best);
-    } else {
-      while (unreleased() > 0) PackOldest();
-      sequence_.reset();
-    }
-  }
-
-  void RunLayer(absl::FunctionRef<bool()> at_point = [] { return true; }) {
-    const auto report = sequence_->RunLayer(at_point);
-    ASSERT_TRUE(report.ok()) << report.status();
-    EXPECT_EQ(report->layer, num_layers_);
-    ++num_layers_;
-    outcome.heads.push_back({report->dense_heads, report->pivot_heads, report->shared_heads,
-                             report->scored_heads, report->score_sharing_heads,
-                             report->vertical_slash_heads, report->baseline_heads});
-    outcome.density.push_back(report->density);
-  }
-
-  void PackOldest() {
-    for (size_t i = 0; i < request_.prompts.size(); ++i) {
-      KvSelection selection =
-          WholeLayer(engine_.info().config, static_cast<int64_t>(request_.prompts[i].size()), 16,
-                     kernels::KvOrder::kNhd, engine_.info().native_dtype);
-      selection.prompt = static_cast<int>(i);
-      outcome.kv.push_back(PackLayer(engine_, *sequence_, num_packed_, selection));
-    }
-    sequence_->ReleaseKv(num_packed_++);
-  }
-
-  Outcome outcome;
-
- private:
-  PrefillEngine& engine_;
-  const Request request_;
-  std::unique_ptr<PrefillSequence> sequence_;
-  int num_layers_ = 0;
-  int num_packed_ = 0;
-};
-
-Outcome Alone(PrefillEngine& engine, const Request& request) {
-  Runner run(engine, request);
-  while (!run.done() && !::testing::Test::HasFatalFailure()) run.Step();
-  return run.outcome;
-}
-
-void ExpectSame(const Outcome& actual, const Outcome& expected) {
-  EXPECT_EQ(actual.heads, expected.heads);
-  EXPECT_EQ(actual.density, expected.density);
-  ASSERT_EQ(actual.kv.size(), expected.kv.size());
-  // The bytes are compared one by one, because a failed comparison of all would print too much.
-  for (size_t i = 0; i < actual.kv.size(); ++i) EXPECT_TRUE(actual.kv[i] == expected.kv[i]) << i;
-  EXPECT_TRUE(actual.logits == expected.logits);
-  EXPECT_TRUE(actual.logprobs == expected.logprobs);
-}
 
 // Runs the steps of all requests in an order that depends on the seed.
 std::vector<Outcome> InTurns(PrefillEngine& engine, const std::vector<Request>& requests,
@@ -165,16 +60,6 @@ void ExpectEachAsAlone(PrefillEngine& engine, const std::vector<Request>& reques
   }
 }
 
-AttentionOptions Share() {
-  AttentionOptions options;
-  options.policy = AttentionPolicy::kShare;
-  options.tau = 1.0f;
-  options.coverage = 1.0f;
-  options.gamma = 0.5f;
-  options.min_budget_tokens = 0;
-  return options;
-}
-
 AttentionOptions Sparse(AttentionPolicy policy) {
   AttentionOptions options = Share();
   options.policy = policy;
@@ -195,21 +80,16 @@ class InterleavedPrompts : public ::testing::Test {
     engine_ = NewEngine(options);
   }
 
-  std::vector<uint32_t> Prompt(int64_t length) {
-    return RandomTokens(length, checkpoint_.config().vocab_size, ++prompts_);
-  }
   Request One(int64_t length, const AttentionOptions& attention, bool logprobs = false) {
-    return {{Prompt(length)}, attention, logprobs};
+    return requests_.One(length, attention, logprobs);
   }
   Request Batch(const std::vector<int64_t>& lengths, bool logprobs = false) {
-    Request request = {{}, DenseAttention(), logprobs};
-    for (const int64_t length : lengths) request.prompts.push_back(Prompt(length));
-    return request;
+    return requests_.Batch(lengths, logprobs);
   }
 
   const RandomCheckpoint checkpoint_;
   std::unique_ptr<PrefillEngine> engine_;
-  uint64_t prompts_ = 0;
+  RequestMaker requests_{checkpoint_.config().vocab_size};
 };
 
 TEST_F(InterleavedPrompts, DensePromptsOfOneLength) {
@@ -294,65 +174,6 @@ TEST_F(InterleavedPrompts, OneThatEndsMidwayLeavesNoTraceInItsSuccessorOrNeighbo
       ExpectSame(successor.outcome, coming_alone);
     }
   }
-}
-
-class InterjectedPrompts : public InterleavedPrompts {
- protected:
-  InterjectedPrompts() {
-    engine_ = nullptr;
-    EngineOptions options = CpuEngineOptions(checkpoint_.dir(), 4096);
-    options.device = DeviceFlag();
-    options.tile_tokens = 256;
-    options.interject_tokens = 384;
-    options.max_batch_tokens = 1024;
-    options.long_prompts = 2;
-    engine_ = NewEngine(options);
-  }
-};
-
-// At every point inside a layer of a long prompt one step of a short one is computed.
-TEST_F(InterjectedPrompts, AreAndLeaveEverythingAsItIsAlone) {
-  const std::vector<Request> shorts = {One(200, DenseAttention(), /*logprobs=*/true),
-                                       Batch({20, 30}), One(384, DenseAttention()),
-                                       One(1, DenseAttention())};
-  std::vector<Outcome> shorts_alone;
-  for (const Request& request : shorts) shorts_alone.push_back(Alone(*engine_, request));
-  for (const Request& outer : {One(4096, DenseAttention()), One(1300, Share())}) {
-    const Outcome outer_alone = Alone(*engine_, outer);
-    Runner run(*engine_, outer);
-    size_t started = 0;
-    std::unique_ptr<Runner> interjected;
-    const auto at_point = [&] {
-      if (interjected == nullptr || interjected->done()) {
-        interjected = std::make_unique<Runner>(*engine_, shorts[started++ % shorts.size()]);
-        EXPECT_TRUE(interjected->sequence().may_interject());
-      }
-      interjected->Step();
-      if (interjected->done()) {
-        ExpectSame(interjected->outcome, shorts_alone[(started - 1) % shorts.size()]);
-      }
-      return true;
-    };
-    EXPECT_FALSE(run.sequence().may_interject());
-    while (!run.done() && !HasFatalFailure()) run.Step(at_point);
-    ExpectSame(run.outcome, outer_alone);
-    EXPECT_GT(started, 0);
-  }
-}
-
-TEST_F(InterjectedPrompts, StopALayer) {
-  const Request stopped = One(1300, DenseAttention()), next = One(1300, Share());
-  const Outcome next_alone = Alone(*engine_, next);
-  for (int points = 0; points < 3; ++points) {
-    Runner run(*engine_, stopped);
-    run.RunLayer();
-    int reached = 0;
-    const auto report = run.sequence().RunLayer([&] { return reached++ < points; });
-    EXPECT_EQ(report.status().code(), absl::StatusCode::kCancelled);
-    EXPECT_EQ(reached, points + 1);
-    EXPECT_EQ(run.sequence().RunLayer().status().code(), absl::StatusCode::kCancelled);
-  }
-  ExpectSame(Alone(*engine_, next), next_alone);
 }
 
 // A consumer that takes nothing holds back its own prompt and no other.

@@ -172,6 +172,16 @@ TEST(Fairness, AHigherClassGoesFirstAndStarvesNobody) {
   EXPECT_GE(patient.front(), kLayers * kClassPatience);
 }
 
+double DeviceSeconds(const Bench& bench, const std::string& tenant) {
+  for (const auto& family : bench.metrics.registry()->Collect()) {
+    if (family.name != "prefilld_tenant_device_seconds_total") continue;
+    for (const auto& metric : family.metric) {
+      if (metric.label.at(0).value == tenant) return metric.counter.value;
+    }
+  }
+  return -1;
+}
+
 class FairnessTest : public ::testing::Test {
  protected:
   std::shared_ptr<PrefillJob> NewJob(int num_tokens, int tenant, int priority = 0) {
@@ -179,16 +189,6 @@ class FairnessTest : public ::testing::Test {
     work.tenant = tenant;
     work.priority = priority;
     return std::make_shared<PrefillJob>(std::move(work), bench_.clock);
-  }
-
-  double DeviceSeconds(const std::string& tenant) {
-    for (const auto& family : bench_.metrics.registry()->Collect()) {
-      if (family.name != "prefilld_tenant_device_seconds_total") continue;
-      for (const auto& metric : family.metric) {
-        if (metric.label.at(0).value == tenant) return metric.counter.value;
-      }
-    }
-    return -1;
   }
 
   const std::vector<Tenant> tenants_ = {{.name = "one"}, {.name = "two"}, {.name = "three"}};
@@ -201,13 +201,47 @@ TEST_F(FairnessTest, ABatchCountsToTheTenantsOfItsPromptsByTheirTokens) {
                                                           NewJob(200, 1)};
   shares.SetClaimants({batch[0].get(), batch[1].get()}, bench_.clock.Now());
   shares.Charge(batch, absl::Seconds(6));
-  EXPECT_EQ(DeviceSeconds("one"), 1);
-  EXPECT_EQ(DeviceSeconds("two"), 5);
+  EXPECT_EQ(DeviceSeconds(bench_, "one"), 1);
+  EXPECT_EQ(DeviceSeconds(bench_, "two"), 5);
   EXPECT_EQ(shares.virtual_time(*batch[0]), absl::Seconds(1));
   EXPECT_EQ(shares.virtual_time(*batch[1]), absl::Seconds(5));
   EXPECT_EQ(shares.StandingOf(batch, bench_.clock.Now()).tenant_time, absl::Seconds(1));
   batch[0]->OnCallCancelled();
   EXPECT_EQ(shares.StandingOf(batch, bench_.clock.Now()).tenant_time, absl::Seconds(5));
+}
+
+// The host waits 10 ms in the short prompt's layer for what it has queued for the long one.
+TEST(Fairness, APromptIsChargedWhatTheDeviceComputesForItAndNotWhatItWaitsForInsideALayer) {
+  const std::vector<Tenant> tenants = {{.name = "long"}, {.name = "short"}};
+  Bench bench({.points_per_layer = 8, .interject_tokens = 1000}, /*num_buffers=*/32,
+              /*pack_threads=*/0, tenants);
+  Scheduler scheduler(bench.engine, bench.resources, bench.wake,
+                      {.capacity = 8, .max_queued_tokens = 100'000, .tenants = tenants});
+  std::vector<std::shared_ptr<PrefillJob>> jobs;
+  std::vector<std::unique_ptr<Consumer>> consumers;
+  for (const int num_tokens : {50'000, 100}) {
+    PrefillWork work = WorkOf(bench.engine, num_tokens);
+    work.tenant = static_cast<int>(jobs.size());
+    jobs.push_back(std::make_shared<PrefillJob>(std::move(work), bench.clock));
+    consumers.push_back(std::make_unique<Consumer>(jobs.back()));
+  }
+  bench.engine.set_on_part_before([&] { bench.clock.Advance(absl::Milliseconds(10)); });
+  bench.engine.set_on_layer([&](int64_t num_tokens) {
+    bench.clock.Advance(absl::Milliseconds(num_tokens == 100 ? 1 : 90));
+    bench.PackAll();
+    if (num_tokens == 50'000 && scheduler.Find(jobs[1]->work().id) == nullptr) {
+      EXPECT_TRUE(scheduler.Submit(jobs[1]).status.ok());
+    }
+  });
+  EXPECT_TRUE(scheduler.Submit(jobs[0]).status.ok());
+  for (int i = 0; i < 2; ++i) EXPECT_TRUE(scheduler.StepOnce());  // starts, and computes a layer
+  EXPECT_TRUE(jobs[1]->record().stats().first_token_at.has_value()) << "inside that layer";
+  EXPECT_DOUBLE_EQ(DeviceSeconds(bench, "short"), kLayers * 1e-3);
+  EXPECT_DOUBLE_EQ(DeviceSeconds(bench, "long"), 0.09 + kLayers * 0.01);
+  scheduler.AbortAll(Outcome::kShutDown, absl::UnavailableError("the test is over"));
+  while (scheduler.StepOnce()) {
+  }
+  for (const auto& job : jobs) scheduler.Retire(*job);
 }
 
 TEST_F(FairnessTest, LimitsOfATenantRefuseItAloneAndSayWhenToComeBack) {

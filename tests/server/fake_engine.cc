@@ -5,6 +5,7 @@
 #include <cstring>
 #include <utility>
 
+#include "absl/cleanup/cleanup.h"
 #include "absl/time/clock.h"
 
 namespace prefilld::server {
@@ -75,9 +76,10 @@ class FakeSequence final : public model::PrefillSequence {
            num_tokens_ <= engine_->options_.interject_tokens;
   }
 
-  absl::StatusOr<model::LayerReport> RunLayer(absl::FunctionRef<bool()> at_point) override {
+  absl::StatusOr<model::LayerReport> RunLayer(absl::FunctionRef<bool()> listener) override {
     absl::Duration time;
     std::function<void(int64_t)> on_layer;
+    std::function<void()> on_part_before;
     {
       absl::MutexLock lock(&engine_->mu_);
       const auto may_run = [this]() ABSL_SHARED_LOCKS_REQUIRED(engine_->mu_) {
@@ -87,7 +89,24 @@ class FakeSequence final : public model::PrefillSequence {
       if (engine_->fail_from_ >= 0 && layer_ >= engine_->fail_from_) return engine_->layer_error_;
       time = engine_->layer_time_;
       on_layer = engine_->on_layer_;
+      on_part_before = engine_->on_part_before_;
     }
+    FakeSequence* const interrupted = engine_->interrupted_;
+    if (interrupted != nullptr && on_part_before != nullptr) {
+      interrupted->StartClock();
+      on_part_before();
+      interrupted->StopClock();
+    }
+    StartClock();
+    const absl::Cleanup stop_clock = [this] { StopClock(); };
+    const auto at_point = [&] {
+      StopClock();
+      engine_->interrupted_ = this;
+      const bool go_on = listener();
+      engine_->interrupted_ = interrupted;
+      StartClock();
+      return go_on;
+    };
     const absl::Time until = absl::Now() + time;
     while (absl::Now() < until) {
       if (!at_point()) return absl::CancelledError("stopped inside a layer");
@@ -172,8 +191,12 @@ class FakeSequence final : public model::PrefillSequence {
 
   model::AttentionPolicy policy() const override { return policy_; }
   int64_t cached_tokens() const override { return cached_tokens_; }
+  double device_us() const override { return absl::ToDoubleMicroseconds(device_time_); }
 
  private:
+  void StartClock() { started_at_ = engine_->clock_->Now(); }
+  void StopClock() { device_time_ += engine_->clock_->Now() - started_at_; }
+
   struct FakePrompt {
     int64_t num_tokens;
     uint32_t last_token;
@@ -186,6 +209,8 @@ class FakeSequence final : public model::PrefillSequence {
   int64_t cached_tokens_ = 0;
   bool audited_;
   int layer_ = 0;
+  absl::Time started_at_;
+  absl::Duration device_time_;
   std::atomic<int> held_ = 0;
 };
 
@@ -212,6 +237,11 @@ void FakeEngine::set_layer_time(absl::Duration time) {
 void FakeEngine::set_on_layer(std::function<void(int64_t)> on_layer) {
   absl::MutexLock lock(&mu_);
   on_layer_ = std::move(on_layer);
+}
+
+void FakeEngine::set_on_part_before(std::function<void()> on_part_before) {
+  absl::MutexLock lock(&mu_);
+  on_part_before_ = std::move(on_part_before);
 }
 
 void FakeEngine::FailFrom(int layer, absl::Status status) {

@@ -14,6 +14,7 @@
 #include "absl/time/time.h"
 #include "model/device/device.h"
 #include "model/prefill/prefill_engine.h"
+#include "server/clock.h"
 
 namespace prefilld::server {
 
@@ -35,6 +36,8 @@ struct FakeEngineOptions {
 // The first token of a prompt is its last token plus one. K and V are a pure function of (layer, K
 // or V, token, head, element), whatever the prompt: see ExpectedPayload. Dense prompts are batched,
 // without padding.
+class FakeSequence;
+
 class FakeEngine final : public model::PrefillEngine {
  public:
   explicit FakeEngine(const FakeEngineOptions& options);
@@ -44,6 +47,12 @@ class FakeEngine final : public model::PrefillEngine {
   // Sets a function that is called in every layer from now on, by the thread that runs the layer,
   // with the tokens of all prompts of the sequence. A test advances its clock there.
   void set_on_layer(std::function<void(int64_t num_tokens)> on_layer);
+  // Sets a function that is called before a layer that is computed at a point of another one: it is
+  // the rest of the part before the point, for which a device would let the layer wait. A test
+  // advances its clock there.
+  void set_on_part_before(std::function<void()> on_part_before);
+  // Sets the clock of the device, which is real time without it. Borrowed.
+  void set_clock(const Clock* clock) { clock_ = clock; }
   // Makes layers fail with `status` from `layer` on. -1: never.
   void FailFrom(int layer, absl::Status status);
   void FailPacking(absl::Status status);
@@ -90,6 +99,8 @@ class FakeEngine final : public model::PrefillEngine {
   const FakeEngineOptions options_;
   model::EngineInfo info_;
   std::unique_ptr<model::Device> memory_;  // for staging alone
+  const Clock* clock_ = &Clock::Real();
+  FakeSequence* interrupted_ = nullptr;  // at a point of its layer; the compute thread's
 
   std::atomic<int> started_ = 0, alive_ = 0, layers_run_ = 0, held_ = 0, most_held_ = 0;
   std::atomic<int> logprobs_parts_ = 0;
@@ -98,6 +109,7 @@ class FakeEngine final : public model::PrefillEngine {
   mutable absl::Mutex mu_;
   absl::Duration layer_time_ ABSL_GUARDED_BY(mu_);
   std::function<void(int64_t)> on_layer_ ABSL_GUARDED_BY(mu_);
+  std::function<void()> on_part_before_ ABSL_GUARDED_BY(mu_);
   std::function<void()> on_pack_ ABSL_GUARDED_BY(mu_);
   int fail_from_ ABSL_GUARDED_BY(mu_) = -1;
   absl::Status layer_error_ ABSL_GUARDED_BY(mu_);

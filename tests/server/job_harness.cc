@@ -99,7 +99,9 @@ Bench::Bench(const FakeEngineOptions& options, int num_buffers, int pack_threads
                 .metrics = metrics,
                 .progress = progress,
                 .clock = clock,
-                .timeouts = {.min_consumer_bytes_per_s = 50e6}} {}
+                .timeouts = {.min_consumer_bytes_per_s = 50e6}} {
+  engine.set_clock(&clock);
+}
 
 std::shared_ptr<PrefillJob> Bench::NewJob(int num_tokens, const std::string& id) {
   return std::make_shared<PrefillJob>(WorkOf(engine, num_tokens, id), clock);

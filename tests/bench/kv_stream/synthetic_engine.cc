@@ -50,6 +50,7 @@ class SyntheticSequence : public model::PrefillSequence {
   }
 
   model::AttentionPolicy policy() const override { return model::AttentionPolicy::kDense; }
+  double device_us() const override { return 0.0; }
 
  private:
   const model::ModelConfig& config_;
