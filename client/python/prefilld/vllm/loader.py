@@ -1,0 +1,245 @@
+"""The worker's side: receives KV and writes it into vLLM's cache. Nothing here needs vLLM."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import grpc
+import torch
+
+from prefilld.clients import PrefillClient, PrefillStream
+from prefilld.errors import Cancelled, PrefilldError, TransferError
+from prefilld.options import Attention, Layout
+from prefilld.vllm.config import ConnectorConfig, Load
+
+logger = logging.getLogger("vllm.prefilld")
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The part of the model's KV cache that one worker has.
+
+    block_tokens: tokens of one of vLLM's blocks. first_head, num_heads: the range of KV heads.
+    write: write(layer, keys, values, slots) stores [tokens, num_heads, head_dim], on the CPU, at slots, which are
+    block id * block_tokens + position.
+    """
+
+    num_layers: int
+    first_head: int
+    num_heads: int
+    head_dim: int
+    block_tokens: int
+    dtype: str  # as prefilld.Layout names it
+    device: torch.device
+    write: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+    def wire_block_tokens(self) -> int:
+        """Returns the largest block of prefilld of which vLLM's is a multiple."""
+        for size in (128, 64, 32, 16):
+            if self.block_tokens % size == 0:
+                return size
+        raise ValueError(f"vLLM's block_size is {self.block_tokens}; it must be a multiple of 16")
+
+
+class _Running:
+    """One load under way."""
+
+    def __init__(self, load: Load, fence):
+        self.load = load
+        self.fence = fence
+        self.ended = threading.Event()  # the request is gone
+        self.stream: PrefillStream | None = None
+
+
+class Loader:
+    """Runs loads, each in a thread of its own. Thread-safe.
+
+    A load that fails is told by the blocks that it should have filled; nothing is raised.
+    """
+
+    def __init__(self, config: ConnectorConfig, shape: CacheShape):
+        self._config = config
+        self._shape = shape
+        self._credentials = config.credentials()
+        self._unit = shape.wire_block_tokens()
+        self._threads = ThreadPoolExecutor(config.max_loads, thread_name_prefix="prefilld-load")
+        self._lock = threading.Lock()  # of all below
+        self._clients: dict[str | None, PrefillClient] = {}
+        self._running: dict[str, _Running] = {}
+        self._finished: set[str] = set()
+        self._bad_blocks: set[int] = set()
+        self._counts: Counter = Counter()
+
+    def start(self, loads: list[Load]) -> None:
+        """Starts loads. Waits for those that are not asynchronous."""
+        fence = None
+        if loads and self._shape.device.type == "cuda":
+            fence = torch.cuda.Event()  # the blocks may still be written by what was launched before
+            fence.record()
+        awaited: list[Future] = []
+        for load in loads:
+            running = _Running(load, fence)
+            with self._lock:
+                self._running[load.request_id] = running
+            future = self._threads.submit(self._run, running)
+            if not load.is_async:
+                awaited.append(future)
+        wait(awaited)
+
+    def cancel(self, request_ids: Iterable[str]) -> None:
+        """Ends the loads of requests that are gone. They are reported as finished all the same."""
+        with self._lock:
+            gone = [self._running[i] for i in request_ids if i in self._running]
+        for running in gone:
+            running.ended.set()
+            if running.stream is not None:
+                running.stream.cancel()
+
+    def take_finished(self) -> set[str]:
+        """Returns the asynchronous loads that ended since the last call, however they ended."""
+        with self._lock:
+            finished, self._finished = self._finished, set()
+        return finished
+
+    def take_bad_blocks(self) -> set[int]:
+        """Returns the blocks of loads that failed. Asked after take_finished(), it knows those of all it returned."""
+        with self._lock:
+            bad, self._bad_blocks = self._bad_blocks, set()
+        return bad
+
+    def take_counts(self) -> dict[str, float]:
+        """Returns what was counted since the last call: loads by outcome, tokens, bytes and seconds."""
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+        return dict(counts)
+
+    def close(self) -> None:
+        with self._lock:
+            ids = list(self._running)
+        self.cancel(ids)
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for client in self._clients.values():
+            client.close()
+
+    def _run(self, running: _Running) -> None:
+        load, begin = running.load, time.monotonic()
+        counts: dict[str, float] = {}
+        bad: list[int] = []
+        try:
+            counts = self._load_with_retries(running)
+            counts["loads_ok"] = 1
+        except Cancelled:
+            counts["loads_cancelled"] = 1
+        except Exception as error:  # nothing that happens here may end the engine
+            bad = load.blocks_to_fill(self._shape.block_tokens)
+            counts["loads_failed"] = 1
+            reason = f"{error}; {error.advice}" if isinstance(error, PrefilldError) else repr(error)
+            logger.warning(
+                "prefilld: tokens %d to %d of request %s were not loaded from %s after %.2f s: %s",
+                load.first_token, load.end_token, load.request_id, load.address or self._config.prefill_address,
+                time.monotonic() - begin, reason.replace("\n", " "),
+            )  # fmt: skip
+        counts["load_seconds"] = time.monotonic() - begin
+        with self._lock:
+            self._running.pop(load.request_id, None)
+            self._counts.update(counts)
+            if not running.ended.is_set():
+                self._bad_blocks.update(bad)
+            if load.is_async:
+                self._finished.add(load.request_id)
+
+    def _load_with_retries(self, running: _Running) -> dict[str, float]:
+        deadline = time.monotonic() + self._config.timeout_s
+        retries = self._config.retries if running.load.is_async else 0
+        for attempt in range(retries + 1):
+            if running.ended.is_set():  # it may have waited long for a thread
+                raise Cancelled()
+            try:
+                return self._load(running, deadline)
+            except PrefilldError as error:
+                pause = 0.5 if error.retry_after is None else error.retry_after
+                if not error.retryable or attempt == retries or time.monotonic() + pause > deadline:
+                    raise
+                logger.info("prefilld: request %s is tried again in %.1f s: %s", running.load.request_id, pause, error)
+                if running.ended.wait(pause):
+                    raise Cancelled() from None
+        raise AssertionError("the last attempt returns or raises")
+
+    def _client(self, address: str | None) -> PrefillClient:
+        with self._lock:
+            if address not in self._clients:
+                target = self._config.prefill_address if address is None else address
+                self._clients[address] = PrefillClient(target, credentials=self._credentials)
+            return self._clients[address]
+
+    def _load(self, running: _Running, deadline: float) -> dict[str, float]:
+        load, shape = running.load, self._shape
+        layout = Layout(
+            block_tokens=self._unit,
+            dtype=shape.dtype,
+            first_head=shape.first_head,
+            num_heads=shape.num_heads,
+            first_block=load.first_token // self._unit,
+        )
+        stream = self._client(load.address).submit(
+            load.tokens,
+            layout=layout,
+            attention=Attention(**load.attention),
+            lanes=self._config.lanes,
+            model_fingerprint=self._config.model_fingerprint,
+            cache_salt=load.cache_salt,
+            priority=load.priority,
+            metadata=tuple(self._config.metadata.items()),
+            timeout=max(0.001, deadline - time.monotonic()),
+        )
+        with stream:
+            running.stream = stream
+            if running.ended.is_set():  # it was cancelled before it had a stream
+                raise Cancelled()
+            stream.wait_accepted()
+            self._check_model(stream.layout)
+            self._receive(running, stream)
+        result = stream.result
+        logger.info(
+            "prefilld: tokens %d to %d of request %s loaded, %.1f MB; there: %d ms computing, %d ms queued, %d tokens cached",
+            load.first_token, load.end_token, load.request_id, result.kv_bytes / 1e6, result.compute_us // 1000,
+            result.queue_us // 1000, result.cached_tokens,
+        )  # fmt: skip
+        return {"loaded_tokens": load.end_token - load.first_token, "loaded_bytes": result.kv_bytes}
+
+    def _check_model(self, layout) -> None:
+        for name in ("num_layers", "head_dim"):
+            theirs, ours = getattr(layout, name), getattr(self._shape, name)
+            if theirs != ours:
+                raise TransferError(
+                    grpc.StatusCode.FAILED_PRECONDITION, f"{name} of the server's model is {theirs}, of vLLM's {ours}"
+                )
+
+    @torch.inference_mode()
+    def _receive(self, running: _Running, stream: PrefillStream) -> None:
+        load, shape = running.load, self._shape
+        positions = torch.arange(load.end_token)
+        blocks_of = torch.tensor(load.block_ids, dtype=torch.int64)[positions // shape.block_tokens]
+        slots = (blocks_of * shape.block_tokens + positions % shape.block_tokens).to(shape.device)
+        on_gpu = shape.device.type == "cuda"
+        side = torch.cuda.Stream(shape.device) if on_gpu else None
+        with torch.cuda.stream(side) if on_gpu else contextlib.nullcontext():
+            if on_gpu:
+                side.wait_event(running.fence)
+            for blocks in stream:
+                begin = blocks.first_block * self._unit
+                first = max(begin, load.first_token)  # both are at the same block, unless vLLM changes its mind
+                end = min(begin + len(blocks.keys) * self._unit, load.end_token)
+                if first >= end or running.ended.is_set():
+                    continue
+                keys, values = (t.flatten(0, 1)[first - begin : end - begin] for t in blocks.torch())
+                shape.write(blocks.layer, keys, values, slots[first:end])
+            if on_gpu:
+                side.synchronize()
