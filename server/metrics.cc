@@ -164,6 +164,10 @@ Metrics::Metrics(const model::EngineInfo& engine, absl::Span<const Tenant> tenan
           NewGauge("prefilld_kv_utilization", "Share of the KV staging memory in use, 0 to 1.")),
       device_bytes_(NewGauge("prefilld_device_memory_bytes",
                              "Memory of the device that weights, workspace and KV hold.")),
+      resident_tokens_(NewGauge("prefilld_resident_tokens", "Tokens of the prompts under way.")),
+      resident_tokens_limit_(
+          NewGauge("prefilld_resident_tokens_limit",
+                   "Tokens for which there is memory to have prompts under way.")),
       recorded_layers_(NewGauge("prefilld_recorded_layers",
                                 "Layers of short prompts that are replayed as CUDA graphs, by "
                                 "layer and length.")),
@@ -293,6 +297,8 @@ void Metrics::Set(const ResourceUse& use) {
   kv_utilization_.Set(static_cast<double>(use.staged_bytes) /
                       static_cast<double>(std::max<int64_t>(1, use.staging_capacity_bytes)));
   device_bytes_.Set(static_cast<double>(use.device_bytes));
+  resident_tokens_.Set(static_cast<double>(use.resident_tokens.used));
+  resident_tokens_limit_.Set(static_cast<double>(use.resident_tokens.limit));
   recorded_layers_.Set(static_cast<double>(use.recorded_layers));
   prefix_cache_.Set(use.prefix_cache);
   tenants_.SetQueued(use.queued_of_tenants);

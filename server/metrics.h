@@ -40,6 +40,7 @@ struct ResourceUse {
   int64_t staged_bytes = 0;
   int64_t staging_capacity_bytes = 0;
   int64_t device_bytes = 0;
+  model::ResidentTokens resident_tokens;
   int64_t recorded_layers = 0;
   model::PrefixCacheUse prefix_cache;
   bool ready = false;
@@ -114,6 +115,8 @@ class Metrics {
   prometheus::Gauge& staging_capacity_;
   prometheus::Gauge& kv_utilization_;
   prometheus::Gauge& device_bytes_;
+  prometheus::Gauge& resident_tokens_;
+  prometheus::Gauge& resident_tokens_limit_;
   prometheus::Gauge& recorded_layers_;
   PrefixCacheMetrics prefix_cache_;
   prometheus::Gauge& ready_;

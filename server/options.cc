@@ -43,6 +43,14 @@ ABSL_FLAG(
     "whole pass, the mean time to the first token of those grows from 102 to 172 ms.");
 
 ABSL_FLAG(
+    int64_t, max_resident_tokens, 0,
+    "Tokens that all prompts under way may have together. Memory for their states is reserved "
+    "at start: for one of --max_prompt_tokens, then for short ones, then for more long ones. "
+    "At least --max_prompt_tokens and --max_batch_tokens. 0: on a GPU four short ones of 8192 "
+    "tokens and two of the greatest length, or one if no second fits; on the CPU two of 4096 "
+    "and one.");
+
+ABSL_FLAG(
     int64_t, prefix_cache_bytes, 0,
     "Host memory that keeps the KV of prompts for later ones that begin with the same tokens, "
     "which then compute the rest alone. Reserved at start, pinned on a GPU. 0: none.");
@@ -242,6 +250,8 @@ ServerOptions ReadPlainValues() {
   options.engine.max_tokens = absl::GetFlag(FLAGS_max_prompt_tokens);
   options.engine.max_batch_tokens = absl::GetFlag(FLAGS_max_batch_tokens);
   options.engine.max_graph_tokens = absl::GetFlag(FLAGS_max_graph_tokens);
+  options.engine.max_resident_tokens = absl::GetFlag(FLAGS_max_resident_tokens);
+  options.engine.measure_layers = true;
   options.engine.prefix_cache_bytes = absl::GetFlag(FLAGS_prefix_cache_bytes);
   ReadThresholds(options.attention);
   options.recall_audit.fraction = absl::GetFlag(FLAGS_recall_audit_fraction);
@@ -293,7 +303,7 @@ process::ProgramHelp Help() {
       .groups = {
           {"Model",
            {"model", "ignore_config", "clusters", "device", "cpu_threads", "max_prompt_tokens",
-            "max_batch_tokens", "max_graph_tokens"}},
+            "max_batch_tokens", "max_resident_tokens", "max_graph_tokens"}},
           {"Addresses, TLS and log",
            {"listen", "metrics_listen", "port_file", "tls_cert", "tls_key", "tls_client_ca",
             "log_format"}},

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <utility>
 
 namespace prefilld::server {
 namespace {
@@ -20,6 +21,12 @@ void PromptSpeed::Record(absl::Time now, int64_t num_tokens, model::AttentionPol
                          absl::Duration compute) {
   if (compute <= absl::ZeroDuration()) return;
   Add({now, num_tokens, policy, SpeedOf(num_tokens, compute)}, alone_);
+}
+
+void PromptSpeed::Expect(absl::Time now, int64_t num_tokens, model::AttentionPolicy policy,
+                         absl::Duration compute) {
+  if (compute <= absl::ZeroDuration()) return;
+  Add({now, num_tokens, policy, SpeedOf(num_tokens, compute), kMinSamples}, alone_);
 }
 
 void PromptSpeed::RecordBatch(absl::Time now, int64_t num_tokens, absl::Duration compute) {
@@ -52,7 +59,7 @@ absl::Duration PromptSpeed::TimeAtBest(const std::deque<Sample>& samples, int64_
   double best = 0;
   for (const Sample& sample : samples) {
     if (sample.num_tokens < kMinTokens || !counts(sample)) continue;
-    ++known;
+    known += sample.prompts;
     best = std::max(best, sample.tokens_per_second);
   }
   if (known < kMinSamples) return absl::ZeroDuration();
@@ -71,21 +78,53 @@ int LengthClass(int64_t num_tokens) { return std::bit_width(static_cast<uint64_t
 
 void StepCost::Record(model::AttentionPolicy policy, int64_t num_tokens, absl::Duration layer) {
   if (num_tokens < 1) return;
-  const absl::Duration per_token = layer / num_tokens;
-  const auto [entry, is_first] =
-      per_token_.try_emplace({policy, LengthClass(num_tokens)}, per_token);
-  if (!is_first) entry->second += kWeight * (per_token - entry->second);
+  const Measured latest = {static_cast<double>(num_tokens), layer / num_tokens};
+  const auto [entry, is_first] = measured_[policy].try_emplace(LengthClass(num_tokens), latest);
+  if (is_first) return;
+  Measured& mean = entry->second;
+  mean.num_tokens += kWeight * (latest.num_tokens - mean.num_tokens);
+  mean.per_token += kWeight * (latest.per_token - mean.per_token);
 }
 
 absl::Duration StepCost::Layer(model::AttentionPolicy policy, int64_t num_tokens) const {
-  const Key key = {policy, LengthClass(num_tokens)};
-  const auto above = per_token_.upper_bound(key);
-  if (above != per_token_.begin()) {
-    const auto at_or_below = std::prev(above);
-    if (at_or_below->first.first == policy) return at_or_below->second * num_tokens;
+  const auto of_policy = measured_.find(policy);
+  if (of_policy == measured_.end()) return kUnmeasuredPerToken * num_tokens;
+  const Lengths& lengths = of_policy->second;
+  const auto length = static_cast<double>(num_tokens);
+  const Measured* shorter = nullptr;  // of the two lengths that a line goes through
+  const Measured* longer = nullptr;
+  for (const auto& [length_class, measured] : lengths) {
+    if (longer != nullptr && longer->num_tokens >= length) break;
+    shorter = std::exchange(longer, &measured);
   }
-  const bool known = above != per_token_.end() && above->first.first == policy;
-  return (known ? above->second : kUnmeasuredPerToken) * num_tokens;
+  absl::Duration per_token = longer->per_token;
+  if (longer->num_tokens < length) {
+    shorter = nullptr;  // lengths that lie near to each other say little about greater ones
+    for (const auto& [length_class, measured] : lengths) {
+      if (2 * measured.num_tokens <= longer->num_tokens) shorter = &measured;
+    }
+  }
+  if (shorter != nullptr) {
+    const absl::Duration growth = longer->per_token - shorter->per_token;
+    const double way = (length - longer->num_tokens) / (longer->num_tokens - shorter->num_tokens);
+    if (way <= 0.0 || growth > absl::ZeroDuration()) per_token += way * growth;
+  }
+  return per_token * length;
+}
+
+void RecordMeasuredAtStart(const model::EngineInfo& engine, absl::Time now, StepCost& costs,
+                           PromptSpeed& speed) {
+  for (const model::LayerTime& measured : engine.layer_times) {
+    const absl::Duration layer = absl::Microseconds(measured.us);
+    const auto record = [&](model::AttentionPolicy policy) {
+      costs.Record(policy, measured.num_tokens, layer);
+      speed.Expect(now, measured.num_tokens, policy, engine.config.num_layers * layer);
+    };
+    record(measured.policy);
+    const bool shares = measured.num_tokens >= engine.default_attention.crossover_tokens;
+    const bool is_that_of_auto = shares == (measured.policy == model::AttentionPolicy::kShare);
+    if (is_that_of_auto) record(model::AttentionPolicy::kAuto);
+  }
 }
 
 }  // namespace prefilld::server

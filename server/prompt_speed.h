@@ -6,10 +6,10 @@
 #include <cstdint>
 #include <deque>
 #include <map>
-#include <utility>
 
 #include "absl/functional/function_ref.h"
 #include "absl/time/time.h"
+#include "model/prefill/prefill_engine.h"
 #include "model/sparse/attention_policy.h"
 
 namespace prefilld::server {
@@ -21,6 +21,9 @@ class PromptSpeed {
   // Records a prompt that was computed alone. `policy` is the one that was asked for; `compute` is
   // the time from its first layer to its first token, without waits for the consumer.
   void Record(absl::Time now, int64_t num_tokens, model::AttentionPolicy policy,
+              absl::Duration compute);
+  // Records what such a prompt is expected to take. It counts as much as kMinSamples prompts.
+  void Expect(absl::Time now, int64_t num_tokens, model::AttentionPolicy policy,
               absl::Duration compute);
   // Records a batch with `num_tokens` over all of its prompts.
   void RecordBatch(absl::Time now, int64_t num_tokens, absl::Duration compute);
@@ -48,6 +51,7 @@ class PromptSpeed {
     int64_t num_tokens;
     model::AttentionPolicy policy;
     double tokens_per_second;
+    int prompts = 1;  // that it counts for
   };
 
   void Add(const Sample& sample, std::deque<Sample>& samples);
@@ -61,24 +65,36 @@ class PromptSpeed {
 // The scheduler compares prompts by the time that they still need. This class predicts it for
 // prompts that have not computed a layer yet. It remembers the time per token of each policy, apart
 // for each doubling of the length, because attention makes long prompts slower per token and sparse
-// policies change by how much. Not thread-safe.
+// policies change by how much. Between lengths it goes by a straight line: token by token work
+// takes a constant time per token, and attention one that grows with the length. Not thread-safe.
 class StepCost {
  public:
   // Records a layer of `num_tokens` tokens. `policy` is the one that was asked for.
   void Record(model::AttentionPolicy policy, int64_t num_tokens, absl::Duration layer);
 
-  // Predicts a layer. Lengths that were not measured are taken as fast per token as the nearest
-  // measured length below them, or else above them. Before anything of the policy was measured, the
-  // prediction is kUnmeasuredPerToken a token, which at least orders prompts by length.
+  // Predicts a layer. The time per token is interpolated between the nearest measured lengths.
+  // Above all of them it goes on to grow as it does from half of the greatest one, or less, to
+  // that; below all of them it is that of the least. Before anything of the policy was measured,
+  // the prediction is kUnmeasuredPerToken a token, which at least orders prompts by length.
   absl::Duration Layer(model::AttentionPolicy policy, int64_t num_tokens) const;
 
   static constexpr absl::Duration kUnmeasuredPerToken = absl::Microseconds(1);
 
  private:
-  using Key = std::pair<model::AttentionPolicy, int>;  // the length's number of bits
+  // The means of the layers of one length class, the latest counting most.
+  struct Measured {
+    double num_tokens = 0.0;
+    absl::Duration per_token;
+  };
+  using Lengths = std::map<int, Measured>;  // by the length's number of bits
 
-  std::map<Key, absl::Duration> per_token_;
+  std::map<model::AttentionPolicy, Lengths> measured_;
 };
+
+// Tells both what the engine measured when it was created, so that the first prompts are ordered
+// and admitted by times, too. For policy auto the times count of the policy that it resolves to.
+void RecordMeasuredAtStart(const model::EngineInfo& engine, absl::Time now, StepCost& costs,
+                           PromptSpeed& speed);
 
 }  // namespace prefilld::server
 

@@ -31,6 +31,7 @@ Scheduler::Scheduler(model::PrefillEngine& engine, const PassResources& resource
       limits_(limits),
       shares_(limits.tenants, resources.metrics.tenants()) {
   for (const Tenant& tenant : limits_.tenants) buckets_.emplace_back(tenant.tokens_per_second);
+  RecordMeasuredAtStart(engine.info(), resources.clock.Now(), costs_, speed_);
 }
 
 Scheduler::~Scheduler() = default;

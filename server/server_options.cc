@@ -83,6 +83,7 @@ absl::Status Validate(const ServerOptions& o) {
              problems);
   CheckRange("--max_graph_tokens", o.engine.max_graph_tokens.value_or(0), 0, model::kMaxGraphTokens,
              problems);
+  CheckRange("--max_resident_tokens", o.engine.max_resident_tokens, 0, int64_t{1} << 28, problems);
   CheckRange("--prefix_cache_bytes", o.engine.prefix_cache_bytes, 0, model::kMaxPrefixCacheBytes,
              problems);
   CheckAddresses(o, problems);
@@ -128,6 +129,7 @@ std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o
            o.engine.max_batch_tokens ? absl::StrCat(*o.engine.max_batch_tokens) : "by device"},
           {"max_graph_tokens",
            o.engine.max_graph_tokens ? absl::StrCat(*o.engine.max_graph_tokens) : "by device"},
+          {"max_resident_tokens", absl::StrCat(o.engine.max_resident_tokens)},
           {"prefix_cache_bytes", absl::StrCat(o.engine.prefix_cache_bytes)},
           {"prefix_cache_reuse", model::Name(o.engine.prefix_reuse)},
           {"listen", o.listen},

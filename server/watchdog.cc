@@ -60,6 +60,7 @@ void Watchdog::LookAround() {
                          .staged_bytes = watched_.ring->staged_bytes(),
                          .staging_capacity_bytes = watched_.ring->capacity_bytes(),
                          .device_bytes = static_cast<int64_t>(watched_.engine->allocated_bytes()),
+                         .resident_tokens = watched_.engine->resident_tokens(),
                          .recorded_layers = watched_.engine->num_recordings(),
                          .prefix_cache = watched_.engine->prefix_cache(),
                          .ready = watched_.health->ready(),

@@ -5,13 +5,16 @@
 #include <algorithm>
 #include <filesystem>
 #include <numeric>
+#include <random>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "model/device/stopwatch.h"
 #include "model/prefill/crossover.h"
 #include "model/prefill/packed_prompts.h"
+#include "model/prefill/prompt_sequence.h"
 #include "proto/status_macros.h"
 
 namespace prefilld::model {
@@ -75,6 +78,8 @@ absl::Status ValidateOptions(const EngineOptions& options) {
   PREFILLD_RETURN_IF_ERROR(CheckRange("long_prompts", long_prompts, 1, kMaxPromptStates));
   PREFILLD_RETURN_IF_ERROR(CheckRange("short_prompts", options.short_prompts.value_or(0), 0,
                                       kMaxPromptStates - long_prompts));
+  PREFILLD_RETURN_IF_ERROR(CheckRange("max_resident_tokens", options.max_resident_tokens, 0,
+                                      kMaxPromptStates * kMaxPositions));
   PREFILLD_RETURN_IF_ERROR(
       CheckRange("prefix_cache_bytes", options.prefix_cache_bytes, 0, kMaxPrefixCacheBytes));
   if (options.kv_slots < 2) {
@@ -206,6 +211,21 @@ class StateAllocator {
   const PromptStateParts parts_;
 };
 
+// Adds states that hold so many tokens at most, in all.
+absl::Status AddWithin(int64_t max_resident_tokens, int64_t long_tokens, int64_t short_tokens,
+                       int short_prompts, StateAllocator& allocator) {
+  if (max_resident_tokens < long_tokens) {
+    return absl::InvalidArgumentError(absl::StrCat("max_resident_tokens ", max_resident_tokens,
+                                                   " is below ", long_tokens,
+                                                   ", the longest prompt or batch"));
+  }
+  for (const int64_t tokens :
+       PlacesWithin(max_resident_tokens, long_tokens, short_tokens, short_prompts)) {
+    PREFILLD_RETURN_IF_ERROR(allocator.Add(tokens));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status AllocateMemory(const EngineOptions& options, EngineParts* parts) {
   const bool asynchronous = parts->device->traits().asynchronous;
   int64_t long_tokens = parts->info.max_tokens;
@@ -217,20 +237,31 @@ absl::Status AllocateMemory(const EngineOptions& options, EngineParts* parts) {
   const int short_prompts =
       options.short_prompts.value_or(std::min(asynchronous ? kCudaShortPrompts : kCpuShortPrompts,
                                               kMaxPromptStates - options.long_prompts.value_or(1)));
-  if (short_prompts == 0) long_tokens = std::max(long_tokens, short_tokens);  // for batches
+  // Batches need a place, too, where there is none for short prompts.
+  if (short_prompts == 0) long_tokens = std::max(long_tokens, short_tokens);
+  if (options.max_resident_tokens > 0) {
+    long_tokens = std::max(long_tokens, parts->max_batch_tokens);
+  }
   PREFILLD_RETURN_IF_ERROR(AllocateWorkspace(options, std::max(long_tokens, short_tokens), parts));
 
   StateAllocator allocator(parts);
-  for (int i = 0; i < options.long_prompts.value_or(1); ++i) {
+  const bool within = options.max_resident_tokens > 0;
+  if (within) {
+    PREFILLD_RETURN_IF_ERROR(AddWithin(options.max_resident_tokens, long_tokens, short_tokens,
+                                       short_prompts, allocator));
+  }
+  for (int i = 0; i < options.long_prompts.value_or(1) && !within; ++i) {
     PREFILLD_RETURN_IF_ERROR(allocator.Add(long_tokens));
   }
-  for (int i = 0; i < short_prompts; ++i) PREFILLD_RETURN_IF_ERROR(allocator.Add(short_tokens));
+  for (int i = 0; i < short_prompts && !within; ++i) {
+    PREFILLD_RETURN_IF_ERROR(allocator.Add(short_tokens));
+  }
   for (LayerStep* step : {parts->step.get(), parts->short_step.get()}) {
     PREFILLD_RETURN_IF_ERROR(step->TuneLinears(parts->states.largest().hidden));
   }
   const int long_prompts =
       std::min(asynchronous ? kCudaLongPrompts : kCpuLongPrompts, kMaxPromptStates - short_prompts);
-  for (int i = 1; i < long_prompts && !options.long_prompts; ++i) {
+  for (int i = 1; i < long_prompts && !options.long_prompts && !within; ++i) {
     PREFILLD_RETURN_IF_ERROR(allocator.AddIfItFits(long_tokens));
   }
   return absl::OkStatus();
@@ -261,7 +292,72 @@ absl::StatusOr<int64_t> MeasureCrossover(EngineParts* parts) {
   return crossover;
 }
 
+// Returns the time of the prompt's second layer, because the first one of a length finds its
+// algorithms, and heads become pivots in it.
+absl::StatusOr<double> TimeOfLayer(EngineParts* parts, AttentionPolicy policy, int64_t num_tokens) {
+  std::mt19937_64 random(1);
+  std::vector<uint32_t> tokens(static_cast<size_t>(num_tokens));
+  for (uint32_t& token : tokens) {
+    token = static_cast<uint32_t>(random() % static_cast<uint64_t>(parts->info.config.vocab_size));
+  }
+  AttentionOptions options = parts->info.default_attention;
+  options.policy = policy;
+  PREFILLD_ASSIGN_OR_RETURN(PromptState * state, parts->states.Take(num_tokens));
+  // With log-probabilities all of the last layer is computed, too.
+  state->Start(PackedPrompts({tokens}, /*pad_last=*/false), options, /*with_logprobs=*/true, {});
+  PromptSequence sequence(parts, state);
+  double us = 0.0;
+  for (int layer = 0; layer < std::min<int>(2, parts->info.config.num_layers); ++layer) {
+    PREFILLD_ASSIGN_OR_RETURN(const LayerReport report, sequence.RunLayer([] { return true; }));
+    us = static_cast<double>(report.compute_us);
+  }
+  return us;
+}
+
+// Runs layers of prompts of 128 tokens, four times as many and so on, under the policies dense and
+// share. Of each policy it measures as many lengths as fit into half a second, one at least. The
+// prompts are random tokens, on which share may take longer than on prose.
+absl::StatusOr<std::vector<LayerTime>> MeasureLayers(EngineParts* parts) {
+  constexpr int64_t kFirstTokens = 128;
+  constexpr int64_t kLengthRatio = 4;
+  constexpr int64_t kMostUs = 500'000;
+  constexpr int64_t kLikelyRatio = 8;  // of the times: between four and sixteen
+  std::vector<LayerTime> times;
+  for (const AttentionPolicy policy : {AttentionPolicy::kDense, AttentionPolicy::kShare}) {
+    int64_t taken_us = 0;
+    int64_t last_us = 0;
+    Stopwatch stopwatch;
+    for (int64_t n = std::min(kFirstTokens, parts->info.max_tokens);
+         n <= parts->info.max_tokens && taken_us + kLikelyRatio * last_us <= kMostUs;
+         n *= kLengthRatio) {
+      PREFILLD_ASSIGN_OR_RETURN(const double us, TimeOfLayer(parts, policy, n));
+      times.push_back({policy, n, us});
+      last_us = stopwatch.LapUs();
+      taken_us += last_us;
+    }
+  }
+  return times;
+}
+
 }  // namespace
+
+std::vector<int64_t> PlacesWithin(int64_t max_resident_tokens, int64_t long_tokens,
+                                  int64_t short_tokens, int short_prompts) {
+  std::vector<int64_t> places;
+  int64_t left = max_resident_tokens;
+  const auto add = [&](int64_t tokens) {
+    if (tokens > left || places.size() == kMaxPromptStates) return false;
+    places.push_back(tokens);
+    left -= tokens;
+    return true;
+  };
+  add(long_tokens);
+  for (int i = 0; i < short_prompts; ++i) add(short_tokens);
+  while (add(long_tokens)) {
+  }
+  if (left >= kKvStrideTokens) add(left / kKvStrideTokens * kKvStrideTokens);
+  return places;
+}
 
 absl::StatusOr<std::unique_ptr<EngineParts>> CreateEngineParts(const EngineOptions& options) {
   PREFILLD_RETURN_IF_ERROR(ValidateOptions(options));
@@ -299,6 +395,9 @@ absl::StatusOr<std::unique_ptr<EngineParts>> CreateEngineParts(const EngineOptio
   if (!options.attention_overrides.crossover_tokens.has_value()) {
     PREFILLD_ASSIGN_OR_RETURN(info.default_attention.crossover_tokens,
                               MeasureCrossover(parts.get()));
+  }
+  if (options.measure_layers) {
+    PREFILLD_ASSIGN_OR_RETURN(info.layer_times, MeasureLayers(parts.get()));
   }
   if (options.prefix_cache_bytes > 0) {
     PREFILLD_ASSIGN_OR_RETURN(

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "model/checkpoint/weights.h"
@@ -51,6 +52,13 @@ struct EngineParts {
 
 // Loads the model, opens the device and allocates all memory. Errors: as CreatePrefillEngine.
 absl::StatusOr<std::unique_ptr<EngineParts>> CreateEngineParts(const EngineOptions& options);
+
+// Returns how many tokens each state holds, if all of them together hold `max_resident_tokens` at
+// most, which are no fewer than `long_tokens`. The first one holds long_tokens. Then come as many
+// of `short_prompts` of short_tokens as fit, then more of long_tokens, and then one of what is
+// left. There are kMaxPromptStates at most.
+std::vector<int64_t> PlacesWithin(int64_t max_resident_tokens, int64_t long_tokens,
+                                  int64_t short_tokens, int short_prompts);
 
 }  // namespace prefilld::model
 

@@ -20,6 +20,7 @@ class Engine final : public PrefillEngine {
   int kv_slots() const override { return parts_->kv_slots; }
   size_t allocated_bytes() const override { return parts_->device->allocated_bytes(); }
   int64_t num_recordings() const override { return parts_->device->num_recordings(); }
+  ResidentTokens resident_tokens() const override { return parts_->states.resident_tokens(); }
   absl::StatusOr<DeviceBuffer> AllocateStaging(size_t bytes) override {
     return parts_->device->AllocateStaging(bytes);
   }

@@ -41,6 +41,13 @@ struct KvSelection {
   kernels::DType dtype = kernels::DType::kBf16;
 };
 
+// The time of one layer of a prompt of its own.
+struct LayerTime {
+  AttentionPolicy policy = AttentionPolicy::kDense;  // the one that ran
+  int64_t num_tokens = 0;
+  double us = 0.0;
+};
+
 struct EngineInfo {
   ModelConfig config;
   std::string model_name;
@@ -50,6 +57,7 @@ struct EngineInfo {
   kernels::DType native_dtype = kernels::DType::kFp32;
   int64_t max_tokens = 0;
   AttentionOptions default_attention;
+  std::vector<LayerTime> layer_times;  // measured at start; by policy and ascending length
 };
 
 // A prompt, or a batch of them packed into one sequence, on its way through the layers. Its memory
@@ -118,6 +126,12 @@ struct PrefixCacheUse {
   double load_seconds = 0;   // spent copying to the device, most of it beside the computation
 };
 
+// The tokens of the prompts under way, and those for which there is memory.
+struct ResidentTokens {
+  int64_t used = 0;
+  int64_t limit = 0;
+};
+
 class PrefillEngine {
  public:
   virtual ~PrefillEngine() = default;
@@ -126,7 +140,8 @@ class PrefillEngine {
   virtual int kv_slots() const = 0;  // of every sequence; at least 2
   virtual size_t allocated_bytes() const = 0;
   virtual int64_t num_recordings() const { return 0; }  // of layers; EngineOptions.max_graph_tokens
-  virtual PrefixCacheUse prefix_cache() const { return {}; }  // thread-safe
+  virtual ResidentTokens resident_tokens() const { return {}; }  // thread-safe
+  virtual PrefixCacheUse prefix_cache() const { return {}; }     // thread-safe
   // Returns how many tokens of the prompt are in the prefix cache now. Others may evict them before
   // Start. Thread-safe.
   virtual int64_t CachedTokens(const PromptInput& prompt) const { return 0; }
@@ -199,6 +214,10 @@ struct EngineOptions {
   // for max_tokens if those are more. 0: none are. Absent: 2048 on CUDA; none on the CPU, whose
   // cores one short prompt fills.
   std::optional<int64_t> max_batch_tokens;
+  // The tokens that all prompts under way may have together. The memory of their states is
+  // allocated at the start, in places of fixed sizes (PlacesWithin, model/prefill/engine_parts.h).
+  // At least the longest prompt or batch. 0: there are places as the next two options say.
+  int64_t max_resident_tokens = 0;
   // How many prompts of up to max_tokens may be under way at a time, at least 1. Each takes memory
   // of its own from the start, see PromptState (model/prefill/prompt_state.h). Absent: 2 on CUDA,
   // or 1 if the second would leave less than kMemoryReserve free; 1 on the CPU.
@@ -220,6 +239,8 @@ struct EngineOptions {
   PrefixReuseRule prefix_reuse = PrefixReuseRule::kLooser;
   int kv_slots = 3;        // of each prompt
   int block_tokens = 128;  // of attention patterns: 64 or 128
+  // Fills EngineInfo.layer_times, which takes a second or two.
+  bool measure_layers = false;
   // Reserves the memory that baseline policies take; without it Start refuses them.
   bool baselines = false;
   // EngineInfo.default_attention is the built-in options with the thresholds that the cluster file

@@ -72,7 +72,7 @@ void PromptStatePool::Add(std::unique_ptr<PromptState> state) {
   const auto place = std::upper_bound(
       entries_.begin(), entries_.end(), state->max_tokens,
       [](int64_t max_tokens, const Entry& entry) { return max_tokens < entry.state->max_tokens; });
-  entries_.insert(place, {std::move(state), false});
+  entries_.insert(place, {.state = std::move(state)});
 }
 
 absl::StatusOr<PromptState*> PromptStatePool::Take(int64_t num_tokens) {
@@ -82,6 +82,7 @@ absl::StatusOr<PromptState*> PromptStatePool::Take(int64_t num_tokens) {
     if (entry.state->max_tokens < num_tokens) continue;
     ++fitting;
     if (std::exchange(entry.taken, true)) continue;
+    entry.num_tokens = num_tokens;
     return entry.state.get();
   }
   return absl::ResourceExhaustedError(
@@ -102,6 +103,16 @@ void PromptStatePool::GiveBack(PromptState* state) {
   for (Entry& entry : entries_) {
     if (entry.state.get() == state) entry.taken = false;
   }
+}
+
+ResidentTokens PromptStatePool::resident_tokens() const {
+  ResidentTokens tokens;
+  absl::MutexLock lock(&mu_);
+  for (const Entry& entry : entries_) {
+    tokens.limit += entry.state->max_tokens;
+    if (entry.taken) tokens.used += entry.num_tokens;
+  }
+  return tokens;
 }
 
 int PromptStatePool::count() const {

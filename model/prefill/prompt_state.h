@@ -134,6 +134,9 @@ class PromptStatePool {
   // everything that its next user queues.
   void GiveBack(PromptState* state);
 
+  // Returns the tokens of the prompts that have taken states, and those that all states hold.
+  ResidentTokens resident_tokens() const;
+
   int count() const;
   // Returns the state that holds most tokens.
   PromptState& largest();
@@ -142,6 +145,7 @@ class PromptStatePool {
   struct Entry {
     std::unique_ptr<PromptState> state;
     bool taken = false;
+    int64_t num_tokens = 0;  // for which it is taken
   };
 
   mutable absl::Mutex mu_;

@@ -4,10 +4,10 @@
     PYTHONPATH=client/python tests/bench/short_beside_long.py PREFILLD MODEL --device=cuda --seconds=25 \\
         --long_prompts long1.json long2.json
 
-Dense prompts of 512 and of 2048 random tokens come together, three pairs a second, at random. The long
-prompts are files of token ids, for instance of model/synthetic/make_checkpoint.py --prompt; without
-any, random tokens are sent. Only the last block of KV is asked for, so that consumers wait for nothing
-but the computation. The times are those of the server's log (ttft_ms), queueing included.
+Dense prompts of --short_tokens random tokens come together, --per_second times a second on average. The long
+prompts are files of token ids, for instance of model/synthetic/make_checkpoint.py --prompt; without any,
+random tokens are sent. Only the last block of KV is asked for, so that consumers wait for nothing but the
+computation. The times are those of the server's log (ttft_ms), queueing included.
 """
 
 import argparse
@@ -23,9 +23,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prefilld import Attention, Layout, PrefillClient
-
-SHORT = (512, 2048)
-PAIRS_PER_SECOND = 3.0
 
 
 @contextlib.contextmanager
@@ -55,8 +52,9 @@ def prefill(client: PrefillClient, tokens: list[int], policy: str):
         return stream.result
 
 
-def send_shorts(address: str, prompts: dict[int, list[list[int]]], seconds: float, rng: random.Random) -> None:
-    """Sends pairs of short prompts, each from a thread and a connection of its own, and waits for all."""
+def send_shorts(args: argparse.Namespace, address: str, prompts: dict[int, list[list[int]]], seconds: float,
+                rng: random.Random) -> None:  # fmt: skip
+    """Sends short prompts, each from a thread and a connection of its own, and waits for all."""
     threads = []
     end = time.monotonic() + seconds
 
@@ -65,10 +63,10 @@ def send_shorts(address: str, prompts: dict[int, list[list[int]]], seconds: floa
             prefill(client, tokens, "dense")
 
     while time.monotonic() < end:
-        for length in SHORT:
+        for length in args.short_tokens:
             threads.append(threading.Thread(target=send, args=(rng.choice(prompts[length]),)))
             threads[-1].start()
-        time.sleep(rng.expovariate(PAIRS_PER_SECOND))
+        time.sleep(rng.expovariate(args.per_second))
     for thread in threads:
         thread.join()
 
@@ -90,7 +88,7 @@ def first_token_times(log: str) -> dict[str, dict]:
 def measure(args: argparse.Namespace, address: str, log: Path) -> dict:
     rng = random.Random(7)
     random_prompt = lambda length: [rng.randrange(args.vocabulary) for _ in range(length)]  # noqa: E731
-    shorts = {length: [random_prompt(length) for _ in range(8)] for length in SHORT}
+    shorts = {length: [random_prompt(length) for _ in range(8)] for length in args.short_tokens}
     longs = [json.loads(Path(path).read_text()) for path in args.long_prompts]
     longs = longs or [random_prompt(args.long_tokens) for _ in range(2)]
 
@@ -112,14 +110,14 @@ def measure(args: argparse.Namespace, address: str, log: Path) -> dict:
         for thread in threads:
             thread.start()
         time.sleep(1)
-        send_shorts(address, shorts, args.seconds, rng)
+        send_shorts(args, address, shorts, args.seconds, rng)
         stop.set()
         for thread in threads:
             thread.join()
 
-    send_shorts(address, shorts, 1, rng)  # warms up
+    send_shorts(args, address, shorts, 1, rng)  # warms up
     return {
-        "alone_ms": phase(lambda: send_shorts(address, shorts, args.seconds / 4, rng)),
+        "alone_ms": phase(lambda: send_shorts(args, address, shorts, args.seconds / 4, rng)),
         "long_alone_ms": phase(lambda: [prefill(PrefillClient(address), tokens, args.policy) for tokens in longs]),
         "beside_ms": phase(beside),
     }
@@ -131,6 +129,8 @@ def main() -> None:
     parser.add_argument("model", help="model folder")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=25)
+    parser.add_argument("--short_tokens", type=int, nargs="+", default=[512, 2048], help="of the short prompts")
+    parser.add_argument("--per_second", type=float, default=3.0, help="how often short prompts come")
     parser.add_argument("--policy", default="share", help="of the long prompts")
     parser.add_argument("--long_prompts", nargs="*", default=[], metavar="JSON")
     parser.add_argument("--long_tokens", type=int, default=131072, help="of random long prompts")

@@ -8,6 +8,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "model/prefill/engine_parts.h"
 #include "tests/model/prompt_run.h"
 #include "tests/model/random_checkpoint.h"
 
@@ -15,7 +16,10 @@ namespace prefilld::model {
 namespace {
 
 using ::testing::Each;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::Not;
+using ::testing::SizeIs;
 
 EngineOptions CpuEngine(const RandomCheckpoint& checkpoint) {
   return CpuEngineOptions(checkpoint.dir(), 1200);
@@ -148,6 +152,12 @@ TEST_F(PrefillEngineTest, RefusesOptionsItCannotHonour) {
            {[](EngineOptions& o) { o.tile_tokens = -1; }, "tile_tokens -1"},
            {[](EngineOptions& o) { o.long_prompts = 0; }, "long_prompts 0 is outside 1 to 15"},
            {[](EngineOptions& o) { o.short_prompts = 15; }, "short_prompts 15 is outside 0 to 14"},
+           {[](EngineOptions& o) { o.max_resident_tokens = -1; }, "max_resident_tokens -1"},
+           {[](EngineOptions& o) {
+              o.max_tokens = 2000;
+              o.max_resident_tokens = 1999;
+            },
+            "max_resident_tokens 1999 is below 2000, the longest prompt or batch"},
            {[](EngineOptions& o) { o.attention_overrides.tau = NAN; }, "attention.tau"},
        }) {
     EngineOptions options = CpuEngine(checkpoint_);
@@ -172,6 +182,59 @@ TEST_F(PrefillEngineTest, AsManySequencesAtATimeAsThereArePlaces) {
   EXPECT_THAT(third.message(), HasSubstr("1 tokens: other prompts have all 2 places"));
   first->reset();
   EXPECT_TRUE(engine->Start({1}, DenseAttention()).ok());
+}
+
+TEST(PlacesWithin, HoldNoMoreTokensThanAreAllowed) {
+  EXPECT_THAT(PlacesWithin(1000, 1000, 200, 4), ElementsAre(1000));
+  EXPECT_THAT(PlacesWithin(1500, 1000, 200, 4), ElementsAre(1000, 200, 200));
+  EXPECT_THAT(PlacesWithin(1900, 1000, 200, 4), ElementsAre(1000, 200, 200, 200, 200));
+  EXPECT_THAT(PlacesWithin(1950, 1000, 200, 1), ElementsAre(1000, 200, 640)) << "what is left";
+  EXPECT_THAT(PlacesWithin(3300, 1000, 200, 1), ElementsAre(1000, 200, 1000, 1000));
+  EXPECT_THAT(PlacesWithin(int64_t{1} << 40, 1000, 200, 4), SizeIs(kMaxPromptStates));
+}
+
+TEST_F(PrefillEngineTest, PromptsUnderWayHaveNoMoreTokensThanMayBeResident) {
+  EngineOptions options = CpuEngine(checkpoint_);
+  options.max_tokens = 2000;
+  options.short_prompts = 1;
+  options.max_resident_tokens = 5000;
+  const auto engine = NewEngine(options);
+  EXPECT_EQ(engine->resident_tokens().limit, 2000 + 2000 + 896);
+  EXPECT_EQ(engine->resident_tokens().used, 0);
+  std::vector<std::unique_ptr<PrefillSequence>> sequences;
+  const auto start = [&](int64_t num_tokens) {
+    auto sequence =
+        engine->Start(RandomTokens(num_tokens, checkpoint_.config().vocab_size), DenseAttention());
+    if (sequence.ok()) sequences.push_back(*std::move(sequence));
+    return sequence.status();
+  };
+  EXPECT_TRUE(start(1900).ok());
+  EXPECT_TRUE(start(2000).ok());
+  EXPECT_EQ(start(897).code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(start(896).ok());
+  EXPECT_EQ(engine->resident_tokens().used, 1900 + 2000 + 896);
+  sequences.clear();
+  EXPECT_EQ(engine->resident_tokens().used, 0);
+}
+
+TEST_F(PrefillEngineTest, MeasuresLayersAtStartIfItIsAsked) {
+  EngineOptions options = CpuEngine(checkpoint_);
+  EXPECT_THAT(NewEngine(options)->info().layer_times, SizeIs(0));
+  options.measure_layers = true;
+  const auto engine = NewEngine(options);
+  for (const AttentionPolicy policy : {AttentionPolicy::kDense, AttentionPolicy::kShare}) {
+    std::vector<int64_t> lengths;
+    for (const LayerTime& measured : engine->info().layer_times) {
+      if (measured.policy != policy) continue;
+      lengths.push_back(measured.num_tokens);
+      EXPECT_GT(measured.us, 0.0);
+    }
+    ASSERT_THAT(lengths, Not(SizeIs(0))) << Name(policy);
+    EXPECT_EQ(lengths.front(), std::min<int64_t>(128, engine->info().max_tokens));
+    EXPECT_LE(lengths.back(), engine->info().max_tokens);
+    EXPECT_TRUE(std::is_sorted(lengths.begin(), lengths.end()));
+  }
+  EXPECT_EQ(engine->resident_tokens().used, 0);
 }
 
 TEST_F(PrefillEngineTest, EveryPlaceTakesTheMemoryThatIsStated) {

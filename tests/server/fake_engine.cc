@@ -227,6 +227,7 @@ FakeEngine::FakeEngine(const FakeEngineOptions& options)
   info_.device_name = "fake device";
   info_.native_dtype = kernels::DType::kBf16;
   info_.max_tokens = options.max_tokens;
+  info_.layer_times = options.layer_times;
 }
 
 void FakeEngine::set_layer_time(absl::Duration time) {

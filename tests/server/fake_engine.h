@@ -31,6 +31,7 @@ struct FakeEngineOptions {
   int max_sequences = 4;         // at once; Start answers RESOURCE_EXHAUSTED beyond
   // Prompts of more tokens, alone and with use_prefix_cache, have so many in the cache.
   int64_t cached_tokens = 0;
+  std::vector<model::LayerTime> layer_times = {};  // as if measured at start
 };
 
 // The first token of a prompt is its last token plus one. K and V are a pure function of (layer, K
@@ -83,6 +84,7 @@ class FakeEngine final : public model::PrefillEngine {
   const model::EngineInfo& info() const override { return info_; }
   int kv_slots() const override { return options_.kv_slots; }
   size_t allocated_bytes() const override { return 12345; }
+  model::ResidentTokens resident_tokens() const override { return {.used = 678, .limit = 9000}; }
   int64_t max_batch_tokens() const override { return options_.max_batch_tokens; }
   int64_t BatchTokens(int64_t num_tokens, const model::AttentionOptions& options) const override;
   bool MayInterject(int64_t num_tokens, const model::AttentionOptions& options) const override;

@@ -267,6 +267,8 @@ TEST_F(PrefillStream, CountsWhatItDid) {
   EXPECT_EQ(Metric("prefilld_policy_requests_total{policy=\"dense\"}"), 1);
   EXPECT_EQ(Metric("prefilld_policy_fallbacks_total"), 1);  // auto ran dense
   EXPECT_EQ(Metric("prefilld_device_memory_bytes"), 12345);
+  EXPECT_EQ(Metric("prefilld_resident_tokens"), 678);
+  EXPECT_EQ(Metric("prefilld_resident_tokens_limit"), 9000);
   EXPECT_EQ(Metric("prefilld_staging_capacity_bytes"), 8 << 20);
   EXPECT_EQ(Metric("prefilld_ready"), 1);
   EXPECT_EQ(Metric("prefilld_live"), 1);

@@ -81,13 +81,56 @@ TEST(StepCost, PredictsWhatItMeasured) {
   EXPECT_EQ(costs.Layer(kDense, 100'000), absl::Milliseconds(4000));
 }
 
-TEST(StepCost, TakesTheNearestLengthBelowOrElseAbove) {
+// A layer of n tokens takes 10 n + n * n / 1000 microseconds.
+TEST(StepCost, GoesByAStraightLinePerTokenBetweenLengthsAndBeyondThem) {
   StepCost costs;
-  costs.Record(kDense, 1000, absl::Milliseconds(10));
-  costs.Record(kDense, 100'000, absl::Milliseconds(4000));
-  EXPECT_EQ(costs.Layer(kDense, 2000), absl::Milliseconds(20));
-  EXPECT_EQ(costs.Layer(kDense, 100), absl::Milliseconds(1));
-  EXPECT_EQ(costs.Layer(kDense, 1'000'000), absl::Milliseconds(40'000));
+  costs.Record(kDense, 1000, absl::Milliseconds(11));
+  EXPECT_EQ(costs.Layer(kDense, 4000), absl::Milliseconds(44)) << "one length tells no growth";
+  costs.Record(kDense, 10'000, absl::Milliseconds(200));
+  costs.Record(kDense, 16'000, absl::Milliseconds(416));
+  const auto near = [&](int64_t num_tokens, absl::Duration expected) {
+    EXPECT_NEAR(absl::FDivDuration(costs.Layer(kDense, num_tokens), expected), 1, 1e-6)
+        << num_tokens;
+  };
+  near(4000, absl::Milliseconds(56));
+  near(12'000, absl::Milliseconds(264));
+  near(100'000, absl::Milliseconds(11'000));
+  near(100, absl::Microseconds(1100));  // as fast per token as the least length
+}
+
+TEST(StepCost, DoesNotTakeLongerPromptsForEverFasterOnes) {
+  StepCost costs;
+  costs.Record(kShare, 1000, absl::Milliseconds(20));
+  costs.Record(kShare, 10'000, absl::Milliseconds(100));
+  EXPECT_EQ(costs.Layer(kShare, 100'000), absl::Milliseconds(1000));
+}
+
+TEST(StepCost, TwoLengthsThatAreNearlyEqualSayNothingAboutGreaterOnes) {
+  StepCost costs;
+  costs.Record(kDense, 1023, absl::Milliseconds(10));
+  costs.Record(kDense, 1025, absl::Milliseconds(11));
+  EXPECT_NEAR(absl::ToDoubleMilliseconds(costs.Layer(kDense, 102'500)), 1100, 1);
+}
+
+TEST(MeasuredAtStart, IsWhatTheFirstPromptsAreExpectedToTake) {
+  model::EngineInfo engine;
+  engine.config.num_layers = 10;
+  engine.default_attention.crossover_tokens = 5000;
+  engine.layer_times = {
+      {kDense, 2000, 2000}, {kDense, 8000, 16'000}, {kShare, 2000, 3000}, {kShare, 8000, 8000}};
+  StepCost costs;
+  PromptSpeed speed;
+  RecordMeasuredAtStart(engine, kNow, costs, speed);
+  constexpr auto kAuto = model::AttentionPolicy::kAuto;
+  EXPECT_EQ(costs.Layer(kDense, 8000), absl::Milliseconds(16));
+  EXPECT_EQ(costs.Layer(kShare, 8000), absl::Milliseconds(8));
+  EXPECT_EQ(costs.Layer(kAuto, 2000), absl::Milliseconds(2)) << "dense";
+  EXPECT_EQ(costs.Layer(kAuto, 8000), absl::Milliseconds(8)) << "shares";
+  EXPECT_EQ(speed.AtBest(kNow, 2000, kDense), absl::Milliseconds(20));
+  EXPECT_EQ(speed.AtBest(kNow, 8000, kAuto), absl::Milliseconds(80));
+  EXPECT_GT(speed.latest(), 0);
+  const absl::Time later = kNow + PromptSpeed::kMaxAge + absl::Seconds(1);
+  EXPECT_EQ(speed.AtBest(later, 2000, kDense), absl::ZeroDuration());
 }
 
 TEST(StepCost, KeepsPoliciesApart) {

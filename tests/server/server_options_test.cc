@@ -26,6 +26,7 @@ TEST(ServerOptions, EveryProblemIsListedWithItsFlagValueAndLimit) {
   options.metrics_listen = "host:99999";
   options.tls.cert_file = "/does/not/exist.pem";
   options.engine.max_batch_tokens = 1 << 20;
+  options.engine.max_resident_tokens = -5;
   options.engine.max_graph_tokens = -1;
   options.queue_capacity = -1;
   options.max_lanes = 17;
@@ -41,6 +42,7 @@ TEST(ServerOptions, EveryProblemIsListedWithItsFlagValueAndLimit) {
        {"--model is required", "--listen=nowhere", "--metrics_listen=host:99999",
         "--tls_cert and --tls_key belong together", "--tls_cert=/does/not/exist.pem",
         "--max_batch_tokens=1048576 is outside 0 to 524288",
+        "--max_resident_tokens=-5 is outside 0 to 268435456",
         "--max_graph_tokens=-1 is outside 0 to 4096", "--queue_capacity=-1 is outside 0 to",
         "--max_lanes=17 is outside 1 to 16", "--frame_bytes=1000 is outside 1048576 to 4194304",
         "--stall_timeout_s=0", "--min_consumer_mb_per_s=-1", "gamma 1.5",
