@@ -22,6 +22,7 @@ from prefilld.clients import DecodeClient, GenerateStream, PrefillClient, Prefil
 from prefilld.errors import Cancelled, PrefilldError, TransferError
 from prefilld.options import Attention, Delivery, GenerateArguments, Layout, PrefillArguments, Sampling
 from prefilld.prefixes import prefix_keys
+from prefilld.receiver import ExpectedCache, KvReceiver
 from prefilld.tokens import Token
 from prefilld.transfer import KvBlocks
 
@@ -34,9 +35,11 @@ __all__ = [
     "Cancelled",
     "DecodeClient",
     "Delivery",
+    "ExpectedCache",
     "GenerateArguments",
     "GenerateStream",
     "KvBlocks",
+    "KvReceiver",
     "Layout",
     "PrefillArguments",
     "PrefillClient",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from prefilld import wire
 from prefilld.channels import Servers
 from prefilld.errors import PrefilldError, one_family
+from prefilld.mailbox import Mailbox
 from prefilld.options import Call, GenerateArguments, PrefillArguments, generate_call, prefill_call
 from prefilld.tokens import Generation, Token
 from prefilld.transfer import KvBlocks, Reception, WholeCache
@@ -138,36 +138,6 @@ class AcceptedFields:
     _whole = False
 
 
-class _Mailbox:
-    """Hands what several threads read to one that iterates; holds at most `room` entries."""
-
-    def __init__(self, room: int):
-        self._room = room
-        self._changed = threading.Condition()
-        self._entries: collections.deque = collections.deque()
-        self._closed = False
-
-    def put(self, entry) -> bool:
-        """Waits for room; returns False when nobody takes entries any more."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or len(self._entries) < self._room)
-            if not self._closed:
-                self._entries.append(entry)
-                self._changed.notify_all()
-            return not self._closed
-
-    def take(self):
-        with self._changed:
-            self._changed.wait_for(lambda: self._entries)
-            self._changed.notify_all()
-            return self._entries.popleft()
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-
 _LANE_ENDED = object()
 
 
@@ -250,7 +220,7 @@ class PrefillStream(AcceptedFields, _Stream):
         for attach in self._reception.attachments():
             calls.append(self._server.stub(attach.lane).AttachLane(attach, timeout=self._left()))
             self._begin(calls[-1])
-        mailbox = _Mailbox(2 * len(calls))
+        mailbox = Mailbox(2 * len(calls))
 
         def read(lane: int, call) -> None:
             try:

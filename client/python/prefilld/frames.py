@@ -77,15 +77,18 @@ def _frame_of(message) -> Frame:
     return Frame(**fields, payload=memoryview(message.payload))
 
 
-def read_event(data: bytes):
-    """Returns a Frame, or the PrefillEvent message of anything else. Raises TransferError for bytes that are neither."""
+def read_event(data: bytes, kind=wire.PrefillEvent):
+    """Returns a Frame, or the message of anything else. Raises TransferError for bytes that are neither.
+
+    kind: PrefillEvent, or ReceiveRequest, which has its frames in a field of the same number.
+    """
     if data and data[0] == _KV_FRAME_TAG:
         try:
             return _read_frame(memoryview(data))
         except (_Unusual, IndexError):
             pass
     try:
-        event = wire.PrefillEvent.FromString(data)
+        message = kind.FromString(data)
     except Exception as error:  # each implementation of protobuf has its own DecodeError
-        raise data_loss(f"a message of {len(data)} bytes is no PrefillEvent: {error}") from None
-    return _frame_of(event.kv_frame) if event.WhichOneof("event") == "kv_frame" else event
+        raise data_loss(f"a message of {len(data)} bytes is no {kind.DESCRIPTOR.name}: {error}") from None
+    return _frame_of(message.kv_frame) if message.HasField("kv_frame") else message
