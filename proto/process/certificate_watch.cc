@@ -19,8 +19,9 @@ constexpr absl::Duration kPeriod = absl::Seconds(1);
 constexpr absl::Duration kWarnBefore = absl::Hours(14 * 24);
 constexpr absl::Duration kWarnEvery = absl::Hours(24);
 
-LogFields ExpiryFields(absl::Time expiry) {
-  return {{"expires", absl::FormatTime("%Y-%m-%dT%H:%M:%SZ", expiry, absl::UTCTimeZone())},
+LogFields ExpiryFields(const std::string& file, absl::Time expiry) {
+  return {{"file", file},
+          {"expires", absl::FormatTime("%Y-%m-%dT%H:%M:%SZ", expiry, absl::UTCTimeZone())},
           {"days_left", absl::ToDoubleHours(expiry - absl::Now()) / 24}};
 }
 
@@ -29,15 +30,40 @@ LogFields ExpiryFields(absl::Time expiry) {
 class CertificateWatch::Metrics final : public prometheus::Collectable {
  public:
   void SetExpiry(absl::Time expiry) { expiry_s_ = absl::ToUnixSeconds(expiry); }
+  void SetClientExpiry(absl::Time expiry) { client_expiry_s_ = absl::ToUnixSeconds(expiry); }
   void Count(bool refused) { ++(refused ? refused_ : reloaded_); }
 
   std::vector<prometheus::MetricFamily> Collect() const override {
-    if (expiry_s_ == kNoTls) return {};
+    std::vector<prometheus::MetricFamily> families;
+    if (expiry_s_ != kNone) {
+      families.push_back(Expiry("prefilld_certificate_expiry_timestamp_seconds",
+                                "When the first certificate of --tls_cert expires, in seconds "
+                                "since 1970.",
+                                expiry_s_));
+    }
+    if (client_expiry_s_ != kNone) {
+      families.push_back(Expiry("prefilld_client_certificate_expiry_timestamp_seconds",
+                                "When the certificate expires that is shown to prefilld, in "
+                                "seconds since 1970.",
+                                client_expiry_s_));
+    }
+    if (!families.empty()) families.push_back(Reloads());
+    return families;
+  }
+
+ private:
+  static constexpr int64_t kNone = -1;
+
+  static prometheus::MetricFamily Expiry(const char* name, const char* help, int64_t expiry_s) {
     prometheus::MetricFamily expiry;
-    expiry.name = "prefilld_certificate_expiry_timestamp_seconds";
-    expiry.help = "When the first certificate of --tls_cert expires, in seconds since 1970.";
+    expiry.name = name;
+    expiry.help = help;
     expiry.type = prometheus::MetricType::Gauge;
-    expiry.metric.emplace_back().gauge.value = static_cast<double>(expiry_s_);
+    expiry.metric.emplace_back().gauge.value = static_cast<double>(expiry_s);
+    return expiry;
+  }
+
+  prometheus::MetricFamily Reloads() const {
     prometheus::MetricFamily reloads;
     reloads.name = "prefilld_certificate_reloads_total";
     reloads.help = "Times that changed TLS files were read, by whether they were valid.";
@@ -47,22 +73,24 @@ class CertificateWatch::Metrics final : public prometheus::Collectable {
       metric.label.push_back({"result", result});
       metric.counter.value = static_cast<double>(count->load());
     }
-    return {expiry, reloads};
+    return reloads;
   }
 
- private:
-  static constexpr int64_t kNoTls = -1;
-
-  std::atomic<int64_t> expiry_s_ = kNoTls;
+  std::atomic<int64_t> expiry_s_ = kNone;
+  std::atomic<int64_t> client_expiry_s_ = kNone;
   std::atomic<int64_t> reloaded_ = 0;
   std::atomic<int64_t> refused_ = 0;
 };
 
-CertificateWatch::CertificateWatch(wire::ServerCertificates* certificates)
+CertificateWatch::CertificateWatch(wire::ServerCertificates* certificates,
+                                   std::optional<wire::ChannelTls> client)
     : certificates_(certificates), metrics_(std::make_shared<Metrics>()) {
-  if (certificates_ == nullptr) return;
-  metrics_->SetExpiry(certificates_->expiry());
-  thread_.emplace([this] { Run(); });
+  if (client.has_value() && !client->cert_file.empty()) client_ = *std::move(client);
+  if (certificates_ != nullptr) metrics_->SetExpiry(certificates_->expiry());
+  if (client_.has_value()) ReadClient();
+  if (certificates_ != nullptr || client_.has_value()) {
+    thread_.emplace([this] { Run(); });
+  }
 }
 
 CertificateWatch::~CertificateWatch() {
@@ -74,10 +102,10 @@ std::shared_ptr<prometheus::Collectable> CertificateWatch::metrics() const { ret
 
 void CertificateWatch::Run() {
   // Files that are being written change from one look to the next.
-  std::string read = certificates_->FileVersions();
+  std::string read = Versions();
   std::string seen = read;
   do {
-    const std::string now = certificates_->FileVersions();
+    const std::string now = Versions();
     if (now == seen && now != read) {
       read = now;
       Reload(/*say_unchanged=*/false);
@@ -87,13 +115,27 @@ void CertificateWatch::Run() {
   } while (!stop_.WaitForNotificationWithTimeout(kPeriod));
 }
 
+std::string CertificateWatch::Versions() const {
+  std::string versions;
+  if (certificates_ != nullptr) versions = certificates_->FileVersions();
+  if (client_.has_value()) {
+    versions += wire::FileVersions({client_->ca_file, client_->cert_file, client_->key_file});
+  }
+  return versions;
+}
+
 void CertificateWatch::ReloadNow() {
-  if (certificates_ != nullptr) return Reload(/*say_unchanged=*/true);
+  if (thread_.has_value()) return Reload(/*say_unchanged=*/true);
   LogEvent(LogLevel::kInfo, "nothing_to_reload", {{"tls", "off"}});
 }
 
 void CertificateWatch::Reload(bool say_unchanged) {
   absl::MutexLock lock(&reload_mu_);
+  if (certificates_ != nullptr) ReloadServer(say_unchanged);
+  if (client_.has_value()) ReadClient();
+}
+
+void CertificateWatch::ReloadServer(bool say_unchanged) {
   const absl::StatusOr<bool> changed = certificates_->Reload();
   if (!changed.ok()) {
     metrics_->Count(/*refused=*/true);
@@ -102,20 +144,42 @@ void CertificateWatch::Reload(bool say_unchanged) {
   } else if (*changed) {
     metrics_->Count(/*refused=*/false);
     metrics_->SetExpiry(certificates_->expiry());
-    LogEvent(LogLevel::kInfo, "certificates_reloaded", ExpiryFields(certificates_->expiry()));
+    LogEvent(LogLevel::kInfo, "certificates_reloaded",
+             ExpiryFields("--tls_cert", certificates_->expiry()));
   } else if (say_unchanged) {
-    LogEvent(LogLevel::kInfo, "certificates_unchanged", ExpiryFields(certificates_->expiry()));
+    LogEvent(LogLevel::kInfo, "certificates_unchanged",
+             ExpiryFields("--tls_cert", certificates_->expiry()));
   }
 }
 
+// The channels read the files themselves (MakeChannelCredentials); this is for the operator.
+void CertificateWatch::ReadClient() {
+  const absl::StatusOr<absl::Time> expiry = wire::ChannelCertificateExpiry(*client_);
+  if (!expiry.ok()) {
+    metrics_->Count(/*refused=*/true);
+    LogEvent(LogLevel::kError, "certificates_refused",
+             {{"status", std::string(expiry.status().message())}});
+    return;
+  }
+  client_expiry_ = absl::ToUnixSeconds(*expiry);
+  metrics_->SetClientExpiry(*expiry);
+}
+
 void CertificateWatch::WarnOfExpiry(absl::Time now) {
-  const absl::Time expiry = certificates_->expiry();
-  if (now < next_warning_ || expiry - now > kWarnBefore) return;
+  if (now < next_warning_) return;
+  if (certificates_ != nullptr) WarnOfExpiry("--tls_cert", certificates_->expiry(), now);
+  if (client_.has_value()) {
+    WarnOfExpiry(client_->cert_file, absl::FromUnixSeconds(client_expiry_), now);
+  }
+}
+
+void CertificateWatch::WarnOfExpiry(const std::string& file, absl::Time expiry, absl::Time now) {
+  if (expiry - now > kWarnBefore) return;
   next_warning_ = now + kWarnEvery;
   if (now < expiry) {
-    LogEvent(LogLevel::kWarning, "certificate_expires_soon", ExpiryFields(expiry));
+    LogEvent(LogLevel::kWarning, "certificate_expires_soon", ExpiryFields(file, expiry));
   } else {
-    LogEvent(LogLevel::kError, "certificate_expired", ExpiryFields(expiry));
+    LogEvent(LogLevel::kError, "certificate_expired", ExpiryFields(file, expiry));
   }
 }
 

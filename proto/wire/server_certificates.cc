@@ -3,7 +3,6 @@
 #include <grpc/grpc.h>
 #include <grpc/grpc_security.h>
 #include <grpcpp/security/server_credentials.h>
-#include <sys/stat.h>
 
 #include <utility>
 
@@ -118,17 +117,7 @@ absl::StatusOr<bool> ServerCertificates::Reload() {
 }
 
 std::string ServerCertificates::FileVersions() const {
-  std::string versions;
-  for (const std::string& path : {files_.cert_file, files_.key_file, files_.client_ca_file}) {
-    struct stat facts = {};
-    if (path.empty() || stat(path.c_str(), &facts) != 0) {
-      versions += "none;";
-      continue;
-    }
-    absl::StrAppend(&versions, facts.st_dev, ":", facts.st_ino, ":", facts.st_size, ":",
-                    facts.st_mtim.tv_sec, ".", facts.st_mtim.tv_nsec, ";");
-  }
-  return versions;
+  return wire::FileVersions({files_.cert_file, files_.key_file, files_.client_ca_file});
 }
 
 absl::Time ServerCertificates::expiry() const {

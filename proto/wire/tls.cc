@@ -1,5 +1,7 @@
 #include "proto/wire/tls.h"
 
+#include <sys/stat.h>
+
 #include <fstream>
 #include <iterator>
 #include <utility>
@@ -19,7 +21,9 @@ namespace {
 // How often a channel looks at its files.
 constexpr unsigned kRefreshSeconds = 2;
 
-absl::Status CheckChannelTls(const ChannelTls& tls) {
+}  // namespace
+
+absl::StatusOr<absl::Time> ChannelCertificateExpiry(const ChannelTls& tls) {
   if (tls.cert_file.empty() != tls.key_file.empty()) {
     return absl::InvalidArgumentError("TLS cert_file and key_file go together; only one is set");
   }
@@ -29,15 +33,27 @@ absl::Status CheckChannelTls(const ChannelTls& tls) {
     PREFILLD_ASSIGN_OR_RETURN(ca.text, ReadPemFile("TLS ca_file", tls.ca_file));
     PREFILLD_RETURN_IF_ERROR(CheckAuthorities(ca, now));
   }
-  if (tls.cert_file.empty()) return absl::OkStatus();
+  if (tls.cert_file.empty()) return absl::InfiniteFuture();
   PemText chain = {.name = absl::StrCat("TLS cert_file ", tls.cert_file), .text = ""};
   PemText key = {.name = absl::StrCat("TLS key_file ", tls.key_file), .text = ""};
   PREFILLD_ASSIGN_OR_RETURN(chain.text, ReadPemFile("TLS cert_file", tls.cert_file));
   PREFILLD_ASSIGN_OR_RETURN(key.text, ReadPemFile("TLS key_file", tls.key_file));
-  return CheckKeyPair(chain, key, now).status();
+  return CheckKeyPair(chain, key, now);
 }
 
-}  // namespace
+std::string FileVersions(const std::vector<std::string>& paths) {
+  std::string versions;
+  for (const std::string& path : paths) {
+    struct stat facts = {};
+    if (path.empty() || stat(path.c_str(), &facts) != 0) {
+      versions += "none;";
+      continue;
+    }
+    absl::StrAppend(&versions, facts.st_dev, ":", facts.st_ino, ":", facts.st_size, ":",
+                    facts.st_mtim.tv_sec, ".", facts.st_mtim.tv_nsec, ";");
+  }
+  return versions;
+}
 
 const char* ServerTls::mode() const {
   if (cert_file.empty()) return "off";
@@ -87,7 +103,7 @@ void CheckServerTls(const ServerTls& tls, std::vector<std::string>& problems) {
 absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakeChannelCredentials(
     const std::optional<ChannelTls>& tls) {
   if (!tls.has_value()) return grpc::InsecureChannelCredentials();
-  PREFILLD_RETURN_IF_ERROR(CheckChannelTls(*tls));
+  PREFILLD_RETURN_IF_ERROR(ChannelCertificateExpiry(*tls).status());
   grpc::experimental::TlsChannelCredentialsOptions options;
   if (!tls->ca_file.empty() || !tls->cert_file.empty()) {
     options.set_certificate_provider(

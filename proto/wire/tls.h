@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 
 namespace grpc {
 class ChannelCredentials;
@@ -38,9 +39,17 @@ struct ChannelTls {
 // path when the file cannot be read or is empty.
 absl::StatusOr<std::string> ReadPemFile(const char* field, const std::string& path);
 
+// Returns a text that changes when the files are written or replaced, without reading them. Empty
+// paths are no files.
+std::string FileVersions(const std::vector<std::string>& paths);
+
 // Adds what is wrong with the files, naming flag and path: one is given without another that it
 // needs, one cannot be read, or they hold nothing that could be served now (certificates.h).
 void CheckServerTls(const ServerTls& tls, std::vector<std::string>& problems);
+
+// Reads the files and returns when the certificate that is shown expires; never, if none is.
+// INVALID_ARGUMENT: as MakeChannelCredentials.
+absl::StatusOr<absl::Time> ChannelCertificateExpiry(const ChannelTls& tls);
 
 // Makes credentials for a channel: plain text for nullopt. Files that change are read again within
 // seconds, for connections that are made from then on; while a new certificate and a new key do not

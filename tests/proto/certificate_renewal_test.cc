@@ -132,6 +132,24 @@ TEST_F(Renewal, TheMetricTellsWhenTheCertificateExpires) {
   EXPECT_NEAR(expiry, expected, 60);
 }
 
+TEST_F(Renewal, TheMetricTellsWhenTheCertificateOfCallsThatGoOutExpires) {
+  const TestCertificate caller;
+  const CertificateWatch watch(nullptr, OptionsOf(caller).tls);
+  const auto expiry_is = [&watch](absl::Duration from_now) {
+    for (const prometheus::MetricFamily& family : watch.metrics()->Collect()) {
+      EXPECT_NE(family.name, "prefilld_certificate_expiry_timestamp_seconds");
+      if (family.name != "prefilld_client_certificate_expiry_timestamp_seconds") continue;
+      const absl::Time expiry =
+          absl::FromUnixSeconds(static_cast<int64_t>(family.metric.front().gauge.value));
+      return absl::AbsDuration(expiry - absl::Now() - from_now) < absl::Minutes(1);
+    }
+    return false;
+  };
+  EXPECT_TRUE(expiry_is(absl::Hours(24)));
+  caller.ReplaceWith(TestCertificate(-absl::Hours(1), absl::Hours(300)));
+  EXPECT_TRUE(Soon([&] { return expiry_is(absl::Hours(300)); }));
+}
+
 TEST(CertificateWatch, WithoutTlsHasNothingToDo) {
   CertificateWatch watch(nullptr);
   watch.ReloadNow();
