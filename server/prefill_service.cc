@@ -25,6 +25,10 @@ namespace v1 = ::prefill::v1;
 
 using Stream = grpc::ServerWriteReactor<grpc::ByteBuffer>;
 
+// A caller's cancel and its next request travel together, but are heard of in any order.
+constexpr absl::Duration kNameWait = absl::Seconds(1);
+constexpr size_t kMaxWaiting = 64;  // for a name; more are refused at once
+
 template <typename Message>
 absl::StatusOr<Message> Decode(const grpc::ByteBuffer& buffer) {
   Message message;
@@ -85,14 +89,32 @@ Outcome OutcomeOfRefusal(absl::StatusCode code) {
 
 PrefillService::PrefillService(Scheduler& scheduler, PushDialer& push_dialer, Metrics& metrics,
                                const Clock& clock, RequestLimits limits, TenantIdentity tenants,
-                               v1::ServerInfo info)
+                               wire::Arrivals& arrivals, v1::ServerInfo info)
     : scheduler_(scheduler),
       push_dialer_(push_dialer),
       metrics_(metrics),
       clock_(clock),
       limits_(std::move(limits)),
       tenants_(std::move(tenants)),
-      info_(std::move(info)) {}
+      info_(std::move(info)) {
+  using grpc::CallbackServerContext;
+  using Streaming =
+      grpc::internal::CallbackServerStreamingHandler<grpc::ByteBuffer, grpc::ByteBuffer>;
+  using Unary = grpc::internal::CallbackUnaryHandler<v1::GetServerInfoRequest, v1::ServerInfo>;
+  WatchArrival(arrivals, 0,
+               new Streaming([this](CallbackServerContext* context, const grpc::ByteBuffer* bytes) {
+                 return Prefill(context, bytes);
+               }));
+  WatchArrival(arrivals, 1,
+               new Streaming([this](CallbackServerContext* context, const grpc::ByteBuffer* bytes) {
+                 return AttachLane(context, bytes);
+               }));
+  WatchArrival(arrivals, 2,
+               new Unary([this](CallbackServerContext* context,
+                                const v1::GetServerInfoRequest* request, v1::ServerInfo* response) {
+                 return GetServerInfo(context, request, response);
+               }));
+}
 
 Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
                                 const grpc::ByteBuffer* request_bytes) {
@@ -114,30 +136,79 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
     push_dialer_.Start(std::move(self));
   };
   auto job = std::make_shared<PrefillJob>(*std::move(work), clock_, dial);
-  if (const auto admission = scheduler_.Submit(job); !admission.status.ok()) {
+  const absl::Status admitted = Submit(job);
+  if (!admitted.ok() && !absl::IsAlreadyExists(admitted)) {
     metrics_.tenants().CountRefused(*tenant);
-    return Refuse(job->work().id, job->work().peer,
-                  admission.retry_after.has_value()
-                      ? wire::WithRetryDelay(admission.status, *admission.retry_after)
-                      : admission.status);
+    return Refuse(job->work().id, job->work().peer, admitted);
   }
-  LaneQueue& queue = job->delivery().control();
-  auto* stream = new ServerStream(context, &queue, ConnectionOf(*context),
+  auto* stream = new ServerStream(context, &job->delivery().control(), ConnectionOf(*context),
                                   {.on_cancel = [job] { job->OnCallCancelled(); },
                                    .on_end =
                                        [job](const absl::Status& status) {
                                          if (status.ok()) job->OnResultSent();
                                        },
-                                   .on_done =
-                                       [this, job] {
-                                         job->OnCallCancelled();  // unless it has ended
-                                         const absl::Time now = clock_.Now();
-                                         metrics_.CountRequest(*job, now);
-                                         LogRequest(*job, now);
-                                         scheduler_.Retire(*job);
-                                       }});
-  queue.Attach(stream);
+                                   .on_done = [this, job] { OnCallDone(*job); }});
+  if (admitted.ok()) {
+    job->delivery().control().Attach(stream);
+  } else {
+    AwaitName({.job = std::move(job), .stream = stream, .until = clock_.Now() + kNameWait},
+              admitted);
+  }
   return stream;
+}
+
+absl::Status PrefillService::Submit(const std::shared_ptr<PrefillJob>& job) {
+  const Scheduler::Admission admission = scheduler_.Submit(job);
+  return admission.retry_after.has_value()
+             ? wire::WithRetryDelay(admission.status, *admission.retry_after)
+             : admission.status;
+}
+
+void PrefillService::OnCallDone(PrefillJob& job) {
+  job.OnCallCancelled();  // unless it has ended
+  const absl::Time now = clock_.Now();
+  if (!scheduler_.Knows(job)) {
+    const Ending ending = job.ending();
+    metrics_.tenants().CountRefused(job.work().tenant);
+    metrics_.CountRefused(ending.outcome);
+    return LogRefused(job.work().id, job.work().peer, ending.outcome, ending.status);
+  }
+  metrics_.CountRequest(job, now);
+  LogRequest(job, now);
+  scheduler_.Retire(job);
+}
+
+void PrefillService::AwaitName(Waiting waiting, const absl::Status& taken) {
+  {
+    absl::MutexLock lock(&mu_);
+    if (waiting_.size() < kMaxWaiting) {
+      waiting_.push_back(std::move(waiting));
+      return;
+    }
+  }
+  waiting.job->Abort(Outcome::kDuplicate, taken);
+  waiting.job->delivery().control().Attach(waiting.stream);
+}
+
+// A stream that is attached may end, and be gone, at once.
+void PrefillService::RetryNames() {
+  std::vector<Waiting> waiting;
+  {
+    absl::MutexLock lock(&mu_);
+    waiting.swap(waiting_);
+  }
+  std::vector<Waiting> still;
+  for (Waiting& entry : waiting) {
+    const absl::Status admitted = entry.job->ended() ? absl::OkStatus() : Submit(entry.job);
+    if (absl::IsAlreadyExists(admitted) && clock_.Now() < entry.until) {
+      still.push_back(std::move(entry));
+      continue;
+    }
+    if (!admitted.ok()) entry.job->Abort(OutcomeOfRefusal(admitted.code()), admitted);
+    entry.job->delivery().control().Attach(entry.stream);
+  }
+  absl::MutexLock lock(&mu_);
+  waiting_.insert(waiting_.end(), still.begin(), still.end());
 }
 
 void PrefillService::AssignTenant(size_t position, PrefillWork& work) const {

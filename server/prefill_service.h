@@ -7,13 +7,18 @@
 #include <cstddef>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include <grpcpp/server_context.h>
 #include <grpcpp/support/byte_buffer.h>
 #include <grpcpp/support/server_callback.h>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
 #include "prefill/v1/prefill.grpc.pb.h"
+#include "proto/wire/arrivals.h"
 #include "server/clock.h"
 #include "server/prefill_work.h"
 #include "server/tenant_identity.h"
@@ -26,23 +31,27 @@ class Connections;
 namespace prefilld::server {
 
 class Metrics;
+class PrefillJob;
 class PushDialer;
 class Scheduler;
+class ServerStream;
 
 // The streams carry messages that are encoded by hand (proto/wire/frame_codec.h), so those methods
 // take raw buffers.
-using PrefillServiceBase = ::prefill::v1::PrefillService::WithRawCallbackMethod_Prefill<
-    ::prefill::v1::PrefillService::WithRawCallbackMethod_AttachLane<
-        ::prefill::v1::PrefillService::WithCallbackMethod_GetServerInfo<
-            ::prefill::v1::PrefillService::Service>>>;
+using PrefillServiceBase =
+    wire::WithArrivals<::prefill::v1::PrefillService::WithRawCallbackMethod_Prefill<
+        ::prefill::v1::PrefillService::WithRawCallbackMethod_AttachLane<
+            ::prefill::v1::PrefillService::WithCallbackMethod_GetServerInfo<
+                ::prefill::v1::PrefillService::Service>>>>;
 
 // Thread-safe, as gRPC calls it.
 class PrefillService final : public PrefillServiceBase {
  public:
+  // `arrivals` bounds the time that a request may take to arrive.
   // `info` holds everything about the server that does not change.
   PrefillService(Scheduler& scheduler, PushDialer& push_dialer, Metrics& metrics,
                  const Clock& clock, RequestLimits limits, TenantIdentity tenants,
-                 ::prefill::v1::ServerInfo info);
+                 wire::Arrivals& arrivals, ::prefill::v1::ServerInfo info);
 
   grpc::ServerWriteReactor<grpc::ByteBuffer>* Prefill(grpc::CallbackServerContext* context,
                                                       const grpc::ByteBuffer* request) override;
@@ -52,10 +61,25 @@ class PrefillService final : public PrefillServiceBase {
                                           const ::prefill::v1::GetServerInfoRequest* request,
                                           ::prefill::v1::ServerInfo* response) override;
 
+  // Tries the requests again whose id was taken. Must be called every few milliseconds, by one
+  // thread, until the last call has ended.
+  void RetryNames();
+
   // Lets streams see how much their connections take. Calls that came before do without.
   void SetConnections(const wire::Connections* connections) { connections_ = connections; }
 
  private:
+  // A request whose id is taken, perhaps by one of the same caller whose cancel is still on its
+  // way. Nobody's id is taken away from them: it waits for a moment, and is refused then.
+  struct Waiting {
+    std::shared_ptr<PrefillJob> job;
+    ServerStream* stream;  // not attached yet
+    absl::Time until;
+  };
+
+  absl::Status Submit(const std::shared_ptr<PrefillJob>& job);
+  void OnCallDone(PrefillJob& job);
+  void AwaitName(Waiting waiting, const absl::Status& taken);
   std::shared_ptr<const wire::Connection> ConnectionOf(
       const grpc::CallbackServerContext& context) const;
   // Says whose request it is, and lowers its class to what this tenant may have.
@@ -72,6 +96,9 @@ class PrefillService final : public PrefillServiceBase {
   const TenantIdentity tenants_;
   const ::prefill::v1::ServerInfo info_;
   std::atomic<const wire::Connections*> connections_ = nullptr;
+
+  absl::Mutex mu_;
+  std::vector<Waiting> waiting_ ABSL_GUARDED_BY(mu_);
 };
 
 }  // namespace prefilld::server

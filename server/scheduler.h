@@ -78,6 +78,11 @@ class Scheduler {
   // - ALREADY_EXISTS: a request has this id whose caller cannot know yet that it is over.
   // - UNAVAILABLE: the scheduler is closed.
   Admission Submit(std::shared_ptr<PrefillJob> job);
+  // Tells whether a job was admitted and is not retired.
+  bool Knows(const PrefillJob& job) const {
+    absl::MutexLock lock(&mu_);
+    return live_.contains(&job);
+  }
   // Ends the life of a job whose call is over. The job leaves the queue if it is still there.
   void Retire(PrefillJob& job);
 

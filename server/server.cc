@@ -16,6 +16,7 @@
 #include "proto/process/metrics_endpoint.h"
 #include "proto/process/port_watch.h"
 #include "proto/status_macros.h"
+#include "proto/wire/arrivals.h"
 #include "proto/wire/grpc_status.h"
 #include "proto/wire/kv_layout.h"
 #include "proto/wire/listener.h"
@@ -154,8 +155,9 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
                        .max_lanes = options.max_lanes};
   push_dialer_ = std::make_unique<PushDialer>(std::move(push_credentials), options.use_proxy,
                                               clock_, options.stall_timeout);
+  arrivals_ = std::make_unique<wire::Arrivals>(wire::Arrivals::LimitFor(options.stall_timeout));
   service_ = std::make_unique<PrefillService>(*scheduler_, *push_dialer_, *metrics_, clock_,
-                                              std::move(limits), options.tenants,
+                                              std::move(limits), options.tenants, *arrivals_,
                                               DescribeServer(options, engine, attention));
   return absl::OkStatus();
 }
@@ -167,15 +169,17 @@ absl::Status PrefillServer::StartListening(const ServerOptions& options) {
       .max_request_bytes = MaxRequestBytes(engine_.info().max_tokens),
       .max_streams = MaxStreams(options),
       .max_connections = options.max_connections,
-      .stall_timeout = options.stall_timeout};
+      .stall_timeout = options.stall_timeout,
+      .arrivals = arrivals_.get()};
   PREFILLD_ASSIGN_OR_RETURN(listener_, wire::Listener::Create(listen, {service_.get()}));
   certificate_watch_ = std::make_unique<process::CertificateWatch>(listener_->certificates());
   service_->SetConnections(&listener_->connections());
   health_ = std::make_unique<process::Health>(
       listener_->server().GetHealthCheckService(),
       std::vector<std::string>{v1::PrefillService::service_full_name()});
-  port_watch_ = std::make_unique<process::PortWatch>(
-      listener_->connections(), *health_, metrics_->registry(), process::PortWatch::Timing());
+  port_watch_ =
+      std::make_unique<process::PortWatch>(listener_->connections(), arrivals_.get(), *health_,
+                                           metrics_->registry(), process::PortWatch::Timing());
   return absl::OkStatus();
 }
 
@@ -194,7 +198,8 @@ void PrefillServer::StartWatchdog(const ServerOptions& options) {
                                                            .progress = &progress_,
                                                            .scheduler = scheduler_.get(),
                                                            .health = health_.get(),
-                                                           .metrics = metrics_.get()},
+                                                           .metrics = metrics_.get(),
+                                                           .service = service_.get()},
                                          clock_, timeouts_, options.wedge_timeout);
   watchdog_->Start();
 }

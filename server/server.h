@@ -25,8 +25,9 @@ class PortWatch;
 }  // namespace prefilld::process
 
 namespace prefilld::wire {
+class Arrivals;
 class Listener;
-}
+}  // namespace prefilld::wire
 
 namespace prefilld::server {
 
@@ -83,6 +84,7 @@ class PrefillServer {
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<ComputeThread> compute_thread_;
   std::unique_ptr<PushDialer> push_dialer_;
+  std::unique_ptr<wire::Arrivals> arrivals_;
   std::unique_ptr<PrefillService> service_;
   std::unique_ptr<wire::Listener> listener_;
   std::unique_ptr<process::Health> health_;

@@ -4,6 +4,7 @@
 #include "proto/process/health.h"
 #include "proto/process/log.h"
 #include "server/metrics.h"
+#include "server/prefill_service.h"
 #include "server/scheduler.h"
 #include "server/staging_ring.h"
 
@@ -37,6 +38,8 @@ void Watchdog::LookAround() {
   for (const LiveJob& live : watched_.scheduler->LiveJobs()) {
     live.job->CheckTimers(timeouts_, live.requests_ahead, live.others_wait);
   }
+
+  if (watched_.service != nullptr) watched_.service->RetryNames();
 
   const QueueState queue = watched_.scheduler->state();
   const absl::Duration silence =

@@ -1,5 +1,5 @@
-// The thread that checks what no other thread is awake for: timers of requests, gauges, and
-// liveness.
+// The thread that checks what no other thread is awake for: timers of requests, ids that have
+// become free, gauges, and liveness.
 #ifndef PREFILLD_SERVER_WATCHDOG_H_
 #define PREFILLD_SERVER_WATCHDOG_H_
 
@@ -22,6 +22,7 @@ class Health;
 namespace prefilld::server {
 
 class Metrics;
+class PrefillService;
 class Scheduler;
 class StagingRing;
 
@@ -35,6 +36,7 @@ class Watchdog {
     Scheduler* scheduler;
     process::Health* health;
     Metrics* metrics;
+    PrefillService* service = nullptr;  // null: no request waits for its id
   };
 
   Watchdog(const Watched& watched, const Clock& clock, const JobTimeouts& timeouts,

@@ -120,6 +120,16 @@ class GenerateService::Call : public grpc::ServerWriteReactor<GenerateEvent>, pu
   bool broken_ ABSL_GUARDED_BY(mu_) = false;
 };
 
+GenerateService::GenerateService(const WorkerContext& worker, wire::Arrivals& arrivals)
+    : worker_(worker) {
+  using Streaming = grpc::internal::CallbackServerStreamingHandler<GenerateRequest, GenerateEvent>;
+  WatchArrival(
+      arrivals, 0,
+      new Streaming([this](grpc::CallbackServerContext* context, const GenerateRequest* request) {
+        return Generate(context, request);
+      }));
+}
+
 GenerateService::~GenerateService() { Drain(absl::InfiniteDuration()); }
 
 grpc::ServerWriteReactor<GenerateEvent>* GenerateService::Generate(

@@ -7,14 +7,16 @@
 #include "client/decode_worker/generation.h"
 #include "grpcpp/support/server_callback.h"
 #include "prefill/v1/decode.grpc.pb.h"
+#include "proto/wire/arrivals.h"
 
 namespace prefilld::client {
 
 // The gRPC service prefill.v1.DecodeService. Each request has a thread of its own; at most
 // max_requests run.
-class GenerateService : public ::prefill::v1::DecodeService::CallbackService {
+class GenerateService : public wire::WithArrivals<::prefill::v1::DecodeService::CallbackService> {
  public:
-  explicit GenerateService(const WorkerContext& worker) : worker_(worker) {}
+  // `arrivals` bounds the time that a request may take to arrive.
+  GenerateService(const WorkerContext& worker, wire::Arrivals& arrivals);
   // All requests must have ended, which shutting the server down ensures.
   ~GenerateService() override;
 

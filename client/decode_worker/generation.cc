@@ -152,6 +152,9 @@ class Generation : public KvSink {
     started.set_request_id(facts_.request_id);
     started.set_kv_blocks(static_cast<uint32_t>(reservation_.blocks().size()));
     *started.mutable_kv_layout() = layout_;
+    started.set_model_fingerprint(worker_.decoder->fingerprint());
+    started.set_vocab_size(static_cast<uint32_t>(worker_.decoder->config().vocab_size));
+    started.set_num_layers(static_cast<uint32_t>(worker_.decoder->config().num_layers));
     return writer_.Write(event);
   }
 

@@ -2,6 +2,7 @@
 // that comes back.
 #include <cstdlib>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
@@ -27,6 +28,7 @@
 #include "proto/process/port_watch.h"
 #include "proto/process/signals.h"
 #include "proto/status_macros.h"
+#include "proto/wire/arrivals.h"
 #include "proto/wire/port_file.h"
 
 namespace prefilld::client {
@@ -89,26 +91,30 @@ absl::Status Serve(const process::EndSignals& signals, const WorkerOptions& opti
   metrics.WatchPool(pool.num_blocks(), [&pool] { return pool.free_blocks(); });
   DecodeLoop loop(decoder.get());
   PendingTransfers transfers;
+  wire::Arrivals arrivals(wire::Arrivals::LimitFor(options.stall_timeout));
   GenerateService generate({.options = &options,
                             .decoder = decoder.get(),
                             .pool = &pool,
                             .loop = &loop,
                             .prefill = prefill.get(),
                             .transfers = &transfers,
-                            .metrics = &metrics});
+                            .metrics = &metrics},
+                           arrivals);
   ReceiverService receiver(&transfers, options.stall_timeout);
 
   wire::Ports ports;
-  PREFILLD_ASSIGN_OR_RETURN(const auto listener,
-                            StartWorkerServer(options, decoder->config(), generate, receiver));
-  process::CertificateWatch watch(listener->certificates());
+  PREFILLD_ASSIGN_OR_RETURN(const auto listener, StartWorkerServer(options, decoder->config(),
+                                                                   generate, receiver, arrivals));
+  process::CertificateWatch watch(listener->certificates(), options.prefill_addresses.empty()
+                                                                ? std::nullopt
+                                                                : options.prefill.tls);
   PREFILLD_ASSIGN_OR_RETURN(ports.metrics, metrics.Serve(options.metrics_listen, watch.metrics()));
   ports.grpc = listener->port();
   process::Health health(listener->server().GetHealthCheckService(),
                          {::prefill::v1::DecodeService::service_full_name(),
                           ::prefill::v1::KvReceiver::service_full_name()});
-  const process::PortWatch port_watch(listener->connections(), health, metrics.registry(),
-                                      process::PortWatch::Timing());
+  const process::PortWatch port_watch(listener->connections(), &arrivals, health,
+                                      metrics.registry(), process::PortWatch::Timing());
   health.SetReady(true);
   PREFILLD_RETURN_IF_ERROR(wire::WritePortFile(options.port_file, ports));
   LogReady(ports, *decoder, pool);

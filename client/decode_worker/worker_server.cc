@@ -28,13 +28,15 @@ int MaxStreamsPerConnection(const WorkerOptions& options) { return 2 * options.m
 absl::StatusOr<std::unique_ptr<wire::Listener>> StartWorkerServer(const WorkerOptions& options,
                                                                   const model::ModelConfig& model,
                                                                   GenerateService& generate,
-                                                                  ReceiverService& receiver) {
+                                                                  ReceiverService& receiver,
+                                                                  wire::Arrivals& arrivals) {
   return wire::Listener::Create({.address = options.listen,
                                  .tls = options.tls,
                                  .max_request_bytes = MaxMessageBytes(options, model),
                                  .max_streams = MaxStreamsPerConnection(options),
                                  .max_connections = options.max_connections,
-                                 .stall_timeout = options.stall_timeout},
+                                 .stall_timeout = options.stall_timeout,
+                                 .arrivals = &arrivals},
                                 {&generate, &receiver});
 }
 

@@ -18,7 +18,8 @@ class ReceiverService;
 absl::StatusOr<std::unique_ptr<wire::Listener>> StartWorkerServer(const WorkerOptions& options,
                                                                   const model::ModelConfig& model,
                                                                   GenerateService& generate,
-                                                                  ReceiverService& receiver);
+                                                                  ReceiverService& receiver,
+                                                                  wire::Arrivals& arrivals);
 
 // Returns enough for a frame of the model's cache and for a prompt that fills the pool twice, so
 // that a prompt somewhat above the limit is told the limit.

@@ -4,6 +4,7 @@
 #include <netinet/in.h>
 #include <poll.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -14,9 +15,11 @@
 #include <prometheus/gauge.h>
 #include <prometheus/registry.h>
 
+#include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
 #include "proto/process/health.h"
 #include "proto/process/log.h"
+#include "proto/wire/arrivals.h"
 #include "proto/wire/connections.h"
 #include "proto/wire/host_port.h"
 
@@ -38,6 +41,21 @@ bool Await(int fd, short events, absl::Time until) {
   return ready > 0;
 }
 
+int Connect(const sockaddr* address, socklen_t length) {
+  const int fd = socket(address->sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+  if (fd < 0) return -1;
+  if (connect(fd, address, length) == 0 || errno == EINPROGRESS) return fd;
+  close(fd);
+  return -1;
+}
+
+int StartConnectingTo(const std::string& path) {
+  sockaddr_un address = {};
+  address.sun_family = AF_UNIX;
+  path.copy(address.sun_path, sizeof address.sun_path - 1);
+  return Connect(reinterpret_cast<sockaddr*>(&address), sizeof address);
+}
+
 int StartConnecting(const wire::HostPort& address) {
   sockaddr_storage storage = {};
   socklen_t length = sizeof(sockaddr_in);
@@ -53,13 +71,7 @@ int StartConnecting(const wire::HostPort& address) {
   } else {
     return -1;
   }
-  const int fd = socket(storage.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-  if (fd < 0) return -1;
-  if (connect(fd, reinterpret_cast<sockaddr*>(&storage), length) == 0 || errno == EINPROGRESS) {
-    return fd;
-  }
-  close(fd);
-  return -1;
+  return Connect(reinterpret_cast<sockaddr*>(&storage), length);
 }
 
 // The server greets (HTTP/2) or closes (TLS, whose client must speak first): it has read the end of
@@ -78,7 +90,13 @@ bool IsAnswered(int fd, absl::Time until) {
 
 bool Answers(const std::string& address, absl::Duration timeout) {
   const std::optional<wire::HostPort> host_port = wire::ParseHostPort(address);
-  const int fd = host_port.has_value() ? StartConnecting(*host_port) : -1;
+  const std::optional<std::string> path = wire::UnixSocketPath(address);
+  int fd = -1;
+  if (path.has_value()) {
+    fd = StartConnectingTo(*path);
+  } else if (host_port.has_value()) {
+    fd = StartConnecting(*host_port);
+  }
   if (fd < 0) return false;
   const bool answered = IsAnswered(fd, absl::Now() + timeout);
   close(fd);
@@ -99,7 +117,11 @@ struct PortWatch::Figures {
                           "descriptors or memory.")),
         gone(NewCounter("prefilld_connections_gone_total",
                         "Connections closed because the peer vanished or left its socket unread "
-                        "for very long.")) {}
+                        "for very long.")),
+        arriving(NewGauge("prefilld_requests_arriving",
+                          "Calls that have begun and whose request is not here yet.")),
+        late(NewCounter("prefilld_requests_late_total",
+                        "Calls ended because their request took too long to arrive.")) {}
 
   prometheus::Gauge& NewGauge(const std::string& name, const std::string& help) {
     return prometheus::BuildGauge().Name(name).Help(help).Register(*registry).Add({});
@@ -108,7 +130,10 @@ struct PortWatch::Figures {
     return prometheus::BuildCounter().Name(name).Help(help).Register(*registry).Add({});
   }
 
-  void Update(const wire::Connections::Counts& now) {
+  void Update(const wire::Connections::Counts& now, const wire::Arrivals::Counts& requests) {
+    arriving.Set(static_cast<double>(requests.open));
+    late.Increment(static_cast<double>(requests.late - seen_late));
+    seen_late = requests.late;
     open.Set(static_cast<double>(now.open));
     limit.Set(static_cast<double>(now.limit));
     refused.Increment(static_cast<double>(now.refused - seen.refused));
@@ -122,7 +147,7 @@ struct PortWatch::Figures {
   void Log(absl::Time now) {
     if (now < next_log) return;
     if (seen.refused == logged.refused && seen.accept_errors == logged.accept_errors &&
-        seen.gone == logged.gone) {
+        seen.gone == logged.gone && seen_late == logged_late) {
       return;
     }
     LogEvent(LogLevel::kWarning, "connections",
@@ -130,8 +155,10 @@ struct PortWatch::Figures {
               {"limit", seen.limit},
               {"refused", seen.refused - logged.refused},
               {"accept_errors", seen.accept_errors - logged.accept_errors},
-              {"gone", seen.gone - logged.gone}});
+              {"gone", seen.gone - logged.gone},
+              {"late_requests", seen_late - logged_late}});
     logged = seen;
+    logged_late = seen_late;
     next_log = now + kLogInterval;
   }
 
@@ -141,13 +168,18 @@ struct PortWatch::Figures {
   prometheus::Counter& refused;
   prometheus::Counter& errors;
   prometheus::Counter& gone;
+  prometheus::Gauge& arriving;
+  prometheus::Counter& late;
   wire::Connections::Counts seen, logged;
+  int64_t seen_late = 0, logged_late = 0;
   absl::Time next_log = absl::InfinitePast();
 };
 
-PortWatch::PortWatch(const wire::Connections& connections, Health& health,
-                     std::shared_ptr<prometheus::Registry> registry, const Timing& timing)
+PortWatch::PortWatch(const wire::Connections& connections, const wire::Arrivals* arrivals,
+                     Health& health, std::shared_ptr<prometheus::Registry> registry,
+                     const Timing& timing)
     : connections_(connections),
+      arrivals_(arrivals),
       health_(health),
       timing_(timing),
       figures_(std::make_unique<Figures>(std::move(registry))),
@@ -161,7 +193,8 @@ PortWatch::~PortWatch() {
 void PortWatch::Run() {
   absl::Time next_dial = absl::Now() + timing_.interval;
   do {
-    figures_->Update(connections_.counts());
+    figures_->Update(connections_.counts(),
+                     arrivals_ == nullptr ? wire::Arrivals::Counts() : arrivals_->counts());
     if (absl::Now() < next_dial) continue;
     Dial();
     next_dial = absl::Now() + timing_.interval;
@@ -169,14 +202,18 @@ void PortWatch::Run() {
 }
 
 void PortWatch::Dial() {
-  if (connections_.own_address().empty()) return;  // Unix sockets alone
   const bool was_deaf = failures_ >= timing_.failures;
-  failures_ = Answers(connections_.own_address(), timing_.timeout) ? 0 : failures_ + 1;
+  std::string silent;
+  for (const std::string& address : connections_.own_addresses()) {
+    if (silent.empty() && !Answers(address, timing_.timeout)) silent = address;
+  }
+  failures_ = silent.empty() ? 0 : failures_ + 1;
   const bool deaf = failures_ >= timing_.failures;
   health_.SetReachable(!deaf);
   if (deaf == was_deaf) return;
   LogEvent(deaf ? LogLevel::kError : LogLevel::kInfo, deaf ? "deaf" : "answers_again",
-           {{"address", connections_.own_address()}, {"failures", int64_t{failures_}}});
+           {{"address", deaf ? silent : absl::StrJoin(connections_.own_addresses(), ",")},
+            {"failures", int64_t{failures_}}});
 }
 
 }  // namespace prefilld::process

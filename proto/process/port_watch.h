@@ -14,21 +14,22 @@ class Registry;
 }
 
 namespace prefilld::wire {
+class Arrivals;
 class Connections;
-}
+}  // namespace prefilld::wire
 
 namespace prefilld::process {
 
 class Health;
 
-// Tells whether whoever listens at `address`, an IP address and port, answers a new connection
+// Tells whether whoever listens at `address`, an IP address and port or unix:/path, answers a new connection
 // within `timeout`. An end of the connection is an answer too. It works with TLS and without,
 // because it sends nothing.
 bool Answers(const std::string& address, absl::Duration timeout);
 
-// Dials the server's own port again and again. A process that lets no new caller in is not live,
-// however well the connections that it has are served. It also keeps the metrics of connections,
-// and logs when some were refused or could not be accepted.
+// Dials the server's own addresses again and again. A process that lets no new caller in is not live,
+// however well the connections that it has are served. It also keeps the metrics of connections
+// and of requests on their way, and logs when some were refused or ended.
 class PortWatch {
  public:
   struct Timing {
@@ -37,8 +38,8 @@ class PortWatch {
     int failures = 3;                            // in a row, until the process is not live
   };
 
-  // `connections` and `health` must outlive it.
-  PortWatch(const wire::Connections& connections, Health& health,
+  // All of them must outlive it. `arrivals` may be null.
+  PortWatch(const wire::Connections& connections, const wire::Arrivals* arrivals, Health& health,
             std::shared_ptr<prometheus::Registry> registry, const Timing& timing);
   ~PortWatch();
 
@@ -49,6 +50,7 @@ class PortWatch {
   void Dial();
 
   const wire::Connections& connections_;
+  const wire::Arrivals* const arrivals_;
   Health& health_;
   const Timing timing_;
   const std::unique_ptr<Figures> figures_;

@@ -128,8 +128,10 @@ Connections::Connections(const Limits& limits, ListeningSockets sockets)
 
 Connections::~Connections() { Stop(); }
 
-void Connections::Start(std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> acceptor) {
+void Connections::Start(std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> acceptor,
+                        std::function<void(absl::Time)> every_second) {
   acceptor_ = std::move(acceptor);
+  every_second_ = std::move(every_second);
   thread_ = std::thread([this] { Run(); });
 }
 
@@ -167,6 +169,7 @@ void Connections::Run() {
     }
     if (now >= next_sweep) {
       Sweep(now);
+      if (every_second_ != nullptr) every_second_(now);
       next_sweep = now + kSweepInterval;
     }
   }

@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <thread>
@@ -85,14 +86,16 @@ class Connections {
   // Accepts no more. Connections that are open stay open.
   ~Connections();
 
-  // Starts to accept, and hands connections to `acceptor`, whose server must run.
-  void Start(std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> acceptor);
+  // Starts to accept, and hands connections to `acceptor`, whose server must run. `every_second` is
+  // called on the accepting thread; it may be null.
+  void Start(std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> acceptor,
+             std::function<void(absl::Time)> every_second = nullptr);
   // Stops accepting. It must be called before the server is shut down.
   void Stop();
 
   int port() const { return sockets_.port; }
-  // The address by which this process reaches the port itself, see ListeningSockets.
-  const std::string& own_address() const { return sockets_.own_address; }
+  // The addresses by which this process reaches its sockets itself, see ListeningSockets.
+  const std::vector<std::string>& own_addresses() const { return sockets_.own_addresses; }
   Counts counts() const;
   // Finds an open connection by what grpc::ServerContext::peer() returns. Null: there is none, or
   // it is that of a Unix socket.
@@ -126,6 +129,7 @@ class Connections {
   const Descriptor epoll_;
   const Descriptor stop_event_;
   std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> acceptor_;
+  std::function<void(absl::Time)> every_second_;
 
   // Only the accepting thread uses these.
   absl::flat_hash_map<int, Refused> refused_;

@@ -1,10 +1,13 @@
 #include "proto/wire/listener.h"
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <utility>
+#include <vector>
 
 #include <grpc/grpc.h>
+#include <grpcpp/ext/health_check_service_server_builder_option.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
 #include <grpcpp/resource_quota.h>
@@ -14,6 +17,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/time/clock.h"
 #include "proto/status_macros.h"
+#include "proto/wire/health_service.h"
 #include "proto/wire/keep_alive.h"
 
 namespace prefilld::wire {
@@ -35,6 +39,17 @@ void KeepGrpcInitialized() {
     return true;
   }();
   (void)initialized;
+}
+
+// Replaces gRPC's own health service and bounds its reflection.
+void BoundArrivals(Arrivals& arrivals, grpc::ServerBuilder& builder) {
+  auto health = std::make_unique<HealthService>(arrivals);
+  builder.RegisterService(health.get());
+  builder.SetOption(
+      std::make_unique<grpc::HealthCheckServiceServerBuilderOption>(std::move(health)));
+  std::vector<std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface>> factories;
+  factories.push_back(arrivals.WatchReflection());
+  builder.experimental().SetInterceptorCreators(std::move(factories));
 }
 
 void SetLimits(const ListenOptions& options, grpc::ServerBuilder& builder) {
@@ -95,6 +110,7 @@ absl::StatusOr<std::unique_ptr<Listener>> Listener::Create(
   grpc::ServerBuilder builder;
   SetLimits(options, builder);
   SetKeepAlive(options, builder);
+  if (options.arrivals != nullptr) BoundArrivals(*options.arrivals, builder);
   auto acceptor = builder.experimental().AddExternalConnectionAcceptor(
       grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD, credentials);
   for (grpc::Service* service : services) builder.RegisterService(service);
@@ -104,7 +120,11 @@ absl::StatusOr<std::unique_ptr<Listener>> Listener::Create(
   if (listener->server_ == nullptr) {
     return CannotBeServed(options, "gRPC does not start; the log may say why");
   }
-  listener->connections_->Start(std::move(acceptor));
+  std::function<void(absl::Time)> every_second;
+  if (options.arrivals != nullptr) {
+    every_second = [&arrivals = *options.arrivals](absl::Time now) { arrivals.EndLate(now); };
+  }
+  listener->connections_->Start(std::move(acceptor), std::move(every_second));
   return listener;
 }
 

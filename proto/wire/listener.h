@@ -11,6 +11,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
+#include "proto/wire/arrivals.h"
 #include "proto/wire/connections.h"
 #include "proto/wire/server_certificates.h"
 #include "proto/wire/tls.h"
@@ -31,6 +32,9 @@ struct ListenOptions {
   // A peer may leave its socket unread for so long before a call ends, and its other calls go on.
   // The connection as a whole is given up after twice that time, and half a minute more.
   absl::Duration stall_timeout = absl::Seconds(30);
+  // Ends requests that take too long to arrive, of the services that it watches, of health and of
+  // reflection. It must outlive the listener. Null: they may take as long as they like.
+  Arrivals* arrivals = nullptr;
 };
 
 // A gRPC server and its addresses.

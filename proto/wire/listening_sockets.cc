@@ -128,7 +128,7 @@ absl::StatusOr<ListeningSockets> ListenOnHost(const std::string& address) {
     SocketAddress bound = BoundAddress(*fd);
     if (result.sockets.empty()) {
       result.port = ntohs(bound.port());
-      result.own_address = OwnAddress(bound, both_families);
+      result.own_addresses = {OwnAddress(bound, both_families)};
     }
     result.sockets.push_back(*std::move(fd));
     if (both_families) break;
@@ -163,6 +163,7 @@ absl::StatusOr<ListeningSockets> ListenOnPath(const std::string& path) {
     return absl::UnavailableError(std::strerror(errno));
   }
   result.sockets.push_back(std::move(fd));
+  result.own_addresses = {absl::StrCat("unix:", path)};
   return result;
 }
 
@@ -180,10 +181,9 @@ absl::StatusOr<ListeningSockets> ListenOn(const std::string& addresses) {
     if (!one.ok()) {
       return absl::UnavailableError(absl::StrCat(address, ": ", one.status().message()));
     }
-    if (all.port == 0) {
-      all.port = one->port;
-      all.own_address = one->own_address;
-    }
+    if (all.port == 0) all.port = one->port;
+    std::move(one->own_addresses.begin(), one->own_addresses.end(),
+              std::back_inserter(all.own_addresses));
     std::move(one->sockets.begin(), one->sockets.end(), std::back_inserter(all.sockets));
   }
   return all;

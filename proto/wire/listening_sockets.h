@@ -33,9 +33,9 @@ class Descriptor {
 struct ListeningSockets {
   std::vector<Descriptor> sockets;  // non-blocking
   int port = 0;                     // the one that was bound first; 0: Unix sockets alone
-  // The address by which this process reaches that port itself: IPv4:port or [IPv6]:port. Empty:
-  // Unix sockets alone.
-  std::string own_address;
+  // The addresses by which this process reaches them itself, one for each of the list: IPv4:port,
+  // [IPv6]:port or unix:/path.
+  std::vector<std::string> own_addresses;
 };
 
 // Binds each of a list of addresses, separated by commas, and listens.

@@ -61,9 +61,10 @@ class WorkerServices : public ::testing::Test {
                                                                .loop = &loop_,
                                                                .prefill = prefill_client_.get(),
                                                                .transfers = &transfers_,
-                                                               .metrics = &metrics_});
+                                                               .metrics = &metrics_},
+                                                 arrivals_);
     receiver_ = std::make_unique<ReceiverService>(&transfers_, kOpenTimeout);
-    listener_ = *StartWorkerServer(options_, decoder_.config(), *service_, *receiver_);
+    listener_ = *StartWorkerServer(options_, decoder_.config(), *service_, *receiver_, arrivals_);
     channel_ = grpc::CreateChannel(absl::StrCat("127.0.0.1:", listener_->port()),
                                    grpc::InsecureChannelCredentials());
     stub_ = DecodeService::NewStub(channel_);
@@ -180,6 +181,7 @@ class WorkerServices : public ::testing::Test {
   DecodeLoop loop_{&decoder_};
   PendingTransfers transfers_;
   std::unique_ptr<PrefillClient> prefill_client_;
+  wire::Arrivals arrivals_{absl::Seconds(30)};
   std::unique_ptr<GenerateService> service_;
   std::unique_ptr<ReceiverService> receiver_;
   std::unique_ptr<wire::Listener> listener_;

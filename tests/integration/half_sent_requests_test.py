@@ -1,181 +1,143 @@
 #!/usr/bin/env python3
-"""Strangers send half of large requests and open idle connections: memory stays bounded, and others are served.
+"""Strangers send half of requests and open idle connections: memory stays bounded, and others are served.
 
 Usage: half_sent_requests_test.py PREFILLD MODEL_FOLDER
 """
 
-import pathlib
+import resource
+import selectors
 import socket
-import struct
-import subprocess
 import sys
-import tempfile
 import time
+import urllib.request
 
-IDLE_CONNECTIONS = 300
-HALF_SENT_CONNECTIONS = 20
-STREAMS = 22  # per connection
-MESSAGE_BYTES = 4_000_000  # announced; half of it is sent
-MAX_GROWTH_MB = 256 + 144  # the quota of gRPC's buffers, and what the allocator and 342 connections take
-SECONDS = 8
+from strangers import Http2, resident_mb, running_prefilld, server_info_seconds
 
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
-END_STREAM, END_HEADERS, ACK = 1, 4, 1
-FIRST_WINDOW = 65535
+MB = 1_000_000
+ARRIVAL_SECONDS = 5  # the least that a server with a short --stall_timeout_s grants a request
+# The bound that deploy/README.md states: gRPC's buffers of 256 MiB, and so much for each connection.
+QUOTA_MB, CONNECTION_MB = 269, 0.064
 
 
-def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+def metric(port: int, name: str) -> float:
+    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+    return float(next(line.split()[1] for line in page.splitlines() if line.startswith(name + " ")))
 
 
-def request_headers(method: str) -> bytes:
-    fields = [(":path", f"/prefill.v1.PrefillService/{method}"), (":authority", "test"), ("te", "trailers")]
-    fields.append(("content-type", "application/grpc"))
-    encoded = b"\x83\x86"  # :method POST, :scheme http
-    for name, value in fields:
-        encoded += b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
-    return encoded
-
-
-class Http2:
-    """One connection, with just as much of HTTP/2 as sending large requests takes."""
-
-    def __init__(self, port: int):
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
-        self.socket.setblocking(False)
-        self.out = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0)
-        self.received = b""
-        self.window = FIRST_WINDOW
-        self.windows: dict[int, int] = {}
-        self.left: dict[int, int] = {}  # bytes to send, by stream
-        self.data: dict[int, bytes] = {}
-        self.ended = 0
-        self.alive = True
-
-    def start(self, stream: int, method: str, announced: int, sent: int, ends: bool):
-        self.out += frame(HEADERS, END_HEADERS, stream, request_headers(method))
-        self.out += frame(DATA, END_STREAM if ends else 0, stream, b"\0" + struct.pack(">I", announced))
-        self.window -= 5
-        self.windows[stream] = FIRST_WINDOW - 5
-        self.left[stream] = sent
-
-    def step(self):
-        try:
-            self._receive()
-            self._fill()
-            self.out = self.out[self.socket.send(self.out) :] if self.out else b""
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.alive = False
-
-    def _receive(self):
-        try:
-            bytes_read = self.socket.recv(1 << 16)
-            self.alive = self.alive and len(bytes_read) > 0
-            self.received += bytes_read
-        except BlockingIOError:
-            return
-        while len(self.received) >= 9:
-            length = int.from_bytes(self.received[:3], "big")
-            if len(self.received) < 9 + length:
-                return
-            kind, flags = self.received[3], self.received[4]
-            stream = int.from_bytes(self.received[5:9], "big")
-            payload, self.received = self.received[9 : 9 + length], self.received[9 + length :]
-            self._take(kind, flags, stream, payload)
-
-    def _take(self, kind: int, flags: int, stream: int, payload: bytes):
-        if kind == SETTINGS and not flags & ACK:
-            self.out += frame(SETTINGS, ACK, 0)
-            for at in range(0, len(payload), 6):
-                if int.from_bytes(payload[at : at + 2], "big") == 4:  # the first window of streams
-                    change = int.from_bytes(payload[at + 2 : at + 6], "big") - FIRST_WINDOW
-                    self.windows = {key: window + change for key, window in self.windows.items()}
-        elif kind == PING and not flags & ACK:
-            self.out += frame(PING, ACK, 0, payload)
-        elif kind == WINDOW_UPDATE and stream == 0:
-            self.window += int.from_bytes(payload, "big")
-        elif kind == WINDOW_UPDATE and stream in self.windows:
-            self.windows[stream] += int.from_bytes(payload, "big")
-        elif kind == DATA:
-            self.data[stream] = self.data.get(stream, b"") + payload
-        if (kind == RST_STREAM or (kind == HEADERS and flags & END_STREAM)) and stream in self.left:
-            self.ended += 1
-            del self.left[stream]
-
-    def _fill(self):
-        for stream in list(self.left):
-            size = min(16384, self.window, self.windows[stream], self.left[stream])
-            if size <= 0 or len(self.out) > 1 << 17:
-                continue
-            self.out += frame(DATA, 0, stream, b"\1" * size)
-            self.window -= size
-            self.windows[stream] -= size
-            self.left[stream] -= size
-
-
-def resident_mb(pid: int) -> int:
-    status = pathlib.Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) // 1024 for line in status.splitlines() if line.startswith("VmRSS"))
-
-
-def server_info_seconds(port: int) -> float:
-    """How long an honest caller waits for GetServerInfo on a connection of its own."""
-    caller, started = Http2(port), time.monotonic()
-    caller.start(1, "GetServerInfo", announced=0, sent=0, ends=True)
-    while time.monotonic() - started < 20:
-        caller.step()
-        if len(caller.data.get(1, b"")) > 5:
-            return time.monotonic() - started
-        time.sleep(0.005)
-    raise AssertionError("GetServerInfo was not answered within 20 s")
-
-
-def check(port: int, pid: int):
-    before = resident_mb(pid)
-    idle = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(IDLE_CONNECTIONS)]
-    senders = [Http2(port) for _ in range(HALF_SENT_CONNECTIONS)]
-    for sender in senders:
-        for i in range(STREAMS):
-            sender.start(2 * i + 1, "Prefill", MESSAGE_BYTES, MESSAGE_BYTES // 2, ends=False)
-    until, peak = time.monotonic() + SECONDS, before
+def step_all(connections: list[Http2], until: float, pid: int) -> int:
+    """Runs the connections until then; returns the most memory that the process had, in MB."""
+    peak = 0
     while time.monotonic() < until:
-        for sender in senders:
-            if sender.alive:
-                sender.step()
+        for connection in connections:
+            if connection.alive:
+                connection.step()
         peak = max(peak, resident_mb(pid))
         time.sleep(0.001)
-    waited = server_info_seconds(port)
-    sent = HALF_SENT_CONNECTIONS * STREAMS * MESSAGE_BYTES // 2 - sum(sum(s.left.values()) for s in senders)
-    print(
-        f"{before} MB before, {peak} MB at most; {sum(s.ended for s in senders)} of"
-        f" {HALF_SENT_CONNECTIONS * STREAMS} half-sent requests were ended; GetServerInfo took {waited:.2f} s;"
-        f" about {sent // 1_000_000} MB were sent"
-    )
-    assert peak - before < MAX_GROWTH_MB, "requests in receipt take more memory than the server grants them"
-    assert sum(s.ended for s in senders) > 0, "no request was ended: the test sent too little to reach the bound"
-    for connection in idle:
-        connection.close()
+    return peak
+
+
+def check_memory_of_large_requests(program: str, model: str):
+    """20 connections send 22 requests each of which half of 4 MB arrives, beside 300 idle connections."""
+    flags = ["--max_prompt_tokens=1024", "--stall_timeout_s=15"]
+    with running_prefilld(program, model, *flags) as (server, port, _):
+        before = resident_mb(server.pid)
+        idle = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(300)]
+        senders = [Http2(port) for _ in range(20)]
+        for sender in senders:
+            for i in range(22):
+                sender.start(2 * i + 1, "Prefill", announced=4 * MB, sent=2 * MB)
+        peak = step_all(senders, time.monotonic() + 8, server.pid)
+        waited = server_info_seconds(port)
+        sent = len(senders) * 22 * 2 - sum(sum(s.left.values()) for s in senders) // MB
+        ended = sum(sender.ended for sender in senders)
+        print(
+            f"large requests: {before} MB before, {peak} MB at most; {ended} of {22 * len(senders)} were ended;"
+            f" GetServerInfo took {waited:.2f} s; about {sent} MB were sent"
+        )
+        # The allocator keeps some of what it had.
+        assert peak - before < QUOTA_MB + 131, "requests in receipt take more memory than the server grants them"
+        assert ended > 0, "no request was ended: the test sent too little to reach the bound"
+        for connection in idle:
+            connection.close()
+
+
+class BusyCaller:
+    """A connection that makes one call after another."""
+
+    PROMPT = b"\x1a\x0a" + bytes(range(1, 11))  # PrefillRequest.token_ids of ten tokens
+
+    def __init__(self, port: int, computes: bool):
+        self.connection = Http2(port)
+        self.method, self.message = ("Prefill", self.PROMPT) if computes else ("GetServerInfo", b"")
+        self.stream = -1
+        self.done = 0
+
+    def step(self):
+        self.connection.step()
+        if self.stream not in self.connection.left:
+            self.done += self.stream > 0
+            self.connection.data.clear()
+            self.stream += 2
+            self.connection.call(self.stream, self.method, self.message)
+            self.connection.step()
+
+
+def check_two_thousand_idle(program: str, model: str):
+    """2,000 idle connections, 300 busy ones, and 50 requests of every method that are sent in half."""
+    flags = ["--max_prompt_tokens=1024", "--max_connections=3000", "--stall_timeout_s=1", "--queue_capacity=64"]
+    with running_prefilld(program, model, *flags) as (server, port, metrics):
+        before = resident_mb(server.pid)
+        idle = [Http2(port) for _ in range(2000)]
+        for connection in idle:
+            connection.step()  # says that it speaks HTTP/2, and nothing from then on
+        busy = [BusyCaller(port, computes=i < 20) for i in range(300)]
+        methods = ["Prefill", "AttachLane", "GetServerInfo", "/grpc.health.v1.Health/Check"]
+        half = [Http2(port) for _ in range(50)]
+        for i, connection in enumerate(half):
+            connection.start(1, methods[i % len(methods)], announced=MB, sent=MB // 2)
+        peak, late, started = 0, 0.0, time.monotonic()
+        ready = selectors.DefaultSelector()
+        for connection in [*busy, *half]:
+            stepped = connection.connection if isinstance(connection, BusyCaller) else connection
+            ready.register(stepped.socket, selectors.EVENT_READ, connection)
+            connection.step()
+        # The half requests end at their time; the busy connections go on until each was served again.
+        while time.monotonic() - started < 40 and (late < len(half) or min(caller.done for caller in busy) < 2):
+            until = time.monotonic() + 1
+            while time.monotonic() < until:
+                for key, _ in ready.select(timeout=0.1):
+                    key.data.step()
+                for connection in half:
+                    connection.step()
+            peak = max(peak, resident_mb(server.pid))
+            late = metric(metrics, "prefilld_requests_late_total")
+        took = time.monotonic() - started
+        waited = server_info_seconds(port)
+        done = sorted(caller.done for caller in busy)
+        connections = metric(metrics, "prefilld_connections")
+        bound = QUOTA_MB + CONNECTION_MB * 2350
+        print(
+            f"2,350 connections: {before} MB before, {peak} MB at most, {bound:.0f} MB more are granted;"
+            f" {late:.0f} half-sent requests were ended within {took:.1f} s;"
+            f" the busy connections made {sum(done)} calls, each {done[0]} at least; GetServerInfo took {waited:.2f} s"
+        )
+        assert peak - before < bound, "the connections take more memory than prefilld's limits say"
+        assert late == len(half), "half-sent requests outlived their time"
+        assert took > ARRIVAL_SECONDS - 1, "requests were ended before their time"
+        until = time.monotonic() + 10
+        while metric(metrics, "prefilld_requests_arriving") > 0:  # the gauge is half a second old
+            assert time.monotonic() < until, "requests still arrive"
+            time.sleep(0.1)
+        assert all(connection.ended == 1 for connection in half), "a half-sent request was not told its end"
+        assert done[0] > 1 and all(caller.connection.alive for caller in busy), "a busy connection was not served"
+        assert connections >= 2300, f"{connections} connections are open"
 
 
 def main():
-    prefilld, model = sys.argv[1:3]
-    with tempfile.TemporaryDirectory() as folder:
-        ports = pathlib.Path(folder) / "ports"
-        flags = [f"--model={model}", "--device=cpu", "--cpu_threads=1", "--max_prompt_tokens=1024"]
-        flags += ["--listen=127.0.0.1:0", "--metrics_listen=", f"--port_file={ports}"]
-        server = subprocess.Popen([prefilld, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            until = time.monotonic() + 60
-            while not ports.exists():
-                assert server.poll() is None and time.monotonic() < until, "prefilld did not start"
-                time.sleep(0.05)
-            check(int(ports.read_text().split()[0].removeprefix("grpc=")), server.pid)
-            assert server.poll() is None, "prefilld ended"
-        finally:
-            server.terminate()
-            server.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    check_memory_of_large_requests(*sys.argv[1:3])
+    check_two_thousand_idle(*sys.argv[1:3])
 
 
 main()

@@ -91,7 +91,7 @@ class FewDescriptors {
 
 TEST(Connections, AreAcceptedAgainAfterAMomentWithoutFileDescriptors) {
   const auto listener = Serve();
-  ASSERT_TRUE(Answers(listener->connections().own_address(), absl::Seconds(5)));
+  ASSERT_TRUE(Answers(listener->connections().own_addresses().front(), absl::Seconds(5)));
   {
     // The clients take descriptors of this process, too: at some point accept finds none.
     const FewDescriptors few(6);
@@ -99,7 +99,7 @@ TEST(Connections, AreAcceptedAgainAfterAMomentWithoutFileDescriptors) {
     for (int i = 0; i < 6; ++i) idle.push_back(Dial(*listener));
     EXPECT_TRUE(Eventually([&] { return listener->connections().counts().accept_errors > 0; }));
   }
-  EXPECT_TRUE(Answers(listener->connections().own_address(), absl::Seconds(5)));
+  EXPECT_TRUE(Answers(listener->connections().own_addresses().front(), absl::Seconds(5)));
   EXPECT_TRUE(Eventually([&] { return listener->connections().counts().open == 0; }));
 }
 
@@ -116,7 +116,7 @@ TEST(Connections, AreCountedUntilEitherSideEndsThem) {
 
 TEST(Connections, AboveTheLimitAreToldWhyAndTheOthersAreServed) {
   const auto listener = Serve(/*max_connections=*/2);
-  const auto first = OpenChannel({.address = listener->connections().own_address()});
+  const auto first = OpenChannel({.address = listener->connections().own_addresses().front()});
   ASSERT_TRUE(
       (*first)->WaitForConnected(std::chrono::system_clock::now() + std::chrono::seconds(5)));
   const Descriptor second = Dial(*listener);
@@ -132,7 +132,7 @@ TEST(Connections, AGrpcClientAboveTheLimitLearnsTheReason) {
   const auto listener = Serve(/*max_connections=*/1);
   const Descriptor first = Dial(*listener);
   ASSERT_TRUE(Eventually([&] { return listener->connections().counts().open == 1; }));
-  const auto channel = OpenChannel({.address = listener->connections().own_address()});
+  const auto channel = OpenChannel({.address = listener->connections().own_addresses().front()});
   grpc::GenericStub stub(*channel);
   grpc::ClientContext context;
   context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(10));
@@ -183,7 +183,7 @@ TEST(Connections, TheLimitIsLoweredToWhatTheDescriptorsAllow) {
 TEST(Answers, IsFalseForAPortThatNobodyAccepts) {
   const auto deaf = ListenOn("127.0.0.1:0");
   ASSERT_TRUE(deaf.ok()) << deaf.status();
-  EXPECT_FALSE(Answers(deaf->own_address, absl::Milliseconds(300)));
+  EXPECT_FALSE(Answers(deaf->own_addresses.front(), absl::Milliseconds(300)));
 }
 
 }  // namespace

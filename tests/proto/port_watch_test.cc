@@ -1,5 +1,9 @@
 #include "proto/process/port_watch.h"
 
+#include <unistd.h>
+
+#include <string>
+
 #include <grpcpp/health_check_service_interface.h>
 #include <gtest/gtest.h>
 #include <prometheus/registry.h>
@@ -33,13 +37,32 @@ TEST(PortWatch, AServerThatAcceptsNobodyIsNotLiveUntilItAcceptsAgain) {
   const auto deaf = wire::Connections::Bind("127.0.0.1:0", {});
   ASSERT_TRUE(deaf.ok()) << deaf.status();
   {
-    const PortWatch watch(**deaf, health, std::make_shared<prometheus::Registry>(), kQuick);
+    const PortWatch watch(**deaf, nullptr, health, std::make_shared<prometheus::Registry>(),
+                          kQuick);
     EXPECT_TRUE(health.live());
     EXPECT_TRUE(Eventually([&] { return !health.live(); }));
   }
-  const PortWatch watch((*serving)->connections(), health, std::make_shared<prometheus::Registry>(),
-                        kQuick);
+  const PortWatch watch((*serving)->connections(), nullptr, health,
+                        std::make_shared<prometheus::Registry>(), kQuick);
   EXPECT_TRUE(Eventually([&] { return health.live(); }));
+}
+
+// Somebody tidies the folder up, and no new caller finds the socket.
+TEST(PortWatch, AProcessWhoseUnixSocketIsGoneIsNotLive) {
+  const std::string path = ::testing::TempDir() + "port-watch-" + std::to_string(getpid());
+  auto serving = wire::Listener::Create({.address = "127.0.0.1:0,unix:" + path,
+                                         .tls = {},
+                                         .max_request_bytes = 1 << 20,
+                                         .max_streams = 4},
+                                        {});
+  ASSERT_TRUE(serving.ok()) << serving.status();
+  Health health((*serving)->server().GetHealthCheckService(), {});
+  const PortWatch watch((*serving)->connections(), nullptr, health,
+                        std::make_shared<prometheus::Registry>(), kQuick);
+  ASSERT_TRUE(Eventually([&] { return (*serving)->connections().counts().accepted > 9; }));
+  EXPECT_TRUE(health.live());
+  unlink(path.c_str());
+  EXPECT_TRUE(Eventually([&] { return !health.live(); }));
 }
 
 TEST(PortWatch, StaysLiveWhileProgressAndPortAreGood) {
@@ -47,8 +70,8 @@ TEST(PortWatch, StaysLiveWhileProgressAndPortAreGood) {
       {.address = "127.0.0.1:0", .tls = {}, .max_request_bytes = 1 << 20, .max_streams = 4}, {});
   ASSERT_TRUE(serving.ok()) << serving.status();
   Health health((*serving)->server().GetHealthCheckService(), {});
-  const PortWatch watch((*serving)->connections(), health, std::make_shared<prometheus::Registry>(),
-                        kQuick);
+  const PortWatch watch((*serving)->connections(), nullptr, health,
+                        std::make_shared<prometheus::Registry>(), kQuick);
   ASSERT_TRUE(Eventually([&] { return (*serving)->connections().counts().accepted > 5; }));
   EXPECT_TRUE(health.live());
   health.SetProgressing(false);

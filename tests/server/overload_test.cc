@@ -128,6 +128,40 @@ TEST_F(Overload, AnIdIsFreeAsSoonAsItsCallWasCancelled) {
   EXPECT_TRUE(Eventually([&] { return Metric("prefilld_ended_requests_in_passes") == 0; }));
 }
 
+// A cancel and the next request of the same caller are heard of in any order.
+TEST_F(Overload, AnIdWhoseCancelIsOnItsWayIsWaitedFor) {
+  StartServer();
+  const auto running = RunHeld(PromptOf(10, "again"));
+  OpenStream next(*NewStub(), PromptOf(10, "again"));
+  absl::SleepFor(absl::Milliseconds(200));
+  running->Cancel();
+  next.ReadUntil(v1::PrefillEvent::kAccepted);
+  engine_->HoldAfter(-1);
+  EXPECT_TRUE(next.Rest().status.ok());
+  EXPECT_TRUE(EverythingIsFree());
+  EXPECT_EQ(Metric("prefilld_requests_total{outcome=\"duplicate\"}"), 0);
+}
+
+TEST_F(Overload, AnIdIsNotTakenFromTheRequestThatHasIt) {
+  StartServer();
+  const auto running = RunHeld(PromptOf(10, "mine"));
+  OpenStream impatient(*NewStub(), PromptOf(10, "mine"));
+  impatient.Cancel();
+  EXPECT_EQ(impatient.Rest().status.error_code(), grpc::StatusCode::CANCELLED);
+  std::vector<std::unique_ptr<OpenStream>> strangers;
+  for (int i = 0; i < 70; ++i) {  // more than wait for a name
+    strangers.push_back(std::make_unique<OpenStream>(*stub_, PromptOf(10, "mine")));
+  }
+  for (const auto& stranger : strangers) {
+    EXPECT_EQ(stranger->Rest().status.error_code(), grpc::StatusCode::ALREADY_EXISTS);
+  }
+  EXPECT_TRUE(
+      Eventually([&] { return Metric("prefilld_requests_total{outcome=\"duplicate\"}") == 70; }));
+  engine_->HoldAfter(-1);
+  EXPECT_TRUE(running->Rest().status.ok());
+  EXPECT_TRUE(EverythingIsFree());
+}
+
 TEST_F(Overload, ACancelledRequestStopsInsideItsLayer) {
   StartServer();
   engine_->set_layer_time(absl::Minutes(5));
