@@ -46,14 +46,20 @@ class GenerateView {
  public:
   // `text` turns tokens into text; null: they are shown as ids.
   GenerateView(const CliOptions& options, TextTokens* text)
-      : text_(text), show_tokens_(!options.json), progress_(!options.quiet) {}
+      : text_(text),
+        model_dir_(options.prompt.model_dir),
+        show_tokens_(!options.json),
+        progress_(!options.quiet) {}
 
-  // Fails if the token of the event cannot be turned into text.
+  // Fails if the token of the event cannot be turned into text, or the text of the prompt was not
+  // made into tokens of this model.
   absl::Status Take(GenerateEvent& event) {
     switch (event.event_case()) {
       case GenerateEvent::kStarted:
         generated_.request_id = event.started().request_id();
-        break;
+        if (text_ == nullptr) break;
+        return CheckServedModel(model_dir_, event.started().vocab_size(),
+                                event.started().num_layers());
       case GenerateEvent::kProgress:
         generated_.num_layers = event.progress().progress().num_layers();
         progress_.Update(event.progress().progress(), event.progress().kv_bytes());
@@ -78,6 +84,7 @@ class GenerateView {
     std::fflush(stdout);
   }
 
+  bool has_started() const { return !generated_.request_id.empty(); }
   bool has_result() const { return has_result_; }
   const Generated& generated() const { return generated_; }
 
@@ -103,35 +110,49 @@ class GenerateView {
   }
 
   TextTokens* const text_;
+  const std::string model_dir_;
   const bool show_tokens_;
   ProgressLine progress_;
   Generated generated_;
   bool has_result_ = false;
 };
 
-}  // namespace
-
-absl::Status RunGenerate(const CliOptions& options, Cancellation& cancellation) {
-  PREFILLD_ASSIGN_OR_RETURN(const Prompt prompt, ReadPrompt(options.prompt));
-  PREFILLD_ASSIGN_OR_RETURN(const auto channel, wire::OpenChannel(options.worker));
-
+// Makes the call at one worker. UNAVAILABLE without a start: another one may be asked.
+absl::Status GenerateAt(const std::string& worker, const CliOptions& options,
+                        const GenerateRequest& request, absl::Time deadline,
+                        Cancellation& cancellation, GenerateView& view) {
+  ChannelOptions channel_options = options.channel;
+  channel_options.address = worker;
+  PREFILLD_ASSIGN_OR_RETURN(const auto channel, wire::OpenChannel(channel_options));
   grpc::ClientContext context;
-  if (options.timeout != absl::InfiniteDuration()) {
-    context.set_deadline(absl::ToChronoTime(absl::Now() + options.timeout));
-  }
+  if (deadline != absl::InfiniteFuture()) context.set_deadline(absl::ToChronoTime(deadline));
   CancelHook hook(&cancellation, [&context] { context.TryCancel(); });
   const auto stub = DecodeService::NewStub(channel);
-  const auto stream = stub->Generate(&context, MakeRequest(options, prompt));
-  GenerateView view(options, prompt.text.get());
+  const auto stream = stub->Generate(&context, request);
   GenerateEvent event;
   absl::Status shown;
   while (shown.ok() && stream->Read(&event)) shown = view.Take(event);
-  view.End();
   if (!shown.ok()) {
     context.TryCancel();
     return shown;
   }
-  PREFILLD_RETURN_IF_ERROR(wire::FromGrpc(stream->Finish()));
+  return wire::FromGrpc(stream->Finish());
+}
+
+}  // namespace
+
+absl::Status RunGenerate(const CliOptions& options, Cancellation& cancellation) {
+  PREFILLD_ASSIGN_OR_RETURN(const Prompt prompt, ReadPrompt(options.prompt));
+  const GenerateRequest request = MakeRequest(options, prompt);
+  const absl::Time deadline = absl::Now() + options.timeout;
+  GenerateView view(options, prompt.text.get());
+  absl::Status status;
+  for (const std::string& worker : options.workers) {
+    status = GenerateAt(worker, options, request, deadline, cancellation, view);
+    if (!absl::IsUnavailable(status) || view.has_started()) break;
+  }
+  view.End();
+  PREFILLD_RETURN_IF_ERROR(status);
   if (!view.has_result()) return absl::DataLossError("the stream ended without a result");
 
   if (options.json) {

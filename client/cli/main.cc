@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "absl/status/status.h"
+#include "absl/strings/str_join.h"
 #include "client/cancellation.h"
 #include "client/cli/commands.h"
 #include "client/cli/options.h"
@@ -78,8 +79,9 @@ int main(int argc, char** argv) {
   const absl::Status status = RunCommand(*options, cancellation);
   if (!status.ok()) {
     const bool to_worker = options->command == Command::kGenerate;
-    const std::string& address = to_worker ? options->worker.address : options->server.address;
-    std::fprintf(stderr, "prefill-cli: %s\n", ErrorText(status, address).c_str());
+    const std::string addresses =
+        absl::StrJoin(to_worker ? options->workers : options->servers, ", ");
+    std::fprintf(stderr, "prefill-cli: %s\n", ErrorText(status, addresses).c_str());
   }
   return ExitCode(status, cancellation);
 }

@@ -18,9 +18,11 @@
 #include "proto/wire/host_port.h"
 
 ABSL_FLAG(std::string, worker, "localhost:50052",
-          "host:port of the decode worker, or unix:/path (generate).");
+          "host:port of the decode worker, or unix:/path (generate). Of several, separated by "
+          "commas, the first one that can be reached is asked.");
 ABSL_FLAG(std::string, server, "localhost:50051",
-          "host:port of prefilld, or unix:/path (prefill, info).");
+          "host:port of prefilld, or unix:/path (prefill, info). Of several, separated by commas, "
+          "one that can be reached is asked.");
 ABSL_FLAG(bool, tls, false, "Connect with TLS.");
 ABSL_FLAG(std::string, tls_ca, "", "PEM certificates that sign the server's. Empty: the system's.");
 ABSL_FLAG(std::string, tls_cert, "", "PEM certificate to show to the server (mutual TLS).");
@@ -47,7 +49,8 @@ ABSL_FLAG(std::optional<std::string>, token_ids_file, std::nullopt,
 ABSL_FLAG(
     std::string, model, "",
     "Folder of the model that is served, for prompts that are text: tokenizer.json turns them "
-    "into tokens, and a byte-level model (\"byte_tokens\": true in config.json) takes the bytes.");
+    "into tokens, and a byte-level model (\"byte_tokens\": true in config.json) takes the bytes. "
+    "A server whose model has another vocabulary or number of layers is not asked.");
 ABSL_FLAG(
     std::string, python, "python3",
     "Python with the package prefilld[tokenizer] (client/python), which reads tokenizer.json.");
@@ -201,10 +204,16 @@ void CheckAddress(const char* flag, const std::string& address, Problems& proble
   process::AddIfAny(wire::DialAddressProblem(flag, address), problems);
 }
 
-ChannelOptions ReadChannel(const char* flag, const std::string& address, Problems& problems) {
-  CheckAddress(flag, address, problems);
+std::vector<std::string> ReadAddresses(const char* flag, const std::string& text,
+                                       Problems& problems) {
+  std::vector<std::string> addresses = wire::SplitAddresses(text);
+  if (addresses.empty()) problems.push_back(absl::StrCat(flag, " is empty"));
+  for (const std::string& address : addresses) CheckAddress(flag, address, problems);
+  return addresses;
+}
+
+ChannelOptions ReadChannel() {
   ChannelOptions channel;
-  channel.address = address;
   channel.use_proxy = absl::GetFlag(FLAGS_use_proxy);
   if (absl::GetFlag(FLAGS_tls)) {
     channel.tls = TlsOptions{absl::GetFlag(FLAGS_tls_ca), absl::GetFlag(FLAGS_tls_cert),
@@ -339,8 +348,9 @@ absl::StatusOr<CliOptions> OptionsFromFlags(const std::vector<char*>& positional
   Problems problems;
   CliOptions options;
   options.command = ReadCommand(positional, problems);
-  options.worker = ReadChannel("--worker", absl::GetFlag(FLAGS_worker), problems);
-  options.server = ReadChannel("--server", absl::GetFlag(FLAGS_server), problems);
+  options.workers = ReadAddresses("--worker", absl::GetFlag(FLAGS_worker), problems);
+  options.servers = ReadAddresses("--server", absl::GetFlag(FLAGS_server), problems);
+  options.channel = ReadChannel();
   const double timeout_s = absl::GetFlag(FLAGS_timeout_s);
   if (!(timeout_s >= 0)) problems.push_back("--timeout_s must not be negative");
   if (timeout_s > 0) options.timeout = absl::Seconds(timeout_s);

@@ -31,8 +31,10 @@ struct PromptSource {
 
 struct CliOptions {
   Command command = Command::kGenerate;
-  ChannelOptions worker;
-  ChannelOptions server;
+  // They are tried in turn.
+  std::vector<std::string> workers;
+  std::vector<std::string> servers;
+  ChannelOptions channel;  // what is common to all of them
   absl::Duration timeout = absl::InfiniteDuration();
   bool json = false;
   bool quiet = false;

@@ -92,7 +92,14 @@ PrefillRequest MakeRequest(const CliOptions& options, const Prompt& prompt) {
 
 absl::Status RunPrefill(const CliOptions& options, Cancellation& cancellation) {
   PREFILLD_ASSIGN_OR_RETURN(const Prompt prompt, ReadPrompt(options.prompt));
-  PREFILLD_ASSIGN_OR_RETURN(const auto client, PrefillClient::Create(options.server));
+  PREFILLD_ASSIGN_OR_RETURN(const auto client,
+                            PrefillClient::Create(options.channel, options.servers));
+  if (prompt.text != nullptr) {
+    PREFILLD_ASSIGN_OR_RETURN(const auto info,
+                              client->GetServerInfo(std::min(options.timeout, kInfoTimeout)));
+    PREFILLD_RETURN_IF_ERROR(
+        CheckServedModel(options.prompt.model_dir, info.vocab_size(), info.num_layers()));
+  }
   DiscardingSink sink(!options.quiet);
   const auto result = client->Prefill(MakeRequest(options, prompt), sink,
                                       {.deadline = absl::Now() + options.timeout,
@@ -109,7 +116,8 @@ absl::Status RunPrefill(const CliOptions& options, Cancellation& cancellation) {
 }
 
 absl::Status RunInfo(const CliOptions& options) {
-  PREFILLD_ASSIGN_OR_RETURN(const auto client, PrefillClient::Create(options.server));
+  PREFILLD_ASSIGN_OR_RETURN(const auto client,
+                            PrefillClient::Create(options.channel, options.servers));
   PREFILLD_ASSIGN_OR_RETURN(const auto info,
                             client->GetServerInfo(std::min(options.timeout, kInfoTimeout)));
   if (options.json) {

@@ -12,6 +12,7 @@
 #include <filesystem>
 #include <fstream>
 #include <system_error>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "nlohmann/json.hpp"
@@ -22,15 +23,18 @@ extern char** environ;
 namespace prefilld::client {
 namespace {
 
-// Tells whether config.json declares that tokens are bytes.
-absl::StatusOr<bool> HasByteTokens(const std::string& model_dir) {
+absl::StatusOr<nlohmann::json> ReadConfig(const std::string& model_dir) {
   const std::string path = absl::StrCat(model_dir, "/config.json");
   std::ifstream file(path);
-  const auto config = nlohmann::json::parse(file, nullptr, /*allow_exceptions=*/false);
-  if (!config.is_object()) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("--model: ", path, " cannot be read as a JSON object"));
-  }
+  auto config = nlohmann::json::parse(file, nullptr, /*allow_exceptions=*/false);
+  if (config.is_object()) return config;
+  return absl::FailedPreconditionError(
+      absl::StrCat("--model: ", path, " cannot be read as a JSON object"));
+}
+
+// Tells whether config.json declares that tokens are bytes.
+absl::StatusOr<bool> HasByteTokens(const std::string& model_dir) {
+  PREFILLD_ASSIGN_OR_RETURN(const nlohmann::json config, ReadConfig(model_dir));
   const auto declared = config.find("byte_tokens");
   return declared != config.end() && *declared == true;
 }
@@ -220,6 +224,21 @@ absl::StatusOr<std::unique_ptr<TextTokens>> OpenTextTokens(const std::string& mo
         "text cannot become tokens of this model. Give the prompt as --token_ids"));
   }
   return TokenizerProcess::Start(python, model_dir);
+}
+
+absl::Status CheckServedModel(const std::string& model_dir, uint32_t vocab_size,
+                              uint32_t num_layers) {
+  PREFILLD_ASSIGN_OR_RETURN(const nlohmann::json config, ReadConfig(model_dir));
+  for (const auto& [field, served] :
+       {std::pair("vocab_size", vocab_size), {"num_hidden_layers", num_layers}}) {
+    const auto own = config.find(field);
+    if (served == 0 || own == config.end() || *own == served) continue;
+    return absl::FailedPreconditionError(
+        absl::StrCat("--model: ", model_dir, " is not the model that is served, whose ", field,
+                     " is ", served, " and not ", own->dump().substr(0, 40),
+                     "; its tokenizer would make other tokens of a text"));
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace prefilld::client

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 
@@ -46,6 +47,12 @@ class ByteTokens final : public TextTokens {
 // `python`. FAILED_PRECONDITION says why there is no way to turn a text into tokens of this model.
 absl::StatusOr<std::unique_ptr<TextTokens>> OpenTextTokens(const std::string& model_dir, int bos,
                                                            const std::string& python);
+
+// Compares config.json of `model_dir` with what a server says of the model that it serves; 0: it
+// does not say. Tokens that another model's tokenizer makes of a text are rubbish to it.
+// FAILED_PRECONDITION names the field and both values.
+absl::Status CheckServedModel(const std::string& model_dir, uint32_t vocab_size,
+                              uint32_t num_layers);
 
 }  // namespace prefilld::client
 

@@ -77,6 +77,17 @@ TEST(Prompt, ATextIsRefusedUnlessTheModelSaysHowItBecomesTokens) {
   }
 }
 
+TEST(Prompt, TheFolderMustBeThatOfTheServedModel) {
+  const ModelFolder model(R"({"vocab_size": 264, "num_hidden_layers": 8})");
+  EXPECT_TRUE(CheckServedModel(model.path(), 264, 8).ok());
+  EXPECT_TRUE(CheckServedModel(model.path(), 0, 0).ok());  // an older server does not say
+  const absl::Status vocabulary = CheckServedModel(model.path(), 151936, 8);
+  EXPECT_EQ(vocabulary.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(vocabulary.message(), HasSubstr("whose vocab_size is 151936 and not 264"));
+  EXPECT_THAT(CheckServedModel(model.path(), 264, 28).message(),
+              HasSubstr("whose num_hidden_layers is 28 and not 8"));
+}
+
 TEST(Prompt, TokenIdsComeInSeveralForms) {
   EXPECT_THAT(*ParseTokenIds("1, 2 3"), ElementsAre(1, 2, 3));
   EXPECT_THAT(*ParseTokenIds(" [1,2,\n 151643]\n"), ElementsAre(1, 2, 151643));

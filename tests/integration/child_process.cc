@@ -103,11 +103,12 @@ ServerProcess::ServerProcess(const std::string& program, std::vector<std::string
     : ChildProcess(
           program,
           [&] {
-            const bool listens = std::any_of(args.begin(), args.end(), [](const std::string& arg) {
-              return absl::StartsWith(arg, "--listen=");
-            });
-            if (!listens) args.push_back("--listen=127.0.0.1:0");
-            args.push_back("--metrics_listen=127.0.0.1:0");
+            for (const std::string flag : {"--listen=", "--metrics_listen="}) {
+              const bool given = std::any_of(
+                  args.begin(), args.end(),
+                  [&flag](const std::string& arg) { return absl::StartsWith(arg, flag); });
+              if (!given) args.push_back(flag + "127.0.0.1:0");
+            }
             args.push_back("--port_file=" + port_file);
             return args;
           }(),

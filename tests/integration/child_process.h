@@ -25,6 +25,7 @@ class ChildProcess {
   ChildProcess& operator=(const ChildProcess&) = delete;
 
   void Signal(int signal);
+  pid_t pid() const { return pid_; }
   // Returns the exit code, or 128 + the signal that ended the process, or nullopt if it still runs
   // after `timeout`.
   std::optional<int> Wait(absl::Duration timeout);
@@ -42,7 +43,7 @@ class ChildProcess {
 // constructor aborts with the program's log.
 class ServerProcess : public ChildProcess {
  public:
-  // Listens on free ports of 127.0.0.1, unless `args` name another --listen.
+  // Listens on free ports of 127.0.0.1, unless `args` name another --listen or --metrics_listen.
   ServerProcess(const std::string& program, std::vector<std::string> args,
                 int error_descriptor = -1);
 

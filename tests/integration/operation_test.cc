@@ -18,6 +18,7 @@
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
 #include "prefill/v1/prefill.grpc.pb.h"
+#include "proto/process/port_watch.h"
 #include "proto/wire/channel.h"
 #include "tests/integration/child_process.h"
 #include "tests/integration/metrics_page.h"
@@ -207,6 +208,46 @@ TEST_F(Operation, UnixSocketsCarryEverything) {
   EXPECT_EQ(cli.Wait(absl::Seconds(30)), 0) << cli.stderr_text();
   ChildProcess info("prefill-cli", {"info", "--server=" + prefill_socket});
   EXPECT_EQ(info.Wait(absl::Seconds(30)), 0) << info.stderr_text();
+}
+
+// The folder on the command line is that of another model than the one that is served.
+TEST_F(Operation, TextForAnotherModelThanTheServedOneIsRefused) {
+  const ServerProcess prefilld("prefilld", ModelFlags());
+  const ServerProcess worker("prefilld-decode-worker",
+                             ModelFlags({"--prefill_address=" + prefilld.address()}));
+  const std::string text = "--text=Once upon a time";
+  const std::string model = "--model=model/tiny";
+  ChildProcess prefill("prefill-cli", {"prefill", "--server=" + prefilld.address(), model, text});
+  EXPECT_EQ(prefill.Wait(absl::Seconds(30)), 1);
+  EXPECT_THAT(prefill.stderr_text(), HasSubstr("is not the model that is served"));
+  ChildProcess generate("prefill-cli", {"generate", "--worker=" + worker.address(), model, text});
+  EXPECT_EQ(generate.Wait(absl::Seconds(30)), 1);
+  EXPECT_THAT(generate.stderr_text(), HasSubstr("is not the model that is served"));
+  EXPECT_EQ(generate.stdout_text(), "");
+}
+
+// Nothing listens at port 9.
+TEST_F(Operation, TheCommandLineTakesSeveralAddresses) {
+  const ServerProcess prefilld("prefilld", ModelFlags());
+  const ServerProcess worker("prefilld-decode-worker",
+                             ModelFlags({"--prefill_address=" + prefilld.address()}));
+  const std::vector<std::vector<std::string>> commands = {
+      {"info", "--server=127.0.0.1:9," + prefilld.address()},
+      {"prefill", "--token_ids=1,2", "--server=127.0.0.1:9," + prefilld.address()},
+      {"generate", "--token_ids=1,2", "--max_new_tokens=1", "--ignore_eos",
+       "--worker=127.0.0.1:9," + worker.address()}};
+  for (const std::vector<std::string>& command : commands) {
+    ChildProcess cli("prefill-cli", command);
+    EXPECT_EQ(cli.Wait(absl::Seconds(30)), 0) << command[0] << ": " << cli.stderr_text();
+  }
+}
+
+// Prometheus may live in another network than the callers.
+TEST_F(Operation, MetricsAreServedAtAnAddressOfTheirOwn) {
+  const ServerProcess prefilld("prefilld", ModelFlags({"--metrics_listen=127.0.0.2:0"}));
+  const std::string port = prefilld.metrics_address().substr(prefilld.metrics_address().rfind(':'));
+  EXPECT_EQ(MetricsPage("127.0.0.2" + port).Value("prefilld_ready"), 1);
+  EXPECT_FALSE(process::Answers("127.0.0.1" + port, absl::Seconds(1)));
 }
 
 TEST_F(Operation, ProxyVariablesAreOnlyForThoseWhoWantThem) {
