@@ -176,6 +176,38 @@ class Grading(unittest.TestCase):
 
 
 class Reconnecting(unittest.TestCase):
+    """gRPC's own channel waits for up to two minutes before it looks a name up again that nobody has."""
+
+    def opened_channels(self, library):
+        real, opened = library.insecure_channel, []
+        patch = unittest.mock.patch.object(library, "insecure_channel", lambda *a: opened.append(a) or real(*a))
+        self.enterContext(patch)
+        return opened
+
+    def test_a_name_that_nobody_has_is_looked_up_again_by_a_new_channel(self):
+        opened = self.opened_channels(grpc)
+        with PrefillClient("nobody.invalid:50051") as client:
+            for pause, channels in ((0, 1), (0, 1), (2.1, 2), (0, 2)):
+                time.sleep(pause)
+                with self.assertRaises(PrefilldError) as raised:
+                    client.server_info() if channels == 1 else client.prefill(PROMPT)
+                self.assertIs(raised.exception.code, grpc.StatusCode.UNAVAILABLE)
+                self.assertEqual(len(opened), channels)
+
+    def test_a_name_that_nobody_has_is_looked_up_again_by_a_new_channel_of_asyncio(self):
+        opened = self.opened_channels(grpc.aio)
+
+        async def ask():
+            async with AsyncDecodeClient("nobody.invalid:50052") as client:
+                for pause, channels in ((0, 1), (2.1, 2)):
+                    await asyncio.sleep(pause)
+                    with self.assertRaises(PrefilldError):
+                        async with client.generate(PROMPT, 1) as stream:
+                            await anext(aiter(stream))
+                    self.assertEqual(len(opened), channels)
+
+        asyncio.run(ask())
+
     def test_a_server_that_was_away_is_found_soon_after_its_return(self):
         with socket.create_server(("127.0.0.1", 0)) as free:
             address = "127.0.0.1:%d" % free.getsockname()[1]

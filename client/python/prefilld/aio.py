@@ -13,7 +13,7 @@ import grpc.aio
 import numpy as np
 
 from prefilld import wire
-from prefilld.channels import Servers
+from prefilld.channels import Server, Servers
 from prefilld.clients import AcceptedFields
 from prefilld.errors import Cancelled, PrefilldError, from_rpc
 from prefilld.options import Call, GenerateArguments, PrefillArguments, generate_call, prefill_call
@@ -128,6 +128,7 @@ class AsyncPrefillStream(AcceptedFields, _AsyncStream):
                 self._reception.take(0, first)
             except PrefilldError as error:
                 self._lane0.cancel()
+                self._server.note_failure(error.details)
                 if error.code is not grpc.StatusCode.UNAVAILABLE or not self._waiting:
                     raise
                 self._start()
@@ -212,6 +213,7 @@ class AsyncPrefillClient(_AsyncClient):
             try:
                 return await server.stub().GetServerInfo(wire.GetServerInfoRequest(), timeout=timeout)
             except grpc.RpcError as error:
+                server.note_failure(error.details())
                 if error.code() is not grpc.StatusCode.UNAVAILABLE or server is servers[-1]:
                     raise from_rpc(error, cancelled=False) from error
         raise AssertionError("the last attempt returns or raises")
@@ -237,8 +239,9 @@ class AsyncPrefillClient(_AsyncClient):
 class AsyncGenerateStream(_AsyncStream):
     """Iterates over Token as they are generated; result is the GenerateResult message after the last."""
 
-    def __init__(self, call, on_progress: Callable | None):
+    def __init__(self, server: Server, call, on_progress: Callable | None):
         super().__init__()
+        self._server = server
         self._calls.append(call)
         self._generation = Generation()
         self._on_progress = on_progress
@@ -252,12 +255,16 @@ class AsyncGenerateStream(_AsyncStream):
         return self._items
 
     async def _receive(self, call) -> AsyncGenerator[Token, None]:
-        while (event := await self._read(call)) is not None:
-            taken = self._generation.take(event)
-            if isinstance(taken, Token):
-                yield taken
-            elif taken is not None and self._on_progress:
-                self._on_progress(taken)
+        try:
+            while (event := await self._read(call)) is not None:
+                taken = self._generation.take(event)
+                if isinstance(taken, Token):
+                    yield taken
+                elif taken is not None and self._on_progress:
+                    self._on_progress(taken)
+        except PrefilldError as error:
+            self._server.note_failure(error.details)
+            raise
         self._generation.finish()
 
 
@@ -272,4 +279,5 @@ class AsyncDecodeClient(_AsyncClient):
         """Starts one generation. All else is as in DecodeClient.generate."""
         call = generate_call(tokens, max_new_tokens, **arguments)
         (server, *_) = self._servers.in_turn()
-        return AsyncGenerateStream(server.stub().Generate(call.request, timeout=call.timeout), call.on_progress)
+        started = server.stub().Generate(call.request, timeout=call.timeout)
+        return AsyncGenerateStream(server, started, call.on_progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Sequence
 
 import grpc
@@ -25,6 +26,8 @@ _OPTIONS = (
     ("grpc.lb_policy_name", "round_robin"),  # where an address stands for several servers
 )
 
+_LOOK_UP_SECONDS = 2.0  # between two look-ups of a name that has no address
+
 
 class Server:
     """The connections to one address: one for each lane, opened when a call first needs it. Thread-safe."""
@@ -36,14 +39,28 @@ class Server:
         self._lock = threading.Lock()
         self._channels: list = []
         self._stubs: list[wire.Stub] = []
+        self._nameless_since: float | None = None  # the name has no address
 
     def stub(self, lane: int = 0) -> wire.Stub:
         with self._lock:
+            if self._nameless_since is not None and time.monotonic() - self._nameless_since >= _LOOK_UP_SECONDS:
+                self._nameless_since, self._channels, self._stubs = None, [], []
             while len(self._stubs) <= lane:
                 channel = self._open_channel(self.address)
                 self._channels.append(channel)
                 self._stubs.append(wire.Stub(channel, self._service))
             return self._stubs[lane]
+
+    def note_failure(self, details: str | None) -> None:
+        """Looks at why a call failed, so that a later one does not fail for the same reason.
+
+        A channel to a name that could not be resolved waits for up to two minutes before it looks
+        again, and takes no setting for that; a new one looks at once. No call runs on the old one.
+        """
+        if "resolution failed" in (details or ""):
+            with self._lock:
+                if self._nameless_since is None:
+                    self._nameless_since = time.monotonic()
 
     def check_lanes(self, lanes: int) -> None:
         """Raises ValueError where the lanes of one call would reach different servers."""

@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 
 from prefilld import wire
-from prefilld.channels import Servers
+from prefilld.channels import Server, Servers
 from prefilld.errors import PrefilldError, one_family
 from prefilld.mailbox import Mailbox
 from prefilld.options import Call, GenerateArguments, PrefillArguments, generate_call, prefill_call
@@ -176,6 +176,7 @@ class PrefillStream(AcceptedFields, _Stream):
                 self._reception.take(0, first)
             except PrefilldError as error:
                 self._lane0.cancel()
+                self._server.note_failure(error.details)
                 if error.code is not grpc.StatusCode.UNAVAILABLE or not self._waiting:
                     raise
                 self._start()
@@ -260,6 +261,7 @@ class PrefillClient(_Client):
                 with one_family():
                     return server.stub().GetServerInfo(wire.GetServerInfoRequest(), timeout=timeout)
             except PrefilldError as error:
+                server.note_failure(error.details)
                 if error.code is not grpc.StatusCode.UNAVAILABLE or server is servers[-1]:
                     raise
         raise AssertionError("the last attempt returns or raises")
@@ -285,8 +287,9 @@ class PrefillClient(_Client):
 class GenerateStream(_Stream):
     """Iterates over Token as they are generated; result is the GenerateResult message after the last."""
 
-    def __init__(self, call, on_progress: Callable | None):
+    def __init__(self, server: Server, call, on_progress: Callable | None):
         super().__init__()
+        self._server = server
         self._begin(call)
         self._generation = Generation()
         self._on_progress = on_progress
@@ -303,13 +306,17 @@ class GenerateStream(_Stream):
         return next(self._items)
 
     def _receive(self, call) -> Generator[Token, None, None]:
-        with self._one_family():
-            for event in call:
-                taken = self._generation.take(event)
-                if isinstance(taken, Token):
-                    yield taken
-                elif taken is not None and self._on_progress:
-                    self._on_progress(taken)
+        try:
+            with self._one_family():
+                for event in call:
+                    taken = self._generation.take(event)
+                    if isinstance(taken, Token):
+                        yield taken
+                    elif taken is not None and self._on_progress:
+                        self._on_progress(taken)
+        except PrefilldError as error:
+            self._server.note_failure(error.details)
+            raise
         self._generation.finish()
 
 
@@ -328,4 +335,5 @@ class DecodeClient(_Client):
         """
         call = generate_call(tokens, max_new_tokens, **arguments)
         (server, *_) = self._servers.in_turn()
-        return GenerateStream(server.stub().Generate(call.request, timeout=call.timeout), call.on_progress)
+        started = server.stub().Generate(call.request, timeout=call.timeout)
+        return GenerateStream(server, started, call.on_progress)
