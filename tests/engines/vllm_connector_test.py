@@ -203,6 +203,27 @@ class Loading(unittest.TestCase):
             self.assertEqual((counts["loads_ok"], counts["loaded_tokens"]), (1, end - first))
             self.assertEqual(loader.take_counts(), {})
 
+    @unittest.skipUnless(torch.cuda.is_available(), "no GPU")
+    def test_tokens_come_to_their_slots_on_a_gpu(self):
+        """The cache has the order of FlashAttention's in vLLM, [block][token][head][K and V], written by its own loop."""
+        cache = Cache()
+        memory = torch.full((LAYERS, 16, BLOCK, 2, 8), -1.0, device="cuda")
+
+        def write(layer, keys, values, slots):
+            self.assertNotEqual(torch.cuda.current_stream(), torch.cuda.default_stream())
+            keys_cache, values_cache = memory[layer].view(-1, 2, 8).split(4, -1)
+            keys_cache[slots], values_cache[slots] = keys.to("cuda"), values.to("cuda")
+
+        for first in (0, 64):
+            with PlayedServer(serving) as server:
+                loader = self.loader(cache, shape=cache.shape(device=memory.device, write=write))
+                memory.fill_(-1)  # on the engine's stream: what the load writes must come after it
+                loader.start([self.load(server.address, first)])
+                self.finished(loader)
+            cache.kv = torch.stack(memory.view(LAYERS, -1, 2, 8).cpu().split(4, -1), 1).contiguous()
+            self.check(cache, first, 100)
+            self.assertEqual(loader.take_bad_blocks(), set())
+
     def test_a_rank_has_its_own_heads(self):
         for rank in (0, 1):
             cache = Cache(num_heads=1)
