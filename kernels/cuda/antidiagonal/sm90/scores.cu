@@ -35,6 +35,7 @@
 #include "kernels/cuda/device/accumulator.cuh"
 #include "kernels/cuda/device/arithmetic.cuh"
 #include "kernels/cuda/device/cluster.cuh"
+#include "kernels/cuda/device/cluster_product.cuh"
 #include "kernels/cuda/device/mbarrier.cuh"
 #include "kernels/cuda/device/ring.cuh"
 #include "kernels/cuda/device/tma.cuh"
@@ -159,7 +160,7 @@ class Consumer {
         thread_(static_cast<int>(threadIdx.x) % kWarpgroup),
         weights_(launch.folds.weights + (static_cast<int64_t>(blockIdx.x) * kConsumers + index_) *
                                             launch.folds.weight_blocks * kGroupFolds),
-        remote_empty_(device::cluster_shared_address(shared.empty, thread_ % 32 % kClusterCtas)) {}
+        product_(shared.full, shared.empty, thread_) {}
 
   __device__ void run() {
     const int rank = device::cluster_rank();
@@ -189,41 +190,9 @@ class Consumer {
   // Computes d = the scores of this consumer's query folds on a tile of key folds.
   __device__ void multiply(float (&d)[128]) {
     using namespace device;
-    const uint64_t q = swizzled_tile_descriptor(shared_.q[0] + index_ * kGroupFolds * kStep, 0);
-    const uint64_t k = swizzled_tile_descriptor(shared_.k[0], 0);
-    constexpr uint32_t kQUnits = sizeof(shared_.q[0]) / 16;  // descriptors count 16 bytes
-    constexpr uint32_t kKUnits = sizeof(shared_.k[0]) / 16;
-    const int num_steps = launch_.folds.stride * launch_.chunks;
-    int previous = 0;
-#pragma unroll 1
-    for (int step = 0; step < num_steps; ++step) {
-      mbarrier_wait(&shared_.full[ring_.stage], ring_.parity);
-      wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < kStep / 16; ++i) {
-        wgmma_m64n256k16_ss(d, q + ring_.stage * kQUnits + i * 2, k + ring_.stage * kKUnits + i * 2,
-                            step + i > 0);
-      }
-      wgmma_commit();
-      // A stage is given back while the next one is multiplied, so that the tensor cores never
-      // idle.
-      wgmma_wait<1>();
-      if (step > 0) release(previous);
-      previous = ring_.stage;
-      ring_.advance();
-    }
-    wgmma_wait<0>();
-    release(previous);
-    keep_in_order(d);
-  }
-
-  // Reports to both CTAs of the cluster that this warp has read the stage: each sent half of the
-  // keys.
-  __device__ void release(int stage) {
-    if (thread_ % 32 < kClusterCtas) {
-      device::mbarrier_arrive_cluster(remote_empty_ +
-                                      stage * static_cast<uint32_t>(sizeof(uint64_t)));
-    }
+    product_.template multiply<sizeof(shared_.q[0]) / 16, sizeof(shared_.k[0]) / 16>(
+        d, swizzled_tile_descriptor(shared_.q[0] + index_ * kGroupFolds * kStep, 0),
+        swizzled_tile_descriptor(shared_.k[0], 0), launch_.folds.stride * launch_.chunks);
   }
 
   // Hides the key folds that a query fold does not see.
@@ -318,13 +287,12 @@ class Consumer {
   SharedStorage& shared_;
   const int index_;
   const int thread_;
-  float* const weights_;         // [weight_blocks, kGroupFolds]
-  const uint32_t remote_empty_;  // the `empty` barriers of the CTA that this lane reports to
+  float* const weights_;  // [weight_blocks, kGroupFolds]
   // The running maxima, scaled to powers of two, and sums of this thread's two rows. The sums are
   // over this thread's columns only, until reduced.
   float max_[2];
   float sum_[2];
-  device::RingPosition<kStages> ring_;
+  device::ClusterProduct<kStages, kStep, kClusterCtas> product_;
 };
 
 template <int kPerBlock>

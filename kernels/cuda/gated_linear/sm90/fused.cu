@@ -28,6 +28,7 @@
 #include "kernels/cuda/device/accumulator.cuh"
 #include "kernels/cuda/device/arithmetic.cuh"
 #include "kernels/cuda/device/cluster.cuh"
+#include "kernels/cuda/device/cluster_product.cuh"
 #include "kernels/cuda/device/mbarrier.cuh"
 #include "kernels/cuda/device/ring.cuh"
 #include "kernels/cuda/device/tma.cuh"
@@ -136,7 +137,7 @@ class Consumer {
         maps_(maps),
         index_(static_cast<int>(device::uniform(threadIdx.x / kWarpgroup)) - 1),
         thread_(static_cast<int>(threadIdx.x) % kWarpgroup),
-        remote_empty_(device::cluster_shared_address(shared.empty, thread_ % 32 % kClusterCtas)) {}
+        product_(shared.full, shared.empty, thread_) {}
 
   __device__ void run() {
     const int rank = device::cluster_rank();
@@ -154,40 +155,9 @@ class Consumer {
   // Computes d = this consumer's rows of x times gate and up.
   __device__ void multiply(float (&d)[128]) {
     using namespace device;
-    const uint64_t x = swizzled_tile_descriptor(shared_.x[0] + index_ * kConsumerTokens * kStep, 0);
-    const uint64_t w = swizzled_tile_descriptor(shared_.w[0], 0);
-    constexpr uint32_t kXUnits = sizeof(shared_.x[0]) / 16;  // descriptors count 16 bytes
-    constexpr uint32_t kWUnits = sizeof(shared_.w[0]) / 16;
-    int previous = 0;
-#pragma unroll 1
-    for (int step = 0; step < launch_.num_steps; ++step) {
-      mbarrier_wait(&shared_.full[ring_.stage], ring_.parity);
-      wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < kStep / 16; ++i) {
-        wgmma_m64n256k16_ss(d, x + ring_.stage * kXUnits + i * 2, w + ring_.stage * kWUnits + i * 2,
-                            step + i > 0);
-      }
-      wgmma_commit();
-      // A stage is given back while the next one is multiplied, so that the tensor cores never
-      // idle.
-      wgmma_wait<1>();
-      if (step > 0) release(previous);
-      previous = ring_.stage;
-      ring_.advance();
-    }
-    wgmma_wait<0>();
-    release(previous);
-    keep_in_order(d);
-  }
-
-  // Reports to both CTAs of the cluster that this warp has read the stage: each sent half of the
-  // weights.
-  __device__ void release(int stage) {
-    if (thread_ % 32 < kClusterCtas) {
-      device::mbarrier_arrive_cluster(remote_empty_ +
-                                      stage * static_cast<uint32_t>(sizeof(uint64_t)));
-    }
+    product_.multiply<sizeof(shared_.x[0]) / 16, sizeof(shared_.w[0]) / 16>(
+        d, swizzled_tile_descriptor(shared_.x[0] + index_ * kConsumerTokens * kStep, 0),
+        swizzled_tile_descriptor(shared_.w[0], 0), launch_.num_steps);
   }
 
   // Applies SwiGLU and sends the tile out. The copy engine drops tokens and columns beyond the
@@ -224,8 +194,7 @@ class Consumer {
   const TensorMaps& maps_;
   const int index_;
   const int thread_;
-  const uint32_t remote_empty_;  // the `empty` barriers of the CTA that this lane reports to
-  device::RingPosition<kStages> ring_;
+  device::ClusterProduct<kStages, kStep, kClusterCtas> product_;
 };
 
 __global__ void __cluster_dims__(kClusterCtas, 1, 1) __launch_bounds__(kThreads, 1)
