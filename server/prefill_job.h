@@ -39,6 +39,9 @@ struct Ending {
 // A request ends once: by Abort, from whichever thread finds a reason first, or with its result
 // sent. Its streams, the queue and the pass that computes it own it together, by shared_ptr.
 // Thread-safe.
+//
+// It has many methods because all of them meet here: the scheduler reads the work and its age, the
+// pass reports what it computes, the streams tell how the call ends, and the watchdog checks timers.
 class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
  public:
   // Opens the call to the receiver of a push.

@@ -19,6 +19,9 @@ namespace prefilld::model {
 // One JSON object, read field by field. The first error is kept and later reads return defaults, so
 // that a reader is a list of fields with one check at its end. Null counts as absent. `object` must
 // outlive this.
+//
+// It has a method for each kind of field and for each thing that may be done about one: read it,
+// ignore it, refuse it.
 class ConfigFields {
  public:
   // `prefix` precedes names in messages, such as "rope_scaling.".
