@@ -27,8 +27,9 @@ class JobShares {
   // Tells which jobs have something to compute now. Has to be called before each turn.
   void SetClaimants(absl::Span<const PrefillJob* const> jobs, absl::Time now);
 
-  // Returns what classes and tenants say about jobs that compute together: the best that one of
-  // them has. The times of the prompts themselves are left at zero.
+  // Describes jobs that compute together by the one of them that goes first by class and tenant.
+  // Returns its class, its class's wait and its tenant's virtual time. The prompts' own times,
+  // `remaining` and `waited`, are left at zero.
   Contender StandingOf(Jobs jobs, absl::Time now) const;
   absl::Duration virtual_time(const PrefillJob& job) const;
 

@@ -47,9 +47,12 @@ class LaneQueue {
   size_t pending_bytes() const;  // payloads of frames, queued or being written
   bool idle() const;             // nothing queued or being written
   // Tells for how long the peer has taken nothing of the message that the transport was given; 0
-  // when it has none. A message that leaves slowly is not stalled: it counts as progress when the
-  // connection moves kProgressBytes, as long as no more has passed than could have to pass before
-  // the message. Then the stream itself is held up, beside others that are not.
+  // when it has none.
+  //
+  // A large message may leave slowly without a stall, so every kProgressBytes that the connection
+  // passes on count as progress. They may belong to other streams of the connection, though. So
+  // they count only until as much has passed as the message and all that could have been ahead of
+  // it; a message that has not left by then is held up while other streams are not.
   absl::Duration StalledFor(absl::Time now);
   static constexpr int64_t kProgressBytes = 64 << 10;
 

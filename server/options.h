@@ -13,8 +13,8 @@ namespace prefilld::server {
 // every invalid value, not only the first.
 absl::StatusOr<ServerOptions> OptionsFromCommandLine(int argc, char** argv);
 
-// The second half of that: the options that the flags, as they are set now, stand for. `positional`
-// is the program's name and whatever else was no flag.
+// Makes the options from the flags as they are set now, which is the second half of the above.
+// `positional` holds the program's name and the arguments that are no flags.
 absl::StatusOr<ServerOptions> OptionsFromFlags(const std::vector<char*>& positional);
 
 }  // namespace prefilld::server

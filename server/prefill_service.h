@@ -65,7 +65,8 @@ class PrefillService final : public PrefillServiceBase {
   // thread, until the last call has ended.
   void RetryNames();
 
-  // Lets streams see how much their connections take. Calls that came before do without.
+  // Lets streams see how much their connections take. The streams of calls that came before this
+  // never do.
   void SetConnections(const wire::Connections* connections) { connections_ = connections; }
 
  private:

@@ -25,9 +25,9 @@ class PushDialer {
   // receiver's status if the receiver refuses, fails or goes away.
   void Start(std::shared_ptr<PrefillJob> job);
 
-  // Waits until every call is over and its channel gone. If a channel is the last user of gRPC's
-  // callback threads, it ends them, and must not do so on one of them. So this must be called
-  // before the end of the server, which uses those threads too.
+  // Waits until every call is over and its channel is gone. Must be called while the gRPC server
+  // still exists. gRPC's callback threads are joined by whoever is the last to use them, and that
+  // must not be a channel, which may go on one of these very threads.
   void AwaitIdle();
 
  private:

@@ -33,8 +33,8 @@ class ServerStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>, pu
     absl::AnyInvocable<void()> on_done = nullptr;
   };
 
-  // The creator attaches the stream to the queue.
-  // `connection` may be null.
+  // The creator attaches the stream to the queue. `connection` may be null: then nobody knows how
+  // much the connection takes.
   ServerStream(grpc::CallbackServerContext* context, LaneQueue* queue,
                std::shared_ptr<const wire::Connection> connection, Events events);
 

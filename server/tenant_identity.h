@@ -1,4 +1,4 @@
-// Finds out whose call a call is.
+// Tells which tenant a call comes from.
 #ifndef PREFILLD_SERVER_TENANT_IDENTITY_H_
 #define PREFILLD_SERVER_TENANT_IDENTITY_H_
 
@@ -29,7 +29,7 @@ enum class TenantSource : uint8_t {
 const char* Name(TenantSource source);
 std::optional<TenantSource> ParseTenantSource(absl::string_view name);
 
-// An operator's choice.
+// The operator's choice of how tenants are told apart, and the table of them.
 struct TenantIdentity {
   TenantSource source = TenantSource::kNone;
   std::string metadata_key = "x-tenant";  // for kMetadata
@@ -41,8 +41,8 @@ struct TenantIdentity {
 absl::StatusOr<size_t> TenantOf(const TenantIdentity& identity,
                                 const grpc::ServerContextBase& context);
 
-// Returns a sentence about a key, of which `flag` is the source, that gRPC would not carry as text;
-// nullopt if it would.
+// Returns nullopt if gRPC carries text under this metadata key. Otherwise returns a sentence that
+// says why not and names `flag`, from which the key came.
 std::optional<std::string> MetadataKeyProblem(absl::string_view flag, absl::string_view key);
 
 }  // namespace prefilld::server

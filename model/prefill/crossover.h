@@ -21,12 +21,14 @@ struct AttentionTimes {
   double share_us = 0.0;  // everything that share adds is in it: scores, choice, waiting
 };
 
-// Returns the length from which on share takes no longer than dense. `measured` is by ascending
-// length. Between the last length at which share was slower and the first at which it was not, the
-// ratio of the two times is taken to change evenly with the length's logarithm. Where share was
-// slower throughout, what it took beyond three quarters of dense attention at the greatest length
-// is taken to stay the same for longer prompts, and dense attention to grow with the square.
-// max_tokens + 1 where that lies beyond max_tokens, and where nothing was measured.
+// Returns the length from which on share takes no longer than dense, but max_tokens + 1 when that
+// is longer than max_tokens or when nothing was measured. `measured` is by ascending length.
+//
+// - If share was slower at one length and not at the next, the result lies between the two. The
+//   ratio of the two times is taken to change evenly with the length's logarithm.
+// - If share was slower at every length, the result lies beyond the greatest. Dense attention is
+//   taken to grow with the square of the length. A part of share's time grows with it, namely three
+//   quarters of dense attention; the rest is taken to stay what it was.
 int64_t CrossoverOf(absl::Span<const AttentionTimes> measured, int64_t max_tokens);
 
 // Measures attention of prompts of 512 tokens, twice as many and so on, until share takes no

@@ -43,8 +43,8 @@ struct PrefixCacheCounts {
 
 // A block is kPrefixBlockTokens tokens after a certain prefix, so blocks form trees: a block's
 // parent is the block before it. A block's KV lies in one slot of a memory that belongs to somebody
-// else; this class only hands out the numbers of slots. There are never more of them than
-// num_slots, and every slot is free, or of one block, or of one lease that fills it.
+// else; this class only hands out the numbers of slots, 0 to num_slots - 1. A slot is free, or
+// holds one block, or is being filled by one lease.
 //
 // Blocks are found by their keys, and the tokens are compared too, so a collision of hashes is a
 // miss. When slots run out, the leaf that was used least recently makes room, unless a lease holds
@@ -71,7 +71,7 @@ class PrefixCache {
     Block* parent = nullptr;  // null: the first block of a prompt
     PrefixKey key;
     std::array<uint32_t, kPrefixBlockTokens> tokens;
-    AttentionOptions computed;  // at least as exact as this
+    AttentionOptions computed;  // its KV is at least as exact as with these options
     int slot = 0;
     int children = 0;
     int leases = 0;     // that hold it

@@ -32,8 +32,9 @@ class PrefixStore {
   const PrefixCache& index() const { return index_; }
   int64_t block_bytes() const { return 2 * num_layers_ * num_kv_heads_ * row_bytes_; }
 
-  // Start to load the blocks that `lease` found into the KV slot of `layer`, whose heads are
-  // `kv_head_stride` elements apart, and to save those that it adds. HostCopies says when.
+  // StartLoad starts to copy the blocks that `lease` found into the KV slot of `layer`, and
+  // StartSave to copy those that the lease adds out of it. The slot's heads are `kv_head_stride`
+  // elements apart. HostCopies says how the copies are ordered with ops, and how to wait for them.
   absl::Status StartLoad(const PrefixLease& lease, int layer, const KvSlot& slot,
                          int64_t kv_head_stride);
   absl::Status StartSave(const PrefixLease& lease, int layer, const KvSlot& slot,

@@ -2,12 +2,12 @@
 // here is fast or safe enough to be a server's default.
 //
 //   baseline_query_aware  FlexPrefill (Lai et al., arXiv 2502.20766). The block means of queries
-//                         and keys predict the block mass (kernels/pattern.h). If the
-//                         prediction for the last row is nearer than tau to the head's true
-//                         estimate, every row takes the smallest set of blocks that holds gamma of
-//                         it, with block 0 and the diagonal. The other heads are left to
-//                         vertical-slash. The article's tau is 0.1; tau 1 is query-aware for every
-//                         head.
+//                         and keys predict the block mass (PooledMassParams of
+//                         kernels/pattern.h). If the prediction for the last row is nearer than tau
+//                         to the head's true estimate, every row takes the smallest set of blocks
+//                         that holds gamma of its predicted mass, with block 0 and the diagonal.
+//                         The other heads are left to vertical-slash. The article's tau is 0.1;
+//                         with tau 1 every head follows the prediction.
 //   baseline_random       Blocks at random, `density` of each row, with block 0 and the diagonal.
 //                         Any choice of blocks has to beat this.
 #ifndef PREFILLD_MODEL_SPARSE_BASELINE_ATTENTION_H_

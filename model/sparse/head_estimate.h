@@ -42,7 +42,7 @@ class HeadEstimate {
   const DeviceBuffer& slash() const { return slash_; }            // [num_heads, num_keys]
 
  private:
-  // Does it for `count` heads from `first` on.
+  // Builds the patterns of `count` heads from `first` on.
   absl::Status Build(int first, int count, float gamma, int64_t min_budget_tokens,
                      uint32_t* patterns, int64_t* blocks);
 

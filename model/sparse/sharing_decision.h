@@ -41,9 +41,10 @@ struct ClusterPivot {
 };
 
 // Chooses the heads of a layer that become pivots, ascending: the first head of every cluster that
-// has no pivot yet, unless the delta rule excludes it. cluster_of is [num_heads]
-// with HeadClusters::kNoCluster; estimate is [num_heads, num_key_blocks]; pivots is [num_clusters].
-// With coverage 0 no cluster can ever share, so there are no pivots.
+// has no pivot yet, unless the delta rule excludes it (its distance from uniform is above
+// options.delta). cluster_of is [num_heads], with HeadClusters::kNoCluster; estimate is [num_heads,
+// num_key_blocks]; pivots is [num_clusters]. With coverage 0 no cluster can ever share, so there
+// are no pivots.
 std::vector<int> ChoosePivots(absl::Span<const int> cluster_of, absl::Span<const float> estimate,
                               absl::Span<const ClusterPivot> pivots,
                               const AttentionOptions& options);
@@ -52,8 +53,8 @@ std::vector<int> ChoosePivots(absl::Span<const int> cluster_of, absl::Span<const
 // as the pivot has it, or kScored. `pivot` is that of its cluster, or null if it is in no cluster
 // that shares; the pivots of this layer must have been measured. The head shares when the cluster
 // is worth it, when its estimate is nearer than tau to the pivot's, and when the delta rule does
-// not object. Ours: a pivot of the same layer serves at once, because pivots run first; the switch
-// restores the release's behaviour, which begins one layer later.
+// not exclude it. Ours: a pivot of the same layer serves at once, because pivots run first. Without
+// options.same_layer_sharing it serves from the next layer on, as in the paper's release.
 HeadRole DecideHead(int layer, absl::Span<const float> estimate, const ClusterPivot* pivot,
                     const AttentionOptions& options);
 

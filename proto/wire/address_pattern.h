@@ -13,8 +13,8 @@ namespace prefilld::wire {
 //
 //   10.2.*.*:50052     IPv4 addresses. Four labels, numbers or '*'.
 //   [fd00:1::*]:50052  IPv6 addresses, however they are written. '*' is any group of 16 bits.
-//   *.pods:50052       Names, in any case. '*' is any run of characters within a label; the last
-//                      of several labels has none, because it would stand for anybody's domain.
+//   *.pods:50052       Names, in any case. '*' is any run of characters within a label. The last
+//                      of several labels may not have one: it would admit anybody's domain.
 //   unix:/run/*.sock   Unix sockets. '*' is any run of characters without a slash.
 //
 // A pattern of addresses never admits a name, not even one such as 10.2.evil.example, and not one

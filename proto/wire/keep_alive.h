@@ -17,8 +17,8 @@ namespace prefilld::wire {
 inline constexpr int kKeepAliveTimeMs = 20'000;
 inline constexpr int kKeepAliveTimeoutMs = 10'000;
 
-// The arguments of a client of prefilld or of the decode worker. The
-// number of pings is not limited, because a long prefill sends nothing.
+// The arguments of a client of prefilld or of the decode worker. The number of pings is not
+// limited, because a long prefill sends nothing.
 inline constexpr std::array<std::pair<const char*, int>, 3> kKeepAliveArguments = {
     {{GRPC_ARG_KEEPALIVE_TIME_MS, kKeepAliveTimeMs},
      {GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepAliveTimeoutMs},
@@ -26,8 +26,8 @@ inline constexpr std::array<std::pair<const char*, int>, 3> kKeepAliveArguments 
 
 // A peer that was away for however long is called again within about 2 s of its return: the pause
 // between two attempts grows to that and no further. gRPC's own limits are 2 minutes for the pause,
-// 20 s for an attempt that nobody answers, and 30 s between two look-ups of a name. The first of
-// these arguments is such an attempt's time, whatever its name says.
+// 20 s for an attempt that nobody answers, and 30 s between two look-ups of a name. In spite of its
+// name, the first of these arguments bounds the time of such an attempt.
 inline constexpr std::array<std::pair<const char*, int>, 4> kReconnectArguments = {
     {{GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 5'000},
      {GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 200},

@@ -40,9 +40,8 @@ struct ListeningSockets {
 
 // Binds each of a list of addresses, separated by commas, and listens.
 //
-// - host:port; port 0 is any free one. A name is bound with all of its addresses, and a wildcard
-// for
-//   IPv4 and IPv6 alike where the machine has both. No second process can share the port.
+// - host:port; port 0 is any free one. A name is bound with all of its addresses. A wildcard is
+//   bound for IPv4 and IPv6 alike where the machine has both. No second process can share the port.
 // - unix:/path. A socket that a process left behind is replaced, one that is served is not.
 //
 // UNAVAILABLE: one of them cannot be bound; the message says which and why.
