@@ -54,10 +54,11 @@ absl::Status BenchLayerOps(model::Device& device, const LayerShape& shape, int64
 absl::Status BenchLinears(model::Device& device, model::Device& tuned, const LayerShape& shape,
                           int num_layers, int64_t num_tokens, int64_t tile_tokens, Report* report);
 
-// Measures whole prefills of a prompt with one policy. The KV is released unread.
+// Measures whole prefills of a prompt. The settings take turns, run by run. The KV is released
+// unread.
 absl::Status BenchPrefill(model::PrefillEngine& engine, const std::vector<uint32_t>& tokens,
-                          const model::AttentionOptions& options, bool warm_up, int runs,
-                          Report* report);
+                          const std::vector<model::AttentionOptions>& settings, bool warm_up,
+                          int runs, Report* report);
 
 // Measures a batch of `num_prompts` dense prompts in one pass, in turns with the same prompts one
 // by one. The KV is released unread.

@@ -192,16 +192,17 @@ absl::StatusOr<std::vector<uint32_t>> LoadPrompt(int64_t num_tokens) {
 
 absl::Status RunPolicies(model::PrefillEngine& engine, const std::vector<uint32_t>& tokens,
                          Report* report) {
+  std::vector<model::AttentionOptions> settings;
   for (const std::string& name : absl::GetFlag(FLAGS_policies)) {
     absl::StatusOr<model::AttentionPolicy> policy = Policy(name);
     if (!policy.ok()) return policy.status();
     model::AttentionOptions options = Options(*policy);
     options.crossover_tokens = engine.info().default_attention.crossover_tokens;
-    absl::Status status = BenchPrefill(engine, tokens, options, absl::GetFlag(FLAGS_warm_up),
-                                       absl::GetFlag(FLAGS_runs), report);
-    if (!status.ok()) return status;
+    settings.push_back(options);
   }
-  return absl::OkStatus();
+  report->Fact("crossover_tokens", absl::StrCat(engine.info().default_attention.crossover_tokens));
+  return BenchPrefill(engine, tokens, settings, absl::GetFlag(FLAGS_warm_up),
+                      absl::GetFlag(FLAGS_runs), report);
 }
 
 // Runs mode prefill or, if `batches` is not empty, mode batch.

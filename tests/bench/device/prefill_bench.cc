@@ -1,5 +1,7 @@
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "tests/bench/device/benches.h"
@@ -41,25 +43,16 @@ absl::StatusOr<Totals> RunOnce(model::PrefillEngine& engine, const std::vector<u
   return totals;
 }
 
-}  // namespace
-
-absl::Status BenchPrefill(model::PrefillEngine& engine, const std::vector<uint32_t>& tokens,
-                          const model::AttentionOptions& options, bool warm_up, int runs,
-                          Report* report) {
-  std::vector<Totals> all;
-  for (int i = warm_up ? -1 : 0; i < runs; ++i) {
-    absl::StatusOr<Totals> totals = RunOnce(engine, tokens, options);
-    if (!totals.ok()) return totals.status();
-    if (i >= 0) all.push_back(*totals);
-  }
-  std::sort(all.begin(), all.end(),
+void AddRow(const model::PrefillEngine& engine, const std::vector<uint32_t>& tokens,
+            model::AttentionPolicy policy, std::vector<Totals> runs, Report* report) {
+  std::sort(runs.begin(), runs.end(),
             [](const Totals& a, const Totals& b) { return a.seconds < b.seconds; });
-  const Totals& median = all[all.size() / 2];
-  Row row{.what = absl::StrCat("prefill ", model::Name(options.policy)),
+  const Totals& median = runs[runs.size() / 2];
+  Row row{.what = absl::StrCat("prefill ", model::Name(policy)),
           .shape = absl::StrCat(tokens.size(), " tokens ", engine.info().model_name)};
   row.median_ms = 1e3 * median.seconds;
-  row.min_ms = 1e3 * all.front().seconds;
-  row.max_ms = 1e3 * all.back().seconds;
+  row.min_ms = 1e3 * runs.front().seconds;
+  row.max_ms = 1e3 * runs.back().seconds;
   row.more = {{"tokens_per_s", static_cast<double>(tokens.size()) / median.seconds},
               {"density", median.density / median.queries},
               {"attention_ms", median.attention_ms},
@@ -68,6 +61,24 @@ absl::Status BenchPrefill(model::PrefillEngine& engine, const std::vector<uint32
               {"shared", median.shared},
               {"device_gib", static_cast<double>(engine.allocated_bytes()) / (1 << 30)}};
   report->Add(std::move(row));
+}
+
+}  // namespace
+
+absl::Status BenchPrefill(model::PrefillEngine& engine, const std::vector<uint32_t>& tokens,
+                          const std::vector<model::AttentionOptions>& settings, bool warm_up,
+                          int runs, Report* report) {
+  std::vector<std::vector<Totals>> all(settings.size());
+  for (int i = warm_up ? -1 : 0; i < runs; ++i) {
+    for (size_t setting = 0; setting < settings.size(); ++setting) {
+      absl::StatusOr<Totals> totals = RunOnce(engine, tokens, settings[setting]);
+      if (!totals.ok()) return totals.status();
+      if (i >= 0) all[setting].push_back(*totals);
+    }
+  }
+  for (size_t setting = 0; setting < settings.size(); ++setting) {
+    AddRow(engine, tokens, settings[setting].policy, all[setting], report);
+  }
   return absl::OkStatus();
 }
 
