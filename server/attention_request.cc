@@ -74,6 +74,7 @@ model::AttentionOverrides ReadThresholds(const v1::AttentionOptions& request) {
 }  // namespace
 
 absl::StatusOr<model::AttentionOptions> ResolveAttention(const v1::AttentionOptions& request,
+                                                         int64_t num_tokens,
                                                          const AttentionLimits& limits) {
   model::AttentionOverrides asked = ReadThresholds(request);
   PREFILLD_ASSIGN_OR_RETURN(asked.policy, ReadPolicy(request.policy(), limits.allowed_policies));
@@ -84,7 +85,9 @@ absl::StatusOr<model::AttentionOptions> ResolveAttention(const v1::AttentionOpti
     return absl::InvalidArgumentError(absl::StrCat(
         "attention.recall_audit_rows ", *asked.recall_audit_rows, "; at most ", audit.rows));
   }
-  const model::AttentionOptions options = model::Apply(asked, limits.defaults);
+  const bool is_calibrated = num_tokens <= limits.calibrated_tokens;
+  const model::AttentionOptions options =
+      model::Apply(asked, is_calibrated ? limits.defaults : limits.beyond_calibration);
   PREFILLD_RETURN_IF_ERROR(model::Validate(options));
   return options;
 }

@@ -3,6 +3,8 @@
 #ifndef PREFILLD_SERVER_ATTENTION_REQUEST_H_
 #define PREFILLD_SERVER_ATTENTION_REQUEST_H_
 
+#include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -16,15 +18,20 @@ namespace prefilld::server {
 // start.
 struct AttentionLimits {
   model::AttentionOptions defaults;
+  // The defaults for prompts of more tokens than the loss was calibrated for.
+  model::AttentionOptions beyond_calibration = {};
+  int64_t calibrated_tokens = std::numeric_limits<int64_t>::max();
   std::vector<model::AttentionPolicy> allowed_policies;
   RecallAuditLimits recall_audit;
 };
 
-// Returns the server's defaults with the values that the request names. Fields and thresholds are
+// Returns the server's defaults for a prompt of so many tokens, with the values that the request
+// names. Fields and thresholds are
 // matched by their names. A request without recall_audit_rows is measured with the probability that
 // the limits give. INVALID_ARGUMENT names field, value and limit.
 absl::StatusOr<model::AttentionOptions> ResolveAttention(
-    const ::prefill::v1::AttentionOptions& request, const AttentionLimits& limits);
+    const ::prefill::v1::AttentionOptions& request, int64_t num_tokens,
+    const AttentionLimits& limits);
 
 ::prefill::v1::AttentionPolicy ToProto(model::AttentionPolicy policy);
 

@@ -43,6 +43,25 @@ int Refuse(const char* step, const absl::Status& status) {
   return EXIT_FAILURE;
 }
 
+// Says what the cluster file promises, and for which prompts.
+void LogCalibratedLoss(const model::EngineInfo& engine) {
+  if (!engine.calibrated_loss.has_value()) return;
+  const model::CalibratedLoss& loss = *engine.calibrated_loss;
+  LogFields fields = {{"promised_perplexity_rise", loss.max_perplexity_rise},
+                      {"measured_perplexity_rise", loss.perplexity_rise},
+                      {"standard_error", loss.standard_error},
+                      {"worst_prompt", loss.worst_prompt},
+                      {"density", loss.density},
+                      {"prompts", loss.prompts},
+                      {"shortest_tokens", loss.shortest_tokens},
+                      {"longest_tokens", loss.longest_tokens},
+                      {"holds_up_to_tokens", loss.max_tokens()}};
+  if (engine.max_tokens > loss.max_tokens()) {
+    fields.emplace_back("longer_prompts", "built-in thresholds, no head shares");
+  }
+  LogEvent(LogLevel::kInfo, "calibrated_loss", fields);
+}
+
 void LogConfiguration(const ServerOptions& options, const model::EngineInfo& engine) {
   LogFields fields = {{"version", kVersion}};
   for (const auto& [flag, value] : Describe(options)) fields.emplace_back(flag, value);
@@ -67,6 +86,7 @@ void LogConfiguration(const ServerOptions& options, const model::EngineInfo& eng
                model::ValueOf(threshold, attention));
   }
   LogEvent(LogLevel::kInfo, "model", fields);
+  LogCalibratedLoss(engine);
 }
 
 // Returns the addresses with the port that the first one of TCP was given.

@@ -103,6 +103,9 @@ Metrics::Metrics(const model::EngineInfo& engine, absl::Span<const Tenant> tenan
       fallbacks_(NewCounter("prefilld_policy_fallbacks_total",
                             "Requests for which another policy ran than was asked for, policy "
                             "auto that ran dense included.")),
+      beyond_calibration_(NewCounter("prefilld_beyond_calibration_requests_total",
+                                     "Requests whose prompts are too long for the loss that the "
+                                     "cluster file promises; they run with built-in thresholds.")),
       time_to_first_token_(NewHistogram(
           "prefilld_time_to_first_token_seconds",
           "From the arrival of a request to its first token, queue included.", kSeconds)),
@@ -186,6 +189,7 @@ Metrics::Metrics(const model::EngineInfo& engine, absl::Span<const Tenant> tenan
             {"fingerprint", engine.fingerprint},
             {"device", engine.device_name}})
       .Set(1);
+  if (engine.calibrated_loss.has_value()) ShowCalibratedLoss(*engine.calibrated_loss);
   auto& recall = prometheus::BuildHistogram()
                      .Name("prefilld_attention_recall")
                      .Help(
@@ -207,6 +211,20 @@ Metrics::Metrics(const model::EngineInfo& engine, absl::Span<const Tenant> tenan
 }
 
 Metrics::~Metrics() = default;
+
+void Metrics::ShowCalibratedLoss(const model::CalibratedLoss& loss) {
+  auto& rise = prometheus::BuildGauge()
+                   .Name("prefilld_calibrated_perplexity_rise")
+                   .Help(
+                       "Rise of perplexity over dense attention, 0.01 for 1 %: what the cluster "
+                       "file promises, and what was measured in the mean and of the worst prompt.")
+                   .Register(*registry_);
+  rise.Add({{"kind", "promised"}}).Set(loss.max_perplexity_rise);
+  rise.Add({{"kind", "measured"}}).Set(loss.perplexity_rise);
+  rise.Add({{"kind", "worst_prompt"}}).Set(loss.worst_prompt);
+  NewGauge("prefilld_calibrated_prompt_tokens", "The longest prompt for which this is promised.")
+      .Set(static_cast<double>(loss.max_tokens()));
+}
 
 prometheus::Counter& Metrics::NewCounter(const std::string& name, const std::string& help) {
   return prometheus::BuildCounter().Name(name).Help(help).Register(*registry_).Add({});
@@ -232,6 +250,7 @@ void Metrics::CountRequest(const PrefillJob& job, absl::Time now) {
 
   request_time_.Observe(seconds(now - stats.accepted_at));
   prompt_tokens_.Observe(num_tokens);
+  if (job.work().beyond_calibration) beyond_calibration_.Increment();
   if (!stats.started_at.has_value()) return;
   queue_time_.Observe(seconds(*stats.started_at - stats.accepted_at));
   if (stats.policy.has_value() && *stats.policy != model::AttentionPolicy::kAuto) {

@@ -70,6 +70,7 @@ class Metrics {
   const std::shared_ptr<prometheus::Registry>& registry() const { return registry_; }
 
  private:
+  void ShowCalibratedLoss(const model::CalibratedLoss& loss);
   prometheus::Counter& NewCounter(const std::string& name, const std::string& help);
   prometheus::Gauge& NewGauge(const std::string& name, const std::string& help);
   prometheus::Histogram& NewHistogram(const std::string& name, const std::string& help,
@@ -80,6 +81,7 @@ class Metrics {
   absl::flat_hash_map<Outcome, prometheus::Counter*> requests_;
   absl::flat_hash_map<model::AttentionPolicy, prometheus::Counter*> policies_;  // without kAuto
   prometheus::Counter& fallbacks_;
+  prometheus::Counter& beyond_calibration_;
   prometheus::Histogram& time_to_first_token_;
   prometheus::Histogram& queue_time_;
   prometheus::Histogram& compute_time_;

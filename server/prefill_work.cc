@@ -188,8 +188,10 @@ absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
   PrefillWork work;
   PREFILLD_ASSIGN_OR_RETURN(work.layout,
                             ResolveLayout(request.layout(), request.token_ids_size(), engine));
-  PREFILLD_ASSIGN_OR_RETURN(work.attention,
-                            ResolveAttention(request.attention(), limits.attention));
+  PREFILLD_ASSIGN_OR_RETURN(
+      work.attention,
+      ResolveAttention(request.attention(), request.token_ids_size(), limits.attention));
+  work.beyond_calibration = request.token_ids_size() > limits.attention.calibrated_tokens;
   PREFILLD_ASSIGN_OR_RETURN(work.sampling, ResolveSampling(request.sampling()));
   PREFILLD_RETURN_IF_ERROR(CheckLogprobs(request));
   PREFILLD_RETURN_IF_ERROR(CheckLanes(request, limits));

@@ -34,6 +34,9 @@ struct PrefillWork {
   std::string tenant_name;                       // for the log; empty: there is but one tenant
   int priority = 0;      // its class; what was asked for, until the service caps it
   std::string trace_id;  // W3C trace context; empty: none
+  // The prompt is too long for the loss that the cluster file promises, so its thresholds and
+  // groups do not count.
+  bool beyond_calibration = false;
 
   bool pushes() const { return !deliver_to.address().empty(); }
   // The number of blocks to send per layer.

@@ -29,6 +29,7 @@ void LogRequest(PrefillJob& job, absl::Time now) {
     fields.emplace_back("queue_ms", Milliseconds(*stats.started_at - stats.accepted_at));
   }
   if (stats.policy.has_value()) fields.emplace_back("policy", model::Name(*stats.policy));
+  if (work.beyond_calibration) fields.emplace_back("beyond_calibration", "yes");
   if (stats.cached_tokens > 0) fields.emplace_back("cached_tokens", stats.cached_tokens);
   if (stats.batch_prompts > 1) fields.emplace_back("batch", int64_t{stats.batch_prompts});
   fields.emplace_back("layers", int64_t{stats.layers_computed});

@@ -147,12 +147,18 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
   PREFILLD_ASSIGN_OR_RETURN(auto push_credentials, MakePushCredentials(options.tls));
   const model::EngineInfo& engine = engine_.info();
   const model::AttentionOptions attention = Apply(options.attention, engine.default_attention);
-  RequestLimits limits{.engine = &engine,
-                       .attention = {.defaults = attention,
-                                     .allowed_policies = options.allowed_policies,
-                                     .recall_audit = options.recall_audit},
-                       .deliver_to_allow = options.deliver_to_allow,
-                       .max_lanes = options.max_lanes};
+  RequestLimits limits;
+  limits.engine = &engine;
+  limits.attention.defaults = attention;
+  limits.attention.beyond_calibration =
+      Apply(options.attention, engine.attention_beyond_calibration);
+  if (engine.calibrated_loss.has_value()) {
+    limits.attention.calibrated_tokens = engine.calibrated_loss->max_tokens();
+  }
+  limits.attention.allowed_policies = options.allowed_policies;
+  limits.attention.recall_audit = options.recall_audit;
+  limits.deliver_to_allow = options.deliver_to_allow;
+  limits.max_lanes = options.max_lanes;
   push_dialer_ = std::make_unique<PushDialer>(std::move(push_credentials), options.use_proxy,
                                               clock_, options.stall_timeout);
   arrivals_ = std::make_unique<wire::Arrivals>(wire::Arrivals::LimitFor(options.stall_timeout));

@@ -92,9 +92,10 @@ class Losses:
         dense = self._run(part, prompts, DENSE, {})
         run = self._run(part, prompts, SHARE, self._candidates[candidate])
         lost = [a - b for n in run["nats"] for a, b in zip(run["nats"][n], dense["nats"][n], strict=True)]
+        tokens = [int(n) for n in run["nats"] for _ in run["nats"][n]]
         weights = Counter(str(len(prompt.tokens)) for prompt in prompts)
         density = sum(run["density"][n] * weights[n] for n in weights) / len(prompts)
-        return Loss(tuple(lost), density)
+        return Loss(tuple(lost), tuple(tokens), density)
 
     def _run(self, part: str, prompts: list[Prompt], policy: str, thresholds: Thresholds) -> dict:
         listed = ",".join(f"{name}={value}" for name, value in thresholds.items())
@@ -115,7 +116,7 @@ def groups_of(args: argparse.Namespace) -> ClusterFile:
         return ClusterFile({}, [])
     config = json.loads((args.model / "config.json").read_text())
     file = cluster_file.read(args.clusters, config["num_hidden_layers"], config["num_attention_heads"])
-    return ClusterFile(file.clusters, file.shared, fingerprint=file.fingerprint)
+    return ClusterFile(file.clusters, file.shared, fingerprint=file.fingerprint, sharing=file.sharing)
 
 
 def fingerprint_of(address: str) -> str:
@@ -140,6 +141,7 @@ def calibrate(args: argparse.Namespace) -> bool:
         "model": str(args.model.resolve()),
         "device": args.device,
         "groups": groups.clusters and {name: groups.clusters[name] for name in groups.shared},
+        "sharing": groups.sharing,
         "prompts_digest": digest,
     }
     journal = Journal(args.out.with_suffix(".calibration.jsonl"), json.loads(json.dumps(subject)))
@@ -165,7 +167,8 @@ def calibrate(args: argparse.Namespace) -> bool:
         "max_perplexity_rise": rise,
         "measured": loss.described(),
         "candidates_judged": judged,
-        "tokens": sorted({len(prompt.tokens) for prompt in judging}),
+        "shortest_tokens": min(len(prompt.tokens) for prompt in judging),
+        "longest_tokens": max(len(prompt.tokens) for prompt in judging),
         "prompts": dict(sorted(Counter(prompt.domain for prompt in prompts).items())),
         "prompts_digest": digest,
         "device": args.device,

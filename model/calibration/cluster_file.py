@@ -21,6 +21,7 @@ class ClusterFile:
     shared: list[str]
     thresholds: dict[str, float] | None = None
     fingerprint: str | None = None
+    sharing: dict[str, str] | None = None  # "scored" for shared clusters whose pivot is scored, not exact
 
 
 def read(path: Path, num_layers: int, num_heads: int) -> ClusterFile:
@@ -44,7 +45,9 @@ def read(path: Path, num_layers: int, num_heads: int) -> ClusterFile:
     for name in data["shared_clusters"]:
         if name not in clusters:
             raise ValueError(f"{path}: shared_clusters names {name!r}, which is not among the clusters")
-    return ClusterFile(clusters, data["shared_clusters"], data.get("thresholds"), data.get("model_fingerprint"))
+    return ClusterFile(
+        clusters, data["shared_clusters"], data.get("thresholds"), data.get("model_fingerprint"), data.get("sharing")
+    )
 
 
 def write(path: Path, file: ClusterFile, calibration: dict | None = None, statistics: dict | None = None) -> None:
@@ -52,6 +55,7 @@ def write(path: Path, file: ClusterFile, calibration: dict | None = None, statis
     """
     optional = {
         "model_fingerprint": file.fingerprint,
+        "sharing": file.sharing,
         "thresholds": file.thresholds,
         "calibration": calibration,
         "statistics": statistics,

@@ -26,16 +26,25 @@ class Loss:
     """Nats a token that prompts lose against dense attention, prompt by prompt."""
 
     lost: tuple[float, ...]
+    tokens: tuple[int, ...]  # of each prompt
     density: float
 
     @property
+    def rises(self) -> dict[int, float]:
+        """Returns by which part perplexity rises, for prompts about as long as each power of two."""
+        by_length: dict[int, list[float]] = {}
+        for lost, tokens in sorted(zip(self.lost, self.tokens), key=lambda prompt: prompt[1]):
+            by_length.setdefault(1 << round(math.log2(tokens)), []).append(lost)
+        return {length: math.expm1(fmean(values)) for length, values in by_length.items()}
+
+    @property
     def rise(self) -> float:
-        """Returns by which part perplexity rises."""
-        return math.expm1(fmean(self.lost))
+        """Returns the rise at the length where it is greatest: a promise holds at each."""
+        return max(self.rises.values())
 
     @property
     def error(self) -> float:
-        """Returns the standard error of the mean."""
+        """Returns the standard error of the mean over all prompts."""
         return stdev(self.lost) / math.sqrt(len(self.lost))
 
     @property
@@ -48,6 +57,7 @@ class Loss:
             "perplexity_rise": round(self.rise, 5),
             "standard_error": round(self.error, 5),
             "worst_prompt": round(self.worst, 5),
+            "perplexity_rise_by_tokens": {str(length): round(rise, 5) for length, rise in self.rises.items()},
             "density": round(self.density, 4),
         }
 
@@ -74,14 +84,14 @@ def sparsest(count: int, chosen_on: Callable[[int], Loss], rise: float) -> int |
     """Returns the last of `count` candidates that keeps the rise on the prompts that choose, or None.
 
     The candidates stand in the order of what they compute, the densest first, so that the loss grows along them; they
-    are searched by halving. A candidate keeps the rise when its mean loss and one standard error more lie within it.
+    are searched by halving. A candidate keeps the rise when its loss and one standard error more lie within it.
     """
     allowed = math.log1p(rise) * (1 - MARGIN)
     low, high = -1, count  # low keeps it or is none, high does not or is none
     while high - low > 1:
         middle = (low + high) // 2
         loss = chosen_on(middle)
-        if fmean(loss.lost) + loss.error <= allowed:
+        if math.log1p(loss.rise) + loss.error <= allowed:
             low = middle
         else:
             high = middle
@@ -89,8 +99,8 @@ def sparsest(count: int, chosen_on: Callable[[int], Loss], rise: float) -> int |
 
 
 def confirmed(first: int, judged_on: Callable[[int], Loss], rise: float) -> tuple[int | None, int]:
-    """Returns the first candidate, from `first` to denser ones, whose mean loss on the prompts that judge is within the
-    rise, and how many were judged. Each one judged after the first makes the promise a little weaker.
+    """Returns the first candidate, from `first` to denser ones, whose loss on the prompts that judge is within the rise
+    at every length, and how many were judged. Each one judged after the first makes the promise a little weaker.
     """
     for judged, candidate in enumerate(range(first, -1, -1), 1):
         if judged_on(candidate).rise <= rise:

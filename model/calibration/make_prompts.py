@@ -51,7 +51,7 @@ def with_tokenizer(folder: Path, bytes_of_size, length: int) -> list[int]:
     return best
 
 
-def main() -> None:
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--length", type=int, default=8192, help="tokens of a prompt")
@@ -59,11 +59,19 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=6, help="per domain")
     parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json; none: bytes")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--held_out", action="store_true",
+                        help="take only the one file in forty that the embedded model has not seen in training")  # fmt: skip
     args = parser.parse_args()
+    for entry in args.text:
+        if "=" not in entry:
+            parser.error(f"--text {entry!r} is not DOMAIN=FOLDER")
+    return args
 
+
+def make_prompts(args: argparse.Namespace) -> None:
     texts = dict(entry.split("=", 1) for entry in args.text)
-    # If the embedded model was trained on the folder, only the files that it has not seen are used.
-    blobs = {domain: corpus.load([folder], held_out=True).blobs[0] for domain, folder in texts.items()}
+    part = True if args.held_out else None
+    blobs = {domain: corpus.load([folder], part).blobs[0] for domain, folder in texts.items()}
     filler = corpus.Corpus(list(blobs.values()), [1.0] * len(blobs)).filler
     for domain in (*RETRIEVAL, *blobs):
         (args.out / domain).mkdir(parents=True, exist_ok=True)
@@ -84,4 +92,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        make_prompts(read_arguments())
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"make_prompts.py: {error}")

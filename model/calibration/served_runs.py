@@ -30,14 +30,7 @@ Texts = dict[int, list[list[int]]]  # token ids, by length
 
 def read_texts(folders: list[str], lengths: list[int], count: int, tokenizer: Path | None, seed: int) -> Texts:
     """Cuts texts from anywhere in the folders, the same ones in every run. They are bytes without a tokenizer."""
-    blobs = []
-    for held_out in (True, False):
-        try:
-            blobs += corpus.load(folders, held_out).blobs
-        except ValueError as error:  # all files of a small folder may fall to one side of the split
-            reason = error
-    if not blobs:
-        raise reason
+    blobs = corpus.load(folders, held_out=None).blobs
     text, held = corpus.Corpus(blobs, [len(blob) for blob in blobs]), sum(map(len, blobs))
 
     def tokens(length: int, index: int) -> list[int]:

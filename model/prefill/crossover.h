@@ -4,6 +4,7 @@
 #define PREFILLD_MODEL_PREFILL_CROSSOVER_H_
 
 #include <cstdint>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
@@ -14,11 +15,14 @@
 
 namespace prefilld::model {
 
+struct EngineParts;
+
 // The time of one layer's attention over a prompt, both ways.
 struct AttentionTimes {
   int64_t num_tokens = 0;
   double dense_us = 0.0;
   double share_us = 0.0;  // everything that share adds is in it: scores, choice, waiting
+  double density = 1.0;   // of share
 };
 
 // Returns the length from which on share takes no longer than dense, but max_tokens + 1 when that
@@ -32,17 +36,28 @@ struct AttentionTimes {
 int64_t CrossoverOf(absl::Span<const AttentionTimes> measured, int64_t max_tokens);
 
 // Measures attention of prompts of 512 tokens, twice as many and so on, until share takes no
-// longer, the prompt would be longer than max_tokens, or three seconds would be over; then returns
-// CrossoverOf them. The times of dense attention and of finding patterns do not depend on the
-// prompt. That of sparse attention does: it is measured at a density of 0.80 for 512 tokens, 0.67
-// for 1024, 0.55 for 2048 and towards 0.4 for more, in blocks of 128. Prompts of the embedded model
-// have less: 0.64 for 1024 and 0.46 for 2048.
+// longer, the prompt would be longer than the tensors, or three seconds would be over.
 //
-// `attention` describes the tensors for max_tokens tokens; they are overwritten. `sharing` has room
-// for as many and serves no prompt; `workspace` is its own.
-absl::StatusOr<int64_t> MeasureCrossover(SharingWorkspace* workspace, PatternSharing* sharing,
-                                         const kernels::AttentionParams& attention,
-                                         const AttentionOptions& options);
+// Queries, keys and values are noise, so that the blocks of a row lie apart and differ from head to
+// head, and no product is cheap because its factors are zero. The times of dense attention and of
+// finding patterns do not depend on what the prompt says. That of sparse attention does, and noise
+// tells nothing of it: share is measured at a density of about 0.8 for 1024 tokens, 0.65 for 2048,
+// 0.47 for 8192 and towards 0.4 for more, in blocks of 128. Real text on real weights
+// (SmolLM2-135M, default thresholds) has 0.77 at 2048 tokens, 0.39 at 8192 and 0.44 at 16384.
+//
+// Where the device computes ahead of the host, dense attention is measured as a prefill runs it,
+// the next layer queued behind this one, and share with the wait for the host that it has.
+//
+// `attention` describes tensors that nobody uses yet, for as many tokens as may be measured; they
+// are overwritten. Its output must lie apart from its queries. `sharing` has room for as many and
+// serves no prompt; `workspace` is its own.
+absl::StatusOr<std::vector<AttentionTimes>> MeasureAttention(
+    SharingWorkspace* workspace, PatternSharing* sharing, const kernels::AttentionParams& attention,
+    const AttentionOptions& options);
+
+// Returns CrossoverOf what MeasureAttention finds in an engine's memory before any prompt uses it,
+// and logs it.
+absl::StatusOr<int64_t> MeasureCrossover(EngineParts& parts);
 
 }  // namespace prefilld::model
 

@@ -267,31 +267,6 @@ absl::Status AllocateMemory(const EngineOptions& options, EngineParts* parts) {
   return absl::OkStatus();
 }
 
-// Finds the length at which policy auto changes, in memory that no prompt uses yet.
-absl::StatusOr<int64_t> MeasureCrossover(EngineParts* parts) {
-  const ModelConfig& config = parts->info.config;
-  const int64_t max_tokens = parts->info.max_tokens;
-  PromptState& state = parts->states.largest();
-  PREFILLD_ASSIGN_OR_RETURN(const KvSlot slot, state.slots->Acquire(/*layer=*/0));
-  absl::StatusOr<int64_t> crossover = MeasureCrossover(
-      parts->sharing.get(), state.sharing.get(),
-      {.q = parts->step->queries(),
-       .k = slot.k,
-       .v = slot.v,
-       .out = parts->step->queries(),
-       .num_queries = max_tokens,
-       .num_keys = max_tokens,
-       .kv_head_stride = RoundUp(state.max_tokens, kKvStrideTokens) * config.head_dim,
-       .num_heads = config.num_heads,
-       .num_kv_heads = config.num_kv_heads,
-       .head_dim = config.head_dim,
-       .block_tokens = parts->block_tokens,
-       .scale = 1.0f},
-      parts->info.default_attention);
-  state.slots->Release(/*layer=*/0);
-  return crossover;
-}
-
 // Returns the time of the prompt's second layer, because the first one of a length finds its
 // algorithms, and heads become pivots in it.
 absl::StatusOr<double> TimeOfLayer(EngineParts* parts, AttentionPolicy policy, int64_t num_tokens) {
@@ -375,6 +350,10 @@ absl::StatusOr<std::unique_ptr<EngineParts>> CreateEngineParts(const EngineOptio
   info.default_attention =
       Apply(options.attention_overrides, Apply(parts->clusters.thresholds, AttentionOptions()));
   PREFILLD_RETURN_IF_ERROR(Validate(info.default_attention));
+  info.calibrated_loss = parts->clusters.calibrated_loss;
+  AttentionOptions without_groups;
+  without_groups.coverage = 0.0f;
+  info.attention_beyond_calibration = Apply(options.attention_overrides, without_groups);
 
   PREFILLD_ASSIGN_OR_RETURN(parts->device, CreateDevice(options.device, options.cpu_threads));
   const DeviceTraits& traits = parts->device->traits();
@@ -393,8 +372,8 @@ absl::StatusOr<std::unique_ptr<EngineParts>> CreateEngineParts(const EngineOptio
   if (traits.asynchronous) parts->run_ahead_tokens = kCudaRunAheadTokens;
   PREFILLD_RETURN_IF_ERROR(AllocateMemory(options, parts.get()));
   if (!options.attention_overrides.crossover_tokens.has_value()) {
-    PREFILLD_ASSIGN_OR_RETURN(info.default_attention.crossover_tokens,
-                              MeasureCrossover(parts.get()));
+    PREFILLD_ASSIGN_OR_RETURN(info.default_attention.crossover_tokens, MeasureCrossover(*parts));
+    info.attention_beyond_calibration.crossover_tokens = info.default_attention.crossover_tokens;
   }
   if (options.measure_layers) {
     PREFILLD_ASSIGN_OR_RETURN(info.layer_times, MeasureLayers(parts.get()));

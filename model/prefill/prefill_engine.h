@@ -25,6 +25,7 @@
 #include "model/prefill/prefix_reuse.h"
 #include "model/prefill/prompt_logprobs.h"
 #include "model/sparse/attention_options.h"
+#include "model/sparse/head_clusters.h"
 #include "model/sparse/layer_report.h"
 
 namespace prefilld::model {
@@ -58,6 +59,10 @@ struct EngineInfo {
   int64_t max_tokens = 0;
   AttentionOptions default_attention;
   std::vector<LayerTime> layer_times;  // measured at start; by policy and ascending length
+  // The cluster file's promise of the loss. Prompts that are too long for it run by
+  // attention_beyond_calibration, which has the built-in thresholds and shares nothing.
+  std::optional<CalibratedLoss> calibrated_loss;
+  AttentionOptions attention_beyond_calibration;
 };
 
 // A prompt, or a batch of them packed into one sequence, on its way through the layers. Its memory

@@ -155,6 +155,35 @@ absl::Status ReadThresholds(const json& file, HeadClusters& result) {
   return fields.Finish();
 }
 
+// Reads what calibration by loss promises. Its other fields are for people.
+absl::Status ReadCalibratedLoss(const json& file, HeadClusters& result) {
+  const auto found = file.find("calibration");
+  if (found == file.end() || !found->is_object() || !found->contains("max_perplexity_rise")) {
+    return absl::OkStatus();
+  }
+  const json measured_or_none = found->value("measured", json::object());
+  if (!measured_or_none.is_object()) {
+    return absl::InvalidArgumentError("calibration.measured is not an object");
+  }
+  constexpr double kMostRise = 1e6;
+  constexpr int64_t kMost = int64_t{1} << 40;
+  CalibratedLoss loss;
+  ConfigFields promise(*found, "calibration.");
+  loss.max_perplexity_rise = promise.Number("max_perplexity_rise", 0.0, kMostRise);
+  loss.shortest_tokens = promise.Integer("shortest_tokens", 1, kMost);
+  loss.longest_tokens = promise.Integer("longest_tokens", loss.shortest_tokens, kMost);
+  PREFILLD_RETURN_IF_ERROR(promise.status());
+  ConfigFields measured(measured_or_none, "calibration.measured.");
+  loss.perplexity_rise = measured.Number("perplexity_rise", -1.0, kMostRise);
+  loss.standard_error = measured.Number("standard_error", 0.0, kMostRise);
+  loss.worst_prompt = measured.Number("worst_prompt", -1.0, kMostRise);
+  loss.density = measured.Number("density", 0.0, 1.0);
+  loss.prompts = measured.Integer("prompts", 1, kMost);
+  PREFILLD_RETURN_IF_ERROR(measured.status());
+  result.calibrated_loss = loss;
+  return absl::OkStatus();
+}
+
 // Reads the fields that say what kind of file this is, and for which model.
 absl::Status ReadProvenance(const json& file, HeadClusters& result) {
   ConfigFields fields(file);
@@ -197,6 +226,7 @@ absl::StatusOr<HeadClusters> ReadClusters(const json& file, const ModelConfig& c
     }
   }
   PREFILLD_RETURN_IF_ERROR(ReadThresholds(file, result));
+  PREFILLD_RETURN_IF_ERROR(ReadCalibratedLoss(file, result));
   return result;
 }
 

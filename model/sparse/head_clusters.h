@@ -8,12 +8,14 @@
 //    "model_fingerprint": "<32 hexadecimal digits>",    optional; of the model it was made for
 //    "thresholds": {"gamma": 0.9, ...}}                 optional, tuned: any threshold that a
 //                                                       cluster file may name (attention_options.h)
-// Other keys may say where the file comes from and are not read. model/calibration makes such
-// files.
+//    "calibration": {"max_perplexity_rise": 0.01, ...}  optional: what was measured, CalibratedLoss
+// Other keys may say where the file comes from and are not read, nor is a calibration that promises
+// no loss. model/calibration makes such files.
 #ifndef PREFILLD_MODEL_SPARSE_HEAD_CLUSTERS_H_
 #define PREFILLD_MODEL_SPARSE_HEAD_CLUSTERS_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,16 +33,33 @@ enum class SharingForm : uint8_t {
   kScored,  // "scored": the pivot is a scored head, whose pattern it is; the others are not scored
 };
 
+// The loss that the file's thresholds promise, and what was measured on prompts that had no part in
+// choosing them. Perplexity rises by this part of that of dense attention.
+struct CalibratedLoss {
+  double max_perplexity_rise = 0.0;  // promised, in the mean over prompts
+  double perplexity_rise = 0.0;      // measured
+  double standard_error = 0.0;
+  double worst_prompt = 0.0;  // its rise
+  double density = 0.0;
+  int64_t prompts = 0;
+  int64_t shortest_tokens = 0;  // of these prompts
+  int64_t longest_tokens = 0;
+
+  // Nothing is promised of prompts that are longer by more than a quarter.
+  int64_t max_tokens() const { return longest_tokens + longest_tokens / 4; }
+};
+
 struct HeadClusters {
   static constexpr int kNoCluster = -1;
 
   // Cluster numbers [num_layers][num_heads], 0 .. num_clusters - 1, or kNoCluster for heads in no
   // cluster and for heads of clusters that do not share.
   std::vector<std::vector<int>> cluster_of;
-  int num_clusters = 0;            // shared ones
-  std::vector<SharingForm> forms;  // [num_clusters]; empty: all exact
-  AttentionOverrides thresholds;   // those that the file names
-  std::string model_fingerprint;   // empty: the file does not say
+  int num_clusters = 0;                           // shared ones
+  std::vector<SharingForm> forms;                 // [num_clusters]; empty: all exact
+  AttentionOverrides thresholds;                  // those that the file names
+  std::string model_fingerprint;                  // empty: the file does not say
+  std::optional<CalibratedLoss> calibrated_loss;  // absent: the file promises none
 
   bool empty() const { return num_clusters == 0; }
   SharingForm FormOf(int cluster) const {
@@ -49,8 +68,8 @@ struct HeadClusters {
 };
 
 // Loads and checks a file. INVALID_ARGUMENT: malformed JSON, another format version, a head outside
-// the model, a head in two clusters, a shared cluster that does not exist, or a form of sharing
-// that is unknown or not of a shared cluster.
+// the model, a head in two clusters, a shared cluster that does not exist, a form of sharing that
+// is unknown or not of a shared cluster, or a promise without what was measured.
 absl::StatusOr<HeadClusters> LoadHeadClusters(const std::string& path, const ModelConfig& config);
 
 // Checks that the file was made for the loaded model, because heads are alike or not by their

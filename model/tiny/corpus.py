@@ -55,7 +55,8 @@ class Corpus:
         return self.chunk(rng, size).replace(bytes([END_OF_FILE]), b"\n")
 
 
-def load(sources: list[str], held_out: bool = False) -> Corpus:
+def load(sources: list[str], held_out: bool | None = False) -> Corpus:
+    """Reads the part that is held out, or the other one; None: all files. Raises ValueError if no file is readable."""
     blobs, weights = [], []
     for source in sources:
         folder, _, weight = source.partition(":")
@@ -67,7 +68,8 @@ def load(sources: list[str], held_out: bool = False) -> Corpus:
             if file.suffix.lower() not in SUFFIXES or not file.is_file() or file.stat().st_size > MAX_FILE_BYTES:
                 continue
             data = file.read_bytes()
-            if (zlib.crc32(data) % HELD_OUT_ONE_IN == 0) == held_out and _readable(data):
+            part = zlib.crc32(data) % HELD_OUT_ONE_IN == 0
+            if held_out in (None, part) and _readable(data):
                 kept.append(data)
         # The same file often lies in several packages. A random order separates neighbours that are alike.
         kept = sorted(set(kept), key=zlib.adler32)
@@ -75,5 +77,6 @@ def load(sources: list[str], held_out: bool = False) -> Corpus:
             blobs.append(bytes([END_OF_FILE]).join(kept) + bytes([END_OF_FILE]))
             weights.append(float(weight or 1))
     if not blobs:
-        raise ValueError(f"no readable text under {', '.join(sources)}")
+        part = {None: "", False: " that is not held out", True: " among the one file in forty that is held out"}[held_out]
+        raise ValueError(f"no readable text under {', '.join(sources)}{part}")
     return Corpus(blobs, weights)

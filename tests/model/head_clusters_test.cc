@@ -68,6 +68,39 @@ TEST_F(HeadClustersTest, ReadsTheThresholdsThatAreThere) {
   EXPECT_FALSE(clusters->thresholds.tau || clusters->thresholds.delta);
 }
 
+TEST_F(HeadClustersTest, ReadsWhatCalibrationByLossPromisesAndForWhichPrompts) {
+  const std::string plain = R"({"clusters": {}, "shared_clusters": [])";
+  EXPECT_FALSE(Load(plain + "}")->calibrated_loss.has_value());
+  const auto masses = Load(plain + R"(, "calibration": {"recall": 0.9, "tokens": [4096]}})");
+  ASSERT_TRUE(masses.ok()) << masses.status();
+  EXPECT_FALSE(masses->calibrated_loss.has_value()) << "it promises no loss";
+
+  const std::string measured =
+      R"("measured": {"prompts": 6, "perplexity_rise": 0.008, "standard_error": 0.001,
+                      "worst_prompt": 0.02, "density": 0.3}})";
+  const auto loss = Load(plain + R"(, "calibration": {"max_perplexity_rise": 0.01,
+      "shortest_tokens": 4000, "longest_tokens": 4096, "device": "cpu", )" +
+                         measured + "}");
+  ASSERT_TRUE(loss.ok()) << loss.status();
+  ASSERT_TRUE(loss->calibrated_loss.has_value());
+  EXPECT_EQ(loss->calibrated_loss->max_perplexity_rise, 0.01);
+  EXPECT_EQ(loss->calibrated_loss->perplexity_rise, 0.008);
+  EXPECT_EQ(loss->calibrated_loss->standard_error, 0.001);
+  EXPECT_EQ(loss->calibrated_loss->worst_prompt, 0.02);
+  EXPECT_EQ(loss->calibrated_loss->density, 0.3);
+  EXPECT_EQ(loss->calibrated_loss->prompts, 6);
+  EXPECT_EQ(loss->calibrated_loss->shortest_tokens, 4000);
+  EXPECT_EQ(loss->calibrated_loss->longest_tokens, 4096);
+  EXPECT_EQ(loss->calibrated_loss->max_tokens(), 5120);
+
+  EXPECT_THAT(
+      Refusal(plain + R"(, "calibration": {"max_perplexity_rise": 0.01, )" + measured + "}"),
+      HasSubstr("calibration.shortest_tokens"));
+  EXPECT_THAT(Refusal(plain + R"(, "calibration": {"max_perplexity_rise": 0.01,
+                  "shortest_tokens": 4000, "longest_tokens": 4096}})"),
+              HasSubstr("calibration.measured.perplexity_rise"));
+}
+
 TEST_F(HeadClustersTest, ReadsEachThresholdThatAClusterFileMayNameAndRefusesTheOthers) {
   for (const AttentionThreshold& threshold : kAttentionThresholds) {
     SCOPED_TRACE(threshold.name);

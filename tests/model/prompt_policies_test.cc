@@ -6,6 +6,8 @@
 #include "gtest/gtest.h"
 #include "model/prefill/crossover.h"
 #include "model/prefill/prefill_engine.h"
+#include "model/sparse/pattern_sharing.h"
+#include "model/sparse/sharing_workspace.h"
 #include "tests/model/prompt_run.h"
 #include "tests/model/random_checkpoint.h"
 
@@ -140,6 +142,59 @@ TEST(PromptPolicies, TheCrossoverIsMeasuredUnlessTheOperatorNamesIt) {
   EXPECT_LE(measured, 1201);
   options.attention_overrides.crossover_tokens = 777;
   EXPECT_EQ(NewEngine(options)->info().default_attention.crossover_tokens, 777);
+}
+
+TEST(MeasureAttention, RunsBothWaysOverNoiseAtADensityOfRealText) {
+  constexpr int64_t kTokens = 2100;
+  ModelConfig config;
+  config.num_layers = 1;
+  config.num_heads = 4;
+  config.num_kv_heads = 2;
+  config.head_dim = 64;
+  HeadClusters clusters;
+  clusters.cluster_of.assign(1, std::vector<int>(4, HeadClusters::kNoCluster));
+  const auto device = CreateDevice(DeviceChoice::kCpu, 2);
+  ASSERT_TRUE(device.ok()) << device.status();
+  const auto workspace =
+      SharingWorkspace::Create(device->get(), &config, &clusters, kTokens, /*block_tokens=*/128);
+  ASSERT_TRUE(workspace.ok()) << workspace.status();
+  const auto sharing = PatternSharing::Create(workspace->get(), kTokens);
+  ASSERT_TRUE(sharing.ok()) << sharing.status();
+  std::vector<float> q(kTokens * 4 * 64), k(kTokens * 2 * 64), v(k.size()), out(q.size());
+  const auto measured = MeasureAttention(workspace->get(), sharing->get(),
+                                         {.q = q.data(),
+                                          .k = k.data(),
+                                          .v = v.data(),
+                                          .out = out.data(),
+                                          .num_queries = kTokens,
+                                          .num_keys = kTokens,
+                                          .kv_head_stride = kTokens * 64,
+                                          .num_heads = 4,
+                                          .num_kv_heads = 2,
+                                          .head_dim = 64,
+                                          .block_tokens = 128,
+                                          .scale = 0.125f},
+                                         AttentionOptions());
+  ASSERT_TRUE(measured.ok()) << measured.status();
+  ASSERT_FALSE(measured->empty());
+  const double least[] = {0.80, 0.67, 0.55};
+  const double most[] = {1.0, 0.9, 0.75};
+  for (size_t i = 0; i < measured->size(); ++i) {
+    EXPECT_EQ((*measured)[i].num_tokens, 512 << i);
+    EXPECT_GE((*measured)[i].density, least[i]);
+    EXPECT_LE((*measured)[i].density, most[i]);
+    EXPECT_GT((*measured)[i].dense_us, 0.0);
+    EXPECT_GT((*measured)[i].share_us, 0.0);
+  }
+  for (const std::vector<float>& noise : {q, k, v}) {
+    double sum = 0.0, squares = 0.0;
+    for (int i = 0; i < 512 * 64; ++i) {
+      sum += noise[i];
+      squares += noise[i] * noise[i];
+    }
+    EXPECT_NEAR(sum / (512 * 64), 0.0, 0.05);
+    EXPECT_NEAR(squares / (512 * 64), 1.0, 0.05);
+  }
 }
 
 TEST(CrossoverOf, LiesWhereTheTimesAreEqual) {

@@ -13,7 +13,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -37,7 +39,7 @@ PROGRAMS = Path(sys.argv.pop()) if len(sys.argv) > 1 else None
 
 
 def lost(*nats: float) -> Loss:
-    return Loss(nats, 0.5)
+    return Loss(nats, (4096,) * len(nats), 0.5)
 
 
 class Search(unittest.TestCase):
@@ -73,6 +75,12 @@ class Search(unittest.TestCase):
         told = lost(math.log(1.01), math.log(1.03)).described()
         self.assertAlmostEqual(told["perplexity_rise"], math.sqrt(1.01 * 1.03) - 1, places=5)
         self.assertEqual((told["worst_prompt"], told["prompts"]), (0.03, 2))
+
+    def test_the_rise_is_that_of_the_length_at_which_it_is_greatest(self):
+        loss = Loss((0.001, 0.03, 0.01, 0.003), (4000, 8192, 8000, 4096), 0.5)
+        self.assertEqual([*loss.rises], [4096, 8192])
+        self.assertAlmostEqual(loss.rise, math.expm1(0.02))
+        self.assertAlmostEqual(loss.described()["perplexity_rise_by_tokens"]["4096"], math.expm1(0.002), places=5)
 
 
 class Split(unittest.TestCase):
@@ -113,6 +121,25 @@ class Input(unittest.TestCase):
             with self.assertRaisesRegex(ValueError, "a.json: no list of token ids"):
                 calibrate.read_prompts([folder], None)
 
+    def make_prompts(self, folder: Path, *more: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-B", ROOT / "model" / "calibration" / "make_prompts.py", "--out", folder / "made",
+                   "--length", "400", "--prompts", "2", "--text", f"notes={folder / 'notes'}", *more]  # fmt: skip
+        return subprocess.run(command, capture_output=True, text=True)
+
+    def test_prompts_are_made_of_all_files_and_a_folder_without_text_is_named(self):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "notes").mkdir()
+            done = self.make_prompts(folder)
+            self.assertEqual(done.returncode, 1)
+            self.assertEqual(done.stderr, f"make_prompts.py: no readable text under {folder / 'notes'}\n")
+            (folder / "notes" / "a.txt").write_text("a clerk counted the keys in every drawer\n" * 20)
+            done = self.make_prompts(folder)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertIn("counted the keys", (folder / "made" / "notes" / "01.txt").read_text())
+            done = self.make_prompts(folder, "--held_out")  # this file is not the one in forty
+            self.assertRegex(done.stderr, "^make_prompts.py: no readable text .* among the one file in forty")
+
 
 @unittest.skipUnless(PROGRAMS and (PROGRAMS / "prefilld").exists(), "prefilld is not built")
 class Served(unittest.TestCase):
@@ -142,10 +169,43 @@ class Served(unittest.TestCase):
         self.assertEqual(written["calibration"]["prompts"], {"licence": 4})
         self.assertLess(written["thresholds"]["score_threshold"], 0.99)
         self.assertGreater(written["thresholds"]["score_threshold"], 0.05)
-        with served_runs.Server(PROGRAMS / "prefilld", TINY, "cpu", 2048).serving(self.out) as address:
-            self.assertEqual(calibrate.fingerprint_of(address), written["model_fingerprint"])
+        self.assertEqual(written["calibration"]["longest_tokens"], 2048)
+        self.check_what_is_served(written)
         again = self.calibrate(0.02)  # nothing is measured again
         self.assertEqual((again.returncode, again.stdout, again.stderr), (0, done.stdout, ""))
+
+    def check_what_is_served(self, written: dict) -> None:
+        """Serves the file: the promise is logged and exported, and a prompt too long for it runs without the file's
+        thresholds.
+        """
+        ports, log = self.folder / "ports", self.folder / "log"
+        command = [PROGRAMS / "prefilld", f"--model={TINY}", f"--clusters={self.out}", "--device=cpu", "--listen=127.0.0.1:0",
+                   "--max_prompt_tokens=4096", "--metrics_listen=127.0.0.1:0", f"--port_file={ports}"]  # fmt: skip
+        with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as served:
+            try:
+                while not ports.exists():
+                    self.assertIsNone(served.poll(), log.read_text())
+                    time.sleep(0.05)
+                port = dict(line.split("=") for line in ports.read_text().split())
+                address = f"127.0.0.1:{port['grpc']}"
+                self.assertEqual(calibrate.fingerprint_of(address), written["model_fingerprint"])
+                text = list((ROOT / "LICENSE").read_bytes()[:2700])
+                one_length = lambda tokens: served_runs.measure("", "share", address, {len(tokens): [tokens]})  # noqa: E731
+                within, beyond = one_length(text[:2500]), one_length(text)
+                self.assertGreater(beyond["density"]["2700"], within["density"]["2500"])  # the built-in ones compute more
+                with urllib.request.urlopen(f"http://127.0.0.1:{port['metrics']}/metrics") as page:
+                    metrics = page.read().decode()
+            finally:
+                served.terminate()
+        measured = written["calibration"]["measured"]["perplexity_rise"]
+        self.assertRegex(metrics, r'prefilld_calibrated_perplexity_rise\{kind="promised"\} 0\.02\n')
+        self.assertRegex(metrics, rf'prefilld_calibrated_perplexity_rise\{{kind="measured"\}} {measured}\n')
+        self.assertRegex(metrics, r"prefilld_calibrated_prompt_tokens 2560\n")
+        self.assertRegex(metrics, r"prefilld_beyond_calibration_requests_total 1\n")
+        logged = log.read_text()
+        self.assertRegex(logged, r"calibrated_loss .*promised_perplexity_rise=0\.02 .*holds_up_to_tokens=2560")
+        self.assertRegex(logged, r"tokens=2700 .*beyond_calibration=yes")
+        self.assertNotRegex(logged, r"tokens=2500 .*beyond_calibration")
 
     def test_what_nothing_keeps_is_said_and_not_written(self):
         (self.folder / "candidates").write_text("score_threshold=0.05,last_rows_gamma=0.01,min_budget_tokens=1\n")

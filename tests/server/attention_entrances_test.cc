@@ -57,8 +57,11 @@ void Set(const char* name, double value, v1::AttentionOptions& request) {
   }
 }
 
+constexpr int64_t kTokens = 1000;
+
 AttentionLimits Limits() {
   return {.defaults = {},
+          .beyond_calibration = {},
           .allowed_policies = model::PoliciesForServing(),
           .recall_audit = {.fraction = 0.0, .rows = 8}};
 }
@@ -103,7 +106,7 @@ TEST(AttentionThresholdsOfARequest, OverrideTheServersAndAreRefusedOutOfRange) {
           if (!members.Contains(value)) value = members.highest;
           v1::AttentionOptions request;
           Set(threshold.name, static_cast<double>(value), request);
-          const auto options = ResolveAttention(request, Limits());
+          const auto options = ResolveAttention(request, kTokens, Limits());
           ASSERT_TRUE(options.ok()) << options.status();
           EXPECT_EQ((*options).*members.option, value);
 
@@ -111,7 +114,7 @@ TEST(AttentionThresholdsOfARequest, OverrideTheServersAndAreRefusedOutOfRange) {
             for (const T outside :
                  {members.lowest - 1, members.highest + 1, std::numeric_limits<T>::quiet_NaN()}) {
               Set(threshold.name, outside, request);
-              const absl::Status refused = ResolveAttention(request, Limits()).status();
+              const absl::Status refused = ResolveAttention(request, kTokens, Limits()).status();
               EXPECT_EQ(refused.code(), absl::StatusCode::kInvalidArgument);
               EXPECT_EQ(refused.message(), absl::StrCat("attention.", threshold.name, " ", outside,
                                                         " is outside ", members.LimitsText()));
@@ -120,6 +123,23 @@ TEST(AttentionThresholdsOfARequest, OverrideTheServersAndAreRefusedOutOfRange) {
         },
         threshold.members);
   }
+}
+
+TEST(AttentionThresholdsOfAClusterFile, DoNotCountForPromptsBeyondItsPromise) {
+  AttentionLimits limits = Limits();
+  limits.defaults.score_threshold = 0.8f;
+  limits.beyond_calibration.coverage = 0.0f;
+  limits.calibrated_tokens = kTokens;
+  v1::AttentionOptions request;
+  request.set_tau(0.3f);
+  const auto within = ResolveAttention(request, kTokens, limits);
+  const auto beyond = ResolveAttention(request, kTokens + 1, limits);
+  ASSERT_TRUE(within.ok() && beyond.ok());
+  EXPECT_EQ(within->score_threshold, 0.8f);
+  EXPECT_EQ(within->coverage, model::AttentionOptions().coverage);
+  EXPECT_EQ(beyond->score_threshold, model::AttentionOptions().score_threshold);
+  EXPECT_EQ(beyond->coverage, 0.0f);
+  EXPECT_EQ(beyond->tau, 0.3f) << "what the request names counts for any length";
 }
 
 TEST(AttentionThresholdsOfAnOperator, AreFlagsAndAreRefusedOutOfRange) {
@@ -167,9 +187,9 @@ TEST(AttentionPolicies, HaveTheNamesOfTheContract) {
     v1::AttentionOptions request;
     request.set_policy(ToProto(info.policy));
     AttentionLimits limits = Limits();
-    EXPECT_EQ(ResolveAttention(request, limits).ok(), !info.is_baseline) << info.name;
+    EXPECT_EQ(ResolveAttention(request, kTokens, limits).ok(), !info.is_baseline) << info.name;
     limits.allowed_policies = {info.policy};
-    const auto options = ResolveAttention(request, limits);
+    const auto options = ResolveAttention(request, kTokens, limits);
     ASSERT_TRUE(options.ok()) << options.status();
     EXPECT_EQ(options->policy, info.policy);
   }
