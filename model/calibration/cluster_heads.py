@@ -53,17 +53,20 @@ class Parts:
         return parts if parts.judging else replace(parts, judging=parts.choosing)
 
 
-def form_groups(args: argparse.Namespace, parts: Parts, features: dict[Dump, np.ndarray]) -> tuple[list[Group], float]:
+def form_groups(
+    args: argparse.Namespace, parts: Parts, features: dict[Dump, np.ndarray]
+) -> tuple[list[Group], float, int]:
     """Cuts as coarsely as possible, for the fewest pivots, while the first head's pattern still holds what is asked
-    for.
+    for. Returns the groups, where the tree was cut, and into how many parts, single heads included.
     """
     tree = grouping.tree_of([features[dump] for dump in parts.forming])
     for cut in [args.cut] if args.cut else CUTS:
         report.progress(f"cut at {cut:.2f} of the largest distance")
-        groups = grouping.groups_of(grouping.cut_at(tree, cut), args.smallest)
+        labels = grouping.cut_at(tree, cut)
+        groups = grouping.groups_of(labels, args.smallest)
         if benefit.patterns_hold(parts.forming, groups, args.recall):
             break
-    return groups, cut
+    return groups, cut, len(np.unique(labels))
 
 
 def apart(named: dict[str, Group], shared: list[Group], smallest: int) -> dict[str, Group]:
@@ -162,18 +165,17 @@ def main() -> None:
     domains = sorted({dump.domain for dump in dumps})
     by_domain = {domain: [features[d] for d in dumps if d.domain == domain] for domain in domains}
 
-    given, cut = None, None
+    given, cut, num_parts = None, None, 0
     if args.clusters:
         given = cluster_file.read(args.clusters, model.num_layers, model.num_heads)
         named = given_groups(given, model.num_heads)
     else:
-        formed, cut = form_groups(args, parts, features)
+        formed, cut, num_parts = form_groups(args, parts, features)
         named = {str(number): group for number, group in enumerate(formed)}
 
     goal = tuning.Goal(args.recall, args.low_recall, args.coverage, args.pivot_cost)
     tuning_done = lambda done: report.progress(f"tuning {done:.0%}")  # noqa: E731
     chosen = tuning.tune(parts.choosing, list(named.values()), goal, whole=bool(given), progress=tuning_done)
-    formed_groups = len(named)
     if not given:
         named = apart(named, chosen.shared, args.smallest)
     groups = list(named.values())
@@ -183,10 +185,10 @@ def main() -> None:
     }
     report.show_groups(model, named, benefits, chosen)
 
-    agreement = grouping.stability(by_domain, max(2, formed_groups)) if len(domains) > 1 and not given else {}
+    agreement = grouping.stability(by_domain, num_parts) if len(domains) > 1 and not given else {}
     gamma = chosen.thresholds.gamma
     judging = {domain: [d for d in parts.judging if d.domain == domain] for domain in domains}
-    overlap = {domain: grouping.pattern_overlap(judging[domain], groups, gamma) for domain in domains}
+    overlap = {domain: grouping.pattern_overlap(judging[domain], chosen.shared, groups, gamma) for domain in domains}
     report.show_stability(agreement, overlap)
 
     rows = rows_to_compare(goal, parts, groups, chosen, given)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
@@ -70,18 +71,20 @@ def groups_of(labels: np.ndarray, smallest: int) -> list[Group]:
 
 
 def adjusted_rand_index(a: np.ndarray, b: np.ndarray) -> float:
-    """Returns 1 for the same groups, and 0 for groups that agree as well as chance makes them."""
+    """Returns 1 for the same groups, and 0 for groups that agree as well as chance makes them. NaN where chance alone
+    makes them the same, as when all heads are one group.
+    """
     pairs = lambda counts: float((counts * (counts - 1) / 2).sum())  # noqa: E731
     table = np.zeros((a.max() + 1, b.max() + 1))
     np.add.at(table, (a, b), 1)
     both, rows, columns = pairs(table), pairs(table.sum(1)), pairs(table.sum(0))
     expected = rows * columns / pairs(np.array([len(a)]))
     most = (rows + columns) / 2
-    return 1.0 if most == expected else (both - expected) / (most - expected)
+    return math.nan if most == expected else (both - expected) / (most - expected)
 
 
 def stability(features: dict[str, list[np.ndarray]], count: int) -> dict[str, float]:
-    """Returns the adjusted Rand index of `count` groups by one domain against those by another. To show what other
+    """Returns the adjusted Rand index of `count` parts by one domain against those by another. To show what other
     prompts of the same domain change, it does the same with two halves of each domain that has them ("prose/prose").
     """
     labels = {domain: cut_into(tree_of(maps), count) for domain, maps in features.items()}
@@ -99,15 +102,17 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     return float((a & b).sum() / (a | b).sum())
 
 
-def pattern_overlap(dumps: list[Dump], groups: list[Group], gamma: float) -> tuple[float, float]:
-    """Returns the Jaccard index of patterns at gamma: (members with their group's first head, heads of different
-    groups).
+def pattern_overlap(
+    dumps: list[Dump], shared: list[Group], groups: list[Group], gamma: float
+) -> tuple[float, float]:
+    """Returns the Jaccard index of patterns at gamma: (members of groups that share with their group's first head,
+    heads of different groups).
     """
     random = np.random.default_rng(1)
     alike, unlike = [], []
     for dump in dumps:
         pattern = {head: dump.pivot_pattern(head, gamma) for group in groups for head in group}
-        alike += [jaccard(pattern[g[0]], pattern[head]) for g in groups for head in g[1:]]
+        alike += [jaccard(pattern[g[0]], pattern[head]) for g in shared for head in g[1:]]
         for _ in range(PAIRS if len(groups) > 1 else 0):
             a, b = random.choice(len(groups), 2, replace=False)
             unlike.append(jaccard(pattern[random.choice(groups[a])], pattern[random.choice(groups[b])]))

@@ -63,10 +63,10 @@ def show_stability(agreement: dict[str, float], overlap: dict[str, tuple[float, 
     if agreement:
         print("\nadjusted Rand index of the groups by one domain alone and by another (a/a: by two halves of it)")
         for pair, index in sorted(agreement.items()):
-            print(f"  {pair:<30} {index:5.2f}")
-    print("\noverlap of patterns (Jaccard)      within groups   between groups")
+            print(f"  {pair:<30} {figure(index)}")
+    print("\noverlap of patterns (Jaccard)      within groups that share   between groups")
     for domain, (within, between) in overlap.items():
-        print(f"  {domain:<30}   {figure(within)}           {figure(between)}")
+        print(f"  {domain:<30}   {figure(within)}                      {figure(between)}")
 
 
 def show_rows(rows: list[Row], oracle: float, recall: float, prompts: int, held_out: bool) -> None:

@@ -99,6 +99,20 @@ def most_saving(
     return best
 
 
+def paying(dumps: list[Dump], shared: list[Group], thresholds: Thresholds, goal: Goal) -> Choice | None:
+    """Tunes vertical-slash for the heads that do not share. At its new thresholds some groups may no longer gain by
+    sharing; they are left out, and it is tuned again. Returns None when no group is left.
+    """
+    while shared:
+        choice = tune_vertical_slash(dumps, shared, thresholds, goal)
+        prices = prices_at(dumps, choice, goal)
+        gain = [g for g in shared if benefit(dumps, g, choice.thresholds, prices).wins(goal.coverage)]
+        if len(gain) == len(shared):
+            return choice
+        shared = gain
+    return None
+
+
 def tune(
     dumps: list[Dump],
     groups: list[Group],
@@ -114,10 +128,9 @@ def tune(
     prices = prices_at(dumps, alone, goal)
     for done, gamma in enumerate(PATTERN_GAMMAS):
         tried, shared = most_saving(dumps, groups, replace(alone.thresholds, gamma=gamma), prices, whole)
-        if shared:
-            choice = tune_vertical_slash(dumps, shared, tried, goal)
-            if choice.better_than(best):
-                best = choice
+        choice = paying(dumps, shared, tried, goal)
+        if choice and choice.better_than(best):
+            best = choice
         progress((done + 1) / len(PATTERN_GAMMAS))
     return best
 

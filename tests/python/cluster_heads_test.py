@@ -33,7 +33,9 @@ import cluster_file  # noqa: E402
 import cluster_heads  # noqa: E402
 import dumps as recorded  # noqa: E402
 import grouping  # noqa: E402
+import scored_groups  # noqa: E402
 import simulation  # noqa: E402
+import tuning  # noqa: E402
 
 PROGRAMS = Path(sys.argv.pop()) if len(sys.argv) > 1 else None
 LAYERS, HEADS, BLOCK, BLOCKS = 3, 8, 64, 32
@@ -150,6 +152,26 @@ class PlantedHeads(unittest.TestCase):
         self.assertIn(TOPICS, found)
         self.assertNotIn(LOCAL, found)
 
+    def test_what_shares_saves_something_by_the_files_own_figures(self):
+        shared = self.written["shared_clusters"]
+        self.assertTrue(shared)
+        for name in shared:
+            self.assertGreater(self.written["statistics"][name]["saved"], 0, name)
+
+    def test_a_group_that_gains_no_more_at_the_tuned_thresholds_does_not_share(self):
+        dumps = recorded.load([self.dumps])
+        goal, thresholds = tuning.Goal(0.9, 0.8, 0.85, pivot_cost=0.1), simulation.Thresholds(tau=1.0)
+        kept = tuning.paying(dumps, [LOCAL, TOPICS], thresholds, goal)
+        self.assertEqual(kept.shared, [TOPICS])
+        self.assertIsNone(tuning.paying(dumps, [LOCAL], thresholds, goal))
+
+    def test_overlap_within_is_that_of_groups_that_share(self):
+        dumps = recorded.load([self.dumps])
+        within, between = grouping.pattern_overlap(dumps, [TOPICS], [TOPICS, LONERS], 0.9)
+        self.assertGreater(within, between)
+        self.assertEqual(within, grouping.pattern_overlap(dumps, [TOPICS], [TOPICS, STRIDED], 0.9)[0])
+        self.assertTrue(np.isnan(grouping.pattern_overlap(dumps, [], [TOPICS, LONERS], 0.9)[0]))
+
     def test_thresholds_reach_the_recall_that_is_asked_for(self):
         thresholds, calibration = self.written["thresholds"], self.written["calibration"]
         self.assertTrue(calibration["recall_reached"])
@@ -188,6 +210,27 @@ class PlantedHeads(unittest.TestCase):
         np.testing.assert_array_equal(own.density[alone], served(gamma=0.5).density[alone])
         self.assertLess(own.density[alone].mean(), plain.density[alone].mean())
         np.testing.assert_array_equal(own.density[~alone], plain.density[~alone])
+
+    def test_heads_that_may_share_scores_are_found(self):
+        prompts = [scored_groups.Maps.read(path) for path in sorted(self.dumps.glob("*.*.safetensors"))]
+        fit = scored_groups.fits(prompts, threshold=0.9, holds=0.95, size=1.2)
+        self.assertFalse(np.tril(fit).any(), "a pivot comes before its members")
+        groups = scored_groups.groups_of(fit)
+        for group in (LOCAL, TOPICS, STRIDED):
+            self.assertIn(group, groups)
+        heads = [head for group in groups for head in group]
+        self.assertEqual(len(heads), len(set(heads)))
+        self.assertFalse(scored_groups.fits(prompts, threshold=0.9, holds=1.0, size=0.1).any(), "too many blocks")
+
+    def test_the_file_of_scored_groups_says_how_they_share(self):
+        out = self.dumps / "scored.json"
+        arguments = [sys.executable, "-B", scored_groups.__file__, self.dumps, "--out", out, "--holds", "0.9", "--size", "1.2"]
+        done = subprocess.run([*map(str, arguments)], capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        file = cluster_file.read(out, LAYERS, HEADS)
+        self.assertTrue(file.shared)
+        self.assertEqual(file.sharing, {name: "scored" for name in file.shared})
+        self.assertEqual(file.fingerprint, FINGERPRINT)
 
     def test_says_what_model_it_is_for_and_that_domains_agree(self):
         self.assertEqual(self.written["format_version"], 1)
@@ -233,6 +276,8 @@ class PlantedHeads(unittest.TestCase):
         self.assertEqual(grouping.adjusted_rand_index(same, np.array([3, 3, 1, 1, 2])), 1.0)
         crossed = grouping.adjusted_rand_index(np.array([1, 1, 2, 2]), np.array([1, 2, 1, 2]))
         self.assertAlmostEqual(crossed, -0.5)
+        one = np.ones(5, int)
+        self.assertTrue(np.isnan(grouping.adjusted_rand_index(one, one)), "chance alone makes these the same")
 
 
 @unittest.skipUnless(PROGRAMS and (PROGRAMS / "prefill-calibrate").exists(), "prefill-calibrate is not built")
