@@ -69,6 +69,12 @@ class RealWeights(unittest.TestCase):
             self.assertLess(worse, WORSE, policy)
             self.assertLess(self.result.total.density, 0.9, policy)
 
+    def test_it_does_not_without_the_scores(self):
+        last_rows = "share:last_rows_gamma=0.3,min_budget_tokens=0"
+        worse = lambda setting: math.exp(self.dense.mean() - self.logprobs(setting).mean())  # noqa: E731
+        self.assertLess(worse(f"{last_rows},score_threshold=0.9"), WORSE)
+        self.assertGreater(worse(f"{last_rows},score_threshold=0.001"), 2 * WORSE - 1)
+
 
 if __name__ == "__main__":
     unittest.main(argv=sys.argv[:1])
