@@ -26,17 +26,21 @@ class LayerPauses {
 };
 
 // Returns how many heads of such an attention are a part that is worth a pause behind it, and still
-// fills the device: those that share a KV head, or several times as many. All heads of a short
-// prompt are one part.
+// fills the device: those that share a KV head, or several times as many, and on the CPU single
+// ones of the longest prompts. All heads of a short prompt are one part.
 inline int HeadsBetweenPauses(const DeviceTraits& device,
                               const kernels::AttentionParams& attention) {
   // From these lengths on the dense attention of one KV head's queries takes some 10 ms on an H200
   // and some 50 ms on two cores.
   constexpr int64_t kLongOnGpu = 65536;
   constexpr int64_t kLongOnCpu = 4096;
+  constexpr int64_t kLongForOneHeadOnCpu = 16384;  // which takes some 0.1 s
   constexpr int kMostParts = 8;
   if (attention.num_queries < (device.asynchronous ? kLongOnGpu : kLongOnCpu)) {
     return attention.num_heads;
+  }
+  if (!device.asynchronous && attention.num_queries >= kLongForOneHeadOnCpu) {
+    return std::max(1, attention.num_heads / kMostParts);
   }
   const int group = attention.num_heads / attention.num_kv_heads;
   return std::max(group, attention.num_heads / kMostParts / group * group);

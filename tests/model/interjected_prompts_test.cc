@@ -11,6 +11,7 @@
 #include "gtest/gtest.h"
 #include "kernels/attention.h"
 #include "model/prefill/prefill_engine.h"
+#include "model/sparse/layer_pauses.h"
 #include "tests/model/device_flag.h"
 #include "tests/model/prompt_run.h"
 #include "tests/model/random_checkpoint.h"
@@ -103,6 +104,21 @@ TEST_F(InterjectedPrompts, AreAndLeaveEverythingAsItIsAlone) {
     ExpectSame(run.outcome, outer_alone);
     EXPECT_GT(started, 0);
   }
+}
+
+TEST(HeadsBetweenPauses, AreMoreThanOneUnlessOneTakesLong) {
+  const auto heads = [](bool asynchronous, int64_t num_queries, int num_heads, int num_kv_heads) {
+    return HeadsBetweenPauses(
+        {.asynchronous = asynchronous},
+        {.num_queries = num_queries, .num_heads = num_heads, .num_kv_heads = num_kv_heads});
+  };
+  EXPECT_EQ(heads(true, 65535, 28, 4), 28);
+  EXPECT_EQ(heads(true, 65536, 28, 4), 7);
+  EXPECT_EQ(heads(true, 1'000'000, 32, 32), 4);
+  EXPECT_EQ(heads(false, 4095, 8, 2), 8);
+  EXPECT_EQ(heads(false, 4096, 8, 2), 4);
+  EXPECT_EQ(heads(false, 16384, 8, 2), 1);
+  EXPECT_EQ(heads(false, 16384, 32, 8), 4);
 }
 
 // The model has four heads, two for each KV head.
