@@ -52,7 +52,9 @@ def equal(answers: dict, expected: dict) -> int:
 def judge_connected(made: dict, expected: dict, failures: list[str], case: str) -> dict:
     count = len(expected)
     found = {mode: equal(made[mode], expected) for mode in ("sync", "async", "together")}
-    failures += [f"{case} {mode}: {n} of {count} equal" for mode, n in found.items() if n != count]
+    for mode in found:
+        differ = [name for name in expected if made[mode][name]["tokens"] != expected[name]["tokens"]]
+        failures += [f"{case} {mode}: the tokens after {', '.join(differ)} differ"] if differ else []
     seconds = {
         name: {"plain": expected[name]["seconds"], "sync": made["sync"][name]["seconds"],
                "async": made["async"][name]["seconds"]}
