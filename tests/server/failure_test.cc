@@ -124,13 +124,13 @@ TEST_F(Failure, ASlowConsumerIsCutOffWhenOthersWait) {
 
 TEST_F(Failure, OfTheDeviceEndsEveryRequestWithUnavailable) {
   StartServer();
-  engine_->HoldAfter(1);
+  engine_->HoldAfter(0);
   OpenStream running(*stub_, PromptOf(10));
-  running.ReadUntil(v1::PrefillEvent::kAccepted);
+  EXPECT_TRUE(Eventually([&] { return engine_->started() == 1; }));
   OpenStream queued(*stub_, PromptOf(10));
   queued.ReadUntil(v1::PrefillEvent::kAccepted);
   EXPECT_EQ(HealthOf(""), "serving");
-  engine_->FailFrom(1, absl::InternalError("an illegal memory access"));
+  engine_->FailFrom(0, absl::InternalError("an illegal memory access"));
   engine_->HoldAfter(-1);
   for (OpenStream* call : {&running, &queued}) {
     const grpc::Status status = call->Rest().status;

@@ -85,7 +85,9 @@ class FakeSequence final : public model::PrefillSequence {
       const auto may_run = [this]() ABSL_SHARED_LOCKS_REQUIRED(engine_->mu_) {
         return engine_->hold_after_ < 0 || layer_ < engine_->hold_after_;
       };
+      StartClock();  // a layer that is held is a long one
       engine_->mu_.Await(absl::Condition(&may_run));
+      StopClock();
       if (engine_->fail_from_ >= 0 && layer_ >= engine_->fail_from_) return engine_->layer_error_;
       time = engine_->layer_time_;
       on_layer = engine_->on_layer_;
