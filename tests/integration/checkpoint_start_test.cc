@@ -1,10 +1,10 @@
 // Tests the start with a checkpoint: what the programs say about one that is not quite as they
 // would have it, and that a signal ends them while they load it.
 #include <signal.h>
-
 #include <stdlib.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
@@ -101,9 +101,10 @@ class SignalWhileLoading : public ::testing::TestWithParam<const char*> {
 
 TEST_P(SignalWhileLoading, EndsTheProcessAtOnceWithExitCode0) {
   ChildProcess program(GetParam(), {"--model=" + folder_, "--device=cpu", "--listen=127.0.0.1:0"});
+  ASSERT_TRUE(program.AwaitBlocked(SIGTERM, absl::Seconds(20))) << program.stderr_text();
   ASSERT_EQ(program.Wait(absl::Milliseconds(500)), std::nullopt) << program.stderr_text();
   program.Signal(SIGTERM);
-  EXPECT_EQ(program.Wait(absl::Seconds(5)), 0) << program.stderr_text();
+  EXPECT_EQ(program.Wait(absl::Seconds(20)), 0) << program.stderr_text();
 }
 
 INSTANTIATE_TEST_SUITE_P(Programs, SignalWhileLoading,

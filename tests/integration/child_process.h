@@ -26,6 +26,9 @@ class ChildProcess {
 
   void Signal(int signal);
   pid_t pid() const { return pid_; }
+  // Waits until the program's main thread blocks the signal, which our programs do to take it with
+  // a thread of its own. Returns false when that takes longer than `timeout`.
+  bool AwaitBlocked(int signal, absl::Duration timeout) const;
   // Returns the exit code, or 128 + the signal that ended the process, or nullopt if it still runs
   // after `timeout`.
   std::optional<int> Wait(absl::Duration timeout);
