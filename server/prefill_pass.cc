@@ -17,6 +17,7 @@ PrefillPass::PrefillPass(const PassResources& resources,
       num_layers_(num_layers),
       complete_(jobs_.size(), false),
       finished_(jobs_.size(), false),
+      num_logprobs_(jobs_.size(), 0),
       sequence_(std::move(sequence)),
       source_(resources.packer.Add(jobs_, *sequence_)) {
   for (const auto& job : jobs_) {
@@ -60,6 +61,7 @@ absl::StatusOr<PrefillPass::StepReport> PrefillPass::NextStep(absl::FunctionRef<
     PREFILLD_RETURN_IF_ERROR(ComputeFirstTokens());
     report.first_tokens_after = computing();
   } else if (const std::optional<size_t> job = NextLogprobs()) {
+    FinishWhatHasLeft();
     PREFILLD_RETURN_IF_ERROR(ComputeLogprobs(*job));
   } else {
     report.next = FinishWhatHasLeft() ? Next::kOver : Next::kConsumers;
@@ -111,24 +113,37 @@ std::optional<size_t> PrefillPass::NextLogprobs() const {
   return std::nullopt;
 }
 
-// The engine computes log-probabilities in small parts, and other jobs get their results between
-// them. Returns OK also when the job ended meanwhile.
 absl::Status PrefillPass::ComputeLogprobs(size_t i) {
   PrefillJob& job = *jobs_[i];
-  const auto go_on = [&] {
-    resources_.progress.Record();
-    FinishWhatHasLeft();
-    CheckTimers();
-    return !job.ended();
-  };
-  const absl::Time started = resources_.clock.Now();
-  auto logprobs = sequence_->Logprobs(static_cast<int>(i), go_on);
-  if (absl::IsCancelled(logprobs.status())) return absl::OkStatus();
-  PREFILLD_RETURN_IF_ERROR(logprobs.status());
-  job.record().SetLogprobs(*std::move(logprobs), resources_.clock.Now() - started);
-  complete_[i] = true;
+  if (LogprobsLeft(i) > 0) {
+    const absl::Time started = resources_.clock.Now();
+    const absl::Duration computed_before = computing();
+    PREFILLD_ASSIGN_OR_RETURN(const model::PromptLogprobs part,
+                              sequence_->Logprobs(static_cast<int>(i), num_logprobs_[i]));
+    num_logprobs_[i] += static_cast<int64_t>(part.of_token.size());
+    logprobs_took_ += computing() - computed_before;
+    job.record().AddLogprobs(part, resources_.clock.Now() - started);
+  }
+  complete_[i] = LogprobsLeft(i) == 0;
   resources_.progress.Record();
   return absl::OkStatus();
+}
+
+int64_t PrefillPass::LogprobsLeft(size_t i) const {
+  const PrefillJob& job = *jobs_[i];
+  if (job.ended() || !job.work().prompt_logprobs) return 0;
+  return static_cast<int64_t>(job.work().tokens.size()) - 1 - num_logprobs_[i];
+}
+
+absl::Duration PrefillPass::Remaining(absl::Duration first_layer) const {
+  const absl::Duration layer = layers_computed_ > 0 ? layers_took_ / layers_computed_ : first_layer;
+  int64_t computed = 0, left = 0;  // log-probabilities
+  for (size_t i = 0; i < jobs_.size(); ++i) {
+    computed += num_logprobs_[i];
+    left += LogprobsLeft(i);
+  }
+  const absl::Duration logprob = computed > 0 ? logprobs_took_ / computed : layer / num_tokens_;
+  return (num_layers_ - layers_computed_) * layer + left * logprob;
 }
 
 // Ends the time of a layer that waited for a slot, whether or not there is one now.

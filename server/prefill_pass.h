@@ -31,9 +31,9 @@ struct PassResources {
   JobTimeouts timeouts;
 };
 
-// A pass is computed step by step: its layers, then the first tokens, then the log-probabilities of
-// each prompt that asked for them. Several passes may be under way, and their steps may come in any
-// order.
+// A pass is computed step by step: its layers, then the first tokens, then, part by part, the
+// log-probabilities of each prompt that asked for them. Several passes may be under way, and their
+// steps may come in any order.
 //
 // Each step first looks for jobs that have ended. The prompt of such a job is still computed with
 // its batch, but nothing more is delivered for it; when all jobs have ended, the pass is over. A
@@ -57,9 +57,9 @@ class PrefillPass {
   PrefillPass(const PassResources& resources, std::vector<std::shared_ptr<PrefillJob>> jobs,
               std::unique_ptr<model::PrefillSequence> sequence, int num_layers);
 
-  // Computes one layer, the first tokens, or one prompt's log-probabilities, unless it must wait
-  // for consumers. Once it has returned kOver, nobody uses the sequence. It fails when the device
-  // failed; the caller must then abort the jobs that have not ended.
+  // Computes one layer, the first tokens, or one part of a prompt's log-probabilities, unless it
+  // must wait for consumers. Once it has returned kOver, nobody uses the sequence. It fails when
+  // the device failed; the caller must then abort the jobs that have not ended.
   //
   // It calls `at_point` at the points inside a long layer, where passes that may_interject() may
   // step. It stops there when all jobs have ended.
@@ -71,12 +71,13 @@ class PrefillPass {
   bool AllEnded() const;
   bool may_interject() const { return sequence_->may_interject(); }
   int layers_computed() const { return layers_computed_; }
-  int layers_left() const { return num_layers_ - layers_computed_; }
   // Returns the time that the device has computed for this pass: without waits, and without the
   // steps of other passes.
   absl::Duration computing() const { return absl::Microseconds(sequence_->device_us()); }
-  // Returns the mean of the layers so far, of which there must be one.
-  absl::Duration layer_time() const { return layers_took_ / layers_computed_; }
+  // Predicts the time that it still computes, by the layers and the log-probabilities that have
+  // been computed. `first_layer` predicts a layer until there is one. Log-probabilities are taken
+  // to last as long as a layer until there are some.
+  absl::Duration Remaining(absl::Duration first_layer) const;
 
  private:
   absl::StatusOr<StepReport> NextStep(absl::FunctionRef<void()> at_point);
@@ -84,6 +85,7 @@ class PrefillPass {
   absl::Status ComputeFirstTokens();
   absl::Status ComputeLogprobs(size_t job);
   std::optional<size_t> NextLogprobs() const;  // the job whose turn it is
+  int64_t LogprobsLeft(size_t job) const;      // which are still to be computed
   void EndStall();
   void CheckTimers();
   bool FinishWhatHasLeft();
@@ -98,7 +100,9 @@ class PrefillPass {
   bool has_first_tokens_ = false;
   std::vector<bool> complete_;               // [jobs], all is computed that was asked for
   std::vector<bool> finished_;               // [jobs]
+  std::vector<int64_t> num_logprobs_;        // [jobs], computed so far
   absl::Duration layers_took_;               // on the device
+  absl::Duration logprobs_took_;             // on the device
   std::optional<absl::Time> stalled_since_;  // the next layer waits for a slot
 
   // The source borrows the sequence, so it is destroyed first.

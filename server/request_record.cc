@@ -125,10 +125,11 @@ void RequestRecord::SetFirstToken(absl::Time now, model::SampledToken token) {
   first_token_ = std::move(token);
 }
 
-void RequestRecord::SetLogprobs(model::PromptLogprobs logprobs, absl::Duration took) {
+void RequestRecord::AddLogprobs(const model::PromptLogprobs& part, absl::Duration took) {
   absl::MutexLock lock(&mu_);
-  stats_.logprobs = took;
-  logprobs_ = std::move(logprobs);
+  stats_.logprobs = stats_.logprobs.value_or(absl::ZeroDuration()) + took;
+  logprobs_.of_token.insert(logprobs_.of_token.end(), part.of_token.begin(), part.of_token.end());
+  logprobs_.of_best.insert(logprobs_.of_best.end(), part.of_best.begin(), part.of_best.end());
 }
 
 RequestStats RequestRecord::stats() const {

@@ -26,7 +26,7 @@ struct RequestStats {
   int layers_computed = 0;
   model::LayerReport total;                // sums over the layers; density is their mean by queries
   absl::Duration stalled;                  // time in which layers waited for the consumers
-  std::optional<absl::Duration> logprobs;  // time of the prompt's log-probabilities, if asked for
+  std::optional<absl::Duration> logprobs;  // time of log-probabilities; absent: none computed
 };
 
 // Summarizes the recall of the heads with the given source; nullopt if there are none.
@@ -43,7 +43,8 @@ class RequestRecord {
   void AddLayer(const model::LayerReport& report);
   void AddStall(absl::Duration stalled);
   void SetFirstToken(absl::Time now, model::SampledToken token);
-  void SetLogprobs(model::PromptLogprobs logprobs, absl::Duration took);
+  // Takes the next part of the prompt's log-probabilities, and the time that it took.
+  void AddLogprobs(const model::PromptLogprobs& part, absl::Duration took);
 
   RequestStats stats() const;  // a snapshot
   // Makes the result as far as it is known here, with a report per layer if `layers` is set. The

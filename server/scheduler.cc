@@ -261,12 +261,9 @@ Contender Scheduler::DescribePass(const Running& running) const {
   const PrefillPass& pass = *running.pass;
   // A pass without jobs only gives its place back, and that goes first.
   if (pass.AllEnded()) return {.class_waited = absl::InfiniteDuration()};
-  const absl::Duration layer =
-      pass.layers_computed() > 0
-          ? pass.layer_time()
-          : costs_.Layer(pass.jobs().front()->work().attention.policy, pass.num_computed_tokens());
   Contender contender = shares_.StandingOf(pass.jobs(), resources_.clock.Now());
-  contender.remaining = pass.layers_left() * layer;
+  contender.remaining = pass.Remaining(
+      costs_.Layer(pass.jobs().front()->work().attention.policy, pass.num_computed_tokens()));
   contender.waited = resources_.clock.Now() - running.last_step_at;
   return contender;
 }
@@ -284,7 +281,9 @@ std::shared_ptr<PrefillJob> Scheduler::BestWaiting(bool must_interject, Contende
     const absl::Duration layer = costs_.Layer(job.work().attention.policy, NumNewTokens(job));
     Contender contender =
         shares_.StandingOf(absl::MakeConstSpan(&entry, 1), resources_.clock.Now());
-    contender.remaining = engine_.info().config.num_layers * layer;
+    // Until log-probabilities have been measured, they are taken to last as long as a layer.
+    const int layers = engine_.info().config.num_layers + (job.work().prompt_logprobs ? 1 : 0);
+    contender.remaining = layers * layer;
     contender.waited = resources_.clock.Now() - job.accepted_at();
     jobs.push_back(entry);
     contenders.push_back(contender);

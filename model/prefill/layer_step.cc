@@ -321,35 +321,28 @@ absl::Status LayerStep::DownloadAsFloat(const void* from, std::vector<float>& to
 
 absl::StatusOr<PromptLogprobs> LayerStep::LogprobsOf(const HiddenStates& states, int prompt,
                                                      absl::Span<const uint32_t> tokens,
-                                                     absl::FunctionRef<bool()> go_on) {
+                                                     int64_t first) {
   PromptLogprobs result;
   const PromptPlace& place = states.places[prompt];
-  const int64_t num_scored = place.count - 1;
-  const int64_t tile = LogitsPerTile();
-  result.of_token.resize(num_scored);
-  result.of_best.resize(num_scored);
+  const int64_t count = std::min(LogitsPerTile(), place.count - 1 - first);
+  if (count <= 0) return result;
+  result.of_token.resize(count);
+  result.of_best.resize(count);
   auto* logprobs = logprobs_.as<float>();
-  for (int64_t first = 0; first < num_scored; first += tile) {
-    if (!go_on()) {
-      return absl::CancelledError(
-          absl::StrCat("stopped after ", first, " of ", num_scored, " log-probabilities"));
-    }
-    const int64_t count = std::min(tile, num_scored - first);
-    PREFILLD_RETURN_IF_ERROR(RmsNorm(At(states.values, (place.first + first) * config_.hidden),
-                                     weights_.final_norm, count));
-    PREFILLD_RETURN_IF_ERROR(device_.ops().Linear(HeadProduct(count)));
-    PREFILLD_RETURN_IF_ERROR(
-        device_.Upload(token_ids_.data(), &tokens[first + 1], count * sizeof(uint32_t)));
-    PREFILLD_RETURN_IF_ERROR(device_.ops().TokenLogprobs({.logits = wide_.data(),
-                                                          .targets = token_ids_.as<uint32_t>(),
-                                                          .logprobs = logprobs,
-                                                          .best_logprobs = logprobs + count,
-                                                          .num_tokens = count,
-                                                          .vocab_size = config_.vocab_size}));
-    const size_t bytes = count * sizeof(float);
-    PREFILLD_RETURN_IF_ERROR(device_.Download(&result.of_token[first], logprobs, bytes));
-    PREFILLD_RETURN_IF_ERROR(device_.Download(&result.of_best[first], logprobs + count, bytes));
-  }
+  PREFILLD_RETURN_IF_ERROR(RmsNorm(At(states.values, (place.first + first) * config_.hidden),
+                                   weights_.final_norm, count));
+  PREFILLD_RETURN_IF_ERROR(device_.ops().Linear(HeadProduct(count)));
+  PREFILLD_RETURN_IF_ERROR(
+      device_.Upload(token_ids_.data(), &tokens[first + 1], count * sizeof(uint32_t)));
+  PREFILLD_RETURN_IF_ERROR(device_.ops().TokenLogprobs({.logits = wide_.data(),
+                                                        .targets = token_ids_.as<uint32_t>(),
+                                                        .logprobs = logprobs,
+                                                        .best_logprobs = logprobs + count,
+                                                        .num_tokens = count,
+                                                        .vocab_size = config_.vocab_size}));
+  const size_t bytes = count * sizeof(float);
+  PREFILLD_RETURN_IF_ERROR(device_.Download(result.of_token.data(), logprobs, bytes));
+  PREFILLD_RETURN_IF_ERROR(device_.Download(result.of_best.data(), logprobs + count, bytes));
   return result;
 }
 

@@ -78,12 +78,11 @@ class LayerStep {
   // Returns the logits of every prompt's last token, [prompts of the run][vocab_size].
   absl::StatusOr<std::vector<std::vector<float>>> Logits(const HiddenStates& states);
 
-  // Returns the log-probabilities of every token of a prompt but its first; `tokens` are the
-  // prompt's. Asks `go_on` before each tile, and returns CANCELLED as soon as it says no. No tile
-  // takes longer than the gate and up projections of a layer's tile.
+  // Returns a tile of a prompt's log-probabilities: the entries from `first` on, none when there
+  // are no more. `tokens` are the prompt's. A tile takes no longer than the gate and up projections
+  // of a layer's tile.
   absl::StatusOr<PromptLogprobs> LogprobsOf(const HiddenStates& states, int prompt,
-                                            absl::Span<const uint32_t> tokens,
-                                            absl::FunctionRef<bool()> go_on);
+                                            absl::Span<const uint32_t> tokens, int64_t first);
 
   // The queries, [num_tokens, num_heads, head_dim] in device memory.
   void* queries() const { return queries_.data(); }

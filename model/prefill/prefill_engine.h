@@ -96,11 +96,12 @@ class PrefillSequence {
   // Returns the logits of every prompt's last position, [num_prompts][vocab_size]. Must be called
   // after the last layer.
   virtual absl::StatusOr<std::vector<std::vector<float>>> FinalLogits() = 0;
-  // Returns the log-probabilities of the prompt's own tokens. Must be called after the last layer,
+  // Returns the entries of a prompt's log-probabilities from `first` on, at least one and as many
+  // as one part has; none when there are no more. All of them together take long compared with a
+  // layer, and between two parts other sequences may compute. Must be called after the last layer,
   // for a prompt whose PromptInput asked for them. On a GPU they come from logits rounded to bf16,
-  // as FinalLogits returns them. It takes long compared with a layer, so it asks `go_on` before
-  // each part and returns CANCELLED as soon as that says no.
-  virtual absl::StatusOr<PromptLogprobs> Logprobs(int prompt, absl::FunctionRef<bool()> go_on) = 0;
+  // as FinalLogits returns them.
+  virtual absl::StatusOr<PromptLogprobs> Logprobs(int prompt, int64_t first) = 0;
 
   // Returns the policy that runs, with kAuto resolved. It is dense for several prompts, and where
   // at most two blocks of patterns are computed behind a cached prefix.
@@ -137,6 +138,8 @@ struct ResidentTokens {
   int64_t limit = 0;
 };
 
+// An engine with its model loaded. Beside Start, most methods are questions that its users ask
+// before they start prompts: what fits, what may be computed together, what is cached.
 class PrefillEngine {
  public:
   virtual ~PrefillEngine() = default;

@@ -270,8 +270,7 @@ absl::Status PromptSequence::PublishSaved() {
   return absl::OkStatus();
 }
 
-absl::StatusOr<PromptLogprobs> PromptSequence::Logprobs(int prompt,
-                                                        absl::FunctionRef<bool()> go_on) {
+absl::StatusOr<PromptLogprobs> PromptSequence::Logprobs(int prompt, int64_t first) {
   PREFILLD_RETURN_IF_ERROR(CheckFinished());
   PREFILLD_RETURN_IF_ERROR(CheckPrompt(prompt));
   if (!state_.logprobs) {
@@ -280,7 +279,7 @@ absl::StatusOr<PromptLogprobs> PromptSequence::Logprobs(int prompt,
   PromptLogprobs logprobs;
   PREFILLD_RETURN_IF_ERROR(Timed([&]() -> absl::Status {
     PREFILLD_ASSIGN_OR_RETURN(
-        logprobs, step_.LogprobsOf(state_.hidden, prompt, state_.prompts.tokens_of(prompt), go_on));
+        logprobs, step_.LogprobsOf(state_.hidden, prompt, state_.prompts.tokens_of(prompt), first));
     return absl::OkStatus();
   }));
   return logprobs;

@@ -28,7 +28,7 @@ class PromptSequence final : public PrefillSequence {
   absl::Status PackKv(int layer, const KvSelection& selection, void* dst) override;
   void ReleaseKv(int layer) override;
   absl::StatusOr<std::vector<std::vector<float>>> FinalLogits() override;
-  absl::StatusOr<PromptLogprobs> Logprobs(int prompt, absl::FunctionRef<bool()> go_on) override;
+  absl::StatusOr<PromptLogprobs> Logprobs(int prompt, int64_t first) override;
   AttentionPolicy policy() const override { return state_.options.policy; }
   int64_t cached_tokens() const override { return num_cached_; }
   double device_us() const override;

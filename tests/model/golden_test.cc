@@ -214,11 +214,10 @@ TEST_P(GoldenTest, LogprobsAreThoseOfTheBeginningsLogits) {
   }
   const std::vector<uint32_t> tokens = TokensOf(model.golden(), GetParam().num_tokens);
   auto sequence = RunLayers(engine, tokens, DenseAttention(), /*logprobs=*/true);
-  const auto logprobs = sequence->Logprobs(0, [] { return true; });
-  ASSERT_TRUE(logprobs.ok()) << logprobs.status();
+  const PromptLogprobs logprobs = AllLogprobs(*sequence);
   sequence.reset();
-  ASSERT_EQ(logprobs->of_token.size(), tokens.size() - 1);
-  ASSERT_EQ(logprobs->of_best.size(), tokens.size() - 1);
+  ASSERT_EQ(logprobs.of_token.size(), tokens.size() - 1);
+  ASSERT_EQ(logprobs.of_best.size(), tokens.size() - 1);
   for (const size_t length : std::set<size_t>{1, tokens.size() / 2, tokens.size() - 1}) {
     if (length < 1 || length >= tokens.size()) continue;
     sequence = RunLayers(engine, absl::MakeConstSpan(tokens).first(length), DenseAttention(),
@@ -235,8 +234,8 @@ TEST_P(GoldenTest, LogprobsAreThoseOfTheBeginningsLogits) {
     double sum = 0;
     for (const float logit : logits) sum += std::exp(logit - best);
     const double of_token = logits[tokens[length]] - best - std::log(sum);
-    EXPECT_NEAR(logprobs->of_token[length - 1], of_token, tolerance) << length;
-    EXPECT_NEAR(logprobs->of_best[length - 1], -std::log(sum), tolerance) << length;
+    EXPECT_NEAR(logprobs.of_token[length - 1], of_token, tolerance) << length;
+    EXPECT_NEAR(logprobs.of_best[length - 1], -std::log(sum), tolerance) << length;
   }
 }
 

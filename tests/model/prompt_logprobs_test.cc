@@ -12,8 +12,6 @@
 namespace prefilld::model {
 namespace {
 
-bool Always() { return true; }
-
 class PromptLogprobsTest : public ::testing::Test {
  protected:
   const RandomCheckpoint checkpoint_;
@@ -41,12 +39,11 @@ TEST_P(PromptLogprobsTiles, AreThoseOfTheLogitsOfEveryBeginning) {
   const std::vector<uint32_t> tokens = RandomTokens(c.max_tokens, c.vocab_size);
   auto sequence = RunLayers(*engine, tokens, DenseAttention(), /*logprobs=*/true);
   int num_tiles = 0;
-  const auto logprobs = sequence->Logprobs(0, [&num_tiles] { return ++num_tiles > 0; });
-  ASSERT_TRUE(logprobs.ok()) << logprobs.status();
+  const PromptLogprobs logprobs = AllLogprobs(*sequence, 0, &num_tiles);
   sequence.reset();
   EXPECT_EQ(num_tiles, c.num_tiles);
-  ASSERT_EQ(logprobs->of_token.size(), tokens.size() - 1);
-  ASSERT_EQ(logprobs->of_best.size(), tokens.size() - 1);
+  ASSERT_EQ(logprobs.of_token.size(), tokens.size() - 1);
+  ASSERT_EQ(logprobs.of_best.size(), tokens.size() - 1);
   for (const size_t length :
        {size_t{1}, size_t{2}, size_t{15}, size_t{16}, size_t{17}, size_t{39}}) {
     if (length >= tokens.size()) continue;
@@ -55,9 +52,9 @@ TEST_P(PromptLogprobsTiles, AreThoseOfTheLogitsOfEveryBeginning) {
     double sum = 0.0;
     for (const float logit : logits) sum += std::exp(static_cast<double>(logit));
     const double best = *std::max_element(logits.begin(), logits.end());
-    EXPECT_NEAR(logprobs->of_token[length - 1], logits[tokens[length]] - std::log(sum), 1e-4)
+    EXPECT_NEAR(logprobs.of_token[length - 1], logits[tokens[length]] - std::log(sum), 1e-4)
         << length;
-    EXPECT_NEAR(logprobs->of_best[length - 1], best - std::log(sum), 1e-4) << length;
+    EXPECT_NEAR(logprobs.of_best[length - 1], best - std::log(sum), 1e-4) << length;
   }
 }
 
@@ -70,18 +67,21 @@ INSTANTIATE_TEST_SUITE_P(
                       LogprobsCase{"OfATokenWhoseLogitsOutgrowATile", 3000, 512, 3, 2}),
     [](const auto& info) { return std::string(info.param.name); });
 
-TEST_F(PromptLogprobsTest, StopWhenToldTo) {
+// Whoever computes them may stop after any part, begin anew, and ask for the logits again.
+TEST_F(PromptLogprobsTest, LeaveTheHiddenStatesAsTheyWere) {
   EngineOptions options = CpuEngineOptions(checkpoint_.dir(), 1200);
   options.tile_tokens = 16;
   const auto engine = NewEngine(options);
   const auto sequence =
       RunLayers(*engine, RandomTokens(100, 320), DenseAttention(), /*logprobs=*/true);
   const auto logits = sequence->FinalLogits();
-  int asked = 0;
-  EXPECT_TRUE(absl::IsCancelled(sequence->Logprobs(0, [&asked] { return ++asked < 3; }).status()));
-  EXPECT_EQ(asked, 3);
-  EXPECT_TRUE(sequence->Logprobs(0, Always).ok());
-  EXPECT_EQ(*sequence->FinalLogits(), *logits) << "the hidden states are as they were";
+  const auto part = sequence->Logprobs(0, 32);
+  ASSERT_TRUE(part.ok()) << part.status();
+  EXPECT_EQ(part->of_token.size(), 16u);
+  const PromptLogprobs all = AllLogprobs(*sequence);
+  ASSERT_EQ(all.of_token.size(), 99u);
+  for (size_t i = 0; i < 16; ++i) EXPECT_EQ(part->of_token[i], all.of_token[32 + i]) << i;
+  EXPECT_EQ(*sequence->FinalLogits(), *logits);
 }
 
 TEST_F(PromptLogprobsTest, NeedAllLayers) {
@@ -89,7 +89,7 @@ TEST_F(PromptLogprobsTest, NeedAllLayers) {
   auto started = engine->Start(RandomTokens(40, 320), DenseAttention());
   ASSERT_TRUE(started.ok());
   ASSERT_TRUE((*started)->RunLayer().ok());
-  EXPECT_EQ((*started)->Logprobs(0, Always).status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ((*started)->Logprobs(0, 0).status().code(), absl::StatusCode::kFailedPrecondition);
 }
 
 TEST_F(PromptLogprobsTest, MustBeAskedForAtTheStart) {
@@ -100,14 +100,13 @@ TEST_F(PromptLogprobsTest, MustBeAskedForAtTheStart) {
     ASSERT_TRUE((*sequence)->RunLayer().ok());
     (*sequence)->ReleaseKv(layer);
   }
-  EXPECT_EQ((*sequence)->Logprobs(0, Always).status().code(),
-            absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ((*sequence)->Logprobs(0, 0).status().code(), absl::StatusCode::kFailedPrecondition);
 }
 
 TEST_F(PromptLogprobsTest, OfAPromptOfOneTokenAreNone) {
   const auto engine = NewEngine(CpuEngineOptions(checkpoint_.dir(), 1200));
   const auto logprobs =
-      RunLayers(*engine, {7}, DenseAttention(), /*logprobs=*/true)->Logprobs(0, Always);
+      RunLayers(*engine, {7}, DenseAttention(), /*logprobs=*/true)->Logprobs(0, 0);
   ASSERT_TRUE(logprobs.ok()) << logprobs.status();
   EXPECT_TRUE(logprobs->of_token.empty());
 }

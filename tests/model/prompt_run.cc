@@ -114,6 +114,18 @@ std::vector<PromptRun> Compute(PrefillEngine& engine, PrefillSequence& sequence,
 
 }  // namespace
 
+PromptLogprobs AllLogprobs(PrefillSequence& sequence, int prompt, int* num_parts) {
+  PromptLogprobs all;
+  for (int parts = 0;; ++parts) {
+    const auto first = static_cast<int64_t>(all.of_token.size());
+    const PromptLogprobs part = OrDie(sequence.Logprobs(prompt, first));
+    if (num_parts != nullptr) *num_parts = parts;
+    if (part.of_token.empty()) return all;
+    all.of_token.insert(all.of_token.end(), part.of_token.begin(), part.of_token.end());
+    all.of_best.insert(all.of_best.end(), part.of_best.begin(), part.of_best.end());
+  }
+}
+
 std::vector<PromptRun> RunPrompts(PrefillEngine& engine,
                                   const std::vector<std::vector<uint32_t>>& prompts,
                                   const AttentionOptions& options) {
@@ -126,7 +138,7 @@ std::vector<PromptRun> RunPrompts(PrefillEngine& engine,
   const std::unique_ptr<PrefillSequence> sequence = OrDie(engine.Start(inputs));
   std::vector<PromptRun> runs = Compute(engine, *sequence, lengths);
   for (size_t i = 0; i < runs.size(); ++i) {
-    runs[i].logprobs = OrDie(sequence->Logprobs(static_cast<int>(i), [] { return true; }));
+    runs[i].logprobs = AllLogprobs(*sequence, static_cast<int>(i));
   }
   return runs;
 }

@@ -45,6 +45,10 @@ KvSelection WholeLayer(const ModelConfig& config, int64_t num_tokens, int block_
 std::unique_ptr<PrefillSequence> RunLayers(PrefillEngine& engine, absl::Span<const uint32_t> tokens,
                                            const AttentionOptions& options, bool logprobs);
 
+// Returns all log-probabilities of a prompt. `num_parts`, if given, is set to how many parts had
+// some.
+PromptLogprobs AllLogprobs(PrefillSequence& sequence, int prompt = 0, int* num_parts = nullptr);
+
 // Runs prompts that are computed together.
 std::vector<PromptRun> RunPrompts(PrefillEngine& engine,
                                   const std::vector<std::vector<uint32_t>>& prompts,

@@ -49,12 +49,16 @@ void Runner::Step(absl::FunctionRef<bool()> at_point) {
     const auto logits = sequence_->FinalLogits();
     ASSERT_TRUE(logits.ok()) << logits.status();
     outcome.logits = *logits;
-  } else if (request_.logprobs && outcome.logprobs.size() < 2 * request_.prompts.size()) {
-    const auto logprobs =
-        sequence_->Logprobs(static_cast<int>(outcome.logprobs.size() / 2), [] { return true; });
-    ASSERT_TRUE(logprobs.ok()) << logprobs.status();
-    outcome.logprobs.push_back(logprobs->of_token);
-    outcome.logprobs.push_back(logprobs->of_best);
+  } else if (request_.logprobs && prompt_ < request_.prompts.size()) {
+    outcome.logprobs.resize(2 * request_.prompts.size());
+    std::vector<float>& of_token = outcome.logprobs[2 * prompt_];
+    std::vector<float>& of_best = outcome.logprobs[2 * prompt_ + 1];
+    const auto part =
+        sequence_->Logprobs(static_cast<int>(prompt_), static_cast<int64_t>(of_token.size()));
+    ASSERT_TRUE(part.ok()) << part.status();
+    of_token.insert(of_token.end(), part->of_token.begin(), part->of_token.end());
+    of_best.insert(of_best.end(), part->of_best.begin(), part->of_best.end());
+    if (part->of_token.empty()) ++prompt_;
   } else {
     while (unreleased() > 0) PackOldest();
     sequence_.reset();

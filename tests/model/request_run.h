@@ -57,7 +57,7 @@ class Runner {
   int unreleased() const { return num_layers_ - num_packed_; }
 
   // Computes a layer, or after the last one the logits, and then log-probabilities prompt by
-  // prompt.
+  // prompt and part by part.
   void Step(absl::FunctionRef<bool()> at_point = [] { return true; });
   void RunLayer(absl::FunctionRef<bool()> at_point = [] { return true; });
   void PackOldest();
@@ -71,6 +71,7 @@ class Runner {
   std::unique_ptr<PrefillSequence> sequence_;
   int num_layers_ = 0;
   int num_packed_ = 0;
+  size_t prompt_ = 0;  // whose log-probabilities come next
 };
 
 // Runs a request while no other is under way.

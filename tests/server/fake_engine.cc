@@ -171,20 +171,29 @@ class FakeSequence final : public model::PrefillSequence {
   }
 
   // Entry i has minus i for the token, and half of that for the likeliest.
-  absl::StatusOr<model::PromptLogprobs> Logprobs(int prompt,
-                                                 absl::FunctionRef<bool()> go_on) override {
-    for (int part = 0; part < FakeEngine::kLogprobsParts; ++part) {
-      if (!go_on()) return absl::CancelledError("stopped");
+  absl::StatusOr<model::PromptLogprobs> Logprobs(int prompt, int64_t first) override {
+    const int64_t count = prompts_[prompt].num_tokens - 1;
+    const auto end_of = [count](int part) {
+      return (part + 1) * count / FakeEngine::kLogprobsParts;
+    };
+    int part = 0;
+    while (end_of(part) <= first && part + 1 < FakeEngine::kLogprobsParts) ++part;
+    std::function<void(int64_t)> on_layer;
+    {
       absl::MutexLock lock(&engine_->mu_);
       const auto may_run = [this, part]() ABSL_SHARED_LOCKS_REQUIRED(engine_->mu_) {
         return engine_->hold_logprobs_after_ < 0 || part < engine_->hold_logprobs_after_;
       };
       engine_->mu_.Await(absl::Condition(&may_run));
       if (part == 1 && !engine_->logprobs_error_.ok()) return engine_->logprobs_error_;
-      ++engine_->logprobs_parts_;
+      on_layer = engine_->on_layer_;
     }
+    StartClock();
+    if (on_layer != nullptr) on_layer(num_tokens_);
+    StopClock();
+    ++engine_->logprobs_parts_;
     model::PromptLogprobs logprobs;
-    for (int64_t i = 0; i + 1 < prompts_[prompt].num_tokens; ++i) {
+    for (int64_t i = first; i < end_of(part); ++i) {
       logprobs.of_token.push_back(-static_cast<float>(i));
       logprobs.of_best.push_back(-0.5f * static_cast<float>(i));
     }

@@ -45,8 +45,9 @@ class FakeEngine final : public model::PrefillEngine {
 
   // Makes every layer take this long from now on. It can be stopped within.
   void set_layer_time(absl::Duration time);
-  // Sets a function that is called in every layer from now on, by the thread that runs the layer,
-  // with the tokens of all prompts of the sequence. A test advances its clock there.
+  // Sets a function that is called in every layer, and in every part of log-probabilities, from now
+  // on, by the thread that computes it, with the tokens of all prompts of the sequence. A test
+  // advances its clock there.
   void set_on_layer(std::function<void(int64_t num_tokens)> on_layer);
   // Sets a function that is called before a layer that is computed at a point of another one: it is
   // the rest of the part before the point, for which a device would let the layer wait. A test

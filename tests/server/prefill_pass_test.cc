@@ -26,6 +26,20 @@ void Finish(Bench& bench, PrefillPass& pass) {
   ADD_FAILURE() << "the pass does not come to an end";
 }
 
+std::shared_ptr<PrefillJob> NewGradedJob(Bench& bench, int num_tokens) {
+  PrefillWork work = WorkOf(bench.engine, num_tokens);
+  work.prompt_logprobs = true;
+  return std::make_shared<PrefillJob>(std::move(work), bench.clock);
+}
+
+// Steps until the first tokens are there.
+void StepToFirstTokens(Bench& bench, PrefillPass& pass) {
+  while (!pass.jobs().front()->record().stats().first_token_at.has_value()) {
+    ASSERT_EQ(Step(pass), Next::kAnotherStep);
+    bench.PackAll();
+  }
+}
+
 TEST(PrefillPass, AStepIsOneLayer) {
   Bench bench({.num_layers = 3});
   const auto job = bench.NewJob(100);
@@ -177,6 +191,76 @@ TEST(PrefillPass, AResultDoesNotWaitForAnotherPromptsConsumer) {
   to_slow.GoOn();
   Finish(bench, *pass);
   EXPECT_NE(to_slow.result(), nullptr);
+}
+
+TEST(PrefillPass, AStepIsOnePartOfThePromptsLogprobs) {
+  Bench bench;
+  const auto job = NewGradedJob(bench, 42);
+  Consumer consumer(job);
+  const auto pass = bench.NewPass({job});
+  StepToFirstTokens(bench, *pass);
+  for (int part = 1; part <= FakeEngine::kLogprobsParts; ++part) {
+    EXPECT_EQ(Step(*pass), Next::kAnotherStep);
+    EXPECT_EQ(bench.engine.logprobs_parts(), part);
+    EXPECT_EQ(consumer.result(), nullptr);
+  }
+  EXPECT_EQ(Step(*pass), Next::kOver);
+  ASSERT_NE(consumer.result(), nullptr);
+  ASSERT_EQ(consumer.result()->prompt_logprobs_size(), 41);
+  ASSERT_EQ(consumer.result()->best_logprobs_size(), 41);
+  for (int i = 0; i < 41; ++i) EXPECT_EQ(consumer.result()->prompt_logprobs(i), -i);
+}
+
+TEST(PrefillPass, APromptOfOneTokenHasNoLogprobs) {
+  Bench bench;
+  const auto job = NewGradedJob(bench, 1);
+  Consumer consumer(job);
+  const auto pass = bench.NewPass({job});
+  Finish(bench, *pass);
+  ASSERT_NE(consumer.result(), nullptr);
+  EXPECT_EQ(consumer.result()->prompt_logprobs_size(), 0);
+}
+
+TEST(PrefillPass, LogprobsEndWithTheirRequest) {
+  Bench bench;
+  const auto job = NewGradedJob(bench, 42);
+  const auto pass = bench.NewPass({job});
+  StepToFirstTokens(bench, *pass);
+  Step(*pass);
+  job->OnCallCancelled();
+  EXPECT_EQ(Step(*pass), Next::kOver);
+  EXPECT_EQ(bench.engine.logprobs_parts(), 1);
+}
+
+TEST(PrefillPass, AResultDoesNotWaitForAnotherPromptsLogprobs) {
+  Bench bench({.max_batch_tokens = 1000});
+  const auto graded = NewGradedJob(bench, 42), plain = bench.NewJob(30);
+  Consumer to_graded(graded), to_plain(plain);
+  const auto pass = bench.NewPass({graded, plain});
+  StepToFirstTokens(bench, *pass);
+  Step(*pass);
+  EXPECT_EQ(bench.engine.logprobs_parts(), 1);
+  EXPECT_NE(to_plain.result(), nullptr);
+  Finish(bench, *pass);
+  EXPECT_NE(to_graded.result(), nullptr);
+}
+
+TEST(PrefillPass, PredictsLogprobsByTheLayersAndThenByThoseThatItHas) {
+  Bench bench;
+  const auto job = NewGradedJob(bench, 41);
+  absl::Duration step = absl::Seconds(2);
+  bench.engine.set_on_layer([&](int64_t) { bench.clock.Advance(step); });
+  const auto pass = bench.NewPass({job});
+  EXPECT_EQ(pass->Remaining(/*first_layer=*/absl::Seconds(41)), absl::Seconds(4 * 41 + 40));
+  Step(*pass);
+  EXPECT_NEAR(absl::ToDoubleSeconds(pass->Remaining(absl::Seconds(41))), 3 * 2 + 2 * 40. / 41,
+              1e-6);
+  StepToFirstTokens(bench, *pass);
+  step = absl::Seconds(5);
+  Step(*pass);
+  EXPECT_EQ(pass->Remaining(absl::Seconds(41)), absl::Seconds(3 * 5));
+  Finish(bench, *pass);
+  EXPECT_EQ(pass->Remaining(absl::Seconds(41)), absl::ZeroDuration());
 }
 
 TEST(PrefillPass, TellsAFailureOfTheDevice) {

@@ -158,6 +158,56 @@ TEST(Scheduler, ACancelledRequestStopsInsideItsLayer) {
   scheduler.Retire(*job);
 }
 
+class SchedulerWithLogprobs : public SchedulerTest {
+ protected:
+  // Submits a prompt whose layers, and parts of log-probabilities, take 6.25 seconds each.
+  absl::StatusOr<Call> SubmitGraded(absl::Duration deadline = absl::InfiniteDuration()) {
+    PrefillWork work = WorkOf(bench_.engine, 50'000);
+    work.prompt_logprobs = true;
+    work.deadline = bench_.clock.Now() + deadline;
+    return Submit(std::move(work));
+  }
+  void RunToFirstPart() {
+    while (bench_.engine.logprobs_parts() == 0) {
+      bench_.PackAll();
+      ASSERT_TRUE(scheduler_.StepOnce());
+    }
+  }
+};
+
+TEST_F(SchedulerWithLogprobs, AShortPromptIsComputedBetweenTwoParts) {
+  auto graded = SubmitGraded();
+  RunToFirstPart();
+  auto short_one = Submit(2000);
+  while (short_one->consumer->result() == nullptr) {
+    bench_.PackAll();
+    ASSERT_TRUE(scheduler_.StepOnce());
+  }
+  EXPECT_EQ(bench_.engine.logprobs_parts(), 1);
+  EXPECT_EQ(graded->consumer->result(), nullptr);
+  Run();
+  ASSERT_NE(graded->consumer->result(), nullptr);
+  EXPECT_EQ(graded->consumer->result()->prompt_logprobs_size(), 49'999);
+  EXPECT_EQ(graded->consumer->result()->logprobs_us(), 25'000'000u) << "without the short one's";
+}
+
+TEST_F(SchedulerWithLogprobs, ADeadlineEndsThemAfterAPart) {
+  auto graded = SubmitGraded(absl::Seconds(4 * 6.25 + 6));
+  Run();
+  EXPECT_EQ(bench_.engine.logprobs_parts(), 1);
+  EXPECT_EQ(graded->job->ending().outcome, Outcome::kDeadline);
+  EXPECT_EQ(bench_.engine.alive(), 0);
+}
+
+TEST_F(SchedulerWithLogprobs, ACancellationEndsThemAfterAPart) {
+  auto graded = SubmitGraded();
+  RunToFirstPart();
+  graded->job->OnCallCancelled();
+  Run();
+  EXPECT_EQ(bench_.engine.logprobs_parts(), 1);
+  EXPECT_EQ(bench_.engine.alive(), 0);
+}
+
 TEST_F(SchedulerTest, ALongPromptGoesOnUnderAFloodOfShortOnes) {
   auto long_one = Submit(50'000);
   scheduler_.StepOnce();

@@ -45,7 +45,7 @@ class SyntheticSequence : public model::PrefillSequence {
     return std::vector<std::vector<float>>(1, std::vector<float>(config_.vocab_size, 0.0f));
   }
 
-  absl::StatusOr<model::PromptLogprobs> Logprobs(int, absl::FunctionRef<bool()>) override {
+  absl::StatusOr<model::PromptLogprobs> Logprobs(int, int64_t) override {
     return absl::UnimplementedError("there is no model");
   }
 
