@@ -178,6 +178,7 @@ def faults(bin_dir: Path, model: Path, dtype: str, ids: dict[str, list[int]], po
                 result[f"{kind} killed pass_key/3000"] = engine.one(ids["pass_key/3000"], at(server.port, load_async=mode))
                 result[f"{kind} away text/257"] = engine.one(after, at(server.port, load_async=mode))
                 server.run()
+                time.sleep(5)  # gRPC connects again within about 2 s
                 result[f"{kind} restarted"] = engine.one(after, at(server.port, load_async=mode)) | {"prompt": "text/257"}
             return result
 
