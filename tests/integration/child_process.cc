@@ -93,14 +93,14 @@ std::optional<int> ChildProcess::Wait(absl::Duration timeout) {
 
 std::string ChildProcess::stdout_text() const { return ReadFile(folder_ + "/stdout"); }
 bool ChildProcess::AwaitBlocked(int signal, absl::Duration timeout) const {
-  constexpr absl::string_view kField = "SigBlk:\t";
+  const std::string field = "SigBlk:\t";
   const std::string path = absl::StrCat("/proc/", pid_, "/status");
   for (const absl::Time end = absl::Now() + timeout; absl::Now() < end;) {
     const std::string status = ReadFile(path);
-    const size_t at = status.find(kField);
+    const size_t at = status.find(field);
     const uint64_t blocked = at == std::string::npos
                                  ? 0
-                                 : std::stoull(status.substr(at + kField.size(), 16), nullptr, 16);
+                                 : std::stoull(status.substr(at + field.size(), 16), nullptr, 16);
     if ((blocked >> (signal - 1)) & 1) return true;
     absl::SleepFor(kPoll);
   }
