@@ -27,7 +27,7 @@ using Stream = grpc::ServerWriteReactor<grpc::ByteBuffer>;
 
 // A caller's cancel and its next request travel together, but are heard of in any order.
 constexpr absl::Duration kNameWait = absl::Seconds(1);
-constexpr size_t kMaxWaiting = 64;  // for a name; more are refused at once
+constexpr size_t kMaxWaitingForAName = 64;  // for a name; more are refused at once
 
 template <typename Message>
 absl::StatusOr<Message> Decode(const grpc::ByteBuffer& buffer) {
@@ -181,7 +181,7 @@ void PrefillService::OnCallDone(PrefillJob& job) {
 void PrefillService::AwaitName(Waiting waiting, const absl::Status& taken) {
   {
     absl::MutexLock lock(&mu_);
-    if (waiting_.size() < kMaxWaiting) {
+    if (waiting_.size() < kMaxWaitingForAName) {
       waiting_.push_back(std::move(waiting));
       return;
     }

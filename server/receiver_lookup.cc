@@ -20,7 +20,7 @@
 namespace prefilld::server {
 namespace {
 
-constexpr size_t kMaxWaiting = 64;
+constexpr size_t kMaxLookups = 64;
 constexpr char kEvent[] = "receiver_addresses";
 
 struct LookUp {
@@ -62,7 +62,7 @@ void ReceiverLookup::Log(const std::string& request_id, const std::string& recei
   if (!place.has_value() || !place->is_name) return;
   {
     absl::MutexLock lock(&state_->mu);
-    if (state_->waiting.size() < kMaxWaiting) {
+    if (state_->waiting.size() < kMaxLookups) {
       state_->waiting.push_back({request_id, receiver, place->host});
       return;
     }

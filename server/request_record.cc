@@ -26,7 +26,7 @@ void SetSummary(const std::vector<model::HeadRecall>& heads, model::PatternSourc
   }
 }
 
-v1::LayerStats ToProto(const model::LayerReport& report) {
+v1::LayerStats EncodeLayer(const model::LayerReport& report) {
   v1::LayerStats stats;
   stats.set_layer(report.layer);
   stats.set_dense_heads(report.dense_heads);
@@ -54,7 +54,7 @@ v1::LayerStats ToProto(const model::LayerReport& report) {
   return stats;
 }
 
-v1::SampledToken ToProto(const model::SampledToken& token) {
+v1::SampledToken EncodeToken(const model::SampledToken& token) {
   v1::SampledToken proto;
   proto.set_token_id(token.token_id);
   proto.set_logprob(token.logprob);
@@ -142,17 +142,17 @@ v1::PrefillResult RequestRecord::TakeResult(bool layers) {
   v1::PrefillResult result;
   const absl::Time started = stats_.started_at.value_or(stats_.accepted_at);
   const absl::Time first_token = stats_.first_token_at.value_or(started);
-  result.set_policy(server::ToProto(stats_.policy.value_or(model::AttentionPolicy::kAuto)));
+  result.set_policy(ToProto(stats_.policy.value_or(model::AttentionPolicy::kAuto)));
   result.set_batch_prompts(stats_.batch_prompts);
   result.set_cached_tokens(static_cast<uint32_t>(stats_.cached_tokens));
   result.set_queue_us(absl::ToInt64Microseconds(started - stats_.accepted_at));
   result.set_compute_us(absl::ToInt64Microseconds(first_token - started));
   result.set_stall_us(absl::ToInt64Microseconds(stats_.stalled));
-  *result.mutable_total() = ToProto(stats_.total);
+  *result.mutable_total() = EncodeLayer(stats_.total);
   if (layers) {
-    for (const auto& layer : layers_) *result.add_layers() = ToProto(layer);
+    for (const auto& layer : layers_) *result.add_layers() = EncodeLayer(layer);
   }
-  *result.mutable_first_token() = ToProto(first_token_);
+  *result.mutable_first_token() = EncodeToken(first_token_);
   const model::PromptLogprobs logprobs = std::exchange(logprobs_, {});
   result.mutable_prompt_logprobs()->Add(logprobs.of_token.begin(), logprobs.of_token.end());
   result.mutable_best_logprobs()->Add(logprobs.of_best.begin(), logprobs.of_best.end());

@@ -28,7 +28,6 @@ constexpr int64_t kMaxVocabSize = int64_t{1} << 24;
 constexpr int64_t kMaxWidth = int64_t{1} << 20;  // hidden and intermediate
 constexpr int64_t kMaxLayers = 1024;
 constexpr int64_t kMaxHeads = 1024;
-constexpr int64_t kMaxPositions = int64_t{1} << 28;
 constexpr size_t kMaxEosIds = 1024;
 
 constexpr int kHeadDims[] = {64, 128};

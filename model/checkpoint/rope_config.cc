@@ -21,7 +21,6 @@ constexpr double kMaxTheta = 1e12;
 constexpr double kMaxFactor = 1e4;
 constexpr double kMaxBand = 1e6;  // of wavelength limits and rotation counts
 constexpr double kSmallestPositive = 1e-6;
-constexpr int64_t kMaxPositions = int64_t{1} << 28;
 
 std::optional<RopeKind> ParseKind(const std::string& name) {
   if (name == "default") return RopeKind::kDefault;

@@ -9,6 +9,9 @@
 
 namespace prefilld::model {
 
+// Upper limit of every number of positions in a config.json. No model of these families comes near it.
+inline constexpr int64_t kMaxPositions = int64_t{1} << 28;
+
 // Reads `rope_theta` beside `rope_scaling` (transformers 4: kind in "type" or "rope_type"), or
 // `rope_parameters` (transformers 5: base inside). A file may have both if they say the same.
 // Errors go to `fields`.

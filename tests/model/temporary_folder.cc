@@ -11,7 +11,7 @@
 namespace prefilld::model {
 namespace {
 
-[[noreturn]] void Fail(const std::string& what) {
+[[noreturn]] void FailAt(const std::string& what) {
   std::perror(what.c_str());
   abort();
 }
@@ -20,7 +20,7 @@ namespace {
 
 TemporaryFolder::TemporaryFolder()
     : path_((std::filesystem::temp_directory_path() / "prefilld-XXXXXX").string()) {
-  if (mkdtemp(path_.data()) == nullptr) Fail(path_);
+  if (mkdtemp(path_.data()) == nullptr) FailAt(path_);
 }
 
 TemporaryFolder::~TemporaryFolder() {
@@ -36,7 +36,7 @@ void TemporaryFolder::Write(absl::string_view name, absl::string_view content) c
   std::ofstream file(path, std::ios::binary);
   file << content;
   file.close();
-  if (!file) Fail(path);
+  if (!file) FailAt(path);
 }
 
 }  // namespace prefilld::model
