@@ -42,14 +42,15 @@ class DynamicCache:
 class Model:
     """A model of the shape of model/tiny. One layer has its parameters elsewhere."""
 
-    def __init__(self, dtype=torch.float32, **config):
+    def __init__(self, dtype=torch.float32, rope_dtype=torch.float32, **config):
         made = dict(num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, head_dim=64, hidden_size=320)
         self.config = types.SimpleNamespace(**{**made, **config})
         self.config.get_text_config = lambda: self.config
         self.dtype = dtype
         places = ["meta" if layer == 5 and config.get("spread") else "cpu" for layer in range(8)]
         layers = [types.SimpleNamespace(parameters=lambda p=p: iter([torch.empty(1, device=p)])) for p in places]
-        self.get_decoder = lambda: types.SimpleNamespace(layers=layers)
+        buffers = [("rotary_emb.inv_freq", torch.ones(32, dtype=rope_dtype))]
+        self.get_decoder = lambda: types.SimpleNamespace(layers=layers, named_buffers=lambda: iter(buffers))
 
 
 class Adapter(unittest.TestCase):
@@ -103,6 +104,7 @@ class Adapter(unittest.TestCase):
             ("64 elements in a head, this one 128", Model(head_dim=128)),
             ("sliding_attention", Model(layer_types=["full_attention", "sliding_attention"])),
             ("float64", Model(torch.float64)),
+            ("RoPE frequencies are torch.bfloat16", Model(torch.bfloat16, torch.bfloat16)),
         ):
             with self.assertRaisesRegex(ValueError, text):
                 self.fill(model, torch.tensor([TEXT[:40]]))

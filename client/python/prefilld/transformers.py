@@ -42,7 +42,7 @@ def prefill_cache(
     Each byte of the cache is copied once, from the received message into the cache.
 
     Raises PrefilldError as PrefillClient.prefill does; ValueError when the server's model has other layers than
-    this one, or when the model keeps another kind of cache.
+    this one, when the model keeps another kind of cache, or when model.to(dtype) has rounded its RoPE frequencies.
     """
     from transformers import DynamicCache
 
@@ -53,6 +53,13 @@ def prefill_cache(
         raise ValueError(f"the model has layers of kind {', '.join(sorted(kinds))}; only full_attention can be filled")
     if model.dtype not in _WIRE_DTYPES:
         raise ValueError(f"the model computes in {model.dtype}; one of {', '.join(map(str, _WIRE_DTYPES))} can be filled")
+    for name, buffer in model.get_decoder().named_buffers():
+        if name.endswith("inv_freq") and buffer.dtype != torch.float32:
+            # Its queries would be rotated otherwise than the keys, the more so the longer the prompt.
+            raise ValueError(
+                f"the model's RoPE frequencies are {buffer.dtype}, rounded by model.to(dtype); "
+                "load it with from_pretrained(..., dtype=...)"
+            )
     layout = Layout(block_tokens=128, dtype=_WIRE_DTYPES[model.dtype])
     width = input_ids.shape[1] - 1  # positions that are filled
     devices = _devices(model)
