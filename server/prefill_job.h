@@ -41,7 +41,8 @@ struct Ending {
 // Thread-safe.
 //
 // It has many methods because all of them meet here: the scheduler reads the work and its age, the
-// pass reports what it computes, the streams tell how the call ends, and the watchdog checks timers.
+// pass reports what it computes, the streams tell how the call ends, and the watchdog checks
+// timers.
 class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
  public:
   // Opens the call to the receiver of a push.

@@ -9,7 +9,8 @@
 
 namespace prefilld::model {
 
-// Upper limit of every number of positions in a config.json. No model of these families comes near it.
+// Upper limit of every number of positions in a config.json. No model of these families comes near
+// it.
 inline constexpr int64_t kMaxPositions = int64_t{1} << 28;
 
 // Reads `rope_theta` beside `rope_scaling` (transformers 4: kind in "type" or "rope_type"), or

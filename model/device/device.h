@@ -61,8 +61,8 @@ struct DeviceTraits {
 // One device. Its ops and the copies below are ordered among themselves, in the order of the calls
 // of one thread. The methods marked thread-safe may be called from any thread beside it.
 //
-// It has sixteen methods, because a device has four concerns that share one order of execution: memory,
-// copies, points on its time line, and recordings.
+// It has sixteen methods, because a device has four concerns that share one order of execution:
+// memory, copies, points on its time line, and recordings.
 class Device {
  public:
   virtual ~Device() = default;

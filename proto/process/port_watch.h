@@ -22,14 +22,14 @@ namespace prefilld::process {
 
 class Health;
 
-// Tells whether whoever listens at `address`, an IP address and port or unix:/path, answers a new connection
-// within `timeout`. An end of the connection is an answer too. It works with TLS and without,
-// because it sends nothing.
+// Tells whether whoever listens at `address`, an IP address and port or unix:/path, answers a new
+// connection within `timeout`. An end of the connection is an answer too. It works with TLS and
+// without, because it sends nothing.
 bool Answers(const std::string& address, absl::Duration timeout);
 
-// Dials the server's own addresses again and again. A process that lets no new caller in is not live,
-// however well the connections that it has are served. It also keeps the metrics of connections
-// and of requests on their way, and logs when some were refused or ended.
+// Dials the server's own addresses again and again. A process that lets no new caller in is not
+// live, however well the connections that it has are served. It also keeps the metrics of
+// connections and of requests on their way, and logs when some were refused or ended.
 class PortWatch {
  public:
   struct Timing {
