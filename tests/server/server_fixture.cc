@@ -89,6 +89,7 @@ ServerFixture::~ServerFixture() { StopServer(); }
 
 void ServerFixture::StartServer() {
   engine_ = std::make_unique<FakeEngine>(engine_options_);
+  engine_->set_clock(&clock_);
   auto server = PrefillServer::Create(options_, *engine_, clock_);
   ASSERT_TRUE(server.ok()) << server.status();
   server_ = *std::move(server);
