@@ -180,10 +180,12 @@ class Played(unittest.TestCase):
             sent = self.send.future(messages())
             received = [next(iter(cache)) for _ in range(LAYERS)]
             sent.cancel()
-            with self.assertRaisesRegex(PrefilldError, "the sender ended") as caught:
+            # gRPC may tell of the cancel, or of a stream that just ends.
+            with self.assertRaisesRegex(PrefilldError, "the sender ended|the stream ended without a result") as caught:
                 list(cache)
         silence.set()
-        self.assertEqual((len(received), caught.exception.code), (LAYERS, grpc.StatusCode.UNAVAILABLE))
+        self.assertEqual(len(received), LAYERS)
+        self.assertIn(caught.exception.code, (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DATA_LOSS))
 
     def test_closing_the_receiver_ends_all(self):
         with KvReceiver() as receiver:
