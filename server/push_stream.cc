@@ -12,6 +12,7 @@
 #include "prefill/v1/receiver.pb.h"
 #include "proto/wire/channel.h"
 #include "proto/wire/grpc_status.h"
+#include "proto/wire/socket_use.h"
 #include "server/grpc_encoding.h"
 #include "server/transport.h"
 
@@ -36,6 +37,7 @@ class PushStream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::
   void Send(Message message, bool last) override;
   void End(const absl::Status& status) override;
   void Cancel(const absl::Status& status) override { context_.TryCancel(); }
+  std::optional<ConnectionUse> connection_use() const override;
 
  private:
   void OnWriteDone(bool ok) override;
@@ -50,6 +52,8 @@ class PushStream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::
   grpc::ClientContext context_;
   grpc::GenericStub stub_;
   grpc::ByteBuffer response_;
+  // The queue asks for the use under its lock. Pushes to one receiver may share a connection.
+  mutable wire::SocketsToPeer sockets_;
 
   // The last message counts as taken once it was written and the receiver has answered. Until then
   // its stall is timed and an abort finds the stream.
@@ -106,6 +110,13 @@ void PushStream::End(const absl::Status& status) {
     context_.TryCancel();
   }
   RemoveHold();
+}
+
+std::optional<Transport::ConnectionUse> PushStream::connection_use() const {
+  const std::optional<int64_t> taken = sockets_.BytesTaken(context_.peer(), absl::Now());
+  if (!taken.has_value()) return std::nullopt;
+  absl::MutexLock lock(&open_->mu);
+  return ConnectionUse{.bytes_taken = *taken, .most_streams = open_->calls};
 }
 
 // The queue may send the next message from another thread at once, so the buffer is cleared first.

@@ -87,6 +87,9 @@ CertificateWatch::CertificateWatch(wire::ServerCertificates* certificates,
     : certificates_(certificates), metrics_(std::make_shared<Metrics>()) {
   if (client.has_value() && !client->cert_file.empty()) client_ = *std::move(client);
   if (certificates_ != nullptr) metrics_->SetExpiry(certificates_->expiry());
+  // The versions are older than what was read, so that a change between the two is seen.
+  if (certificates_ != nullptr) read_ = certificates_->loaded_versions();
+  read_ += ClientVersions();
   if (client_.has_value()) ReadClient();
   if (certificates_ != nullptr || client_.has_value()) {
     thread_.emplace([this] { Run(); });
@@ -102,12 +105,11 @@ std::shared_ptr<prometheus::Collectable> CertificateWatch::metrics() const { ret
 
 void CertificateWatch::Run() {
   // Files that are being written change from one look to the next.
-  std::string read = Versions();
-  std::string seen = read;
+  std::string seen = read_;
   do {
-    const std::string now = Versions();
-    if (now == seen && now != read) {
-      read = now;
+    const std::string now = ServerVersions() + ClientVersions();
+    if (now == seen && now != read_) {
+      read_ = now;
       Reload(/*say_unchanged=*/false);
     }
     seen = now;
@@ -115,13 +117,13 @@ void CertificateWatch::Run() {
   } while (!stop_.WaitForNotificationWithTimeout(kPeriod));
 }
 
-std::string CertificateWatch::Versions() const {
-  std::string versions;
-  if (certificates_ != nullptr) versions = certificates_->FileVersions();
-  if (client_.has_value()) {
-    versions += wire::FileVersions({client_->ca_file, client_->cert_file, client_->key_file});
-  }
-  return versions;
+std::string CertificateWatch::ServerVersions() const {
+  return certificates_ == nullptr ? "" : certificates_->FileVersions();
+}
+
+std::string CertificateWatch::ClientVersions() const {
+  if (!client_.has_value()) return "";
+  return wire::FileVersions({client_->ca_file, client_->cert_file, client_->key_file});
 }
 
 void CertificateWatch::ReloadNow() {

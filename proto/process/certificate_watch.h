@@ -53,7 +53,8 @@ class CertificateWatch {
   class Metrics;
 
   void Run();
-  std::string Versions() const;
+  std::string ServerVersions() const;
+  std::string ClientVersions() const;
   void Reload(bool say_unchanged);
   void ReloadServer(bool say_unchanged);
   void ReadClient();
@@ -64,6 +65,7 @@ class CertificateWatch {
   std::optional<wire::ChannelTls> client_;  // constant after construction
   std::atomic<int64_t> client_expiry_ = 0;  // seconds since 1970
   const std::shared_ptr<Metrics> metrics_;
+  std::string read_;                                // versions of the files; of the thread
   absl::Mutex reload_mu_;                           // one reload at a time
   absl::Time next_warning_ = absl::InfinitePast();  // of the thread
   absl::Notification stop_;

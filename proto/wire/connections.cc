@@ -1,6 +1,5 @@
 #include "proto/wire/connections.h"
 
-#include <arpa/inet.h>
 #include <fcntl.h>
 #include <linux/sockios.h>
 #include <linux/tcp.h>
@@ -17,9 +16,11 @@
 #include <cerrno>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "proto/status_macros.h"
+#include "proto/wire/socket_use.h"
 
 namespace prefilld::wire {
 namespace {
@@ -37,13 +38,6 @@ constexpr absl::Duration kRefusalTime = absl::Seconds(2);
 // A writer is held back while so much is still unsent, so that it sees early what the peer takes.
 constexpr int kUnsentBytes = 512 << 10;
 
-tcp_info TcpInfo(int fd) {
-  tcp_info info = {};
-  socklen_t length = sizeof info;
-  if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length) != 0) return {};
-  return info;
-}
-
 void SetOption(int fd, int level, int option, int value) {
   setsockopt(fd, level, option, &value, sizeof value);
 }
@@ -56,25 +50,6 @@ void SetSocketOptions(int fd) {
   SetOption(fd, IPPROTO_TCP, TCP_KEEPIDLE, kTcpKeepAliveIdleSeconds);
   SetOption(fd, IPPROTO_TCP, TCP_KEEPINTVL, kTcpKeepAliveIntervalSeconds);
   SetOption(fd, IPPROTO_TCP, TCP_KEEPCNT, kTcpKeepAliveProbes);
-}
-
-// Writes an address as gRPC does, or "" for callers of a Unix socket, which have none: IPv4
-// addresses that arrived on an IPv6 socket as IPv4, and the brackets of IPv6 as in a URI.
-std::string PeerName(const sockaddr_storage& address) {
-  char text[INET6_ADDRSTRLEN] = {};
-  if (address.ss_family == AF_INET) {
-    const auto& v4 = reinterpret_cast<const sockaddr_in&>(address);
-    inet_ntop(AF_INET, &v4.sin_addr, text, sizeof text);
-    return absl::StrCat("ipv4:", text, ":", ntohs(v4.sin_port));
-  }
-  if (address.ss_family != AF_INET6) return "";
-  const auto& v6 = reinterpret_cast<const sockaddr_in6&>(address);
-  if (IN6_IS_ADDR_V4MAPPED(&v6.sin6_addr)) {
-    inet_ntop(AF_INET, &v6.sin6_addr.s6_addr[12], text, sizeof text);
-    return absl::StrCat("ipv4:", text, ":", ntohs(v6.sin6_port));
-  }
-  inet_ntop(AF_INET6, &v6.sin6_addr, text, sizeof text);
-  return absl::StrCat("ipv6:%5B", text, "%5D:", ntohs(v6.sin6_port));
 }
 
 void Send(const Descriptor& fd, const std::string& bytes) {
@@ -99,7 +74,7 @@ absl::StatusOr<int64_t> ConnectionsThatFit() {
 }  // namespace
 
 int64_t Connection::BytesTaken() const {
-  return static_cast<int64_t>(TcpInfo(fd_.get()).tcpi_bytes_acked);
+  return fd_.valid() ? BytesAcknowledged(fd_.get()) : read_.load();
 }
 
 absl::StatusOr<std::unique_ptr<Connections>> Connections::Bind(const std::string& address,
@@ -294,19 +269,20 @@ void Connections::Sweep(absl::Time now) {
 }
 
 bool Connections::IsGone(Connection& connection, absl::Time now) const {
-  const tcp_info info = TcpInfo(connection.fd_.get());
+  const int fd = connection.fd_.get();
   int unsent = 0;
-  ioctl(connection.fd_.get(), SIOCOUTQ, &unsent);
+  ioctl(fd, SIOCOUTQ, &unsent);
   // A Unix socket acknowledges nothing, but what is unsent changes while its peer reads.
-  const auto taken =
-      connection.peer().empty() ? -int64_t{unsent} : static_cast<int64_t>(info.tcpi_bytes_acked);
+  const bool is_unix = connection.peer().empty();
+  const int64_t taken = is_unix ? -int64_t{unsent} : BytesAcknowledged(fd);
+  if (is_unix) unix_callers_->read_ += std::max<int64_t>(taken - connection.last_taken_, 0);
   if (unsent == 0 || taken != connection.last_taken_) {
     connection.last_taken_ = taken;
     connection.last_moved_ = now;
   }
   if (unsent > 0 && now - connection.last_moved_ > limits_.stuck) return true;
-  const absl::Duration silent = absl::Milliseconds(info.tcpi_last_ack_recv);
-  return unsent > 0 && silent > limits_.silence && now - connection.last_moved_ > limits_.silence;
+  return unsent > 0 && SilentFor(fd) > limits_.silence &&
+         now - connection.last_moved_ > limits_.silence;
 }
 
 int64_t Connections::num_open() const {
@@ -324,6 +300,7 @@ Connections::Counts Connections::counts() const {
 }
 
 std::shared_ptr<const Connection> Connections::Find(absl::string_view peer) const {
+  if (absl::StartsWith(peer, "unix:")) return unix_callers_;
   absl::MutexLock lock(&mu_);
   const auto found = by_peer_.find(peer);
   return found == by_peer_.end() ? nullptr : found->second;

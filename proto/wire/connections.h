@@ -28,13 +28,16 @@
 
 namespace prefilld::wire {
 
-// An open connection, seen through a second descriptor of its socket. Thread-safe.
+// An open connection, seen through a second descriptor of its socket; or all connections of Unix
+// sockets together, because gRPC does not tell their calls apart. Thread-safe.
 class Connection {
  public:
   Connection(Descriptor fd, std::string peer) : fd_(std::move(fd)), peer_(std::move(peer)) {}
 
   // Returns how many bytes the peer's machine has acknowledged since the connection was opened. It
   // grows while the peer reads its socket, however slowly, and stands still when it does not.
+  // Nobody acknowledges what is read from a Unix socket. There it is what was seen to become less,
+  // once a second, of the bytes that wait in the sockets, which is less than what is read.
   int64_t BytesTaken() const;
   // The caller's address, as grpc::ServerContext::peer() writes it. Empty for a Unix socket.
   const std::string& peer() const { return peer_; }
@@ -44,6 +47,7 @@ class Connection {
 
   const Descriptor fd_;
   const std::string peer_;
+  std::atomic<int64_t> read_ = 0;  // from Unix sockets
   // Only the accepting thread uses these.
   int64_t last_taken_ = 0;
   absl::Time last_moved_ = absl::InfinitePast();
@@ -97,8 +101,8 @@ class Connections {
   // The addresses by which this process reaches its sockets itself, see ListeningSockets.
   const std::vector<std::string>& own_addresses() const { return sockets_.own_addresses; }
   Counts counts() const;
-  // Finds an open connection by what grpc::ServerContext::peer() returns. Null: there is none, or
-  // it is that of a Unix socket.
+  // Finds an open connection by what grpc::ServerContext::peer() returns. For any call of a Unix
+  // socket it is all of them. Null: there is none.
   std::shared_ptr<const Connection> Find(absl::string_view peer) const;
 
  private:
@@ -126,6 +130,7 @@ class Connections {
 
   const Limits limits_;
   const ListeningSockets sockets_;
+  const std::shared_ptr<Connection> unix_callers_ = std::make_shared<Connection>(Descriptor(), "");
   const Descriptor epoll_;
   const Descriptor stop_event_;
   std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> acceptor_;

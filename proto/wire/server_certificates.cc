@@ -53,7 +53,8 @@ class ReloadingCredentials final : public grpc::ServerCredentials {
 
 }  // namespace
 
-ServerCertificates::ServerCertificates(const ServerTls& files) : files_(files) {}
+ServerCertificates::ServerCertificates(const ServerTls& files)
+    : files_(files), loaded_versions_(FileVersions()) {}
 ServerCertificates::~ServerCertificates() = default;
 
 absl::StatusOr<std::unique_ptr<ServerCertificates>> ServerCertificates::Load(

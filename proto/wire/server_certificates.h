@@ -38,6 +38,9 @@ class ServerCertificates {
 
   // Returns a text that changes when the files are written or replaced, without reading them.
   std::string FileVersions() const;
+  // Returns what FileVersions was just before Load read the files. Who compares with it misses no
+  // change, however long after Load he begins to look.
+  const std::string& loaded_versions() const { return loaded_versions_; }
 
   // Returns when the first certificate of the chain expires.
   absl::Time expiry() const;
@@ -51,6 +54,7 @@ class ServerCertificates {
   explicit ServerCertificates(const ServerTls& files);
 
   const ServerTls files_;
+  const std::string loaded_versions_;
   mutable absl::Mutex mu_;
   std::shared_ptr<const Content> content_ ABSL_GUARDED_BY(mu_);
   // One for each address. gRPC refers to them as long as the server lives.

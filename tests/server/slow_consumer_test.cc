@@ -3,6 +3,7 @@
 #include <netinet/in.h>
 #include <poll.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -12,14 +13,19 @@
 #include <gmock/gmock.h>
 #include <grpcpp/create_channel.h>
 #include <grpcpp/security/credentials.h>
+#include <grpcpp/server.h>
+#include <grpcpp/server_builder.h>
 
 #include "absl/strings/str_cat.h"
+#include "prefill/v1/receiver.grpc.pb.h"
 #include "tests/server/server_fixture.h"
 
 namespace prefilld::server {
 namespace {
 
 using ::testing::HasSubstr;
+
+constexpr absl::Duration kPatience = absl::Seconds(30);
 
 sockaddr_in Loopback(int port) {
   sockaddr_in address = {};
@@ -29,12 +35,21 @@ sockaddr_in Loopback(int port) {
   return address;
 }
 
-// Stands between one connection of a client and the server, and reads the server's socket as slowly
-// as it is told.
+// Stands between the ends of one connection, and reads from one of them as slowly as it is told.
 class SlowReader {
  public:
-  explicit SlowReader(int server_port) : server_port_(server_port) {
+  enum class From { kCaller, kCalled };
+
+  // Calls `target`, a sockaddr_in or sockaddr_un, for whoever connects to port().
+  template <typename Address>
+  explicit SlowReader(const Address& target, From slow = From::kCalled) : slow_(slow) {
+    const auto* address_called = reinterpret_cast<const sockaddr*>(&target);
+    called_ = socket(address_called->sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    const int buffer_bytes = 128 << 10;
+    setsockopt(called_, SOL_SOCKET, SO_RCVBUF, &buffer_bytes, sizeof buffer_bytes);
+    connect(called_, address_called, sizeof target);
     listener_ = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    setsockopt(listener_, SOL_SOCKET, SO_RCVBUF, &buffer_bytes, sizeof buffer_bytes);
     sockaddr_in address = Loopback(0);
     socklen_t length = sizeof address;
     bind(listener_, reinterpret_cast<sockaddr*>(&address), sizeof address);
@@ -59,29 +74,26 @@ class SlowReader {
     pollfd waiting = {.fd = listener_, .events = POLLIN, .revents = 0};
     while (!stop_ && poll(&waiting, 1, 50) == 0) {
     }
-    const int client = accept4(listener_, nullptr, nullptr, SOCK_CLOEXEC);
-    const int server = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    const int buffer_bytes = 128 << 10;
-    setsockopt(server, SOL_SOCKET, SO_RCVBUF, &buffer_bytes, sizeof buffer_bytes);
-    const sockaddr_in address = Loopback(server_port_);
-    connect(server, reinterpret_cast<const sockaddr*>(&address), sizeof address);
+    const int caller = accept4(listener_, nullptr, nullptr, SOCK_CLOEXEC);
+    const int fast_end = slow_ == From::kCaller ? called_ : caller;
+    const int slow_end = slow_ == From::kCaller ? caller : called_;
     std::vector<char> bytes(8 << 10);
     while (!stop_ && !broken_) {
       const int64_t rate = rate_;
       pollfd ends[2] = {
-          {.fd = client, .events = POLLIN, .revents = 0},
-          {.fd = server, .events = static_cast<short>(rate != 0 ? POLLIN : 0), .revents = 0}};
+          {.fd = fast_end, .events = POLLIN, .revents = 0},
+          {.fd = slow_end, .events = static_cast<short>(rate != 0 ? POLLIN : 0), .revents = 0}};
       poll(ends, 2, 20);
-      if ((ends[0].revents & POLLIN) != 0) Forward(client, server, bytes);
+      if ((ends[0].revents & POLLIN) != 0) Forward(fast_end, slow_end, bytes);
       if ((ends[1].revents & (POLLHUP | POLLERR)) != 0 && rate == 0) broken_ = true;
       if ((ends[1].revents & POLLIN) == 0) continue;
-      const int64_t size = Forward(server, client, bytes);
+      const int64_t size = Forward(slow_end, fast_end, bytes);
       if (rate > 0) {
         absl::SleepFor(absl::Seconds(static_cast<double>(size) / static_cast<double>(rate)));
       }
     }
-    close(client);
-    close(server);
+    close(caller);
+    close(called_);
   }
 
   int64_t Forward(int from, int to, std::vector<char>& bytes) {
@@ -90,7 +102,8 @@ class SlowReader {
     return size;
   }
 
-  const int server_port_;
+  const From slow_;
+  int called_ = -1;
   int listener_ = -1;
   int port_ = 0;
   std::atomic<int64_t> rate_ = -1;
@@ -108,12 +121,43 @@ class SlowConsumer : public ServerFixture {
   }
 };
 
+// Counts the frames that are pushed to it.
+class Receiver final : public v1::KvReceiver::Service {
+ public:
+  Receiver() {
+    grpc::ServerBuilder builder;
+    builder.SetMaxReceiveMessageSize(-1);
+    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port_);
+    builder.RegisterService(this);
+    server_ = builder.BuildAndStart();
+  }
+
+  grpc::Status Receive(grpc::ServerContext*, grpc::ServerReader<v1::ReceiveRequest>* reader,
+                       v1::ReceiveResponse* response) override {
+    v1::ReceiveRequest message;
+    while (reader->Read(&message)) {
+      if (!message.has_kv_frame()) continue;
+      response->set_kv_bytes(response->kv_bytes() + message.kv_frame().payload().size());
+      ++frames_;
+    }
+    return grpc::Status::OK;
+  }
+
+  int port() const { return port_; }
+  int frames() const { return frames_; }
+
+ private:
+  int port_ = 0;
+  std::atomic<int> frames_ = 0;
+  std::unique_ptr<grpc::Server> server_;
+};
+
 // A frame of 2 MiB takes five times the stall time-out.
 TEST_F(SlowConsumer, ThatTakesBytesIsNotStalledHoweverLongAFrameTakes) {
   options_.stall_timeout = absl::Seconds(1);
   options_.min_consumer_mb_per_s = 0;
   StartServer();
-  SlowReader reader(server_->port());
+  SlowReader reader(Loopback(server_->port()));
   reader.set_bytes_per_second(400'000);
   const auto stub = Through(reader);
   OpenStream stream(*stub, PromptOf(4096));
@@ -127,13 +171,57 @@ TEST_F(SlowConsumer, ThatTakesBytesIsNotStalledHoweverLongAFrameTakes) {
   EXPECT_NE(rest.result(), nullptr);
 }
 
+TEST_F(SlowConsumer, OfAPushThatTakesBytesIsNotStalledEither) {
+  options_.stall_timeout = absl::Seconds(1);
+  options_.min_consumer_mb_per_s = 0;
+  options_.deliver_to_allow = {"127.0.0.1:*"};
+  StartServer();
+  Receiver receiver;
+  SlowReader reader(Loopback(receiver.port()), SlowReader::From::kCaller);
+  reader.set_bytes_per_second(400'000);
+  v1::PrefillRequest request = PromptOf(4096);
+  request.mutable_deliver_to()->set_address(absl::StrCat("127.0.0.1:", reader.port()));
+  request.mutable_deliver_to()->set_transfer_id("t");
+  OpenStream stream(*stub_, request);
+  const absl::Time start = absl::Now();
+  while (receiver.frames() < 2 && absl::Now() - start < kPatience) {
+    absl::SleepFor(absl::Milliseconds(20));
+  }
+  EXPECT_GT(absl::Now() - start, 4 * options_.stall_timeout);
+  reader.set_bytes_per_second(-1);
+  const grpc::Status status = stream.Rest().status;
+  EXPECT_TRUE(status.ok()) << status.error_message();
+}
+
+// What is read from a Unix socket is looked at once a second.
+TEST_F(SlowConsumer, OfAUnixSocketThatTakesBytesIsNotStalledEither) {
+  const std::string path = absl::StrCat(::testing::TempDir(), "slow_consumer.", getpid());
+  options_.listen = absl::StrCat("unix:", path);
+  options_.stall_timeout = absl::Seconds(5);
+  options_.min_consumer_mb_per_s = 0;
+  StartServer();
+  sockaddr_un address = {};
+  address.sun_family = AF_UNIX;
+  path.copy(address.sun_path, sizeof address.sun_path - 1);
+  SlowReader reader(address);
+  reader.set_bytes_per_second(139'000);
+  const auto stub = Through(reader);
+  OpenStream stream(*stub, PromptOf(4096));
+  const absl::Time start = absl::Now();
+  stream.ReadUntil(v1::PrefillEvent::kKvFrame);
+  EXPECT_GT(absl::Now() - start, 2 * options_.stall_timeout);
+  reader.set_bytes_per_second(-1);
+  const grpc::Status status = stream.Rest().status;
+  EXPECT_TRUE(status.ok()) << status.error_message();
+}
+
 // The consumer is a process that is stopped, or one that is busy with other things. The kernel of
 // its machine answers for it.
 TEST_F(SlowConsumer, WhoseSocketNobodyReadsLosesOneRequestAndKeepsItsConnection) {
   options_.min_consumer_mb_per_s = 0;
   StartServer();
   engine_->HoldAfter(0);
-  SlowReader reader(server_->port());
+  SlowReader reader(Loopback(server_->port()));
   const auto stub = Through(reader);
   OpenStream large(*stub, PromptOf(40'000));
   large.ReadUntil(v1::PrefillEvent::kAccepted);

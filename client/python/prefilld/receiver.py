@@ -99,8 +99,8 @@ class ExpectedCache:
                     size, frames = size + len(event.payload), frames + 1
                 elif event.HasField("result"):
                     result = event.result
-            if result is None:
-                raise data_loss("the stream ended without a result")
+            if result is None:  # gRPC may end the messages of a sender that is gone, or raise an error
+                raise PrefilldError(_Code.UNAVAILABLE, "the sender ended the transfer without a result")
             check.finish(result)
         except PrefilldError as error:
             self._mailbox.put(error)

@@ -1,0 +1,53 @@
+// What the peers of sockets take, as this machine's kernel tells. gRPC tells only when a whole
+// message is gone.
+#ifndef PREFILLD_PROTO_WIRE_SOCKET_USE_H_
+#define PREFILLD_PROTO_WIRE_SOCKET_USE_H_
+
+#include <sys/socket.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/time/time.h"
+
+namespace prefilld::wire {
+
+// Writes an address as grpc::ServerContext::peer() and ClientContext::peer() do: IPv4 addresses of
+// an IPv6 socket as IPv4, and the brackets of IPv6 as in a URI. Empty: it is not TCP's.
+std::string PeerName(const sockaddr_storage& address);
+
+// Returns how many bytes the peer's machine has acknowledged since the TCP connection was opened.
+int64_t BytesAcknowledged(int fd);
+
+// Returns for how long the peer's machine has sent nothing over a TCP connection.
+absl::Duration SilentFor(int fd);
+
+// The TCP connections of this process to one peer. gRPC does not show the sockets of its channels,
+// so they are looked up among the process's open descriptors. Not thread-safe.
+class SocketsToPeer {
+ public:
+  // Returns how many bytes the peer has taken since its sockets were found, or nullopt if there are
+  // none yet. `peer` is written as PeerName does. Looks for sockets once a second until it finds
+  // some.
+  std::optional<int64_t> BytesTaken(const std::string& peer, absl::Time now);
+
+ private:
+  // A descriptor may be closed and its number used again; the inode tells.
+  struct Socket {
+    int fd;
+    uint64_t inode;
+    int64_t acknowledged;
+  };
+
+  void Find(const std::string& peer);
+
+  std::vector<Socket> sockets_;
+  int64_t taken_ = 0;
+  absl::Time next_search_ = absl::InfinitePast();
+};
+
+}  // namespace prefilld::wire
+
+#endif  // PREFILLD_PROTO_WIRE_SOCKET_USE_H_
