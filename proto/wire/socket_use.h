@@ -1,4 +1,4 @@
-// What the peers of sockets take, as this machine's kernel tells. gRPC tells only when a whole
+// Tells what the peers of sockets take, as this machine's kernel knows. gRPC tells only when a whole
 // message is gone.
 #ifndef PREFILLD_PROTO_WIRE_SOCKET_USE_H_
 #define PREFILLD_PROTO_WIRE_SOCKET_USE_H_

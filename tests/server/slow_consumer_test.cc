@@ -193,7 +193,7 @@ TEST_F(SlowConsumer, OfAPushThatTakesBytesIsNotStalledEither) {
   EXPECT_TRUE(status.ok()) << status.error_message();
 }
 
-// What is read from a Unix socket is looked at once a second.
+// The server looks once a second how much a Unix socket still holds.
 TEST_F(SlowConsumer, OfAUnixSocketThatTakesBytesIsNotStalledEither) {
   const std::string path = absl::StrCat(::testing::TempDir(), "slow_consumer.", getpid());
   options_.listen = absl::StrCat("unix:", path);
