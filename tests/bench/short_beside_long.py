@@ -44,9 +44,9 @@ def running_server(program: str, flags: list[str]) -> Iterator[tuple[str, Path]]
             server.wait()
 
 
-def prefill(client: PrefillClient, tokens: list[int], policy: str):
+def prefill(client: PrefillClient, tokens: list[int], policy: str, metadata=()):
     layout = Layout(block_tokens=64, first_block=(len(tokens) - 1) // 64)
-    with client.prefill(tokens, layout=layout, attention=Attention(policy)) as stream:
+    with client.prefill(tokens, layout=layout, attention=Attention(policy), metadata=metadata) as stream:
         for _ in stream:
             pass
         return stream.result
