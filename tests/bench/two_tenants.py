@@ -52,7 +52,7 @@ class Tenant:
 
 def times_of(tenant: str, log: Path, begin: int) -> dict:
     lines = log.read_bytes()[begin:].decode().splitlines()
-    return first_token_times("\n".join(line for line in lines if f"tenant={tenant} " in line))
+    return first_token_times("\n".join(line for line in lines if f" tenant={tenant} " in line + " "))
 
 
 def measure(args: argparse.Namespace, address: str, log: Path) -> dict:

@@ -246,7 +246,10 @@ TEST_F(Operation, TheCommandLineTakesSeveralAddresses) {
 TEST_F(Operation, MetricsAreServedAtAnAddressOfTheirOwn) {
   const ServerProcess prefilld("prefilld", ModelFlags({"--metrics_listen=127.0.0.2:0"}));
   const std::string port = prefilld.metrics_address().substr(prefilld.metrics_address().rfind(':'));
-  EXPECT_EQ(MetricsPage("127.0.0.2" + port).Value("prefilld_ready"), 1);
+  // The watchdog brings gauges up to date a little later.
+  EXPECT_TRUE(WaitForMetrics("127.0.0.2" + port, absl::Seconds(10), [](const MetricsPage& page) {
+    return page.Value("prefilld_ready") == 1;
+  }));
   EXPECT_FALSE(process::Answers("127.0.0.1" + port, absl::Seconds(1)));
 }
 
