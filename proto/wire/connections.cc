@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <cstdlib>
 #include <utility>
 
 #include "absl/strings/match.h"
@@ -74,7 +75,7 @@ absl::StatusOr<int64_t> ConnectionsThatFit() {
 }  // namespace
 
 int64_t Connection::BytesTaken() const {
-  return fd_.valid() ? BytesAcknowledged(fd_.get()) : read_.load();
+  return fd_.valid() ? BytesAcknowledged(fd_.get()) : moved_.load();
 }
 
 absl::StatusOr<std::unique_ptr<Connections>> Connections::Bind(const std::string& address,
@@ -275,14 +276,13 @@ bool Connections::IsGone(Connection& connection, absl::Time now) const {
   // A Unix socket acknowledges nothing, but what is unsent changes while its peer reads.
   const bool is_unix = connection.peer().empty();
   const int64_t taken = is_unix ? -int64_t{unsent} : BytesAcknowledged(fd);
-  if (is_unix) unix_callers_->read_ += std::max<int64_t>(taken - connection.last_taken_, 0);
+  if (is_unix) unix_callers_->moved_ += std::abs(taken - connection.last_taken_);
   if (unsent == 0 || taken != connection.last_taken_) {
     connection.last_taken_ = taken;
     connection.last_moved_ = now;
   }
   if (unsent > 0 && now - connection.last_moved_ > limits_.stuck) return true;
-  return unsent > 0 && SilentFor(fd) > limits_.silence &&
-         now - connection.last_moved_ > limits_.silence;
+  return unsent > 0 && UnansweredFor(fd) > limits_.silence;
 }
 
 int64_t Connections::num_open() const {

@@ -14,7 +14,9 @@
 namespace prefilld::wire {
 namespace {
 
-constexpr absl::Duration kSearchInterval = absl::Seconds(1);
+// One packet or two may be lost on their way.
+constexpr int kManyRetransmissions = 3;
+constexpr absl::Duration kSearchInterval = absl::Milliseconds(200);
 
 // Returns 0 if the descriptor is no socket.
 uint64_t SocketInode(int fd) {
@@ -51,7 +53,11 @@ std::string PeerName(const sockaddr_storage& address) {
 
 int64_t BytesAcknowledged(int fd) { return static_cast<int64_t>(TcpInfo(fd).tcpi_bytes_acked); }
 
-absl::Duration SilentFor(int fd) { return absl::Milliseconds(TcpInfo(fd).tcpi_last_ack_recv); }
+absl::Duration UnansweredFor(int fd) {
+  const tcp_info info = TcpInfo(fd);
+  if (info.tcpi_retransmits < kManyRetransmissions) return absl::ZeroDuration();
+  return absl::Milliseconds(info.tcpi_last_ack_recv);
+}
 
 std::optional<int64_t> SocketsToPeer::BytesTaken(const std::string& peer, absl::Time now) {
   if (sockets_.empty() && now >= next_search_) {

@@ -1,5 +1,5 @@
-// Tells what the peers of sockets take, as this machine's kernel knows. gRPC tells only when a whole
-// message is gone.
+// Tells what the peers of sockets take, as this machine's kernel knows. gRPC tells only when a
+// whole message is gone.
 #ifndef PREFILLD_PROTO_WIRE_SOCKET_USE_H_
 #define PREFILLD_PROTO_WIRE_SOCKET_USE_H_
 
@@ -21,8 +21,10 @@ std::string PeerName(const sockaddr_storage& address);
 // Returns how many bytes the peer's machine has acknowledged since the TCP connection was opened.
 int64_t BytesAcknowledged(int fd);
 
-// Returns for how long the peer's machine has sent nothing over a TCP connection.
-absl::Duration SilentFor(int fd);
+// Returns for how long the peer's machine has not answered what is sent to it again and again over a
+// TCP connection; 0 if nothing has to be sent again. A machine whose process does not read its socket
+// is asked at intervals that grow to minutes, and answers each time.
+absl::Duration UnansweredFor(int fd);
 
 // The TCP connections of this process to one peer. gRPC does not show the sockets of its channels,
 // so they are looked up among the process's open descriptors. Not thread-safe.
