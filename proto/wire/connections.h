@@ -36,8 +36,8 @@ class Connection {
 
   // Returns how many bytes the peer's machine has acknowledged since the connection was opened. It
   // grows while the peer reads its socket, however slowly, and stands still when it does not.
-  // Nobody acknowledges what is read from a Unix socket. There it is by how much the bytes that wait
-  // in the sockets were seen to change, once a second.
+  // Nobody acknowledges what is read from a Unix socket. There it is by how much the bytes that
+  // wait in the sockets were seen to change, once a second.
   int64_t BytesTaken() const;
   // The caller's address, as grpc::ServerContext::peer() writes it. Empty for a Unix socket.
   const std::string& peer() const { return peer_; }
@@ -62,8 +62,8 @@ class Connections {
     // Whether the first call of a refused connection ends with RESOURCE_EXHAUSTED and the reason.
     // That needs plain text; otherwise the connection is closed.
     bool says_why = true;
-    // A peer whose machine answers nothing for so long, though bytes are sent to it again and again,
-    // is gone.
+    // A peer whose machine answers nothing for so long, though bytes are sent to it again and
+    // again, is gone.
     absl::Duration silence = absl::Seconds(25);
     // A connection with bytes to send whose socket takes none of them for so long is closed.
     absl::Duration stuck = absl::Seconds(90);
