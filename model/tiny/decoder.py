@@ -1,4 +1,5 @@
-"""Small decoders in PyTorch: exactly Qwen3ForCausalLM (the embedded model) or Qwen2ForCausalLM, with attention a parameter.
+"""Small decoders in PyTorch, with attention a parameter: exactly Qwen3ForCausalLM (the embedded model), Qwen2ForCausalLM,
+or LlamaForCausalLM with RoPE as it is or stretched by YaRN.
 
 Training passes flash attention, the reference policies pass their block-sparse attention, calibration looks at the maps.
 Weights of one kind are stacked over the layers, [num_layers, ...]: the optimizer then updates a kind in one go.
@@ -7,6 +8,7 @@ Weights of one kind are stacked over the layers, [num_layers, ...]: the optimize
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Callable
 
@@ -59,7 +61,24 @@ LAYER_TENSORS = {
 ARCHITECTURE_TENSORS = {
     "Qwen3ForCausalLM": {"q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight"},
     "Qwen2ForCausalLM": {"bq": "self_attn.q_proj.bias", "bk": "self_attn.k_proj.bias", "bv": "self_attn.v_proj.bias"},
+    "LlamaForCausalLM": {},
 }
+# YaRN leaves the rotary pairs that turn more often than this over the original positions as they are, and slows those
+# that turn less often by the whole factor.
+YARN_FAST_TURNS, YARN_SLOW_TURNS = 32, 1
+
+
+def yarn(frequencies: Tensor, theta: float, scaling: dict) -> tuple[Tensor, float]:
+    """Returns the frequencies [d/2] stretched as rope_scaling says, and the factor of cos and sin. As in transformers."""
+    factor, original, half = scaling["factor"], scaling["original_max_position_embeddings"], len(frequencies)
+
+    def pair_of(turns: float) -> float:
+        return half * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
+
+    low, high = max(math.floor(pair_of(YARN_FAST_TURNS)), 0), min(math.ceil(pair_of(YARN_SLOW_TURNS)), 2 * half - 1)
+    slowed = ((torch.arange(half, device=frequencies.device) - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequencies * (1 - slowed + slowed / factor), 0.1 * math.log(factor) + 1
+
 
 # One layer's tensors by our names.
 Layer = dict[str, Tensor]
@@ -97,6 +116,11 @@ class Decoder(nn.Module):
         (architecture,) = config["architectures"]
         if architecture not in ARCHITECTURE_TENSORS:
             raise ValueError(f"architecture {architecture!r} unknown; one of {', '.join(ARCHITECTURE_TENSORS)}")
+        if not config["tie_word_embeddings"]:
+            raise ValueError("tie_word_embeddings false; only models whose output is the embedding are built here")
+        scaling = config.get("rope_scaling")
+        if scaling and scaling["rope_type"] != "yarn":
+            raise ValueError(f"rope_type {scaling['rope_type']!r} unknown; only yarn is built here")
         self.layer_tensors = {**LAYER_TENSORS, **ARCHITECTURE_TENSORS[architecture]}
         layers, width, mlp = (config[k] for k in ("num_hidden_layers", "hidden_size", "intermediate_size"))
         self.head_dim = config["head_dim"]
@@ -119,7 +143,7 @@ class Decoder(nn.Module):
             # Unit vectors times gains bound the logits by sqrt(d) * gain^2. 1.5 gives 18, which is sharp enough over
             # 32k keys.
             self.q_norm, self.k_norm = gain(self.head_dim, 1.5), gain(self.head_dim, 1.5)
-        else:
+        elif "bq" in self.layer_tensors:
             self.bq, self.bk, self.bv = gain(q_width, 0.0), gain(kv_width, 0.0), gain(kv_width, 0.0)
         self.w_gate, self.w_up = normal(mlp, width), normal(mlp, width)
         self.w_down = nn.Parameter(torch.zeros(layers, width, mlp))
@@ -131,8 +155,12 @@ class Decoder(nn.Module):
         """Returns cos and sin, [len(positions), d/2], in fp32."""
         half = self.head_dim // 2
         exponents = torch.arange(half, device=positions.device, dtype=torch.float64) / half
-        angles = positions.double()[:, None] * self.config["rope_theta"] ** -exponents
-        return angles.cos().float(), angles.sin().float()
+        theta, scaling = self.config["rope_theta"], self.config.get("rope_scaling")
+        frequencies, scale = theta**-exponents, 1.0
+        if scaling:
+            frequencies, scale = yarn(frequencies, theta, scaling)
+        angles = positions.double()[:, None] * frequencies
+        return (angles.cos() * scale).float(), (angles.sin() * scale).float()
 
     def forward(self, tokens: Tensor, attend: Attend = dense_causal, first_position: int = 0) -> Tensor:
         """Computes normed hidden states [B,T,D] from tokens [B,T]."""
@@ -195,12 +223,11 @@ class Decoder(nn.Module):
 
     @staticmethod
     def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> "Decoder":
-        """Loads what `export` wrote, for inference until gradients are switched on."""
+        """Loads a folder of these architectures, for inference until gradients are switched on."""
         model = Decoder(json.loads((folder / "config.json").read_text()), dtype)
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
         tensors: dict[str, Tensor] = {}
-        for file in sorted(set(index["weight_map"].values())):
-            tensors.update(load_file(folder / file))
+        for file in sorted(folder.glob("*.safetensors")):
+            tensors.update(load_file(file))
         with torch.no_grad():
             model.embedding.copy_(tensors["model.embed_tokens.weight"])
             model.final_norm.copy_(tensors["model.norm.weight"])

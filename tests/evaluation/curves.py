@@ -20,10 +20,17 @@ COLOURS = {
     "auto": "#009E73",
     "baseline_query_aware": "#CC79A7",
     "baseline_random": "#8A8A8A",
+    # These are rules of real_weights/rules.py.
+    "antidiagonal": "#56B4E9",
+    "flash_prefill": "#E69F00",
+    "best_blocks": "#000000",
 }
-POLICIES = {"vertical_slash": "vertical-slash", "baseline_query_aware": "query-aware", "baseline_random": "random"}
-SYMBOLS = {"gamma": "γ", "vertical_slash_gamma": "γ of v.-s.", "tau": "τ", "delta": "δ", "min_budget_tokens": "floor"}
-MARKERS = {"vertical_slash": "s", "share": "o", "auto": "D", "baseline_query_aware": "^", "baseline_random": "X"}
+POLICIES = {"vertical_slash": "vertical-slash", "baseline_query_aware": "query-aware", "baseline_random": "random",
+            "antidiagonal": "share's rule in PyTorch", "flash_prefill": "FlashPrefill", "best_blocks": "best blocks"}  # fmt: skip
+SYMBOLS = {"gamma": "γ", "vertical_slash_gamma": "γ of v.-s.", "tau": "τ", "delta": "δ", "min_budget_tokens": "floor",
+           "last_rows_gamma": "last rows", "alpha": "α", "mean_of_rest": "means of the rest"}  # fmt: skip
+MARKERS = {"vertical_slash": "s", "share": "o", "auto": "D", "baseline_query_aware": "^", "baseline_random": "X",
+           "flash_prefill": "v", "best_blocks": "*"}  # fmt: skip
 LINES = ("-", "--", ":", "-.")
 SCORES = plt.colormaps["Blues"].with_extremes(bad="#d0d0d0")  # what is missed stays white; grey: not asked
 MOST_PERPLEXITY = 1.15  # beside dense, in the picture against density
@@ -46,14 +53,20 @@ def draw(summary: dict) -> Iterator[tuple[str, plt.Figure]]:
 
 
 def _parsed(name: str) -> settings.Setting:
-    return settings.parse(name)[0]
+    return settings.read_back(name)
 
 
 def _label(name: str) -> tuple[str, str]:
     """Turns share:gamma=0.5,tau=0.4 into share and γ 0.5, τ 0.4."""
     setting = _parsed(name)
     thresholds = dict(setting.thresholds)
-    words = [f"{SYMBOLS.get(n, n.replace('_', ' '))} {thresholds[n]:g}" for n in THRESHOLDS if n in thresholds]
+    order = [*THRESHOLDS, *(name for name in thresholds if name not in THRESHOLDS)]
+    word = lambda name: SYMBOLS.get(name, name.replace("_", " "))  # noqa: E731
+    words = [
+        word(name) if thresholds[name] is True else f"{word(name)} {thresholds[name]:g}"
+        for name in order
+        if name in thresholds
+    ]
     return POLICIES.get(setting.policy, setting.policy), ", ".join(words)
 
 

@@ -70,6 +70,20 @@ class Pictures(unittest.TestCase):
             del cell["by_part"]
         self.assertEqual([name for name, _ in curves.draw(whole)], ["perplexity_against_density"])
 
+    def test_texts_of_a_second_summary_are_drawn_beside_those_of_the_first(self):
+        first = summary() | {"tasks": [], "overall": []}
+        rule = "flash_prefill:alpha=0.1,window_blocks=1,mean_of_rest=true"
+        for cell in first["text"]:
+            cell.pop("by_part")
+        mine = [{**cell, "density": 0.9} for cell in first["text"] if cell["setting"] == "share:gamma=0.3"]
+        other = {"text": [*mine, *({**cell, "setting": rule} for cell in mine)]}
+        both = figures.together([first, other])
+        self.assertEqual(len(both["text"]), len(first["text"]) + len(mine))
+        self.assertNotIn(0.9, [c["density"] for c in both["text"] if c["setting"] != rule])
+        ((_, figure),) = curves.draw(both)
+        legend = [text.get_text() for text in figure.legends[0].get_texts()]
+        self.assertIn("FlashPrefill, means of the rest, window blocks 1", legend)
+
     def test_a_summary_without_depths_has_no_needle_picture(self):
         short = summary()
         for cell in short["tasks"]:

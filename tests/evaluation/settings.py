@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import contract
 
 POLICIES = contract.policies()
-AMOUNTS = ("gamma", "vertical_slash_gamma", "density", "score_threshold")  # how much is computed
+# These say how much is computed; the last one is of a rule that no server has.
+AMOUNTS = ("gamma", "vertical_slash_gamma", "density", "score_threshold", "alpha")
 
 
 def _flag(text: str) -> bool:
@@ -62,6 +63,14 @@ def parse(text: str) -> list[Setting]:
         except (ValueError, KeyError):
             raise ValueError(f"threshold {name}: {values!r} is not a {THRESHOLDS[name].__name__.strip('_')}") from None
     return [Setting(policy, tuple(sorted(combination))) for combination in itertools.product(*choices)]
+
+
+def read_back(name: str) -> Setting:
+    """Reads the name of anything that was measured, unchecked: a setting, or a rule of real_weights/rules.py."""
+    policy, _, listed = name.partition(":")
+    pairs = (item.partition("=") for item in filter(None, listed.split(",")))
+    values = ((name, value == "true" if value in ("true", "false") else float(value)) for name, _, value in pairs)
+    return Setting(policy, tuple(sorted(values)))
 
 
 def parse_all(texts: list[str]) -> list[Setting]:

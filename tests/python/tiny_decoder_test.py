@@ -1,4 +1,4 @@
-"""Tests the trainer's decoder, in both shapes. Needs PyTorch and safetensors; exits with 77 (skipped, for CTest)
+"""Tests the trainer's decoder, in both shapes and as Llama. Needs PyTorch and safetensors; exits with 77 (skipped, for CTest)
 without them.
 """
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 import tempfile
 import unittest
@@ -18,9 +19,10 @@ TINY = Path(__file__).parents[2] / "model" / "tiny"
 sys.path.insert(0, str(TINY))
 
 import torch  # noqa: E402
-from decoder import Decoder, dense_causal  # noqa: E402
+from decoder import Decoder, dense_causal, yarn  # noqa: E402
 
 CONFIGS = {name: json.loads((TINY / f"{name}.json").read_text()) for name in ("config", "second_shape")}
+CONFIGS["llama"] = {**CONFIGS["second_shape"], "architectures": ["LlamaForCausalLM"]}
 
 
 def made(name: str) -> Decoder:
@@ -89,6 +91,28 @@ class TinyDecoder(unittest.TestCase):
         before = model.wq.clone()
         model.bound_logits()
         torch.testing.assert_close(model.wq, before)
+
+    def test_yarn_slows_what_hardly_turns_and_leaves_what_turns_often(self):
+        frequencies = 100000.0 ** -(torch.arange(32, dtype=torch.float64) / 32)
+        slowed, scale = yarn(frequencies, 100000.0, {"factor": 4.0, "original_max_position_embeddings": 8192})
+        turns = 8192 * frequencies / (2 * math.pi)
+        ratio = slowed / frequencies
+        torch.testing.assert_close(ratio[turns > 64], torch.ones_like(ratio[turns > 64]))
+        torch.testing.assert_close(ratio[turns < 0.7], torch.full_like(ratio[turns < 0.7], 0.25))
+        self.assertTrue(bool((ratio.diff() <= 0).all()))
+        self.assertAlmostEqual(scale, 0.1 * math.log(4) + 1)
+
+    def test_a_stretched_model_rotates_by_it(self):
+        scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+        plain, stretched = (Decoder({**CONFIGS["llama"], "rope_scaling": s}) for s in (None, scaling))
+        (cos, _), (slower, _) = (model.rotation(torch.tensor([4096])) for model in (plain, stretched))
+        torch.testing.assert_close(slower[:, 0], cos[:, 0] * (0.1 * math.log(4) + 1))
+        self.assertGreater(float((slower - cos)[:, 40:].abs().max()), 0.05)
+
+    def test_what_would_be_computed_wrongly_is_refused(self):
+        for name, value in (("tie_word_embeddings", False), ("rope_scaling", {"rope_type": "llama3"})):
+            with self.assertRaisesRegex(ValueError, "only"):
+                Decoder({**CONFIGS["llama"], name: value})
 
     def test_other_architectures_are_refused(self):
         with self.assertRaisesRegex(ValueError, "GPT2LMHeadModel"):

@@ -33,7 +33,6 @@ from journal import Journal  # noqa: E402
 from prefilld import Attention, Layout, PrefillClient, PrefilldError  # noqa: E402
 from prefilld.wire import enum_name  # noqa: E402
 
-TASK = "text"
 BLOCK_TOKENS = 16
 REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNIMPLEMENTED)
 
@@ -56,19 +55,11 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop starting texts after this time")
     args = parser.parse_args()
     try:
-        args.lengths = [parse_length(text) for text in args.lengths]
+        args.lengths = [texts.parse_length(text) for text in args.lengths]
         args.settings = read_settings(args.settings)
     except ValueError as error:
         parser.error(str(error))
     return args
-
-
-def parse_length(text: str) -> tuple[int, int]:
-    """Turns 8192:48 into 48 texts of 8,192 tokens."""
-    length, _, count = text.partition(":")
-    if not (length.isdecimal() and count.isdecimal()) or not 0 < int(count) or not 1 < int(length) <= texts.LONGEST:
-        raise ValueError(f"length {text!r}; TOKENS:TEXTS with 2 to {texts.LONGEST} tokens is expected")
-    return int(length), int(count)
 
 
 def read_settings(path: Path) -> list[settings.Setting]:
@@ -114,20 +105,15 @@ def ask(client: PrefillClient, ids: list[int], setting: settings.Setting, timeou
 
 
 def record_of(setting: settings.Setting, index: int, kind: str, ids: list[int], result) -> dict:
-    nats = -np.array(result.prompt_logprobs, np.float64)  # entry i is of token i + 1
-    repeated = texts.ends_repeat(ids)[1:]
     return {
         "setting": setting.name,
-        "task": TASK,
+        "task": text_scores.TASK,
         "length": len(ids),
         "index": index,
         "kind": kind,
         "policy": enum_name("AttentionPolicy", result.policy),
         "density": result.total.density,
-        "tokens_repeated": int(repeated.sum()),
-        "tokens_other": int((~repeated).sum()),
-        "nats_repeated": round(float(nats[repeated].sum()), 4),
-        "nats_other": round(float(nats[~repeated].sum()), 4),
+        **texts.nats_by_sort(ids, -np.array(result.prompt_logprobs)),  # entry i is of token i + 1
         "next_token": result.first_token.token_id,
         "compute_us": result.compute_us,
         "attention_us": result.total.attention_us,
@@ -146,7 +132,7 @@ class Run:
     def cell(self, setting: settings.Setting, length: int, count: int) -> bool:
         """Measures one setting on texts of one length. Returns false when the time is up."""
         client = self._servers.client(length)
-        missing = [i for i in range(count) if not self._journal.has((setting.name, TASK, length, i))]
+        missing = [i for i in range(count) if not self._journal.has((setting.name, text_scores.TASK, length, i))]
 
         def one(index: int) -> dict | None:
             if time.monotonic() > self._end or setting.name in self.refused:
@@ -167,16 +153,6 @@ class Run:
         return time.monotonic() <= self._end
 
 
-def write_summary(args: argparse.Namespace, subject: dict, journal: Journal, refused: dict[str, str]) -> None:
-    known = {s.name for s in args.settings}
-    records = [r for r in journal.records if r["setting"] in known]
-    summary = {**subject, "refused": refused, **text_scores.summarize(records, [s.name for s in args.settings])}
-    cells = ",\n".join(f"  {json.dumps(cell)}" for cell in summary.pop("text"))
-    rest = json.dumps(summary, indent=1)
-    (args.out / "summary.json").write_text(f'{rest[:-2]},\n "text": [\n{cells}\n ]\n}}\n')
-    (args.out / "table.txt").write_text(text_scores.table(json.loads((args.out / "summary.json").read_text())))
-
-
 def measure(args: argparse.Namespace, programs: live_processes.Programs) -> None:
     judged = texts.load(args.texts, args.role)
     args.lengths = [(length, min(count, len(judged.about))) for length, count in args.lengths]
@@ -189,7 +165,9 @@ def measure(args: argparse.Namespace, programs: live_processes.Programs) -> None
     for setting in args.settings:
         begin = time.monotonic()
         in_time = all(run.cell(setting, length, count) for length, count in args.lengths)
-        write_summary(args, subject, journal, run.refused)
+        text_scores.write_summary(
+            args.out, {**subject, "refused": run.refused}, journal.records, [s.name for s in args.settings]
+        )
         print(f"{setting.name}: {run.refused.get(setting.name, f'{time.monotonic() - begin:.1f} s')}", flush=True)
         if not in_time:
             print(f"{args.seconds:.0f} s are over; the same command goes on", file=sys.stderr)

@@ -44,10 +44,10 @@ class Arguments(unittest.TestCase):
         self.assertGreater(len(measure.read_settings(measure.HERE / "settings.txt")), 5)
 
     def test_a_length_says_how_many_texts(self):
-        self.assertEqual(measure.parse_length("8192:48"), (8192, 48))
+        self.assertEqual(texts.parse_length("8192:48"), (8192, 48))
         for wrong in ("8192", "8192:0", "1:4", "40000:1", "x:2"):
             with self.assertRaisesRegex(ValueError, "length '"):
-                measure.parse_length(wrong)
+                texts.parse_length(wrong)
 
 
 class Measuring(unittest.TestCase):

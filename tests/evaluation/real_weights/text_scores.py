@@ -1,15 +1,20 @@
-"""Turns the records of measure.py into figures: perplexity against dense, text by text. Standard library only."""
+"""Turns the records of measure.py and judge_rules.py into figures: perplexity against dense, text by text. Standard
+library only.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
+from pathlib import Path
 from statistics import fmean, median, stdev
 
 import intervals
 from intervals import Estimate
 
 DENSE = "dense"
+TASK = "text"
 
 
 def nats(record: dict) -> float:
@@ -109,3 +114,15 @@ def table(summary: dict) -> str:
             line += f"{'':8} {'':7} {'':7} {cell['density']:7.3f} {'':14} {'':8} "
         lines.append(line + f"{cell['compute_ms']:9.1f}")
     return "\n".join(lines) + "\n"
+
+
+def write_summary(folder: Path, subject: dict, records: list[dict], setting_order: list[str]) -> dict:
+    """Writes summary.json and table.txt of the settings named, and returns the former."""
+    known = set(setting_order)
+    summary = {**subject, **summarize([r for r in records if r["setting"] in known], setting_order)}
+    rest = json.dumps({name: value for name, value in summary.items() if name != "text"}, indent=1)
+    cells = ",\n".join(f"  {json.dumps(cell)}" for cell in summary["text"])
+    (folder / "summary.json").write_text(f'{rest[:-2]},\n "text": [\n{cells}\n ]\n}}\n')
+    read_back = json.loads((folder / "summary.json").read_text())
+    (folder / "table.txt").write_text(table(read_back))
+    return read_back

@@ -63,6 +63,14 @@ def in_turns(groups: list[list]) -> list:
     return [item for _, _, item in sorted(placed, key=lambda entry: entry[:2])]
 
 
+def parse_length(text: str) -> tuple[int, int]:
+    """Turns 8192:48 into 48 texts of 8,192 tokens."""
+    length, _, count = text.partition(":")
+    if not (length.isdecimal() and count.isdecimal()) or not 0 < int(count) or not 1 < int(length) <= LONGEST:
+        raise ValueError(f"length {text!r}; TOKENS:TEXTS with 2 to {LONGEST} tokens is expected")
+    return int(length), int(count)
+
+
 def ends_repeat(ids: list[int] | np.ndarray, length: int = REPEAT) -> np.ndarray:
     """Tells of each token whether it ends a run of `length` tokens that the text had before: [len(ids)] bool."""
     seen, marked = set(), np.zeros(len(ids), bool)
@@ -72,6 +80,17 @@ def ends_repeat(ids: list[int] | np.ndarray, length: int = REPEAT) -> np.ndarray
         marked[end - 1] = gram in seen
         seen.add(gram)
     return marked
+
+
+def nats_by_sort(ids: list[int], nats: list[float] | np.ndarray) -> dict:
+    """Sums the nats of every token but the first, [len(ids) - 1], over those that end a repeat and over all others."""
+    nats, repeated = np.asarray(nats, np.float64), ends_repeat(ids)[1:]
+    return {
+        "tokens_repeated": int(repeated.sum()),
+        "tokens_other": int((~repeated).sum()),
+        "nats_repeated": round(float(nats[repeated].sum()), 4),
+        "nats_other": round(float(nats[~repeated].sum()), 4),
+    }
 
 
 def shared_runs(one: np.ndarray, other: np.ndarray, length: int) -> int:
