@@ -131,14 +131,17 @@ words() { grep -rhowE --include='*.h' --include='*.cc' --include='*.cu' --includ
 list=$(mktemp -d)
 trap 'rm -rf "$list"' EXIT
 words '[A-Z][a-z]+[A-Za-z]*' proto kernels model server client >"$list/names"
-words '"prefilld_[a-z_]+"' proto server client | tr -d '"' >"$list/metrics"
+{
+  words '"prefilld_[a-z_]+"' proto server client
+  grep -rhowE --include='*.py' '"prefilld_gateway_[a-z_]+"' client
+} | tr -d '"' | sort -u >"$list/metrics"
 {
   find proto server client model tests -name '*.cc' -print0 | xargs -0 cat | tr '\n' ' ' |
     grep -oE 'ABSL_FLAG\( *[a-z0-9_:<>]+, *[a-z0-9_]+,' | grep -oE '[a-z0-9_]+,$' | tr -d ,
   grep -rhE --include='*.py' --include='*.sh' -- '^ *[^# ].*--[a-z]|^ *--[a-z]' deploy model tests client |
     grep -oE -- '--[a-z][a-z0-9_-]+' | cut -c3-
 } | sort -u >"$list/flags"
-grep -rhoE --include=CMakeLists.txt --include='*.yaml' '\b(prefilld?|kv-stream)(-[a-z]+)+\b' client deploy model server tests | sort -u >"$list/programs"
+grep -rhoE --include=CMakeLists.txt --include='*.yaml' --include=pyproject.toml '\b(prefilld?|kv-stream)(-[a-z]+)+\b' client deploy model server tests | sort -u >"$list/programs"
 
 # is_there README PATH: braces name several.
 is_there() {

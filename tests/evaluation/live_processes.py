@@ -31,6 +31,7 @@ class Programs:
 
     def __init__(self):
         self._started: list[subprocess.Popen] = []
+        self._at: dict[str, subprocess.Popen] = {}
 
     def __enter__(self) -> Programs:
         self._folder = tempfile.TemporaryDirectory(prefix="prefilld-live-")
@@ -57,7 +58,13 @@ class Programs:
                 raise RuntimeError(f"{program.name} did not start:\n{log.read_text()}")
             time.sleep(0.05)
         ports = dict(line.split("=") for line in port_file.read_text().split())
-        return f"127.0.0.1:{ports['grpc']}"
+        address = f"127.0.0.1:{ports['grpc']}"
+        self._at[address] = process
+        return address
+
+    def process_at(self, address: str) -> subprocess.Popen:
+        """Returns the process that start() started there last."""
+        return self._at[address]
 
 
 class LiveProcesses(Programs):

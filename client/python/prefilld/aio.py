@@ -23,6 +23,9 @@ from prefilld.transfer import KvBlocks, Reception, WholeCache
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+# A method of gRPC's own, without messages of ours: the empty request is about the whole server.
+_HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+_SERVING = b"\x08\x01"  # HealthCheckResponse{status: SERVING}
 _LOCALLY_CANCELLED = "Locally cancelled by application!"  # grpc.aio's own words
 
 
@@ -44,6 +47,18 @@ class _AsyncClient:
         """Ends every call still running."""
         for channel in self._servers.channels():
             await channel.close()
+
+    async def is_serving(self, timeout: float = 10) -> bool:
+        """Asks the server's health service (grpc.health.v1), which says no from the moment that the server drains.
+
+        Raises PrefilldError when no answer comes.
+        """
+        (server, *_) = self._servers.in_turn()
+        try:
+            return await server.channel().unary_unary(_HEALTH_CHECK)(b"", timeout=timeout) == _SERVING
+        except grpc.RpcError as error:
+            server.note_failure(error.details())
+            raise from_rpc(error, cancelled=False) from error
 
     async def __aenter__(self):
         return self
@@ -242,6 +257,7 @@ class AsyncGenerateStream(_AsyncStream):
     def __init__(self, server: Server, call, on_progress: Callable | None):
         super().__init__()
         self._server = server
+        self._call = call
         self._calls.append(call)
         self._generation = Generation()
         self._on_progress = on_progress
@@ -250,6 +266,22 @@ class AsyncGenerateStream(_AsyncStream):
     @property
     def result(self):
         return self._generation.result
+
+    async def wait_started(self):
+        """Waits until the worker has reserved room for the cache, and returns the GenerateStarted message.
+
+        For before the iteration. A cache that is to be pushed may be sent from now on.
+        """
+        while self._generation.started is None:
+            try:
+                event = await self._read(self._call)
+            except PrefilldError as error:
+                self._server.note_failure(error.details)
+                raise
+            if event is None:
+                self._generation.finish()  # which raises
+            self._generation.take(event)
+        return self._generation.started
 
     def __aiter__(self) -> AsyncIterator[Token]:
         return self._items

@@ -42,6 +42,13 @@ class Server:
         self._nameless_since: float | None = None  # the name has no address
 
     def stub(self, lane: int = 0) -> wire.Stub:
+        return self._open(lane)[1]
+
+    def channel(self):
+        """Returns the connection of lane 0, for calls of other services."""
+        return self._open(0)[0]
+
+    def _open(self, lane: int):
         with self._lock:
             if self._nameless_since is not None and time.monotonic() - self._nameless_since >= _LOOK_UP_SECONDS:
                 self._nameless_since, self._channels, self._stubs = None, [], []
@@ -49,7 +56,7 @@ class Server:
                 channel = self._open_channel(self.address)
                 self._channels.append(channel)
                 self._stubs.append(wire.Stub(channel, self._service))
-            return self._stubs[lane]
+            return self._channels[lane], self._stubs[lane]
 
     def note_failure(self, details: str | None) -> None:
         """Looks at why a call failed, so that a later one does not fail for the same reason.

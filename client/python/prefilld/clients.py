@@ -290,6 +290,7 @@ class GenerateStream(_Stream):
     def __init__(self, server: Server, call, on_progress: Callable | None):
         super().__init__()
         self._server = server
+        self._call = call
         self._begin(call)
         self._generation = Generation()
         self._on_progress = on_progress
@@ -298,6 +299,23 @@ class GenerateStream(_Stream):
     @property
     def result(self):
         return self._generation.result
+
+    def wait_started(self):
+        """Waits until the worker has reserved room for the cache, and returns the GenerateStarted message.
+
+        For before the iteration. A cache that is to be pushed may be sent from now on.
+        """
+        while self._generation.started is None:
+            try:
+                with self._one_family():
+                    event = next(self._call, None)
+            except PrefilldError as error:
+                self._server.note_failure(error.details)
+                raise
+            if event is None:
+                self._generation.finish()  # which raises
+            self._generation.take(event)
+        return self._generation.started
 
     def __iter__(self) -> Iterator[Token]:
         return self._items

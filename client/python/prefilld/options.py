@@ -29,6 +29,18 @@ class Layout:
     num_heads: int = 0
     first_block: int = 0
 
+    @classmethod
+    def from_wire(cls, message) -> Layout:
+        """Returns what a KvLayoutRequest says, such as GenerateStarted.kv_layout."""
+        return cls(
+            block_tokens=message.block_tokens,
+            order=wire.enum_name("KvOrder", message.order),
+            dtype=wire.enum_name("DType", message.dtype) if message.dtype else None,
+            first_head=message.first_head,
+            num_heads=message.num_heads,
+            first_block=message.first_block,
+        )
+
     def to_wire(self):
         return wire.KvLayoutRequest(
             block_tokens=self.block_tokens,
@@ -155,6 +167,9 @@ class GenerateArguments(TypedDict, total=False):
     attention, sampling, request_id, timeout: as in PrefillArguments; priority is that of the prefill.
     stop_token_ids: tokens that end the generation. ignore_eos: the model's own do not.
     on_progress: on_progress(PrefillProgress) is called while the prompt is prefilled.
+    pushed_transfer_id: if it is set, the worker does not call a prefilld but waits for the cache to be pushed under
+    this id. wait_started() of the stream then says what the cache must look like, and PrefillArguments.deliver_to has
+    it pushed.
     """
 
     attention: Attention
@@ -165,6 +180,7 @@ class GenerateArguments(TypedDict, total=False):
     priority: int
     timeout: float | None
     on_progress: Callable[[Any], None] | None
+    pushed_transfer_id: str
 
 
 @dataclass(frozen=True)
@@ -226,6 +242,7 @@ def generate_call(
     priority: int = 0,
     timeout: float | None = None,
     on_progress: Callable[[Any], None] | None = None,
+    pushed_transfer_id: str = "",
 ) -> Call:
     """Makes a GenerateRequest of GenerateArguments."""
     request = wire.GenerateRequest(
@@ -237,5 +254,6 @@ def generate_call(
         stop_token_ids=stop_token_ids,
         ignore_eos=ignore_eos,
         priority=priority,
+        pushed_transfer_id=pushed_transfer_id,
     )
     return Call(request, (), timeout, on_progress)

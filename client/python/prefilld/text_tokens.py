@@ -37,8 +37,9 @@ class ByteTokens:
     def __init__(self, bos: int | None):
         self._bos = bos
 
-    def encode(self, text: str) -> list[int]:
-        return [*([] if self._bos is None else [self._bos]), *text.encode()]
+    def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+        """special_tokens: whether the model's beginning token is put before the text."""
+        return [*([self._bos] if special_tokens and self._bos is not None else []), *text.encode()]
 
     def decode(self, token_ids: list[int]) -> str:
         return bytes(i for i in token_ids if i < 256).decode(errors="replace")
@@ -60,8 +61,9 @@ class FileTokens:
             raise NoTokenizer(f"{file} cannot be read: {error}") from None
         self.vocab_size = self._tokenizer.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text).ids
+    def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+        """special_tokens: whether the file's own template adds its tokens, which a chat template has written already."""
+        return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
 
     def decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)

@@ -18,9 +18,13 @@ class Token:
 
 
 class Generation:
-    """Keeps what one Generate call has brought so far. result: the GenerateResult message after the last token."""
+    """Keeps what one Generate call has brought so far.
+
+    started: the GenerateStarted message, which comes first. result: the GenerateResult message after the last token.
+    """
 
     def __init__(self):
+        self.started = None
         self.result = None
 
     def take(self, event):
@@ -34,6 +38,8 @@ class Generation:
             return event.progress
         if kind == "result":
             self.result = event.result
+        if kind == "started":
+            self.started = event.started
         return None
 
     def finish(self) -> None:

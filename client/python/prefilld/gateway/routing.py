@@ -1,0 +1,126 @@
+"""Chooses the prefilld for a prompt. Nothing here reads a network or a clock.
+
+The rule: the prompt goes where the fewest tokens stand between it and its first token. For each server that is up,
+
+    cost = tokens waiting in its queue + tokens of this prompt that it would have to compute
+
+The queue is what GetServerInfo said when it was last asked, plus what this gateway has sent since. Tokens to compute
+are those behind the prefix that the server should have in its prefix cache: for each server the gateway remembers the
+blocks of the prompts that it sent there (prefilld.prefix_keys). So a conversation stays with its server until the queue
+there is longer than what its cache saves, and then goes elsewhere, where it is remembered too. Of equal costs the
+server with the fewest requests is taken, and of those the next in turn.
+
+The memory of each server is bounded by what its cache can hold, and by the gateway's own limit. Blocks that were not
+sent for the longest time are forgotten first, of one prompt the last block first, as a prefix is worth nothing without
+its beginning. A server that was away is taken to have lost its cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from prefilld.prefixes import BLOCK_TOKENS
+
+
+class PrefixMemory:
+    """The keys of the blocks that one server should have, at most `capacity` of them."""
+
+    def __init__(self, capacity: int = 0):
+        self._capacity = capacity
+        self._keys: dict[bytes, None] = {}  # in the order in which they were last sent
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def resize(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._shrink()
+
+    def clear(self) -> None:
+        self._keys.clear()
+
+    def leading(self, keys: Sequence[bytes]) -> int:
+        """Returns how many blocks at the beginning of a prompt are here."""
+        for i, key in enumerate(keys):
+            if key not in self._keys:
+                return i
+        return len(keys)
+
+    def remember(self, keys: Sequence[bytes]) -> None:
+        for key in reversed(keys[: self._capacity]):  # the first block is to be forgotten last
+            self._keys.pop(key, None)
+            self._keys[key] = None
+        self._shrink()
+
+    def _shrink(self) -> None:
+        while len(self._keys) > self._capacity:
+            del self._keys[next(iter(self._keys))]
+
+
+class Route:
+    """One prefilld as the choice sees it."""
+
+    def __init__(self, address: str):
+        self.address = address
+        self.is_up = False
+        self.memory = PrefixMemory()
+        self.sent_tokens = 0  # that the server's last answer cannot have counted
+        self._sent_requests = 0
+        self._queued_tokens = 0
+        self._requests = 0
+
+    @property
+    def queue(self) -> int:
+        return self._queued_tokens + self.sent_tokens
+
+    @property
+    def requests(self) -> int:
+        return self._requests + self._sent_requests
+
+    def note_sent(self, tokens: int, keys: Sequence[bytes]) -> None:
+        self.sent_tokens += tokens
+        self._sent_requests += 1
+        self.memory.remember(keys)
+
+    def begin_poll(self) -> tuple[int, int]:
+        """Returns what note_load() needs to tell prompts sent before the question from those sent after it."""
+        return self.sent_tokens, self._sent_requests
+
+    def note_load(self, asked: tuple[int, int], queued_tokens: int, requests: int) -> None:
+        self._queued_tokens, self._requests = queued_tokens, requests
+        self.sent_tokens -= asked[0]
+        self._sent_requests -= asked[1]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """route: where the prompt goes. cached_tokens: those at its beginning that should be in that server's cache."""
+
+    route: Route
+    cached_tokens: int
+
+
+class Router:
+    """Chooses among routes, which others keep up to date. Belongs to one thread."""
+
+    def __init__(self, routes: Sequence[Route]):
+        self._routes = list(routes)
+        self._turn = 0
+
+    def choose(self, num_tokens: int, keys: Sequence[bytes], left_out: Collection[Route] = ()) -> Choice | None:
+        """Returns None if no server is up, those left out aside. The caller says note_sent() once it sends the prompt.
+
+        num_tokens: of the prompt; 0 if nobody knows, and the shortest queue is taken. keys: of its whole blocks.
+        """
+        best, best_cost = None, None
+        for i in range(len(self._routes)):
+            route = self._routes[(self._turn + i) % len(self._routes)]
+            if not route.is_up or route in left_out:
+                continue
+            cached = min(route.memory.leading(keys) * BLOCK_TOKENS, max(0, num_tokens - 1))
+            cost = (route.queue + num_tokens - cached, route.requests)
+            if best_cost is None or cost < best_cost:
+                best, best_cost = Choice(route, cached), cost
+        self._turn += 1
+        return best

@@ -1,0 +1,216 @@
+#!/usr/bin/env python3
+"""Tests the gateway, a process of its own, beside prefilld and decode workers that the test plays.
+
+1,000 requests of which every fifth has a fault, clients that leave or take nothing, and every limit.
+
+Exits with 77 (skipped, for CTest) without the client's packages or the gateway's.
+"""
+
+import asyncio
+import json
+import random
+import socket
+import sys
+import time
+import unittest
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "client" / "python"), str(ROOT / "tests" / "python")]
+try:
+    import jinja2  # noqa: F401
+    import prometheus_client  # noqa: F401
+    import starlette  # noqa: F401
+    import uvicorn  # noqa: F401
+    from gateway_process import GatewayProcess, ask, wait_until
+    from played_peers import PlayedPeers, text_of
+except ImportError as missing:
+    print(f"skipped: {missing}")
+    sys.exit(77)
+
+MODEL = ROOT / "model" / "tiny"  # for its tokenizer; no weights are read
+REQUESTS, AT_ONCE, TIMEOUT_S = 1000, 32, 6
+COMPLETIONS = "/v1/completions"
+
+# Each fault of PlayedPeers, and how a request ends that has it: with the right answer (200), or the code of an error.
+FAULTS = {
+    "prefilld is full once": 200,
+    "prefilld is full": 429,
+    "prefilld goes away once": 200,
+    "prefilld breaks off once": 200,
+    "prefilld fails inside": 502,
+    "prefilld is silent": 504,
+    "worker is full once": 200,
+    "worker refuses the request": 400,
+    "worker goes away before a token once": 200,
+    "worker goes away midway": 503,
+    "prefilld is silent, and the client leaves": None,
+}
+
+
+def request(number: int, **more) -> dict:
+    return {"prompt": [number, 1, 2], "max_tokens": 50, "temperature": 0, "ignore_eos": False, **more}
+
+
+class Gateway(unittest.IsolatedAsyncioTestCase):
+    async def asyncSetUp(self):
+        asyncio.get_running_loop().set_debug(False)  # which is slow
+
+    async def start(self, *flags):
+        """Starts two servers of each kind, and the gateway."""
+        self.peers = PlayedPeers()
+        self.addAsyncCleanup(self.peers.stop)
+        prefill = [await self.peers.start("PrefillService") for _ in range(2)]
+        decode = [await self.peers.start("DecodeService") for _ in range(2)]
+        addresses = (f"--prefill={','.join(prefill)}", f"--decode={','.join(decode)}")
+        self.gateway = GatewayProcess(MODEL, *addresses, *flags)
+        await asyncio.to_thread(self.gateway.__enter__)
+        self.addAsyncCleanup(asyncio.to_thread, self.gateway.__exit__)
+        await asyncio.to_thread(self.gateway.wait_until_ready)
+
+    async def wait(self, is_so, what):
+        await asyncio.to_thread(wait_until, is_so, what)
+
+    async def metric(self, name, **labels):
+        return await asyncio.to_thread(lambda: self.gateway.metric(f"prefilld_gateway_{name}", **labels))
+
+    async def nothing_runs(self):
+        await self.wait(lambda: not self.peers.running.total(), "no call runs at a server")
+        await self.wait(lambda: self.gateway.metric("prefilld_gateway_running_requests") == 0, "no request runs")
+
+    async def test_a_thousand_requests_of_which_every_fifth_has_a_fault(self):
+        await self.start(f"--request_timeout_s={TIMEOUT_S}")
+        chance = random.Random(5)
+        numbers = range(1, REQUESTS + 1)
+        for i, number in enumerate(chance.sample(numbers, REQUESTS // 5)):
+            self.peers.faults[number] = list(FAULTS)[i % len(FAULTS)]
+        places, ended = asyncio.Semaphore(AT_ONCE), Counter()
+        await asyncio.gather(*(self.one(n, n % 2 == 0, places, ended) for n in (10_001, 10_002)))
+        files = self.gateway.open_files()
+
+        began = time.monotonic()
+        await asyncio.gather(*(self.one(n, n % 2 == 0, places, ended) for n in numbers))
+        seconds = time.monotonic() - began
+        print(f"{REQUESTS} requests in {seconds:.1f} s; {dict(ended)}", file=sys.stderr)
+
+        self.assertEqual(ended.total(), REQUESTS + 2)
+        self.assertGreater(min(ended[status] for status in (200, 400, 429, 502, 503, 504, None)), 10)
+        await self.nothing_runs()
+        self.assertEqual(self.peers._pushed, {})
+        await self.wait(lambda: self.gateway.open_files() <= files + 2, f"no more than {files} files are open")
+        self.assertEqual(await self.metric("requests_total"), REQUESTS + 2)
+        self.assertGreater(await self.metric("requests_total", outcome="cancelled"), 10)
+        self.assertEqual(self.gateway.process.poll(), None)
+        self.assertNotIn("Traceback", self.gateway.log())
+
+    async def one(self, number, stream, places, ended):
+        """Sends one request and looks at how it ends."""
+        fault = self.peers.faults.get(number, "")
+        expected = FAULTS.get(fault, 200)
+        body = request(number, stream=stream)
+        async with places:
+            asking = asyncio.ensure_future(ask(self.gateway.port, COMPLETIONS, body))
+            if expected is None:
+                await asyncio.wait({asking}, timeout=0.3)
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
+                ended[None] += 1
+                return
+            reply = await asking
+        ended[expected] += 1
+        where = (number, fault, reply)
+        self.assertTrue(reply.is_whole, where)
+        if expected == 200:
+            self.assertEqual((reply.status, reply.error, reply.text), (200, None, text_of(number)), where)
+            return
+        if fault == "worker goes away midway" and stream:
+            self.assertEqual((reply.status, reply.error["code"]), (200, "unavailable"), where)
+            self.assertTrue(text_of(number).startswith(reply.text), where)
+            self.assertNotIn(b"[DONE]", reply.body)
+            return
+        self.assertEqual(reply.status, expected, where)
+        self.assertTrue(reply.error["message"], where)
+        if expected == 429:
+            self.assertEqual(reply.headers["retry-after"], "7", where)
+        if expected == 400:
+            self.assertEqual(reply.error["param"], "max_tokens", where)
+
+    async def test_a_client_that_leaves_ends_its_calls(self):
+        await self.start()
+        self.peers.faults[3] = "prefilld is silent"
+        for body, leave_after in ((request(0, max_tokens=10**6, stream=True), 500), (request(3), None)):
+            asking = asyncio.ensure_future(ask(self.gateway.port, COMPLETIONS, body, leave_after))
+            await self.wait(lambda: self.peers.running.total(), "the calls have begun")
+            if leave_after is None:
+                asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            await self.nothing_runs()
+        self.assertEqual(await self.metric("requests_total", outcome="cancelled"), 2)
+
+    async def test_a_client_that_takes_nothing_is_cut_off(self):
+        await self.start("--stall_timeout_s=1")
+        content = json.dumps(request(0, max_tokens=10**8, stream=True)).encode()
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", self.gateway.port))
+            client.sendall(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
+                           % (COMPLETIONS.encode(), len(content), content))  # fmt: skip
+            await self.wait(lambda: self.peers.running["_generate"], "the answer has begun")
+            await self.nothing_runs()
+        self.assertEqual(await self.metric("requests_total", outcome="cancelled"), 1)
+
+    async def test_no_more_than_max_requests_are_answered_at_once(self):
+        await self.start("--max_requests=1", "--max_body_bytes=2000")
+        self.peers.faults[3] = "prefilld is silent"
+        asking = asyncio.ensure_future(ask(self.gateway.port, COMPLETIONS, request(3)))
+        await self.wait(lambda: self.peers.running["_prefill"], "the first is computed")
+        full = await ask(self.gateway.port, COMPLETIONS, request(4))
+        self.assertEqual((full.status, full.headers["retry-after"], full.error["code"]), (503, "1", "overloaded"))
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await self.nothing_runs()
+        self.assertEqual((await ask(self.gateway.port, COMPLETIONS, request(4))).text, text_of(4))
+        large = await ask(self.gateway.port, COMPLETIONS, request(4, user="x" * 3000))
+        self.assertEqual(large.status, 413)
+        self.assertIn("2000", large.error["message"])
+
+    async def test_bodies_that_are_late_or_no_json_are_refused(self):
+        await self.start("--request_timeout_s=1")
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.gateway.port)
+        writer.write(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{" % COMPLETIONS.encode())
+        self.assertIn(b" 408 ", await reader.readline())
+        writer.close()
+        for wrong in (b"{", b"[" * 100_000, b"\xff", b'{"prompt": [' + b"9" * 5000 + b"]}"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.gateway.port)
+            writer.write(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
+                         % (COMPLETIONS.encode(), len(wrong), wrong))  # fmt: skip
+            self.assertIn(b" 400 ", await reader.readline(), wrong[:20])
+            writer.close()
+
+    async def test_stop_strings_end_the_answer_and_the_calls(self):
+        await self.start()
+        for stream in (False, True):
+            reply = await ask(self.gateway.port, COMPLETIONS, request(12, stop=["r 12 gr", "12 gr"], stream=stream))
+            self.assertEqual(reply.text, "answe")
+            reply = await ask(self.gateway.port, COMPLETIONS, request(0, stop="AAAAB", max_tokens=20, stream=stream))
+            self.assertEqual(reply.text, "A" * 20)
+        reply = await ask(self.gateway.port, COMPLETIONS, request(0, stop="AAA", max_tokens=10**6))
+        self.assertEqual((reply.text, reply.json["choices"][0]["finish_reason"]), ("", "stop"))
+        await self.nothing_runs()
+
+    async def test_without_any_server_health_and_answers_say_so(self):
+        await self.start()
+        await self.peers.stop()
+        await self.wait(lambda: self.gateway.get("/health")[0] == 503, "health says that no server is up")
+        reply = await ask(self.gateway.port, COMPLETIONS, request(1))
+        self.assertEqual((reply.status, reply.headers["retry-after"]), (503, "1"))
+        self.assertIn("no decode worker can take the request", reply.error["message"])
+        call = request(1, kv_transfer_params={"do_remote_decode": True})
+        reply = await ask(self.gateway.port, COMPLETIONS, call)
+        self.assertEqual(reply.status, 503)
+        self.assertIn("no prefilld can take the request", reply.error["message"])
+
+
+if __name__ == "__main__":
+    unittest.main()

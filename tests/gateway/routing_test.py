@@ -1,0 +1,166 @@
+#!/usr/bin/env python3
+"""Tests which prefilld the gateway chooses. Exits with 77 (skipped, for CTest) without the client's packages."""
+
+import sys
+import unittest
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "client" / "python"))
+try:
+    from prefilld import prefix_keys, wire
+    from prefilld.errors import PrefilldError
+    from prefilld.gateway.peers import Prefilld, PrefillGroup, blocks_in_cache
+    from prefilld.gateway.routing import PrefixMemory, Route, Router
+except ImportError as missing:
+    print(f"skipped: {missing}")
+    sys.exit(77)
+
+BLOCK = 128
+
+
+def prompt(*parts, tail=10):
+    """Returns the length and the keys of a prompt made of blocks, one for each number, and a few tokens behind them."""
+    tokens = [part for part in parts for _ in range(BLOCK)] + [7] * tail
+    return len(tokens), prefix_keys(tokens, "model")
+
+
+class Routing(unittest.TestCase):
+    def setUp(self):
+        self.routes = [Route(f"server-{i}:1") for i in range(3)]
+        for route in self.routes:
+            route.is_up = True
+            route.memory.resize(100)
+        self.router = Router(self.routes)
+
+    def send(self, *parts, left_out=()):
+        """Sends a prompt as the gateway does. Returns the number of its server, and the tokens cached there."""
+        length, keys = prompt(*parts)
+        choice = self.router.choose(length, keys, left_out)
+        choice.route.note_sent(length - choice.cached_tokens, keys)
+        return self.routes.index(choice.route), choice.cached_tokens
+
+    def poll(self, *queues, requests=0):
+        for route, queued in zip(self.routes, queues, strict=True):
+            route.note_load(route.begin_poll(), queued, requests)
+
+    def test_prompts_without_a_common_beginning_take_turns(self):
+        servers = [self.send(100 + i)[0] for i in range(6)]
+        self.assertEqual(sorted(servers), [0, 0, 1, 1, 2, 2])
+
+    def test_a_conversation_stays_where_its_beginning_is(self):
+        first, cached = self.send(1, 2, 3)
+        self.assertEqual(cached, 0)
+        self.poll(0, 0, 0)
+        for cached_blocks in (3, 4, 4, 4):
+            self.assertEqual(self.send(1, 2, 3, 4), (first, cached_blocks * BLOCK))
+            self.poll(0, 0, 0)
+
+    def test_it_goes_elsewhere_once_the_queue_is_longer_than_what_the_cache_saves(self):
+        first, _ = self.send(1, 2, 3)
+        queues = [0, 0, 0]
+        queues[first] = 3 * BLOCK - 1
+        self.poll(*queues)
+        self.assertEqual(self.send(1, 2, 3)[0], first)
+        queues[first] = 3 * BLOCK + 1
+        self.poll(*queues)
+        second, cached = self.send(1, 2, 3)
+        self.assertNotEqual(second, first)
+        self.assertEqual(cached, 0)
+        queues[first] = 10_000
+        self.poll(*queues)
+        self.assertEqual(self.send(1, 2, 3), (second, 3 * BLOCK))  # where it is remembered, too
+
+    def test_what_was_sent_since_the_last_answer_counts_as_queue(self):
+        self.poll(0, 50, 300)
+        self.assertEqual([self.send(200 + i)[0] for i in range(4)], [0, 1, 0, 1])  # 138 tokens each
+
+    def test_an_answer_counts_what_was_sent_before_it_was_asked_for_but_not_after(self):
+        route = self.routes[0]
+        route.note_sent(1000, [])
+        asked = route.begin_poll()
+        route.note_sent(77, [])
+        route.note_load(asked, 1000, 1)
+        self.assertEqual((route.queue, route.requests), (1077, 2))
+
+    def test_of_equal_queues_the_server_with_fewer_requests_is_taken(self):
+        for route, running in zip(self.routes, (1, 0, 1), strict=True):
+            route.note_load(route.begin_poll(), 0, running)
+        self.assertEqual(self.send(1)[0], 1)
+
+    def test_servers_that_are_down_or_left_out_are_not_taken(self):
+        first, _ = self.send(1, 2)
+        self.routes[first].is_up = False
+        second, cached = self.send(1, 2)
+        self.assertNotEqual(second, first)
+        self.assertEqual(cached, 0)
+        third, _ = self.send(1, 2, left_out=[self.routes[second]])
+        self.assertEqual({first, second, third}, {0, 1, 2})
+        self.routes[third].is_up = self.routes[second].is_up = False
+        self.assertIsNone(self.router.choose(*prompt(1, 2)))
+
+    def test_a_prompt_of_unknown_tokens_goes_to_the_shortest_queue(self):
+        self.poll(5, 4, 6)
+        self.assertEqual(self.router.choose(0, []).route, self.routes[1])
+
+    def test_the_last_token_is_computed_even_if_all_is_cached(self):
+        length, keys = prompt(1, 2, tail=0)
+        self.routes[0].note_sent(0, keys)
+        self.assertEqual(self.router.choose(length, keys).cached_tokens, 2 * BLOCK - 1)
+
+
+class Memory(unittest.TestCase):
+    def test_another_beginning_shares_nothing(self):
+        memory = PrefixMemory(10)
+        memory.remember(prompt(1, 2, 3)[1])
+        self.assertEqual(memory.leading(prompt(1, 2, 9, 3)[1]), 2)
+        self.assertEqual(memory.leading(prompt(9, 2, 3)[1]), 0)
+
+    def test_it_is_bounded_and_forgets_what_was_not_sent_for_longest_from_its_end(self):
+        memory = PrefixMemory(4)
+        old, new = prompt(1, 2)[1], prompt(3, 4, 5)[1]
+        memory.remember(old)
+        memory.remember(new)
+        self.assertEqual(len(memory), 4)
+        self.assertEqual((memory.leading(old), memory.leading(new)), (1, 3))
+        memory.remember(old)  # now the other one is older
+        self.assertEqual((memory.leading(old), memory.leading(new)), (2, 2))
+        memory.remember(prompt(*range(20, 30))[1])  # longer than the memory: its beginning counts
+        self.assertEqual(memory.leading(prompt(*range(20, 30))[1]), 4)
+        memory.resize(1)
+        self.assertEqual(len(memory), 1)
+        memory.clear()
+        self.assertEqual(len(memory), 0)
+
+    def test_a_server_without_a_prefix_cache_is_remembered_for_nothing(self):
+        memory = PrefixMemory(0)
+        memory.remember(prompt(1)[1])
+        self.assertEqual(len(memory), 0)
+
+    def test_the_capacity_is_that_of_the_servers_cache(self):
+        shape = dict(num_layers=8, num_kv_heads=2, head_dim=64, native_dtype=wire.enum_value("DType", "fp32"))
+        block = 2 * 8 * 2 * 64 * 128 * 4
+        self.assertEqual(blocks_in_cache(wire.ServerInfo(**shape)), 0)
+        cached = wire.ServerInfo(**shape, prefix_cache={"capacity_bytes": 10 * block + 1})
+        self.assertEqual(blocks_in_cache(cached), 10)
+
+
+class Models(unittest.TestCase):
+    def test_a_server_of_another_model_is_left_out_until_it_is_alone(self):
+        first, second = (Prefilld(None, f"server-{i}:1", 10) for i in range(2))
+        group = PrefillGroup([first, second])
+        first.info, second.info = wire.ServerInfo(model_fingerprint="a"), wire.ServerInfo(model_fingerprint="b")
+        group.check_model(first)
+        first._up()
+        with self.assertRaises(PrefilldError) as caught:
+            group.check_model(second)
+        self.assertIn("model_fingerprint b, the others a", str(caught.exception))
+        with self.assertRaises(PrefilldError) as caught:
+            group.choose(1, [], left_out=[first])
+        self.assertIn("server-1:1", str(caught.exception))
+        first._down("gone")
+        group.check_model(second)
+        self.assertEqual(group.fingerprint, "b")
+
+
+if __name__ == "__main__":
+    unittest.main()
