@@ -124,10 +124,12 @@ class Gateway(unittest.IsolatedAsyncioTestCase):
         if expected == 200:
             self.assertEqual((reply.status, reply.error, reply.text), (200, None, text_of(number)), where)
             return
-        if fault == "worker goes away midway" and stream:
-            self.assertEqual((reply.status, reply.error["code"]), (200, "unavailable"), where)
+        if stream and fault in ("worker goes away midway", "prefilld is silent"):
+            code = "unavailable" if "away" in fault else "deadline_exceeded"
+            self.assertEqual((reply.status, reply.error["code"]), (200, code), where)
             self.assertTrue(text_of(number).startswith(reply.text), where)
             self.assertNotIn(b"[DONE]", reply.body)
+            self.assertEqual(b": waiting" in reply.body, "silent" in fault, where)  # it came after 5 s
             return
         self.assertEqual(reply.status, expected, where)
         self.assertTrue(reply.error["message"], where)
@@ -139,13 +141,13 @@ class Gateway(unittest.IsolatedAsyncioTestCase):
     async def test_a_client_that_leaves_ends_its_calls(self):
         await self.start()
         self.peers.faults[3] = "prefilld is silent"
-        for body, leave_after in ((request(0, max_tokens=10**6, stream=True), 500), (request(3), None)):
-            asking = asyncio.ensure_future(ask(self.gateway.port, COMPLETIONS, body, leave_after))
-            await self.wait(lambda: self.peers.running.total(), "the calls have begun")
-            if leave_after is None:
-                asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
-            await self.nothing_runs()
+        await ask(self.gateway.port, COMPLETIONS, request(0, max_tokens=10**8, stream=True), leave_after=500)
+        await self.nothing_runs()
+        asking = asyncio.ensure_future(ask(self.gateway.port, COMPLETIONS, request(3)))
+        await self.wait(lambda: self.peers.running.total() == 2, "both calls have begun")
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await self.nothing_runs()
         self.assertEqual(await self.metric("requests_total", outcome="cancelled"), 2)
 
     async def test_a_client_that_takes_nothing_is_cut_off(self):

@@ -45,31 +45,35 @@ LLM_D = [json.loads(line) for line in (Path(__file__).parent / "llm_d_exchange.j
 
 
 class Live(unittest.TestCase):
+    """The processes, which all tests of this file share, are attributes of this class."""
+
     @classmethod
-    def setUpClass(cls):
-        cls.programs = cls.enterClassContext(live_processes.Programs())
+    def start(cls):
+        def enter(context):
+            return unittest.enterModuleContext(context)
+
+        cls.programs = enter(live_processes.Programs())
         flags = ("--metrics_listen=", "--policy=dense", "--prefix_cache_bytes=200000000", PUSHES)
         cls.servers = [cls.programs.start(BIN_DIR / "prefilld", MODEL, *flags) for _ in range(2)]
         worker_flags = (f"--prefill_address={cls.servers[0]}", "--max_new_tokens_limit=1000")
         cls.worker = cls.programs.start(BIN_DIR / "prefilld-decode-worker", MODEL, *worker_flags)
         # The gateway's folder has what only text needs: no weights, and a chat template.
-        folder = cls.enterClassContext(tempfile.TemporaryDirectory(prefix="prefilld-tokens-"))
-        cls.folder = Path(folder) / "tiny"
+        cls.folder = Path(enter(tempfile.TemporaryDirectory(prefix="prefilld-tokens-"))) / "tiny"
         cls.folder.mkdir()
         (cls.folder / "config.json").write_text((MODEL / "config.json").read_text())
         (cls.folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-        cls.gateway = cls.enterClassContext(
-            GatewayProcess(cls.folder, f"--prefill={','.join(cls.servers)}", f"--decode={cls.worker}")
-        )
+        cls.gateway = enter(GatewayProcess(cls.folder, f"--prefill={','.join(cls.servers)}", f"--decode={cls.worker}"))
         cls.gateway.wait_until_ready()
-        cls.client = cls.enterClassContext(
-            openai.OpenAI(base_url=f"{cls.gateway.url}/v1", api_key="none", max_retries=0, timeout=60)
-        )
+        cls.client = enter(openai.OpenAI(base_url=f"{cls.gateway.url}/v1", api_key="none", max_retries=0, timeout=60))
 
     def expected(self, tokens, count):
         """Returns the text that the decode worker gives when it is asked itself, and calls prefilld itself."""
         with DecodeClient(self.worker) as client, client.generate(tokens, count) as answer:
             return TOKENS.decode([token.id for token in answer])
+
+
+def setUpModule():
+    Live.start()
 
 
 class Answers(Live):
@@ -198,6 +202,10 @@ class Pushes(Live):
 
 class Choice(Live):
     def test_prompts_with_a_common_beginning_go_to_one_server_and_are_cached_there(self):
+        def counts():
+            return [self.gateway.metric(f"prefilld_gateway_{name}_total") for name in ("chosen", "prefix_hits")]
+
+        before = counts()
         for subject in range(4):
             beginning = f"Subject {subject}. " + FILLER * 8
             cached = []
@@ -205,9 +213,10 @@ class Choice(Live):
                 answer = self.client.completions.create(model="tiny", prompt=f"{beginning} {question}?", max_tokens=1)
                 cached.append(answer.usage.prompt_tokens_details.cached_tokens)
             self.assertEqual(cached, [0, *[len(beginning) // 128 * 128] * 2])
-        chosen = [self.gateway.metric("prefilld_gateway_chosen_total", server=s) for s in self.servers]
-        self.assertGreaterEqual(min(chosen), 3)  # both have their subjects
-        self.assertEqual(self.gateway.metric("prefilld_gateway_prefix_hits_total"), 8)
+        chosen, hits = (now - then for now, then in zip(counts(), before, strict=True))
+        self.assertEqual((chosen, hits), (12, 8))
+        by_server = [self.gateway.metric("prefilld_gateway_chosen_total", server=s) for s in self.servers]
+        self.assertGreaterEqual(min(by_server), 3)  # each has subjects of its own
 
     def test_salts_keep_prompts_apart(self):
         def cached(salt):
@@ -234,6 +243,8 @@ class Choice(Live):
             self.assertIn(wish.address, self.servers)
             with PrefillClient(wish.address) as client, client.prefill([256, 97, 98], layout=Layout()) as stream:
                 self.assertGreater(len(list(stream)), 0)
+            # Until the server has said that it has no queue, the first prompt counts as one.
+            wait_until(lambda: self.gateway.metric("prefilld_gateway_queued_tokens") == 0, "nothing is queued")
             again = self.gateway.post(recorded["path"], recorded["prefill_request"])
             self.assertEqual(again.json["kv_transfer_params"], params, "the same prompt, another server")
         answered = self.gateway.metric("prefilld_gateway_requests_total", route="prefill_call", outcome="ok")

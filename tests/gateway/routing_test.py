@@ -82,6 +82,15 @@ class Routing(unittest.TestCase):
         route.note_load(asked, 1000, 1)
         self.assertEqual((route.queue, route.requests), (1077, 2))
 
+    def test_a_prompt_that_is_done_is_no_queue(self):
+        numbers = [self.routes[0].note_sent(tokens, []) for tokens in (1000, 77)]
+        self.routes[0].note_done(numbers[0])
+        self.assertEqual((self.routes[0].queue, self.routes[0].requests), (77, 1))
+        self.routes[0].note_done(numbers[0])  # it may be said twice, and after the server has said its queue
+        self.poll(5, 0, 0)
+        self.routes[0].note_done(numbers[1])
+        self.assertEqual((self.routes[0].queue, self.routes[0].requests), (5, 0))
+
     def test_of_equal_queues_the_server_with_fewer_requests_is_taken(self):
         for route, running in zip(self.routes, (1, 0, 1), strict=True):
             route.note_load(route.begin_poll(), 0, running)

@@ -96,13 +96,14 @@ class Generation:
                 if error is None:
                     raise
                 raise error from None  # what a server said tells more than that no other is left
-            server.route.note_sent(len(self._prompt.tokens) - choice.cached_tokens, self._prompt.keys)
+            sent = server.route.note_sent(len(self._prompt.tokens) - choice.cached_tokens, self._prompt.keys)
             self._upstream.count_choice(server.address, len(self._prompt.tokens), choice.cached_tokens)
             has_begun = False
             try:
                 async with contextlib.aclosing(self._try(number, worker, server)) as tokens:
                     async for token in tokens:
                         has_begun = True
+                        server.route.note_done(sent)
                         yield token
                 worker.note_success()
                 return
@@ -113,6 +114,8 @@ class Generation:
                     raise error from None
                 if failure.peer.is_up:  # one that is down may have the prompt as soon as it answers again
                     left_out.append(failure.peer)
+            finally:
+                server.route.note_done(sent)
         raise error
 
     async def _try(self, number: int, worker: DecodeWorker, server: Prefilld) -> AsyncGenerator[Token, None]:

@@ -164,9 +164,9 @@ class PrefillGroup(Group):
         self.fingerprint = member.info.model_fingerprint
 
     def choose(
-        self, num_tokens: int, keys: Sequence[bytes], left_out: Collection[Prefilld] = ()
+        self, num_tokens: int, keys: Sequence[bytes], left_out: Collection[Peer] = ()
     ) -> tuple[Prefilld, Choice]:
-        choice = self._router.choose(num_tokens, keys, [m.route for m in left_out])
+        choice = self._router.choose(num_tokens, keys, [m.route for m in self.members if m in left_out])
         if choice is None:
             raise nobody("prefilld", self.members)
         return self._member_of[choice.route], choice
@@ -189,7 +189,7 @@ class DecodeGroup(Group):
         super().__init__(members)
         self._turn = 0
 
-    def choose(self, left_out: Collection[DecodeWorker] = ()) -> DecodeWorker:
+    def choose(self, left_out: Collection[Peer] = ()) -> DecodeWorker:
         self._turn += 1
         first = self._turn % max(1, len(self.members))
         candidates = [m for m in self.members[first:] + self.members[:first] if m.is_up and m not in left_out]

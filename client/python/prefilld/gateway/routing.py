@@ -4,7 +4,8 @@ The rule: the prompt goes where the fewest tokens stand between it and its first
 
     cost = tokens waiting in its queue + tokens of this prompt that it would have to compute
 
-The queue is what GetServerInfo said when it was last asked, plus what this gateway has sent since. Tokens to compute
+The queue is what GetServerInfo said when it was last asked, plus what this gateway has sent since and does not know to
+be done. Tokens to compute
 are those behind the prefix that the server should have in its prefix cache: for each server the gateway remembers the
 blocks of the prompts that it sent there (prefilld.prefix_keys). So a conversation stays with its server until the queue
 there is longer than what its cache saves, and then goes elsewhere, where it is remembered too. Of equal costs the
@@ -65,32 +66,37 @@ class Route:
         self.address = address
         self.is_up = False
         self.memory = PrefixMemory()
-        self.sent_tokens = 0  # that the server's last answer cannot have counted
-        self._sent_requests = 0
+        self._sent: dict[int, int] = {}  # tokens of prompts that the server's last answer cannot have counted
+        self._next = 0
         self._queued_tokens = 0
         self._requests = 0
 
     @property
     def queue(self) -> int:
-        return self._queued_tokens + self.sent_tokens
+        return self._queued_tokens + sum(self._sent.values())
 
     @property
     def requests(self) -> int:
-        return self._requests + self._sent_requests
+        return self._requests + len(self._sent)
 
-    def note_sent(self, tokens: int, keys: Sequence[bytes]) -> None:
-        self.sent_tokens += tokens
-        self._sent_requests += 1
+    def note_sent(self, tokens: int, keys: Sequence[bytes]) -> int:
+        """Counts a prompt of which the server has to compute so many tokens. Returns its number, for note_done()."""
+        self._sent[self._next] = tokens
+        self._next += 1
         self.memory.remember(keys)
+        return self._next - 1
 
-    def begin_poll(self) -> tuple[int, int]:
+    def note_done(self, number: int) -> None:
+        """Says that a prompt has been computed, or given up."""
+        self._sent.pop(number, None)
+
+    def begin_poll(self) -> int:
         """Returns what note_load() needs to tell prompts sent before the question from those sent after it."""
-        return self.sent_tokens, self._sent_requests
+        return self._next
 
-    def note_load(self, asked: tuple[int, int], queued_tokens: int, requests: int) -> None:
+    def note_load(self, asked: int, queued_tokens: int, requests: int) -> None:
         self._queued_tokens, self._requests = queued_tokens, requests
-        self.sent_tokens -= asked[0]
-        self._sent_requests -= asked[1]
+        self._sent = {number: tokens for number, tokens in self._sent.items() if number >= asked}
 
 
 @dataclass(frozen=True)
