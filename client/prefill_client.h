@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/functional/any_invocable.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
@@ -48,6 +49,18 @@ struct PrefillCallOptions {
   Metadata metadata = {};
 };
 
+// A prompt that PrefillClient::Start has sent. It may be dropped at any time, and the call goes on.
+class StartedPrefill {
+ public:
+  virtual ~StartedPrefill() = default;
+  // Ends the call with CANCELLED unless it has ended. Thread-safe, and waits for nothing.
+  virtual void Cancel() = 0;
+};
+
+// Gets what PrefillClient::Prefill would return.
+using PrefillDone =
+    absl::AnyInvocable<void(absl::StatusOr<::prefill::v1::PrefillResult> result) &&>;
+
 // Makes any number of calls at once. Thread-safe.
 class PrefillClient {
  public:
@@ -75,6 +88,15 @@ class PrefillClient {
   absl::StatusOr<::prefill::v1::PrefillResult> Prefill(const ::prefill::v1::PrefillRequest& request,
                                                        KvSink& sink,
                                                        const PrefillCallOptions& options = {});
+
+  // Sends one prompt and returns at once. No thread waits for it, so thousands may be under way.
+  // `done` is called once, when all is over. It and the sink run on threads of gRPC's, which they
+  // must not block. The sink and this client must live until `done` has been called. One server is
+  // asked, the next in turn, and the cache comes on one lane. INVALID_ARGUMENT: num_lanes is more
+  // than 1, a cancellation is given, or as Prefill.
+  absl::StatusOr<std::shared_ptr<StartedPrefill>> Start(
+      const ::prefill::v1::PrefillRequest& request, KvSink& sink, const PrefillCallOptions& options,
+      PrefillDone done);
 
  private:
   PrefillClient() = default;

@@ -10,6 +10,7 @@ namespace prefilld::client {
 
 absl::Status RunGenerate(const CliOptions& options, Cancellation& cancellation);
 absl::Status RunPrefill(const CliOptions& options, Cancellation& cancellation);
+absl::Status RunBench(const CliOptions& options, Cancellation& cancellation);
 absl::Status RunInfo(const CliOptions& options);
 
 }  // namespace prefilld::client

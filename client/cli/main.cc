@@ -41,6 +41,8 @@ absl::Status RunCommand(const CliOptions& options, Cancellation& cancellation) {
       return RunGenerate(options, cancellation);
     case Command::kPrefill:
       return RunPrefill(options, cancellation);
+    case Command::kBench:
+      return RunBench(options, cancellation);
     case Command::kInfo:
       return RunInfo(options);
   }

@@ -11,6 +11,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "client/cli/load_trace.h"
 #include "proto/process/command_line.h"
 #include "proto/process/problems.h"
 #include "proto/status_macros.h"
@@ -71,7 +72,7 @@ ABSL_FLAG(bool, ignore_eos, false, "Go on past the model's end tokens.");
 ABSL_FLAG(float, temperature, 0, "0: greedy, the most likely token.");
 ABSL_FLAG(uint32_t, top_k, 0, "Draw from the k most likely tokens. 0: all.");
 ABSL_FLAG(float, top_p, 0, "Draw from the likeliest tokens that reach this probability. 0: all.");
-ABSL_FLAG(uint64_t, seed, 0, "Seed of the draw.");
+ABSL_FLAG(uint64_t, seed, 0, "Seed of the draw; bench: of arrivals and of tokens.");
 ABSL_FLAG(uint32_t, top_logprobs, 0, "Log-probabilities of so many tokens per step (with --json).");
 ABSL_FLAG(std::string, pushed_transfer_id, "",
           "generate: wait for a cache that `prefill --deliver_to` pushes under this id.");
@@ -116,7 +117,8 @@ ABSL_FLAG(std::string, kv_dtype, "", "prefill: bf16, fp16 or fp32. Empty: the se
 ABSL_FLAG(uint32_t, first_head, 0, "prefill: first KV head wanted.");
 ABSL_FLAG(uint32_t, num_heads, 0, "prefill: number of KV heads wanted. 0: the rest.");
 ABSL_FLAG(uint32_t, first_block, 0, "prefill: first KV block wanted.");
-ABSL_FLAG(uint32_t, lanes, 1, "prefill: connections for the KV, 1 to 16.");
+ABSL_FLAG(uint32_t, lanes, 1,
+          "prefill: connections for the KV, 1 to 16. bench: connections that requests share.");
 ABSL_FLAG(bool, layer_stats, false, "prefill: report every layer.");
 ABSL_FLAG(bool, prompt_logprobs, false,
           "prefill: report how likely the model finds the prompt; the result waits for it.");
@@ -133,6 +135,23 @@ ABSL_FLAG(std::string, deliver_to, "",
           "prefill: have the KV pushed to this decode worker (host:port) instead of here.");
 ABSL_FLAG(std::string, transfer_id, "", "prefill: the pushed_transfer_id it waits under.");
 
+ABSL_FLAG(std::string, trace, "",
+          "bench: CSV file of requests: arrival_s, tokens, and perhaps prefix, prefix_tokens, "
+          "tenant, priority. Empty: --prompt_tokens and --rate say what is sent.");
+ABSL_FLAG(int64_t, prompt_tokens, 512, "bench: random tokens of a request without a trace.");
+ABSL_FLAG(double, rate, 0,
+          "bench: requests a second, as a Poisson process. 0: when the trace says.");
+ABSL_FLAG(double, speedup, 1, "bench: requests come so many times as fast.");
+ABSL_FLAG(int64_t, num_requests, 0,
+          "bench: requests to send; with --rate the trace is used over and over. 0: one for each "
+          "line of the trace.");
+ABSL_FLAG(int64_t, last_blocks, -1,
+          "bench: KV blocks at the end of each prompt that are asked for. -1: all.");
+ABSL_FLAG(int64_t, max_in_flight, 512,
+          "bench: requests under way at a time; more are sent late, which is reported.");
+ABSL_FLAG(std::string, tenant_key, "x-tenant",
+          "bench: key of the metadata that names a request's tenant.");
+
 namespace prefilld::client {
 namespace {
 
@@ -145,6 +164,8 @@ constexpr char kUsage[] =
   prefill-cli generate --worker=HOST:PORT --model=DIR --text='Once'    prompt in, tokens out
   prefill-cli prefill  --server=HOST:PORT --token_ids_file=ids.json    prefill alone: KV received,
                                                                       verified and thrown away
+  prefill-cli bench    --server=HOST:PORT --trace=requests.csv         sends requests at their times,
+                                                                      whatever the server does
   prefill-cli info     --server=HOST:PORT                              what a server runs
 
 A prompt is --text or --text_file (both need --model), --token_ids or --token_ids_file. A text is sent
@@ -191,10 +212,12 @@ std::optional<T> Named(const absl::CommandLineFlag& flag) {
 }
 
 Command ReadCommand(const std::vector<char*>& positional, Problems& problems) {
-  constexpr NamedValue<Command> kCommands[] = {
-      {"generate", Command::kGenerate}, {"prefill", Command::kPrefill}, {"info", Command::kInfo}};
+  constexpr NamedValue<Command> kCommands[] = {{"generate", Command::kGenerate},
+                                               {"prefill", Command::kPrefill},
+                                               {"bench", Command::kBench},
+                                               {"info", Command::kInfo}};
   if (positional.size() != 2) {
-    problems.push_back("one command is needed: generate, prefill or info (see --help)");
+    problems.push_back("one command is needed: generate, prefill, bench or info (see --help)");
     return Command::kInfo;
   }
   return ReadName("command", positional[1], kCommands, problems);
@@ -229,7 +252,8 @@ PromptSource ReadPrompt(Command command, Problems& problems) {
                          absl::GetFlag(FLAGS_bos)};
   const int given = prompt.text.has_value() + prompt.text_file.has_value() +
                     prompt.token_ids.has_value() + prompt.token_ids_file.has_value();
-  if (command != Command::kInfo && given != 1) {
+  const bool needs_one = command == Command::kGenerate || command == Command::kPrefill;
+  if (needs_one && given != 1) {
     problems.push_back(absl::StrCat(
         "one of --text, --text_file, --token_ids, --token_ids_file is needed; given are ", given));
   }
@@ -311,6 +335,31 @@ Metadata ReadMetadata(Problems& problems) {
   return metadata;
 }
 
+BenchOptions ReadBench(Command command, Problems& problems) {
+  BenchOptions bench;
+  bench.trace = absl::GetFlag(FLAGS_trace);
+  bench.prompt_tokens = absl::GetFlag(FLAGS_prompt_tokens);
+  bench.rate = absl::GetFlag(FLAGS_rate);
+  bench.speedup = absl::GetFlag(FLAGS_speedup);
+  bench.num_requests = absl::GetFlag(FLAGS_num_requests);
+  bench.last_blocks = absl::GetFlag(FLAGS_last_blocks);
+  bench.max_in_flight = absl::GetFlag(FLAGS_max_in_flight);
+  bench.tenant_key = absl::GetFlag(FLAGS_tenant_key);
+  process::CheckRange("--prompt_tokens", bench.prompt_tokens, 1, kMaxLoadTokens, problems);
+  if (!(bench.rate >= 0 && bench.rate <= 1e5)) problems.push_back("--rate is outside 0 to 100000");
+  if (!(bench.speedup > 0 && bench.speedup <= 1e6)) {
+    problems.push_back("--speedup must be above 0, and at most 1000000");
+  }
+  process::CheckRange("--num_requests", bench.num_requests, 0, kMaxLoadRequests, problems);
+  process::CheckRange("--last_blocks", bench.last_blocks, -1, kMaxLoadTokens, problems);
+  process::CheckRange("--max_in_flight", bench.max_in_flight, 1, 65536, problems);
+  const bool says_how_many = bench.rate > 0 && bench.num_requests > 0;
+  if (command == Command::kBench && bench.trace.empty() && !says_how_many) {
+    problems.push_back("bench needs --trace, or --rate and --num_requests");
+  }
+  return bench;
+}
+
 std::vector<const char*> AttentionFlags() {
   const auto& fields = *::prefill::v1::AttentionOptions::descriptor();
   std::vector<const char*> names;
@@ -335,7 +384,10 @@ process::ProgramHelp Help() {
                  {"Prefill and its KV",
                   {"block_tokens", "kv_order", "kv_dtype", "first_head", "num_heads", "first_block",
                    "lanes", "layer_stats", "prompt_logprobs", "bypass_prefix_cache", "cache_salt",
-                   "metadata", "token_file", "deliver_to", "transfer_id"}}}};
+                   "metadata", "token_file", "deliver_to", "transfer_id"}},
+                 {"Load of bench",
+                  {"trace", "prompt_tokens", "rate", "speedup", "num_requests", "last_blocks",
+                   "max_in_flight", "tenant_key"}}}};
 }
 
 }  // namespace
@@ -376,6 +428,7 @@ absl::StatusOr<CliOptions> OptionsFromFlags(const std::vector<char*>& positional
   options.metadata = ReadMetadata(problems);
   options.deliver_to = absl::GetFlag(FLAGS_deliver_to);
   options.transfer_id = absl::GetFlag(FLAGS_transfer_id);
+  options.bench = ReadBench(options.command, problems);
   if (!options.deliver_to.empty()) CheckAddress("--deliver_to", options.deliver_to, problems);
   if (options.deliver_to.empty() != options.transfer_id.empty()) {
     problems.push_back("--deliver_to and --transfer_id belong together");

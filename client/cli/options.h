@@ -16,7 +16,7 @@
 
 namespace prefilld::client {
 
-enum class Command : uint8_t { kGenerate, kPrefill, kInfo };
+enum class Command : uint8_t { kGenerate, kPrefill, kBench, kInfo };
 
 // The source of a prompt. "-" as a file is standard input.
 struct PromptSource {
@@ -27,6 +27,18 @@ struct PromptSource {
   std::string model_dir;           // of the model that is served; a text needs it
   std::string python = "python3";  // runs the tokenizer of the Python client
   int bos = 256;                   // put before the bytes of a text; -1: nothing
+};
+
+// The load of the command bench.
+struct BenchOptions {
+  std::string trace;            // a file; empty: requests of prompt_tokens
+  int64_t prompt_tokens = 512;  // of each request when there is no trace
+  double rate = 0;              // of a Poisson process; 0: requests come when the trace says
+  double speedup = 1;
+  int64_t num_requests = 0;  // 0: as many as the trace has
+  int64_t last_blocks = -1;
+  int64_t max_in_flight = 512;
+  std::string tenant_key = "x-tenant";
 };
 
 struct CliOptions {
@@ -51,7 +63,7 @@ struct CliOptions {
   bool ignore_eos = false;
   std::string pushed_transfer_id;
 
-  // Options of the command prefill.
+  // Options of the command prefill, of which bench has most, too.
   ::prefill::v1::KvLayoutRequest layout;
   uint32_t lanes = 1;
   bool layer_stats = false;
@@ -60,6 +72,8 @@ struct CliOptions {
   Metadata metadata;
   std::string deliver_to;
   std::string transfer_id;
+
+  BenchOptions bench;
 };
 
 // Reads the command line. INVALID_ARGUMENT lists every problem.

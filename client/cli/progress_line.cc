@@ -22,14 +22,17 @@ ProgressLine::ProgressLine(bool enabled)
     : enabled_(enabled), is_terminal_(isatty(STDERR_FILENO)), next_(absl::Now() + kFirstAfter) {}
 
 void ProgressLine::Update(const ::prefill::v1::Progress& progress, uint64_t kv_bytes) {
+  Show([&] { return ProgressText(progress, kv_bytes); });
+}
+
+void ProgressLine::Show(absl::FunctionRef<std::string()> text) {
   const absl::Time now = absl::Now();
   if (!enabled_ || now < next_) return;
-  const std::string text = ProgressText(progress, kv_bytes);
   if (is_terminal_) {
-    std::fprintf(stderr, "\r\x1b[K%s", text.c_str());
+    std::fprintf(stderr, "\r\x1b[K%s", text().c_str());
     shown_ = true;
   } else {
-    std::fprintf(stderr, "%s\n", text.c_str());
+    std::fprintf(stderr, "%s\n", text().c_str());
   }
   std::fflush(stderr);
   next_ = now + (is_terminal_ ? kTerminalInterval : kLogInterval);

@@ -87,5 +87,18 @@ TEST(CliOptions, PoliciesGoByTheNamesOfTheContract) {
   EXPECT_FALSE(Call("policy=unspecified").ok());
 }
 
+TEST(CliOptions, TheLoadOfBenchHasLimits) {
+  const auto problem = [](const std::string& flag) {
+    return std::string(Call(flag).status().message());
+  };
+  EXPECT_EQ(Call("max_in_flight=7")->bench.max_in_flight, 7);
+  EXPECT_THAT(problem("max_in_flight=0"), HasSubstr("--max_in_flight"));
+  EXPECT_THAT(problem("rate=-1"), HasSubstr("--rate is outside 0 to 100000"));
+  EXPECT_THAT(problem("speedup=0"), HasSubstr("--speedup must be above 0"));
+  EXPECT_THAT(problem("num_requests=1000001"), HasSubstr("--num_requests"));
+  EXPECT_THAT(problem("last_blocks=-2"), HasSubstr("--last_blocks"));
+  EXPECT_THAT(problem("prompt_tokens=0"), HasSubstr("--prompt_tokens"));
+}
+
 }  // namespace
 }  // namespace prefilld::client

@@ -1,0 +1,94 @@
+#include "client/reception.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "proto/status_macros.h"
+
+namespace prefilld::client {
+
+using ::prefill::v1::Accepted;
+using ::prefill::v1::PrefillEvent;
+using ::prefill::v1::PrefillRequest;
+using ::prefill::v1::PrefillResult;
+
+Reception::Reception(const PrefillRequest& request, KvSink& sink, uint32_t max_lanes)
+    : sink_(sink),
+      expected_{request.layout(), static_cast<uint32_t>(request.token_ids_size()),
+                request.model_fingerprint()},
+      max_lanes_(max_lanes),
+      delivered_elsewhere_(request.has_deliver_to()),
+      wants_logprobs_(request.prompt_logprobs()) {}
+
+absl::Status Reception::Take(uint32_t lane, grpc::ByteBuffer& message) {
+  PREFILLD_ASSIGN_OR_RETURN(const auto frame, wire::ParseFrame(message));
+  if (frame.has_value()) return TakeFrame(lane, *frame);
+  PrefillEvent event;
+  PREFILLD_RETURN_IF_ERROR(wire::ParseMessage(message, event));
+  if (event.has_kv_frame()) return TakeFrame(lane, wire::MakeReceivedFrame(event.kv_frame()));
+  if (lane != 0) {
+    return absl::DataLossError(absl::StrCat("lane ", lane, " carries more than frames"));
+  }
+  return TakeEvent(std::move(event));
+}
+
+absl::Status Reception::TakeFrame(uint32_t lane, const wire::ReceivedFrame& frame) {
+  if (check_ == nullptr) return absl::DataLossError("a frame came before Accepted");
+  if (delivered_elsewhere_) {
+    return absl::DataLossError("a frame came here though the cache is delivered elsewhere");
+  }
+  PREFILLD_RETURN_IF_ERROR(check_->Check(lane, frame));
+  return sink_.OnFrame(frame);
+}
+
+absl::Status Reception::TakeEvent(PrefillEvent event) {
+  if (event.has_accepted() == accepted_.has_value()) {
+    return absl::DataLossError(accepted_.has_value() ? "Accepted came twice"
+                                                     : "the stream does not begin with Accepted");
+  }
+  if (result_) return absl::DataLossError("an event came after the result");
+  switch (event.event_case()) {
+    case PrefillEvent::kAccepted:
+      return TakeAccepted(event.accepted());
+    case PrefillEvent::kProgress:
+      return sink_.OnProgress(event.progress());
+    case PrefillEvent::kResult:
+      result_ = std::move(*event.mutable_result());
+      return absl::OkStatus();
+    default:
+      return absl::OkStatus();  // an event of a later version
+  }
+}
+
+absl::Status Reception::TakeAccepted(const Accepted& accepted) {
+  PREFILLD_RETURN_IF_ERROR(CheckLayout(accepted.layout(), expected_));
+  const uint32_t num_lanes = accepted.num_lanes();
+  if (num_lanes < 1 || num_lanes > max_lanes_) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("num_lanes is ", num_lanes, ", asked for were ", max_lanes_));
+  }
+  check_ = std::make_unique<TransferCheck>(accepted.layout(), num_lanes);
+  accepted_ = accepted;
+  return sink_.OnAccepted(accepted);
+}
+
+absl::StatusOr<PrefillResult> Reception::Finish() {
+  if (!result_) return absl::DataLossError("the stream ended without a result");
+  if (!delivered_elsewhere_) PREFILLD_RETURN_IF_ERROR(check_->Finish(*result_));
+  PREFILLD_RETURN_IF_ERROR(CheckLogprobs());
+  return *std::move(result_);
+}
+
+// The result must have as many log-probabilities as were asked for, wherever the cache went.
+absl::Status Reception::CheckLogprobs() const {
+  const int due = wants_logprobs_ ? static_cast<int>(expected_.num_tokens) - 1 : 0;
+  for (const auto& [field, values] : {std::pair("prompt_logprobs", &result_->prompt_logprobs()),
+                                      std::pair("best_logprobs", &result_->best_logprobs())}) {
+    if (values->size() == due) continue;
+    return absl::DataLossError(
+        absl::StrCat(values->size(), " ", field, " arrived; ", due, " are due"));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace prefilld::client
