@@ -24,6 +24,7 @@ import get_model  # noqa: E402
 import measure  # noqa: E402  it makes the client importable
 import numpy as np  # noqa: E402
 import settings  # noqa: E402
+import texts  # noqa: E402
 from live_processes import Programs  # noqa: E402
 from prefilld import DecodeClient, PrefillClient  # noqa: E402
 
@@ -32,6 +33,7 @@ TIMEOUT = 300  # seconds for one prompt, on a machine that does other things too
 BIN_DIR, CACHE = (Path(argument) for argument in (sys.argv[1:3] if len(sys.argv) > 2 else (".", ".")))
 GENERATED = 8  # tokens; each is a pass of the reference worker
 WORSE = 1.01  # perplexity of a sparse policy beside dense, at most
+MOST_LOST = 0.03  # nats a token, of tokens that end a repeat and of all others, at the thresholds of a server
 
 
 class RealWeights(unittest.TestCase):
@@ -48,8 +50,8 @@ class RealWeights(unittest.TestCase):
         cls.dense = cls.logprobs("dense")
 
     @classmethod
-    def logprobs(cls, setting: str) -> np.ndarray:
-        cls.result = measure.ask(cls.client, GOLDEN["ids"], settings.parse(setting)[0], TIMEOUT)
+    def logprobs(cls, setting: str, ids: list[int] = GOLDEN["ids"]) -> np.ndarray:
+        cls.result = measure.ask(cls.client, ids, settings.parse(setting)[0], TIMEOUT)
         return np.array(cls.result.prompt_logprobs)
 
     def test_dense_log_probabilities_are_those_of_transformers(self):
@@ -74,6 +76,21 @@ class RealWeights(unittest.TestCase):
         worse = lambda setting: math.exp(self.dense.mean() - self.logprobs(setting).mean())  # noqa: E731
         self.assertLess(worse(f"{last_rows},score_threshold=0.9"), WORSE)
         self.assertGreater(worse(f"{last_rows},score_threshold=0.001"), 2 * WORSE - 1)
+
+    def test_neither_what_repeats_earlier_text_nor_the_rest_loses_much(self):
+        # A passage returns, and then the text goes on: its last rows have no reason to look at where it was before.
+        ids = [*GOLDEN["ids"][:768], *GOLDEN["ids"][:768], *GOLDEN["ids"][768:1280]]
+        dense = texts.nats_by_sort(ids, -self.logprobs("dense", ids))
+
+        def lost(setting: str) -> dict[str, float]:
+            nats = texts.nats_by_sort(ids, -self.logprobs(setting, ids))
+            sorts = ("repeated", "other")
+            return {sort: (nats[f"nats_{sort}"] - dense[f"nats_{sort}"]) / dense[f"tokens_{sort}"] for sort in sorts}
+
+        self.assertGreater(dense["tokens_repeated"], 700)
+        for sort, nats in lost("share").items():
+            self.assertLess(nats, MOST_LOST, sort)
+        self.assertGreater(lost("vertical_slash:gamma=0.9")["repeated"], MOST_LOST)
 
 
 if __name__ == "__main__":
