@@ -19,6 +19,7 @@ FORMAT = "prefilld-calibration-1"
 BUDGETS = (16, 32, 64, 128)  # least number of columns, and of diagonals
 GAMMAS = np.round(np.concatenate([[0.1, 0.2, 0.3, 0.4], np.arange(0.5, 1.0, 0.025), [1.0]]), 3)
 SAME_BLOCKS = 0.02  # what this step and the program may differ by, from the order of sums
+HEADS_AT_ONCE = 64  # of a large model: their patterns in fp32 take as much memory as their maps
 LARGEST_DISTANCE = np.sqrt(np.log(2.0))
 
 
@@ -69,6 +70,13 @@ def js_distance(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(terms.sum(-1) / 2, 0))
 
 
+def first_places(values: np.ndarray, n: int) -> np.ndarray:
+    """Returns where each of 0 .. n - 1 stands first, [n], or len(values) where it does not. Values up to n may occur."""
+    places = np.full(n + 1, len(values))
+    places[values[::-1]] = np.arange(len(values))[::-1]  # of an index that returns, the last assignment holds
+    return places[:n]
+
+
 class VerticalSlash:
     """One head's vertical-slash sets for any gamma, kept as the rank at which each block column and block diagonal
     enters.
@@ -81,14 +89,12 @@ class VerticalSlash:
         for mass, both_sides in ((vertical, False), (slash, True)):
             order = np.argsort(-mass, kind="stable")
             self._sums.append(mass[order].astype(np.float64).cumsum())
-            first = np.full(n + 1, length)
-            rank = np.arange(length)
-            np.minimum.at(first, order // block, rank)
+            first = first_places(order // block, n)
             if both_sides:  # a diagonal off the block grid crosses two block diagonals
-                off_grid = order % block != 0
-                np.minimum.at(first, order[off_grid] // block + 1, rank[off_grid])
+                off_grid = np.where(order % block != 0, order // block + 1, n)
+                first = np.minimum(first, first_places(off_grid, n))
             first[0] = -1  # column 0 and the main diagonal always
-            self._ranks.append(first[:n])
+            self._ranks.append(first)
 
     def counts(self, gamma: float, min_budget: int) -> tuple[int, int]:
         """Returns the numbers of columns and of diagonals, in tokens."""
@@ -100,6 +106,16 @@ class VerticalSlash:
     def pattern(self, counts: tuple[int, int], causal: Causal) -> np.ndarray:
         columns, diagonals = (ranks < count for ranks, count in zip(self._ranks, counts))
         return columns[causal.column] | diagonals[causal.distance]
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """The patterns of all heads of a prompt at one gamma."""
+
+    held: np.ndarray  # [whose pattern, whose attention]: the part inside, mean over the rows
+    density: np.ndarray  # [heads]
+    last_row: np.ndarray  # [heads, n] bool
+    by_estimate: np.ndarray  # [heads, n] bool: what a head that shares adds to the last row
 
 
 class Dump:
@@ -122,6 +138,7 @@ class Dump:
             self.block = self.block_tokens * cell_blocks  # a map's cell is a block for all that follows
             self.n = -(-self.num_tokens // self.block)
             self.causal = Causal.of(self.n)
+            self._patterns: dict[float, Patterns] = {}
             self._read(file, cell_blocks, float(facts["gamma"]), int(facts["min_budget_tokens"]))
 
     def _read(self, file, cell_blocks: int, gamma: float, min_budget: int) -> None:
@@ -147,6 +164,7 @@ class Dump:
                 at_gamma.append(figures(sets.counts(gamma, min_budget)))
             recorded += zip(get("vertical_slash_mass"), get("vertical_slash_density"))
         self.mass, self.estimate = np.concatenate(masses), np.concatenate(estimates)
+        self.last_row_mass = np.ascontiguousarray(self.mass[:, self.causal.last_row])
         self.slash_recall, self.slash_density = np.array(recall), np.array(density)
         if cell_blocks == 1:
             self._expect_agreement(np.array(at_gamma), np.array(recorded))
@@ -176,6 +194,20 @@ class Dump:
         """Returns, per row, the smallest set of blocks that holds gamma of it, with block 0 and the diagonal."""
         chosen = smallest_set(self.square(head), gamma)
         return chosen[self.causal.row, self.causal.column] | self.causal.forced
+
+    def patterns(self, gamma: float) -> Patterns:
+        """Measures every head's pattern on every head, by one product of matrices: what shares is tried over and over."""
+        if gamma not in self._patterns:
+            held, last_row, density = [], [], []
+            for start in range(0, len(self.mass), HEADS_AT_ONCE):
+                heads = range(start, min(start + HEADS_AT_ONCE, len(self.mass)))
+                chosen = np.stack([self.pivot_pattern(head, gamma) for head in heads])
+                held.append(chosen.astype(np.float32) @ self.mass.T / self.n)
+                last_row.append(chosen[:, self.causal.last_row])
+                density.append(chosen.mean(1))
+            joined = (np.concatenate(parts) for parts in (held, density, last_row))
+            self._patterns[gamma] = Patterns(*joined, smallest_set(self.estimate, gamma))
+        return self._patterns[gamma]
 
 
 def load(paths: list[Path], progress: Callable[[str], None] = lambda text: None) -> list[Dump]:

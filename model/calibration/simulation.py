@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from dumps import BUDGETS, GAMMAS, Dump, js_distance, smallest_set
+from dumps import BUDGETS, GAMMAS, Dump, js_distance
 
 VERTICAL_SLASH, PIVOT, SHARED = range(3)  # roles
 DEARER = 1.25  # factor by which vertical-slash may cost more blocks, since it follows each head by itself
@@ -57,14 +57,12 @@ class OverPivot:
 
 @lru_cache(maxsize=1 << 16)
 def over_pivot(dump: Dump, group: Group, pivot: int, gamma: float) -> OverPivot:
-    pattern = dump.pivot_pattern(pivot, gamma)
-    heads, last_row = list(group), dump.causal.last_row
-    added = smallest_set(dump.estimate[heads], gamma) & ~pattern[last_row]
-    held = dump.mass[heads][:, pattern].sum(1) + (dump.mass[heads][:, last_row] * added).sum(1)
+    patterns, heads = dump.patterns(gamma), list(group)
+    added = patterns.by_estimate[heads] & ~patterns.last_row[pivot]
     return OverPivot(
-        pattern_density=float(pattern.mean()),
-        recall=held / dump.n,
-        density=(pattern.sum() + added.sum(1)) / len(pattern),
+        pattern_density=float(patterns.density[pivot]),
+        recall=patterns.held[pivot, heads] + (dump.last_row_mass[heads] * added).sum(1) / dump.n,
+        density=patterns.density[pivot] + added.sum(1) / len(dump.causal.row),
     )
 
 
