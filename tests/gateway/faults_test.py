@@ -7,6 +7,7 @@ Exits with 77 (skipped, for CTest) without the client's packages or the gateway'
 """
 
 import asyncio
+import hashlib
 import json
 import random
 import socket
@@ -173,6 +174,9 @@ class Gateway(unittest.IsolatedAsyncioTestCase):
         await asyncio.gather(asking, return_exceptions=True)
         await self.nothing_runs()
         self.assertEqual((await ask(self.gateway.port, COMPLETIONS, request(4))).text, text_of(4))
+        long = await ask(self.gateway.port, COMPLETIONS, {"prompt": "a" * 1000})
+        self.assertEqual((long.status, long.error["param"]), (400, "prompt"))
+        self.assertIn("1001 tokens, allowed: 1 to 1000", long.error["message"])
         large = await ask(self.gateway.port, COMPLETIONS, request(4, user="x" * 3000))
         self.assertEqual(large.status, 413)
         self.assertIn("2000", large.error["message"])
@@ -200,6 +204,27 @@ class Gateway(unittest.IsolatedAsyncioTestCase):
         reply = await ask(self.gateway.port, COMPLETIONS, request(0, stop="AAA", max_tokens=10**6))
         self.assertEqual((reply.text, reply.json["choices"][0]["finish_reason"]), ("", "stop"))
         await self.nothing_runs()
+
+    async def test_answers_that_do_not_end_after_sigterm_are_cut_off(self):
+        await self.start("--drain_timeout_s=1")
+        self.peers.faults[3] = "prefilld is silent"
+        asking = asyncio.ensure_future(ask(self.gateway.port, COMPLETIONS, request(3)))
+        await self.wait(lambda: self.peers.running["_prefill"], "it is computed")
+        self.gateway.process.terminate()
+        self.assertEqual(await asyncio.to_thread(self.gateway.process.wait, 20), 0)
+        reply = await asking
+        self.assertEqual((reply.status, reply.error["message"]), (503, "the gateway shuts down"))
+        await self.wait(lambda: not self.peers.running.total(), "no call runs at a server")
+
+    async def test_what_the_operator_and_the_client_wish_goes_with_the_prefill(self):
+        await self.start("--policy=share", "--metadata=x-tenant=search", "--default_max_tokens=33")
+        await ask(self.gateway.port, COMPLETIONS, request(5, temperature=0.5, top_k=3, seed=8, cache_salt="s"))
+        (prefill, metadata), *_ = self.peers.prefills
+        self.assertEqual(metadata["x-tenant"], "search")
+        self.assertEqual(prefill.attention.policy, 3)
+        self.assertEqual((prefill.sampling.temperature, prefill.sampling.top_k, prefill.sampling.seed), (0.5, 3, 8))
+        self.assertEqual(prefill.prefix_cache.salt, hashlib.sha256(b"s").hexdigest())
+        self.assertEqual((prefill.request_id, prefill.model_fingerprint), (prefill.deliver_to.transfer_id, "played"))
 
     async def test_without_any_server_health_and_answers_say_so(self):
         await self.start()

@@ -28,7 +28,7 @@ class PlayedPeers:
     def __init__(self):
         self.faults: dict[int, str] = {}
         self.running = Counter()
-        self.prefills = Counter()  # by address
+        self.prefills: list = []  # the requests, and the metadata that came with each
         self._tries = Counter()
         self._pushed: dict[str, asyncio.Event] = {}
         self._servers: list[grpc.aio.Server] = []
@@ -74,7 +74,7 @@ class PlayedPeers:
         return b"\x08\x01"  # SERVING
 
     async def _info(self, request, context):
-        return wire.ServerInfo(model_fingerprint=FINGERPRINT, eos_token_ids=[257], native_dtype=3)
+        return wire.ServerInfo(model_fingerprint=FINGERPRINT, eos_token_ids=[257], max_prompt_tokens=1000)
 
     def _fault(self, number: int, where: str) -> str:
         """Returns the fault that a call is to have. One whose name ends in "once" hits the first try alone."""
@@ -85,7 +85,7 @@ class PlayedPeers:
         return fault if self._tries[number] == 1 or not fault.endswith("once") else ""
 
     async def _prefill(self, request, context, address):
-        self.prefills[address] += 1
+        self.prefills.append((request, dict(context.invocation_metadata())))
         fault = self._fault(request.token_ids[0], "prefilld")
         if fault.startswith("prefilld is full"):
             await refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", retry_after=7)

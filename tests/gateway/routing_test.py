@@ -1,20 +1,25 @@
 #!/usr/bin/env python3
 """Tests which prefilld the gateway chooses. Exits with 77 (skipped, for CTest) without the client's packages."""
 
+import asyncio
+import logging
 import sys
 import unittest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "client" / "python"))
 try:
+    import grpc
     from prefilld import prefix_keys, wire
     from prefilld.errors import PrefilldError
-    from prefilld.gateway.peers import Prefilld, PrefillGroup, blocks_in_cache
+    from prefilld.gateway import peers
+    from prefilld.gateway.peers import DecodeGroup, DecodeWorker, Prefilld, PrefillGroup, blocks_in_cache
     from prefilld.gateway.routing import PrefixMemory, Route, Router
 except ImportError as missing:
     print(f"skipped: {missing}")
     sys.exit(77)
 
+logging.disable()
 BLOCK = 128
 
 
@@ -169,6 +174,107 @@ class Models(unittest.TestCase):
         first._down("gone")
         group.check_model(second)
         self.assertEqual(group.fingerprint, "b")
+
+
+class PlayedClient:
+    """A prefilld's answers to the gateway's questions: `serves` is what health says, or None if no answer comes."""
+
+    def __init__(self):
+        self.serves, self.asked = True, 0
+
+    async def is_serving(self, timeout):
+        self.asked += 1
+        if self.serves is None:
+            raise unavailable()
+        return self.serves
+
+    async def server_info(self, timeout):
+        cache = {"capacity_bytes": 1 << 30}
+        return wire.ServerInfo(num_layers=1, num_kv_heads=1, head_dim=64, queued_tokens=9, prefix_cache=cache)
+
+
+def unavailable():
+    return PrefilldError(grpc.StatusCode.UNAVAILABLE, "gone")
+
+
+class Watching(unittest.IsolatedAsyncioTestCase):
+    async def watch(self, poll_seconds):
+        peers.POLL_SECONDS, before = poll_seconds, peers.POLL_SECONDS
+        self.addCleanup(setattr, peers, "POLL_SECONDS", before)
+        self.client = PlayedClient()
+        self.server = Prefilld(self.client, "server:1", 10)
+        self.group = PrefillGroup([self.server])
+        watch = asyncio.ensure_future(self.server.watch())
+        self.addCleanup(watch.cancel)
+        await self.until(True)
+        self.server.route.note_sent(5, prompt(1, 2)[1])
+
+    async def until(self, is_up):
+        async with asyncio.timeout(30):
+            while (self.server.is_up, self.server.route.is_up) != (is_up, is_up):
+                await asyncio.sleep(0.01)
+
+    async def test_a_server_is_up_while_it_answers_that_it_serves(self):
+        await self.watch(poll_seconds=0.05)
+        for serves in (False, None):
+            self.client.serves = serves
+            await self.until(False)
+            self.assertEqual(len(self.server.route.memory), 0)  # its cache may be gone with it
+            self.client.serves = True
+            await self.until(True)
+            self.server.route.note_sent(5, prompt(1, 2)[1])
+
+    async def test_a_server_that_failed_a_call_is_asked_at_once_but_only_the_first_time(self):
+        await self.watch(poll_seconds=1000)
+        self.assertEqual(self.server.route.queue, 9 + 5)
+        self.server.note_failure(unavailable())
+        self.assertFalse(self.server.is_up or self.server.route.is_up)
+        await self.until(True)
+        self.assertEqual((self.client.asked, self.server.route.queue), (2, 9))
+        self.assertEqual(len(self.server.route.memory), 2)  # it was not away
+        self.server.note_failure(unavailable())
+        await asyncio.sleep(0.1)
+        self.assertEqual((self.client.asked, self.server.is_up), (2, False))
+        self.server.note_success()
+        self.server.note_failure(unavailable())
+        await self.until(True)
+
+    async def test_a_prompt_waits_a_little_for_a_server(self):
+        await self.watch(poll_seconds=0.05)
+        self.server.note_failure(unavailable())
+        await self.group.wait_for_one([])
+        self.assertTrue(self.server.is_up)
+        self.client.serves = None
+        await self.until(False)
+        peers.PATIENCE_SECONDS, before = 0.05, peers.PATIENCE_SECONDS
+        self.addCleanup(setattr, peers, "PATIENCE_SECONDS", before)
+        await self.group.wait_for_one([])  # not for ever
+        self.assertFalse(self.server.is_up)
+
+    async def test_a_refused_request_is_no_failure_of_the_server(self):
+        await self.watch(poll_seconds=1000)
+        self.server.note_failure(PrefilldError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full"))
+        self.assertTrue(self.server.is_up)
+
+
+class Workers(unittest.TestCase):
+    def test_the_worker_with_the_fewest_requests_is_next(self):
+        workers = [DecodeWorker(None, f"worker-{i}:1") for i in range(3)]
+        group = DecodeGroup(workers)
+        for worker in workers:
+            worker._up()
+        chosen = []
+        for _ in range(6):
+            chosen.append(group.choose())
+            chosen[-1].running += 1
+        self.assertEqual([worker.running for worker in workers], [2, 2, 2])
+        workers[1].running = 0
+        self.assertIs(group.choose(), workers[1])
+        self.assertIsNot(group.choose([workers[1]]), workers[1])
+        for worker in workers:
+            worker._down("gone")
+        with self.assertRaises(PrefilldError):
+            group.choose()
 
 
 if __name__ == "__main__":

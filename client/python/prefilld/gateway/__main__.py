@@ -22,6 +22,8 @@ from prefilld.gateway.service import Service
 from prefilld.gateway.settings import Settings, read_settings
 from prefilld.options import Attention
 
+_ERROR_SECONDS = 2.0  # for errors to reach clients at the end of a drain
+
 logger = logging.getLogger("prefilld.gateway")
 
 
@@ -89,17 +91,19 @@ async def _serve(settings: Settings, prompts: ModelPrompts, credentials, listene
     server = uvicorn.Server(config)
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn drains, and then raises the signal again
         signal.signal(number, lambda *_: None)
-    drain = asyncio.ensure_future(_bound_drain(server, settings.drain_timeout_s))
+    drain = asyncio.ensure_future(_bound_drain(server, door, settings.drain_timeout_s))
     await server.serve(sockets=[listener])
     drain.cancel()
 
 
-async def _bound_drain(server: uvicorn.Server, seconds: float) -> None:
+async def _bound_drain(server: uvicorn.Server, door: Door, seconds: float) -> None:
     """Ends what still runs a while after the signal. uvicorn has taken no connection since."""
     while not server.should_exit:
         await asyncio.sleep(0.1)
     await asyncio.sleep(seconds)
-    logger.warning("answers still ran %g s after the signal; they are cut off", seconds)
+    logger.warning("%d answers still ran %g s after the signal; they end with an error", door.running, seconds)
+    door.closing.set()
+    await asyncio.sleep(_ERROR_SECONDS)
     server.force_exit = True
 
 

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -28,7 +28,10 @@ _HEARTBEAT_SECONDS = 5.0  # a stream is never silent for longer, so that idle ti
 
 @dataclass
 class Door:
-    """Limits, counts and the service, for all exchanges. request_timeout_s: of a whole answer, queues included."""
+    """Limits, counts and the service, for all exchanges.
+
+    request_timeout_s: of a whole answer, queues included. closing: set when answers that still run must end.
+    """
 
     service: Service
     metrics: Metrics
@@ -36,6 +39,7 @@ class Door:
     max_body_bytes: int
     request_timeout_s: float
     running: int = 0
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Exchange:
@@ -90,17 +94,21 @@ class Exchange:
             raise BadRequest(f"the body did not come within {seconds:g} s", status=408) from None
         answering = asyncio.ensure_future(self._answer(ask))
         leaving = asyncio.ensure_future(_left(self._receive))
+        closing = asyncio.ensure_future(self._door.closing.wait())
+        tasks = {answering, leaving, closing}
         try:
             left = max(0.0, self._deadline - time.monotonic())
-            await asyncio.wait({answering, leaving}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if answering.done():
                 return answering.result()
             if leaving.done():
                 return "cancelled"
         finally:
-            for task in (answering, leaving):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(answering, leaving, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if self._door.closing.is_set():
+            return await self._fail(Failure(503, "the gateway shuts down", code="unavailable", retry_after=1))
         message = f"no answer within {self._door.request_timeout_s:g} s"
         return await self._fail(Failure(504, message, code="deadline_exceeded"))
 

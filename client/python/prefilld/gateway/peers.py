@@ -48,8 +48,9 @@ class Peer:
                 if not await self.client.is_serving(timeout=PROBE_SECONDS):
                     raise PrefilldError(grpc.StatusCode.UNAVAILABLE, "it is draining, or not ready yet")
                 await self._ask()
-            except PrefilldError as error:
+            except Exception as error:  # of any kind: whoever stops asking would never know that the server is back
                 self._down(str(error))
+                self._was_away()
             else:
                 self._up()
             with contextlib.suppress(asyncio.TimeoutError):
@@ -70,6 +71,9 @@ class Peer:
 
     async def _ask(self) -> None:
         """Asks for more than whether the server serves. Raises PrefilldError."""
+
+    def _was_away(self) -> None:
+        """Forgets what a server that comes back may have lost."""
 
     def _up(self) -> None:
         if not self.is_up:
@@ -111,6 +115,8 @@ class Prefilld(Peer):
     def _down(self, reason: str) -> None:
         super()._down(reason)
         self.route.is_up = False
+
+    def _was_away(self) -> None:
         self.route.memory.clear()
 
 

@@ -75,8 +75,11 @@ class Service:
             tokens, keys = await self._tokens(ask)
         except ChatRefused as error:
             raise BadRequest(str(error), "messages") from None
-        if not tokens:
-            raise BadRequest("the prompt has no tokens", "messages" if ask.is_chat else "prompt")
+        info = self._upstream.prefills.info
+        most = len(tokens) if info is None else info.max_prompt_tokens
+        if not 1 <= len(tokens) <= most:
+            message = f"the prompt has {len(tokens)} tokens, allowed: 1 to {most}"
+            raise BadRequest(message, "messages" if ask.is_chat else "prompt")
         prompt = Prompt(
             id=_new_id(ask),
             tokens=tokens,
@@ -87,7 +90,6 @@ class Service:
             stop_token_ids=ask.stop_token_ids,
             ignore_eos=ask.ignore_eos,
         )
-        info = self._upstream.prefills.info
         ends = set() if ask.ignore_eos or info is None else set(info.eos_token_ids)
         text = AnswerText(self._prompts.decode, ends | set(ask.stop_token_ids), ask.stop)
         generation = Generation(self._upstream, prompt, deadline)
