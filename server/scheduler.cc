@@ -16,22 +16,17 @@ constexpr absl::Duration kMostInterjected = absl::Milliseconds(500);
 
 int64_t NumTokens(const PrefillJob& job) { return static_cast<int64_t>(job.work().tokens.size()); }
 
-// Counts the tokens that will be computed, unless the prefix cache changes meanwhile.
-int64_t NumNewTokens(const PrefillJob& job) {
-  return NumTokens(job) - job.expected_cached_tokens();
-}
-
 }  // namespace
 
 Scheduler::Scheduler(model::PrefillEngine& engine, const PassResources& resources, EventCount& wake,
-                     const QueueLimits& limits)
+                     const QueueLimits& limits, Scheduling scheduling)
     : engine_(engine),
       resources_(resources),
       wake_(wake),
       limits_(limits),
-      shares_(limits.tenants, resources.metrics.tenants()) {
+      standings_(engine.info(), limits_.tenants, resources.metrics.tenants(), scheduling) {
   for (const Tenant& tenant : limits_.tenants) buckets_.emplace_back(tenant.tokens_per_second);
-  RecordMeasuredAtStart(engine.info(), resources.clock.Now(), costs_, speed_);
+  RecordMeasuredAtStart(engine.info(), resources.clock.Now(), standings_.costs(), speed_);
 }
 
 Scheduler::~Scheduler() = default;
@@ -220,14 +215,14 @@ bool Scheduler::TakeTurn(const Running* interrupted) {
   for (auto at = passes_.begin(); at != passes_.end(); ++at) {
     if (interrupted != nullptr && &*at != interrupted && !at->pass->may_interject()) continue;
     passes.push_back(at);
-    contenders.push_back(DescribePass(*at));
+    contenders.push_back(standings_.OfPass(*at->pass, at->last_step_at, resources_.clock.Now()));
   }
   Contender waiting;
   const std::shared_ptr<PrefillJob> head =
       BestWaiting(/*must_interject=*/interrupted != nullptr, &waiting);
   if (head != nullptr) contenders.push_back(waiting);
 
-  for (const size_t i : OrderOfTurns(contenders)) {
+  for (const size_t i : standings_.Order(contenders)) {
     if (i == passes.size()) {
       StartPass(TakeJobs(*head));
       return true;
@@ -254,18 +249,7 @@ void Scheduler::NoteClaimants() {
   }
   absl::MutexLock lock(&mu_);
   for (const auto& job : queue_) note(job);
-  shares_.SetClaimants(claimants, resources_.clock.Now());
-}
-
-Contender Scheduler::DescribePass(const Running& running) const {
-  const PrefillPass& pass = *running.pass;
-  // A pass without jobs only gives its place back, and that goes first.
-  if (pass.AllEnded()) return {.class_waited = absl::InfiniteDuration()};
-  Contender contender = shares_.StandingOf(pass.jobs(), resources_.clock.Now());
-  contender.remaining = pass.Remaining(
-      costs_.Layer(pass.jobs().front()->work().attention.policy, pass.num_computed_tokens()));
-  contender.waited = resources_.clock.Now() - running.last_step_at;
-  return contender;
+  standings_.shares().SetClaimants(claimants, resources_.clock.Now());
 }
 
 // Returns the prompt of the queue that should be started before the others. There is none while the
@@ -278,18 +262,11 @@ std::shared_ptr<PrefillJob> Scheduler::BestWaiting(bool must_interject, Contende
     const PrefillJob& job = *entry;
     if (job.ended()) continue;
     if (must_interject && !engine_.MayInterject(NumTokens(job), job.work().attention)) continue;
-    const absl::Duration layer = costs_.Layer(job.work().attention.policy, NumNewTokens(job));
-    Contender contender =
-        shares_.StandingOf(absl::MakeConstSpan(&entry, 1), resources_.clock.Now());
-    // Until log-probabilities have been measured, they are taken to last as long as a layer.
-    const int layers = engine_.info().config.num_layers + (job.work().prompt_logprobs ? 1 : 0);
-    contender.remaining = layers * layer;
-    contender.waited = resources_.clock.Now() - job.accepted_at();
     jobs.push_back(entry);
-    contenders.push_back(contender);
+    contenders.push_back(standings_.OfWaiting(entry, resources_.clock.Now()));
   }
   if (!must_interject) place_is_wanted_ = false;
-  for (const size_t i : OrderOfTurns(contenders)) {
+  for (const size_t i : standings_.Order(contenders)) {
     const PrefillJob& job = *jobs[i];
     const bool in_a_batch = engine_.BatchTokens(NumTokens(job), job.work().attention) > 0;
     if (engine_.CanStart(in_a_batch ? engine_.max_batch_tokens() : NumTokens(job))) {
@@ -310,7 +287,7 @@ Scheduler::Jobs Scheduler::TakeJobs(const PrefillJob& head) {
   ++passes_started_;
   WaitingLine line = Line();
   for (size_t i = 0; i < queue_.size(); ++i) {
-    line.prompts[i].tenant_time = shares_.virtual_time(*queue_[i]);
+    line.prompts[i].tenant_time = standings_.shares().virtual_time(*queue_[i]);
   }
   for (const size_t i : ChoosePass(line.prompts, static_cast<size_t>(found - queue_.begin()),
                                    engine_.max_batch_tokens(), speed_, resources_.clock.Now())) {
@@ -369,7 +346,7 @@ PrefillPass::Next Scheduler::StepPass(Running& running) {
   // another.
   absl::Duration charged = computing_before;
   const auto charge = [&] {
-    shares_.Charge(pass.jobs(), pass.computing() - charged);
+    standings_.shares().Charge(pass.jobs(), pass.computing() - charged);
     charged = pass.computing();
   };
   SetComputing(true);
@@ -378,7 +355,7 @@ PrefillPass::Next Scheduler::StepPass(Running& running) {
     const absl::Time left = resources_.clock.Now();
     const auto so_far = [&] { return interjected + (resources_.clock.Now() - left); };
     charge();
-    shares_.EndStep(pass.jobs(), resources_.clock.Now());
+    standings_.shares().EndStep(pass.jobs(), resources_.clock.Now());
     while (so_far() < kMostInterjected && TakeTurn(&running)) {
     }
     interjected = so_far();
@@ -392,11 +369,11 @@ PrefillPass::Next Scheduler::StepPass(Running& running) {
     return PrefillPass::Next::kOver;
   }
   running.waits_for_consumers = report->next == PrefillPass::Next::kConsumers;
-  if (!running.waits_for_consumers) shares_.EndStep(pass.jobs(), running.last_step_at);
+  if (!running.waits_for_consumers) standings_.shares().EndStep(pass.jobs(), running.last_step_at);
   // Layers behind a cached prefix take longer per token than their number says.
   if (pass.layers_computed() > layers_before && pass.num_computed_tokens() == pass.num_tokens()) {
-    costs_.Record(pass.jobs().front()->work().attention.policy, pass.num_tokens(),
-                  pass.computing() - computing_before);
+    standings_.costs().Record(pass.jobs().front()->work().attention.policy, pass.num_tokens(),
+                              pass.computing() - computing_before);
   }
   if (report->first_tokens_after.has_value()) RecordSpeed(pass, *report->first_tokens_after);
   return report->next;

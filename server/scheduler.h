@@ -17,10 +17,10 @@
 #include "absl/time/time.h"
 #include "server/admission.h"
 #include "server/event_count.h"
-#include "server/job_shares.h"
 #include "server/prefill_job.h"
 #include "server/prefill_pass.h"
 #include "server/prompt_speed.h"
+#include "server/standings.h"
 #include "server/tenants.h"
 #include "server/turns.h"
 
@@ -51,7 +51,7 @@ struct LiveJob {
 };
 
 // Several passes may be under way, as many as the engine has memory for, and they take turns step
-// by step: the rule in turns.h chooses between those under way and the prompts that wait. It shares
+// by step: the rule of turns.h chooses between those under way and the prompts that wait. It shares
 // the device between tenants by what each step took (fair_shares.h); a step of a batch counts to
 // the tenants of its prompts by their tokens. Short dense prompts also take turns at the points
 // inside a layer of a long one, for half a second of it. So a short dense prompt waits for a part
@@ -64,7 +64,7 @@ class Scheduler {
  public:
   // All parameters are borrowed. `wake` is notified when there may be something to compute.
   Scheduler(model::PrefillEngine& engine, const PassResources& resources, EventCount& wake,
-            const QueueLimits& limits);
+            const QueueLimits& limits, Scheduling scheduling = Scheduling::kTurns);
   // No job may be live.
   ~Scheduler();
 
@@ -126,7 +126,6 @@ class Scheduler {
 
   bool TakeTurn(const Running* interrupted);
   std::shared_ptr<PrefillJob> BestWaiting(bool must_interject, Contender* best);
-  Contender DescribePass(const Running& running) const;
   void NoteClaimants();
   Queue::const_iterator FindQueued(const PrefillJob& job) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
   Jobs TakeJobs(const PrefillJob& head);
@@ -161,8 +160,7 @@ class Scheduler {
   // Only the compute thread uses the members from here on.
   std::list<Running> passes_;
   int64_t passes_started_ = 0;
-  StepCost costs_;
-  JobShares shares_;
+  Standings standings_;
 };
 
 }  // namespace prefilld::server

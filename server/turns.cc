@@ -23,14 +23,29 @@ bool GoesFirst(const Contender& a, const Contender& b) {
   return Rank(a) < Rank(b);
 }
 
-}  // namespace
+bool IsOlder(const Contender& a, const Contender& b) { return a.age > b.age; }
 
-std::vector<size_t> OrderOfTurns(absl::Span<const Contender> contenders) {
+std::vector<size_t> Sorted(absl::Span<const Contender> contenders,
+                           bool (*goes_first)(const Contender&, const Contender&)) {
   std::vector<size_t> order(contenders.size());
   std::iota(order.begin(), order.end(), size_t{0});
   std::stable_sort(order.begin(), order.end(),
-                   [&](size_t a, size_t b) { return GoesFirst(contenders[a], contenders[b]); });
+                   [&](size_t a, size_t b) { return goes_first(contenders[a], contenders[b]); });
   return order;
+}
+
+}  // namespace
+
+const char* Name(Scheduling scheduling) {
+  return scheduling == Scheduling::kFifo ? "fifo" : "turns";
+}
+
+std::vector<size_t> OrderOfTurns(absl::Span<const Contender> contenders) {
+  return Sorted(contenders, GoesFirst);
+}
+
+std::vector<size_t> OrderOf(Scheduling scheduling, absl::Span<const Contender> contenders) {
+  return Sorted(contenders, scheduling == Scheduling::kFifo ? IsOlder : GoesFirst);
 }
 
 }  // namespace prefilld::server

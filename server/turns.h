@@ -1,8 +1,9 @@
-// The rule by which prompts take turns on the device, as a plain function.
+// The rules by which prompts take turns on the device, as plain functions.
 #ifndef PREFILLD_SERVER_TURNS_H_
 #define PREFILLD_SERVER_TURNS_H_
 
 #include <cstddef>
+#include <cstdint>
 #include <vector>
 
 #include "absl/time/time.h"
@@ -21,7 +22,17 @@ struct Contender {
   absl::Duration remaining = absl::ZeroDuration();
   // The time since its last step or, before the first one, since it came.
   absl::Duration waited = absl::ZeroDuration();
+  // The time since it came.
+  absl::Duration age = absl::ZeroDuration();
 };
+
+enum class Scheduling : uint8_t {
+  kTurns,  // OrderOfTurns
+  // Whoever came first goes first, with all of its steps. It serves comparisons: neither classes
+  // nor tenants count.
+  kFifo,
+};
+const char* Name(Scheduling scheduling);
 
 // A class that has waited for longer than this goes first for one step.
 inline constexpr absl::Duration kClassPatience = absl::Seconds(5);
@@ -44,6 +55,9 @@ inline constexpr absl::Duration kClassPatience = absl::Seconds(5);
 // tenant's contenders that have waited as long. The half keeps two long prompts of one length from
 // alternating, which would delay the first and help neither.
 std::vector<size_t> OrderOfTurns(absl::Span<const Contender> contenders);
+
+// Returns the positions in the order that the rule wants.
+std::vector<size_t> OrderOf(Scheduling scheduling, absl::Span<const Contender> contenders);
 
 }  // namespace prefilld::server
 

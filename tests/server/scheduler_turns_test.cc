@@ -107,6 +107,31 @@ TEST(Scheduler, AShortPromptIsComputedAtThePointsInsideALayer) {
   for (const auto& job : {long_one, short_one, another_long_one}) scheduler.Retire(*job);
 }
 
+// Under turns the short one would go first, inside a layer of the long one already.
+TEST(Scheduler, FifoComputesWhoeverCameFirstToTheEnd) {
+  Bench bench({.points_per_layer = 8, .interject_tokens = 1000});
+  Scheduler scheduler(bench.engine, bench.resources, bench.wake,
+                      QueueLimits{.capacity = 8, .max_queued_tokens = 100'000}, Scheduling::kFifo);
+  std::vector<int64_t> computed;  // layers, by their tokens
+  const auto long_one = bench.NewJob(50'000), short_one = bench.NewJob(100);
+  Consumer long_consumer(long_one), short_consumer(short_one);
+  ASSERT_TRUE(scheduler.Submit(long_one).status.ok());
+  bench.engine.set_on_layer([&](int64_t num_tokens) {
+    bench.clock.Advance(num_tokens * StepCost::kUnmeasuredPerToken);
+    bench.PackAll();
+    computed.push_back(num_tokens);
+    if (computed.size() == 1) {
+      EXPECT_TRUE(scheduler.Submit(short_one).status.ok());
+    }
+  });
+  do {
+    bench.PackAll();
+  } while (scheduler.StepOnce());
+  EXPECT_THAT(computed, ElementsAre(50'000, 50'000, 50'000, 50'000, 100, 100, 100, 100));
+  EXPECT_NE(short_consumer.result(), nullptr);
+  for (const auto& job : {long_one, short_one}) scheduler.Retire(*job);
+}
+
 // One that may not interject waits for the end of the layer, so the flood must not delay that.
 TEST(Scheduler, AFloodInsideALayerHoldsItUpForHalfASecond) {
   Bench bench({.points_per_layer = 8, .interject_tokens = 1000});

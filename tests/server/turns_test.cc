@@ -53,6 +53,15 @@ TEST(OrderOfTurns, PutsAClassThatLostItsPatienceFirst) {
       ElementsAre(2, 3, 1, 0));
 }
 
+TEST(OrderOf, FifoPutsTheOldestFirstWhateverElseItIs) {
+  const std::vector<Contender> contenders = {
+      {.priority = 1, .age = absl::Seconds(1)},
+      {.tenant_time = absl::Seconds(9), .remaining = absl::Seconds(9), .age = absl::Seconds(3)},
+      {.priority = -1, .age = absl::Seconds(2)}};
+  EXPECT_THAT(OrderOf(Scheduling::kFifo, contenders), ElementsAre(1, 2, 0));
+  EXPECT_THAT(OrderOf(Scheduling::kTurns, contenders), ElementsAre(0, 1, 2));
+}
+
 struct Prompt {
   absl::Duration step;
   int steps_left;
