@@ -60,6 +60,14 @@ ABSL_FLAG(
     "policy with the same or looser thresholds, and densely computed KV serves all. equal: "
     "those of the same policy and thresholds alone, for dense KV too.");
 
+ABSL_FLAG(
+    std::vector<std::string>, cache_watchers, {},
+    "Who may follow which blocks the prefix cache holds (WatchPrefixCache): names of tenants, "
+    "comma-separated, or all. They see keys, by which guesses of prompts can be tested: name "
+    "your router alone. Empty: nobody.");
+ABSL_FLAG(bool, cache_watch_tokens, false,
+          "They may also see the tokens of blocks, unless a prompt has a salt or a tenant.");
+
 ABSL_FLAG(std::optional<int64_t>, max_graph_tokens, std::nullopt,
           "Dense prompts of up to so many tokens, and batches of them, are padded to a multiple of "
           "128, and their layers recorded the second time such a length is met and replayed from "
@@ -124,6 +132,11 @@ ABSL_FLAG(int64_t, queue_capacity, 64, "Requests that may wait behind those that
 ABSL_FLAG(int64_t, max_queued_tokens, 0,
           "Prompt tokens that may wait. 0: eight prompts of the greatest length.");
 ABSL_FLAG(
+    std::string, scheduling, "turns",
+    "Who computes next. turns: by class, tenant and remaining time, layer by layer. fifo: first "
+    "come, first served, each prompt to its end, for comparisons; short prompts still share "
+    "passes.");
+ABSL_FLAG(
     std::string, tenant_from, "none",
     "How callers are told apart: none, by the name in their certificate (certificate; the "
     "common name, else the first alternative name), by metadata that a gateway sets which "
@@ -165,6 +178,9 @@ ABSL_FLAG(double, drain_timeout_s, 25,
 namespace prefilld::server {
 namespace {
 
+// A prompt of the greatest usual length stores a thousand blocks, and as many make room.
+constexpr int64_t kCacheEvents = 16384;
+
 bool IsDeviceName(absl::string_view name) {
   return name == "auto" || name == "cpu" || name == "cuda";
 }
@@ -188,6 +204,11 @@ void ReadNamedValues(ServerOptions& options, std::vector<std::string>& problems)
   if (format != "text" && format != "json") {
     problems.push_back(absl::StrCat("--log_format=", format, " is not one of text, json"));
   }
+  const std::string scheduling = absl::GetFlag(FLAGS_scheduling);
+  if (scheduling != "turns" && scheduling != "fifo") {
+    problems.push_back(absl::StrCat("--scheduling=", scheduling, " is not one of turns, fifo"));
+  }
+  options.scheduling = scheduling == "fifo" ? Scheduling::kFifo : Scheduling::kTurns;
   const std::string source = absl::GetFlag(FLAGS_tenant_from);
   if (const auto known = ParseTenantSource(source); known.has_value()) {
     options.tenants.source = *known;
@@ -253,6 +274,9 @@ ServerOptions ReadPlainValues() {
   options.engine.max_resident_tokens = absl::GetFlag(FLAGS_max_resident_tokens);
   options.engine.measure_layers = true;
   options.engine.prefix_cache_bytes = absl::GetFlag(FLAGS_prefix_cache_bytes);
+  options.cache_watch.watchers = absl::GetFlag(FLAGS_cache_watchers);
+  options.cache_watch.tokens = absl::GetFlag(FLAGS_cache_watch_tokens);
+  if (!options.cache_watch.watchers.empty()) options.engine.prefix_cache_events = kCacheEvents;
   ReadThresholds(options.attention);
   options.recall_audit.fraction = absl::GetFlag(FLAGS_recall_audit_fraction);
   options.recall_audit.rows = absl::GetFlag(FLAGS_recall_audit_rows);
@@ -308,9 +332,11 @@ process::ProgramHelp Help() {
            {"listen", "metrics_listen", "port_file", "tls_cert", "tls_key", "tls_client_ca",
             "log_format"}},
           {"Attention", AttentionFlags()},
-          {"Prefix cache", {"prefix_cache_bytes", "prefix_cache_reuse"}},
+          {"Prefix cache",
+           {"prefix_cache_bytes", "prefix_cache_reuse", "cache_watchers", "cache_watch_tokens"}},
           {"Recall audit", {"recall_audit_fraction", "recall_audit_rows"}},
-          {"Connections and queue", {"max_connections", "queue_capacity", "max_queued_tokens"}},
+          {"Connections and queue",
+           {"max_connections", "queue_capacity", "max_queued_tokens", "scheduling"}},
           {"Tenants", {"tenant_from", "tenant_metadata_key", "tenants"}},
           {"KV delivery",
            {"max_lanes", "staging_bytes", "frame_bytes", "pack_threads", "deliver_to_allow",

@@ -11,6 +11,7 @@
 #include "absl/time/clock.h"
 #include "proto/wire/connections.h"
 #include "proto/wire/grpc_status.h"
+#include "server/cache_watch.h"
 #include "server/metrics.h"
 #include "server/prefill_job.h"
 #include "server/push_stream.h"
@@ -89,13 +90,15 @@ Outcome OutcomeOfRefusal(absl::StatusCode code) {
 
 PrefillService::PrefillService(Scheduler& scheduler, PushDialer& push_dialer, Metrics& metrics,
                                const Clock& clock, RequestLimits limits, TenantIdentity tenants,
-                               wire::Arrivals& arrivals, v1::ServerInfo info)
+                               CacheWatch& cache_watch, wire::Arrivals& arrivals,
+                               v1::ServerInfo info)
     : scheduler_(scheduler),
       push_dialer_(push_dialer),
       metrics_(metrics),
       clock_(clock),
       limits_(std::move(limits)),
       tenants_(std::move(tenants)),
+      cache_watch_(cache_watch),
       info_(std::move(info)) {
   using grpc::CallbackServerContext;
   using Streaming =
@@ -113,6 +116,13 @@ PrefillService::PrefillService(Scheduler& scheduler, PushDialer& push_dialer, Me
                new Unary([this](CallbackServerContext* context,
                                 const v1::GetServerInfoRequest* request, v1::ServerInfo* response) {
                  return GetServerInfo(context, request, response);
+               }));
+  using Watching = grpc::internal::CallbackServerStreamingHandler<v1::WatchPrefixCacheRequest,
+                                                                  v1::PrefixCacheUpdate>;
+  WatchArrival(arrivals, 3,
+               new Watching([this](CallbackServerContext* context,
+                                   const v1::WatchPrefixCacheRequest* request) {
+                 return WatchPrefixCache(context, request);
                }));
 }
 
@@ -279,6 +289,13 @@ grpc::ServerUnaryReactor* PrefillService::GetServerInfo(grpc::CallbackServerCont
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
   reactor->Finish(grpc::Status::OK);
   return reactor;
+}
+
+grpc::ServerWriteReactor<v1::PrefixCacheUpdate>* PrefillService::WatchPrefixCache(
+    grpc::CallbackServerContext* context, const v1::WatchPrefixCacheRequest* request) {
+  const auto tenant = TenantOf(tenants_, *context);
+  if (!tenant.ok()) return CacheWatch::Refuse(tenant.status());
+  return cache_watch_.Watch(context, tenants_.table.all()[*tenant].name, *request);
 }
 
 Stream* PrefillService::Refuse(const std::string& request_id, const std::string& peer,

@@ -30,6 +30,7 @@ class Connections;
 
 namespace prefilld::server {
 
+class CacheWatch;
 class Metrics;
 class PrefillJob;
 class PushDialer;
@@ -42,7 +43,8 @@ using PrefillServiceBase =
     wire::WithArrivals<::prefill::v1::PrefillService::WithRawCallbackMethod_Prefill<
         ::prefill::v1::PrefillService::WithRawCallbackMethod_AttachLane<
             ::prefill::v1::PrefillService::WithCallbackMethod_GetServerInfo<
-                ::prefill::v1::PrefillService::Service>>>>;
+                ::prefill::v1::PrefillService::WithCallbackMethod_WatchPrefixCache<
+                    ::prefill::v1::PrefillService::Service>>>>>;
 
 // Thread-safe, as gRPC calls it.
 class PrefillService final : public PrefillServiceBase {
@@ -51,7 +53,7 @@ class PrefillService final : public PrefillServiceBase {
   // `info` holds everything about the server that does not change.
   PrefillService(Scheduler& scheduler, PushDialer& push_dialer, Metrics& metrics,
                  const Clock& clock, RequestLimits limits, TenantIdentity tenants,
-                 wire::Arrivals& arrivals, ::prefill::v1::ServerInfo info);
+                 CacheWatch& cache_watch, wire::Arrivals& arrivals, ::prefill::v1::ServerInfo info);
 
   grpc::ServerWriteReactor<grpc::ByteBuffer>* Prefill(grpc::CallbackServerContext* context,
                                                       const grpc::ByteBuffer* request) override;
@@ -60,6 +62,9 @@ class PrefillService final : public PrefillServiceBase {
   grpc::ServerUnaryReactor* GetServerInfo(grpc::CallbackServerContext* context,
                                           const ::prefill::v1::GetServerInfoRequest* request,
                                           ::prefill::v1::ServerInfo* response) override;
+  grpc::ServerWriteReactor<::prefill::v1::PrefixCacheUpdate>* WatchPrefixCache(
+      grpc::CallbackServerContext* context,
+      const ::prefill::v1::WatchPrefixCacheRequest* request) override;
 
   // Tries the requests again whose id was taken. Must be called every few milliseconds, by one
   // thread, until the last call has ended.
@@ -95,6 +100,7 @@ class PrefillService final : public PrefillServiceBase {
   const Clock& clock_;
   const RequestLimits limits_;
   const TenantIdentity tenants_;
+  CacheWatch& cache_watch_;
   const ::prefill::v1::ServerInfo info_;
   std::atomic<const wire::Connections*> connections_ = nullptr;
 

@@ -21,6 +21,7 @@
 #include "proto/wire/kv_layout.h"
 #include "proto/wire/listener.h"
 #include "proto/wire/tls.h"
+#include "server/cache_watch.h"
 #include "server/prefill_service.h"
 #include "server/push_stream.h"
 #include "server/version.h"
@@ -139,7 +140,7 @@ void PrefillServer::CreateScheduler(const ServerOptions& options) {
                                                          .progress = progress_,
                                                          .clock = clock_,
                                                          .timeouts = timeouts_},
-                                           wake_, limits);
+                                           wake_, limits, options.scheduling);
   compute_thread_ = std::make_unique<ComputeThread>(*scheduler_, wake_);
 }
 
@@ -162,9 +163,11 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
   push_dialer_ = std::make_unique<PushDialer>(std::move(push_credentials), options.use_proxy,
                                               clock_, options.stall_timeout);
   arrivals_ = std::make_unique<wire::Arrivals>(wire::Arrivals::LimitFor(options.stall_timeout));
-  service_ = std::make_unique<PrefillService>(*scheduler_, *push_dialer_, *metrics_, clock_,
-                                              std::move(limits), options.tenants, *arrivals_,
-                                              DescribeServer(options, engine, attention));
+  cache_watch_ = std::make_unique<CacheWatch>(engine_.prefix_index(), options.cache_watch,
+                                              engine.fingerprint, *metrics_->registry());
+  service_ = std::make_unique<PrefillService>(
+      *scheduler_, *push_dialer_, *metrics_, clock_, std::move(limits), options.tenants,
+      *cache_watch_, *arrivals_, DescribeServer(options, engine, attention));
   return absl::OkStatus();
 }
 
@@ -205,7 +208,8 @@ void PrefillServer::StartWatchdog(const ServerOptions& options) {
                                                            .scheduler = scheduler_.get(),
                                                            .health = health_.get(),
                                                            .metrics = metrics_.get(),
-                                                           .service = service_.get()},
+                                                           .service = service_.get(),
+                                                           .cache_watch = cache_watch_.get()},
                                          clock_, timeouts_, options.wedge_timeout);
   watchdog_->Start();
 }
@@ -221,6 +225,7 @@ void PrefillServer::ReloadCertificates() { certificate_watch_->ReloadNow(); }
 bool PrefillServer::Drain(absl::Duration timeout) {
   health_->SetReady(false);
   scheduler_->Close("the server is draining");
+  cache_watch_->Close("the server is draining");
   return scheduler_->AwaitIdle(timeout);
 }
 
@@ -230,6 +235,7 @@ PrefillServer::~PrefillServer() {
     scheduler_->AbortAll(Outcome::kShutDown, absl::UnavailableError("the server is shutting down"));
     scheduler_->AwaitIdle(kShutdownTime);
   }
+  if (cache_watch_ != nullptr) cache_watch_->Close("the server is shutting down");
   port_watch_.reset();
   if (listener_ != nullptr) listener_->Shutdown(kShutdownTime);
   if (push_dialer_ != nullptr) push_dialer_->AwaitIdle();

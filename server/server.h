@@ -31,6 +31,7 @@ class Listener;
 
 namespace prefilld::server {
 
+class CacheWatch;
 class PrefillService;
 class PushDialer;
 class Watchdog;
@@ -85,6 +86,7 @@ class PrefillServer {
   std::unique_ptr<ComputeThread> compute_thread_;
   std::unique_ptr<PushDialer> push_dialer_;
   std::unique_ptr<wire::Arrivals> arrivals_;
+  std::unique_ptr<CacheWatch> cache_watch_;
   std::unique_ptr<PrefillService> service_;
   std::unique_ptr<wire::Listener> listener_;
   std::unique_ptr<process::Health> health_;

@@ -55,6 +55,24 @@ void CheckAttention(const ServerOptions& o, process::Problems& problems) {
   }
 }
 
+void CheckCacheWatch(const ServerOptions& o, process::Problems& problems) {
+  for (const std::string& name : o.cache_watch.watchers) {
+    const auto& tenants = o.tenants.table.all();
+    const bool is_tenant = o.tenants.source != TenantSource::kNone &&
+                           std::any_of(tenants.begin(), tenants.end(),
+                                       [&](const Tenant& tenant) { return tenant.name == name; });
+    if (name == kAllWatchers || is_tenant) continue;
+    problems.push_back(
+        absl::StrCat("--cache_watchers: '", name, "' is neither all nor a tenant of --tenants"));
+  }
+  if (!o.cache_watch.watchers.empty() && o.engine.prefix_cache_bytes == 0) {
+    problems.push_back("--cache_watchers needs --prefix_cache_bytes");
+  }
+  if (o.cache_watch.tokens && o.cache_watch.watchers.empty()) {
+    problems.push_back("--cache_watch_tokens needs --cache_watchers");
+  }
+}
+
 void CheckTenants(const ServerOptions& o, process::Problems& problems) {
   const TenantSource source = o.tenants.source;
   if (source != TenantSource::kNone && o.tenants_file.empty()) {
@@ -95,6 +113,7 @@ absl::Status Validate(const ServerOptions& o) {
   }
   CheckRange("--recall_audit_rows", o.recall_audit.rows, 0, 1024, problems);
   CheckTenants(o, problems);
+  CheckCacheWatch(o, problems);
   CheckRange("--max_connections", o.max_connections, 1, 1 << 20, problems);
   CheckRange("--queue_capacity", o.queue_capacity, 0, 1 << 20, problems);
   CheckRange("--max_queued_tokens", o.max_queued_tokens, 0, int64_t{1} << 36, problems);
@@ -132,6 +151,8 @@ std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o
           {"max_resident_tokens", absl::StrCat(o.engine.max_resident_tokens)},
           {"prefix_cache_bytes", absl::StrCat(o.engine.prefix_cache_bytes)},
           {"prefix_cache_reuse", model::Name(o.engine.prefix_reuse)},
+          {"cache_watchers", absl::StrJoin(o.cache_watch.watchers, ",")},
+          {"cache_watch_tokens", o.cache_watch.tokens ? "yes" : "no"},
           {"listen", o.listen},
           {"metrics_listen", o.metrics_listen},
           {"tls", o.tls.mode()},
@@ -142,6 +163,7 @@ std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o
           {"max_connections", absl::StrCat(o.max_connections)},
           {"queue_capacity", absl::StrCat(o.queue_capacity)},
           {"max_queued_tokens", absl::StrCat(o.max_queued_tokens)},
+          {"scheduling", Name(o.scheduling)},
           {"tenant_from", Name(o.tenants.source)},
           {"tenant_metadata_key", o.tenants.metadata_key},
           {"tenants", absl::StrCat(o.tenants.table.all().size())},

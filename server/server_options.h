@@ -15,6 +15,7 @@
 #include "proto/process/log.h"
 #include "proto/wire/tls.h"
 #include "server/tenant_identity.h"
+#include "server/turns.h"
 
 namespace prefilld::server {
 
@@ -24,6 +25,13 @@ struct RecallAuditLimits {
   // Query blocks per layer: those of a drawn request, and the most that a request may ask for.
   int64_t rows = 8;
 };
+
+// Who may follow the prefix cache (cache_watch.h), and what they are told.
+struct CacheWatchRules {
+  std::vector<std::string> watchers;  // names of tenants, or kAllWatchers; empty: nobody
+  bool tokens = false;                // of blocks, too, if their prompts had no salt
+};
+inline constexpr char kAllWatchers[] = "all";
 
 struct ServerOptions {
   model::EngineOptions engine;
@@ -44,12 +52,14 @@ struct ServerOptions {
   int64_t max_connections = 1024;  // open at once; more are refused
   int64_t queue_capacity = 64;     // requests waiting behind those that run
   int64_t max_queued_tokens = 0;   // tokens waiting; 0: 8 prompts of the greatest length
+  Scheduling scheduling = Scheduling::kTurns;
   int max_lanes = 16;
   int64_t staging_bytes = int64_t{256} << 20;
   int64_t frame_bytes = int64_t{2} << 20;
-  int pack_threads = 0;      // that pack and send KV; 0: a quarter of the cores, 1 to 4
-  TenantIdentity tenants;    // who shares the server, and how they are told apart
-  std::string tenants_file;  // that their table was read from; empty: none
+  int pack_threads = 0;  // that pack and send KV; 0: a quarter of the cores, 1 to 4
+  CacheWatchRules cache_watch;
+  TenantIdentity tenants;                     // who shares the server, and how they are told apart
+  std::string tenants_file;                   // that their table was read from; empty: none
   std::vector<std::string> deliver_to_allow;  // patterns (address_pattern.h); empty: no push
 
   absl::Duration stall_timeout = absl::Seconds(30);

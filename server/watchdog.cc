@@ -3,6 +3,7 @@
 #include "model/prefill/prefill_engine.h"
 #include "proto/process/health.h"
 #include "proto/process/log.h"
+#include "server/cache_watch.h"
 #include "server/metrics.h"
 #include "server/prefill_service.h"
 #include "server/scheduler.h"
@@ -40,6 +41,7 @@ void Watchdog::LookAround() {
   }
 
   if (watched_.service != nullptr) watched_.service->RetryNames();
+  if (watched_.cache_watch != nullptr) watched_.cache_watch->SendNews();
 
   const QueueState queue = watched_.scheduler->state();
   const absl::Duration silence =

@@ -21,6 +21,7 @@ class Health;
 
 namespace prefilld::server {
 
+class CacheWatch;
 class Metrics;
 class PrefillService;
 class Scheduler;
@@ -37,6 +38,7 @@ class Watchdog {
     process::Health* health;
     Metrics* metrics;
     PrefillService* service = nullptr;  // null: no request waits for its id
+    CacheWatch* cache_watch = nullptr;  // null: nobody follows the prefix cache
   };
 
   Watchdog(const Watched& watched, const Clock& clock, const JobTimeouts& timeouts,

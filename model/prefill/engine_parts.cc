@@ -82,6 +82,8 @@ absl::Status ValidateOptions(const EngineOptions& options) {
                                       kMaxPromptStates * kMaxPositions));
   PREFILLD_RETURN_IF_ERROR(
       CheckRange("prefix_cache_bytes", options.prefix_cache_bytes, 0, kMaxPrefixCacheBytes));
+  PREFILLD_RETURN_IF_ERROR(
+      CheckRange("prefix_cache_events", options.prefix_cache_events, 0, kMaxPrefixCacheEvents));
   if (options.kv_slots < 2) {
     return absl::InvalidArgumentError(absl::StrCat("kv_slots ", options.kv_slots,
                                                    " is below 2: one layer leaves while the next "
@@ -380,8 +382,9 @@ absl::StatusOr<std::unique_ptr<EngineParts>> CreateEngineParts(const EngineOptio
   }
   if (options.prefix_cache_bytes > 0) {
     PREFILLD_ASSIGN_OR_RETURN(
-        parts->prefixes, PrefixStore::Create(parts->device.get(), info.config,
-                                             options.prefix_cache_bytes, options.prefix_reuse));
+        parts->prefixes,
+        PrefixStore::Create(parts->device.get(), info.config, options.prefix_cache_bytes,
+                            options.prefix_reuse, options.prefix_cache_events));
   }
   return parts;
 }

@@ -30,6 +30,9 @@ class Engine final : public PrefillEngine {
             .block_bytes = parts_->prefixes->block_bytes(),
             .load_seconds = parts_->device->host_copies().load_seconds()};
   }
+  const PrefixCache* prefix_index() const override {
+    return parts_->prefixes == nullptr ? nullptr : &parts_->prefixes->index();
+  }
   int64_t CachedTokens(const PromptInput& prompt) const override {
     if (!UsesPrefixes(prompt)) return 0;
     return parts_->prefixes->index().CountUsable(PrefixQueryOf(prompt));
@@ -93,7 +96,7 @@ class Engine final : public PrefillEngine {
     AttentionOptions attention = prompt.attention;
     attention.policy = Resolve(attention, num_tokens);
     return {PrefixDomain(parts_->info.fingerprint, common ? 0 : num_tokens, prompt.cache_salt),
-            prompt.tokens, attention};
+            prompt.tokens, attention, /*is_private=*/!prompt.cache_salt.empty()};
   }
 
   // Asks the prefix cache. A few queries behind a prefix are computed densely, as short prompts

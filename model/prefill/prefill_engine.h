@@ -150,6 +150,8 @@ class PrefillEngine {
   virtual int64_t num_recordings() const { return 0; }  // of layers; EngineOptions.max_graph_tokens
   virtual ResidentTokens resident_tokens() const { return {}; }  // thread-safe
   virtual PrefixCacheUse prefix_cache() const { return {}; }     // thread-safe
+  // Returns the index of the prefix cache, to be followed; null: there is none.
+  virtual const PrefixCache* prefix_index() const { return nullptr; }
   // Returns how many tokens of the prompt are in the prefix cache now. Others may evict them before
   // Start. Thread-safe.
   virtual int64_t CachedTokens(const PromptInput& prompt) const { return 0; }
@@ -207,6 +209,9 @@ inline constexpr size_t kMemoryReserve = size_t{1} << 30;
 // The limit of EngineOptions.prefix_cache_bytes: 64 TiB.
 inline constexpr int64_t kMaxPrefixCacheBytes = int64_t{1} << 46;
 
+// The limit of EngineOptions.prefix_cache_events.
+inline constexpr int64_t kMaxPrefixCacheEvents = int64_t{1} << 20;
+
 // The limit of EngineOptions.long_prompts and short_prompts together.
 inline constexpr int kMaxPromptStates = 15;
 
@@ -245,6 +250,8 @@ struct EngineOptions {
   // tokens.
   int64_t prefix_cache_bytes = 0;
   PrefixReuseRule prefix_reuse = PrefixReuseRule::kLooser;
+  // Changes of the prefix cache that are kept for those who follow it. 0: nobody can.
+  int64_t prefix_cache_events = 0;
   int kv_slots = 3;        // of each prompt
   int block_tokens = 128;  // of attention patterns: 64 or 128
   // Fills EngineInfo.layer_times, which takes a second or two.

@@ -18,8 +18,13 @@ absl::Span<const uint32_t> TokensOf(const PrefixQuery& query, int64_t block) {
 
 }  // namespace
 
-PrefixCache::PrefixCache(int64_t num_slots, PrefixReuseRule rule, PrefixHash hash)
-    : num_slots_(num_slots), rule_(rule), hash_(hash) {
+PrefixCache::PrefixCache(int64_t num_slots, PrefixReuseRule rule, PrefixHash hash,
+                         size_t num_events)
+    : num_slots_(num_slots),
+      rule_(rule),
+      hash_(hash),
+      num_events_(num_events),
+      events_(num_events) {
   absl::MutexLock lock(&mu_);
   for (int slot = 0; slot < num_slots; ++slot) free_slots_.insert(free_slots_.end(), slot);
 }
@@ -67,7 +72,7 @@ PrefixLease PrefixCache::Take(const PrefixQuery& query) {
   lease.cache_ = this;
   const int64_t whole = WholeBlocks(static_cast<int64_t>(query.tokens.size()));
   lease.tokens_.assign(query.tokens.begin(), query.tokens.begin() + whole * kPrefixBlockTokens);
-  lease.query_ = {query.domain, lease.tokens_, query.attention};
+  lease.query_ = {query.domain, lease.tokens_, query.attention, query.is_private};
 
   absl::MutexLock lock(&mu_);
   ++counts_.lookups;
@@ -104,6 +109,8 @@ bool PrefixCache::EvictOne() {
   free_slots_.insert(block->slot);
   ++counts_.evicted_blocks;
   Block* parent = block->parent;
+  events_.Append({.stored = false, .key = block->key});
+  by_event_.erase(block->first_event);
   blocks_.erase(PrefixKey(block->key));
   if (parent != nullptr) {
     --parent->children;
@@ -139,6 +146,7 @@ PrefixCache::Block* PrefixCache::Store(const PrefixQuery& query, const PrefixKey
     std::swap(block->slot, *slot);
     block->computed = query.attention;
     ++counts_.stored_blocks;
+    events_.Append(Describe(*block));
     return block;
   }
   Block& block = blocks_[key];
@@ -150,13 +158,57 @@ PrefixCache::Block* PrefixCache::Store(const PrefixQuery& query, const PrefixKey
   block.computed = query.attention;
   block.slot = std::exchange(*slot, -1);
   block.used = time_;
+  block.is_private = query.is_private;
   if (parent != nullptr) {
     evictable_.erase({parent->used, parent});
     ++parent->children;
   }
   ListIfEvictable(&block);
   ++counts_.stored_blocks;
+  if (keeps_events()) {
+    events_.Append(Describe(block));
+    block.first_event = events_.last();
+    by_event_.emplace(block.first_event, &block);
+  }
   return &block;
+}
+
+PrefixEvent PrefixCache::Describe(const Block& block) {
+  PrefixEvent event = {.key = block.key,
+                       .policy = block.computed.policy,
+                       .is_private = block.is_private,
+                       .tokens = block.tokens};
+  if (block.parent != nullptr) event.parent = block.parent->key;
+  return event;
+}
+
+uint64_t PrefixCache::last_event() const {
+  absl::MutexLock lock(&mu_);
+  return events_.last();
+}
+
+std::vector<PrefixEvent> PrefixCache::BlocksStored(uint64_t above, uint64_t up_to, size_t most,
+                                                   uint64_t* last) const {
+  std::vector<PrefixEvent> blocks;
+  absl::MutexLock lock(&mu_);
+  for (auto at = by_event_.upper_bound(above);
+       at != by_event_.end() && at->first <= up_to && blocks.size() < most; ++at) {
+    blocks.push_back(Describe(*at->second));
+    *last = at->first;
+  }
+  return blocks;
+}
+
+std::optional<std::vector<PrefixEvent>> PrefixCache::EventsBehind(uint64_t number,
+                                                                  size_t most) const {
+  absl::MutexLock lock(&mu_);
+  if (!events_.Has(number)) return std::nullopt;
+  return events_.Read(number, most);
+}
+
+bool PrefixCache::KeepsEventsBehind(uint64_t number) const {
+  absl::MutexLock lock(&mu_);
+  return events_.Has(number);
 }
 
 void PrefixCache::Publish(const PrefixQuery& query, const Blocks& found, PrefixKey last,

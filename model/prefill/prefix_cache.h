@@ -3,8 +3,11 @@
 #define PREFILLD_MODEL_PREFILL_PREFIX_CACHE_H_
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <utility>
@@ -14,6 +17,7 @@
 #include "absl/container/node_hash_map.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/types/span.h"
+#include "model/prefill/prefix_events.h"
 #include "model/prefill/prefix_key.h"
 #include "model/prefill/prefix_reuse.h"
 #include "model/sparse/attention_options.h"
@@ -27,6 +31,7 @@ struct PrefixQuery {
   std::string domain;  // PrefixDomain()
   absl::Span<const uint32_t> tokens;
   AttentionOptions attention;  // with the policy resolved
+  bool is_private = false;     // whoever follows the cache must not see the tokens
 };
 
 struct PrefixCacheCounts {
@@ -51,7 +56,9 @@ struct PrefixCacheCounts {
 // it. Thread-safe.
 class PrefixCache {
  public:
-  PrefixCache(int64_t num_slots, PrefixReuseRule rule, PrefixHash hash = Xxh3PrefixHash);
+  // Keeps so many events for followers.
+  PrefixCache(int64_t num_slots, PrefixReuseRule rule, PrefixHash hash = Xxh3PrefixHash,
+              size_t num_events = 0);
   ~PrefixCache();
 
   // Returns how many tokens of the prompt Take would find now. Changes nothing.
@@ -62,6 +69,17 @@ class PrefixCache {
   PrefixLease Take(const PrefixQuery& query);
 
   PrefixCacheCounts counts() const;
+
+  // A PrefixFollower calls these.
+  bool keeps_events() const { return num_events_ > 0; }
+  uint64_t last_event() const;
+  // Returns blocks that are there and were first stored by events above `above` and up to `up_to`,
+  // in the order of those events, at most `most` of them, and the last one's event in `*last`.
+  std::vector<PrefixEvent> BlocksStored(uint64_t above, uint64_t up_to, size_t most,
+                                        uint64_t* last) const;
+  // Returns the next events; nullopt: some of those behind this number are gone.
+  std::optional<std::vector<PrefixEvent>> EventsBehind(uint64_t number, size_t most) const;
+  bool KeepsEventsBehind(uint64_t number) const;
 
  private:
   friend class PrefixLease;
@@ -76,6 +94,8 @@ class PrefixCache {
     int children = 0;
     int leases = 0;     // that hold it
     uint64_t used = 0;  // the time of its last use
+    bool is_private = false;
+    uint64_t first_event = 0;  // the number of the event of its first storing
   };
   using Blocks = std::vector<Block*>;
 
@@ -87,6 +107,7 @@ class PrefixCache {
   Blocks Walk(const PrefixQuery& query, PrefixKey* last) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
   std::vector<int> ReserveSlots(int64_t wanted) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   bool EvictOne() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  static PrefixEvent Describe(const Block& block);
   // These keep evictable_ in step with the block.
   void Hold(Block* block) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void LetGo(Block* block) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -104,6 +125,7 @@ class PrefixCache {
   const int64_t num_slots_;
   const PrefixReuseRule rule_;
   const PrefixHash hash_;
+  const size_t num_events_;
 
   mutable absl::Mutex mu_;
   absl::node_hash_map<PrefixKey, Block> blocks_ ABSL_GUARDED_BY(mu_);
@@ -113,6 +135,9 @@ class PrefixCache {
   // copied as one.
   std::set<int> free_slots_ ABSL_GUARDED_BY(mu_);
   uint64_t time_ ABSL_GUARDED_BY(mu_) = 0;  // counts uses
+  PrefixEventLog events_ ABSL_GUARDED_BY(mu_);
+  // All blocks by first_event, if events are kept.
+  std::map<uint64_t, const Block*> by_event_ ABSL_GUARDED_BY(mu_);
   PrefixCacheCounts counts_ ABSL_GUARDED_BY(mu_);
 };
 

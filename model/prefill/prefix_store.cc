@@ -7,14 +7,14 @@
 namespace prefilld::model {
 
 PrefixStore::PrefixStore(Device* device, const ModelConfig& config, int64_t num_slots,
-                         PrefixReuseRule rule)
+                         PrefixReuseRule rule, int64_t num_events)
     : copies_(device->host_copies()),
       num_layers_(config.num_layers),
       num_kv_heads_(config.num_kv_heads),
       row_bytes_(RowBytes(*device, config)),
       num_slots_(num_slots),
       head_dim_(config.head_dim),
-      index_(num_slots, rule) {}
+      index_(num_slots, rule, Xxh3PrefixHash, static_cast<size_t>(num_events)) {}
 
 int64_t PrefixStore::RowBytes(const Device& device, const ModelConfig& config) {
   return kPrefixBlockTokens * config.head_dim *
@@ -24,7 +24,8 @@ int64_t PrefixStore::RowBytes(const Device& device, const ModelConfig& config) {
 absl::StatusOr<std::unique_ptr<PrefixStore>> PrefixStore::Create(Device* device,
                                                                  const ModelConfig& config,
                                                                  int64_t bytes,
-                                                                 PrefixReuseRule rule) {
+                                                                 PrefixReuseRule rule,
+                                                                 int64_t num_events) {
   const int64_t row_bytes = RowBytes(*device, config);
   const int64_t block_bytes = 2 * int64_t{config.num_layers} * config.num_kv_heads * row_bytes;
   const int64_t num_slots = bytes / block_bytes;
@@ -34,7 +35,7 @@ absl::StatusOr<std::unique_ptr<PrefixStore>> PrefixStore::Create(Device* device,
         "prefix_cache_bytes ", bytes, " is outside ", block_bytes, " to ", most_slots * block_bytes,
         ": a block of ", kPrefixBlockTokens, " tokens takes ", block_bytes));
   }
-  std::unique_ptr<PrefixStore> store(new PrefixStore(device, config, num_slots, rule));
+  std::unique_ptr<PrefixStore> store(new PrefixStore(device, config, num_slots, rule, num_events));
   PREFILLD_ASSIGN_OR_RETURN(store->memory_,
                             device->AllocateStaging(static_cast<size_t>(num_slots * block_bytes)));
   return store;

@@ -23,10 +23,12 @@ namespace prefilld::model {
 class PrefixStore {
  public:
   // Allocates as many slots as fit into `bytes`. The device is borrowed and must outlive the store.
+  // `num_events`: see PrefixCache.
   // INVALID_ARGUMENT when not one fits, or too many.
   static absl::StatusOr<std::unique_ptr<PrefixStore>> Create(Device* device,
                                                              const ModelConfig& config,
-                                                             int64_t bytes, PrefixReuseRule rule);
+                                                             int64_t bytes, PrefixReuseRule rule,
+                                                             int64_t num_events = 0);
 
   PrefixCache& index() { return index_; }
   const PrefixCache& index() const { return index_; }
@@ -41,7 +43,8 @@ class PrefixStore {
                          int64_t kv_head_stride);
 
  private:
-  PrefixStore(Device* device, const ModelConfig& config, int64_t num_slots, PrefixReuseRule rule);
+  PrefixStore(Device* device, const ModelConfig& config, int64_t num_slots, PrefixReuseRule rule,
+              int64_t num_events);
 
   // The size of a block's tokens in one head.
   static int64_t RowBytes(const Device& device, const ModelConfig& config);

@@ -239,6 +239,11 @@ FakeEngine::FakeEngine(const FakeEngineOptions& options)
   info_.native_dtype = kernels::DType::kBf16;
   info_.max_tokens = options.max_tokens;
   info_.layer_times = options.layer_times;
+  if (options.prefix_slots > 0) {
+    prefixes_ =
+        std::make_unique<model::PrefixCache>(options.prefix_slots, model::PrefixReuseRule::kLooser,
+                                             model::Xxh3PrefixHash, options.prefix_events);
+  }
 }
 
 void FakeEngine::set_layer_time(absl::Duration time) {

@@ -14,6 +14,7 @@
 #include "absl/time/time.h"
 #include "model/device/device.h"
 #include "model/prefill/prefill_engine.h"
+#include "model/prefill/prefix_cache.h"
 #include "server/clock.h"
 
 namespace prefilld::server {
@@ -31,6 +32,9 @@ struct FakeEngineOptions {
   int max_sequences = 4;         // at once; Start answers RESOURCE_EXHAUSTED beyond
   // Prompts of more tokens, alone and with use_prefix_cache, have so many in the cache.
   int64_t cached_tokens = 0;
+  // The slots of an index that nobody but the test uses (prefixes()). 0: there is none.
+  int64_t prefix_slots = 0;
+  size_t prefix_events = 64;                       // that it keeps
   std::vector<model::LayerTime> layer_times = {};  // as if measured at start
 };
 
@@ -91,6 +95,8 @@ class FakeEngine final : public model::PrefillEngine {
   bool MayInterject(int64_t num_tokens, const model::AttentionOptions& options) const override;
   int64_t CachedTokens(const model::PromptInput& prompt) const override;
   model::PrefixCacheUse prefix_cache() const override;
+  const model::PrefixCache* prefix_index() const override { return prefixes_.get(); }
+  model::PrefixCache& prefixes() { return *prefixes_; }
   bool CanStart(int64_t) const override { return alive_ < options_.max_sequences; }
   absl::StatusOr<std::unique_ptr<model::PrefillSequence>> Start(
       absl::Span<const model::PromptInput> prompts) override;
@@ -102,6 +108,7 @@ class FakeEngine final : public model::PrefillEngine {
   const FakeEngineOptions options_;
   model::EngineInfo info_;
   std::unique_ptr<model::Device> memory_;  // for staging alone
+  std::unique_ptr<model::PrefixCache> prefixes_;
   const Clock* clock_ = &Clock::Real();
   FakeSequence* interrupted_ = nullptr;  // at a point of its layer; the compute thread's
 

@@ -75,6 +75,26 @@ TEST(ServerOptions, RefusesTenantsThatNobodyCanTellApart) {
   EXPECT_THAT(problems(options), HasSubstr("needs a token_sha256 in --tenants"));
 }
 
+TEST(ServerOptions, WatchersOfTheCacheAreTenantsOrAll) {
+  const auto problems = [](const ServerOptions& options) {
+    return std::string(Validate(options).message());
+  };
+  ServerOptions options = ValidOptions();
+  options.cache_watch.watchers = {"all"};
+  EXPECT_EQ(problems(options), "--cache_watchers needs --prefix_cache_bytes");
+  options.engine.prefix_cache_bytes = 1 << 20;
+  EXPECT_EQ(problems(options), "");
+  options.cache_watch.watchers = {"router"};
+  EXPECT_EQ(problems(options),
+            "--cache_watchers: 'router' is neither all nor a tenant of --tenants");
+  options.tenants.source = TenantSource::kMetadata;
+  options.tenants_file = "tenants.json";
+  options.tenants.table = *Tenants::Parse(R"({"tenants": [{"name": "router"}]})");
+  EXPECT_EQ(problems(options), "");
+  options.cache_watch = {.watchers = {}, .tokens = true};
+  EXPECT_EQ(problems(options), "--cache_watch_tokens needs --cache_watchers");
+}
+
 TEST(ServerOptions, RefusesContradictions) {
   ServerOptions options = ValidOptions();
   options.tls.client_ca_file = "/dev/null";

@@ -16,22 +16,25 @@ AsyncPrefillClient and AsyncDecodeClient are the same for asyncio. prefilld.tran
 Hugging Face model, and prefilld.vllm is a KV connector of vLLM.
 """
 
-from prefilld.aio import AsyncDecodeClient, AsyncGenerateStream, AsyncPrefillClient, AsyncPrefillStream
+from prefilld.aio import AsyncCacheUpdates, AsyncDecodeClient, AsyncGenerateStream, AsyncPrefillClient, AsyncPrefillStream
 from prefilld.arrays import to_float32, to_torch
-from prefilld.clients import DecodeClient, GenerateStream, PrefillClient, PrefillStream
+from prefilld.clients import CacheUpdates, DecodeClient, GenerateStream, PrefillClient, PrefillStream
 from prefilld.errors import Cancelled, PrefilldError, TransferError
 from prefilld.options import Attention, Delivery, GenerateArguments, Layout, PrefillArguments, Sampling
-from prefilld.prefixes import prefix_keys
+from prefilld.prefixes import CachedBlocks, prefix_keys
 from prefilld.receiver import ExpectedCache, KvReceiver
 from prefilld.tokens import Token
 from prefilld.transfer import KvBlocks
 
 __all__ = [
+    "AsyncCacheUpdates",
     "AsyncDecodeClient",
     "AsyncGenerateStream",
     "AsyncPrefillClient",
     "AsyncPrefillStream",
     "Attention",
+    "CacheUpdates",
+    "CachedBlocks",
     "Cancelled",
     "DecodeClient",
     "Delivery",

@@ -216,6 +216,31 @@ class AsyncPrefillStream(AcceptedFields, _AsyncStream):
                 reader.cancel()
 
 
+class AsyncCacheUpdates(_AsyncStream):
+    """Iterates over the PrefixCacheUpdate messages of one server, as CacheUpdates does."""
+
+    def __init__(self, server: Server, call):
+        super().__init__()
+        self._server = server
+        self._calls.append(call)
+        self._items = self._receive(call)
+
+    def __aiter__(self):
+        return self._items
+
+    async def __anext__(self):
+        return await self._items.__anext__()
+
+    async def _receive(self, call) -> AsyncGenerator:
+        try:
+            while (update := await self._read(call)) is not None:
+                yield update
+        except PrefilldError as error:
+            self._server.note_failure(error.details)
+            raise
+        raise PrefilldError(grpc.StatusCode.UNAVAILABLE, "the stream of updates ended")
+
+
 class AsyncPrefillClient(_AsyncClient):
     """The client of prefilld servers."""
 
@@ -232,6 +257,14 @@ class AsyncPrefillClient(_AsyncClient):
                 if error.code() is not grpc.StatusCode.UNAVAILABLE or server is servers[-1]:
                     raise from_rpc(error, cancelled=False) from error
         raise AssertionError("the last attempt returns or raises")
+
+    def watch_prefix_cache(
+        self, *, token_ids: bool = False, metadata: Sequence[tuple[str, str]] = ()
+    ) -> AsyncCacheUpdates:
+        """Follows which blocks the server's prefix cache holds. All is as in PrefillClient.watch_prefix_cache."""
+        server = self._servers.only()
+        request = wire.WatchPrefixCacheRequest(token_ids=token_ids)
+        return AsyncCacheUpdates(server, server.stub().WatchPrefixCache(request, metadata=tuple(metadata)))
 
     async def prefill(self, tokens: Sequence[int], **arguments: Unpack[PrefillArguments]) -> AsyncPrefillStream:
         """Runs one prompt; returns once the server has accepted it. All else is as in PrefillClient.prefill."""

@@ -113,5 +113,11 @@ class Servers:
         first = next(self._turn) % len(self._servers)
         return self._servers[first:] + self._servers[:first]
 
+    def only(self) -> Server:
+        """Returns the server of a client that has one."""
+        if len(self._servers) != 1:
+            raise ValueError(f"a client of {len(self._servers)} servers; make one of each for this")
+        return self._servers[0]
+
     def channels(self) -> list:
         return [channel for server in self._servers for channel in server.channels()]

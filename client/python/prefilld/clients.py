@@ -248,6 +248,34 @@ class PrefillStream(AcceptedFields, _Stream):
             mailbox.close()
 
 
+class CacheUpdates(_Stream):
+    """Iterates over the PrefixCacheUpdate messages of one server, for CachedBlocks.apply(). It never ends by itself.
+
+    Iterating raises PrefilldError: ABORTED and UNAVAILABLE ask for a new call, with a new picture.
+    """
+
+    def __init__(self, server: Server, call):
+        super().__init__()
+        self._server = server
+        self._begin(call)
+        self._items = self._receive(call)
+
+    def __iter__(self):
+        return self._items
+
+    def __next__(self):
+        return next(self._items)
+
+    def _receive(self, call) -> Generator:
+        try:
+            with self._one_family():
+                yield from call
+        except PrefilldError as error:
+            self._server.note_failure(error.details)
+            raise
+        raise PrefilldError(grpc.StatusCode.UNAVAILABLE, "the stream of updates ended")
+
+
 class PrefillClient(_Client):
     """The client of prefilld servers."""
 
@@ -265,6 +293,18 @@ class PrefillClient(_Client):
                 if error.code is not grpc.StatusCode.UNAVAILABLE or server is servers[-1]:
                     raise
         raise AssertionError("the last attempt returns or raises")
+
+    def watch_prefix_cache(
+        self, *, token_ids: bool = False, metadata: Sequence[tuple[str, str]] = ()
+    ) -> CacheUpdates:
+        """Follows which blocks the server's prefix cache holds. ValueError: this is a client of several servers.
+
+        token_ids: asks for the tokens of blocks, which come if the server's operator allows it. metadata: as in
+        PrefillArguments.
+        """
+        server = self._servers.only()
+        request = wire.WatchPrefixCacheRequest(token_ids=token_ids)
+        return CacheUpdates(server, server.stub().WatchPrefixCache(request, metadata=tuple(metadata)))
 
     def prefill(self, tokens: Sequence[int], **arguments: Unpack[PrefillArguments]) -> PrefillStream:
         """Runs one prompt; returns once the server has accepted it. PrefillArguments describes the arguments.

@@ -1,4 +1,4 @@
-"""The names under which a server's prefix cache knows the blocks of a prompt, for routers."""
+"""The blocks of a server's prefix cache, for routers: their names, and a picture of which are there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import struct
 from collections.abc import Sequence
 
 import xxhash
+
+from prefilld import wire
 
 BLOCK_TOKENS = 128
 
@@ -31,3 +33,41 @@ def prefix_keys(
         key = xxhash.xxh3_128_digest(key + struct.pack(f"<{BLOCK_TOKENS}I", *block))
         keys.append(key)
     return keys
+
+
+class CachedBlocks:
+    """The picture of one server's prefix cache that its updates make (WatchPrefixCache in prefill.proto).
+
+    blocks: the CachedBlock message of each key. sequence: the number of the latest change that is in it.
+    complete: whether the snapshot is over; until then, blocks are missing.
+    """
+
+    def __init__(self):
+        self.blocks: dict[bytes, object] = {}
+        self.sequence = 0
+        self.complete = False
+
+    def apply(self, update) -> None:
+        """Takes the next update of one call. A call that is made anew needs a new picture."""
+        for change in update.changes:
+            if change.HasField("stored"):
+                self.blocks[change.stored.key] = change.stored
+            else:
+                self.blocks.pop(change.removed, None)
+        self.sequence = update.sequence
+        self.complete = not update.in_snapshot
+
+    def cached_tokens(self, keys: Sequence[bytes], policy: str = "dense") -> int:
+        """Returns how many tokens at the beginning of a prompt a request of this policy finds there.
+
+        keys: prefix_keys() of the prompt. policy: the one that will run, so not "auto". Thresholds are taken to
+        be those of the requests before, and --prefix_cache_reuse to be looser, which is its default.
+        """
+        serving = {wire.enum_value("AttentionPolicy", "dense"), wire.enum_value("AttentionPolicy", policy)}
+        count = 0
+        for key in keys:
+            block = self.blocks.get(key)
+            if block is None or block.policy not in serving:
+                break
+            count += BLOCK_TOKENS
+        return count
