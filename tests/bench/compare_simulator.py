@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""Compares prefill-simulator with a real prefilld: the same trace goes through both.
+
+    PYTHONPATH=client/python tests/bench/compare_simulator.py BIN_DIR MODEL --trace=trace.csv --server_flags=--device=cuda
+
+A server is started and measured (measure_layers.py), then `prefill-cli bench` sends it the trace, once under each
+rule of --scheduling, and the simulator gets the same trace. No KV is asked for, since the simulator knows none. It
+prints the times to the first token of both and what the simulated ones are of the measured ones.
+"""
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import measure_layers
+from prefilld import PrefillClient
+
+COMPARED = ("mean", "p50", "p90", "p99")
+
+
+@contextlib.contextmanager
+def running_server(bin_dir: Path, model: str, flags: list[str]) -> Iterator[str]:
+    """Starts prefilld on a free port and yields its address."""
+    with tempfile.TemporaryDirectory() as folder:
+        ports, log = Path(folder, "ports"), Path(folder, "log")
+        command = [bin_dir / "prefilld", f"--model={model}", "--listen=127.0.0.1:0", "--metrics_listen="]
+        with log.open("w") as stderr:
+            server = subprocess.Popen([*command, f"--port_file={ports}", *flags], stderr=stderr)
+        try:
+            while not ports.exists():
+                if server.poll() is not None:
+                    raise SystemExit(log.read_text())
+                time.sleep(0.05)
+            yield f"127.0.0.1:{ports.read_text().split('grpc=')[1].split()[0]}"
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def run_json(command: list) -> dict:
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def times(report: dict) -> dict[str, float]:
+    return {name: report["first_token_ms"][name] for name in COMPARED}
+
+
+def compare(args: argparse.Namespace, scheduling: str) -> dict:
+    flags = [f"--scheduling={scheduling}", f"--queue_capacity={args.queue_capacity}", *args.server_flags]
+    load = [f"--trace={args.trace}", f"--speedup={args.speedup}", "--json", f"--policy={args.policy}"]
+    with running_server(args.bin_dir, args.model, flags) as address, tempfile.NamedTemporaryFile("w+") as file:
+        with PrefillClient(address) as client:
+            policies = ["dense", "share"] if args.policy == "auto" else [args.policy]
+            profile = measure_layers.profile(client, policies, 16, args.longest, args.repeats)
+        json.dump(profile, file)
+        file.flush()
+        measured = run_json(
+            [args.bin_dir / "prefill-cli", "bench", f"--server={address}", "--quiet", "--last_blocks=0", *load]
+        )
+        simulated = run_json(
+            [args.bin_dir / "prefill-simulator", f"--profile={file.name}", f"--scheduling={scheduling}",
+             f"--queue_capacity={args.queue_capacity}", *load]  # fmt: skip
+        )
+    return {
+        "measured_ms": times(measured),
+        "simulated_ms": times(simulated),
+        "simulated_of_measured": {
+            name: round(times(simulated)[name] / times(measured)[name], 3) for name in COMPARED
+        },
+        "ends": {"measured": measured["ends"], "simulated": simulated["ends"]},
+        "done": {"measured": measured["done"], "simulated": simulated["done"]},
+        "sent_late_p99_ms": measured["sender"]["late_ms"]["p99"],
+    }
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bin_dir", type=Path, help="the build's folder of programs")
+    parser.add_argument("model", help="model folder")
+    parser.add_argument("--trace", required=True)
+    parser.add_argument("--speedup", type=float, default=1.0)
+    parser.add_argument("--policy", default="auto")
+    parser.add_argument("--scheduling", nargs="+", default=["turns", "fifo"])
+    parser.add_argument("--queue_capacity", type=int, default=4096)
+    parser.add_argument("--longest", type=int, default=0, help="of the lengths that are measured; 0: the server's")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--server_flags", nargs="*", default=[])
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
+    json.dump({scheduling: compare(args, scheduling) for scheduling in args.scheduling}, sys.stdout, indent=1)
+    print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+// An engine that computes nothing and lets time pass instead, as much as a real one was measured to
+// take.
+#ifndef PREFILLD_TESTS_BENCH_SIMULATOR_TIMED_ENGINE_H_
+#define PREFILLD_TESTS_BENCH_SIMULATOR_TIMED_ENGINE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "model/device/device.h"
+#include "model/prefill/prefill_engine.h"
+#include "model/prefill/prefix_cache.h"
+#include "server/prompt_speed.h"
+#include "tests/bench/simulator/server_profile.h"
+
+namespace prefilld::bench {
+
+// Its prompts have no KV to send. It has a real engine's places for prompts, batches, points inside
+// layers and index of a prefix cache.
+class TimedEngine final : public model::PrefillEngine {
+ public:
+  // `pass` lets time pass. `prefix_cache_bytes` 0: there is no prefix cache.
+  TimedEngine(const ServerProfile& profile, int64_t prefix_cache_bytes,
+              std::function<void(absl::Duration)> pass);
+
+  const model::EngineInfo& info() const override { return info_; }
+  int kv_slots() const override { return 3; }
+  size_t allocated_bytes() const override { return 0; }
+  int64_t CachedTokens(const model::PromptInput& prompt) const override;
+  int64_t max_batch_tokens() const override { return profile_.max_batch_tokens; }
+  int64_t BatchTokens(int64_t num_tokens, const model::AttentionOptions& options) const override;
+  bool MayInterject(int64_t num_tokens, const model::AttentionOptions& options) const override;
+  bool CanStart(int64_t num_tokens) const override { return FreePlace(num_tokens) >= 0; }
+  absl::StatusOr<std::unique_ptr<model::PrefillSequence>> Start(
+      absl::Span<const model::PromptInput> prompts) override;
+  absl::StatusOr<model::DeviceBuffer> AllocateStaging(size_t bytes) override;
+
+ private:
+  friend class TimedSequence;
+
+  model::PrefixQuery QueryOf(const model::PromptInput& prompt) const;
+  // Returns the smallest free place that holds so many tokens; -1: there is none.
+  int FreePlace(int64_t num_tokens) const;
+  // Returns the time of a layer that computes `num_computed` tokens behind `num_cached` others.
+  absl::Duration LayerTime(model::AttentionPolicy policy, int64_t num_computed, int64_t num_cached,
+                           bool is_last) const;
+  absl::Duration FirstTokenTime() const { return first_token_; }
+
+  const ServerProfile profile_;
+  const std::function<void(absl::Duration)> pass_;
+  model::EngineInfo info_;
+  server::StepCost layers_, last_layers_;
+  absl::Duration first_token_;  // the mean
+  std::unique_ptr<model::Device> memory_;
+  std::unique_ptr<model::PrefixCache> prefixes_;
+  std::vector<bool> taken_;  // [places]
+};
+
+}  // namespace prefilld::bench
+
+#endif  // PREFILLD_TESTS_BENCH_SIMULATOR_TIMED_ENGINE_H_
