@@ -22,7 +22,8 @@ for option in "$@"; do
         libgtest-dev libgmock-dev
         # the Python client, and the check of the Kubernetes manifests
         python3-grpcio python3-protobuf python3-numpy python3-xxhash python3-venv
-        # prefilld-gateway
+        # prefilld-gateway, and certificates for its test
+        openssl
         python3-uvicorn python3-starlette python3-jinja2 python3-prometheus-client
         # calibration, and the decoder that the embedded model was trained with
         python3-scipy python3-torch

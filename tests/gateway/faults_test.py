@@ -31,7 +31,7 @@ except ImportError as missing:
     sys.exit(77)
 
 MODEL = ROOT / "model" / "tiny"  # for its tokenizer; no weights are read
-REQUESTS, AT_ONCE, TIMEOUT_S = 1000, 32, 6
+REQUESTS, AT_ONCE, TIMEOUT_S = 1000, 32, 8
 COMPLETIONS = "/v1/completions"
 
 # Each fault of PlayedPeers, and how a request ends that has it: with the right answer (200), or the code of an error.

@@ -16,7 +16,7 @@ import unittest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "client" / "python"), str(ROOT / "tests" / "evaluation")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("client/python", "tests/evaluation", "tests/engines")]
 import live_processes  # noqa: E402
 
 try:
@@ -25,6 +25,7 @@ try:
     import prometheus_client  # noqa: F401
     import starlette  # noqa: F401
     import uvicorn  # noqa: F401
+    from faulty_proxy import FaultyProxy
     from gateway_process import GatewayProcess, ask, wait_until
     from prefilld import AsyncPrefillClient, DecodeClient, Delivery, Layout, PrefillClient, PrefilldError
     from prefilld.text_tokens import open_tokens
@@ -277,13 +278,49 @@ class Lives(Live):
         process.kill()
         process.wait()
         self.assertEqual([answer() for _ in range(4)], [right] * 4)
-        servers = json.loads(self.gateway.get("/health")[1])["servers"]
-        self.assertEqual([s["up"] for s in servers], [True, False, True])
+
+        def up():
+            return [server["up"] for server in json.loads(self.gateway.get("/health")[1])["servers"]]
+
+        wait_until(lambda: up() == [True, False, True], "the gateway knows which server is gone")
         self.assertEqual(self.gateway.metric("prefilld_gateway_server_up", server=self.servers[1]), 0)
         flags = ("--metrics_listen=", "--policy=dense", PUSHES, f"--listen={self.servers[1]}")
         self.programs.start(BIN_DIR / "prefilld", MODEL, *flags)
         wait_until(lambda: self.gateway.metric("prefilld_gateway_server_up") == 3, "the server is back")
         self.assertEqual([answer() for _ in range(4)], [right] * 4)
+
+    def test_connections_that_break_again_and_again_cost_no_answer(self):
+        with FaultyProxy(self.servers[0], limit=1000) as proxy:
+            prefill = f"--prefill=127.0.0.1:{proxy.port},{self.servers[1]}"
+            with GatewayProcess(self.folder, prefill, f"--decode={self.worker}", "--tries=5") as gateway:
+                gateway.wait_until_ready()
+
+                async def ask_all():
+                    # No two begin alike, so that both servers get their share.
+                    bodies = [{"prompt": f"{i} {FILLER}", "max_tokens": 5, "temperature": 0} for i in range(40)]
+                    return await asyncio.gather(*(ask(gateway.port, "/v1/completions", body) for body in bodies))
+
+                replies = asyncio.run(ask_all())
+                self.assertEqual([reply.status for reply in replies], [200] * 40)
+                self.assertEqual(replies[7].text, self.expected(TOKENS.encode(f"7 {FILLER}"), 5))
+                self.assertGreater(proxy.connections, 1)
+                self.assertIn(f"prefilld 127.0.0.1:{proxy.port} is left out", gateway.log())
+
+    def test_servers_behind_tls_want_the_gateways_certificate(self):
+        with tempfile.TemporaryDirectory(prefix="prefilld-tls-") as folder:
+            certificate, key = f"{folder}/cert.pem", f"{folder}/key.pem"
+            command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+                       "-keyout", key, "-out", certificate, "-days", "1", "-subj", "/CN=prefilld",
+                       "-addext", "subjectAltName=IP:127.0.0.1"]  # fmt: skip
+            subprocess.run(command, check=True, capture_output=True)
+            flags = (f"--tls_cert={certificate}", f"--tls_key={key}", f"--tls_client_ca={certificate}")
+            server = self.programs.start(BIN_DIR / "prefilld", MODEL, "--metrics_listen=", *flags)
+            call = {"prompt": "a", "kv_transfer_params": {"do_remote_decode": True}}
+            with GatewayProcess(MODEL, f"--prefill={server}", f"--tls_ca={certificate}", *flags[:2]) as gateway:
+                gateway.wait_until_ready()
+                self.assertEqual(gateway.post("/v1/completions", call).status, 200)
+            with GatewayProcess(MODEL, f"--prefill={server}") as gateway:
+                self.assertEqual(gateway.post("/v1/completions", call).status, 503)
 
     def test_an_answer_that_has_begun_ends_after_sigterm(self):
         gateway = GatewayProcess(self.folder, f"--prefill={self.servers[0]}", f"--decode={self.worker}")

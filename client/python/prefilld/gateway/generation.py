@@ -105,7 +105,6 @@ class Generation:
                         has_begun = True
                         server.route.note_done(sent)
                         yield token
-                worker.note_success()
                 return
             except _PeerError as failure:
                 error = failure.error
@@ -179,8 +178,10 @@ class Generation:
                 # The status of a receiver has its address before its message.
                 raise _PeerError(worker if error.details.startswith(worker.address) else server, error)
             with _blaming(worker):
-                yield await first
+                token = await first
                 server.note_success()
+                worker.note_success()
+                yield token
                 async for token in items:
                     yield token
         finally:

@@ -1,7 +1,7 @@
 """The servers behind the gateway: which of them are up, how long their queues are, and whose turn it is.
 
-Each is asked once a second by a task of its own, and at once after the first call that it failed. It is up while it
-answers that it serves, which a draining server does not. Belongs to one event loop.
+Each is asked once a second by a task of its own, and soon after a call that it failed. It is up while it answers that
+it serves, which a draining server does not. Belongs to one event loop.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ logger = logging.getLogger("prefilld.gateway")
 POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 2.0  # for which a prompt waits when no server is up
 PROBE_SECONDS = 3.0  # until a probe has failed
+# A server is asked again so soon after it failed a call; one that fails its calls but answers, later each time, up to
+# POLL_SECONDS.
+_SOON_SECONDS = 0.01
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -38,7 +41,7 @@ class Peer:
         self.address = address
         self.is_up = False
         self.reason = "not asked yet"
-        self._failures = 0  # calls that failed since one succeeded
+        self._failures = 0  # how often a call failed while it was up, since one succeeded
         self._wake = asyncio.Event()
 
     async def watch(self) -> None:
@@ -55,6 +58,7 @@ class Peer:
                 self._up()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), POLL_SECONDS)
+                await asyncio.sleep(min(POLL_SECONDS, _SOON_SECONDS * 2 ** min(self._failures, 10)))
             self._wake.clear()
 
     def note_success(self) -> None:
@@ -62,11 +66,9 @@ class Peer:
 
     def note_failure(self, error: PrefilldError) -> None:
         """Leaves the server out until it answers again, if the failure was one of the server and not of the request."""
-        if error.code is not grpc.StatusCode.UNAVAILABLE:
-            return
-        self._failures += 1
-        self._down(str(error))
-        if self._failures == 1:  # one that fails its calls but answers is tried once a second, not more often
+        if error.code is grpc.StatusCode.UNAVAILABLE and self.is_up:
+            self._failures += 1
+            self._down(str(error))
             self._wake.set()
 
     async def _ask(self) -> None:
