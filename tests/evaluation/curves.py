@@ -32,6 +32,7 @@ SYMBOLS = {"gamma": "γ", "vertical_slash_gamma": "γ of v.-s.", "tau": "τ", "d
 MARKERS = {"vertical_slash": "s", "share": "o", "auto": "D", "baseline_query_aware": "^", "baseline_random": "X",
            "flash_prefill": "v", "best_blocks": "*"}  # fmt: skip
 LINES = ("-", "--", ":", "-.")
+MORE_MARKERS = "oDPhd<>p"  # of one policy's families, from the third on
 SCORES = plt.colormaps["Blues"].with_extremes(bad="#d0d0d0")  # what is missed stays white; grey: not asked
 MOST_PERPLEXITY = 1.15  # beside dense, in the picture against density
 WITHIN = 0.01  # a score this far below dense counts as keeping the answers
@@ -96,7 +97,7 @@ def _styles(families: list[str]) -> dict[str, dict]:
         seen[policy] += 1
         styles[family] = {
             "color": COLOURS[policy],
-            "marker": MARKERS.get(policy, "o"),
+            "marker": MARKERS.get(policy, "o") if number < 2 else MORE_MARKERS[number % len(MORE_MARKERS)],
             "linestyle": LINES[number % len(LINES)],
             "markerfacecolor": COLOURS[policy] if number % 2 == 0 else "white",
             "zorder": 4 if policy == SHARE else 3,
@@ -279,7 +280,7 @@ def perplexity_against_density(summary: dict) -> plt.Figure:
     cells = [c for c in summary["text"] if c["perplexity_to_dense"]]
     lengths = sorted({c["length"] for c in cells})
     styles = _styles(_in_order(_parsed(c["setting"]).family for c in cells))
-    figure, axes = _grid(1, len(lengths), 2.8, 2.6)
+    figure, axes = _grid(1, len(lengths), 3.6, 3.4)
     for axis, length in zip(axes[0], lengths):
         families = defaultdict(list)
         for cell in sorted((c for c in cells if c["length"] == length), key=lambda c: c["density"]):
@@ -296,7 +297,7 @@ def perplexity_against_density(summary: dict) -> plt.Figure:
     # Random blocks may be many times worse than dense; drawn whole they would leave nothing to see of the others.
     highest = max(c["perplexity_to_dense"]["value"] for c in cells)
     axes[0][0].set_ylim(0.99, min(MOST_PERPLEXITY, highest + 0.01))
-    axes[0][0].set_xlim(0, 1)
+    axes[0][0].set_xlim(0, 1.06 * max(c["density"] for c in cells))
     axes[0][0].set_ylabel("perplexity / dense")
     handles = {label: h for a in axes.flat for h, label in zip(*a.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)

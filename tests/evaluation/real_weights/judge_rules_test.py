@@ -16,6 +16,7 @@ import math
 import sys
 import tempfile
 import unittest
+import unittest.mock
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,8 +27,10 @@ if reason := ", ".join(MISSING) or live_processes.reason_to_skip():
     print(f"skipped: {reason}")
     sys.exit(77)
 
+import draw_heads  # noqa: E402
 import judge_rules  # noqa: E402
 import measure  # noqa: E402
+import numpy as np  # noqa: E402
 import rules  # noqa: E402
 import settings  # noqa: E402
 import texts  # noqa: E402
@@ -101,6 +104,23 @@ class BesideTheServer(unittest.TestCase):
         short = {"lengths": [(256, 2)]}
         self.assertEqual(self.judged("later", "vertical_slash", seconds=-1.0, **short), {})
         self.assertEqual(self.judged("later", "vertical_slash", **short)["vertical_slash"]["texts"], 2)
+
+
+    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not here")
+    def test_heads_are_drawn_from_maps_that_are_kept(self):
+        maps, picture = self.folder / "maps.npz", self.folder / "heads.svg"
+        command = ["", "--maps", str(maps), "--heads", "1.2", "7.0", "--out", str(picture)]
+        made = ["--model", str(live_processes.MODEL), "--texts", str(self.folder), "--length", "256"]
+        for arguments in ([*command, *made], command):
+            with unittest.mock.patch.object(sys, "argv", arguments), contextlib.redirect_stdout(io.StringIO()):
+                draw_heads.main()
+            self.assertIn("layer 7, head 0", picture.read_text())
+            picture.unlink()
+        kept = np.load(maps)
+        self.assertEqual(kept["mass"].shape, (64, 2, 2))
+        np.testing.assert_allclose(kept["mass"].astype(np.float32).sum(-1), 1, atol=0.002)
+        for title in draw_heads.RULES:
+            np.testing.assert_array_equal(kept[title], np.broadcast_to(np.tril(np.ones((2, 2), bool)), (64, 2, 2)))
 
 
 class FlashPrefill(unittest.TestCase):
