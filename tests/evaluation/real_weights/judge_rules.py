@@ -82,7 +82,7 @@ def measured(model: Decoder, ids: list[int], rule: rules.Rule | None) -> tuple[l
     """Returns the nats of every token but the first, the density, and the token that comes next."""
     attend = rules.Prefill(rule) if rule else dense_causal
     tokens = torch.tensor(ids, device=model.embedding.device)
-    hidden = model(tokens[None], attend)[0]
+    hidden = model(tokens[None], attend)[0].float()  # logits in bf16 would be too coarse
     nats = []
     for i in range(0, len(ids) - 1, LOGIT_ROWS):
         targets = tokens[i + 1 : i + 1 + LOGIT_ROWS]
