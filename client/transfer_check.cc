@@ -38,8 +38,8 @@ absl::Status CheckConsistent(const KvLayout& layout) {
   if (wire::BytesPerElement(layout.dtype()) == 0) {
     return refuse("dtype", layout.dtype(), "BF16, FP16, FP32");
   }
-  if (layout.order() != KvOrder::KV_ORDER_NHD && layout.order() != KvOrder::KV_ORDER_HND) {
-    return refuse("order", layout.order(), "NHD, HND");
+  if (!wire::IsKvOrder(layout.order())) {
+    return refuse("order", layout.order(), wire::kKvOrdersList);
   }
   const uint32_t block = layout.block_tokens();
   if (!wire::IsBlockTokens(block)) {

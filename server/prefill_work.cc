@@ -73,12 +73,13 @@ absl::StatusOr<v1::KvLayout> ResolveLayout(const v1::KvLayoutRequest& request, i
   layout.set_block_tokens(block_tokens);
   layout.set_num_blocks((num_tokens + block_tokens - 1) / block_tokens);
 
-  if (!v1::KvOrder_IsValid(request.order())) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("layout.order ", static_cast<int>(request.order()), " unknown; NHD or HND"));
-  }
   layout.set_order(request.order() == v1::KV_ORDER_UNSPECIFIED ? v1::KV_ORDER_NHD
                                                                : request.order());
+  if (!wire::IsKvOrder(layout.order())) {
+    return absl::InvalidArgumentError(absl::StrCat("layout.order ",
+                                                   static_cast<int>(request.order()),
+                                                   " unknown; one of ", wire::kKvOrdersList));
+  }
   if (!v1::DType_IsValid(request.dtype())) {
     return absl::InvalidArgumentError(absl::StrCat(
         "layout.dtype ", static_cast<int>(request.dtype()), " unknown; BF16, FP16 or FP32"));
@@ -173,6 +174,19 @@ absl::Status CheckDelivery(const v1::PrefillRequest& request, const RequestLimit
   return wire::CheckId("deliver_to.transfer_id", request.deliver_to().transfer_id());
 }
 
+kernels::KvOrder OrderOf(v1::KvOrder order) {
+  switch (order) {
+    case v1::KV_ORDER_HND:
+      return kernels::KvOrder::kHnd;
+    case v1::KV_ORDER_NH2D:
+      return kernels::KvOrder::kNh2d;
+    case v1::KV_ORDER_HN2D:
+      return kernels::KvOrder::kHn2d;
+    default:
+      return kernels::KvOrder::kNhd;
+  }
+}
+
 }  // namespace
 
 absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
@@ -228,8 +242,7 @@ model::KvSelection SelectBlocks(const v1::KvLayout& layout, int64_t first_block,
   selection.block_tokens = static_cast<int>(layout.block_tokens());
   selection.first_head = static_cast<int>(layout.first_head());
   selection.num_heads = static_cast<int>(layout.num_heads());
-  selection.order =
-      layout.order() == v1::KV_ORDER_HND ? kernels::KvOrder::kHnd : kernels::KvOrder::kNhd;
+  selection.order = OrderOf(layout.order());
   selection.dtype = layout.dtype() == v1::DTYPE_FP32   ? kernels::DType::kFp32
                     : layout.dtype() == v1::DTYPE_FP16 ? kernels::DType::kFp16
                                                        : kernels::DType::kBf16;

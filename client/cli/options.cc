@@ -112,7 +112,10 @@ ABSL_FLAG(std::optional<uint32_t>, recall_audit_rows, std::nullopt,
           "patterns hold. Not set: the server decides.");
 
 ABSL_FLAG(uint32_t, block_tokens, 16, "prefill: tokens per KV block: 16, 32, 64 or 128.");
-ABSL_FLAG(std::string, kv_order, "nhd", "prefill: order of the axes in a KV block: nhd or hnd.");
+ABSL_FLAG(
+    std::string, kv_order, "nhd",
+    "prefill: order of the axes in a KV block: nhd, hnd, or with K and V of each head together "
+    "nh2d, hn2d.");
 ABSL_FLAG(std::string, kv_dtype, "", "prefill: bf16, fp16 or fp32. Empty: the server's own.");
 ABSL_FLAG(uint32_t, first_head, 0, "prefill: first KV head wanted.");
 ABSL_FLAG(uint32_t, num_heads, 0, "prefill: number of KV heads wanted. 0: the rest.");
@@ -287,11 +290,10 @@ PromptSource ReadPrompt(Command command, Problems& problems) {
 }
 
 ::prefill::v1::KvLayoutRequest ReadLayout(Problems& problems) {
-  constexpr NamedValue<::prefill::v1::KvOrder> kOrders[] = {{"nhd", ::prefill::v1::KV_ORDER_NHD},
-                                                            {"hnd", ::prefill::v1::KV_ORDER_HND}};
   ::prefill::v1::KvLayoutRequest layout;
   layout.set_block_tokens(absl::GetFlag(FLAGS_block_tokens));
-  layout.set_order(ReadName("--kv_order", absl::GetFlag(FLAGS_kv_order), kOrders, problems));
+  layout.set_order(
+      ReadEnum<::prefill::v1::KvOrder>("--kv_order", absl::GetFlag(FLAGS_kv_order), problems));
   layout.set_dtype(
       ReadEnum<::prefill::v1::DType>("--kv_dtype", absl::GetFlag(FLAGS_kv_dtype), problems));
   layout.set_first_head(absl::GetFlag(FLAGS_first_head));

@@ -66,10 +66,10 @@ HWY_INLINE void ConvertRow(const float* HWY_RESTRICT from, size_t n, uint16_t* H
   }
 }
 
-void PackHead(const PackKvParams& p, const float* from, int64_t token_stride, uint8_t* to,
+// Packs one head of one block of K or V. Its tokens are stride_bytes apart.
+void PackHead(const PackKvParams& p, const float* from, int64_t stride_bytes, uint8_t* to,
               int64_t num_tokens) {
   const size_t n = static_cast<size_t>(p.head_dim);
-  const int64_t stride_bytes = token_stride * static_cast<int64_t>(SizeOf(p.dst_dtype));
   for (int64_t t = 0; t < num_tokens; ++t, from += p.head_dim, to += stride_bytes) {
     switch (p.dst_dtype) {
       case DType::kBf16:
@@ -83,26 +83,27 @@ void PackHead(const PackKvParams& p, const float* from, int64_t token_stride, ui
         break;
     }
   }
+  for (int64_t t = num_tokens; t < p.block_tokens; ++t, to += stride_bytes) {
+    std::memset(to, 0, n * SizeOf(p.dst_dtype));
+  }
 }
 
 void PackBlocks(const PackKvParams& p) {
-  const int64_t bytes = static_cast<int64_t>(SizeOf(p.dst_dtype));
-  const int64_t block_bytes = int64_t{p.block_tokens} * p.num_heads * p.head_dim * bytes;
-  const bool nhd = p.order == KvOrder::kNhd;
-  const int64_t token_stride = nhd ? int64_t{p.num_heads} * p.head_dim : p.head_dim;
-  const int64_t head_stride = nhd ? p.head_dim : int64_t{p.block_tokens} * p.head_dim;
-  uint8_t* dst = static_cast<uint8_t*>(p.dst);
+  const auto bytes = static_cast<int64_t>(SizeOf(p.dst_dtype));
+  const PackedStrides strides = StridesOf(p);
+  uint8_t* tensor = static_cast<uint8_t*>(p.dst);
   for (const void* src : {p.k, p.v}) {
-    for (int64_t b = 0; b < p.num_blocks; ++b, dst += block_bytes) {
+    for (int64_t b = 0; b < p.num_blocks; ++b) {
       const int64_t first_token = (p.first_block + b) * p.block_tokens;
       const int64_t tokens = std::clamp<int64_t>(p.num_tokens - first_token, 0, p.block_tokens);
-      if (tokens < p.block_tokens) std::memset(dst, 0, static_cast<size_t>(block_bytes));
       for (int64_t h = 0; h < p.num_heads; ++h) {
         const float* from = static_cast<const float*>(src) + (p.first_head + h) * p.kv_head_stride +
                             first_token * p.head_dim;
-        PackHead(p, from, token_stride, dst + h * head_stride * bytes, tokens);
+        PackHead(p, from, strides.token * bytes,
+                 tensor + (b * strides.block + h * strides.head) * bytes, tokens);
       }
     }
+    tensor += strides.tensor * bytes;
   }
 }
 

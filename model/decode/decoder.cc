@@ -230,6 +230,10 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(const DecoderOptions& o
     return absl::InvalidArgumentError(
         absl::StrCat("block_tokens ", block_tokens, " unsupported; built for 16, 32, 64, 128"));
   }
+  if (kernels::IsInterleaved(options.order)) {
+    return absl::InvalidArgumentError(
+        "order has K and V in one block; this decoder has a pool for each, in NHD or HND order");
+  }
   if (options.pool_tokens < 1) {
     return absl::InvalidArgumentError(
         absl::StrCat("pool_tokens ", options.pool_tokens, " is below 1"));

@@ -21,8 +21,8 @@ struct DecoderOptions {
   std::vector<std::string> overruled_config_keys;  // see LoadModelConfig
   DeviceChoice device = DeviceChoice::kAuto;
   int cpu_threads = 0;
-  int block_tokens = 16;  // 16, 32, 64 or 128
-  kernels::KvOrder order = kernels::KvOrder::kNhd;
+  int block_tokens = 16;                            // 16, 32, 64 or 128
+  kernels::KvOrder order = kernels::KvOrder::kNhd;  // or kHnd: the pools of K and V lie apart
   int64_t pool_tokens = 0;  // capacity of the KV pool in tokens, over all sequences
 };
 

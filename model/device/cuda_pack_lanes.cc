@@ -72,9 +72,8 @@ cudaError_t CudaPackLanes::PackOnLane(const kernels::PackKvParams& params, Lane*
 // blocks go first wherever an SM comes free; a persistent kernel frees none between two of its
 // tiles.
 cudaError_t CudaPackLanes::ConvertOnLane(const kernels::PackKvParams& params, Lane* lane) {
-  // These are the bytes of K and V of one block together, and of one of them.
+  // These are the bytes of K and V of one block together.
   const auto pair_bytes = static_cast<size_t>(kernels::PackedBytes(params) / params.num_blocks);
-  const size_t block_bytes = pair_bytes / 2;
   if (lane->bytes < pair_bytes) {
     if (cudaError_t error = Grow(pair_bytes, lane); error != cudaSuccess) return error;
   }
@@ -90,12 +89,15 @@ cudaError_t CudaPackLanes::ConvertOnLane(const kernels::PackKvParams& params, La
         error != cudaSuccess) {
       return error;
     }
-    // The output holds the K blocks of the whole call first, then its V blocks.
+    // The output holds the blocks of both tensors together, or the K blocks of the whole call first
+    // and then its V blocks.
+    const int64_t parts = kernels::IsInterleaved(params.order) ? 1 : 2;
+    const size_t block_bytes = pair_bytes / static_cast<size_t>(parts);
     const size_t piece_bytes = static_cast<size_t>(piece.num_blocks) * block_bytes;
-    for (int64_t half = 0; half < 2; ++half) {
+    for (int64_t part = 0; part < parts; ++part) {
       const cudaError_t error = cudaMemcpyAsync(
-          destination + static_cast<size_t>(half * params.num_blocks + done) * block_bytes,
-          static_cast<unsigned char*>(lane->device) + static_cast<size_t>(half) * piece_bytes,
+          destination + static_cast<size_t>(part * params.num_blocks + done) * block_bytes,
+          static_cast<unsigned char*>(lane->device) + static_cast<size_t>(part) * piece_bytes,
           piece_bytes, cudaMemcpyDeviceToHost, lane->stream);
       if (error != cudaSuccess) return error;
     }

@@ -1,7 +1,7 @@
-// Sizes of the KV cache on the wire, as prefill/v1/kv.proto defines them.
+// Sizes and orders of the KV cache on the wire, as prefill/v1/kv.proto defines them.
 //
-// A layer has two tensors, K and V. One block of a layer therefore takes twice KvTensorBytes.
-// Frames, whose payload holds both, count in KvPairBytes.
+// A layer has two tensors, K and V. One block of a layer therefore takes twice KvTensorBytes, in
+// every order. Frames, whose payload holds both, count in KvPairBytes.
 #ifndef PREFILLD_PROTO_WIRE_KV_LAYOUT_H_
 #define PREFILLD_PROTO_WIRE_KV_LAYOUT_H_
 
@@ -22,6 +22,21 @@ inline constexpr uint32_t kMaxBlockTokens = kBlockTokens.back();
 constexpr bool IsBlockTokens(int64_t num_tokens) {
   return std::find(kBlockTokens.begin(), kBlockTokens.end(), num_tokens) != kBlockTokens.end();
 }
+
+// The orders of a block's axes that this version knows, as messages list them.
+inline constexpr char kKvOrdersList[] = "NHD, HND, NH2D, HN2D";
+bool IsKvOrder(::prefill::v1::KvOrder order);
+
+// The distances between neighbours along each axis of a frame's payload, in elements. Those along
+// head_dim are next to each other in every order.
+struct PayloadStrides {
+  int64_t tensor = 0;  // from K to V
+  int64_t block = 0;
+  int64_t token = 0;  // within a block
+  int64_t head = 0;
+};
+// `num_blocks` is that of the frame. The layout's order must be known.
+PayloadStrides StridesOf(const ::prefill::v1::KvLayout& layout, int64_t num_blocks);
 
 // Returns 0 for a type that this version does not know.
 int64_t BytesPerElement(::prefill::v1::DType dtype);

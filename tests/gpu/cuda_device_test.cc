@@ -211,22 +211,29 @@ TEST_F(CudaDevice, PacksFromSeveralThreadsBesideOps) {
   params.head_dim = kHeadDim;
   params.dst_dtype = kernels::DType::kFp32;
   const auto bytes = static_cast<size_t>(kernels::PackedBytes(params));
-  std::vector<char> expected(bytes);
-  kernels::PackKvParams on_host = params;
-  on_host.k = k.data();
-  on_host.v = v.data();
-  on_host.dst = expected.data();
-  kernels::reference::PackKv(on_host);
+  // Each thread packs in another order.
+  constexpr kernels::KvOrder kOrders[] = {kernels::KvOrder::kNhd, kernels::KvOrder::kHnd,
+                                          kernels::KvOrder::kNh2d, kernels::KvOrder::kHn2d};
+  std::vector<std::vector<char>> expected;
+  for (const kernels::KvOrder order : kOrders) {
+    kernels::PackKvParams on_host = params;
+    on_host.k = k.data();
+    on_host.v = v.data();
+    on_host.order = order;
+    on_host.dst = expected.emplace_back(bytes).data();
+    kernels::reference::PackKv(on_host);
+  }
 
   params.k = device_k.data();
   params.v = device_v.data();
   std::vector<std::thread> threads;
   for (int i = 0; i < 4; ++i) {
-    threads.emplace_back([this, params, bytes, &expected] {
+    threads.emplace_back([this, params, bytes, order = kOrders[i], &expected = expected[i]] {
       absl::StatusOr<DeviceBuffer> staging = device_->AllocateStaging(bytes);
       ASSERT_TRUE(staging.ok());
       std::memset(staging->data(), 0xff, bytes);
       kernels::PackKvParams mine = params;
+      mine.order = order;
       mine.dst = staging->data();
       const absl::Status status = device_->PackKv(mine);
       EXPECT_TRUE(status.ok()) << status;

@@ -21,7 +21,7 @@ TEST_P(CudaPackKv, GivesTheBytesOfTheReference) {
   const std::vector<float> k = NormalValues(count, 30000.0f, 1);
   const std::vector<float> v = NormalValues(count, 1.0f, 2);
   const DeviceArray<Bf16> device_k(ToBf16(k)), device_v(ToBf16(v));
-  for (const KvOrder order : {KvOrder::kNhd, KvOrder::kHnd}) {
+  for (const KvOrder order : kPackOrders) {
     for (const DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
       PackKvParams p;
       p.k = k.data();
@@ -45,7 +45,7 @@ TEST_P(CudaPackKv, GivesTheBytesOfTheReference) {
       p.v = device_v.data();
       p.dst = actual.data();
       PREFILLD_ASSERT_CUDA(cuda::LaunchPackKv(p, nullptr));
-      EXPECT_EQ(actual.Read(), expected) << Name(dtype);
+      EXPECT_EQ(actual.Read(), expected) << Name(dtype) << " in order " << static_cast<int>(order);
       if (dtype != DType::kBf16) continue;
       void* pinned = nullptr;
       PREFILLD_ASSERT_CUDA(cudaMallocHost(&pinned, expected.size()));
@@ -53,7 +53,8 @@ TEST_P(CudaPackKv, GivesTheBytesOfTheReference) {
       p.dst = pinned;
       PREFILLD_ASSERT_CUDA(cuda::CopyKvToHost(p, nullptr));
       PREFILLD_ASSERT_CUDA(cudaStreamSynchronize(nullptr));
-      EXPECT_EQ(std::memcmp(pinned, expected.data(), expected.size()), 0) << "copied to the host";
+      EXPECT_EQ(std::memcmp(pinned, expected.data(), expected.size()), 0)
+          << "copied to the host in order " << static_cast<int>(order);
       PREFILLD_ASSERT_CUDA(cudaFreeHost(pinned));
     }
   }

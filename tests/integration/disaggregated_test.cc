@@ -1,4 +1,6 @@
 // Tests that prefill in one process and decode in another give the tokens of a single process.
+#include <algorithm>
+#include <cmath>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -11,6 +13,7 @@
 #include "model/decode/decoder.h"
 #include "model/decode/sampling.h"
 #include "nlohmann/json.hpp"
+#include "proto/wire/kv_layout.h"
 #include "tests/integration/child_process.h"
 #include "tests/integration/generate_client.h"
 #include "tests/integration/greedy_reference.h"
@@ -23,8 +26,10 @@ namespace {
 using ::prefill::v1::Accepted;
 using ::prefill::v1::PrefillRequest;
 using ::prefill::v1::Progress;
+using ::testing::Each;
 using ::testing::ElementsAreArray;
 using ::testing::HasSubstr;
+using ::testing::Truly;
 
 constexpr int kPromptTokens = 301;  // ends inside a block of every size
 constexpr int kNewTokens = 12;
@@ -184,6 +189,67 @@ TEST_P(HalvesOfTheHeads, JoinedInOneDecoderTheyGiveTheTokensOfOneProcess) {
 
 INSTANTIATE_TEST_SUITE_P(BlockAndOrder, HalvesOfTheHeads,
                          ::testing::Values(Layout{16, "nhd"}, Layout{128, "hnd"}));
+
+// Puts the received cache in one order, [num_layers, 2, num_tokens, num_heads, head_dim].
+class GatherSink : public client::KvSink {
+ public:
+  absl::Status OnAccepted(const Accepted& accepted) override {
+    layout_ = accepted.layout();
+    values_.assign(size_t{2} * layout_.num_layers() * layout_.num_tokens() * row(), NAN);
+    return absl::OkStatus();
+  }
+  absl::Status OnProgress(const Progress&) override { return absl::OkStatus(); }
+  absl::Status OnFrame(const wire::ReceivedFrame& frame) override {
+    std::vector<uint8_t> scratch;
+    const auto* payload = reinterpret_cast<const float*>(frame.payload.Contiguous(scratch));
+    const wire::PayloadStrides strides = wire::StridesOf(layout_, frame.num_blocks);
+    const int64_t first_token = int64_t{frame.first_block} * layout_.block_tokens();
+    const int64_t tokens = std::min(int64_t{frame.num_blocks} * layout_.block_tokens(),
+                                    layout_.num_tokens() - first_token);
+    for (int64_t tensor = 0; tensor < 2; ++tensor) {
+      for (int64_t token = 0; token < tokens; ++token) {
+        for (int64_t head = 0; head < layout_.num_heads(); ++head) {
+          const float* from = payload + tensor * strides.tensor +
+                              token / layout_.block_tokens() * strides.block +
+                              token % layout_.block_tokens() * strides.token + head * strides.head;
+          const int64_t at =
+              ((2 * int64_t{frame.layer} + tensor) * layout_.num_tokens() + first_token + token) *
+                  row() +
+              head * layout_.head_dim();
+          std::copy_n(from, layout_.head_dim(), values_.begin() + at);
+        }
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  const std::vector<float>& values() const { return values_; }
+
+ private:
+  int64_t row() const { return int64_t{layout_.num_heads()} * layout_.head_dim(); }
+
+  ::prefill::v1::KvLayout layout_;
+  std::vector<float> values_;
+};
+
+TEST_F(Disaggregated, EveryOrderBringsTheSameNumbers) {
+  const auto prefill = client::PrefillClient::Create({.address = prefilld_->address()});
+  std::vector<float> expected;
+  for (const auto order : {::prefill::v1::KV_ORDER_NHD, ::prefill::v1::KV_ORDER_HND,
+                           ::prefill::v1::KV_ORDER_NH2D, ::prefill::v1::KV_ORDER_HN2D}) {
+    PrefillRequest request;
+    request.mutable_token_ids()->Assign(prompt_->begin(), prompt_->end());
+    request.mutable_attention()->set_policy(::prefill::v1::ATTENTION_POLICY_DENSE);
+    request.mutable_layout()->set_order(order);
+    request.mutable_layout()->set_dtype(::prefill::v1::DTYPE_FP32);
+    GatherSink sink;
+    const auto result = (*prefill)->Prefill(request, sink);
+    ASSERT_TRUE(result.ok()) << result.status();
+    if (expected.empty()) expected = sink.values();
+    EXPECT_THAT(expected, Each(Truly([](float x) { return std::isfinite(x); })));
+    EXPECT_TRUE(sink.values() == expected) << KvOrder_Name(order);
+  }
+}
 
 TEST_F(Disaggregated, RequestsThatDecodeTogetherDoNotDisturbEachOther) {
   ServerProcess worker = StartWorker({});

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "kernels/kv_pack.h"
+
 namespace prefilld::kernels::testing {
 
 // The kind of attention of a case's heads.
@@ -167,7 +169,10 @@ struct PackCase {
 
 inline void PrintTo(const PackCase& c, std::ostream* out) { *out << c.name; }
 
-// Each case is run for both orders and all wire dtypes.
+inline constexpr KvOrder kPackOrders[] = {KvOrder::kNhd, KvOrder::kHnd, KvOrder::kNh2d,
+                                          KvOrder::kHn2d};
+
+// Each case is run for all of kPackOrders and all wire dtypes.
 inline const std::vector<PackCase>& PackCases() {
   static const std::vector<PackCase> cases = {
       {"OneToken", 1, 0, 1, 16, 2, 0, 2, 64},
@@ -177,6 +182,7 @@ inline const std::vector<PackCase>& PackCases() {
       {"OneHeadOfFour", 200, 1, 1, 128, 4, 2, 1, 128},
       {"TwoHeadsOfFour", 250, 0, 8, 32, 4, 1, 2, 64},
       {"BlocksPastTheEnd", 20, 0, 3, 16, 1, 0, 1, 64},
+      {"EndsInTheMiddleOfManyHeads", 75, 1, 4, 16, 5, 1, 3, 64},
   };
   return cases;
 }

@@ -32,7 +32,7 @@ TEST_P(CpuPackKv, GivesTheBytesOfTheReference) {
   std::vector<float> k(static_cast<size_t>(c.num_kv_heads * stride)), v(k.size());
   for (float& x : k) x = normal(random);
   for (float& x : v) x = normal(random);
-  for (const KvOrder order : {KvOrder::kNhd, KvOrder::kHnd}) {
+  for (const KvOrder order : kPackOrders) {
     for (const DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
       PackKvParams p;
       p.k = k.data();
@@ -47,7 +47,8 @@ TEST_P(CpuPackKv, GivesTheBytesOfTheReference) {
       p.head_dim = c.head_dim;
       p.order = order;
       p.dst_dtype = dtype;
-      EXPECT_EQ(Pack(cpu::PackKv, p), Pack(reference::PackKv, p)) << Name(dtype);
+      EXPECT_EQ(Pack(cpu::PackKv, p), Pack(reference::PackKv, p))
+          << Name(dtype) << " in order " << static_cast<int>(order);
     }
   }
 }

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <vector>
 
 namespace prefilld::kernels::reference {
@@ -145,30 +146,46 @@ uint16_t ToFp16(float x) {
   return static_cast<uint16_t>(sign | (((exponent + 14) << 10) + units));
 }
 
-void PackKv(const PackKvParams& p) {
-  int64_t at = 0;
-  for (const void* source : {p.k, p.v}) {
-    for (int64_t block = p.first_block; block < p.first_block + p.num_blocks; ++block) {
-      const int64_t outer = p.order == KvOrder::kNhd ? p.block_tokens : p.num_heads;
-      const int64_t inner = p.order == KvOrder::kNhd ? p.num_heads : p.block_tokens;
-      for (int64_t a = 0; a < outer; ++a) {
-        for (int64_t b = 0; b < inner; ++b) {
-          const int64_t token = block * p.block_tokens + (p.order == KvOrder::kNhd ? a : b);
-          const int64_t head = p.first_head + (p.order == KvOrder::kNhd ? b : a);
-          for (int64_t i = 0; i < p.head_dim; ++i, ++at) {
-            const float x = token < p.num_tokens
-                                ? In(source)[head * p.kv_head_stride + token * p.head_dim + i]
-                                : 0.0f;
-            if (p.dst_dtype == DType::kFp32) {
-              static_cast<float*>(p.dst)[at] = x;
-            } else {
-              static_cast<uint16_t*>(p.dst)[at] =
-                  p.dst_dtype == DType::kBf16 ? ToBf16(x) : ToFp16(x);
-            }
+namespace {
+
+// Walks the destination in its order. `tensors` are those of one block: K and then V where a block
+// holds both, or one of them.
+void PackBlock(const PackKvParams& p, int64_t block, std::initializer_list<const void*> tensors,
+               int64_t& at) {
+  const bool by_token = p.order == KvOrder::kNhd || p.order == KvOrder::kNh2d;
+  const int64_t outer = by_token ? p.block_tokens : p.num_heads;
+  const int64_t inner = by_token ? p.num_heads : p.block_tokens;
+  for (int64_t a = 0; a < outer; ++a) {
+    for (int64_t b = 0; b < inner; ++b) {
+      const int64_t token = block * p.block_tokens + (by_token ? a : b);
+      const int64_t head = p.first_head + (by_token ? b : a);
+      for (const void* tensor : tensors) {
+        for (int64_t i = 0; i < p.head_dim; ++i, ++at) {
+          const float x = token < p.num_tokens
+                              ? In(tensor)[head * p.kv_head_stride + token * p.head_dim + i]
+                              : 0.0f;
+          if (p.dst_dtype == DType::kFp32) {
+            static_cast<float*>(p.dst)[at] = x;
+          } else {
+            static_cast<uint16_t*>(p.dst)[at] = p.dst_dtype == DType::kBf16 ? ToBf16(x) : ToFp16(x);
           }
         }
       }
     }
+  }
+}
+
+}  // namespace
+
+void PackKv(const PackKvParams& p) {
+  int64_t at = 0;
+  const int64_t end = p.first_block + p.num_blocks;
+  if (p.order == KvOrder::kNh2d || p.order == KvOrder::kHn2d) {
+    for (int64_t block = p.first_block; block < end; ++block) PackBlock(p, block, {p.k, p.v}, at);
+    return;
+  }
+  for (const void* tensor : {p.k, p.v}) {
+    for (int64_t block = p.first_block; block < end; ++block) PackBlock(p, block, {tensor}, at);
   }
 }
 

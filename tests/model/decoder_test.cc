@@ -200,6 +200,9 @@ TEST(Decoder, RefusesOptionsItCannotHonour) {
   options.device = DeviceChoice::kCpu;
   EXPECT_THAT(Decoder::Create(options).status().message(), HasSubstr("pool_tokens 0"));
   options.pool_tokens = 64;
+  options.order = KvOrder::kHn2d;
+  EXPECT_THAT(Decoder::Create(options).status().message(), HasSubstr("K and V in one block"));
+  options.order = KvOrder::kNhd;
   options.block_tokens = 24;
   EXPECT_THAT(Decoder::Create(options).status().message(), HasSubstr("block_tokens 24"));
 }

@@ -1,10 +1,13 @@
 #include "proto/wire/kv_layout.h"
 
 #include <string>
+#include <vector>
 
 #include <gtest/gtest.h>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_join.h"
+#include "proto/wire/enum_names.h"
 
 namespace prefilld::wire {
 namespace {
@@ -41,6 +44,48 @@ TEST(KvLayout, TheGreatestPairIsThatOfTheWidestLayout) {
   layout.set_block_tokens(kMaxBlockTokens);
   layout.set_num_heads(layout.num_kv_heads());
   EXPECT_EQ(MaxKvPairBytes(layout.num_kv_heads(), layout.head_dim()), KvPairBytes(layout));
+}
+
+TEST(KvOrders, TheListNamesThoseThatAreKnown) {
+  EXPECT_FALSE(IsKvOrder(::prefill::v1::KV_ORDER_UNSPECIFIED));
+  std::vector<std::string> known;
+  for (int i = 0; i <= ::prefill::v1::KvOrder_MAX; ++i) {
+    const auto order = static_cast<::prefill::v1::KvOrder>(i);
+    if (IsKvOrder(order)) known.push_back(absl::AsciiStrToUpper(EnumName(order)));
+  }
+  EXPECT_EQ(absl::StrJoin(known, ", "), kKvOrdersList);
+  EXPECT_FALSE(IsKvOrder(static_cast<::prefill::v1::KvOrder>(::prefill::v1::KvOrder_MAX + 1)));
+}
+
+// Where the contract places an element, written down once more by the axes of each order.
+TEST(KvOrders, EachElementHasItsPlace) {
+  using ::prefill::v1::KvOrder;
+  auto layout = Layout(::prefill::v1::DTYPE_BF16);
+  constexpr int kBlocks = 5, kTokens = 32, kHeads = 3, kDim = 64;
+  for (const KvOrder order : {::prefill::v1::KV_ORDER_NHD, ::prefill::v1::KV_ORDER_HND,
+                              ::prefill::v1::KV_ORDER_NH2D, ::prefill::v1::KV_ORDER_HN2D}) {
+    layout.set_order(order);
+    const PayloadStrides strides = StridesOf(layout, kBlocks);
+    const int tensor = 1, block = 3, token = 7, head = 2;
+    int64_t place = 0;
+    switch (order) {
+      case ::prefill::v1::KV_ORDER_NHD:
+        place = (((tensor * kBlocks + block) * kTokens + token) * kHeads + head) * kDim;
+        break;
+      case ::prefill::v1::KV_ORDER_HND:
+        place = (((tensor * kBlocks + block) * kHeads + head) * kTokens + token) * kDim;
+        break;
+      case ::prefill::v1::KV_ORDER_NH2D:
+        place = (((block * kTokens + token) * kHeads + head) * 2 + tensor) * kDim;
+        break;
+      default:
+        place = (((block * kHeads + head) * kTokens + token) * 2 + tensor) * kDim;
+    }
+    EXPECT_EQ(tensor * strides.tensor + block * strides.block + token * strides.token +
+                  head * strides.head,
+              place)
+        << KvOrder_Name(order);
+  }
 }
 
 TEST(BlockTokens, TheTableAndItsTextAgree) {

@@ -20,7 +20,7 @@ try:
     from played_server import BLOCKS, LAYERS, PATIENCE, TOKENS, PlayedServer, frame, layout, refusing, silent, whole
     from prefilld import AsyncPrefillClient, Cancelled, Delivery, PrefillClient, PrefilldError, TransferError, wire
     from prefilld.frames import Frame, read_event
-    from prefilld.transfer import TransferCheck
+    from prefilld.transfer import TransferCheck, WholeCache
 except ImportError as missing:
     print(f"skipped: {missing}")
     sys.exit(77)
@@ -268,6 +268,21 @@ class Messages(unittest.TestCase):
             shared += np.shares_memory(blocks.keys, np.frombuffer(data, np.uint8))
         self.assertGreater(shared, 0)
 
+    def test_keys_and_values_of_an_interleaved_block_are_views_of_it(self):
+        for order, tokens_inside in (("nh2d", False), ("hn2d", True)):
+            described = layout(order=wire.enum_value("KvOrder", order))
+            data = frame(1).SerializeToString()
+            blocks = TransferCheck(described).take(read_event(data))
+            axes = (2, 16) if tokens_inside else (16, 2)
+            wanted = 1000 + np.arange(2 * BLOCKS * 16 * 2 * 4).reshape(BLOCKS, *axes, 2, 4)
+            np.testing.assert_array_equal(blocks.array, wanted)
+            np.testing.assert_array_equal(blocks.keys, wanted[..., 0, :])
+            np.testing.assert_array_equal(blocks.values, wanted[..., 1, :])
+            self.assertTrue(np.shares_memory(blocks.keys, blocks.array) and np.shares_memory(blocks.values, blocks.array))
+            cache = WholeCache(described)
+            cache.store(blocks)
+            np.testing.assert_array_equal(cache.array[1, 1], wanted[..., 1, :])
+
     def test_an_error_survives_a_pickle(self):
         aborted, lost = grpc.StatusCode.ABORTED, grpc.StatusCode.DATA_LOSS
         for error in (PrefilldError(aborted, "slow", 1.5), Cancelled(), TransferError(lost, "x")):
@@ -299,11 +314,19 @@ class Tensors(unittest.TestCase):
                 del blocks
                 self.assertEqual(kept.numpy().tobytes(), payload)
 
+    def test_share_the_memory_of_an_interleaved_block(self):
+        blocks = TransferCheck(layout(order=wire.enum_value("KvOrder", "nh2d"))).take(frame(2).kv_frame)
+        for tensor, array in zip(blocks.torch(), (blocks.keys, blocks.values)):
+            self.assertEqual(tensor.data_ptr(), array.ctypes.data)
+            self.assertEqual(tensor.tolist(), array.tolist())
+
     def test_are_those_of_a_layout(self):
         from prefilld import to_torch
 
-        with self.assertRaisesRegex(ValueError, "contiguous"):
-            to_torch(np.zeros((4, 4), np.float32).T)
+        array = np.arange(12, dtype=np.float32).reshape(3, 4)
+        self.assertEqual(to_torch(array.T).tolist(), array.T.tolist())
+        with self.assertRaisesRegex(ValueError, "strides"):
+            to_torch(array[::-1])
         self.assertEqual(tuple(to_torch(np.zeros((0, 3), np.float32)).shape), (0, 3))
 
 

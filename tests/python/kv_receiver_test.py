@@ -58,6 +58,17 @@ class Pushed(unittest.TestCase):
         self.assertEqual(cache.result.first_token.token_id, stream.result.first_token.token_id)
         self.assertEqual(pushed.result.kv_frames, cache.result.kv_frames)
 
+    def test_each_order_brings_the_same_numbers(self):
+        caches = {}
+        for order in ("nhd", "hnd", "nh2d", "hn2d"):
+            wished = Layout(block_tokens=32, order=order)
+            with self.client.prefill(PROMPT, layout=wished, attention=Attention("dense")) as stream:
+                caches[order] = stream.read_all()
+        for order in ("hnd", "hn2d"):
+            caches[order] = caches[order].swapaxes(3, 4)
+        for order, cache in caches.items():
+            np.testing.assert_array_equal(cache, caches["nhd"], order)
+
     def test_a_cache_that_nobody_expects_is_refused(self):
         with self.assertRaisesRegex(PrefilldError, "nobody waits for transfer_id 'other'") as caught:
             list(self.push("other"))

@@ -80,7 +80,7 @@ INSTANTIATE_TEST_SUITE_P(
                    kInvalid, {"layout.block_tokens", "17", "128"}},
         BadRequest{"Order",
                    [](Request& r) { r.mutable_layout()->set_order(static_cast<v1::KvOrder>(9)); },
-                   kInvalid, {"layout.order", "9", "NHD"}},
+                   kInvalid, {"layout.order", "9", "NHD", "HN2D"}},
         BadRequest{"DType",
                    [](Request& r) { r.mutable_layout()->set_dtype(static_cast<v1::DType>(-1)); },
                    kInvalid, {"layout.dtype", "-1", "BF16"}},

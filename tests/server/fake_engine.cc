@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <utility>
 
 #include "absl/cleanup/cleanup.h"
@@ -17,27 +18,39 @@ uint32_t Element(int layer, bool is_value, int64_t token, int head, int element)
                                head * 131 + element);
 }
 
-void Pack(int layer, const model::KvSelection& s, int64_t num_tokens, int head_dim, char* dst) {
+// Packs the blocks [first, end) of `tensors`: false is K and true is V.
+char* PackBlocks(int layer, const model::KvSelection& s, int64_t first, int64_t end,
+                 std::initializer_list<bool> tensors, int64_t num_tokens, int head_dim, char* dst) {
   const size_t bytes = kernels::SizeOf(s.dtype);
-  for (const bool is_value : {false, true}) {
-    for (int64_t block = s.first_block; block < s.first_block + s.num_blocks; ++block) {
-      const int outer = s.order == kernels::KvOrder::kNhd ? s.block_tokens : s.num_heads;
-      const int inner = s.order == kernels::KvOrder::kNhd ? s.num_heads : s.block_tokens;
-      for (int i = 0; i < outer; ++i) {
-        for (int j = 0; j < inner; ++j) {
-          const int in_block = s.order == kernels::KvOrder::kNhd ? i : j;
-          const int head = s.first_head + (s.order == kernels::KvOrder::kNhd ? j : i);
-          const int64_t token = block * s.block_tokens + in_block;
-          for (int e = 0; e < head_dim; ++e) {
+  const bool by_token = s.order == kernels::KvOrder::kNhd || s.order == kernels::KvOrder::kNh2d;
+  const int outer = by_token ? s.block_tokens : s.num_heads;
+  const int inner = by_token ? s.num_heads : s.block_tokens;
+  for (int64_t block = first; block < end; ++block) {
+    for (int i = 0; i < outer; ++i) {
+      for (int j = 0; j < inner; ++j) {
+        const int head = s.first_head + (by_token ? j : i);
+        const int64_t token = block * s.block_tokens + (by_token ? i : j);
+        for (const bool is_value : tensors) {
+          for (int e = 0; e < head_dim; ++e, dst += bytes) {
             const uint32_t value =
                 token < num_tokens ? Element(layer, is_value, token, head, e) : 0;
             std::memcpy(dst, &value, bytes);
-            dst += bytes;
           }
         }
       }
     }
   }
+  return dst;
+}
+
+void Pack(int layer, const model::KvSelection& s, int64_t num_tokens, int head_dim, char* dst) {
+  const int64_t end = s.first_block + s.num_blocks;
+  if (kernels::IsInterleaved(s.order)) {
+    PackBlocks(layer, s, s.first_block, end, {false, true}, num_tokens, head_dim, dst);
+    return;
+  }
+  dst = PackBlocks(layer, s, s.first_block, end, {false}, num_tokens, head_dim, dst);
+  PackBlocks(layer, s, s.first_block, end, {true}, num_tokens, head_dim, dst);
 }
 
 model::AttentionPolicy Resolve(const model::AttentionOptions& options, int64_t num_tokens) {

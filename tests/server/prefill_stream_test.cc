@@ -106,6 +106,8 @@ INSTANTIATE_TEST_SUITE_P(
                       LayoutCase{32, v1::KV_ORDER_HND, v1::DTYPE_FP16, 1, 1, 0, 33},
                       LayoutCase{64, v1::KV_ORDER_NHD, v1::DTYPE_FP32, 0, 1, 3, 1000},
                       LayoutCase{128, v1::KV_ORDER_HND, v1::DTYPE_FP32, 1, 0, 0, 5000},
+                      LayoutCase{16, v1::KV_ORDER_NH2D, v1::DTYPE_BF16, 0, 0, 1, 333},
+                      LayoutCase{64, v1::KV_ORDER_HN2D, v1::DTYPE_FP16, 1, 1, 0, 1000},
                       // The consumer holds every block already, so it gets a result and no KV.
                       LayoutCase{16, v1::KV_ORDER_NHD, v1::DTYPE_BF16, 0, 0, 7, 100}));
 

@@ -24,19 +24,21 @@ def to_float32(array: np.ndarray) -> np.ndarray:
 def to_torch(array: np.ndarray) -> torch.Tensor:
     """Returns a CPU tensor of the same memory, of dtype bfloat16 where the array has bf16 as uint16 bits.
 
-    The tensor keeps the array alive. An array that is read-only, such as those of KvBlocks, must not be
-    written through the tensor either, which torch cannot know.
+    The tensor has the array's strides and keeps it alive. An array that is read-only, such as those of KvBlocks,
+    must not be written through the tensor either, which torch cannot know.
     """
     import torch
 
     dtype = {2: torch.bfloat16, 4: torch.float32}[array.itemsize]
     if array.dtype == np.float16:
         dtype = torch.float16
-    if not array.flags.c_contiguous:
-        raise ValueError(f"array of shape {array.shape} and strides {array.strides}: must be contiguous")
+    if any(stride < 0 or stride % array.itemsize for stride in array.strides):
+        raise ValueError(f"array of strides {array.strides}: must be multiples of {array.itemsize}, 0 at least")
     if array.size == 0:
         return torch.empty(array.shape, dtype=dtype)
     # torch warns of each read-only buffer that it shares, so it gets one that does not say so.
-    memory = (ctypes.c_uint8 * array.nbytes).from_address(array.ctypes.data)
+    span = array.itemsize + sum((n - 1) * stride for n, stride in zip(array.shape, array.strides))
+    memory = (ctypes.c_uint8 * span).from_address(array.ctypes.data)
     memory.owner = array
-    return torch.frombuffer(memory, dtype=dtype).view(array.shape)
+    strides = [stride // array.itemsize for stride in array.strides]
+    return torch.frombuffer(memory, dtype=dtype).as_strided(array.shape, strides)

@@ -16,7 +16,8 @@ class Layout:
     """How the KV cache is to arrive.
 
     block_tokens: 16, 32, 64 or 128.
-    order: "nhd" [block_tokens, num_heads, head_dim] or "hnd" [num_heads, block_tokens, head_dim].
+    order: of a block's axes: "nhd" [block_tokens, num_heads, head_dim], "hnd" [num_heads, block_tokens, head_dim], or
+    with K and V in one block "nh2d" [block_tokens, num_heads, 2, head_dim], "hn2d" [num_heads, block_tokens, 2, head_dim].
     dtype: "bf16", "fp16", "fp32"; None is the one the server computes in.
     first_head, num_heads: a range of KV heads; num_heads 0 is all from first_head on.
     first_block: blocks before it are not sent; equal to the number of blocks of the prompt, no KV is.

@@ -23,12 +23,17 @@ if TYPE_CHECKING:
 
 
 def block_shape(layout) -> tuple[int, int, int]:
-    """Returns the shape of one block of K or V: [block_tokens, num_heads, head_dim] (NHD) or [num_heads, block_tokens,
-    head_dim].
+    """Returns the shape of one block of K or V: [block_tokens, num_heads, head_dim] (NHD, NH2D) or [num_heads,
+    block_tokens, head_dim] (HND, HN2D).
     """
-    if wire.enum_name("KvOrder", layout.order) == "hnd":
+    if wire.enum_name("KvOrder", layout.order) in ("hnd", "hn2d"):
         return layout.num_heads, layout.block_tokens, layout.head_dim
     return layout.block_tokens, layout.num_heads, layout.head_dim
+
+
+def is_interleaved(layout) -> bool:
+    """Tells whether K and V lie in one block, head by head."""
+    return wire.enum_name("KvOrder", layout.order) in ("nh2d", "hn2d")
 
 
 def element_type(layout) -> np.dtype:
@@ -41,6 +46,8 @@ class KvBlocks:
 
     keys, values: [num_blocks, *block_shape(layout)], read-only views of the received bytes. Keys
     are rotated. Positions past the end of the prompt are zero.
+    array: all of the received bytes: [2 (K, V), num_blocks, *block_shape(layout)], or of interleaved orders
+    [num_blocks, *block_shape(layout)[:2], 2 (K, V), head_dim], so that a block of both is one copy.
     layers_computed: layers that were finished when the server sent this.
     """
 
@@ -48,6 +55,7 @@ class KvBlocks:
     first_block: int
     keys: np.ndarray
     values: np.ndarray
+    array: np.ndarray
     layers_computed: int
 
     def torch(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,6 +76,7 @@ def check_layout(layout, wished, num_tokens: int, fingerprint: str) -> None:
     expect("block_tokens", layout.block_tokens, wished.block_tokens)
     expect("num_blocks", layout.num_blocks, -(-num_tokens // layout.block_tokens))
     expect("order", layout.order, wished.order)
+    expect("known order", wire.enum_name("KvOrder", layout.order) in wire.enum_names("KvOrder"), True)
     dtype = wire.enum_name("DType", layout.dtype)
     expect("dtype", dtype, wire.enum_name("DType", wished.dtype) if wished.dtype else dtype)
     expect("known dtype", dtype in NUMPY_DTYPES, True)
@@ -90,6 +99,7 @@ class TransferCheck:
         self._layout = layout
         self._num_logprobs = layout.num_tokens - 1 if prompt_logprobs else 0
         self._shape = block_shape(layout)
+        self._interleaved = is_interleaved(layout)
         self._dtype = element_type(layout)
         self._arrived = np.zeros((layout.num_layers, layout.num_blocks), bool)
         self._arrived[:, : layout.first_block] = True
@@ -106,6 +116,8 @@ class TransferCheck:
         if frame.layer >= self._layout.num_layers or frame.num_blocks == 0 or end > self._layout.num_blocks:
             raise data_loss(f"{where} with {frame.num_blocks} blocks lies outside the layout")
         shape = (2, frame.num_blocks, *self._shape)
+        if self._interleaved:
+            shape = (frame.num_blocks, *self._shape[:2], 2, self._shape[2])
         size = int(np.prod(shape)) * self._dtype.itemsize
         if len(frame.payload) != size:
             raise data_loss(f"{where} has a payload of {len(frame.payload)} bytes; {size} are due")
@@ -121,8 +133,9 @@ class TransferCheck:
         array = np.frombuffer(frame.payload, self._dtype)
         if not array.flags.aligned:  # the payload stands where its message's other fields end
             array = np.frombuffer(bytes(frame.payload), self._dtype)
-        keys, values = array.reshape(shape)
-        return KvBlocks(frame.layer, frame.first_block, keys, values, frame.layers_computed)
+        array = array.reshape(shape)
+        keys, values = np.moveaxis(array, 3, 0) if self._interleaved else array
+        return KvBlocks(frame.layer, frame.first_block, keys, values, array, frame.layers_computed)
 
     def finish(self, result) -> None:
         sent = list(result.frames_per_lane)
@@ -208,7 +221,7 @@ class Reception:
 class WholeCache:
     """Puts blocks into one array: [num_layers, 2 (K, V), num_blocks, *block_shape(layout)], writable.
 
-    num_blocks counts from layout.first_block. With block order NHD and all blocks, `.reshape(layers, 2, -1, heads,
+    num_blocks counts from layout.first_block. K and V lie apart here in every order. With NHD or NH2D and all blocks, `.reshape(layers, 2, -1, heads,
     head_dim)[:, :, :num_tokens]` is the cache by token.
     """
 
