@@ -23,12 +23,14 @@ namespace {
 
 using ::prefill::v1::Accepted;
 using ::prefill::v1::AttachLaneRequest;
+using ::prefill::v1::AttachReceiverRequest;
 using ::prefill::v1::PrefillRequest;
 using ::prefill::v1::PrefillResult;
 using ::prefill::v1::PrefillService;
 using ::prefill::v1::ServerInfo;
 
 constexpr uint32_t kMaxLanes = 16;
+constexpr char kAttachReceiverMethod[] = "/prefill.v1.PrefillService/AttachReceiver";
 constexpr char kAttachLaneMethod[] = "/prefill.v1.PrefillService/AttachLane";
 
 // Compared with what gRPC carries as text; it would end the process over anything else.
@@ -50,15 +52,18 @@ absl::Status CheckMetadata(const Metadata& metadata) {
   return absl::OkStatus();
 }
 
-// One Prefill call that blocks. The calling thread reads lane 0, which carries everything except
-// frames of other lanes. Each further lane has a thread that lives from Accepted to the end of its
-// stream.
+// One Prefill or AttachReceiver call that blocks. The calling thread reads lane 0, which carries
+// everything except frames of other lanes. Each further lane has a thread that lives from Accepted
+// to the end of its stream.
 class PrefillCall {
  public:
-  // `options` must outlive the call.
-  PrefillCall(const PrefillRequest& request, KvSink& sink, const PrefillCallOptions& options,
+  // `request` and `options` must outlive the call.
+  template <typename Request>
+  PrefillCall(const char* method, const Request& request, KvSink& sink,
+              const PrefillCallOptions& options,
               const std::vector<std::shared_ptr<grpc::Channel>>& channels)
-      : request_(request),
+      : method_(method),
+        request_(request),
         deadline_(options.deadline),
         metadata_(options.metadata),
         reception_(request, sink, static_cast<uint32_t>(channels.size())) {
@@ -66,7 +71,7 @@ class PrefillCall {
   }
 
   absl::StatusOr<PrefillResult> Run() {
-    streams_[0]->Start(kPrefillMethod, request_, deadline_, metadata_);
+    streams_[0]->Start(method_, request_, deadline_, metadata_);
     ReadStream(0);
     for (std::thread& thread : lane_threads_) thread.join();
     PREFILLD_RETURN_IF_ERROR(status());
@@ -111,19 +116,20 @@ class PrefillCall {
   void ReadOtherLanes() {
     const Accepted& accepted = *reception_.accepted();
     for (uint32_t lane = 1; lane < accepted.num_lanes(); ++lane) {
-      lane_threads_.emplace_back(
-          [this, lane, id = accepted.request_id(), key = accepted.lane_key()] {
-            AttachLaneRequest attach;
-            attach.set_request_id(id);
-            attach.set_lane(lane);
-            attach.set_lane_key(key);
-            streams_[lane]->Start(kAttachLaneMethod, attach, deadline_);
-            ReadStream(lane);
-          });
+      AttachLaneRequest attach;
+      attach.set_request_id(accepted.request_id());
+      attach.set_receiver(accepted.receiver());
+      attach.set_lane(lane);
+      attach.set_lane_key(accepted.lane_key());
+      lane_threads_.emplace_back([this, lane, attach = std::move(attach)] {
+        streams_[lane]->Start(kAttachLaneMethod, attach, deadline_);
+        ReadStream(lane);
+      });
     }
   }
 
-  const PrefillRequest& request_;
+  const char* const method_;
+  const google::protobuf::MessageLite& request_;
   const absl::Time deadline_;
   const Metadata& metadata_;
   Reception reception_;
@@ -203,6 +209,22 @@ absl::StatusOr<std::shared_ptr<StartedPrefill>> PrefillClient::Start(
 
 absl::StatusOr<PrefillResult> PrefillClient::Prefill(const PrefillRequest& request, KvSink& sink,
                                                      const PrefillCallOptions& options) {
+  return Call(kPrefillMethod, request, sink, options);
+}
+
+absl::StatusOr<PrefillResult> PrefillClient::AttachReceiver(const AttachReceiverRequest& request,
+                                                            KvSink& sink,
+                                                            const PrefillCallOptions& options) {
+  if (servers_.size() > 1) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "this client has ", servers_.size(), " servers; a receiver attaches to one that it knows"));
+  }
+  return Call(kAttachReceiverMethod, request, sink, options);
+}
+
+template <typename Request>
+absl::StatusOr<PrefillResult> PrefillClient::Call(const char* method, const Request& request,
+                                                  KvSink& sink, const PrefillCallOptions& options) {
   if (request.num_lanes() > kMaxLanes) {
     return absl::InvalidArgumentError(
         absl::StrCat("num_lanes ", request.num_lanes(), ", allowed: 1 to ", kMaxLanes));
@@ -211,7 +233,7 @@ absl::StatusOr<PrefillResult> PrefillClient::Prefill(const PrefillRequest& reque
   absl::StatusOr<PrefillResult> result;
   for (ServerChannels* server : InTurn()) {
     const auto channels = server->OfLanes(std::max(request.num_lanes(), 1u));
-    PrefillCall call(request, sink, options, channels);
+    PrefillCall call(method, request, sink, options, channels);
     {
       CancelHook hook(options.cancellation,
                       [&call] { call.Fail(absl::CancelledError("cancelled by the caller")); });

@@ -89,6 +89,13 @@ class PrefillClient {
                                                        KvSink& sink,
                                                        const PrefillCallOptions& options = {});
 
+  // Receives a share of what another caller's Prefill with num_receivers > 1 computes, before or
+  // after that call was made. All else is as in Prefill. FAILED_PRECONDITION: this client has
+  // several servers, and cannot know which of them has the request.
+  absl::StatusOr<::prefill::v1::PrefillResult> AttachReceiver(
+      const ::prefill::v1::AttachReceiverRequest& request, KvSink& sink,
+      const PrefillCallOptions& options = {});
+
   // Sends one prompt and returns at once. No thread waits for it, so thousands may be under way.
   // `done` is called once, when all is over. It and the sink run on threads of gRPC's, which they
   // must not block. The sink and this client must live until `done` has been called. One server is
@@ -100,6 +107,11 @@ class PrefillClient {
 
  private:
   PrefillClient() = default;
+  // Makes a call that blocks. `Request` is that of Prefill or of AttachReceiver.
+  template <typename Request>
+  absl::StatusOr<::prefill::v1::PrefillResult> Call(const char* method, const Request& request,
+                                                    KvSink& sink,
+                                                    const PrefillCallOptions& options);
   // Returns the order in which a call tries the servers: in turn, and last those that are known to
   // be away.
   std::vector<ServerChannels*> InTurn();

@@ -8,6 +8,7 @@
 namespace prefilld::client {
 
 using ::prefill::v1::Accepted;
+using ::prefill::v1::AttachReceiverRequest;
 using ::prefill::v1::PrefillEvent;
 using ::prefill::v1::PrefillRequest;
 using ::prefill::v1::PrefillResult;
@@ -19,6 +20,11 @@ Reception::Reception(const PrefillRequest& request, KvSink& sink, uint32_t max_l
       max_lanes_(max_lanes),
       delivered_elsewhere_(request.has_deliver_to()),
       wants_logprobs_(request.prompt_logprobs()) {}
+
+Reception::Reception(const AttachReceiverRequest& request, KvSink& sink, uint32_t max_lanes)
+    : sink_(sink),
+      expected_{request.layout(), request.num_tokens(), request.model_fingerprint()},
+      max_lanes_(max_lanes) {}
 
 absl::Status Reception::Take(uint32_t lane, grpc::ByteBuffer& message) {
   PREFILLD_ASSIGN_OR_RETURN(const auto frame, wire::ParseFrame(message));

@@ -16,12 +16,13 @@
 
 namespace prefilld::client {
 
-// Takes all that arrives of one prefill, on all of its lanes: checks the order of events and each
-// frame, and passes them on to the sink.
+// Takes all that arrives of one Prefill or AttachReceiver call, on all of its lanes: checks the
+// order of events and each frame, and passes them on to the sink.
 class Reception {
  public:
   // The sink is borrowed. `max_lanes` is the number of streams that could be read.
   Reception(const ::prefill::v1::PrefillRequest& request, KvSink& sink, uint32_t max_lanes);
+  Reception(const ::prefill::v1::AttachReceiverRequest& request, KvSink& sink, uint32_t max_lanes);
 
   // Takes the next message of a lane. An error ends the call: DATA_LOSS or FAILED_PRECONDITION as
   // PrefillClient::Prefill says, or the sink's own. Messages of one lane come one after the other;
@@ -45,8 +46,8 @@ class Reception {
   KvSink& sink_;
   const ExpectedTransfer expected_;
   const uint32_t max_lanes_;
-  const bool delivered_elsewhere_;
-  const bool wants_logprobs_;
+  const bool delivered_elsewhere_ = false;
+  const bool wants_logprobs_ = false;
 
   // Set by Accepted, before other lanes are read.
   std::optional<::prefill::v1::Accepted> accepted_;

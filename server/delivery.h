@@ -55,6 +55,7 @@ class Delivery {
 
   // The progress that frames report; the request keeps it up to date.
   ComputeProgress& progress() { return progress_; }
+  const ComputeProgress& progress() const { return progress_; }
 
   void Send(::prefill::v1::PrefillEvent event);
   // Hands a frame to the attached lane with the least to do, and returns that lane. The header

@@ -33,7 +33,7 @@ void JobShares::SetClaimants(absl::Span<const PrefillJob* const> jobs, absl::Tim
 Contender JobShares::StandingOf(Jobs jobs, absl::Time now) const {
   Contender best{.priority = -kMaxPriority, .tenant_time = absl::InfiniteDuration()};
   for (const auto& job : jobs) {
-    if (job->ended()) continue;
+    if (!job->wanted()) continue;
     const Claimant claimant = ClaimantOf(*job);
     const absl::Duration time = shares_.virtual_time(claimant);
     if (claimant.priority < best.priority) continue;

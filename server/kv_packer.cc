@@ -23,9 +23,10 @@ struct Part {
 
 }  // namespace
 
-// The prompt of one job, over all layers.
+// One receiver of a prompt, over all layers.
 struct KvPacker::Request {
   std::shared_ptr<PrefillJob> job;
+  int prompt = 0;  // of the sequence
   std::shared_ptr<StagingRing::Credit> credit = std::make_shared<StagingRing::Credit>();
   int open_parts = 0;
   int64_t last_turn = 0;  // value of turns_ at its latest turn
@@ -43,8 +44,10 @@ struct KvPacker::State {
   explicit State(model::PrefillSequence& sequence) : sequence(sequence) {}
 
   model::PrefillSequence& sequence;
-  std::vector<Request> requests;
-  std::deque<Layer> layers;  // finished and not released, oldest first
+  std::vector<std::shared_ptr<PrefillJob>> jobs;  // [prompts]
+  std::vector<Request> requests;                  // the jobs' own, then those that have joined them
+  bool awaits_receivers = false;                  // no layer is released
+  std::deque<Layer> layers;                       // finished and not released, oldest first
   int frames_underway = 0;
   absl::Status status;               // failure of packing
   std::atomic<bool> failed = false;  // status is not OK; what is left is dropped
@@ -66,9 +69,12 @@ absl::StatusOr<bool> KvPacker::Source::HasRoom() const {
   return state_->layers.size() < static_cast<size_t>(packer_.kv_slots_);
 }
 
-bool KvPacker::Source::HasLeft(size_t request) const {
+bool KvPacker::Source::HasLeft(const PrefillJob& receiver) const {
   absl::MutexLock lock(&packer_.mu_);
-  return state_->requests[request].open_parts == 0 && state_->status.ok();
+  const auto request =
+      std::find_if(state_->requests.begin(), state_->requests.end(),
+                   [&receiver](const Request& entry) { return entry.job.get() == &receiver; });
+  return request != state_->requests.end() && request->open_parts == 0 && state_->status.ok();
 }
 
 KvPacker::KvPacker(const Surroundings& surroundings, int kv_slots, int num_threads)
@@ -87,8 +93,13 @@ KvPacker::~KvPacker() {
 std::unique_ptr<KvPacker::Source> KvPacker::Add(absl::Span<const std::shared_ptr<PrefillJob>> jobs,
                                                 model::PrefillSequence& sequence) {
   auto state = std::make_unique<State>(sequence);
-  for (const auto& job : jobs) state->requests.emplace_back().job = job;
+  state->jobs.assign(jobs.begin(), jobs.end());
   absl::MutexLock lock(&mu_);
+  for (const auto& job : jobs) {
+    AddRequest(*state, job, static_cast<int>(state->requests.size()));
+    if (job->work().num_receivers > 1) state->awaits_receivers = true;
+  }
+  AdmitReceivers(*state);
   sources_.push_back(state.get());
   return std::unique_ptr<Source>(new Source(*this, std::move(state)));
 }
@@ -96,6 +107,7 @@ std::unique_ptr<KvPacker::Source> KvPacker::Add(absl::Span<const std::shared_ptr
 // Does nothing more for a source that was removed before.
 absl::Status KvPacker::Remove(State& source) {
   absl::MutexLock lock(&mu_);
+  source.awaits_receivers = false;
   DropUntaken(source, /*all=*/true);
   const auto unused = [&source] { return source.frames_underway == 0; };
   mu_.Await(absl::Condition(&unused));
@@ -107,16 +119,52 @@ absl::Status KvPacker::Remove(State& source) {
 void KvPacker::AddLayer(State& source, int layer) {
   absl::MutexLock lock(&mu_);
   Layer& done = source.layers.emplace_back(Layer{.index = layer, .parts = {}});
-  for (Request& request : source.requests) {
-    const auto& layout = request.job->work().layout;
-    const Part& part = done.parts.emplace_back(Part{layout.first_block(), layout.num_blocks()});
-    if (!part.open()) continue;  // the consumer has every block already
-    ++done.open_parts;
-    ++request.open_parts;
-    ++untaken_parts_;
-  }
+  for (Request& request : source.requests) AddPart(done, request);
   NoteChange();
   ReleaseLayers(source);
+}
+
+void KvPacker::AddPart(Layer& layer, Request& request) {
+  const auto& layout = request.job->work().layout;
+  const Part& part = layer.parts.emplace_back(Part{layout.first_block(), layout.num_blocks()});
+  if (!part.open()) return;  // the consumer has every block already
+  ++layer.open_parts;
+  ++request.open_parts;
+  ++untaken_parts_;
+}
+
+// The layers finished so far are all there if the receiver was awaited until now.
+void KvPacker::AddRequest(State& source, std::shared_ptr<PrefillJob> receiver, int prompt) {
+  Request& request = source.requests.emplace_back();
+  request.job = std::move(receiver);
+  request.prompt = prompt;
+  for (Layer& layer : source.layers) AddPart(layer, request);
+}
+
+void KvPacker::AdmitReceivers() {
+  absl::MutexLock lock(&mu_);
+  for (State* source : sources_) {
+    if (source->awaits_receivers) ReleaseLayers(*source);
+  }
+}
+
+void KvPacker::AdmitReceivers(State& source) {
+  if (!source.awaits_receivers) return;
+  source.awaits_receivers = false;
+  for (size_t i = 0; i < source.jobs.size(); ++i) {
+    const OtherReceivers::Present others = source.jobs[i]->others();
+    source.awaits_receivers |= others.awaited;
+    for (const auto& receiver : others.jobs) {
+      const bool is_known =
+          std::any_of(source.requests.begin(), source.requests.end(),
+                      [&receiver](const Request& entry) { return entry.job == receiver; });
+      if (is_known) continue;
+      AddRequest(source, receiver, static_cast<int>(i));
+      NoteChange();
+    }
+  }
+  // The pass may be waiting for nothing else.
+  if (!source.awaits_receivers) surroundings_.wake.Notify();
 }
 
 void KvPacker::Run() {
@@ -218,6 +266,7 @@ std::optional<KvPacker::Frame> KvPacker::TakeFrame(const StagingRing::Credit* cr
     const Frame frame = {
         .source = source,
         .request = i,
+        .prompt = owner->prompt,
         .layer = layer->index,
         .first_block = part.next_block,
         .num_blocks = std::min(blocks_per_frame, part.end_block - part.next_block)};
@@ -239,7 +288,7 @@ absl::Status KvPacker::PackFrame(const Frame& frame, PrefillJob& job, StagingRin
   if (job.ended() || frame.source->failed) return absl::OkStatus();
   const auto& layout = job.work().layout;
   model::KvSelection selection = SelectBlocks(layout, frame.first_block, frame.num_blocks);
-  selection.prompt = static_cast<int>(frame.request);
+  selection.prompt = frame.prompt;
   PREFILLD_RETURN_IF_ERROR(frame.source->sequence.PackKv(frame.layer, selection, buffer.data()));
 
   KvFrame out;
@@ -294,6 +343,8 @@ void KvPacker::DropUntaken(State& source, bool all) {
 }
 
 void KvPacker::ReleaseLayers(State& source) {
+  AdmitReceivers(source);
+  if (source.awaits_receivers) return;
   const auto is_done = [&source](const Layer& layer) {
     if (layer.open_parts > 0) return false;
     source.sequence.ReleaseKv(layer.index);

@@ -40,6 +40,9 @@ class Metrics;
 // frames wait. Its layers keep their KV slots meanwhile, so its source, and no other, runs out of
 // room.
 //
+// Where a prompt has several receivers, each counts as such a request. While some are awaited, the
+// source keeps the layers that it has.
+//
 // Thread-safe.
 class KvPacker {
   struct Request;
@@ -68,9 +71,9 @@ class KvPacker {
     // Tells whether the sequence may compute one more layer, that is, whether fewer than kv_slots
     // layers are still held. It fails once the device has failed to pack.
     absl::StatusOr<bool> HasRoom() const;
-    // Tells whether every frame of the layers handed over so far has left this request: it was
-    // handed to a lane, or dropped because the request has ended.
-    bool HasLeft(size_t request) const;
+    // Tells whether every frame of the layers handed over so far has left this receiver: it was
+    // handed to a lane, or dropped because the receiver has ended.
+    bool HasLeft(const PrefillJob& receiver) const;
 
    private:
     friend class KvPacker;
@@ -85,10 +88,14 @@ class KvPacker {
   // All sources must be gone before.
   ~KvPacker();
 
-  // Adds a source. Prompt i of the sequence belongs to jobs[i]. The sequence is borrowed until the
-  // source is destroyed. A job has one source at most.
+  // Adds a source. Prompt i of the sequence belongs to jobs[i] and its others(). The sequence is
+  // borrowed until the source is destroyed. A job has one source at most.
   std::unique_ptr<Source> Add(absl::Span<const std::shared_ptr<PrefillJob>> jobs,
                               model::PrefillSequence& sequence);
+
+  // Looks for receivers that have joined the jobs of a source, and for those that are awaited no
+  // longer. Must be called after either.
+  void AdmitReceivers();
 
   // Packs one frame on the caller's thread. Returns false when none can be packed now.
   bool PackOne();
@@ -97,6 +104,7 @@ class KvPacker {
   struct Frame {
     State* source;
     size_t request;
+    int prompt;
     int layer;
     int64_t first_block;
     int64_t num_blocks;
@@ -121,6 +129,10 @@ class KvPacker {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   void AddLayer(State& source, int layer);
+  void AddRequest(State& source, std::shared_ptr<PrefillJob> receiver, int prompt)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void AddPart(Layer& layer, Request& request) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void AdmitReceivers(State& source) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status Remove(State& source);
   // Drops the frames that no thread has taken yet: all, or those of requests that have ended.
   void DropUntaken(State& source, bool all) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);

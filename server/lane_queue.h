@@ -19,7 +19,7 @@ namespace prefilld::server {
 
 // The progress of a request's compute, which its frames report.
 struct ComputeProgress {
-  absl::Time started_at;  // set before the first frame
+  absl::Time started_at = absl::InfinitePast();  // set before the first frame
   std::atomic<uint32_t> layers_computed = 0;
 };
 

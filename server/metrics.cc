@@ -51,9 +51,10 @@ prometheus::Family<prometheus::Counter>& NewFamily(prometheus::Registry& registr
   return prometheus::BuildCounter().Name(name).Help(help).Register(registry);
 }
 
-absl::flat_hash_map<Outcome, prometheus::Counter*> NewOutcomes(prometheus::Registry& registry) {
-  auto& family =
-      NewFamily(registry, "prefilld_requests_total", "Requests that are over, by how they ended.");
+absl::flat_hash_map<Outcome, prometheus::Counter*> NewOutcomes(prometheus::Registry& registry,
+                                                               const std::string& name,
+                                                               const std::string& help) {
+  auto& family = NewFamily(registry, name, help);
   absl::flat_hash_map<Outcome, prometheus::Counter*> counters;
   for (const Outcome outcome : kOutcomes) {
     counters[outcome] = &family.Add({{"outcome", Name(outcome)}});
@@ -98,7 +99,10 @@ std::vector<prometheus::Counter*> NewLanes(prometheus::Registry& registry, const
 
 Metrics::Metrics(const model::EngineInfo& engine, absl::Span<const Tenant> tenants)
     : registry_(std::make_shared<prometheus::Registry>()),
-      requests_(NewOutcomes(*registry_)),
+      requests_(NewOutcomes(*registry_, "prefilld_requests_total",
+                            "Requests that are over, by how they ended.")),
+      receivers_(NewOutcomes(*registry_, "prefilld_receivers_total",
+                             "Further receivers of requests that are over, by how they ended.")),
       policies_(NewPolicies(*registry_)),
       fallbacks_(NewCounter("prefilld_policy_fallbacks_total",
                             "Requests for which another policy ran than was asked for, policy "
@@ -160,7 +164,8 @@ Metrics::Metrics(const model::EngineInfo& engine, absl::Span<const Tenant> tenan
       computing_(NewGauge("prefilld_computing",
                           "1 while a step is computed, whether or not anybody waits for it.")),
       live_requests_(
-          NewGauge("prefilld_live_requests", "Requests queued, computing or still being sent.")),
+          NewGauge("prefilld_live_requests",
+                   "Requests queued, computing or still being sent, further receivers included.")),
       staged_bytes_(NewGauge("prefilld_staged_bytes", "Staging memory on loan to frames.")),
       staging_capacity_(NewGauge("prefilld_staging_capacity_bytes", "Staging memory.")),
       kv_utilization_(
@@ -278,6 +283,8 @@ void Metrics::CountRequest(const PrefillJob& job, absl::Time now) {
     }
   }
 }
+
+void Metrics::CountReceiver(Outcome outcome) { receivers_.at(outcome)->Increment(); }
 
 void Metrics::CountPass(int num_prompts) { batch_prompts_.Observe(num_prompts); }
 

@@ -57,6 +57,8 @@ class Metrics {
 
   void CountRefused(Outcome outcome);
   void CountRequest(const PrefillJob& job, absl::Time now);  // once, when its Prefill call is over
+  // Counts a further receiver of a request, however it ended.
+  void CountReceiver(Outcome outcome);
   void CountPass(int num_prompts);
   // `num_tokens` counts the tokens that are computed, of all prompts of the pass.
   void CountLayer(const model::LayerReport& report, int num_prompts, int64_t num_tokens);
@@ -79,6 +81,7 @@ class Metrics {
   const std::shared_ptr<prometheus::Registry> registry_;
 
   absl::flat_hash_map<Outcome, prometheus::Counter*> requests_;
+  absl::flat_hash_map<Outcome, prometheus::Counter*> receivers_;
   absl::flat_hash_map<model::AttentionPolicy, prometheus::Counter*> policies_;  // without kAuto
   prometheus::Counter& fallbacks_;
   prometheus::Counter& beyond_calibration_;

@@ -1,8 +1,10 @@
 #include "server/prefill_job.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "proto/status_macros.h"
 
 namespace prefilld::server {
 namespace {
@@ -10,6 +12,12 @@ namespace {
 namespace v1 = ::prefill::v1;
 
 constexpr absl::Duration kClockSlack = absl::Milliseconds(50);
+
+// Tells whether the first call's end is one as a receiver, which leaves the others alone.
+bool EndsAlone(Outcome outcome) {
+  return outcome == Outcome::kStalled || outcome == Outcome::kTooSlow ||
+         outcome == Outcome::kLanesMissing;
+}
 
 }  // namespace
 
@@ -20,6 +28,7 @@ PrefillJob::PrefillJob(PrefillWork work, const Clock& clock, Dial dial)
       accepted_at_(clock.Now()),
       record_(accepted_at_),
       delivery_(work_.num_lanes, work_.pushes(), clock),
+      others_(work_.num_receivers - 1),
       last_event_at_(accepted_at_) {}
 
 v1::PrefillEvent AcceptedEvent(const PrefillWork& work, int64_t queue_position) {
@@ -30,20 +39,89 @@ v1::PrefillEvent AcceptedEvent(const PrefillWork& work, int64_t queue_position) 
   event.mutable_accepted()->set_queue_position(queue_position);
   event.mutable_accepted()->set_lane_key(work.lane_key);
   event.mutable_accepted()->set_priority(work.priority);
+  if (work.receiver == 0) event.mutable_accepted()->set_receiver_key(work.receiver_key);
+  event.mutable_accepted()->set_receiver(static_cast<uint32_t>(work.receiver));
   return event;
 }
 
 void PrefillJob::Start(model::AttentionPolicy policy, int batch_prompts, int64_t cached_tokens) {
   const absl::Time now = clock_.Now();
-  record_.Start(now, policy, batch_prompts, cached_tokens);
-  delivery_.progress().started_at = now;
+  {
+    absl::MutexLock lock(&followed_mu_);
+    record_.Start(now, policy, batch_prompts, cached_tokens);
+    delivery_.progress().started_at = now;
+    for (const auto& receiver : others().jobs) receiver->Follow(*this);
+  }
   if (work_.pushes()) dial_(shared_from_this());
 }
 
 void PrefillJob::RecordLayer(const model::LayerReport& report) {
-  record_.AddLayer(report);
-  delivery_.progress().layers_computed.fetch_add(1, std::memory_order_relaxed);
+  OtherReceivers::Present others;
+  {
+    absl::MutexLock lock(&followed_mu_);
+    record_.AddLayer(report);
+    delivery_.progress().layers_computed.fetch_add(1, std::memory_order_relaxed);
+    others = others_.present();
+    for (const auto& receiver : others.jobs) receiver->Follow(*this);
+  }
   SendProgress(0);
+  for (const auto& receiver : others.jobs) receiver->SendProgress(0);
+}
+
+// Brings a receiver to the state of the computation. The first call's followed_mu_ is held.
+void PrefillJob::Follow(const PrefillJob& first) {
+  record_.Follow(first.record_);
+  const ComputeProgress& progress = first.delivery_.progress();
+  // It is written once, before the first frame, because frames are stamped without a lock.
+  if (delivery_.progress().started_at == absl::InfinitePast()) {
+    delivery_.progress().started_at = progress.started_at;
+  }
+  delivery_.progress().layers_computed.store(
+      progress.layers_computed.load(std::memory_order_relaxed), std::memory_order_relaxed);
+}
+
+absl::Status PrefillJob::Join(const std::shared_ptr<PrefillJob>& receiver) {
+  const PrefillWork& wanted = receiver->work_;
+  if (work_.num_receivers < 2 || !IsSameKey(wanted.receiver_key, work_.receiver_key)) {
+    return absl::PermissionDeniedError("receiver_key: not the one of this request");
+  }
+  if (wanted.layout.num_tokens() != work_.layout.num_tokens()) {
+    return absl::InvalidArgumentError(absl::StrCat("num_tokens ", wanted.layout.num_tokens(),
+                                                   "; the request's prompt has ",
+                                                   work_.layout.num_tokens()));
+  }
+  receiver->accepted_at_ = clock_.Now();
+  receiver->first_ = weak_from_this();
+  {
+    absl::MutexLock lock(&receiver->mu_);
+    receiver->last_event_at_ = receiver->accepted_at_;
+  }
+  absl::MutexLock lock(&followed_mu_);
+  receiver->Follow(*this);
+  // Accepted goes first, because frames may come as soon as the receiver is among the others. A
+  // receiver that is refused sends nothing of what it has been given.
+  receiver->delivery_.Send(AcceptedEvent(wanted, /*queue_position=*/0));
+  return others_.Add(receiver);
+}
+
+bool PrefillJob::wanted() const {
+  if (!ended()) return true;
+  const OtherReceivers::Present others = others_.present();
+  return std::any_of(others.jobs.begin(), others.jobs.end(),
+                     [](const auto& receiver) { return !receiver->ended(); });
+}
+
+// Tells whether another receiver of the same computation still receives.
+bool PrefillJob::FellowGoesOn() const {
+  const std::shared_ptr<const PrefillJob> joined = first_.lock();
+  if (joined == nullptr && work_.num_receivers < 2) return false;
+  const PrefillJob& first = joined == nullptr ? *this : *joined;
+  const auto goes_on = [this](const PrefillJob& job) {
+    return &job != this && !job.ended() && !job.delivery_.result_is_out();
+  };
+  const OtherReceivers::Present others = first.others();
+  return goes_on(first) || std::any_of(others.jobs.begin(), others.jobs.end(),
+                                       [&](const auto& job) { return goes_on(*job); });
 }
 
 void PrefillJob::SendProgress(int64_t queue_position) {
@@ -61,10 +139,15 @@ void PrefillJob::SendProgress(int64_t queue_position) {
   delivery_.Send(std::move(event));
 }
 
-void PrefillJob::Finish() {
-  v1::PrefillResult result = record_.TakeResult(work_.layer_stats);
-  result.set_num_tokens(work_.tokens.size());
-  delivery_.SendResult(std::move(result));
+void PrefillJob::Finish(PrefillJob& receiver) {
+  if (&receiver != this) {
+    absl::MutexLock lock(&followed_mu_);
+    receiver.Follow(*this);
+  }
+  receiver.finished_ = true;
+  v1::PrefillResult result = receiver.record_.TakeResult(receiver.work_.layer_stats);
+  result.set_num_tokens(work_.layout.num_tokens());
+  receiver.delivery_.SendResult(std::move(result));
 }
 
 void PrefillJob::Abort(Outcome outcome, const absl::Status& status) {
@@ -74,6 +157,15 @@ void PrefillJob::Abort(Outcome outcome, const absl::Status& status) {
     ending_ = {outcome, status};
   }
   delivery_.Abort(status);
+  others_.Close();
+  if (!EndsAlone(outcome) || !record_.stats().started_at.has_value()) AbortOthers(outcome, status);
+}
+
+// They get the reason of the first call, but have cancelled nothing themselves.
+void PrefillJob::AbortOthers(Outcome outcome, const absl::Status& status) {
+  const absl::Status reason(absl::IsCancelled(status) ? absl::StatusCode::kAborted : status.code(),
+                            absl::StrCat("the request's first call has ended: ", status.message()));
+  for (const auto& receiver : others_.present().jobs) receiver->Abort(outcome, reason);
 }
 
 void PrefillJob::OnCallCancelled() {
@@ -85,7 +177,9 @@ void PrefillJob::OnCallCancelled() {
   }
 }
 
-bool PrefillJob::id_is_free() const { return ended() || delivery_.result_is_out(); }
+bool PrefillJob::id_is_free() const {
+  return work_.receiver > 0 || ended() || delivery_.result_is_out();
+}
 
 void PrefillJob::OnResultSent() { ended_.store(true, std::memory_order_release); }
 
@@ -114,6 +208,7 @@ void PrefillJob::CheckTimers(const JobTimeouts& timeouts, int64_t queue_position
     absl::MutexLock lock(&mu_);
     last_event_at = last_event_at_;
   }
+  if (now - accepted_at_ > timeouts.receiver_attach) others_.Close();
   const Delivery::ConsumerState consumer = delivery_.consumer(now);
   if (now >= work_.deadline) {
     Abort(Outcome::kDeadline, DeadlinePassed());
@@ -127,8 +222,9 @@ void PrefillJob::CheckTimers(const JobTimeouts& timeouts, int64_t queue_position
           absl::AbortedError(absl::StrCat("not all of ", work_.num_lanes,
                                           " lanes were attached within ",
                                           absl::FormatDuration(timeouts.lane_attach))));
-  } else if (const absl::Status speed =
-                 others_wait ? CheckConsumerSpeed(timeouts, consumer.kv_taken) : absl::OkStatus();
+  } else if (const absl::Status speed = others_wait || FellowGoesOn()
+                                            ? CheckConsumerSpeed(timeouts, consumer.kv_taken)
+                                            : absl::OkStatus();
              !speed.ok()) {
     Abort(Outcome::kTooSlow, speed);
   } else if (now - last_event_at > timeouts.heartbeat && consumer.control_idle) {

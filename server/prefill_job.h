@@ -14,6 +14,7 @@
 #include "absl/time/time.h"
 #include "server/clock.h"
 #include "server/delivery.h"
+#include "server/other_receivers.h"
 #include "server/outcome.h"
 #include "server/prefill_work.h"
 #include "server/request_record.h"
@@ -24,7 +25,8 @@ namespace prefilld::server {
 struct JobTimeouts {
   absl::Duration stall = absl::Seconds(30);
   absl::Duration lane_attach = absl::Seconds(10);
-  absl::Duration heartbeat = absl::Seconds(5);  // greatest silence of the control stream
+  absl::Duration receiver_attach = absl::Seconds(10);  // other receivers are awaited for so long
+  absl::Duration heartbeat = absl::Seconds(5);         // greatest silence of the control stream
   // A consumer that others wait for must take at least this much, once it has had `stall` to
   // start. 0: a consumer may be as slow as it likes.
   double min_consumer_bytes_per_s = 0;
@@ -39,6 +41,11 @@ struct Ending {
 // A request ends once: by Abort, from whichever thread finds a reason first, or with its result
 // sent. Its streams, the queue and the pass that computes it own it together, by shared_ptr.
 // Thread-safe.
+//
+// Where a request has several receivers, each is such a job: that of the first call is computed,
+// and the others Join it, get told what it computes, and receive their KV. Each ends alone, but
+// when the first call is cancelled, passes its deadline or fails, or ends before it is computed,
+// all end.
 //
 // It has many methods because all of them meet here: the scheduler reads the work and its age, the
 // pass reports what it computes, the streams tell how the call ends, and the watchdog checks
@@ -62,10 +69,22 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
   const RequestRecord& record() const { return record_; }
 
   // The compute thread calls these in this order: Start before the first layer, RecordLayer after
-  // each layer, and Finish, which sends the result, after the last frame.
+  // each layer, and Finish, which sends the result, after the last frame. Start and RecordLayer
+  // tell the other receivers too; Finish is called for each receiver when its own last frame has
+  // left.
   void Start(model::AttentionPolicy policy, int batch_prompts, int64_t cached_tokens);
   void RecordLayer(const model::LayerReport& report);
-  void Finish();
+  void Finish(PrefillJob& receiver);  // itself, or one of others()
+  bool finished() const { return finished_; }
+
+  // Takes in another receiver of what this request computes and sends it Accepted. Errors:
+  // - PERMISSION_DENIED: it does not show the key.
+  // - INVALID_ARGUMENT: its prompt has another length.
+  // - those of OtherReceivers::Add.
+  absl::Status Join(const std::shared_ptr<PrefillJob>& receiver);
+  OtherReceivers::Present others() const { return others_.present(); }
+  // Tells whether somebody still takes what is computed: this call, or another receiver.
+  bool wanted() const;
 
   // Ends the request unless it has ended: every stream ends with `status` and the buffers come
   // back.
@@ -78,7 +97,7 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
   bool ended() const { return ended_.load(std::memory_order_acquire); }
   Ending ending() const;  // valid after ended()
   // Tells whether another request may have this one's id. It is true before the caller can know
-  // that the request is over.
+  // that the request is over. The id of a further receiver is its request's, not its own.
   bool id_is_free() const;
 
   // Aborts the request if its deadline has passed, lanes are missing, its consumer takes nothing,
@@ -88,6 +107,9 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
 
  private:
   void SendProgress(int64_t queue_position);
+  void Follow(const PrefillJob& first);
+  void AbortOthers(Outcome outcome, const absl::Status& status);
+  bool FellowGoesOn() const;
   absl::Status CheckConsumerSpeed(const JobTimeouts& timeouts, const LaneQueue::Taken& taken) const;
   absl::Status DeadlinePassed() const;
   std::string Whereabouts() const;
@@ -95,12 +117,19 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
   const PrefillWork work_;
   const Clock& clock_;
   const Dial dial_;
-  const absl::Time accepted_at_;
+  absl::Time accepted_at_;  // of a further receiver: set by Join, before other threads see it
   int64_t expected_cached_tokens_ = 0;
+  bool finished_ = false;  // belongs to the compute thread
 
   RequestRecord record_;
   Delivery delivery_;
   std::atomic<bool> ended_ = false;
+
+  // Held while the state of the computation passes to others_, or a receiver joins them with it. It
+  // is outside all other locks of jobs.
+  absl::Mutex followed_mu_;
+  OtherReceivers others_;
+  std::weak_ptr<const PrefillJob> first_;  // of a further receiver: the one that it has joined
 
   mutable absl::Mutex mu_;
   absl::Time last_event_at_ ABSL_GUARDED_BY(mu_);

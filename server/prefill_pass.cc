@@ -16,13 +16,12 @@ PrefillPass::PrefillPass(const PassResources& resources,
       jobs_(std::move(jobs)),
       num_layers_(num_layers),
       complete_(jobs_.size(), false),
-      finished_(jobs_.size(), false),
       num_logprobs_(jobs_.size(), 0),
       sequence_(std::move(sequence)),
       source_(resources.packer.Add(jobs_, *sequence_)) {
   for (const auto& job : jobs_) {
     num_tokens_ += static_cast<int64_t>(job->work().tokens.size());
-    if (!job->ended()) {
+    if (job->wanted()) {
       job->Start(sequence_->policy(), static_cast<int>(jobs_.size()), sequence_->cached_tokens());
     }
   }
@@ -81,7 +80,7 @@ absl::Status PrefillPass::ComputeLayer(absl::FunctionRef<void()> at_point) {
   resources_.progress.Record();
   resources_.metrics.CountLayer(report, static_cast<int>(jobs_.size()), num_computed_tokens());
   for (const auto& job : jobs_) {
-    if (!job->ended()) job->RecordLayer(report);
+    if (job->wanted()) job->RecordLayer(report);
   }
   source_->LayerDone(layers_computed_++);
   return absl::OkStatus();
@@ -93,7 +92,7 @@ absl::Status PrefillPass::ComputeFirstTokens() {
   for (size_t i = 0; i < jobs_.size(); ++i) {
     PrefillJob& job = *jobs_[i];
     complete_[i] = !job.work().prompt_logprobs;
-    if (job.ended()) continue;
+    if (!job.wanted()) continue;
     const auto num_tokens = static_cast<int64_t>(job.work().tokens.size());
     auto token = model::Sample(logits[i], job.work().sampling, num_tokens);
     if (token.ok()) {
@@ -157,32 +156,41 @@ void PrefillPass::EndStall() {
 
 // A deadline ends a job between two layers.
 void PrefillPass::CheckTimers() {
-  const auto ended = [](const auto& job) { return job->ended(); };
-  auto going_on = jobs_.size() - std::count_if(jobs_.begin(), jobs_.end(), ended);
+  auto going_on =
+      std::count_if(jobs_.begin(), jobs_.end(), [](const auto& job) { return job->wanted(); });
   for (const auto& job : jobs_) {
     if (job->ended()) continue;
     job->CheckTimers(resources_.timeouts, /*queue_position=*/0, /*others_wait=*/going_on > 1);
-    if (job->ended()) --going_on;
+    if (!job->wanted()) --going_on;
   }
 }
 
 bool PrefillPass::AllEnded() const {
-  return std::all_of(jobs_.begin(), jobs_.end(), [](const auto& job) { return job->ended(); });
+  return std::none_of(jobs_.begin(), jobs_.end(), [](const auto& job) { return job->wanted(); });
 }
 
-// Sends the results that are due. Returns whether every job has its result or has ended.
+// Sends the results that are due. Returns whether every receiver has its result or has ended.
 bool PrefillPass::FinishWhatHasLeft() {
   bool all = true;
   for (size_t i = 0; i < jobs_.size(); ++i) {
-    if (complete_[i] && !finished_[i] && source_->HasLeft(i)) Finish(i);
-    all = all && (finished_[i] || jobs_[i]->ended());
+    const OtherReceivers::Present others = jobs_[i]->others();
+    if (others.awaited) {
+      all = false;
+      continue;
+    }
+    all = FinishIfLeft(i, *jobs_[i]) && all;
+    for (const auto& receiver : others.jobs) all = FinishIfLeft(i, *receiver) && all;
   }
   return all;
 }
 
-void PrefillPass::Finish(size_t i) {
-  finished_[i] = true;
-  if (!jobs_[i]->ended()) jobs_[i]->Finish();
+bool PrefillPass::FinishIfLeft(size_t i, PrefillJob& receiver) {
+  if (receiver.finished() || receiver.ended()) return true;
+  // Log-probabilities are those of the first call alone, and are not computed once it has ended.
+  if (!complete_[i] && !jobs_[i]->ended()) return false;
+  if (!source_->HasLeft(receiver)) return false;
+  jobs_[i]->Finish(receiver);
+  return true;
 }
 
 }  // namespace prefilld::server

@@ -37,7 +37,9 @@ struct PassResources {
 //
 // Each step first looks for jobs that have ended. The prompt of such a job is still computed with
 // its batch, but nothing more is delivered for it; when all jobs have ended, the pass is over. A
-// job gets its result as soon as the result is known and its last frame has left.
+// job gets its result as soon as the result is known, its last frame has left, and no other
+// receiver of its prompt is awaited. A prompt that has other receivers has ended when they all
+// have.
 //
 // Only the compute thread uses it.
 class PrefillPass {
@@ -89,7 +91,7 @@ class PrefillPass {
   void EndStall();
   void CheckTimers();
   bool FinishWhatHasLeft();
-  void Finish(size_t job);
+  bool FinishIfLeft(size_t job, PrefillJob& receiver);
 
   const PassResources& resources_;
   const std::vector<std::shared_ptr<PrefillJob>> jobs_;
@@ -99,7 +101,6 @@ class PrefillPass {
   int layers_computed_ = 0;
   bool has_first_tokens_ = false;
   std::vector<bool> complete_;               // [jobs], all is computed that was asked for
-  std::vector<bool> finished_;               // [jobs]
   std::vector<int64_t> num_logprobs_;        // [jobs], computed so far
   absl::Duration layers_took_;               // on the device
   absl::Duration logprobs_took_;             // on the device

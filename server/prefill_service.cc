@@ -61,14 +61,6 @@ std::string TraceIdOf(const grpc::CallbackServerContext& context) {
   return trace_id;
 }
 
-// Takes the same time for all keys of one length, so that a key cannot be found digit by digit.
-bool IsSameKey(absl::string_view shown, absl::string_view key) {
-  if (shown.size() != key.size()) return false;
-  int difference = 0;
-  for (size_t i = 0; i < key.size(); ++i) difference |= shown[i] ^ key[i];
-  return difference == 0;
-}
-
 Outcome OutcomeOfRefusal(absl::StatusCode code) {
   switch (code) {
     case absl::StatusCode::kAlreadyExists:
@@ -99,7 +91,8 @@ PrefillService::PrefillService(Scheduler& scheduler, PushDialer& push_dialer, Me
       limits_(std::move(limits)),
       tenants_(std::move(tenants)),
       cache_watch_(cache_watch),
-      info_(std::move(info)) {
+      info_(std::move(info)),
+      receivers_(scheduler, clock) {
   using grpc::CallbackServerContext;
   using Streaming =
       grpc::internal::CallbackServerStreamingHandler<grpc::ByteBuffer, grpc::ByteBuffer>;
@@ -113,13 +106,17 @@ PrefillService::PrefillService(Scheduler& scheduler, PushDialer& push_dialer, Me
                  return AttachLane(context, bytes);
                }));
   WatchArrival(arrivals, 2,
+               new Streaming([this](CallbackServerContext* context, const grpc::ByteBuffer* bytes) {
+                 return AttachReceiver(context, bytes);
+               }));
+  WatchArrival(arrivals, 3,
                new Unary([this](CallbackServerContext* context,
                                 const v1::GetServerInfoRequest* request, v1::ServerInfo* response) {
                  return GetServerInfo(context, request, response);
                }));
   using Watching = grpc::internal::CallbackServerStreamingHandler<v1::WatchPrefixCacheRequest,
                                                                   v1::PrefixCacheUpdate>;
-  WatchArrival(arrivals, 3,
+  WatchArrival(arrivals, 4,
                new Watching([this](CallbackServerContext* context,
                                    const v1::WatchPrefixCacheRequest* request) {
                  return WatchPrefixCache(context, request);
@@ -131,15 +128,21 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
   const auto request = Decode<v1::PrefillRequest>(*request_bytes);
   if (!request.ok()) return Refuse("", context->peer(), request.status());
   const auto tenant = TenantOf(tenants_, *context);
-  if (!tenant.ok()) return Refuse(request->request_id(), context->peer(), tenant.status());
+  std::string id = request->request_id();
+  const auto refuse = [&](const absl::Status& status) {
+    receivers_.OnRefused(id, request->receiver_key(), OutcomeOfRefusal(status.code()), status);
+    return Refuse(id, context->peer(), status);
+  };
+  if (!tenant.ok()) return refuse(tenant.status());
   auto work = ValidateRequest(*request, limits_);
-  if (!work.ok()) return Refuse(request->request_id(), context->peer(), work.status());
+  if (!work.ok()) return refuse(work.status());
+  id = work->id;
   work->deadline = DeadlineOf(*context, clock_);
   work->peer = context->peer();
   work->trace_id = TraceIdOf(*context);
   AssignTenant(*tenant, *work);
   if (clock_.Now() >= work->deadline) {
-    return Refuse(work->id, work->peer, absl::DeadlineExceededError("the deadline has passed"));
+    return refuse(absl::DeadlineExceededError("the deadline has passed"));
   }
 
   const auto dial = [this](std::shared_ptr<PrefillJob> self) {
@@ -149,7 +152,7 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
   const absl::Status admitted = Submit(job);
   if (!admitted.ok() && !absl::IsAlreadyExists(admitted)) {
     metrics_.tenants().CountRefused(*tenant);
-    return Refuse(job->work().id, job->work().peer, admitted);
+    return refuse(admitted);
   }
   auto* stream = new ServerStream(context, &job->delivery().control(), ConnectionOf(*context),
                                   {.on_cancel = [job] { job->OnCallCancelled(); },
@@ -160,6 +163,7 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
                                    .on_done = [this, job] { OnCallDone(*job); }});
   if (admitted.ok()) {
     job->delivery().control().Attach(stream);
+    if (job->work().num_receivers > 1) receivers_.Retry();
   } else {
     AwaitName({.job = std::move(job), .stream = stream, .until = clock_.Now() + kNameWait},
               admitted);
@@ -200,6 +204,11 @@ void PrefillService::AwaitName(Waiting waiting, const absl::Status& taken) {
   waiting.job->delivery().control().Attach(waiting.stream);
 }
 
+void PrefillService::RetryWaiting() {
+  RetryNames();
+  receivers_.Retry();
+}
+
 // A stream that is attached may end, and be gone, at once.
 void PrefillService::RetryNames() {
   std::vector<Waiting> waiting;
@@ -214,7 +223,11 @@ void PrefillService::RetryNames() {
       still.push_back(std::move(entry));
       continue;
     }
-    if (!admitted.ok()) entry.job->Abort(OutcomeOfRefusal(admitted.code()), admitted);
+    if (!admitted.ok()) {
+      const Outcome outcome = OutcomeOfRefusal(admitted.code());
+      receivers_.OnRefused(entry.job->work().id, entry.job->work().receiver_key, outcome, admitted);
+      entry.job->Abort(outcome, admitted);
+    }
     entry.job->delivery().control().Attach(entry.stream);
   }
   absl::MutexLock lock(&mu_);
@@ -236,7 +249,8 @@ Stream* PrefillService::AttachLane(grpc::CallbackServerContext* context,
                                    const grpc::ByteBuffer* request_bytes) {
   const auto request = Decode<v1::AttachLaneRequest>(*request_bytes);
   if (!request.ok()) return RefuseStream(request.status());
-  const std::shared_ptr<PrefillJob> job = scheduler_.Find(request->request_id());
+  const std::shared_ptr<PrefillJob> job =
+      scheduler_.Find(request->request_id(), request->receiver());
   if (job == nullptr || job->work().pushes()) {
     return RefuseStream(absl::NotFoundError("request_id: no such running request with lanes"));
   }
@@ -264,6 +278,39 @@ Stream* PrefillService::AttachLane(grpc::CallbackServerContext* context,
         absl::AlreadyExistsError(absl::StrCat("lane ", request->lane(), " is attached already")));
   }
   return stream.release();  // owns itself from here on
+}
+
+Stream* PrefillService::AttachReceiver(grpc::CallbackServerContext* context,
+                                       const grpc::ByteBuffer* request_bytes) {
+  const auto request = Decode<v1::AttachReceiverRequest>(*request_bytes);
+  auto work = request.ok() ? ValidateReceiver(*request, limits_)
+                           : absl::StatusOr<PrefillWork>(request.status());
+  if (!work.ok()) {
+    metrics_.CountReceiver(Outcome::kInvalid);
+    LogRefused(request.ok() ? request->request_id() : "", context->peer(), Outcome::kInvalid,
+               work.status());
+    return RefuseStream(work.status());
+  }
+  work->deadline = DeadlineOf(*context, clock_);
+  work->peer = context->peer();
+  work->trace_id = TraceIdOf(*context);
+  auto receiver = std::make_shared<PrefillJob>(*std::move(work), clock_);
+  auto* stream = new ServerStream(context, &receiver->delivery().control(), ConnectionOf(*context),
+                                  {.on_cancel = [receiver] { receiver->OnCallCancelled(); },
+                                   .on_end =
+                                       [receiver](const absl::Status& status) {
+                                         if (status.ok()) receiver->OnResultSent();
+                                       },
+                                   .on_done = [this, receiver] { OnReceiverDone(*receiver); }});
+  receivers_.Bring(std::move(receiver), stream);
+  return stream;
+}
+
+void PrefillService::OnReceiverDone(PrefillJob& receiver) {
+  receiver.OnCallCancelled();  // unless it has ended
+  metrics_.CountReceiver(receiver.ending().outcome);
+  LogReceiver(receiver, clock_.Now());
+  scheduler_.Retire(receiver);
 }
 
 std::shared_ptr<const wire::Connection> PrefillService::ConnectionOf(

@@ -22,6 +22,7 @@
 #include "server/clock.h"
 #include "server/prefill_work.h"
 #include "server/tenant_identity.h"
+#include "server/waiting_receivers.h"
 
 namespace prefilld::wire {
 class Connection;
@@ -42,9 +43,10 @@ class ServerStream;
 using PrefillServiceBase =
     wire::WithArrivals<::prefill::v1::PrefillService::WithRawCallbackMethod_Prefill<
         ::prefill::v1::PrefillService::WithRawCallbackMethod_AttachLane<
-            ::prefill::v1::PrefillService::WithCallbackMethod_GetServerInfo<
-                ::prefill::v1::PrefillService::WithCallbackMethod_WatchPrefixCache<
-                    ::prefill::v1::PrefillService::Service>>>>>;
+            ::prefill::v1::PrefillService::WithRawCallbackMethod_AttachReceiver<
+                ::prefill::v1::PrefillService::WithCallbackMethod_GetServerInfo<
+                    ::prefill::v1::PrefillService::WithCallbackMethod_WatchPrefixCache<
+                        ::prefill::v1::PrefillService::Service>>>>>>;
 
 // Thread-safe, as gRPC calls it.
 class PrefillService final : public PrefillServiceBase {
@@ -59,6 +61,8 @@ class PrefillService final : public PrefillServiceBase {
                                                       const grpc::ByteBuffer* request) override;
   grpc::ServerWriteReactor<grpc::ByteBuffer>* AttachLane(grpc::CallbackServerContext* context,
                                                          const grpc::ByteBuffer* request) override;
+  grpc::ServerWriteReactor<grpc::ByteBuffer>* AttachReceiver(
+      grpc::CallbackServerContext* context, const grpc::ByteBuffer* request) override;
   grpc::ServerUnaryReactor* GetServerInfo(grpc::CallbackServerContext* context,
                                           const ::prefill::v1::GetServerInfoRequest* request,
                                           ::prefill::v1::ServerInfo* response) override;
@@ -66,9 +70,9 @@ class PrefillService final : public PrefillServiceBase {
       grpc::CallbackServerContext* context,
       const ::prefill::v1::WatchPrefixCacheRequest* request) override;
 
-  // Tries the requests again whose id was taken. Must be called every few milliseconds, by one
-  // thread, until the last call has ended.
-  void RetryNames();
+  // Tries the requests again whose id was taken, and the receivers whose request was not there.
+  // Must be called every few milliseconds, by one thread, until the last call has ended.
+  void RetryWaiting();
 
   // Lets streams see how much their connections take. The streams of calls that came before this
   // never do.
@@ -85,6 +89,8 @@ class PrefillService final : public PrefillServiceBase {
 
   absl::Status Submit(const std::shared_ptr<PrefillJob>& job);
   void OnCallDone(PrefillJob& job);
+  void OnReceiverDone(PrefillJob& receiver);
+  void RetryNames();
   void AwaitName(Waiting waiting, const absl::Status& taken);
   std::shared_ptr<const wire::Connection> ConnectionOf(
       const grpc::CallbackServerContext& context) const;
@@ -103,6 +109,7 @@ class PrefillService final : public PrefillServiceBase {
   CacheWatch& cache_watch_;
   const ::prefill::v1::ServerInfo info_;
   std::atomic<const wire::Connections*> connections_ = nullptr;
+  WaitingReceivers receivers_;
 
   absl::Mutex mu_;
   std::vector<Waiting> waiting_ ABSL_GUARDED_BY(mu_);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <random>
+#include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/ascii.h"
@@ -21,9 +22,11 @@ namespace {
 namespace v1 = ::prefill::v1;
 
 constexpr size_t kMaxAddressLength = 256;
+constexpr uint32_t kMaxReceivers = 16;
+constexpr size_t kMinKeyLength = 32;
 
 // Comes from the operating system's random source, because it keeps strangers out.
-std::string NewLaneKey() {
+std::string NewKey() {
   std::random_device random;
   std::string key;
   for (int i = 0; i < 4; ++i) absl::StrAppend(&key, absl::Hex(random(), absl::kZeroPad8));
@@ -128,12 +131,37 @@ absl::Status CheckLogprobs(const v1::PrefillRequest& request) {
                                                  " token_ids; at most ", kMaxPromptLogprobsTokens));
 }
 
-absl::Status CheckLanes(const v1::PrefillRequest& request, const RequestLimits& limits) {
-  if (request.num_lanes() > static_cast<uint32_t>(limits.max_lanes)) {
+absl::Status CheckLanes(uint32_t num_lanes, const RequestLimits& limits) {
+  if (num_lanes > static_cast<uint32_t>(limits.max_lanes)) {
     return absl::InvalidArgumentError(
-        absl::StrCat("num_lanes ", request.num_lanes(), "; at most ", limits.max_lanes));
+        absl::StrCat("num_lanes ", num_lanes, "; at most ", limits.max_lanes));
   }
   return absl::OkStatus();
+}
+
+absl::Status CheckFingerprint(const std::string& wanted, const model::EngineInfo& engine) {
+  if (wanted.empty() || wanted == engine.fingerprint) return absl::OkStatus();
+  return absl::FailedPreconditionError(absl::StrCat("model_fingerprint ",
+                                                    absl::CHexEscape(wanted.substr(0, 64)),
+                                                    "; this server runs ", engine.fingerprint));
+}
+
+absl::Status CheckReceivers(const v1::PrefillRequest& request) {
+  if (request.num_receivers() > kMaxReceivers) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("num_receivers ", request.num_receivers(), "; at most ", kMaxReceivers));
+  }
+  if (request.receiver_key().empty()) return absl::OkStatus();
+  if (request.num_receivers() < 2) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("receiver_key with num_receivers ", request.num_receivers(), "; 2 at least"));
+  }
+  if (request.receiver_key().size() < kMinKeyLength) {
+    return absl::InvalidArgumentError(absl::StrCat("receiver_key has ",
+                                                   request.receiver_key().size(),
+                                                   " characters; at least ", kMinKeyLength));
+  }
+  return wire::CheckId("receiver_key", request.receiver_key());
 }
 
 absl::Status CheckPriority(const v1::PrefillRequest& request) {
@@ -150,9 +178,11 @@ absl::Status CheckDelivery(const v1::PrefillRequest& request, const RequestLimit
   if (limits.deliver_to_allow.empty()) {
     return absl::UnimplementedError("deliver_to: this server pushes to nobody");
   }
-  if (request.num_lanes() > 1) {
+  for (const auto& [field, count] : {std::pair("num_lanes", request.num_lanes()),
+                                     std::pair("num_receivers", request.num_receivers())}) {
+    if (count <= 1) continue;
     return absl::InvalidArgumentError(
-        absl::StrCat("num_lanes ", request.num_lanes(), "; with deliver_to at most 1"));
+        absl::StrCat(field, " ", count, "; with deliver_to at most 1"));
   }
   if (address.size() > kMaxAddressLength) {
     return absl::InvalidArgumentError(absl::StrCat("deliver_to.address has ", address.size(),
@@ -193,11 +223,7 @@ absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
                                             const RequestLimits& limits) {
   const model::EngineInfo& engine = *limits.engine;
   PREFILLD_RETURN_IF_ERROR(wire::CheckId("request_id", request.request_id()));
-  if (!request.model_fingerprint().empty() && request.model_fingerprint() != engine.fingerprint) {
-    return absl::FailedPreconditionError(absl::StrCat(
-        "model_fingerprint ", absl::CHexEscape(request.model_fingerprint().substr(0, 64)),
-        "; this server runs ", engine.fingerprint));
-  }
+  PREFILLD_RETURN_IF_ERROR(CheckFingerprint(request.model_fingerprint(), engine));
   PREFILLD_RETURN_IF_ERROR(CheckTokens(request, engine));
   PrefillWork work;
   PREFILLD_ASSIGN_OR_RETURN(work.layout,
@@ -208,7 +234,8 @@ absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
   work.beyond_calibration = request.token_ids_size() > limits.attention.calibrated_tokens;
   PREFILLD_ASSIGN_OR_RETURN(work.sampling, ResolveSampling(request.sampling()));
   PREFILLD_RETURN_IF_ERROR(CheckLogprobs(request));
-  PREFILLD_RETURN_IF_ERROR(CheckLanes(request, limits));
+  PREFILLD_RETURN_IF_ERROR(CheckLanes(request.num_lanes(), limits));
+  PREFILLD_RETURN_IF_ERROR(CheckReceivers(request));
   PREFILLD_RETURN_IF_ERROR(CheckPriority(request));
   PREFILLD_RETURN_IF_ERROR(CheckDelivery(request, limits));
   PREFILLD_RETURN_IF_ERROR(wire::CheckId("prefix_cache.salt", request.prefix_cache().salt()));
@@ -216,7 +243,10 @@ absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
   work.id = request.request_id().empty() ? NewRequestId() : request.request_id();
   work.tokens.assign(request.token_ids().begin(), request.token_ids().end());
   work.num_lanes = request.num_lanes() == 0 ? 1 : static_cast<int>(request.num_lanes());
-  if (work.num_lanes > 1) work.lane_key = NewLaneKey();
+  if (work.num_lanes > 1) work.lane_key = NewKey();
+  work.num_receivers = std::max(1, static_cast<int>(request.num_receivers()));
+  work.receiver_key = request.receiver_key();
+  if (work.num_receivers > 1 && work.receiver_key.empty()) work.receiver_key = NewKey();
   work.layer_stats = request.layer_stats();
   work.prompt_logprobs = request.prompt_logprobs();
   work.use_prefix_cache = !request.prefix_cache().bypass();
@@ -224,6 +254,46 @@ absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
   work.deliver_to = request.deliver_to();
   work.priority = request.priority();
   return work;
+}
+
+absl::StatusOr<PrefillWork> ValidateReceiver(const v1::AttachReceiverRequest& request,
+                                             const RequestLimits& limits) {
+  const model::EngineInfo& engine = *limits.engine;
+  if (request.request_id().empty()) {
+    return absl::InvalidArgumentError("request_id is empty; a receiver names its request");
+  }
+  PREFILLD_RETURN_IF_ERROR(wire::CheckId("request_id", request.request_id()));
+  PREFILLD_RETURN_IF_ERROR(wire::CheckId("receiver_key", request.receiver_key()));
+  PREFILLD_RETURN_IF_ERROR(CheckFingerprint(request.model_fingerprint(), engine));
+  if (request.receiver() < 1 || request.receiver() >= kMaxReceivers) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("receiver ", request.receiver(), "; from 1 to ", kMaxReceivers - 1));
+  }
+  if (request.num_tokens() < 1 || request.num_tokens() > engine.max_tokens) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("num_tokens ", request.num_tokens(), "; from 1 to ", engine.max_tokens));
+  }
+  PREFILLD_RETURN_IF_ERROR(CheckLanes(request.num_lanes(), limits));
+  PrefillWork work;
+  PREFILLD_ASSIGN_OR_RETURN(work.layout,
+                            ResolveLayout(request.layout(), request.num_tokens(), engine));
+  work.id = request.request_id();
+  work.receiver = static_cast<int>(request.receiver());
+  work.receiver_key = request.receiver_key();
+  work.num_lanes = std::max(1, static_cast<int>(request.num_lanes()));
+  if (work.num_lanes > 1) work.lane_key = NewKey();
+  return work;
+}
+
+std::string PrefillWork::NameOf(const std::string& id, uint32_t receiver) {
+  return receiver == 0 ? id : absl::StrCat(id, "\n", receiver);
+}
+
+bool IsSameKey(absl::string_view shown, absl::string_view key) {
+  if (shown.size() != key.size()) return false;
+  int difference = 0;
+  for (size_t i = 0; i < key.size(); ++i) difference |= shown[i] ^ key[i];
+  return difference == 0;
 }
 
 model::PromptInput InputOf(const PrefillWork& work) {

@@ -1,4 +1,5 @@
-// One request after validation: what to compute, and the form in which to deliver it.
+// One request after validation: what to compute, and the form in which to deliver it. Also a
+// further receiver of a request, which has a form of its own, and computes nothing.
 #ifndef PREFILLD_SERVER_PREFILL_WORK_H_
 #define PREFILLD_SERVER_PREFILL_WORK_H_
 
@@ -7,6 +8,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "model/decode/sampling.h"
 #include "model/prefill/prefill_engine.h"
@@ -22,7 +24,10 @@ struct PrefillWork {
   model::SamplingOptions sampling;
   ::prefill::v1::KvLayout layout;  // every default resolved
   int num_lanes = 1;
-  std::string lane_key;  // what attached lanes must show; empty if there are none
+  std::string lane_key;      // what attached lanes must show; empty if there are none
+  int num_receivers = 1;     // of what is computed, this call included
+  std::string receiver_key;  // what other receivers must show, and what such a receiver shows
+  int receiver = 0;          // its number; those from 1 on have no tokens
   bool layer_stats = false;
   bool prompt_logprobs = false;
   bool use_prefix_cache = true;
@@ -39,6 +44,9 @@ struct PrefillWork {
   bool beyond_calibration = false;
 
   bool pushes() const { return !deliver_to.address().empty(); }
+  // The id; of a further receiver with its number behind a line break, which no id has.
+  std::string name() const { return NameOf(id, static_cast<uint32_t>(receiver)); }
+  static std::string NameOf(const std::string& id, uint32_t receiver);
   // The number of blocks to send per layer.
   int64_t num_sent_blocks() const { return layout.num_blocks() - layout.first_block(); }
 };
@@ -58,6 +66,15 @@ struct RequestLimits {
 // - UNIMPLEMENTED: a push was asked for, and the operator allows none.
 absl::StatusOr<PrefillWork> ValidateRequest(const ::prefill::v1::PrefillRequest& request,
                                             const RequestLimits& limits);
+
+// Validates the call of a further receiver as far as that is possible without its request. Errors
+// as above.
+absl::StatusOr<PrefillWork> ValidateReceiver(const ::prefill::v1::AttachReceiverRequest& request,
+                                             const RequestLimits& limits);
+
+// Compares a secret with what a caller shows. It takes the same time for all keys of one length, so
+// that a key cannot be found digit by digit.
+bool IsSameKey(absl::string_view shown, absl::string_view key);
 
 // Describes a prompt to the engine. The work is borrowed.
 model::PromptInput InputOf(const PrefillWork& work);

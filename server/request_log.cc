@@ -63,6 +63,7 @@ void LogRequest(PrefillJob& job, absl::Time now) {
   fields.emplace_back("total_ms", Milliseconds(now - stats.accepted_at));
   fields.emplace_back("kv_bytes", sent.bytes);
   fields.emplace_back("lanes", static_cast<int64_t>(work.num_lanes));
+  if (work.num_receivers > 1) fields.emplace_back("receivers", int64_t{work.num_receivers});
   fields.emplace_back("peer", work.peer);
   if (!work.tenant_name.empty()) fields.emplace_back("tenant", work.tenant_name);
   if (work.priority != 0) fields.emplace_back("priority", int64_t{work.priority});
@@ -71,6 +72,26 @@ void LogRequest(PrefillJob& job, absl::Time now) {
   const bool ok = ending.outcome == Outcome::kOk;
   if (!ok) fields.emplace_back("status", Shown(ending.status));
   process::LogEvent(ok ? process::LogLevel::kInfo : process::LogLevel::kWarning, "request", fields);
+}
+
+void LogReceiver(PrefillJob& receiver, absl::Time now) {
+  const PrefillWork& work = receiver.work();
+  const Ending ending = receiver.ending();
+  const bool ok = ending.outcome == Outcome::kOk;
+  process::LogFields fields = {
+      {"id", wire::ShownId(work.id)},
+      {"receiver", int64_t{work.receiver}},
+      {"outcome", Name(ending.outcome)},
+      {"total_ms", Milliseconds(now - receiver.record().stats().accepted_at)},
+      {"kv_bytes", receiver.delivery().sent().bytes},
+      {"first_head", static_cast<int64_t>(work.layout.first_head())},
+      {"heads", static_cast<int64_t>(work.layout.num_heads())},
+      {"lanes", static_cast<int64_t>(work.num_lanes)},
+      {"peer", work.peer}};
+  if (!work.trace_id.empty()) fields.emplace_back("trace_id", work.trace_id);
+  if (!ok) fields.emplace_back("status", Shown(ending.status));
+  process::LogEvent(ok ? process::LogLevel::kInfo : process::LogLevel::kWarning, "receiver",
+                    fields);
 }
 
 void LogRefused(const std::string& request_id, const std::string& peer, Outcome outcome,

@@ -11,6 +11,7 @@
 namespace prefilld::server {
 
 void LogRequest(PrefillJob& job, absl::Time now);
+void LogReceiver(PrefillJob& receiver, absl::Time now);  // a further one, of a request
 void LogRefused(const std::string& request_id, const std::string& peer, Outcome outcome,
                 const absl::Status& status);
 

@@ -132,6 +132,20 @@ void RequestRecord::AddLogprobs(const model::PromptLogprobs& part, absl::Duratio
   logprobs_.of_best.insert(logprobs_.of_best.end(), part.of_best.begin(), part.of_best.end());
 }
 
+void RequestRecord::Follow(const RequestRecord& other) {
+  other.mu_.Lock();
+  RequestStats stats = other.stats_;
+  std::vector<model::LayerReport> layers = other.layers_;
+  model::SampledToken first_token = other.first_token_;
+  other.mu_.Unlock();
+  absl::MutexLock lock(&mu_);
+  stats.accepted_at = stats_.accepted_at;
+  stats.logprobs = std::nullopt;
+  stats_ = std::move(stats);
+  layers_ = std::move(layers);
+  first_token_ = std::move(first_token);
+}
+
 RequestStats RequestRecord::stats() const {
   absl::MutexLock lock(&mu_);
   return stats_;
@@ -142,10 +156,12 @@ v1::PrefillResult RequestRecord::TakeResult(bool layers) {
   v1::PrefillResult result;
   const absl::Time started = stats_.started_at.value_or(stats_.accepted_at);
   const absl::Time first_token = stats_.first_token_at.value_or(started);
+  // A receiver may have come after the start of what it receives.
+  const absl::Duration queued = std::max(started - stats_.accepted_at, absl::ZeroDuration());
   result.set_policy(ToProto(stats_.policy.value_or(model::AttentionPolicy::kAuto)));
   result.set_batch_prompts(stats_.batch_prompts);
   result.set_cached_tokens(static_cast<uint32_t>(stats_.cached_tokens));
-  result.set_queue_us(absl::ToInt64Microseconds(started - stats_.accepted_at));
+  result.set_queue_us(absl::ToInt64Microseconds(queued));
   result.set_compute_us(absl::ToInt64Microseconds(first_token - started));
   result.set_stall_us(absl::ToInt64Microseconds(stats_.stalled));
   *result.mutable_total() = EncodeLayer(stats_.total);

@@ -46,6 +46,10 @@ class RequestRecord {
   // Takes the next part of the prompt's log-probabilities, and the time that it took.
   void AddLogprobs(const model::PromptLogprobs& part, absl::Duration took);
 
+  // Takes over what another record knows of the computation: all but the log-probabilities and the
+  // moment at which the request was accepted.
+  void Follow(const RequestRecord& other);
+
   RequestStats stats() const;  // a snapshot
   // Makes the result as far as it is known here, with a report per layer if `layers` is set. The
   // log-probabilities are moved out, so call it once.

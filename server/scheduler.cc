@@ -111,7 +111,7 @@ void Scheduler::Retire(PrefillJob& job) {
     last_reference = std::move(live->second);
     live_.erase(live);
   }
-  const auto named = by_id_.find(job.work().id);
+  const auto named = by_id_.find(job.work().name());
   if (named != by_id_.end() && named->second.get() == &job) by_id_.erase(named);
   if (const auto queued = FindQueued(job); queued != queue_.end()) {
     queued_tokens_ -= NumTokens(job);
@@ -124,9 +124,9 @@ Scheduler::Queue::const_iterator Scheduler::FindQueued(const PrefillJob& job) co
                       [&job](const auto& entry) { return entry.get() == &job; });
 }
 
-std::shared_ptr<PrefillJob> Scheduler::Find(const std::string& id) const {
+std::shared_ptr<PrefillJob> Scheduler::Find(const std::string& id, uint32_t receiver) const {
   absl::MutexLock lock(&mu_);
-  const auto named = by_id_.find(id);
+  const auto named = by_id_.find(PrefillWork::NameOf(id, receiver));
   return named == by_id_.end() ? nullptr : named->second;
 }
 
@@ -149,20 +149,20 @@ std::vector<LiveJob> Scheduler::LiveJobs() const {
   return jobs;
 }
 
-// Jobs that have ended are not counted: they wait for nothing.
+// Jobs that nobody wants are not counted: they wait for nothing.
 int64_t Scheduler::NumRunning() const {
   return std::count_if(running_.begin(), running_.end(),
-                       [](const RunningJob& running) { return !running.job->ended(); });
+                       [](const RunningJob& running) { return running.job->wanted(); });
 }
 
-// Tells whether another job of the same pass has not ended.
+// Tells whether another job of the same pass is still wanted.
 bool Scheduler::MateGoesOn(const PrefillJob& job) const {
   const auto own = std::find_if(running_.begin(), running_.end(), [&job](const RunningJob& entry) {
     return entry.job.get() == &job;
   });
   return own != running_.end() &&
          std::any_of(running_.begin(), running_.end(), [&](const RunningJob& entry) {
-           return entry.job != own->job && entry.pass == own->pass && !entry.job->ended();
+           return entry.job != own->job && entry.pass == own->pass && entry.job->wanted();
          });
 }
 
@@ -241,7 +241,7 @@ bool Scheduler::TakeTurn(const Running* interrupted) {
 void Scheduler::NoteClaimants() {
   std::vector<const PrefillJob*> claimants;
   const auto note = [&claimants](const std::shared_ptr<PrefillJob>& job) {
-    if (!job->ended()) claimants.push_back(job.get());
+    if (job->wanted()) claimants.push_back(job.get());
   };
   for (const Running& running : passes_) {
     if (running.waits_for_consumers) continue;

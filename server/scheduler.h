@@ -34,13 +34,13 @@ namespace prefilld::server {
 struct QueueState {
   int64_t queued_requests = 0;
   int64_t queued_tokens = 0;
-  int64_t running_requests = 0;  // those of the passes under way that have not ended
+  int64_t running_requests = 0;  // those of the passes under way that somebody still wants
   // Those of the passes under way that have ended: the device may compute a part of a layer for
   // nobody.
   int64_t ended_in_passes = 0;
-  bool computing = false;                  // a step is being computed
-  int64_t live_requests = 0;               // queued, running, or still being sent
-  bool work_waits = false;                 // a pass runs, or could
+  bool computing = false;     // a step is being computed
+  int64_t live_requests = 0;  // queued, running, or still being sent; further receivers included
+  bool work_waits = false;    // a pass runs, or could
   std::vector<int64_t> queued_of_tenants;  // requests; [tenants]
 };
 
@@ -83,6 +83,18 @@ class Scheduler {
     absl::MutexLock lock(&mu_);
     return live_.contains(&job);
   }
+  // Takes in another receiver, which has joined a job that was admitted.
+  void Adopt(std::shared_ptr<PrefillJob> receiver) {
+    {
+      absl::MutexLock lock(&mu_);
+      by_id_[receiver->work().name()] = receiver;
+      live_[receiver.get()] = std::move(receiver);
+    }
+    AdmitReceivers();
+  }
+  // Lets the passes see which receivers have come, and whom nobody awaits any longer. Must be
+  // called every few milliseconds.
+  void AdmitReceivers() { resources_.packer.AdmitReceivers(); }
   // Ends the life of a job whose call is over. The job leaves the queue if it is still there.
   void Retire(PrefillJob& job);
 
@@ -90,13 +102,19 @@ class Scheduler {
   // before `wake` is notified. Only the compute thread may call it.
   bool StepOnce();
 
-  std::shared_ptr<PrefillJob> Find(const std::string& id) const;  // null: no such live request
+  // Returns a request, or a further receiver of one; null: there is none that is live.
+  std::shared_ptr<PrefillJob> Find(const std::string& id, uint32_t receiver = 0) const;
   std::vector<LiveJob> LiveJobs() const;
   QueueState state() const;
   model::PrefixCacheUse prefix_cache() const;
 
   // Closes the scheduler: from now on Submit answers UNAVAILABLE with this reason.
   void Close(const std::string& reason);
+  // Returns the reason; empty: the scheduler is open.
+  std::string closed() const {
+    absl::MutexLock lock(&mu_);
+    return closed_;
+  }
   void AbortAll(Outcome outcome, const absl::Status& status);
   // Waits until no job is live. Returns false when the time ran out.
   bool AwaitIdle(absl::Duration timeout);
@@ -151,7 +169,7 @@ class Scheduler {
   bool place_is_wanted_ ABSL_GUARDED_BY(mu_) = false;  // a queued prompt found none in the engine
   std::vector<RunningJob> running_ ABSL_GUARDED_BY(mu_);  // of all passes
   absl::flat_hash_map<const PrefillJob*, std::shared_ptr<PrefillJob>> live_ ABSL_GUARDED_BY(mu_);
-  // The latest request of each id. It may have ended.
+  // The latest request of each id, and receiver of each name. It may have ended.
   absl::flat_hash_map<std::string, std::shared_ptr<PrefillJob>> by_id_ ABSL_GUARDED_BY(mu_);
   bool computing_ ABSL_GUARDED_BY(mu_) = false;
   PromptSpeed speed_ ABSL_GUARDED_BY(mu_);

@@ -40,7 +40,8 @@ void Watchdog::LookAround() {
     live.job->CheckTimers(timeouts_, live.requests_ahead, live.others_wait);
   }
 
-  if (watched_.service != nullptr) watched_.service->RetryNames();
+  watched_.scheduler->AdmitReceivers();
+  if (watched_.service != nullptr) watched_.service->RetryWaiting();
   if (watched_.cache_watch != nullptr) watched_.cache_watch->SendNews();
 
   const QueueState queue = watched_.scheduler->state();

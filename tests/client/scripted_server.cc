@@ -17,8 +17,8 @@ using ::prefill::v1::KvLayout;
 using ::prefill::v1::PrefillEvent;
 using ::prefill::v1::PrefillRequest;
 
-ScriptedServer::ScriptedServer(PrefillScript prefill, LaneScript lane)
-    : prefill_(std::move(prefill)), lane_(std::move(lane)) {
+ScriptedServer::ScriptedServer(PrefillScript prefill, LaneScript lane, ReceiverScript receiver)
+    : prefill_(std::move(prefill)), lane_(std::move(lane)), receiver_(std::move(receiver)) {
   grpc::ServerBuilder builder;
   int port = 0;
   builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
@@ -52,6 +52,14 @@ grpc::Status ScriptedServer::AttachLane(grpc::ServerContext* context,
                                         const AttachLaneRequest* request, PrefillWriter* writer) {
   NotePeer(*context);
   return lane_ ? lane_(*request, *writer) : grpc::Status(grpc::StatusCode::NOT_FOUND, "no lanes");
+}
+
+grpc::Status ScriptedServer::AttachReceiver(grpc::ServerContext* context,
+                                            const ::prefill::v1::AttachReceiverRequest* request,
+                                            PrefillWriter* writer) {
+  NotePeer(*context);
+  return receiver_ ? receiver_(*request, *writer)
+                   : grpc::Status(grpc::StatusCode::NOT_FOUND, "no receivers");
 }
 
 grpc::Status ScriptedServer::GetServerInfo(grpc::ServerContext*,

@@ -21,7 +21,11 @@ class ScriptedServer : public ::prefill::v1::PrefillService::Service {
   using LaneScript =
       std::function<grpc::Status(const ::prefill::v1::AttachLaneRequest&, PrefillWriter&)>;
 
-  explicit ScriptedServer(PrefillScript prefill, LaneScript lane = nullptr);
+  using ReceiverScript =
+      std::function<grpc::Status(const ::prefill::v1::AttachReceiverRequest&, PrefillWriter&)>;
+
+  explicit ScriptedServer(PrefillScript prefill, LaneScript lane = nullptr,
+                          ReceiverScript receiver = nullptr);
   ~ScriptedServer() override;
 
   const std::string& address() const { return address_; }
@@ -33,6 +37,9 @@ class ScriptedServer : public ::prefill::v1::PrefillService::Service {
   grpc::Status AttachLane(grpc::ServerContext* context,
                           const ::prefill::v1::AttachLaneRequest* request,
                           PrefillWriter* writer) override;
+  grpc::Status AttachReceiver(grpc::ServerContext* context,
+                              const ::prefill::v1::AttachReceiverRequest* request,
+                              PrefillWriter* writer) override;
   grpc::Status GetServerInfo(grpc::ServerContext* context,
                              const ::prefill::v1::GetServerInfoRequest* request,
                              ::prefill::v1::ServerInfo* info) override;
@@ -42,6 +49,7 @@ class ScriptedServer : public ::prefill::v1::PrefillService::Service {
 
   const PrefillScript prefill_;
   const LaneScript lane_;
+  const ReceiverScript receiver_;
   std::string address_;
   std::mutex mu_;
   std::vector<std::string> peers_;

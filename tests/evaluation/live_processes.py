@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 import contract
@@ -32,6 +33,7 @@ class Programs:
     def __init__(self):
         self._started: list[subprocess.Popen] = []
         self._at: dict[str, subprocess.Popen] = {}
+        self._metrics: dict[str, str] = {}  # host:port of the page, by that of the program
 
     def __enter__(self) -> Programs:
         self._folder = tempfile.TemporaryDirectory(prefix="prefilld-live-")
@@ -60,11 +62,18 @@ class Programs:
         ports = dict(line.split("=") for line in port_file.read_text().split())
         address = f"127.0.0.1:{ports['grpc']}"
         self._at[address] = process
+        self._metrics[address] = f"127.0.0.1:{ports.get('metrics')}"
         return address
 
     def process_at(self, address: str) -> subprocess.Popen:
         """Returns the process that start() started there last."""
         return self._at[address]
+
+    def metric(self, address: str, series: str) -> float:
+        """Returns the value of a series, named with its labels, of a program that has --metrics_listen=127.0.0.1:0."""
+        with urllib.request.urlopen(f"http://{self._metrics[address]}/metrics", timeout=START_SECONDS) as page:
+            lines = page.read().decode().splitlines()
+        return float(next(line for line in lines if line.startswith(f"{series} ")).split()[-1])
 
 
 class LiveProcesses(Programs):

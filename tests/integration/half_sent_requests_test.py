@@ -91,7 +91,7 @@ def check_two_thousand_idle(program: str, model: str):
         for connection in idle:
             connection.step()  # says that it speaks HTTP/2, and nothing from then on
         busy = [BusyCaller(port, computes=i < 20) for i in range(300)]
-        methods = ["Prefill", "AttachLane", "GetServerInfo", "/grpc.health.v1.Health/Check"]
+        methods = ["Prefill", "AttachLane", "AttachReceiver", "GetServerInfo", "/grpc.health.v1.Health/Check"]
         half = [Http2(port) for _ in range(50)]
         for i, connection in enumerate(half):
             connection.start(1, methods[i % len(methods)], announced=MB, sent=MB // 2)

@@ -18,7 +18,16 @@ try:
     import grpc
     import numpy as np
     from played_server import BLOCKS, LAYERS, PATIENCE, TOKENS, PlayedServer, frame, layout, refusing, silent, whole
-    from prefilld import AsyncPrefillClient, Cancelled, Delivery, PrefillClient, PrefilldError, TransferError, wire
+    from prefilld import (
+        AsyncPrefillClient,
+        Cancelled,
+        Delivery,
+        Layout,
+        PrefillClient,
+        PrefilldError,
+        TransferError,
+        wire,
+    )
     from prefilld.frames import Frame, read_event
     from prefilld.transfer import TransferCheck, WholeCache
 except ImportError as missing:
@@ -42,9 +51,38 @@ class Streams:
         with PlayedServer(whole, lanes=3) as server:
             blocks, _ = self.receive(server.address, lanes=3)
             self.assertEqual(server.requests[0].num_lanes, 3)
-            self.assertEqual(sorted(server.attached), [(1, "k"), (2, "k")])
+            self.assertEqual(sorted(server.attached), [(1, "k", 0), (2, "k", 0)])
             self.assertEqual(len(server.peers), 3)
         self.assertEqual(sorted(b.layer for b in blocks), list(range(LAYERS)))
+
+    def test_a_receiver_attaches_with_a_layout_and_lanes_of_its_own(self):
+        with PlayedServer(whole, lanes=2) as server:
+            blocks, stream = self.attached(server.address, 3, lanes=2, model_fingerprint="")
+            (sent,) = server.requests
+            self.assertEqual(server.attached, [(1, "k", 3)])
+        self.assertIsInstance(sent, wire.AttachReceiverRequest)
+        self.assertEqual((sent.request_id, sent.receiver_key, sent.receiver), ("a", "secret", 3))
+        self.assertEqual((sent.num_tokens, sent.num_lanes), (len(TOKENS), 2))
+        self.assertEqual(sorted(b.layer for b in blocks), list(range(LAYERS)))
+        self.assertEqual(stream.result.num_tokens, len(TOKENS))
+
+    def test_a_receiver_compares_the_layout_with_its_own_wish(self):
+        with PlayedServer(whole) as server:
+            for changes in (dict(layout=Layout(first_head=1)), dict(num_tokens=41)):
+                with self.assertRaises(TransferError) as caught:
+                    self.attached(server.address, 1, **changes)
+                self.assertEqual(caught.exception.code.name, "FAILED_PRECONDITION")
+
+    def test_a_receiver_does_not_guess_the_server(self):
+        for address in (["127.0.0.1:1", "127.0.0.1:2"], "ipv4:127.0.0.1:1,127.0.0.1:2"):
+            with self.assertRaisesRegex(ValueError, "the one server that has the request"):
+                self.attached(address, 1)
+
+    def test_receivers_are_announced(self):
+        with PlayedServer(whole) as server:
+            _, stream = self.receive(server.address, receivers=2, receiver_key="secret", request_id="a")
+            self.assertEqual((server.requests[0].num_receivers, server.requests[0].receiver_key), (2, "secret"))
+        self.assertEqual(stream.receiver_key, "secret")
 
     def test_a_frame_lost_on_a_further_lane_is_seen(self):
         with PlayedServer(whole, lanes=2) as server:
@@ -146,6 +184,11 @@ class Blocking(Streams, unittest.TestCase):
         with PrefillClient(address) as client, client.prefill(TOKENS, **arguments) as stream:
             return list(stream), stream
 
+    def attached(self, address, receiver, num_tokens=len(TOKENS), **arguments):
+        with PrefillClient(address) as client:
+            with client.attach_receiver("a", "secret", receiver, num_tokens, **arguments) as stream:
+                return list(stream), stream
+
     def cancelled(self, server):
         with PrefillClient(server.address) as client:
             stream = client.submit(TOKENS)
@@ -181,6 +224,14 @@ class Asyncio(Streams, unittest.TestCase):
         async def read():
             async with AsyncPrefillClient(address) as client:
                 async with await client.prefill(TOKENS, **arguments) as stream:
+                    return [blocks async for blocks in stream], stream
+
+        return asyncio.run(read())
+
+    def attached(self, address, receiver, num_tokens=len(TOKENS), **arguments):
+        async def read():
+            async with AsyncPrefillClient(address) as client:
+                async with client.attach_receiver("a", "secret", receiver, num_tokens, **arguments) as stream:
                     return [blocks async for blocks in stream], stream
 
         return asyncio.run(read())

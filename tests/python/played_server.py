@@ -33,7 +33,9 @@ def frame(layer, lane=0, sequence=0, checksum=None, **fields):
 
 
 class PlayedServer:
-    """A prefilld that answers Prefill with the events that `script` yields, and each lane with its share of frames."""
+    """A prefilld that answers Prefill and AttachReceiver with the events that `script` yields, and each lane with its
+    share of frames.
+    """
 
     def __init__(self, script, lanes=1):
         self.script, self.lanes = script, lanes
@@ -46,6 +48,7 @@ class PlayedServer:
             )
             for name, handler, kind in (
                 ("Prefill", self._prefill, wire.PrefillRequest),
+                ("AttachReceiver", self._prefill, wire.AttachReceiverRequest),
                 ("AttachLane", self._attach, wire.AttachLaneRequest),
             )
         }
@@ -61,7 +64,10 @@ class PlayedServer:
         self._server.stop(None)
 
     def accepted(self, **fields):
-        made = wire.Accepted(request_id="a", layout=layout(**fields), num_lanes=self.lanes, lane_key="k", priority=2)
+        made = wire.Accepted(
+            request_id="a", layout=layout(**fields), num_lanes=self.lanes, lane_key="k", priority=2,
+            receiver=getattr(self.requests[-1], "receiver", 0), receiver_key="secret",
+        )  # fmt: skip
         return wire.PrefillEvent(accepted=made)
 
     def layers_of(self, lane):
@@ -83,7 +89,7 @@ class PlayedServer:
 
     def _attach(self, request, context):
         self.peers.add(context.peer())
-        self.attached.append((request.lane, request.lane_key))
+        self.attached.append((request.lane, request.lane_key, request.receiver))
         yield from self.frames(request.lane)
 
 
@@ -99,10 +105,15 @@ def cache_of(num_tokens, num_heads=2):
     return np.arange(LAYERS * 2 * num_tokens * num_heads * 4, dtype="<f4").reshape(LAYERS, 2, num_tokens, num_heads, 4)
 
 
+# The axes of [2 (K, V), blocks, tokens, heads, head_dim] in each order.
+_AXES = {"nhd": (0, 1, 2, 3, 4), "hnd": (0, 1, 3, 2, 4), "nh2d": (1, 2, 3, 0, 4), "hn2d": (1, 3, 2, 0, 4)}
+
+
 def serving(server, context):
     """Sends cache_of() of the prompt in the layout that the request asks for, one frame a layer."""
     request = server.requests[-1]
-    wished, num_tokens = request.layout, len(request.token_ids)
+    wished = request.layout
+    num_tokens = request.num_tokens if isinstance(request, wire.AttachReceiverRequest) else len(request.token_ids)
     cache = cache_of(num_tokens)
     cache = cache[:, :, :, wished.first_head : wished.first_head + (wished.num_heads or cache.shape[3])]
     num_blocks = -(-num_tokens // wished.block_tokens)
@@ -110,11 +121,13 @@ def serving(server, context):
     padded[:, :, :num_tokens] = cache
     yield server.accepted(
         block_tokens=wished.block_tokens, num_tokens=num_tokens, num_blocks=num_blocks, first_head=wished.first_head,
-        num_heads=cache.shape[3], first_block=wished.first_block,
+        num_heads=cache.shape[3], first_block=wished.first_block, order=wished.order,
     )  # fmt: skip
     for layer in range(LAYERS):
-        payload = padded[layer, :, wished.first_block * wished.block_tokens :].tobytes()
         count = num_blocks - wished.first_block
+        tokens = padded[layer, :, wished.first_block * wished.block_tokens :]
+        blocks = tokens.reshape(2, count, wished.block_tokens, *tokens.shape[2:])  # [2, blocks, tokens, heads, 4]
+        payload = blocks.transpose(_AXES[wire.enum_name("KvOrder", wished.order)]).tobytes()
         yield frame(layer, 0, layer, first_block=wished.first_block, num_blocks=count, payload=payload)
     yield server.result()
 

@@ -102,6 +102,7 @@ TEST_F(Arrival, OfEveryMethodEndsInTime) {
   constexpr const char* kMethods[] = {
       "/prefill.v1.PrefillService/Prefill",
       "/prefill.v1.PrefillService/AttachLane",
+      "/prefill.v1.PrefillService/AttachReceiver",
       "/prefill.v1.PrefillService/GetServerInfo",
       "/grpc.health.v1.Health/Check",
       "/grpc.health.v1.Health/Watch",
@@ -111,14 +112,14 @@ TEST_F(Arrival, OfEveryMethodEndsInTime) {
   for (const char* method : kMethods) {
     calls.push_back(std::make_unique<PartialCall>(channel, method));
   }
-  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_requests_arriving") == 6; }));
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_requests_arriving") == 7; }));
   for (size_t i = 0; i < calls.size(); ++i) {
     const grpc::Status status = calls[i]->Wait();
     EXPECT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED) << kMethods[i];
     EXPECT_THAT(status.error_message(), HasSubstr("did not arrive within 5s")) << kMethods[i];
   }
   EXPECT_GE(absl::Now() - start, absl::Seconds(5));
-  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_requests_late_total") == 6; }));
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_requests_late_total") == 7; }));
   EXPECT_TRUE(Eventually([&] { return Metric("prefilld_requests_arriving") == 0; }));
   // None of them reached a service.
   EXPECT_EQ(Metric("prefilld_requests_total{outcome=\"invalid\"}"), 0);

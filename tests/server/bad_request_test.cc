@@ -131,6 +131,23 @@ INSTANTIATE_TEST_SUITE_P(
                    {"attention.recall_audit_rows", "9", "8"}},
         BadRequest{"TooManyLanes", [](Request& r) { r.set_num_lanes(5); }, kInvalid,
                    {"num_lanes", "5", "4"}},
+        BadRequest{"TooManyReceivers", [](Request& r) { r.set_num_receivers(17); }, kInvalid,
+                   {"num_receivers", "17", "16"}},
+        BadRequest{"ReceiverKeyWithoutReceivers",
+                   [](Request& r) { r.set_receiver_key(std::string(32, 'k')); }, kInvalid,
+                   {"receiver_key", "num_receivers 0", "2"}},
+        BadRequest{"ReceiverKeyThatCanBeGuessed",
+                   [](Request& r) {
+                     r.set_num_receivers(2);
+                     r.set_receiver_key(std::string(31, 'k'));
+                   },
+                   kInvalid, {"receiver_key", "31", "32"}},
+        BadRequest{"ReceiverKeyTooLong",
+                   [](Request& r) {
+                     r.set_num_receivers(2);
+                     r.set_receiver_key(std::string(129, 'k'));
+                   },
+                   kInvalid, {"receiver_key", "129", "128"}},
         BadRequest{"PushAddress",
                    [](Request& r) { r.mutable_deliver_to()->set_address("unix:etc/passwd"); },
                    kInvalid, {"deliver_to.address", "unix:etc/passwd", "host:port"}},
@@ -162,7 +179,13 @@ INSTANTIATE_TEST_SUITE_P(
                      r.mutable_deliver_to()->set_address("worker-1.pods:7000");
                      r.set_num_lanes(2);
                    },
-                   kInvalid, {"num_lanes", "2", "deliver_to"}}),
+                   kInvalid, {"num_lanes", "2", "deliver_to"}},
+        BadRequest{"PushToReceivers",
+                   [](Request& r) {
+                     r.mutable_deliver_to()->set_address("worker-1.pods:7000");
+                     r.set_num_receivers(2);
+                   },
+                   kInvalid, {"num_receivers", "2", "deliver_to"}}),
     [](const auto& info) { return std::string(info.param.name); });
 
 class DefaultPolicies : public ServerFixture {};

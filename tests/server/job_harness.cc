@@ -107,6 +107,19 @@ std::shared_ptr<PrefillJob> Bench::NewJob(int num_tokens, const std::string& id)
   return std::make_shared<PrefillJob>(WorkOf(engine, num_tokens, id), clock);
 }
 
+Bench::Shared Bench::NewShared(int num_tokens) {
+  PrefillWork first = WorkOf(engine, num_tokens), other = first;
+  first.layout.set_num_heads(1);
+  first.num_receivers = 2;
+  first.receiver_key = other.receiver_key = "key";
+  other.layout.set_first_head(1);
+  other.layout.set_num_heads(1);
+  other.tokens.clear();
+  other.receiver = 1;
+  return {std::make_shared<PrefillJob>(std::move(first), clock),
+          std::make_shared<PrefillJob>(std::move(other), clock)};
+}
+
 std::unique_ptr<PrefillPass> Bench::NewPass(std::vector<std::shared_ptr<PrefillJob>> jobs) {
   std::vector<model::PromptInput> prompts;
   for (const auto& job : jobs) {

@@ -85,6 +85,12 @@ struct Bench {
     }
   }
   std::shared_ptr<PrefillJob> NewJob(int num_tokens, const std::string& id = "");
+  // Makes a job that has another receiver, and that one, which has not joined it. The first takes
+  // head 0 and the other head 1.
+  struct Shared {
+    std::shared_ptr<PrefillJob> first, other;
+  };
+  Shared NewShared(int num_tokens);
   std::unique_ptr<PrefillPass> NewPass(std::vector<std::shared_ptr<PrefillJob>> jobs);
 
   FakeClock clock;

@@ -1,6 +1,7 @@
 #include "server/kv_packer.h"
 
 #include <memory>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -59,9 +60,9 @@ TEST(KvPacker, KeepsALayersSlotUntilItsLastFrameHasLeft) {
   EXPECT_TRUE(bench.packer.PackOne());
   EXPECT_TRUE(layers.HasRoom());
   EXPECT_GT(bench.wake.count(), events) << "the compute thread hears of the room";
-  EXPECT_FALSE(layers.source->HasLeft(0));
+  EXPECT_FALSE(layers.source->HasLeft(*job));
   bench.PackAll();
-  EXPECT_TRUE(layers.source->HasLeft(0));
+  EXPECT_TRUE(layers.source->HasLeft(*job));
   EXPECT_EQ(consumer.frames().size(), 4u);
 }
 
@@ -115,7 +116,7 @@ TEST(KvPacker, ASlowConsumerHoldsUpNoOtherSource) {
     of_fast.Compute(1);
     bench.PackAll();
     EXPECT_TRUE(of_fast.HasRoom());
-    EXPECT_TRUE(of_fast.source->HasLeft(0));
+    EXPECT_TRUE(of_fast.source->HasLeft(*fast));
   }
   EXPECT_EQ(to_fast.frames().size(), 4u);
   EXPECT_FALSE(of_slow.HasRoom());
@@ -133,7 +134,7 @@ TEST(KvPacker, DropsTheFramesOfARequestThatHasEnded) {
   job->Abort(Outcome::kCancelled, absl::CancelledError("enough"));
   EXPECT_FALSE(bench.packer.PackOne());
   EXPECT_TRUE(layers.HasRoom());
-  EXPECT_TRUE(layers.source->HasLeft(0));
+  EXPECT_TRUE(layers.source->HasLeft(*job));
   EXPECT_EQ(consumer.frames().size(), 1u);
 }
 
@@ -149,6 +150,76 @@ TEST(KvPacker, ASourceThatIsDestroyedLetsGoOfItsSequence) {
   EXPECT_FALSE(bench.packer.PackOne());
 }
 
+// Checks that a receiver got one frame for each layer and block, with its heads.
+void ExpectFrames(const Consumer& consumer, const PrefillJob& receiver, size_t layers) {
+  const auto& layout = receiver.work().layout;
+  std::set<std::pair<uint32_t, uint32_t>> places;
+  for (const ::prefill::v1::KvFrame& frame : consumer.frames()) {
+    EXPECT_EQ(frame.payload(),
+              ExpectedPayload(static_cast<int>(frame.layer()),
+                              SelectBlocks(layout, frame.first_block(), frame.num_blocks()),
+                              layout.num_tokens(), static_cast<int>(layout.head_dim())));
+    for (uint32_t i = 0; i < frame.num_blocks(); ++i) {
+      EXPECT_TRUE(places.insert({frame.layer(), frame.first_block() + i}).second);
+    }
+  }
+  EXPECT_EQ(places.size(), layers * layout.num_blocks());
+}
+
+TEST(KvPacker, KeepsEveryLayerForAReceiverThatIsAwaited) {
+  Bench bench({.kv_slots = 2});
+  const auto [first, other] = bench.NewShared(4 * kBlockTokens);
+  Consumer to_first(first);
+  Layers layers(bench, {first});
+  layers.Compute(2);
+  bench.PackAll();
+  EXPECT_TRUE(layers.source->HasLeft(*first));
+  EXPECT_FALSE(layers.HasRoom());
+  ASSERT_TRUE(first->Join(other).ok());
+  const int64_t events = bench.wake.count();
+  bench.packer.AdmitReceivers();
+  EXPECT_GT(bench.wake.count(), events) << "the compute thread hears of the receiver";
+  EXPECT_FALSE(layers.source->HasLeft(*other));
+  Consumer to_other(other);
+  bench.PackAll();
+  EXPECT_TRUE(layers.source->HasLeft(*other));
+  EXPECT_TRUE(layers.HasRoom());
+  layers.Compute(2);
+  bench.PackAll();
+  EXPECT_TRUE(layers.HasRoom());
+  ExpectFrames(to_first, *first, 4);
+  ExpectFrames(to_other, *other, 4);
+}
+
+TEST(KvPacker, GivesLayersUpOnceNobodyIsAwaited) {
+  Bench bench({.kv_slots = 2});
+  const auto [first, other] = bench.NewShared(4 * kBlockTokens);
+  Consumer to_first(first);
+  Layers layers(bench, {first});
+  layers.Compute(2);
+  bench.PackAll();
+  bench.packer.AdmitReceivers();
+  EXPECT_FALSE(layers.HasRoom());
+  bench.clock.Advance(bench.resources.timeouts.receiver_attach + absl::Seconds(1));
+  first->CheckTimers(bench.resources.timeouts, /*queue_position=*/0, /*others_wait=*/false);
+  bench.packer.AdmitReceivers();
+  EXPECT_TRUE(layers.HasRoom());
+}
+
+// A receiver that joins at the very end of a pass leaves nothing to pack behind.
+TEST(KvPacker, TakesNoReceiverIntoASourceThatIsClosed) {
+  Bench bench({.kv_slots = 2});
+  const auto [first, other] = bench.NewShared(4 * kBlockTokens);
+  Consumer to_first(first);
+  Layers layers(bench, {first});
+  layers.Compute(1);
+  ASSERT_TRUE(first->Join(other).ok());
+  EXPECT_TRUE(layers.source->Close().ok());
+  bench.packer.AdmitReceivers();
+  EXPECT_FALSE(bench.packer.PackOne());
+  EXPECT_EQ(bench.engine.held(), 0);
+}
+
 TEST(KvPacker, AFailureToPackIsThatOfItsSourceAlone) {
   Bench bench;
   const auto failing = bench.NewJob(2 * kBlockTokens), other = bench.NewJob(kBlockTokens);
@@ -161,11 +232,11 @@ TEST(KvPacker, AFailureToPackIsThatOfItsSourceAlone) {
   EXPECT_GT(bench.wake.count(), events) << "the compute thread hears of the failure";
   bench.engine.FailPacking(absl::OkStatus());
   EXPECT_EQ(of_failing.source->HasRoom().status().code(), absl::StatusCode::kInternal);
-  EXPECT_FALSE(of_failing.source->HasLeft(0));
+  EXPECT_FALSE(of_failing.source->HasLeft(*failing));
   of_other.Compute(1);
   bench.PackAll();
   EXPECT_TRUE(of_other.HasRoom());
-  EXPECT_TRUE(of_other.source->HasLeft(0));
+  EXPECT_TRUE(of_other.source->HasLeft(*other));
 }
 
 // The only packing thread waits for a consumer that takes nothing. The ring never asks by itself
@@ -179,12 +250,12 @@ TEST(KvPacker, AFinishedLayerWakesAThreadThatWaitsForAnotherPromptsConsumer) {
     layers.Compute(1);
     // The slow request gets half of the ring and no more.
     EXPECT_TRUE(Eventually([&] {
-      return layers.source->HasLeft(1) &&
+      return layers.source->HasLeft(*fast) &&
              bench.ring->staged_bytes() == bench.ring->capacity_bytes() / 2;
     })) << "layer "
         << layer;
   }
-  EXPECT_FALSE(layers.source->HasLeft(0));
+  EXPECT_FALSE(layers.source->HasLeft(*slow));
   slow->Abort(Outcome::kStalled, absl::AbortedError("it took nothing"));
   layers.source.reset();
   EXPECT_TRUE(bench.ring->AwaitIdle(absl::Seconds(5)));
@@ -203,7 +274,7 @@ TEST(KvPacker, AThreadThatWaitsForASlowConsumerHoldsUpNoNewSource) {
   }
   Layers of_next(bench, {next});
   of_next.Compute(1);
-  EXPECT_TRUE(Eventually([&] { return of_next.source->HasLeft(0); }));
+  EXPECT_TRUE(Eventually([&] { return of_next.source->HasLeft(*next); }));
   slow->Abort(Outcome::kStalled, absl::AbortedError("it took nothing"));
 }
 

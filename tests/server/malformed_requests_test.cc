@@ -133,10 +133,11 @@ TEST_F(MalformedRequests, LeaveTheServerServingAndItsMemoryFlat) {
   StartServer();
   const std::string prefill = "/prefill.v1.PrefillService/Prefill";
   const std::string attach = "/prefill.v1.PrefillService/AttachLane";
+  const std::string receive = "/prefill.v1.PrefillService/AttachReceiver";
   const std::string info = "/prefill.v1.PrefillService/GetServerInfo";
   const auto send_thousand = [&](RawCaller& caller) {
     for (int i = 0; i < 400; ++i) caller.Send(prefill, Bytes(200));
-    for (int i = 0; i < 50; ++i) caller.Send(attach, Bytes(50));
+    for (int i = 0; i < 50; ++i) caller.Send(i % 2 == 0 ? attach : receive, Bytes(50));
     for (int i = 0; i < 50; ++i) caller.Send(info, Bytes(50));
     for (int i = 0; i < 250; ++i) caller.Send(prefill, RandomFields().SerializeAsString());
     for (int i = 0; i < 250; ++i) {  // a request cut off, or with one byte changed

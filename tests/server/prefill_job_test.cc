@@ -48,7 +48,7 @@ TEST_F(PrefillJobTest, IsNotCancelledOnceItsResultWasSent) {
   const auto job = NewJob();
   Consumer consumer(job);
   job->Start(model::AttentionPolicy::kDense, 1, /*cached_tokens=*/0);
-  job->Finish();
+  job->Finish(*job);
   EXPECT_TRUE(job->ended());
   job->OnCallCancelled();
   EXPECT_EQ(job->ending().outcome, Outcome::kOk);
@@ -118,6 +118,70 @@ TEST_F(PrefillJobTest, ASlowConsumerIsBorneUnlessOthersWait) {
   EXPECT_EQ(job->ending().outcome, Outcome::kTooSlow);
   EXPECT_THAT(std::string(job->ending().status.message()),
               HasSubstr("and others wait; at least 50 MB/s after 30s"));
+}
+
+TEST_F(PrefillJobTest, ASlowReceiverEndsWhileAnotherGoesOn) {
+  const auto [first, other] = bench_.NewShared(100);
+  ASSERT_TRUE(first->Join(other).ok());
+  Consumer to_first(first), to_other(other);
+  first->Start(model::AttentionPolicy::kDense, 1, /*cached_tokens=*/0);
+  to_other.HoldStill();
+  for (int i = 0; i < 5; ++i) {
+    SendFrame(*other);
+    bench_.clock.Advance(absl::Seconds(10));
+    to_other.TakeOne();
+  }
+  CheckTimers(*first);
+  EXPECT_FALSE(first->ended());
+  CheckTimers(*other);
+  EXPECT_EQ(other->ending().outcome, Outcome::kTooSlow);
+  EXPECT_FALSE(first->ended());
+}
+
+TEST_F(PrefillJobTest, ASlowFirstCallEndsAloneOnceItIsComputed) {
+  for (const bool starts : {true, false}) {
+    const auto [first, other] = bench_.NewShared(100);
+    ASSERT_TRUE(first->Join(other).ok());
+    if (starts) first->Start(model::AttentionPolicy::kDense, 1, /*cached_tokens=*/0);
+    first->Abort(Outcome::kStalled, absl::AbortedError("took nothing"));
+    EXPECT_EQ(other->ended(), !starts);
+    EXPECT_EQ(first->wanted(), starts);
+    other->Abort(Outcome::kCancelled, absl::CancelledError("enough"));
+    EXPECT_FALSE(first->wanted());
+  }
+}
+
+TEST_F(PrefillJobTest, AwaitsReceiversForALimitedTime) {
+  const auto [first, other] = bench_.NewShared(100);
+  bench_.clock.Advance(timeouts().receiver_attach);
+  CheckTimers(*first);
+  EXPECT_TRUE(first->others().awaited);
+  bench_.clock.Advance(absl::Milliseconds(1));
+  CheckTimers(*first);
+  EXPECT_FALSE(first->others().awaited);
+  EXPECT_EQ(first->Join(other).code(), absl::StatusCode::kNotFound);
+  EXPECT_FALSE(first->ended());
+}
+
+TEST_F(PrefillJobTest, TellsAReceiverThatComesLateHowFarItIs) {
+  const auto [first, other] = bench_.NewShared(100);
+  first->Start(model::AttentionPolicy::kDense, 1, /*cached_tokens=*/0);
+  first->RecordLayer({});
+  bench_.clock.Advance(absl::Seconds(1));
+  ASSERT_TRUE(first->Join(other).ok());
+  Consumer consumer(other);
+  SendFrame(*other);
+  ASSERT_EQ(consumer.frames().size(), 1u);
+  EXPECT_EQ(consumer.frames()[0].layers_computed(), 1u);
+  EXPECT_EQ(consumer.frames()[0].sent_at_us(), 1'000'000u);
+  first->RecordLayer({});
+  EXPECT_EQ(consumer.num_progress(), 1);
+  EXPECT_EQ(other->record().stats().layers_computed, 2);
+  first->Finish(*other);
+  ASSERT_NE(consumer.result(), nullptr);
+  EXPECT_EQ(consumer.result()->num_tokens(), 100u);
+  EXPECT_EQ(consumer.result()->kv_frames(), 1u);
+  EXPECT_FALSE(first->ended());
 }
 
 TEST_F(PrefillJobTest, SendsProgressAfterALongSilence) {

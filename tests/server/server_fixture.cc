@@ -51,6 +51,13 @@ OpenStream::OpenStream(v1::PrefillService::Stub& stub, const v1::AttachLaneReque
   reader_ = stub.AttachLane(context_.get(), request);
 }
 
+OpenStream::OpenStream(v1::PrefillService::Stub& stub, const v1::AttachReceiverRequest& request,
+                       absl::Time deadline)
+    : context_(std::make_unique<grpc::ClientContext>()) {
+  if (deadline != absl::InfiniteFuture()) context_->set_deadline(absl::ToChronoTime(deadline));
+  reader_ = stub.AttachReceiver(context_.get(), request);
+}
+
 v1::PrefillEvent OpenStream::ReadUntil(v1::PrefillEvent::EventCase kind) {
   v1::PrefillEvent event;
   while (Read(&event)) {

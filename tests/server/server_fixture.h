@@ -49,12 +49,14 @@ struct StreamContents {
   const v1::PrefillResult* result() const;  // null: none came
 };
 
-// A Prefill or AttachLane call that reads when the test says so.
+// A Prefill, AttachReceiver or AttachLane call that reads when the test says so.
 class OpenStream {
  public:
   OpenStream(v1::PrefillService::Stub& stub, const v1::PrefillRequest& request,
              absl::Time deadline = absl::InfiniteFuture());
   OpenStream(v1::PrefillService::Stub& stub, const v1::AttachLaneRequest& request);
+  OpenStream(v1::PrefillService::Stub& stub, const v1::AttachReceiverRequest& request,
+             absl::Time deadline = absl::InfiniteFuture());
   ~OpenStream() { Cancel(); }
 
   bool Read(v1::PrefillEvent* event) { return reader_->Read(event); }

@@ -20,7 +20,15 @@ from prefilld.aio import AsyncCacheUpdates, AsyncDecodeClient, AsyncGenerateStre
 from prefilld.arrays import to_float32, to_torch
 from prefilld.clients import CacheUpdates, DecodeClient, GenerateStream, PrefillClient, PrefillStream
 from prefilld.errors import Cancelled, PrefilldError, TransferError
-from prefilld.options import Attention, Delivery, GenerateArguments, Layout, PrefillArguments, Sampling
+from prefilld.options import (
+    Attention,
+    Delivery,
+    GenerateArguments,
+    Layout,
+    PrefillArguments,
+    ReceiverArguments,
+    Sampling,
+)
 from prefilld.prefixes import CachedBlocks, prefix_keys
 from prefilld.receiver import ExpectedCache, KvReceiver
 from prefilld.tokens import Token
@@ -48,6 +56,7 @@ __all__ = [
     "PrefillClient",
     "PrefillStream",
     "PrefilldError",
+    "ReceiverArguments",
     "Sampling",
     "Token",
     "TransferError",

@@ -16,7 +16,15 @@ from prefilld import wire
 from prefilld.channels import Server, Servers
 from prefilld.clients import AcceptedFields
 from prefilld.errors import Cancelled, PrefilldError, from_rpc
-from prefilld.options import Call, GenerateArguments, PrefillArguments, generate_call, prefill_call
+from prefilld.options import (
+    Call,
+    GenerateArguments,
+    PrefillArguments,
+    ReceiverArguments,
+    generate_call,
+    prefill_call,
+    receiver_call,
+)
 from prefilld.tokens import Generation, Token
 from prefilld.transfer import KvBlocks, Reception, WholeCache
 
@@ -125,8 +133,8 @@ class AsyncPrefillStream(AcceptedFields, _AsyncStream):
     def _start(self) -> None:
         """Calls the next server that has not been asked."""
         self._server = self._waiting.pop(0)
-        self._reception = Reception(self._call.request)
-        method = self._server.stub().Prefill
+        self._reception = Reception(self._call)
+        method = getattr(self._server.stub(), self._call.method)
         self._lane0 = method(self._call.request, timeout=self._left(), metadata=self._call.metadata)
         self._calls.append(self._lane0)
 
@@ -282,6 +290,14 @@ class AsyncPrefillClient(_AsyncClient):
         AsyncPrefillStream.wait_accepted(), or iterating, waits for that.
         """
         return AsyncPrefillStream(self._servers, prefill_call(tokens, **arguments))
+
+    def attach_receiver(
+        self, request_id: str, receiver_key: str, receiver: int, num_tokens: int, **arguments: Unpack[ReceiverArguments]
+    ) -> AsyncPrefillStream:
+        """Receives a share of what prefill() of another client computes, as PrefillClient.attach_receiver does."""
+        self._servers.check_single()
+        call = receiver_call(request_id, receiver_key, receiver, num_tokens, **arguments)
+        return AsyncPrefillStream(self._servers, call)
 
 
 class AsyncGenerateStream(_AsyncStream):

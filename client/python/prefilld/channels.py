@@ -119,5 +119,11 @@ class Servers:
             raise ValueError(f"a client of {len(self._servers)} servers; make one of each for this")
         return self._servers[0]
 
+    def check_single(self) -> None:
+        """Raises ValueError where a call could reach another server than the one that is meant."""
+        if len(self._servers) > 1 or "," in self._servers[0].address:
+            addresses = ", ".join(server.address for server in self._servers)
+            raise ValueError(f"a receiver attaches to the one server that has the request; this client has {addresses}")
+
     def channels(self) -> list:
         return [channel for server in self._servers for channel in server.channels()]

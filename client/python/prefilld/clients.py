@@ -14,7 +14,15 @@ from prefilld import wire
 from prefilld.channels import Server, Servers
 from prefilld.errors import PrefilldError, one_family
 from prefilld.mailbox import Mailbox
-from prefilld.options import Call, GenerateArguments, PrefillArguments, generate_call, prefill_call
+from prefilld.options import (
+    Call,
+    GenerateArguments,
+    PrefillArguments,
+    ReceiverArguments,
+    generate_call,
+    prefill_call,
+    receiver_call,
+)
 from prefilld.tokens import Generation, Token
 from prefilld.transfer import KvBlocks, Reception, WholeCache
 
@@ -126,6 +134,11 @@ class AcceptedFields:
         return self._accepted.queue_position
 
     @property
+    def receiver_key(self) -> str:
+        """The secret that other receivers have to show; empty if there are none, and for such a receiver."""
+        return self._accepted.receiver_key
+
+    @property
     def priority(self) -> int:
         """The class that the request has, which may be lower than what it asked for."""
         return self._accepted.priority
@@ -157,8 +170,8 @@ class PrefillStream(AcceptedFields, _Stream):
     def _start(self) -> None:
         """Calls the next server that has not been asked."""
         self._server = self._waiting.pop(0)
-        self._reception = Reception(self._call.request)
-        method = self._server.stub().Prefill
+        self._reception = Reception(self._call)
+        method = getattr(self._server.stub(), self._call.method)
         self._lane0 = method(self._call.request, timeout=self._left(), metadata=self._call.metadata)
         self._begin(self._lane0)
 
@@ -322,6 +335,19 @@ class PrefillClient(_Client):
         PrefillStream.wait_accepted(), or iterating, waits for that.
         """
         return PrefillStream(self._servers, prefill_call(tokens, **arguments))
+
+    def attach_receiver(
+        self, request_id: str, receiver_key: str, receiver: int, num_tokens: int, **arguments: Unpack[ReceiverArguments]
+    ) -> PrefillStream:
+        """Receives a share of what prefill() of another client computes; returns at once, as submit() does.
+
+        request_id, receiver_key: of that call. receiver: 1 to its `receivers` - 1, each once. num_tokens: of its
+        prompt. The server waits 10 s for the call if it has not come. It must be the same server: ValueError for a
+        client of several.
+        """
+        self._servers.check_single()
+        call = receiver_call(request_id, receiver_key, receiver, num_tokens, **arguments)
+        return PrefillStream(self._servers, call)
 
 
 class GenerateStream(_Stream):

@@ -136,6 +136,9 @@ class PrefillArguments(TypedDict, total=False):
     bypass_prefix_cache, cache_salt: if the server has a prefix cache, a prompt that begins as an earlier
     one did computes the rest alone; result.cached_tokens counts what was cached. Prompts share prefixes
     with those of an equal cache_salt alone. With bypass_prefix_cache the cache is neither asked nor filled.
+    receivers: how many receive the KV of this one computation, this call included, 1 to 16; the others call
+    attach_receiver() with the request_id and receiver_key, which the server chooses and PrefillStream tells
+    if they are empty. A key has 32 to 128 characters and is nobody else's: secrets.token_hex(32).
     priority: -7 to 7. Requests of higher classes go first, as far as the server's operator lets you
     (PrefillStream.priority).
     metadata: goes with the call. Servers that tell tenants apart look there: ("authorization", "Bearer
@@ -156,7 +159,20 @@ class PrefillArguments(TypedDict, total=False):
     prompt_logprobs: bool
     bypass_prefix_cache: bool
     cache_salt: str
+    receivers: int
+    receiver_key: str
     priority: int
+    metadata: Sequence[tuple[str, str]]
+    timeout: float | None
+    on_progress: Callable[[Any], None] | None
+
+
+class ReceiverArguments(TypedDict, total=False):
+    """The arguments of attach_receiver(), for the blocking client and the one of asyncio: as in PrefillArguments."""
+
+    layout: Layout
+    lanes: int
+    model_fingerprint: str
     metadata: Sequence[tuple[str, str]]
     timeout: float | None
     on_progress: Callable[[Any], None] | None
@@ -186,12 +202,17 @@ class GenerateArguments(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Call:
-    """A request as it goes on the wire, and what goes with it."""
+    """A request as it goes on the wire, and what goes with it.
+
+    method: of the service, for calls that bring KV. num_tokens: of the prompt whose KV comes.
+    """
 
     request: Any
     metadata: tuple[tuple[str, str], ...]
     timeout: float | None
     on_progress: Callable[[Any], None] | None
+    method: str = "Prefill"
+    num_tokens: int = 0
 
 
 def prefill_call(
@@ -207,14 +228,15 @@ def prefill_call(
     prompt_logprobs: bool = False,
     bypass_prefix_cache: bool = False,
     cache_salt: str = "",
+    receivers: int = 1,
+    receiver_key: str = "",
     priority: int = 0,
     metadata: Sequence[tuple[str, str]] = (),
     timeout: float | None = None,
     on_progress: Callable[[Any], None] | None = None,
 ) -> Call:
     """Makes a PrefillRequest of PrefillArguments."""
-    if not 1 <= lanes <= MAX_LANES:
-        raise ValueError(f"lanes is {lanes}, allowed: 1 to {MAX_LANES}")
+    _check_lanes(lanes)
     request = wire.PrefillRequest(
         request_id=request_id,
         model_fingerprint=model_fingerprint,
@@ -227,9 +249,42 @@ def prefill_call(
         layer_stats=layer_stats,
         prompt_logprobs=prompt_logprobs,
         prefix_cache=wire.PrefixCacheOptions(bypass=bypass_prefix_cache, salt=cache_salt),
+        num_receivers=receivers,
+        receiver_key=receiver_key,
         priority=priority,
     )
-    return Call(request, tuple(metadata), timeout, on_progress)
+    return Call(request, tuple(metadata), timeout, on_progress, num_tokens=len(request.token_ids))
+
+
+def receiver_call(
+    request_id: str,
+    receiver_key: str,
+    receiver: int,
+    num_tokens: int,
+    layout: Layout = Layout(),
+    lanes: int = 1,
+    model_fingerprint: str = "",
+    metadata: Sequence[tuple[str, str]] = (),
+    timeout: float | None = None,
+    on_progress: Callable[[Any], None] | None = None,
+) -> Call:
+    """Makes an AttachReceiverRequest of ReceiverArguments."""
+    _check_lanes(lanes)
+    request = wire.AttachReceiverRequest(
+        request_id=request_id,
+        receiver_key=receiver_key,
+        receiver=receiver,
+        num_tokens=num_tokens,
+        layout=layout.to_wire(),
+        num_lanes=lanes,
+        model_fingerprint=model_fingerprint,
+    )
+    return Call(request, tuple(metadata), timeout, on_progress, "AttachReceiver", num_tokens)
+
+
+def _check_lanes(lanes: int) -> None:
+    if not 1 <= lanes <= MAX_LANES:
+        raise ValueError(f"lanes is {lanes}, allowed: 1 to {MAX_LANES}")
 
 
 def generate_call(

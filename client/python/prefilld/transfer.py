@@ -17,6 +17,7 @@ from prefilld import wire
 from prefilld.arrays import NUMPY_DTYPES, to_torch
 from prefilld.errors import TransferError, data_loss
 from prefilld.frames import Frame, read_event
+from prefilld.options import Call
 
 if TYPE_CHECKING:
     import torch
@@ -150,15 +151,20 @@ class TransferCheck:
 
 
 class Reception:
-    """Keeps what one Prefill call has brought so far, whoever reads its lanes.
+    """Keeps what one Prefill or AttachReceiver call has brought so far, whoever reads its lanes.
 
     Its methods raise TransferError when the server breaks its promise. take() may run in several
     threads at once, one per lane.
     """
 
-    def __init__(self, request):
-        """request: the PrefillRequest that was sent."""
-        self._request = request
+    def __init__(self, call: Call):
+        """call: what was sent."""
+        self._request = call.request
+        self._num_tokens = call.num_tokens
+        # A further receiver can neither have the KV sent elsewhere nor ask for log-probabilities.
+        owns = call.method == "Prefill"
+        self._is_pushed = owns and call.request.HasField("deliver_to")
+        self._has_logprobs = owns and call.request.prompt_logprobs
         self._check: TransferCheck | None = None
         self.accepted = None
         self.result = None
@@ -167,7 +173,9 @@ class Reception:
         """Returns the AttachLaneRequest of each further lane, once accepted."""
         accepted = self.accepted
         return [
-            wire.AttachLaneRequest(request_id=accepted.request_id, lane=lane, lane_key=accepted.lane_key)
+            wire.AttachLaneRequest(
+                request_id=accepted.request_id, lane=lane, lane_key=accepted.lane_key, receiver=accepted.receiver
+            )
             for lane in range(1, accepted.num_lanes)
         ]
 
@@ -177,7 +185,7 @@ class Reception:
         if isinstance(event, Frame):
             if self._check is None:
                 raise data_loss("a frame came before Accepted")
-            if self._request.HasField("deliver_to"):
+            if self._is_pushed:
                 raise data_loss("a frame came here though the cache is delivered elsewhere")
             return self._check.take(event, lane)
         if lane != 0:
@@ -199,13 +207,13 @@ class Reception:
 
     def _accept(self, accepted) -> None:
         request = self._request
-        check_layout(accepted.layout, request.layout, len(request.token_ids), request.model_fingerprint)
+        check_layout(accepted.layout, request.layout, self._num_tokens, request.model_fingerprint)
         if not 1 <= accepted.num_lanes <= max(1, request.num_lanes):
             raise TransferError(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"num_lanes is {accepted.num_lanes}, asked for were {request.num_lanes}",
             )
-        self._check = TransferCheck(accepted.layout, request.prompt_logprobs, accepted.num_lanes)
+        self._check = TransferCheck(accepted.layout, self._has_logprobs, accepted.num_lanes)
         self.accepted = accepted
 
     def finish(self) -> None:
@@ -214,7 +222,7 @@ class Reception:
             raise data_loss("the stream does not begin with Accepted")
         if self.result is None:
             raise data_loss("the stream ended without a result")
-        if not self._request.HasField("deliver_to"):
+        if not self._is_pushed:
             self._check.finish(self.result)
 
 
