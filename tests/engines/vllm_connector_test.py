@@ -1,4 +1,4 @@
-"""Tests the parts of the vLLM connector that need no vLLM, beside a prefilld that the test plays.
+"""Tests the loader of the vLLM connector, which needs no vLLM, beside a prefilld that the test plays.
 
 Exits with 77 (skipped, for CTest) without torch or the client's packages.
 """
@@ -6,7 +6,6 @@ Exits with 77 (skipped, for CTest) without torch or the client's packages.
 import sys
 import threading
 import time
-import types
 import unittest
 from pathlib import Path
 
@@ -17,131 +16,14 @@ try:
     import torch
     from played_server import LAYERS, PATIENCE, PlayedServer, cache_of, refusing, serving, silent
     from prefilld import wire
-    from prefilld.vllm.config import ConnectorConfig, Load, Wish
+    from prefilld.vllm.cache_order import interleaved_order, rows_of
+    from prefilld.vllm.config import ConnectorConfig, Load, SharedPrefill
     from prefilld.vllm.loader import CacheShape, Loader
-    from prefilld.vllm.planner import LoadPlanner
 except ImportError as missing:
     print(f"skipped: {missing}")
     sys.exit(77)
 
 BLOCK = 32  # tokens of an engine's block
-
-
-def request(prompt=100, params=None, request_id="r", **fields):
-    made = dict(
-        request_id=request_id, num_prompt_tokens=prompt, prompt_token_ids=list(range(prompt)), kv_transfer_params=params
-    )
-    return types.SimpleNamespace(**{**made, **fields})
-
-
-class Configuration(unittest.TestCase):
-    def test_all_mistakes_are_named_at_once(self):
-        with self.assertRaises(ValueError) as caught:
-            ConnectorConfig.read({"lanes": 17, "adress": "x", "timeout_s": 0, "retries": True, "tls_key": "key.pem"})
-        for text in ("'adress' is unknown", "prefill_address", "lanes is 17, allowed: 1 to 16", "timeout_s is 0",
-                     "retries is True", "tls_ca"):  # fmt: skip
-            self.assertIn(text, str(caught.exception))
-
-    def test_params_are_those_of_routers(self):
-        config = ConnectorConfig(policy="share")
-        params = {"do_remote_prefill": True, "do_remote_decode": False, "remote_engine_id": None,
-                  "remote_block_ids": None, "remote_host": "10.0.0.1", "remote_port": "50051"}  # fmt: skip
-        self.assertEqual(Wish.of(params, config), Wish("10.0.0.1:50051", True, {"policy": "share"}, 0))
-        own = {"attention": {"policy": "dense", "gamma": 0.9}, "load_async": False, "priority": 2}
-        wish = Wish.of({**params, "remote_host": "fd00::1", **own}, config)
-        self.assertEqual(wish, Wish("[fd00::1]:50051", False, {"policy": "dense", "gamma": 0.9}, 2))
-
-    def test_without_params_the_configured_server_prefills(self):
-        fixed = ConnectorConfig(prefill_address="p:1", load_async=False)
-        self.assertEqual(Wish.of(None, fixed), Wish(None, False, {}, 0))
-        self.assertEqual(Wish.of({"do_remote_prefill": True}, fixed), Wish(None, False, {}, 0))
-        self.assertIsNone(Wish.of({"do_remote_decode": True}, fixed))
-        self.assertIsNone(Wish.of(None, ConnectorConfig()))
-
-    def test_params_that_nobody_understands_are_refused(self):
-        at = {"do_remote_prefill": True, "remote_host": "h", "remote_port": 1}
-        for wrong in ({"remote_port": "x"}, {"remote_port": 65536}, {"remote_port": None}, {"remote_host": 7},
-                      {"attention": "dense"}, {"priority": "high"}):  # fmt: skip
-            with self.assertRaises(ValueError):
-                Wish.of({**at, **wrong}, ConnectorConfig())
-        with self.assertRaisesRegex(ValueError, "no prefill_address"):
-            Wish.of({"do_remote_prefill": True}, ConnectorConfig())
-
-
-class Planning(unittest.TestCase):
-    AT = {"do_remote_prefill": True, "remote_host": "h", "remote_port": 1}
-
-    def test_all_that_is_not_cached_is_loaded(self):
-        planner = LoadPlanner(ConnectorConfig(prefill_address="p:1", min_prompt_tokens=20))
-        asked = request()
-        self.assertEqual(planner.offer(asked, 64), (36, True))
-        self.assertEqual(planner.offer(asked, 32), (68, True))  # vLLM may ask again
-        planner.accept(asked, [5, 6, 7, 8], 68)
-        (load,), _ = planner.take()
-        self.assertEqual((load.first_token, load.end_token, load.blocks_to_fill(BLOCK)), (32, 100, [6, 7, 8]))
-        self.assertEqual(planner.take(), ([], set()))
-
-    def test_a_blocking_load_leaves_the_last_token(self):
-        planner = LoadPlanner(ConnectorConfig())
-        asked = request(params={**self.AT, "load_async": False})
-        self.assertEqual(planner.offer(asked, 0), (99, False))
-        planner.accept(asked, [1, 2, 3, 4], 99)
-        (load,), _ = planner.take()
-        self.assertEqual((load.end_token, load.is_async), (99, False))
-        self.assertEqual(planner.offer(request(1, {**self.AT, "load_async": False}, "s"), 0), (0, False))
-
-    def test_short_prompts_stay_unless_a_router_says_otherwise(self):
-        planner = LoadPlanner(ConnectorConfig(prefill_address="p:1", min_prompt_tokens=50))
-        self.assertEqual(planner.offer(request(), 64), (0, False))
-        self.assertEqual(planner.offer(request(), 32), (68, True))
-        self.assertEqual(planner.offer(request(params=self.AT, request_id="s"), 64), (36, True))
-
-    def test_a_prompt_is_loaded_once(self):
-        planner = LoadPlanner(ConnectorConfig())
-        asked = request(params=self.AT)
-        planner.offer(asked, 0)
-        planner.accept(asked, [1, 2, 3, 4], 100)
-        planner.accept(asked, [1, 2, 3, 4], 0)  # vLLM's second call, when the load is done
-        self.assertEqual(planner.offer(asked, 0), (0, False))  # after a failure
-        self.assertEqual(len(planner.take()[0]), 1)
-
-    def test_nothing_is_loaded_unless_vllm_has_room(self):
-        planner = LoadPlanner(ConnectorConfig())
-        asked = request(params=self.AT)
-        planner.offer(asked, 0)
-        planner.accept(asked, [1, 2, 3, 4], 0)
-        self.assertEqual(planner.take(), ([], set()))
-        self.assertEqual(planner.offer(asked, 0), (100, True))
-
-    def test_an_end_is_told_once_and_only_of_loads(self):
-        planner = LoadPlanner(ConnectorConfig())
-        for request_id in ("loaded", "not"):
-            asked = request(params=self.AT, request_id=request_id)
-            planner.offer(asked, 0)
-            planner.accept(asked, [1, 2, 3, 4], 100 if request_id == "loaded" else 0)
-            planner.end(request_id)
-            planner.end(request_id)
-        loads, ended = planner.take()
-        # A load that vLLM waits for is started and ended, so that its blocks come free.
-        self.assertEqual(([load.request_id for load in loads], ended), (["loaded"], {"loaded"}))
-        self.assertFalse(planner._wishes or planner._offered or planner._loaded)
-
-    def test_only_vllm_can_prefill_some_requests(self):
-        planner = LoadPlanner(ConnectorConfig())
-        for i, fields in enumerate(({"lora_request": object()}, {"mm_features": [1]}, {"prompt_token_ids": None},
-                                    {"pooling_params": 1}, {"kv_transfer_params": {**self.AT, "remote_port": -1}})):  # fmt: skip
-            with self.assertLogs("vllm.prefilld", "WARNING"):
-                self.assertEqual(planner.offer(request(**{"params": self.AT, **fields}, request_id=str(i)), 0), (0, False))
-
-    def test_prompts_of_different_salts_share_nothing(self):
-        planner = LoadPlanner(ConnectorConfig())
-        salts = []
-        for salt in (None, "a", "b\n" * 100):
-            asked = request(params=self.AT, request_id=str(salt), cache_salt=salt)
-            planner.offer(asked, 0)
-            planner.accept(asked, [1, 2, 3, 4], 100)
-            salts.append(planner.take()[0][0].cache_salt)
-        self.assertEqual((salts[0], len(set(salts)), len(salts[2])), ("", 3, 64))
 
 
 class Cache:
@@ -160,6 +42,48 @@ class Cache:
             block_tokens=BLOCK, dtype="fp32", device=torch.device("cpu"), write=self.write,
         )  # fmt: skip
         return CacheShape(**{**made, **fields})
+
+
+class CacheOrder(unittest.TestCase):
+    """The order is told by what the backend writes, not by the shape of its cache."""
+
+    TOKENS, HEADS, DIM = 32, 3, 4
+
+    def order(self, cache, write=None, heads=HEADS):
+        def update(keys, values, cache, slots):
+            self.assertEqual(len(cache), 1)
+            both = torch.cat([keys, values], -1)
+            cache[0] = both if cache.shape[1] == self.TOKENS else both.transpose(0, 1)
+
+        return interleaved_order(cache, self.TOKENS, heads, self.DIM, write or update)
+
+    def test_is_found_whatever_the_shape(self):
+        by_token = torch.zeros(5, self.TOKENS, self.HEADS, 2 * self.DIM)
+        by_head = torch.zeros(5, self.HEADS, self.TOKENS, 2 * self.DIM)
+        for cache, order in ((by_token, "nh2d"), (by_head, "hn2d")):
+            self.assertEqual(self.order(cache), order)
+            self.assertEqual(self.order(cache.bfloat16()), order)
+            self.assertEqual(self.order(cache.transpose(1, 2)), order)  # vLLM shows a view of its memory
+            self.assertEqual(rows_of(cache).shape, (5, cache[0].numel()))
+            self.assertFalse(cache.any(), "the cache itself was not written")
+
+    def test_is_none_for_every_other(self):
+        by_head = torch.zeros(5, self.HEADS, self.TOKENS, 2 * self.DIM)
+
+        def with_keys_transposed(keys, values, cache, slots):  # as on CPUs
+            rows = cache.view(self.HEADS, 2, -1)
+            rows[:, 0] = keys.permute(1, 2, 0).flatten(1)
+            rows[:, 1] = values.transpose(0, 1).flatten(1)
+
+        def not_at_all(keys, values, cache, slots):
+            raise RuntimeError("two blocks at least")
+
+        for write in (with_keys_transposed, not_at_all, lambda *_: None):
+            self.assertIsNone(self.order(by_head, write))
+        self.assertIsNone(self.order(torch.zeros(2, 5, self.TOKENS, self.HEADS, self.DIM)))
+        self.assertIsNone(self.order(by_head[:, :, :, :4]))
+        self.assertIsNone(self.order(torch.zeros(10, *by_head.shape[1:])[::2]))
+        self.assertIsNone(self.order(by_head, heads=2))
 
 
 class Loading(unittest.TestCase):
@@ -203,6 +127,54 @@ class Loading(unittest.TestCase):
             self.assertEqual((counts["loads_ok"], counts["loaded_tokens"]), (1, end - first))
             self.assertEqual(loader.take_counts(), {})
 
+    def test_blocks_are_copied_where_the_cache_has_an_order_of_the_wire(self):
+        # A block of 32 tokens is one of the wire, one of 48 tokens has three, and of 48 in hn2d none is a piece.
+        for order, block, copied in (("nh2d", 32, True), ("hn2d", 32, True), ("nh2d", 48, True), ("hn2d", 48, False)):
+            axes = (16, block, 2, 2, 4) if order == "nh2d" else (16, 2, block, 2, 4)
+            memory = torch.full((LAYERS, *axes), -1.0)
+            by_token = memory if order == "nh2d" else memory.transpose(2, 3)  # [layers, blocks, tokens, heads, 2, 4]
+            written = []
+
+            def write(layer, keys, values, slots, by_token=by_token, written=written, block=block):
+                written.append(len(slots))
+                by_token[layer, slots // block, slots % block, :, 0] = keys
+                by_token[layer, slots // block, slots % block, :, 1] = values
+
+            for first in (0, 96):
+                memory.fill_(-1)
+                shape = Cache().shape(
+                    block_tokens=block, order=order, write=write,
+                    memory=lambda layer, memory=memory: memory[layer].view(16, -1),
+                )  # fmt: skip
+                self.assertEqual(shape.takes_blocks(), copied)
+                with PlayedServer(serving) as server:
+                    loader = self.loader(None, shape=shape)
+                    loader.start([self.load(server.address, first)])
+                    self.finished(loader)
+                self.assertEqual(loader.take_counts().get("loads_ok"), 1)
+                slots = torch.tensor([[9, 3, 12, 5][t // block] * block + t % block for t in range(first, 100)])
+                found = by_token[:, slots // block, slots % block].permute(0, 3, 1, 2, 4)
+                self.assertTrue(torch.equal(found, torch.from_numpy(cache_of(100).copy())[:, :, first:]))
+                self.assertEqual(bool(written), not copied)
+                # Behind the prompt a whole block of the wire is filled up with zeros.
+                by_token[:, slots // block, slots % block] = -1
+                self.assertTrue(torch.isin(memory, torch.tensor([-1.0, 0.0])).all())
+                self.assertEqual(int((memory == 0).sum()), (28 if block == 32 else 12) * LAYERS * 16 if copied else 0)
+
+    def test_a_block_that_is_loaded_in_part_is_written_by_the_backend(self):
+        memory, written = torch.full((LAYERS, 16, BLOCK, 2, 2, 4), -1.0), []
+        shape = Cache().shape(
+            order="nh2d", memory=lambda layer: memory[layer].view(16, -1),
+            write=lambda layer, keys, values, slots: written.append((layer, slots.tolist())),
+        )  # fmt: skip
+        with PlayedServer(serving) as server:
+            loader = self.loader(None, shape=shape)
+            loader.start([self.load(server.address, first=40)])
+            self.finished(loader)
+        slots = [[9, 3, 12, 5][t // BLOCK] * BLOCK + t % BLOCK for t in range(40, 100)]
+        self.assertEqual(written, [(layer, slots) for layer in range(LAYERS)])
+        self.assertTrue((memory == -1).all())
+
     @unittest.skipUnless(torch.cuda.is_available(), "no GPU")
     def test_tokens_come_to_their_slots_on_a_gpu(self):
         """The cache has the order of FlashAttention's in vLLM, [block][token][head][K and V], written by its own loop."""
@@ -232,6 +204,41 @@ class Loading(unittest.TestCase):
                 loader.start([self.load(server.address)])
                 self.finished(loader)
             self.check(cache, 0, 100, slice(rank, rank + 1))
+
+    def test_ranks_share_one_computation(self):
+        with PlayedServer(serving) as server:
+            shared = SharedPrefill(server.address, "id", "k" * 64)
+            load = self.load("127.0.0.1:1", shared=shared)
+            for rank in (0, 1):
+                cache = Cache(num_heads=1)
+                loader = self.loader(cache, shape=cache.shape(rank, rank=rank, num_ranks=2), lanes=1)
+                loader.start([load])
+                self.finished(loader)
+                self.check(cache, 0, 100, slice(rank, rank + 1))
+            first, second = server.requests
+        self.assertEqual((first.request_id, first.num_receivers, first.receiver_key), (shared.request_id, 2, shared.key))
+        self.assertIsInstance(second, wire.AttachReceiverRequest)
+        self.assertEqual((second.request_id, second.receiver_key), (shared.request_id, shared.key))
+        self.assertEqual((second.receiver, second.num_tokens), (1, 100))
+        self.assertIsNone(self.load(server.address).shared)
+
+    def test_a_rank_that_finds_nothing_shared_asks_for_itself(self):
+        for code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.ABORTED):
+
+            def attached_in_vain(server, context, code=code):
+                if isinstance(server.requests[-1], wire.AttachReceiverRequest):
+                    context.abort(code, "nothing shared")
+                yield from serving(server, context)
+
+            cache = Cache(num_heads=1)
+            with PlayedServer(attached_in_vain) as server:
+                loader = self.loader(cache, shape=cache.shape(1, rank=1, num_ranks=2), retries=1)
+                shared = SharedPrefill(server.address, "id", "k" * 64)
+                loader.start([self.load(server.address, shared=shared)])
+                self.finished(loader)
+                self.assertEqual(len(server.requests), 2)
+                self.assertEqual((server.requests[1].num_receivers, server.requests[1].request_id), (1, ""))
+            self.check(cache, 0, 100, slice(1, 2))
 
     def test_options_go_with_the_request(self):
         with PlayedServer(serving) as server:

@@ -16,6 +16,7 @@ import sys
 import time
 import types
 import unittest
+import unittest.mock as mock
 from collections import Counter, deque
 from pathlib import Path
 
@@ -209,6 +210,61 @@ class Recorded(unittest.TestCase):
                 wanted = by_token[layer, kind, end - external : end]
                 torch.testing.assert_close(found[end - external : end], wanted, rtol=0, atol=0)
             self.assertEqual(size * len(blocks), len(rows))
+
+
+class TensorParallel(unittest.TestCase):
+    """Two ranks of one engine, each with one of the two KV heads, and their scheduler."""
+
+    BLOCKS = [6, 2, 5, 1, 7, 3]
+
+    def worker(self, config, rank):
+        """Returns the connector of a rank, and its caches."""
+        made = connector(Role.WORKER, config)
+        self.addCleanup(made.shutdown)
+        caches = {}
+        for name, (shape, _, _) in calls("register_kv_caches")[0]["caches"].items():
+            caches[name] = torch.full((8, 1, *shape[2:]), -1.0)
+        state = "prefilld.vllm.connector.get_tensor_model_parallel_"
+        with mock.patch(f"{state}rank", lambda: rank), mock.patch(f"{state}world_size", lambda: 2):
+            made.register_kv_caches(caches)
+        return made, caches
+
+    def test_the_ranks_have_a_prompt_computed_once(self):
+        programs = self.enterContext(live_processes.Programs())
+        server = programs.start(BIN_DIR / "prefilld", live_processes.MODEL, "--metrics_listen=127.0.0.1:0")
+        config = vllm_config(prefill_address=[server], min_prompt_tokens=1)
+        config.parallel_config.tensor_parallel_size = 2
+        scheduler = connector(Role.SCHEDULER, config)
+        tokens = [(i * i + 5) % 256 for i in range(700)]
+        request = types.SimpleNamespace(
+            request_id="tp", num_prompt_tokens=len(tokens), prompt_token_ids=tokens, kv_transfer_params=None
+        )
+        self.assertEqual(scheduler.get_num_new_matched_tokens(request, 0), (len(tokens), True))
+        blocks = types.SimpleNamespace(get_block_ids=lambda: (self.BLOCKS,))
+        scheduler.update_state_after_alloc(request, blocks, len(tokens))
+        metadata = pickle.loads(pickle.dumps(scheduler.build_connector_meta(None)))
+        ranks = [self.worker(config, rank) for rank in (0, 1)]
+        for made, _ in reversed(ranks):  # rank 1 calls before rank 0
+            made.bind_connector_metadata(metadata)
+            made.start_load_kv(None)
+        for made, _ in ranks:
+            deadline, done = time.monotonic() + PATIENCE, set()
+            while not done and time.monotonic() < deadline:
+                done = made.get_finished(set())[1] or set()
+                time.sleep(0.01)
+            self.assertEqual((done, made.get_block_ids_with_load_errors()), ({"tp"}, set()))
+        self.assertEqual(programs.metric(server, "prefilld_steps_total"), 8)
+        self.assertEqual(programs.metric(server, "prefilld_prompt_tokens_count"), 1)
+        self.assertEqual(programs.metric(server, 'prefilld_receivers_total{outcome="ok"}'), 1)
+        with PrefillClient(server) as client:
+            with client.prefill(tokens, layout=Layout(128, dtype="fp32"), attention=Attention("dense")) as stream:
+                by_token = to_torch(stream.read_all()).flatten(2, 3)[:, :, : len(tokens)]
+        for rank, (_, caches) in enumerate(ranks):
+            for layer, name in enumerate(sorted(caches, key=lambda n: int(re.search(r"\d+", n)[0]))):
+                rows = caches[name][self.BLOCKS].transpose(1, 2).flatten(0, 1)[: len(tokens)]
+                for kind, found in enumerate(rows.split(rows.shape[-1] // 2, -1)):
+                    wanted = by_token[layer, kind, :, rank : rank + 1]
+                    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
 class Start(unittest.TestCase):

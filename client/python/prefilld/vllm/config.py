@@ -79,11 +79,24 @@ class ConnectorConfig:
         return grpc.ssl_channel_credentials(read(self.tls_ca), read(self.tls_key), read(self.tls_cert))
 
 
+@dataclass(frozen=True)
+class SharedPrefill:
+    """The one computation from which all tensor-parallel ranks take their heads, known to each of them beforehand.
+
+    Rank 0 asks for it at `address` by this id, and the others attach to it with the key.
+    """
+
+    address: str
+    request_id: str
+    key: str
+
+
 @dataclass
 class Load:
     """Tokens [first_token, end_token) of one prompt, which are to come into the blocks of one request.
 
-    block_ids: vLLM's blocks of the whole prompt. address: None is the configured one.
+    block_ids: vLLM's blocks of the whole prompt. address: None is the configured one. shared: None where there is
+    one rank.
     """
 
     request_id: str
@@ -96,6 +109,7 @@ class Load:
     attention: dict[str, Any] = field(default_factory=dict)
     priority: int = 0
     cache_salt: str = ""
+    shared: SharedPrefill | None = None
 
     def blocks_to_fill(self, block_size: int) -> list[int]:
         """Returns the blocks that hold one of the tokens."""

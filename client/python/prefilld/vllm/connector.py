@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
+from prefilld.vllm.cache_order import interleaved_order, rows_of
 from prefilld.vllm.config import ConnectorConfig, Load
 from prefilld.vllm.loader import CacheShape, Loader
 from prefilld.vllm.metrics import PrefilldPromMetrics, PrefilldStats
@@ -54,7 +56,8 @@ class PrefilldConnector(KVConnectorBase_V1, SupportsHMA):
             "asynchronous" if self._config.load_async else "blocking",
             self._config.prefill_address or "the servers that kv_transfer_params name",
         )  # fmt: skip
-        self._planner = LoadPlanner(self._config) if role == KVConnectorRole.SCHEDULER else None
+        num_ranks = getattr(vllm_config.parallel_config, "tensor_parallel_size", 1)
+        self._planner = LoadPlanner(self._config, num_ranks) if role == KVConnectorRole.SCHEDULER else None
         self._loader: Loader | None = None
 
     # The scheduler's side.
@@ -164,13 +167,25 @@ def _shape_of(vllm_config: Any, kv_caches: dict[str, torch.Tensor]) -> CacheShap
 
     total_heads = vllm_config.model_config.get_total_num_kv_heads()
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    num_heads, head_dim = max(1, total_heads // ranks), vllm_config.model_config.get_head_size()
+    block_tokens = vllm_config.cache_config.block_size
+    orders = {
+        interleaved_order(cache, block_tokens, num_heads, head_dim, partial(layer.impl.do_kv_cache_update, layer))
+        for layer, cache in zip(layers, caches)
+    }
+    order = orders.pop() if len(orders) == 1 else None
+    logger.info("prefilld: blocks of the cache are %s", f"copied as {order}" if order else "written by the backend")
     return CacheShape(
+        rank=rank,
+        num_ranks=ranks,
         num_layers=len(layers),
         first_head=rank * total_heads // ranks,  # a head that several ranks have comes to each
-        num_heads=max(1, total_heads // ranks),
-        head_dim=vllm_config.model_config.get_head_size(),
-        block_tokens=vllm_config.cache_config.block_size,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        block_tokens=block_tokens,
         dtype=_WIRE_DTYPES[vllm_config.model_config.dtype],
         device=device,
         write=write,
+        order=order,
+        memory=lambda layer: rows_of(caches[layer]),
     )

@@ -14,12 +14,17 @@ from dataclasses import dataclass
 import grpc
 import torch
 
+from prefilld.arrays import to_torch
 from prefilld.clients import PrefillClient, PrefillStream
 from prefilld.errors import Cancelled, PrefilldError, TransferError
 from prefilld.options import Attention, Layout
-from prefilld.vllm.config import ConnectorConfig, Load
+from prefilld.transfer import KvBlocks
+from prefilld.vllm.config import ConnectorConfig, Load, SharedPrefill
 
 logger = logging.getLogger("vllm.prefilld")
+
+# Rank 0 did not come to the server in time, or the server knows no further receivers.
+_NOTHING_SHARED = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED)
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,9 @@ class CacheShape:
 
     block_tokens: tokens of one of vLLM's blocks. first_head, num_heads: the range of KV heads.
     write: write(layer, keys, values, slots) stores [tokens, num_heads, head_dim], on the CPU, at slots, which are
-    block id * block_tokens + position.
+    block id * block_tokens + position. rank, num_ranks: which of how many tensor-parallel workers this is.
+    order: that of a block which holds K and V together, as prefilld.Layout names it; None: only `write` knows how the
+    cache is kept. memory: memory(layer) is then [blocks, elements of a block], the cache itself.
     """
 
     num_layers: int
@@ -39,6 +46,10 @@ class CacheShape:
     dtype: str  # as prefilld.Layout names it
     device: torch.device
     write: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+    rank: int = 0
+    num_ranks: int = 1
+    order: str | None = None
+    memory: Callable[[int], torch.Tensor] | None = None
 
     def wire_block_tokens(self) -> int:
         """Returns the largest block of prefilld of which vLLM's is a multiple."""
@@ -46,6 +57,11 @@ class CacheShape:
             if self.block_tokens % size == 0:
                 return size
         raise ValueError(f"vLLM's block_size is {self.block_tokens}; it must be a multiple of 16")
+
+    def takes_blocks(self) -> bool:
+        """Tells whether a block from the wire is a piece of the cache's memory."""
+        # The tokens of a part of a block lie together only where they are the outer axis.
+        return self.order == "nh2d" or (self.order == "hn2d" and self.wire_block_tokens() == self.block_tokens)
 
 
 class _Running:
@@ -69,6 +85,7 @@ class Loader:
         self._shape = shape
         self._credentials = config.credentials()
         self._unit = shape.wire_block_tokens()
+        self._order = shape.order if shape.takes_blocks() else "nhd"
         self._threads = ThreadPoolExecutor(config.max_loads, thread_name_prefix="prefilld-load")
         self._lock = threading.Lock()  # of all below
         self._clients: dict[str | None, PrefillClient] = {}
@@ -161,11 +178,15 @@ class Loader:
         for attempt in range(retries + 1):
             if running.ended.is_set():  # it may have waited long for a thread
                 raise Cancelled()
+            # The first attempt is that of all ranks. A rank that has failed asks again for itself, because the others
+            # may have what they wanted.
+            shared = running.load.shared if attempt == 0 else None
             try:
-                return self._load(running, deadline)
+                return self._load(running, deadline, shared)
             except PrefilldError as error:
                 pause = 0.5 if error.retry_after is None else error.retry_after
-                if not error.retryable or attempt == retries or time.monotonic() + pause > deadline:
+                may_pass = error.retryable or (shared is not None and error.code in _NOTHING_SHARED)
+                if not may_pass or attempt == retries or time.monotonic() + pause > deadline:
                     raise
                 logger.info("prefilld: request %s is tried again in %.1f s: %s", running.load.request_id, pause, error)
                 if running.ended.wait(pause):
@@ -179,27 +200,39 @@ class Loader:
                 self._clients[address] = PrefillClient(target, credentials=self._credentials)
             return self._clients[address]
 
-    def _load(self, running: _Running, deadline: float) -> dict[str, float]:
-        load, shape = running.load, self._shape
+    def _submit(self, load: Load, shared: SharedPrefill | None, timeout: float) -> PrefillStream:
+        shape = self._shape
         layout = Layout(
             block_tokens=self._unit,
+            order=self._order,
             dtype=shape.dtype,
             first_head=shape.first_head,
             num_heads=shape.num_heads,
             first_block=load.first_token // self._unit,
         )
-        stream = self._client(load.address).submit(
-            load.tokens,
+        common = dict(
             layout=layout,
-            attention=Attention(**load.attention),
             lanes=self._config.lanes,
             model_fingerprint=self._config.model_fingerprint,
+            metadata=tuple(self._config.metadata.items()),
+            timeout=timeout,
+        )
+        client = self._client(load.address if shared is None else shared.address)
+        if shared is not None and shape.rank > 0:
+            return client.attach_receiver(shared.request_id, shared.key, shape.rank, len(load.tokens), **common)
+        if shared is not None:
+            common.update(request_id=shared.request_id, receivers=shape.num_ranks, receiver_key=shared.key)
+        return client.submit(
+            load.tokens,
+            attention=Attention(**load.attention),
             cache_salt=load.cache_salt,
             priority=load.priority,
-            metadata=tuple(self._config.metadata.items()),
-            timeout=max(0.001, deadline - time.monotonic()),
+            **common,
         )
-        with stream:
+
+    def _load(self, running: _Running, deadline: float, shared: SharedPrefill | None) -> dict[str, float]:
+        load = running.load
+        with self._submit(load, shared, max(0.001, deadline - time.monotonic())) as stream:
             running.stream = stream
             if running.ended.is_set():  # it was cancelled before it had a stream
                 raise Cancelled()
@@ -239,7 +272,28 @@ class Loader:
                 end = min(begin + len(blocks.keys) * self._unit, load.end_token)
                 if first >= end or running.ended.is_set():
                     continue
-                keys, values = (t.flatten(0, 1)[first - begin : end - begin] for t in blocks.torch())
+                if shape.takes_blocks() and first == begin:
+                    self._copy_blocks(load, blocks)
+                    continue
+                keys, values = (_by_token(t, self._order)[first - begin : end - begin] for t in blocks.torch())
                 shape.write(blocks.layer, keys, values, slots[first:end])
             if on_gpu:
                 side.synchronize()
+
+    def _copy_blocks(self, load: Load, blocks: KvBlocks) -> None:
+        """Copies whole blocks into the cache, neighbours at once. The last block's tokens past the prompt become zero."""
+        parts = self._shape.block_tokens // self._unit  # of the cache's block
+        rows = to_torch(blocks.array).flatten(1)
+        cache = self._shape.memory(blocks.layer).view(-1, rows.shape[1])
+        numbers = range(blocks.first_block, blocks.first_block + len(rows))
+        places = [load.block_ids[number // parts] * parts + number % parts for number in numbers]
+        start = 0
+        for end in range(1, len(places) + 1):
+            if end == len(places) or places[end] != places[end - 1] + 1:
+                cache[places[start] : places[end - 1] + 1].copy_(rows[start:end])
+                start = end
+
+
+def _by_token(blocks: torch.Tensor, order: str) -> torch.Tensor:
+    """Returns [tokens, num_heads, head_dim] of blocks in this order: nhd, nh2d or hn2d."""
+    return (blocks.transpose(1, 2) if order == "hn2d" else blocks).flatten(0, 1)

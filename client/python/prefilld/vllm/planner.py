@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
+import secrets
 from typing import Any
 
-from prefilld.vllm.config import ConnectorConfig, Load, Wish
+from prefilld.vllm.config import ConnectorConfig, Load, SharedPrefill, Wish
 
 logger = logging.getLogger("vllm.prefilld")
 
@@ -14,8 +16,12 @@ logger = logging.getLogger("vllm.prefilld")
 class LoadPlanner:
     """Called by vLLM's scheduler, in one thread. `request` is vLLM's Request throughout."""
 
-    def __init__(self, config: ConnectorConfig):
+    def __init__(self, config: ConnectorConfig, num_ranks: int = 1):
+        """num_ranks: tensor-parallel workers, each of which gets every load."""
         self._config = config
+        self._num_ranks = num_ranks
+        configured = config.prefill_address or []
+        self._turns = itertools.cycle([configured] if isinstance(configured, str) else configured)
         self._wishes: dict[str, Wish | None] = {}  # by request, from the first question to its end
         self._offered: dict[str, int] = {}  # the first token that vLLM lacks, by request
         self._loaded: set[str] = set()  # requests that have had their load
@@ -58,9 +64,15 @@ class LoadPlanner:
                 priority=wish.priority,
                 # vLLM's salts may have any length and characters.
                 cache_salt=hashlib.sha256(salt.encode()).hexdigest() if salt else "",
+                shared=self._share(wish) if self._num_ranks > 1 else None,
             )
         )
         self._loaded.add(request.request_id)
+
+    def _share(self, wish: Wish) -> SharedPrefill:
+        # The ranks must meet at one server, so it is chosen here.
+        address = next(self._turns) if wish.address is None else wish.address
+        return SharedPrefill(address, f"vllm-{secrets.token_hex(16)}", secrets.token_hex(32))
 
     def end(self, request_id: str) -> None:
         """Forgets a request that is done, aborted or failed. May be called twice."""
