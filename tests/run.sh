@@ -6,6 +6,7 @@
 #                          also checks which lock guards what (-Wthread-safety)
 #   tests/run.sh --tsan    with clang, under the thread sanitizer: the tests of what has threads
 #   tests/run.sh --fuzz    each fuzz target for 30 s, from the inputs kept in tests/fuzz/corpus
+#   ... --folder NAME      after one of these: only the C++ tests of tests/NAME; may be repeated
 #   ... -R REGEX           further arguments go to ctest
 # Where a CUDA compiler is found the CUDA code is compiled and linked too, GPU or not, but not under
 # the sanitizers. --asan and --fuzz share a build tree.
@@ -19,6 +20,12 @@ case "${1:-}" in
     shift
     ;;
 esac
+
+folders=()
+while [[ "${1:-}" == --folder ]]; do
+  folders+=("$2")
+  shift 2
+done
 
 preset=release
 packages=(--tests)
@@ -49,6 +56,11 @@ case "$mode" in
     [[ ${#skipped[@]} -eq 0 ]] || labels=(--label-exclude "^($(IFS='|' && echo "${skipped[*]}"))\$")
     ;;
 esac
+
+if ((${#folders[@]})); then
+  targets=("${folders[@]/%/_tests}")
+  labels+=(--label-regex "^($(IFS='|' && echo "${folders[*]}"))\$")
+fi
 
 deploy/install_packages.sh "${packages[@]}"
 if [[ "$preset" == release || "$preset" == cuda ]]; then
