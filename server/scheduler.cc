@@ -10,9 +10,10 @@
 namespace prefilld::server {
 namespace {
 
-// A layer is held up for at most so long, and one step more, by those that go first inside it,
-// because all others wait for its end.
-constexpr absl::Duration kMostInterjected = absl::Milliseconds(500);
+// A layer is held up by those that go first inside it for at most so long, or for as long as it has
+// computed itself if that is more, and for one step more, because all others wait for its end.
+// Layers of a million tokens take seconds, in which the others may fill half of the device.
+constexpr absl::Duration kLeastAllowance = absl::Milliseconds(500);
 
 int64_t NumTokens(const PrefillJob& job) { return static_cast<int64_t>(job.work().tokens.size()); }
 
@@ -356,7 +357,8 @@ PrefillPass::Next Scheduler::StepPass(Running& running) {
     const auto so_far = [&] { return interjected + (resources_.clock.Now() - left); };
     charge();
     standings_.shares().EndStep(pass.jobs(), resources_.clock.Now());
-    while (so_far() < kMostInterjected && TakeTurn(&running)) {
+    const absl::Duration allowance = std::max(kLeastAllowance, pass.computing() - computing_before);
+    while (so_far() < allowance && TakeTurn(&running)) {
     }
     interjected = so_far();
     SetComputing(true);

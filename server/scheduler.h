@@ -54,9 +54,10 @@ struct LiveJob {
 // by step: the rule of turns.h chooses between those under way and the prompts that wait. It shares
 // the device between tenants by what each step took (fair_shares.h); a step of a batch counts to
 // the tenants of its prompts by their tokens. Short dense prompts also take turns at the points
-// inside a layer of a long one, for half a second of it. So a short dense prompt waits for a part
-// of a layer, any other prompt for one layer and half a second, and a pass whose consumers are slow
-// holds up nobody. The rules in admission.h decide who may wait and which prompts share a pass.
+// inside a layer of a long one, for half a second, or for half of the time if the layer takes
+// longer. So a short dense prompt waits for a part of a layer, any other prompt for one layer and
+// that time, and a pass whose consumers are slow holds up nobody. The rules in admission.h decide
+// who may wait and which prompts share a pass.
 //
 // The scheduler has no thread of its own: the compute thread calls StepOnce, and any thread may
 // call everything else.

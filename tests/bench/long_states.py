@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=256, help="token ids are drawn below it")
     parser.add_argument("--metrics_port", type=int, default=19464)
     args = parser.parse_args()
-    resident = args.prompts * (args.tokens + 8192)
+    resident = args.prompts * args.tokens + 65536  # and some short ones
     flags = [f"--model={args.model}", f"--device={args.device}", f"--max_prompt_tokens={args.tokens}",
              f"--max_resident_tokens={resident}", f"--metrics_listen=127.0.0.1:{args.metrics_port}"]
     before = device_mib()
