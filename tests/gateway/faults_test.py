@@ -97,6 +97,9 @@ class Gateway(unittest.IsolatedAsyncioTestCase):
 
         self.assertEqual(ended.total(), REQUESTS + 2)
         self.assertGreater(min(ended[status] for status in (200, 400, 429, 502, 503, 504, None)), 10)
+        # On a machine that is very busy, both servers of a kind may seem to be away for longer than prompts wait. Each
+        # fault above hits more requests than this.
+        self.assertLess(ended["unlucky"], 10)
         await self.nothing_runs()
         self.assertEqual(self.peers._pushed, {})
         await self.wait(lambda: self.gateway.open_files() <= files + 2, f"no more than {files} files are open")
@@ -119,9 +122,13 @@ class Gateway(unittest.IsolatedAsyncioTestCase):
                 ended[None] += 1
                 return
             reply = await asking
-        ended[expected] += 1
         where = (number, fault, reply)
         self.assertTrue(reply.is_whole, where)
+        if expected == 200 and reply.status in (429, 503):
+            ended["unlucky"] += 1
+            self.assertTrue(reply.error["message"], where)
+            return
+        ended[expected] += 1
         if expected == 200:
             self.assertEqual((reply.status, reply.error, reply.text), (200, None, text_of(number)), where)
             return

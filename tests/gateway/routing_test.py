@@ -24,6 +24,11 @@ logging.disable()
 BLOCK = 128
 
 
+def leading(memory, keys):
+    """Returns how many blocks at the beginning of a prompt are remembered."""
+    return next((i for i, key in enumerate(keys) if key not in memory), len(keys))
+
+
 def prompt(*parts, tail=10):
     """Returns the length and the keys of a prompt made of blocks, one for each number, and a few tokens behind them."""
     tokens = [part for part in parts for _ in range(BLOCK)] + [7] * tail
@@ -117,6 +122,15 @@ class Routing(unittest.TestCase):
         self.poll(5, 4, 6)
         self.assertEqual(self.router.choose(0, []).route, self.routes[1])
 
+    def test_what_a_server_tells_of_its_cache_counts_too(self):
+        length, keys = prompt(1, 2, 3)
+        self.routes[1].told = set(keys[:2])
+        choice = self.router.choose(length, keys)
+        self.assertEqual((choice.route, choice.cached_tokens), (self.routes[1], 2 * BLOCK))
+        self.routes[1].memory.remember(keys[:1])
+        self.routes[1].told = set(keys[1:])
+        self.assertEqual(self.router.choose(length, keys).cached_tokens, 3 * BLOCK)
+
     def test_the_last_token_is_computed_even_if_all_is_cached(self):
         length, keys = prompt(1, 2, tail=0)
         self.routes[0].note_sent(0, keys)
@@ -127,8 +141,8 @@ class Memory(unittest.TestCase):
     def test_another_beginning_shares_nothing(self):
         memory = PrefixMemory(10)
         memory.remember(prompt(1, 2, 3)[1])
-        self.assertEqual(memory.leading(prompt(1, 2, 9, 3)[1]), 2)
-        self.assertEqual(memory.leading(prompt(9, 2, 3)[1]), 0)
+        self.assertEqual(leading(memory, prompt(1, 2, 9, 3)[1]), 2)
+        self.assertEqual(leading(memory, prompt(9, 2, 3)[1]), 0)
 
     def test_it_is_bounded_and_forgets_what_was_not_sent_for_longest_from_its_end(self):
         memory = PrefixMemory(4)
@@ -136,11 +150,11 @@ class Memory(unittest.TestCase):
         memory.remember(old)
         memory.remember(new)
         self.assertEqual(len(memory), 4)
-        self.assertEqual((memory.leading(old), memory.leading(new)), (1, 3))
+        self.assertEqual((leading(memory, old), leading(memory, new)), (1, 3))
         memory.remember(old)  # now the other one is older
-        self.assertEqual((memory.leading(old), memory.leading(new)), (2, 2))
+        self.assertEqual((leading(memory, old), leading(memory, new)), (2, 2))
         memory.remember(prompt(*range(20, 30))[1])  # longer than the memory: its beginning counts
-        self.assertEqual(memory.leading(prompt(*range(20, 30))[1]), 4)
+        self.assertEqual(leading(memory, prompt(*range(20, 30))[1]), 4)
         memory.resize(1)
         self.assertEqual(len(memory), 1)
         memory.clear()
@@ -181,7 +195,7 @@ class PlayedClient:
     """A prefilld's answers to the gateway's questions: `serves` is what health says, or None if no answer comes."""
 
     def __init__(self):
-        self.serves, self.asked = True, 0
+        self.serves, self.asked, self.updates = True, 0, []
 
     async def is_serving(self, timeout):
         self.asked += 1
@@ -189,9 +203,35 @@ class PlayedClient:
             raise unavailable()
         return self.serves
 
+    def watch_prefix_cache(self, metadata):
+        self.metadata = metadata
+        return PlayedUpdates(self.updates)
+
     async def server_info(self, timeout):
         cache = {"capacity_bytes": 1 << 30}
         return wire.ServerInfo(num_layers=1, num_kv_heads=1, head_dim=64, queued_tokens=9, prefix_cache=cache)
+
+
+class PlayedUpdates:
+    """The updates of a prefix cache: those of a list, and then none until an exception is among them."""
+
+    def __init__(self, updates):
+        self.updates = updates
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        pass
+
+    async def __aiter__(self):
+        while True:
+            while not self.updates:
+                await asyncio.sleep(0.01)
+            update = self.updates.pop(0)
+            if isinstance(update, Exception):
+                raise update
+            yield update
 
 
 def unavailable():
@@ -257,6 +297,31 @@ class Watching(unittest.IsolatedAsyncioTestCase):
         self.addCleanup(setattr, peers, "PATIENCE_SECONDS", before)
         await self.group.wait_for_one([])  # not for ever
         self.assertFalse(self.server.is_up)
+
+    async def test_it_follows_what_the_servers_cache_holds(self):
+        await self.watch(poll_seconds=1000)
+        peers.FOLLOW_SECONDS, before = 0.01, peers.FOLLOW_SECONDS
+        self.addCleanup(setattr, peers, "FOLLOW_SECONDS", before)
+        follow = asyncio.ensure_future(self.server.follow_cache())
+        self.addCleanup(follow.cancel)
+
+        async def told(count):
+            async with asyncio.timeout(30):
+                while len(self.server.route.told) != count:
+                    await asyncio.sleep(0.01)
+
+        keys = prompt(1, 2, 3)[1]
+        self.client.updates.append(wire.PrefixCacheUpdate(changes=[{"stored": {"key": key}} for key in keys]))
+        await told(3)
+        self.assertEqual(self.server.route.cached_blocks(keys), 3)
+        self.assertEqual(self.client.metadata, ())
+        self.client.updates.append(wire.PrefixCacheUpdate(changes=[{"removed": keys[1]}]))
+        await told(2)
+        self.assertEqual(self.server.route.cached_blocks(keys), 1)  # though the second one was sent there
+        self.client.updates.append(unavailable())
+        await told(0)
+        self.client.updates.append(wire.PrefixCacheUpdate(changes=[{"stored": {"key": keys[0]}}]))
+        await told(1)
 
     async def test_a_refused_request_is_no_failure_of_the_server(self):
         await self.watch(poll_seconds=1000)

@@ -44,7 +44,8 @@ def main() -> None:
 
 async def _serve(settings: Settings, prompts: ModelPrompts, credentials, listener: socket.socket) -> None:
     prefills = PrefillGroup([
-        Prefilld(AsyncPrefillClient(address, credentials=credentials), address, settings.remembered_blocks)
+        Prefilld(AsyncPrefillClient(address, credentials=credentials), address, settings.remembered_blocks,
+                 settings.metadata)
         for address in settings.prefill
     ])  # fmt: skip
     workers = DecodeGroup(
@@ -66,6 +67,7 @@ async def _serve(settings: Settings, prompts: ModelPrompts, credentials, listene
     @contextlib.asynccontextmanager
     async def watched(app):
         watches = [asyncio.ensure_future(peer.watch()) for peer in peers]
+        watches += [asyncio.ensure_future(member.follow_cache()) for member in prefills.members]
         _tell_port(settings, listener)
         try:
             yield

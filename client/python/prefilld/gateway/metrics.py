@@ -45,6 +45,12 @@ class Metrics:
             "prefilld_gateway_queued_tokens", "Tokens that wait at a prefilld, as the gateway counts them", "server"
         )
 
+        self._told = self._gauge(
+            "prefilld_gateway_told_blocks",
+            "Blocks in a prefix cache, where the server tells",
+            "server",
+        )
+
     def _counter(self, name: str, text: str, *labels: str) -> prometheus_client.Counter:
         return prometheus_client.Counter(name, text, labels, registry=self._registry)
 
@@ -75,6 +81,7 @@ class Metrics:
         for member in self._prefills.members:
             self._up.labels(member.kind, member.address).set(member.is_up)
             self._queue.labels(member.address).set(member.route.queue)
+            self._told.labels(member.address).set(len(member.route.told))
         for member in self._workers.members:
             self._up.labels(member.kind, member.address).set(member.is_up)
         return prometheus_client.generate_latest(self._registry), prometheus_client.CONTENT_TYPE_LATEST

@@ -18,12 +18,13 @@ from prefilld import wire
 from prefilld.aio import AsyncDecodeClient, AsyncPrefillClient
 from prefilld.errors import PrefilldError
 from prefilld.gateway.routing import Choice, Route, Router
-from prefilld.prefixes import BLOCK_TOKENS
+from prefilld.prefixes import BLOCK_TOKENS, CachedBlocks
 
 logger = logging.getLogger("prefilld.gateway")
 
 POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 2.0  # for which a prompt waits when no server is up
+FOLLOW_SECONDS = 5.0  # until a server that stopped telling its cache's contents is asked again
 PROBE_SECONDS = 3.0  # until a probe has failed
 # A server is asked again so soon after it failed a call; one that fails its calls but answers, later each time, up to
 # POLL_SECONDS.
@@ -93,8 +94,16 @@ class Prefilld(Peer):
 
     kind = "prefilld"
 
-    def __init__(self, client: AsyncPrefillClient, address: str, most_blocks: int):
+    def __init__(
+        self,
+        client: AsyncPrefillClient,
+        address: str,
+        most_blocks: int,
+        metadata: Sequence[tuple[str, str]] = (),
+    ):
+        """most_blocks: how many are remembered. metadata: goes with the calls that ask for more than its state."""
         super().__init__(client, address)
+        self._metadata = metadata
         self.route = Route(address)
         self.info = None
         self._most_blocks = most_blocks
@@ -109,6 +118,26 @@ class Prefilld(Peer):
         self.route.note_load(asked, self.info.queued_tokens, self.info.queued_requests + self.info.running_requests)
         self.route.memory.resize(min(self._most_blocks, blocks_in_cache(self.info)))
         self._group.check_model(self)
+
+    async def follow_cache(self) -> None:
+        """Follows what the server's prefix cache holds, as long as it says so, until the task is cancelled."""
+        while True:
+            if self.is_up and self.info.HasField("prefix_cache"):
+                with contextlib.suppress(PrefilldError):  # it does not tell, which is its default, or it is away
+                    await self._follow()
+                self.route.told = ()
+            await asyncio.sleep(FOLLOW_SECONDS)
+
+    async def _follow(self) -> None:
+        """Raises PrefilldError when the server ends the call, or does not take it."""
+        picture = CachedBlocks()
+        async with self.client.watch_prefix_cache(metadata=self._metadata) as updates:
+            async for update in updates:
+                picture.apply(update)
+                for change in update.changes:
+                    if not change.HasField("stored"):
+                        self.route.memory.forget(change.removed)
+                self.route.told = picture.blocks
 
     def _up(self) -> None:
         super()._up()

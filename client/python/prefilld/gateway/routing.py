@@ -13,7 +13,9 @@ server with the fewest requests is taken, and of those the next in turn.
 
 The memory of each server is bounded by what its cache can hold, and by the gateway's own limit. Blocks that were not
 sent for the longest time are forgotten first, of one prompt the last block first, as a prefix is worth nothing without
-its beginning. A server that was away is taken to have lost its cache.
+its beginning. A server that was away is taken to have lost its cache. Where a server tells what its cache holds
+(WatchPrefixCache), blocks that others sent there count as well, and blocks that it dropped are forgotten. A block
+counts whatever policy computed it, because the gateway does not know which one will run.
 """
 
 from __future__ import annotations
@@ -41,12 +43,11 @@ class PrefixMemory:
     def clear(self) -> None:
         self._keys.clear()
 
-    def leading(self, keys: Sequence[bytes]) -> int:
-        """Returns how many blocks at the beginning of a prompt are here."""
-        for i, key in enumerate(keys):
-            if key not in self._keys:
-                return i
-        return len(keys)
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._keys
+
+    def forget(self, key: bytes) -> None:
+        self._keys.pop(key, None)
 
     def remember(self, keys: Sequence[bytes]) -> None:
         for key in reversed(keys[: self._capacity]):  # the first block is to be forgotten last
@@ -66,6 +67,7 @@ class Route:
         self.address = address
         self.is_up = False
         self.memory = PrefixMemory()
+        self.told: Collection[bytes] = ()  # keys of the blocks that are in its cache, where the server says so
         self._sent: dict[int, int] = {}  # tokens of prompts that the server's last answer cannot have counted
         self._next = 0
         self._queued_tokens = 0
@@ -78,6 +80,13 @@ class Route:
     @property
     def requests(self) -> int:
         return self._requests + len(self._sent)
+
+    def cached_blocks(self, keys: Sequence[bytes]) -> int:
+        """Returns how many blocks at the beginning of a prompt should be in the server's cache."""
+        for i, key in enumerate(keys):
+            if key not in self.memory and key not in self.told:
+                return i
+        return len(keys)
 
     def note_sent(self, tokens: int, keys: Sequence[bytes]) -> int:
         """Counts a prompt of which the server has to compute so many tokens. Returns its number, for note_done()."""
@@ -124,7 +133,7 @@ class Router:
             route = self._routes[(self._turn + i) % len(self._routes)]
             if not route.is_up or route in left_out:
                 continue
-            cached = min(route.memory.leading(keys) * BLOCK_TOKENS, max(0, num_tokens - 1))
+            cached = min(route.cached_blocks(keys) * BLOCK_TOKENS, max(0, num_tokens - 1))
             cost = (route.queue + num_tokens - cached, route.requests)
             if best_cost is None or cost < best_cost:
                 best, best_cost = Choice(route, cached), cost
