@@ -78,7 +78,9 @@ TEST_P(CachedPrefix, APromptOfWhichNineTenthsAreCachedGivesTheSameTokenSooner) {
   // Other work on the machine may slow down either. A GPU takes a few milliseconds for all of this
   // small model's layers, however short the prompt; tests/bench/cached_prefix.py measures larger
   // ones.
-  if (device == "--device=cpu") EXPECT_LT(milliseconds(cached), 0.6 * milliseconds(cold));
+  if (device == "--device=cpu") {
+    EXPECT_LT(milliseconds(cached), 0.6 * milliseconds(cold));
+  }
 }
 
 TEST_P(CachedPrefix, TheLogShowsWhatWasCached) {
