@@ -3,11 +3,14 @@
 A router's prefill call (llm-d) is answered with the prefilld from which vLLM shall pull; any other request is prefilled
 there, decoded by a decode worker, and streamed back. README.md has the picture.
 
-    __main__          flags, start, drain
-    app               HTTP: routes, limits, clients that leave
-    openai_requests   what a request may say          openai_answers   what answers, events and errors look like
-    prompts           text and chats to tokens        answer_text      tokens to text, stop strings
-    routing           which prefilld                  peers            who is up, and how long the queues are
-    generation        one prompt through prefilld and decode worker
-    metrics           what /metrics shows
+    __main__, settings   start, drain; flags
+    app, exchange        HTTP: routes; one request: limits, streams of events, clients that leave
+    service              a request that was read: a prefill call is told a prefilld, any other is answered
+    openai_requests      what a request may say
+    openai_answers       what answers, events and errors look like
+    prompts              text and chats to tokens
+    answer_text          tokens to text, stop strings
+    routing, peers       which prefilld; who is up, how long the queues are, what the caches hold
+    generation           one prompt through prefilld and decode worker
+    metrics              the page /metrics
 """
