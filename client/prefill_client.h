@@ -83,8 +83,8 @@ class PrefillClient {
   //   DATA_LOSS            a frame is damaged, missing, or not what the layout promises, the
   //                        stream ended without a result, or its log-probabilities are not as
   //                        many as asked for
-  // If num_lanes is more than 1, each lane has a connection and a thread of its own. If deliver_to
-  // is set, the frames go elsewhere and the sink sees progress alone.
+  // If num_lanes is more than 1, each lane has a connection and a thread of its own. With
+  // deliver_to or pushes the frames go elsewhere and the sink sees progress alone.
   absl::StatusOr<::prefill::v1::PrefillResult> Prefill(const ::prefill::v1::PrefillRequest& request,
                                                        KvSink& sink,
                                                        const PrefillCallOptions& options = {});

@@ -18,7 +18,7 @@ Reception::Reception(const PrefillRequest& request, KvSink& sink, uint32_t max_l
       expected_{request.layout(), static_cast<uint32_t>(request.token_ids_size()),
                 request.model_fingerprint()},
       max_lanes_(max_lanes),
-      delivered_elsewhere_(request.has_deliver_to()),
+      delivered_elsewhere_(request.has_deliver_to() || request.pushes_size() > 0),
       wants_logprobs_(request.prompt_logprobs()) {}
 
 Reception::Reception(const AttachReceiverRequest& request, KvSink& sink, uint32_t max_lanes)

@@ -126,7 +126,9 @@ void KvPacker::AddLayer(State& source, int layer) {
 
 void KvPacker::AddPart(Layer& layer, Request& request) {
   const auto& layout = request.job->work().layout;
-  const Part& part = layer.parts.emplace_back(Part{layout.first_block(), layout.num_blocks()});
+  const int64_t first =
+      request.job->work().takes_kv ? layout.first_block() : int64_t{layout.num_blocks()};
+  const Part& part = layer.parts.emplace_back(Part{first, layout.num_blocks()});
   if (!part.open()) return;  // the consumer has every block already
   ++layer.open_parts;
   ++request.open_parts;

@@ -1,6 +1,7 @@
 #include "server/prefill_job.h"
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -39,20 +40,26 @@ v1::PrefillEvent AcceptedEvent(const PrefillWork& work, int64_t queue_position) 
   event.mutable_accepted()->set_queue_position(queue_position);
   event.mutable_accepted()->set_lane_key(work.lane_key);
   event.mutable_accepted()->set_priority(work.priority);
-  if (work.receiver == 0) event.mutable_accepted()->set_receiver_key(work.receiver_key);
+  if (work.receiver == 0 && work.takes_kv)
+    event.mutable_accepted()->set_receiver_key(work.receiver_key);
   event.mutable_accepted()->set_receiver(static_cast<uint32_t>(work.receiver));
   return event;
 }
 
 void PrefillJob::Start(model::AttentionPolicy policy, int batch_prompts, int64_t cached_tokens) {
   const absl::Time now = clock_.Now();
+  OtherReceivers::Present others;
   {
     absl::MutexLock lock(&followed_mu_);
     record_.Start(now, policy, batch_prompts, cached_tokens);
     delivery_.progress().started_at = now;
-    for (const auto& receiver : others().jobs) receiver->Follow(*this);
+    others = others_.present();
+    for (const auto& receiver : others.jobs) receiver->Follow(*this);
   }
   if (work_.pushes()) dial_(shared_from_this());
+  for (const auto& receiver : others.jobs) {
+    if (receiver->work_.pushes() && !receiver->ended()) receiver->dial_(receiver);
+  }
 }
 
 void PrefillJob::RecordLayer(const model::LayerReport& report) {
@@ -100,7 +107,7 @@ absl::Status PrefillJob::Join(const std::shared_ptr<PrefillJob>& receiver) {
   receiver->Follow(*this);
   // Accepted goes first, because frames may come as soon as the receiver is among the others. A
   // receiver that is refused sends nothing of what it has been given.
-  receiver->delivery_.Send(AcceptedEvent(wanted, /*queue_position=*/0));
+  if (!wanted.pushes()) receiver->delivery_.Send(AcceptedEvent(wanted, /*queue_position=*/0));
   return others_.Add(receiver);
 }
 
@@ -117,7 +124,7 @@ bool PrefillJob::FellowGoesOn() const {
   if (joined == nullptr && work_.num_receivers < 2) return false;
   const PrefillJob& first = joined == nullptr ? *this : *joined;
   const auto goes_on = [this](const PrefillJob& job) {
-    return &job != this && !job.ended() && !job.delivery_.result_is_out();
+    return &job != this && job.work_.takes_kv && !job.ended() && !job.delivery_.result_is_out();
   };
   const OtherReceivers::Present others = first.others();
   return goes_on(first) || std::any_of(others.jobs.begin(), others.jobs.end(),
@@ -125,6 +132,7 @@ bool PrefillJob::FellowGoesOn() const {
 }
 
 void PrefillJob::SendProgress(int64_t queue_position) {
+  if (work_.receiver > 0 && work_.pushes()) return;  // nobody called
   const absl::Time now = clock_.Now();
   {
     absl::MutexLock lock(&mu_);
@@ -147,7 +155,29 @@ void PrefillJob::Finish(PrefillJob& receiver) {
   receiver.finished_ = true;
   v1::PrefillResult result = receiver.record_.TakeResult(receiver.work_.layer_stats);
   result.set_num_tokens(work_.layout.num_tokens());
+  if (!receiver.work_.takes_kv) AddPushResults(result);
   receiver.delivery_.SendResult(std::move(result));
+}
+
+void PrefillJob::AddPushResults(v1::PrefillResult& result) const {
+  for (const auto& receiver : others_.present().jobs) {
+    const Ending ending = receiver->ending();
+    const Delivery::Sent sent = receiver->delivery_.sent();
+    v1::PushResult& push = *result.add_pushes();
+    push.set_code(static_cast<int>(ending.status.code()));
+    push.set_message(std::string(ending.status.message()));
+    push.set_kv_bytes(sent.bytes);
+    push.set_kv_frames(
+        std::accumulate(sent.frames_per_lane.begin(), sent.frames_per_lane.end(), int64_t{0}));
+  }
+}
+
+absl::Status PrefillJob::FailureOfAllPushes() const {
+  const OtherReceivers::Present others = others_.present();
+  for (const auto& receiver : others.jobs) {
+    if (!receiver->ended() || receiver->ending().outcome == Outcome::kOk) return absl::OkStatus();
+  }
+  return others.jobs.front()->ending().status;
 }
 
 void PrefillJob::Abort(Outcome outcome, const absl::Status& status) {
@@ -210,8 +240,11 @@ void PrefillJob::CheckTimers(const JobTimeouts& timeouts, int64_t queue_position
   }
   if (now - accepted_at_ > timeouts.receiver_attach) others_.Close();
   const Delivery::ConsumerState consumer = delivery_.consumer(now);
+  const absl::Status pushes = work_.takes_kv ? absl::OkStatus() : FailureOfAllPushes();
   if (now >= work_.deadline) {
     Abort(Outcome::kDeadline, DeadlinePassed());
+  } else if (!pushes.ok()) {
+    Abort(Outcome::kReceiverFailed, pushes);
   } else if (consumer.stalled > timeouts.stall) {
     Abort(Outcome::kStalled, absl::AbortedError(absl::StrCat("the consumer took nothing for ",
                                                              absl::FormatDuration(timeouts.stall),

@@ -81,6 +81,9 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
   // - PERMISSION_DENIED: it does not show the key.
   // - INVALID_ARGUMENT: its prompt has another length.
   // - those of OtherReceivers::Add.
+  //
+  // A receiver that is pushed to joins before its request is admitted, and its call is opened by
+  // Start.
   absl::Status Join(const std::shared_ptr<PrefillJob>& receiver);
   OtherReceivers::Present others() const { return others_.present(); }
   // Tells whether somebody still takes what is computed: this call, or another receiver.
@@ -110,6 +113,8 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
   void Follow(const PrefillJob& first);
   void AbortOthers(Outcome outcome, const absl::Status& status);
   bool FellowGoesOn() const;
+  void AddPushResults(::prefill::v1::PrefillResult& result) const;
+  absl::Status FailureOfAllPushes() const;
   absl::Status CheckConsumerSpeed(const JobTimeouts& timeouts, const LaneQueue::Taken& taken) const;
   absl::Status DeadlinePassed() const;
   std::string Whereabouts() const;

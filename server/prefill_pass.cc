@@ -178,8 +178,16 @@ bool PrefillPass::FinishWhatHasLeft() {
       all = false;
       continue;
     }
-    all = FinishIfLeft(i, *jobs_[i]) && all;
     for (const auto& receiver : others.jobs) all = FinishIfLeft(i, *receiver) && all;
+    // A call that has its KV pushed to others is told how all of that ended.
+    const bool pushes_are_over =
+        std::all_of(others.jobs.begin(), others.jobs.end(),
+                    [](const auto& receiver) { return receiver->ended(); });
+    if (jobs_[i]->work().takes_kv || pushes_are_over) {
+      all = FinishIfLeft(i, *jobs_[i]) && all;
+    } else {
+      all = all && jobs_[i]->ended();
+    }
   }
   return all;
 }

@@ -145,10 +145,7 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
     return refuse(absl::DeadlineExceededError("the deadline has passed"));
   }
 
-  const auto dial = [this](std::shared_ptr<PrefillJob> self) {
-    push_dialer_.Start(std::move(self));
-  };
-  auto job = std::make_shared<PrefillJob>(*std::move(work), clock_, dial);
+  auto job = NewJob(*std::move(work));
   const absl::Status admitted = Submit(job);
   if (!admitted.ok() && !absl::IsAlreadyExists(admitted)) {
     metrics_.tenants().CountRefused(*tenant);
@@ -171,8 +168,31 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
   return stream;
 }
 
+std::shared_ptr<PrefillJob> PrefillService::NewJob(PrefillWork work) {
+  std::vector<PrefillWork> pushes = std::exchange(work.further_pushes, {});
+  for (PrefillWork& push : pushes) {
+    push.deadline = work.deadline;
+    push.peer = work.peer;
+    push.trace_id = work.trace_id;
+  }
+  auto job = std::make_shared<PrefillJob>(
+      std::move(work), clock_,
+      [this](std::shared_ptr<PrefillJob> self) { push_dialer_.Start(std::move(self)); });
+  for (PrefillWork& push : pushes) {
+    const auto dial = [this](const std::shared_ptr<PrefillJob>& self) {
+      push_dialer_.Start(self, [this, self] { OnReceiverDone(*self); });
+    };
+    const auto receiver = std::make_shared<PrefillJob>(std::move(push), clock_, dial);
+    job->Join(receiver).IgnoreError();  // there is a place for each
+  }
+  return job;
+}
+
 absl::Status PrefillService::Submit(const std::shared_ptr<PrefillJob>& job) {
   const Scheduler::Admission admission = scheduler_.Submit(job);
+  if (admission.status.ok() && !job->work().takes_kv) {
+    for (const auto& receiver : job->others().jobs) scheduler_.Adopt(receiver);
+  }
   return admission.retry_after.has_value()
              ? wire::WithRetryDelay(admission.status, *admission.retry_after)
              : admission.status;
@@ -190,6 +210,11 @@ void PrefillService::OnCallDone(PrefillJob& job) {
   metrics_.CountRequest(job, now);
   LogRequest(job, now);
   scheduler_.Retire(job);
+  // Receivers that were never called have no other end.
+  if (job.work().takes_kv) return;
+  for (const auto& receiver : job.others().jobs) {
+    if (receiver->ended()) OnReceiverDone(*receiver);
+  }
 }
 
 void PrefillService::AwaitName(Waiting waiting, const absl::Status& taken) {
@@ -308,9 +333,12 @@ Stream* PrefillService::AttachReceiver(grpc::CallbackServerContext* context,
 
 void PrefillService::OnReceiverDone(PrefillJob& receiver) {
   receiver.OnCallCancelled();  // unless it has ended
+  const bool was_alive = scheduler_.Retire(receiver);
+  // One that is called may end by its own call, and by that of its request.
+  if (receiver.work().pushes() && !was_alive) return;
   metrics_.CountReceiver(receiver.ending().outcome);
   LogReceiver(receiver, clock_.Now());
-  scheduler_.Retire(receiver);
+  scheduler_.Wake();
 }
 
 std::shared_ptr<const wire::Connection> PrefillService::ConnectionOf(

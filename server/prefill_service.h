@@ -90,6 +90,8 @@ class PrefillService final : public PrefillServiceBase {
   absl::Status Submit(const std::shared_ptr<PrefillJob>& job);
   void OnCallDone(PrefillJob& job);
   void OnReceiverDone(PrefillJob& receiver);
+  // Makes a job of a request, and of each further receiver that is called, which joins it.
+  std::shared_ptr<PrefillJob> NewJob(PrefillWork work);
   void RetryNames();
   void AwaitName(Waiting waiting, const absl::Status& taken);
   std::shared_ptr<const wire::Connection> ConnectionOf(

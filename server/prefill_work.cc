@@ -11,6 +11,7 @@
 #include "absl/strings/str_format.h"
 #include "proto/status_macros.h"
 #include "proto/wire/address_pattern.h"
+#include "proto/wire/grpc_status.h"
 #include "proto/wire/host_port.h"
 #include "proto/wire/kv_layout.h"
 #include "proto/wire/request_id.h"
@@ -172,23 +173,20 @@ absl::Status CheckPriority(const v1::PrefillRequest& request) {
                                                  -kMaxPriority, " to ", kMaxPriority));
 }
 
-absl::Status CheckDelivery(const v1::PrefillRequest& request, const RequestLimits& limits) {
-  if (!request.has_deliver_to()) return absl::OkStatus();
-  const std::string& address = request.deliver_to().address();
+// `field` is the name of this receiver in the request.
+absl::Status CheckTarget(const std::string& field, const v1::DeliverTo& target,
+                         const RequestLimits& limits) {
+  const std::string& address = target.address();
+  const std::string address_field = absl::StrCat(field, ".address");
+  const std::string id_field = absl::StrCat(field, ".transfer_id");
   if (limits.deliver_to_allow.empty()) {
-    return absl::UnimplementedError("deliver_to: this server pushes to nobody");
-  }
-  for (const auto& [field, count] : {std::pair("num_lanes", request.num_lanes()),
-                                     std::pair("num_receivers", request.num_receivers())}) {
-    if (count <= 1) continue;
-    return absl::InvalidArgumentError(
-        absl::StrCat(field, " ", count, "; with deliver_to at most 1"));
+    return absl::UnimplementedError(absl::StrCat(field, ": this server pushes to nobody"));
   }
   if (address.size() > kMaxAddressLength) {
-    return absl::InvalidArgumentError(absl::StrCat("deliver_to.address has ", address.size(),
+    return absl::InvalidArgumentError(absl::StrCat(address_field, " has ", address.size(),
                                                    " characters; at most ", kMaxAddressLength));
   }
-  if (auto problem = wire::DialAddressProblem("deliver_to.address", address)) {
+  if (auto problem = wire::DialAddressProblem(address_field, address)) {
     return absl::InvalidArgumentError(*problem);
   }
   const bool allowed = std::any_of(
@@ -196,12 +194,38 @@ absl::Status CheckDelivery(const v1::PrefillRequest& request, const RequestLimit
       [&](const std::string& pattern) { return wire::AddressMatches(pattern, address); });
   if (!allowed) {
     return absl::PermissionDeniedError(
-        absl::StrCat("deliver_to.address ", address, " is not on this server's allow-list"));
+        absl::StrCat(address_field, " ", address, " is not on this server's allow-list"));
   }
-  if (request.deliver_to().transfer_id().empty()) {
-    return absl::InvalidArgumentError("deliver_to.transfer_id is empty");
+  if (target.transfer_id().empty()) {
+    return absl::InvalidArgumentError(absl::StrCat(id_field, " is empty"));
   }
-  return wire::CheckId("deliver_to.transfer_id", request.deliver_to().transfer_id());
+  return wire::CheckId(id_field, target.transfer_id());
+}
+
+absl::Status CheckDelivery(const v1::PrefillRequest& request, const RequestLimits& limits) {
+  if (!request.has_deliver_to() && request.pushes().empty()) return absl::OkStatus();
+  const char* const delivery = request.has_deliver_to() ? "deliver_to" : "pushes";
+  for (const auto& [field, count] : {std::pair("num_lanes", request.num_lanes()),
+                                     std::pair("num_receivers", request.num_receivers())}) {
+    if (count <= 1) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat(field, " ", count, "; with ", delivery, " at most 1"));
+  }
+  if (request.has_deliver_to()) {
+    if (!request.pushes().empty()) {
+      return absl::InvalidArgumentError("deliver_to and pushes; one of them at most");
+    }
+    return CheckTarget("deliver_to", request.deliver_to(), limits);
+  }
+  if (request.pushes_size() > static_cast<int>(kMaxReceivers)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("pushes has ", request.pushes_size(), "; at most ", kMaxReceivers));
+  }
+  for (int i = 0; i < request.pushes_size(); ++i) {
+    PREFILLD_RETURN_IF_ERROR(CheckTarget(absl::StrCat("pushes[", i, "].deliver_to"),
+                                         request.pushes(i).deliver_to(), limits));
+  }
+  return absl::OkStatus();
 }
 
 kernels::KvOrder OrderOf(v1::KvOrder order) {
@@ -215,6 +239,27 @@ kernels::KvOrder OrderOf(v1::KvOrder order) {
     default:
       return kernels::KvOrder::kNhd;
   }
+}
+
+// Makes the further receivers of a request that are called. They are as many as its places, and
+// only they know the key.
+absl::Status AddPushes(const v1::PrefillRequest& request, const model::EngineInfo& engine,
+                       PrefillWork& work) {
+  if (request.pushes().empty()) return absl::OkStatus();
+  work.takes_kv = false;
+  work.num_receivers = 1 + request.pushes_size();
+  work.receiver_key = NewKey();
+  for (int i = 0; i < request.pushes_size(); ++i) {
+    PrefillWork& push = work.further_pushes.emplace_back();
+    auto layout = ResolveLayout(request.pushes(i).layout(), request.token_ids_size(), engine);
+    if (!layout.ok()) return wire::WithPrefix(absl::StrCat("pushes[", i, "]."), layout.status());
+    push.layout = *std::move(layout);
+    push.id = work.id;
+    push.receiver = i + 1;
+    push.receiver_key = work.receiver_key;
+    push.deliver_to = request.pushes(i).deliver_to();
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -253,6 +298,7 @@ absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
   work.cache_salt = request.prefix_cache().salt();
   work.deliver_to = request.deliver_to();
   work.priority = request.priority();
+  PREFILLD_RETURN_IF_ERROR(AddPushes(request, engine, work));
   return work;
 }
 

@@ -43,6 +43,10 @@ struct PrefillWork {
   // groups do not count.
   bool beyond_calibration = false;
 
+  // Further receivers, which are called: then the request's own call takes no KV.
+  std::vector<PrefillWork> further_pushes;
+  bool takes_kv = true;
+
   bool pushes() const { return !deliver_to.address().empty(); }
   // The id; of a further receiver with its number behind a line break, which no id has.
   std::string name() const { return NameOf(id, static_cast<uint32_t>(receiver)); }

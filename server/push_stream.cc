@@ -31,7 +31,8 @@ constexpr char kReceiveMethod[] = "/prefill.v1.KvReceiver/Receive";
 class PushStream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>,
                          public Transport {
  public:
-  PushStream(std::shared_ptr<PrefillJob> job, LaneQueue* queue, const PushDialer& dialer);
+  PushStream(std::shared_ptr<PrefillJob> job, LaneQueue* queue, const PushDialer& dialer,
+             std::function<void()> on_done);
   void Start();
 
   void Send(Message message, bool last) override;
@@ -48,6 +49,7 @@ class PushStream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::
 
   const std::shared_ptr<PrefillJob> job_;
   LaneQueue* const queue_;
+  const std::function<void()> on_done_;
   const std::shared_ptr<PushDialer::Open> open_;
   grpc::ClientContext context_;
   grpc::GenericStub stub_;
@@ -65,9 +67,11 @@ class PushStream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::
   bool sent_all_ = false;  // written by End; OnDone, which comes later, reads it
 };
 
-PushStream::PushStream(std::shared_ptr<PrefillJob> job, LaneQueue* queue, const PushDialer& dialer)
+PushStream::PushStream(std::shared_ptr<PrefillJob> job, LaneQueue* queue, const PushDialer& dialer,
+                       std::function<void()> on_done)
     : job_(std::move(job)),
       queue_(queue),
+      on_done_(std::move(on_done)),
       open_(dialer.open_),
       stub_(wire::OpenPushChannel(job_->work().deliver_to.address(), dialer.credentials_,
                                   {.use_proxy = dialer.use_proxy_, .patience = dialer.patience_})) {
@@ -142,11 +146,13 @@ void PushStream::OnDone(const grpc::Status& status) {
   const absl::Status result = CheckOutcome(status);
   if (result.ok()) {
     job_->delivery().OnSideLaneDone();
+    if (job_->work().receiver > 0) job_->OnResultSent();
   } else {
     job_->Abort(Outcome::kReceiverFailed,
                 wire::WithPrefix(
                     absl::StrCat("deliver_to ", job_->work().deliver_to.address(), ": "), result));
   }
+  if (on_done_ != nullptr) on_done_();
   const std::shared_ptr<PushDialer::Open> open = open_;
   delete this;
   absl::MutexLock lock(&open->mu);
@@ -175,11 +181,11 @@ PushDialer::PushDialer(std::shared_ptr<grpc::ChannelCredentials> credentials, bo
       clock_(clock),
       patience_(2 * stall_timeout + absl::Seconds(30)) {}
 
-void PushDialer::Start(std::shared_ptr<PrefillJob> job) {
+void PushDialer::Start(std::shared_ptr<PrefillJob> job, std::function<void()> on_done) {
   const auto lane = job->delivery().side_lane(0);
   if (!lane.ok()) return;  // not a push
   lookup_.Log(job->work().id, job->work().deliver_to.address());
-  (new PushStream(std::move(job), *lane, *this))->Start();
+  (new PushStream(std::move(job), *lane, *this, std::move(on_done)))->Start();
 }
 
 void PushDialer::AwaitIdle() {

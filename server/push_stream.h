@@ -2,6 +2,7 @@
 #ifndef PREFILLD_SERVER_PUSH_STREAM_H_
 #define PREFILLD_SERVER_PUSH_STREAM_H_
 
+#include <functional>
 #include <memory>
 
 #include <grpcpp/security/credentials.h>
@@ -22,8 +23,10 @@ class PushDialer {
              const Clock& clock, absl::Duration stall_timeout);
 
   // Opens the call to work().deliver_to and attaches it to the job's lane 0. The job ends with the
-  // receiver's status if the receiver refuses, fails or goes away.
-  void Start(std::shared_ptr<PrefillJob> job);
+  // receiver's status if the receiver refuses, fails or goes away. A further receiver has no call
+  // but this one, so it ends well with it too. `on_done` is called at the end of the call; may be
+  // null.
+  void Start(std::shared_ptr<PrefillJob> job, std::function<void()> on_done = nullptr);
 
   // Waits until every call is over and its channel is gone. Must be called while the gRPC server
   // still exists. gRPC's callback threads are joined by whoever is the last to use them, and that

@@ -88,6 +88,7 @@ void LogReceiver(PrefillJob& receiver, absl::Time now) {
       {"heads", static_cast<int64_t>(work.layout.num_heads())},
       {"lanes", static_cast<int64_t>(work.num_lanes)},
       {"peer", work.peer}};
+  if (work.pushes()) fields.emplace_back("deliver_to", work.deliver_to.address());
   if (!work.trace_id.empty()) fields.emplace_back("trace_id", work.trace_id);
   if (!ok) fields.emplace_back("status", Shown(ending.status));
   process::LogEvent(ok ? process::LogLevel::kInfo : process::LogLevel::kWarning, "receiver",

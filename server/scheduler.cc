@@ -105,7 +105,7 @@ int64_t Scheduler::RequestsOf(int tenant) const {
   });
 }
 
-void Scheduler::Retire(PrefillJob& job) {
+bool Scheduler::Retire(PrefillJob& job) {
   std::shared_ptr<PrefillJob> last_reference;  // released after the lock
   absl::MutexLock lock(&mu_);
   if (const auto live = live_.find(&job); live != live_.end()) {
@@ -118,6 +118,7 @@ void Scheduler::Retire(PrefillJob& job) {
     queued_tokens_ -= NumTokens(job);
     queue_.erase(queued);
   }
+  return last_reference != nullptr;
 }
 
 Scheduler::Queue::const_iterator Scheduler::FindQueued(const PrefillJob& job) const {
@@ -198,11 +199,6 @@ bool Scheduler::AwaitIdle(absl::Duration timeout) {
     return live_.empty() && running_.empty();
   };
   return mu_.AwaitWithTimeout(absl::Condition(&idle), timeout);
-}
-
-absl::Status Scheduler::failure() const {
-  absl::MutexLock lock(&mu_);
-  return failure_;
 }
 
 bool Scheduler::StepOnce() { return TakeTurn(/*interrupted=*/nullptr); }

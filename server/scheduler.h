@@ -96,8 +96,11 @@ class Scheduler {
   // Lets the passes see which receivers have come, and whom nobody awaits any longer. Must be
   // called every few milliseconds.
   void AdmitReceivers() { resources_.packer.AdmitReceivers(); }
+  // Makes the compute thread look for something to do, when a receiver has ended.
+  void Wake() { wake_.Notify(); }
   // Ends the life of a job whose call is over. The job leaves the queue if it is still there.
-  void Retire(PrefillJob& job);
+  // Returns whether it was alive.
+  bool Retire(PrefillJob& job);
 
   // Computes one step of one pass, or starts a pass. Returns false when nothing can be computed
   // before `wake` is notified. Only the compute thread may call it.
@@ -122,7 +125,10 @@ class Scheduler {
 
   // Returns an error once the device has failed. Every request has been ended with UNAVAILABLE
   // then.
-  absl::Status failure() const;
+  absl::Status failure() const {
+    absl::MutexLock lock(&mu_);
+    return failure_;
+  }
 
  private:
   using Jobs = std::vector<std::shared_ptr<PrefillJob>>;

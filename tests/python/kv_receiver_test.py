@@ -21,7 +21,17 @@ if live_processes.reason_to_skip():
 import grpc  # noqa: E402
 import numpy as np  # noqa: E402
 from played_server import BLOCKS, LAYERS, PATIENCE, TOKENS, frame, layout  # noqa: E402
-from prefilld import Attention, Cancelled, Delivery, KvReceiver, Layout, PrefillClient, PrefilldError, wire  # noqa: E402
+from prefilld import (  # noqa: E402
+    Attention,
+    Cancelled,
+    Delivery,
+    KvReceiver,
+    Layout,
+    PrefillClient,
+    PrefilldError,
+    Push,
+    wire,
+)
 from prefilld.transfer import WholeCache  # noqa: E402
 
 PROMPT = [256, *b"The old fisher carried a lantern to the harbour, and the harbour was quiet. " * 20]
@@ -57,6 +67,31 @@ class Pushed(unittest.TestCase):
         np.testing.assert_array_equal(whole.array, expected)
         self.assertEqual(cache.result.first_token.token_id, stream.result.first_token.token_id)
         self.assertEqual(pushed.result.kv_frames, cache.result.kv_frames)
+
+    def test_several_receivers_take_their_heads_of_one_computation(self):
+        wished = [Layout(block_tokens=32), Layout(block_tokens=32, num_heads=1), Layout(first_head=1, order="hn2d")]
+        with self.client.prefill(PROMPT, layout=wished[0], attention=Attention("dense")) as stream:
+            expected = stream.read_all()
+        caches = [self.enterContext(self.receiver.expect(str(i), PROMPT, layout=wished[i])) for i in (1, 2)]
+        pushes = [Push(self.receiver.address, str(i), wished[i]) for i in (1, 2)]
+        pushed = self.client.submit(PROMPT, pushes=pushes, attention=Attention("dense"))
+        wholes = [None, None]
+
+        def store(i):
+            for blocks in caches[i]:
+                wholes[i] = wholes[i] or WholeCache(caches[i].layout)
+                wholes[i].store(blocks)
+
+        threads = [threading.Thread(target=store, args=(i,)) for i in (0, 1)]
+        for thread in threads:
+            thread.start()
+        self.assertEqual(list(pushed), [])
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual([push.code for push in pushed.result.pushes], [0, 0])
+        np.testing.assert_array_equal(wholes[0].array, expected[..., :1, :])
+        tokens = [a.reshape(len(a), 2, -1, *a.shape[4:]) for a in (wholes[1].array.swapaxes(3, 4), expected)]
+        np.testing.assert_array_equal(tokens[0][:, :, : len(PROMPT)], tokens[1][:, :, : len(PROMPT), 1:])
 
     def test_each_order_brings_the_same_numbers(self):
         caches = {}

@@ -180,6 +180,40 @@ INSTANTIATE_TEST_SUITE_P(
                      r.set_num_lanes(2);
                    },
                    kInvalid, {"num_lanes", "2", "deliver_to"}},
+        BadRequest{"PushesAndAPush",
+                   [](Request& r) {
+                     r.mutable_deliver_to()->set_address("worker-1.pods:7000");
+                     r.add_pushes();
+                   },
+                   kInvalid, {"deliver_to and pushes"}},
+        BadRequest{"TooManyPushes",
+                   [](Request& r) {
+                     for (int i = 0; i < 17; ++i) r.add_pushes();
+                   },
+                   kInvalid, {"pushes has 17", "16"}},
+        BadRequest{"PushesOverLanes",
+                   [](Request& r) {
+                     r.add_pushes();
+                     r.set_num_lanes(2);
+                   },
+                   kInvalid, {"num_lanes 2", "pushes"}},
+        BadRequest{"OneOfThePushesIsNotAllowed",
+                   [](Request& r) {
+                     for (const char* address : {"worker-1.pods:7000", "evil.example:7000"}) {
+                       r.add_pushes()->mutable_deliver_to()->set_address(address);
+                       r.mutable_pushes()->rbegin()->mutable_deliver_to()->set_transfer_id("t");
+                     }
+                   },
+                   grpc::StatusCode::PERMISSION_DENIED,
+                   {"pushes[1].deliver_to.address", "evil.example:7000", "allow-list"}},
+        BadRequest{"LayoutOfAPush",
+                   [](Request& r) {
+                     v1::Push& push = *r.add_pushes();
+                     push.mutable_deliver_to()->set_address("worker-1.pods:7000");
+                     push.mutable_deliver_to()->set_transfer_id("t");
+                     push.mutable_layout()->set_first_head(2);
+                   },
+                   kInvalid, {"pushes[0]", "layout.first_head 2"}},
         BadRequest{"PushToReceivers",
                    [](Request& r) {
                      r.mutable_deliver_to()->set_address("worker-1.pods:7000");

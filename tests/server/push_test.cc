@@ -222,6 +222,143 @@ TEST_F(Push, ToAReceiverThatReadsNothingIsCutOff) {
   EXPECT_TRUE(EverythingIsFree());
 }
 
+class SeveralPushes : public Push {
+ protected:
+  // Receiver i takes KV head i.
+  v1::PrefillRequest PromptToBoth(int num_tokens) {
+    v1::PrefillRequest request = PromptOf(num_tokens, "pushed");
+    for (uint32_t i = 0; i < 2; ++i) {
+      v1::Push& push = *request.add_pushes();
+      push.mutable_deliver_to()->set_address(receivers_[i].address());
+      push.mutable_deliver_to()->set_transfer_id(absl::StrCat("part-", i));
+      push.mutable_layout()->set_first_head(i);
+      push.mutable_layout()->set_num_heads(1);
+      push.mutable_layout()->set_order(i == 0 ? v1::KV_ORDER_NHD : v1::KV_ORDER_NH2D);
+    }
+    return request;
+  }
+  static void ExpectWhole(FakeReceiver& receiver, uint32_t head) {
+    const std::vector<v1::ReceiveRequest> messages = receiver.messages();
+    ASSERT_FALSE(messages.empty());
+    ASSERT_TRUE(messages.front().has_open());
+    EXPECT_EQ(messages.front().open().transfer_id(), absl::StrCat("part-", head));
+    const v1::KvLayout& layout = messages.front().open().layout();
+    EXPECT_EQ(layout.first_head(), head);
+    EXPECT_EQ(layout.num_heads(), 1);
+    ASSERT_TRUE(messages.back().has_result());
+    EXPECT_EQ(messages.back().result().pushes_size(), 0);
+    std::vector<v1::KvFrame> frames;
+    for (const auto& message : messages) {
+      if (message.has_kv_frame()) frames.push_back(message.kv_frame());
+    }
+    EXPECT_EQ(messages.back().result().kv_frames(), frames.size());
+    ExpectWholeCache(frames, layout);
+  }
+  double ReceiversThatEnded(const char* outcome) const {
+    return Metric(absl::StrCat("prefilld_receivers_total{outcome=\"", outcome, "\"}"));
+  }
+
+  FakeReceiver receivers_[2];
+};
+
+TEST_F(SeveralPushes, BringEachReceiverItsHeadsOfOneComputation) {
+  StartServer();
+  const StreamContents contents = Prefill(PromptToBoth(5000));
+  ASSERT_TRUE(contents.status.ok()) << contents.status.error_message();
+  EXPECT_TRUE(contents.frames().empty());
+  EXPECT_EQ(contents.events.front().accepted().receiver_key(), "");
+  ASSERT_NE(contents.result(), nullptr);
+  EXPECT_EQ(contents.result()->first_token().token_id(), 250);
+  ASSERT_EQ(contents.result()->pushes_size(), 2);
+  for (const v1::PushResult& push : contents.result()->pushes()) {
+    EXPECT_EQ(push.code(), 0) << push.message();
+    EXPECT_EQ(push.kv_bytes(), 4 * 313 * 2 * 16 * 64 * 2);
+    EXPECT_GT(push.kv_frames(), 0);
+  }
+  EXPECT_EQ(contents.result()->kv_bytes(), 0);
+  ExpectWhole(receivers_[0], 0);
+  ExpectWhole(receivers_[1], 1);
+  EXPECT_EQ(engine_->layers_run(), 4);
+  EXPECT_TRUE(EverythingIsFree());
+  EXPECT_EQ(ReceiversThatEnded("ok"), 2);
+  EXPECT_EQ(Metric("prefilld_prompt_tokens_count"), 1);
+}
+
+TEST_F(SeveralPushes, OneThatFailsEndsAlone) {
+  StartServer();
+  receivers_[0].behaviour = FakeReceiver::Behaviour::kNobodyWaits;
+  const StreamContents contents = Prefill(PromptToBoth(5000));
+  ASSERT_TRUE(contents.status.ok()) << contents.status.error_message();
+  ASSERT_EQ(contents.result()->pushes_size(), 2);
+  EXPECT_EQ(contents.result()->pushes(0).code(), grpc::StatusCode::NOT_FOUND);
+  EXPECT_THAT(contents.result()->pushes(0).message(), HasSubstr(receivers_[0].address()));
+  EXPECT_EQ(contents.result()->pushes(1).code(), 0);
+  ExpectWhole(receivers_[1], 1);
+  EXPECT_TRUE(EverythingIsFree());
+  EXPECT_EQ(ReceiversThatEnded("receiver_failed"), 1);
+  EXPECT_EQ(ReceiversThatEnded("ok"), 1);
+}
+
+TEST_F(SeveralPushes, OneThatReadsNothingEndsAlone) {
+  StartServer();
+  receivers_[1].behaviour = FakeReceiver::Behaviour::kReadNothing;
+  OpenStream call(*stub_, PromptToBoth(40'000));
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_staged_bytes") >= 4 << 20; }));
+  absl::SleepFor(absl::Milliseconds(300));
+  clock_.Advance(options_.stall_timeout + absl::Seconds(1));
+  const StreamContents rest = call.Rest();
+  ASSERT_NE(rest.result(), nullptr) << rest.status.error_message();
+  EXPECT_EQ(rest.result()->pushes(0).code(), 0);
+  EXPECT_EQ(rest.result()->pushes(1).code(), grpc::StatusCode::ABORTED);
+  ExpectWhole(receivers_[0], 0);
+  EXPECT_TRUE(EverythingIsFree());
+}
+
+TEST_F(SeveralPushes, ThatAllFailAreTheFailureOfTheRequest) {
+  StartServer();
+  for (FakeReceiver& receiver : receivers_) {
+    receiver.behaviour = FakeReceiver::Behaviour::kNobodyWaits;
+  }
+  engine_->HoldAfter(1);
+  const StreamContents contents = Prefill(PromptToBoth(5000));
+  EXPECT_EQ(contents.status.error_code(), grpc::StatusCode::NOT_FOUND);
+  EXPECT_THAT(contents.status.error_message(), HasSubstr(receivers_[0].address()));
+  engine_->HoldAfter(-1);
+  EXPECT_TRUE(EverythingIsFree());
+  EXPECT_LT(engine_->layers_run(), 4);
+  EXPECT_EQ(Metric("prefilld_requests_total{outcome=\"receiver_failed\"}"), 1);
+}
+
+TEST_F(SeveralPushes, EndWhenTheCallerCancels) {
+  StartServer();
+  engine_->HoldAfter(2);
+  OpenStream call(*stub_, PromptToBoth(1000));
+  EXPECT_TRUE(
+      Eventually([&] { return receivers_[0].frames_seen + receivers_[1].frames_seen >= 4; }));
+  call.Cancel();
+  EXPECT_TRUE(Eventually([&] { return ReceiversThatEnded("cancelled") == 2; }));
+  engine_->HoldAfter(-1);
+  EXPECT_TRUE(Eventually([&] { return receivers_[0].running + receivers_[1].running == 0; }));
+  EXPECT_TRUE(EverythingIsFree());
+}
+
+// A request that ends in the queue has called nobody.
+TEST_F(SeveralPushes, ThatHaveNotBegunEndWithTheirRequest) {
+  engine_options_.max_sequences = 1;
+  StartServer();
+  engine_->HoldAfter(0);
+  OpenStream first(*stub_, PromptOf(1000));
+  EXPECT_TRUE(Eventually([&] { return engine_->started() == 1; }));
+  OpenStream call(*stub_, PromptToBoth(1000));
+  call.ReadUntil(v1::PrefillEvent::kAccepted);
+  call.Cancel();
+  EXPECT_TRUE(Eventually([&] { return ReceiversThatEnded("cancelled") == 2; }));
+  engine_->HoldAfter(-1);
+  EXPECT_TRUE(first.Rest().status.ok());
+  EXPECT_TRUE(EverythingIsFree());
+  EXPECT_EQ(receivers_[0].running + receivers_[1].running, 0);
+}
+
 TEST_F(Push, ASystemClockThatWasPutForwardIsNoTimeOut) {
   clock_.Advance(-absl::Hours(2));  // our clock is behind the system's
   StartServer();

@@ -26,6 +26,7 @@ from prefilld.options import (
     GenerateArguments,
     Layout,
     PrefillArguments,
+    Push,
     ReceiverArguments,
     Sampling,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "PrefillClient",
     "PrefillStream",
     "PrefilldError",
+    "Push",
     "ReceiverArguments",
     "Sampling",
     "Token",

@@ -118,6 +118,19 @@ class Delivery:
         return wire.DeliverTo(**vars(self))
 
 
+@dataclass(frozen=True)
+class Push:
+    """One of several receivers to which the KV cache is pushed, each in a layout of its own: see Delivery."""
+
+    address: str
+    transfer_id: str
+    layout: Layout = Layout()
+
+    def to_wire(self):
+        target = wire.DeliverTo(address=self.address, transfer_id=self.transfer_id)
+        return wire.Push(deliver_to=target, layout=self.layout.to_wire())
+
+
 class PrefillArguments(TypedDict, total=False):
     """The arguments of prefill() and submit(), for the blocking client and the one of asyncio.
 
@@ -125,6 +138,7 @@ class PrefillArguments(TypedDict, total=False):
     lanes: 1 to 16 parallel streams for the KV, each on a connection of its own. One connection carries
     2 to 3 GB/s at most.
     deliver_to: pushes the cache elsewhere; iterating then brings nothing, and result comes at the end.
+    pushes: as deliver_to, to several receivers; layout is not used. result.pushes says of each how it ended.
     request_id: names the request in logs; empty: the server chooses one.
     model_fingerprint: if it is set, a server refuses to run another model.
     layer_stats: result.layers has one entry per layer.
@@ -153,6 +167,7 @@ class PrefillArguments(TypedDict, total=False):
     sampling: Sampling
     lanes: int
     deliver_to: Delivery | None
+    pushes: Sequence[Push]
     request_id: str
     model_fingerprint: str
     layer_stats: bool
@@ -222,6 +237,7 @@ def prefill_call(
     sampling: Sampling = Sampling(),
     lanes: int = 1,
     deliver_to: Delivery | None = None,
+    pushes: Sequence[Push] = (),
     request_id: str = "",
     model_fingerprint: str = "",
     layer_stats: bool = False,
@@ -246,6 +262,7 @@ def prefill_call(
         sampling=sampling.to_wire(),
         num_lanes=lanes,
         deliver_to=None if deliver_to is None else deliver_to.to_wire(),
+        pushes=[push.to_wire() for push in pushes],
         layer_stats=layer_stats,
         prompt_logprobs=prompt_logprobs,
         prefix_cache=wire.PrefixCacheOptions(bypass=bypass_prefix_cache, salt=cache_salt),

@@ -163,7 +163,7 @@ class Reception:
         self._num_tokens = call.num_tokens
         # A further receiver can neither have the KV sent elsewhere nor ask for log-probabilities.
         owns = call.method == "Prefill"
-        self._is_pushed = owns and call.request.HasField("deliver_to")
+        self._is_pushed = owns and (call.request.HasField("deliver_to") or len(call.request.pushes) > 0)
         self._has_logprobs = owns and call.request.prompt_logprobs
         self._check: TransferCheck | None = None
         self.accepted = None
