@@ -3,9 +3,11 @@
 
     PYTHONPATH=client/python tests/bench/compare_simulator.py BIN_DIR MODEL --trace=trace.csv --server_flags=--device=cuda
 
-A server is started and measured (measure_layers.py), then `prefill-cli bench` sends it the trace, once under each
-rule of --scheduling, and the simulator gets the same trace. No KV is asked for, since the simulator knows none. It
-prints the times to the first token of both and what the simulated ones are of the measured ones.
+For each rule of --scheduling a server is started, `prefill-cli bench` sends it the trace, and the simulator gets the
+same trace. The server is measured (measure_layers.py) before and after the trace, and the simulator takes the mean
+of both. No KV is asked for, since the simulator knows none. It prints the times to the first token of both, what the
+simulated ones are of the measured ones, and what the second measurement took of the first: where that is far from 1,
+something else used the machine, and the comparison says little.
 """
 
 import argparse
@@ -51,18 +53,33 @@ def times(report: dict) -> dict[str, float]:
     return {name: report["first_token_ms"][name] for name in COMPARED}
 
 
+def mean_profile(before: dict, after: dict) -> dict:
+    """Returns a profile with the mean times of two measurements of the same server."""
+    prompts = [
+        {**first, **{name: (first[name] + second[name]) / 2 for name in first if name.endswith("_us")}}
+        for first, second in zip(before["prompts"], after["prompts"], strict=True)
+    ]
+    return {**before, "prompts": prompts, "request_us": (before["request_us"] + after["request_us"]) / 2}
+
+
+def layer_us(profile: dict) -> float:
+    return sum(prompt["layer_us"] for prompt in profile["prompts"])
+
+
 def compare(args: argparse.Namespace, scheduling: str) -> dict:
     flags = [f"--scheduling={scheduling}", f"--queue_capacity={args.queue_capacity}", *args.server_flags]
-    load = [f"--trace={args.trace}", f"--speedup={args.speedup}", "--json", f"--policy={args.policy}"]
-    with running_server(args.bin_dir, args.model, flags) as address, tempfile.NamedTemporaryFile("w+") as file:
-        with PrefillClient(address) as client:
-            policies = ["dense", "share"] if args.policy == "auto" else [args.policy]
-            profile = measure_layers.profile(client, policies, 16, args.longest, args.repeats)
-        json.dump(profile, file)
-        file.flush()
+    load = [f"--trace={args.trace}", f"--speedup={args.speedup}", f"--num_requests={args.num_requests}",
+            "--json", f"--policy={args.policy}"]  # fmt: skip
+    policies = ["dense", "share"] if args.policy == "auto" else [args.policy]
+    with running_server(args.bin_dir, args.model, flags) as address, PrefillClient(address) as client:
+        before = measure_layers.profile(client, policies, 16, args.longest, args.repeats)
         measured = run_json(
             [args.bin_dir / "prefill-cli", "bench", f"--server={address}", "--quiet", "--last_blocks=0", *load]
         )
+        after = measure_layers.profile(client, policies, 16, args.longest, args.repeats)
+    with tempfile.NamedTemporaryFile("w+") as file:
+        json.dump(mean_profile(before, after), file)
+        file.flush()
         simulated = run_json(
             [args.bin_dir / "prefill-simulator", f"--profile={file.name}", f"--scheduling={scheduling}",
              f"--queue_capacity={args.queue_capacity}", *load]  # fmt: skip
@@ -73,6 +90,7 @@ def compare(args: argparse.Namespace, scheduling: str) -> dict:
         "simulated_of_measured": {
             name: round(times(simulated)[name] / times(measured)[name], 3) for name in COMPARED
         },
+        "layers_after_of_before": round(layer_us(after) / layer_us(before), 3),
         "ends": {"measured": measured["ends"], "simulated": simulated["ends"]},
         "done": {"measured": measured["done"], "simulated": simulated["done"]},
         "sent_late_p99_ms": measured["sender"]["late_ms"]["p99"],
@@ -85,6 +103,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model", help="model folder")
     parser.add_argument("--trace", required=True)
     parser.add_argument("--speedup", type=float, default=1.0)
+    parser.add_argument("--num_requests", type=int, default=0, help="of the trace; 0: all")
     parser.add_argument("--policy", default="auto")
     parser.add_argument("--scheduling", nargs="+", default=["turns", "fifo"])
     parser.add_argument("--queue_capacity", type=int, default=4096)
