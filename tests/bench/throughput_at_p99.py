@@ -6,9 +6,10 @@ first served, before its p99 of the time to the first token is as long?
 
 First all requests come at once, which says how fast the device gets through them; that is load 1. Then they come
 at --load of that under fifo, and the p99 of that run is the mark. Then turns gets ever more, until its p99 passes
-the mark; the share of the two loads is the answer. It is asked for with the same p99 of all requests, and said for
-each length beside it, since rules may favour some of them. No KV is asked for. --profile=FILE asks
-prefill-simulator instead of a server, in seconds.
+the mark; the share of the two loads is the answer. The p99 is that of all requests, in which the longest prompts
+have the say, or with --length of those of one group of lengths; all of them are printed beside it. No KV is asked
+for. Above load 1 the queue grows until the trace ends, so an answer there holds for a trace of this length alone.
+--profile=FILE asks prefill-simulator instead of a server, in seconds.
 """
 
 import argparse
@@ -45,8 +46,9 @@ def of_server(args: argparse.Namespace) -> Run:
     return run
 
 
-def p99(report: dict) -> float:
-    return report["first_token_ms"]["p99"]
+def p99(report: dict, length: str) -> float:
+    group = report["by_length"][length] if length else report
+    return group["first_token_ms"]["p99"]
 
 
 def summary(report: dict, load: float) -> dict:
@@ -60,22 +62,22 @@ def summary(report: dict, load: float) -> dict:
     }
 
 
-def search(run: Run, load: float, steps: int, note: Callable[[str], None]) -> dict:
+def search(run: Run, load: float, length: str, steps: int, note: Callable[[str], None]) -> dict:
     """Returns both ends of the comparison. A load is a share of what the device gets through."""
     at_once = run("fifo", 1e6)
     offered = run("fifo", 1.0)["offered"]["tokens_per_s"]
     full = at_once["done"]["tokens_per_s"] / offered  # the speedup of load 1
     note(f"load 1 is {at_once['done']['tokens_per_s']:.0f} tokens/s, {full:.2f} times the trace")
     fifo = run("fifo", load * full)
-    mark = p99(fifo)
+    mark = p99(fifo, length)
     note(f"fifo at load {load}: p99 {mark:.0f} ms")
     # Turns holds the mark at `low` and does not at `high`.
     low, high, best = 0.0, 2.0, None
     for _ in range(steps):
         tried = load if best is None and low == 0.0 and high == 2.0 else (low + high) / 2
         report = run("turns", tried * full)
-        note(f"turns at load {tried:.3f}: p99 {p99(report):.0f} ms")
-        if p99(report) <= mark:
+        note(f"turns at load {tried:.3f}: p99 {p99(report, length):.0f} ms")
+        if p99(report, length) <= mark:
             low, best = tried, report
         else:
             high = tried
@@ -91,12 +93,13 @@ def main() -> None:
     parser.add_argument("--trace", required=True)
     parser.add_argument("--profile", help="of measure_layers.py: asks the simulator")
     parser.add_argument("--load", type=float, default=0.9)
+    parser.add_argument("--length", default="", help='for instance "up to 1024"; empty: all requests')
     parser.add_argument("--steps", type=int, default=6, help="runs under turns")
     parser.add_argument("--policy", default="auto")
     parser.add_argument("--server_flags", nargs="*", default=[])
     args = parser.parse_args()
     run = of_simulator(args) if args.profile else of_server(args)
-    result = search(run, args.load, args.steps, lambda text: print(text, file=sys.stderr, flush=True))
+    result = search(run, args.load, args.length, args.steps, lambda text: print(text, file=sys.stderr, flush=True))
     print(json.dumps(result, indent=1))
 
 
