@@ -99,6 +99,10 @@ absl::Status PrefillPass::ComputeFirstTokens() {
       job.record().SetFirstToken(resources_.clock.Now(), *std::move(token));
     } else {
       job.Abort(Outcome::kInternal, token.status());
+      // The first call may have ended alone before.
+      for (const auto& receiver : job.others().jobs) {
+        receiver->Abort(Outcome::kInternal, token.status());
+      }
     }
     resources_.progress.Record();
   }

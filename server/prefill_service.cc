@@ -308,13 +308,18 @@ Stream* PrefillService::AttachLane(grpc::CallbackServerContext* context,
 Stream* PrefillService::AttachReceiver(grpc::CallbackServerContext* context,
                                        const grpc::ByteBuffer* request_bytes) {
   const auto request = Decode<v1::AttachReceiverRequest>(*request_bytes);
-  auto work = request.ok() ? ValidateReceiver(*request, limits_)
-                           : absl::StatusOr<PrefillWork>(request.status());
+  const auto tenant = TenantOf(tenants_, *context);
+  auto work = !request.ok()  ? absl::StatusOr<PrefillWork>(request.status())
+              : !tenant.ok() ? absl::StatusOr<PrefillWork>(tenant.status())
+                             : ValidateReceiver(*request, limits_);
   if (!work.ok()) {
-    metrics_.CountReceiver(Outcome::kInvalid);
-    LogRefused(request.ok() ? request->request_id() : "", context->peer(), Outcome::kInvalid,
-               work.status());
+    const Outcome outcome = OutcomeOfRefusal(work.status().code());
+    metrics_.CountReceiver(outcome);
+    LogRefused(request.ok() ? request->request_id() : "", context->peer(), outcome, work.status());
     return RefuseStream(work.status());
+  }
+  if (tenants_.source != TenantSource::kNone) {
+    work->tenant_name = tenants_.table.all()[*tenant].name;
   }
   work->deadline = DeadlineOf(*context, clock_);
   work->peer = context->peer();

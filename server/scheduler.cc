@@ -52,7 +52,7 @@ Scheduler::Admission Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
   absl::Status room = CheckTenantUse(
       tenant,
       {.requests = RequestsOf(newcomer.tenant), .queued_tokens = line.TokensOf(newcomer.tenant)},
-      num_tokens);
+      num_tokens, job->work().num_receivers);
   if (room.ok()) room = CheckRoom(limits_, line, newcomer);
   if (!room.ok()) {
     return {std::move(room), RetryDelay(limits_, line, newcomer.tenant, speed_.latest())};
@@ -82,12 +82,19 @@ WaitingPrompt Scheduler::Describe(const PrefillJob& job) const {
   const model::AttentionOptions& attention = job.work().attention;
   return {.num_tokens = NumTokens(job),
           .cached_tokens = job.expected_cached_tokens(),
-          .batch_tokens = engine_.BatchTokens(NumTokens(job), attention),
+          .batch_tokens = BatchTokens(job),
           .policy = attention.policy,
           .time_left = job.work().deadline - resources_.clock.Now(),
           .ended = job.ended(),
           .tenant = job.work().tenant,
           .priority = job.work().priority};
+}
+
+// A request of several receivers shares no pass: one that is awaited, or is slow, would hold up the
+// prompts of others.
+int64_t Scheduler::BatchTokens(const PrefillJob& job) const {
+  if (job.work().num_receivers > 1) return 0;
+  return engine_.BatchTokens(NumTokens(job), job.work().attention);
 }
 
 WaitingLine Scheduler::Line() const {
@@ -98,11 +105,14 @@ WaitingLine Scheduler::Line() const {
   return line;
 }
 
-// Counts the requests of a tenant whose callers cannot know yet that they are over.
+// Counts the requests of a tenant whose callers cannot know yet that they are over, each with its
+// further receivers.
 int64_t Scheduler::RequestsOf(int tenant) const {
-  return std::count_if(live_.begin(), live_.end(), [tenant](const auto& entry) {
-    return entry.second->work().tenant == tenant && !entry.second->id_is_free();
-  });
+  int64_t requests = 0;
+  for (const auto& [key, job] : live_) {
+    if (job->work().tenant == tenant && !job->id_is_free()) requests += job->work().num_receivers;
+  }
+  return requests;
 }
 
 bool Scheduler::Retire(PrefillJob& job) {
@@ -265,7 +275,7 @@ std::shared_ptr<PrefillJob> Scheduler::BestWaiting(bool must_interject, Contende
   if (!must_interject) place_is_wanted_ = false;
   for (const size_t i : standings_.Order(contenders)) {
     const PrefillJob& job = *jobs[i];
-    const bool in_a_batch = engine_.BatchTokens(NumTokens(job), job.work().attention) > 0;
+    const bool in_a_batch = BatchTokens(job) > 0;
     if (engine_.CanStart(in_a_batch ? engine_.max_batch_tokens() : NumTokens(job))) {
       *best = contenders[i];
       return jobs[i];

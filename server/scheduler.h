@@ -144,6 +144,7 @@ class Scheduler {
   };
 
   WaitingPrompt Describe(const PrefillJob& job) const;
+  int64_t BatchTokens(const PrefillJob& job) const;  // 0: it has a pass of its own
   WaitingLine Line() const ABSL_SHARED_LOCKS_REQUIRED(mu_);
   int64_t RequestsOf(int tenant) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
   int64_t NumRunning() const ABSL_SHARED_LOCKS_REQUIRED(mu_);

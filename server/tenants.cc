@@ -213,11 +213,13 @@ std::optional<size_t> Tenants::ByToken(absl::string_view token) const {
   return found == by_token_.end() ? default_ : found->second;
 }
 
-absl::Status CheckTenantUse(const Tenant& tenant, const TenantUse& use, int64_t num_tokens) {
-  if (tenant.max_requests > 0 && use.requests >= tenant.max_requests) {
-    return absl::ResourceExhaustedError(absl::StrCat("tenant ", tenant.name, ": ", use.requests,
-                                                     " requests are under way; at most ",
-                                                     tenant.max_requests, " (max_requests)"));
+absl::Status CheckTenantUse(const Tenant& tenant, const TenantUse& use, int64_t num_tokens,
+                            int64_t num_requests) {
+  if (tenant.max_requests > 0 && use.requests + num_requests > tenant.max_requests) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "tenant ", tenant.name, ": ", use.requests, " requests are under way",
+        num_requests == 1 ? "" : absl::StrCat(" and one of ", num_requests, " receivers came"),
+        "; at most ", tenant.max_requests, " (max_requests)"));
   }
   if (tenant.max_queued_tokens > 0 && use.queued_tokens > 0 &&
       use.queued_tokens + num_tokens > tenant.max_queued_tokens) {

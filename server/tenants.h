@@ -69,7 +69,8 @@ struct TenantUse {
 
 // Returns RESOURCE_EXHAUSTED, naming the tenant, the value and the limit, when a prompt of
 // `num_tokens` would break a limit of the tenant: its requests, or its tokens that wait.
-absl::Status CheckTenantUse(const Tenant& tenant, const TenantUse& use, int64_t num_tokens);
+absl::Status CheckTenantUse(const Tenant& tenant, const TenantUse& use, int64_t num_tokens,
+                            int64_t num_requests = 1);
 
 // The tokens that a tenant may still spend. They come back at its rate, up to those of
 // kBurstSeconds. A prompt may be longer than that: it needs a full bucket and leaves a debt, so

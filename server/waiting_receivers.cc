@@ -1,5 +1,6 @@
 #include "server/waiting_receivers.h"
 
+#include <algorithm>
 #include <iterator>
 #include <utility>
 
@@ -24,14 +25,26 @@ void WaitingReceivers::Bring(std::shared_ptr<PrefillJob> receiver, ServerStream*
   if (TryToJoin(waiting)) return;
   {
     absl::MutexLock lock(&mu_);
-    if (waiting_.size() < kMaxWaiting) {
+    if (HasRoomFor(*waiting.receiver)) {
       waiting_.push_back(std::move(waiting));
       return;
     }
   }
   End(*waiting.receiver, stream, Outcome::kQueueFull,
-      absl::ResourceExhaustedError(
-          absl::StrCat(kMaxWaiting, " receivers wait for their requests; at most that many may")));
+      absl::ResourceExhaustedError(absl::StrCat("receivers wait for their requests, ", kMaxWaiting,
+                                                " or, of one tenant, ", kMaxWaitingOfTenant,
+                                                "; at most that many may")));
+}
+
+bool WaitingReceivers::HasRoomFor(const PrefillJob& receiver) const {
+  if (waiting_.size() >= kMaxWaiting) return false;
+  const std::string& tenant = receiver.work().tenant_name;
+  if (tenant.empty()) return true;
+  const auto of_tenant = [&tenant](const Waiting& waiting) {
+    return waiting.receiver->work().tenant_name == tenant;
+  };
+  return static_cast<size_t>(std::count_if(waiting_.begin(), waiting_.end(), of_tenant)) <
+         kMaxWaitingOfTenant;
 }
 
 // Returns false if the receiver has to wait. An id that is free is that of a request before, whose
@@ -49,6 +62,10 @@ bool WaitingReceivers::TryToJoin(const Waiting& waiting) {
     End(*receiver, waiting.stream, Outcome::kInvalid,
         absl::NotFoundError(absl::StrCat("request_id: no such request came within ",
                                          absl::FormatDuration(kPatience))));
+    return true;
+  }
+  if (receiver->ended()) {  // it was cancelled, and must not take its number from the next call
+    receiver->delivery().control().Attach(waiting.stream);
     return true;
   }
   if (const absl::Status joined = owner->Join(receiver); !joined.ok()) {

@@ -25,8 +25,9 @@ class WaitingReceivers {
  public:
   // A receiver waits so long, as long as a request awaits its receivers.
   static constexpr absl::Duration kPatience = absl::Seconds(10);
-  // So many may wait; more are refused.
+  // So many may wait, and so many of one tenant where there are several; more are refused.
   static constexpr size_t kMaxWaiting = 256;
+  static constexpr size_t kMaxWaitingOfTenant = kMaxWaiting / 4;
 
   WaitingReceivers(Scheduler& scheduler, const Clock& clock)
       : scheduler_(scheduler), clock_(clock) {}
@@ -50,6 +51,7 @@ class WaitingReceivers {
   };
 
   bool TryToJoin(const Waiting& waiting);
+  bool HasRoomFor(const PrefillJob& receiver) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   std::vector<Waiting> TakeAll();
   void PutBack(std::vector<Waiting> waiting);
 

@@ -27,7 +27,7 @@ PrefixFollower::PrefixFollower(const PrefixCache& cache)
 
 absl::StatusOr<std::optional<PrefixFollower::Batch>> PrefixFollower::Next(size_t most) {
   Batch batch;
-  if (in_snapshot_) {
+  if (in_snapshot_ && !IsBehind()) {
     batch.in_snapshot = true;
     batch.last = last_;
     batch.events = cache_.BlocksStored(snapshot_up_to_, began_at_, most, &snapshot_up_to_);

@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <system_error>
 
+#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 
@@ -60,6 +61,8 @@ absl::Duration UnansweredFor(int fd) {
 }
 
 std::optional<int64_t> SocketsToPeer::BytesTaken(const std::string& peer, absl::Time now) {
+  // Before the call has a connection its peer is the target, as it was written.
+  if (!absl::StartsWith(peer, "ipv4:") && !absl::StartsWith(peer, "ipv6:")) return std::nullopt;
   if (sockets_.empty() && now >= next_search_) {
     next_search_ = now + kSearchInterval;
     Find(peer);

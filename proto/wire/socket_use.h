@@ -21,9 +21,9 @@ std::string PeerName(const sockaddr_storage& address);
 // Returns how many bytes the peer's machine has acknowledged since the TCP connection was opened.
 int64_t BytesAcknowledged(int fd);
 
-// Returns for how long the peer's machine has not answered what is sent to it again and again over a
-// TCP connection; 0 if nothing has to be sent again. A machine whose process does not read its socket
-// is asked at intervals that grow to minutes, and answers each time.
+// Returns for how long the peer's machine has not answered what is sent to it again and again over
+// a TCP connection; 0 if nothing has to be sent again. A machine whose process does not read its
+// socket is asked at intervals that grow to minutes, and answers each time.
 absl::Duration UnansweredFor(int fd);
 
 // The TCP connections of this process to one peer. gRPC does not show the sockets of its channels,
@@ -31,8 +31,8 @@ absl::Duration UnansweredFor(int fd);
 class SocketsToPeer {
  public:
   // Returns how many bytes the peer has taken since its sockets were found, or nullopt if there are
-  // none yet. `peer` is written as PeerName does. Looks for sockets once a second until it finds
-  // some.
+  // none yet. `peer` is written as PeerName does. Looks for sockets five times a second until it
+  // finds some.
   std::optional<int64_t> BytesTaken(const std::string& peer, absl::Time now);
 
  private:

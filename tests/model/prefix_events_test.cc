@@ -166,6 +166,16 @@ TEST_F(PrefixEvents, WhoeverReadsTooSlowlyHasToStartOver) {
   EXPECT_THAT(fresh.first_tokens(), ElementsAre(3, 4, 5, 6));
 }
 
+TEST_F(PrefixEvents, WhoeverReadsTheSnapshotTooSlowlyHasToStartOver) {
+  Compute({100});
+  Compute({101});
+  PrefixFollower follower(cache_);
+  EXPECT_TRUE(follower.Next(1).ok());
+  for (uint32_t id = 0; id < 7; ++id) Compute({id});
+  EXPECT_TRUE(follower.IsBehind());
+  EXPECT_EQ(follower.Next(1).status().code(), absl::StatusCode::kAborted);
+}
+
 TEST_F(PrefixEvents, ACacheWithoutEventsKeepsNone) {
   PrefixCache cache(4, PrefixReuseRule::kLooser);
   EXPECT_FALSE(cache.keeps_events());

@@ -115,6 +115,24 @@ TEST_F(Batch, LeavesLongAndSparsePromptsToThemselves) {
                                                        ElementsAre(1500), ElementsAre(50)));
 }
 
+// Nobody comes for the second half, and the others need not wait for it.
+TEST_F(Batch, LeavesARequestOfSeveralReceiversToItself) {
+  StartServer();
+  const auto holder = HoldEngine();
+  v1::PrefillRequest shared = DensePromptOf(10);
+  shared.set_num_receivers(2);
+  const auto awaiting = Submit(shared);
+  const auto one = Submit(DensePromptOf(20)), other = Submit(DensePromptOf(30));
+  LetGo(*holder, -1);
+  for (const auto* call : {&one, &other}) {
+    const StreamContents contents = (*call)->Rest();
+    ASSERT_NE(contents.result(), nullptr) << contents.status.error_message();
+    EXPECT_EQ(contents.result()->batch_prompts(), 2);
+  }
+  awaiting->Cancel();
+  EXPECT_TRUE(EverythingIsFree());
+}
+
 TEST_F(Batch, IsFilledUpInTheOrderOfTheQueue) {
   StartServer();
   const auto holder = HoldEngine();

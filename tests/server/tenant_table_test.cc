@@ -121,6 +121,17 @@ TEST(CheckTenantUse, BoundsTheRequestsUnderWay) {
                 "tenant search: 3 requests are under way; at most 3 (max_requests)"));
 }
 
+TEST(CheckTenantUse, CountsARequestOnceForEachReceiver) {
+  Tenant tenant;
+  tenant.name = "a";
+  tenant.max_requests = 3;
+  EXPECT_TRUE(CheckTenantUse(tenant, {.requests = 1}, 10, /*num_requests=*/2).ok());
+  EXPECT_EQ(
+      CheckTenantUse(tenant, {.requests = 2}, 10, /*num_requests=*/2),
+      absl::ResourceExhaustedError("tenant a: 2 requests are under way and one of 2 receivers "
+                                   "came; at most 3 (max_requests)"));
+}
+
 TEST(CheckTenantUse, BoundsTheTokensThatWaitButForTheFirst) {
   const Tenant tenant = {.name = "search", .max_queued_tokens = 1000};
   EXPECT_TRUE(CheckTenantUse(tenant, {}, 5000).ok());
