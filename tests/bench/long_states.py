@@ -38,7 +38,7 @@ class Memory:
     def __init__(self):
         self.most = 0
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def _watch(self) -> None:

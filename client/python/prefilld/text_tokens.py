@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _LFS_POINTER = "version https://git-lfs.github.com/spec/v1"
@@ -86,30 +86,38 @@ def open_tokens(folder: str | Path) -> ByteTokens | FileTokens:
     return FileTokens(file)
 
 
-class TextStream:
-    """Text of tokens that come one by one. A character that is not whole yet is held back."""
+_MOST_HELD = 8  # tokens: a character has four bytes at most; others have no text, such as end tokens
 
-    def __init__(self, decode: Callable[[list[int]], str]):
+
+class TextStream:
+    """Text of tokens that come one by one. A character that is not whole yet is held back.
+
+    prompt: the last tokens before the first one, because text depends on its neighbours; a few suffice.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], prompt: Sequence[int] = ()):
         self._decode = decode
-        self._ids: list[int] = []
-        self._start = 0  # decoding begins here: a few tokens back, because text depends on its neighbours
-        self._shown = 0  # tokens whose text was returned
+        self._before = list(prompt)  # their text was returned, or is the prompt's
+        self._held: list[int] = []
 
     def add(self, token_id: int) -> str:
-        self._ids.append(token_id)
+        self._held.append(token_id)
         before, text = self._texts()
-        if text.endswith("\N{REPLACEMENT CHARACTER}") or len(text) <= len(before):
-            return ""
-        self._start, self._shown = self._shown, len(self._ids)
-        return text[len(before) :]
+        is_whole = len(text) > len(before) and not text.endswith("\N{REPLACEMENT CHARACTER}")
+        return self._show(before, text) if is_whole or len(self._held) >= _MOST_HELD else ""
 
     def rest(self) -> str:
+        """Returns what was held back; the next token begins another text."""
         before, text = self._texts()
-        self._ids, self._start, self._shown = [], 0, 0
+        self._before, self._held = [], []
+        return text[len(before) :]
+
+    def _show(self, before: str, text: str) -> str:
+        self._before, self._held = self._held, []
         return text[len(before) :]
 
     def _texts(self) -> tuple[str, str]:
-        return self._decode(self._ids[self._start : self._shown]), self._decode(self._ids[self._start :])
+        return self._decode(self._before), self._decode(self._before + self._held)
 
 
 def _answer(tokens: ByteTokens | FileTokens, stream: TextStream, question: dict) -> dict:

@@ -44,9 +44,15 @@ class StopStrings:
 class AnswerText:
     """The text of one answer, token by token. has_stopped: a stop string came, and no more text does."""
 
-    def __init__(self, decode: Callable[[list[int]], str], silent_ids: Collection[int], stops: Sequence[str]):
-        """silent_ids: tokens that end an answer and have no text."""
-        self._stream = TextStream(decode)
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        silent_ids: Collection[int],
+        stops: Sequence[str],
+        prompt: Sequence[int] = (),
+    ):
+        """silent_ids: tokens that end an answer and have no text. prompt: its last tokens."""
+        self._stream = TextStream(decode, prompt)
         self._silent_ids = silent_ids
         self._stops = StopStrings(stops)
 

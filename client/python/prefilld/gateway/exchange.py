@@ -90,7 +90,7 @@ class Exchange:
         seconds = min(_BODY_SECONDS, self._door.request_timeout_s)
         try:
             ask = await asyncio.wait_for(self._read(), seconds)
-        except TimeoutError:
+        except asyncio.TimeoutError:  # before Python 3.11 it is no TimeoutError
             raise BadRequest(f"the body did not come within {seconds:g} s", status=408) from None
         answering = asyncio.ensure_future(self._answer(ask))
         leaving = asyncio.ensure_future(_left(self._receive))
@@ -174,7 +174,13 @@ def _parse(body: bytearray, is_chat: bool) -> Ask:
         parsed = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is no JSON: {error}") from None
-    return read_request(parsed, is_chat)
+    ask = read_request(parsed, is_chat)
+    if not ask.is_prefill_call and b"\\ud" in body.lower():
+        try:  # a name or a role may have one, too
+            json.dumps(parsed, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise BadRequest("the body has half a surrogate pair, which is no character") from None
+    return ask
 
 
 async def _left(receive: Callable[[], Awaitable[dict[str, Any]]]) -> None:

@@ -35,6 +35,11 @@ _FIELDS = {"token_ids": "prompt", "max_new_tokens": "max_tokens", "stop_token_id
            "temperature": "temperature", "top_p": "top_p", "top_k": "top_k"}  # fmt: skip
 
 
+def _writable(text: str) -> str:
+    """Returns the text without halves of surrogate pairs, which a request can name and no answer can hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 @dataclass(frozen=True)
 class Failure:
     """An answer that is an error. retry_after: whole seconds for the header Retry-After, or None."""
@@ -47,7 +52,8 @@ class Failure:
 
     def body(self) -> dict[str, Any]:
         kind = _ERROR_TYPES.get(self.status, "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.field, "code": self.code}}
+        field = None if self.field is None else _writable(self.field)
+        return {"error": {"message": _writable(self.message), "type": kind, "param": field, "code": self.code}}
 
     @classmethod
     def of(cls, error: BadRequest | PrefilldError) -> Failure:

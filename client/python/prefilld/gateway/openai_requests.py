@@ -8,7 +8,6 @@ is meant for the engine that decodes.
 from __future__ import annotations
 
 import hashlib
-import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -259,8 +258,8 @@ def _number(
     fields: dict[str, Any], name: str, default: float, low: float, high: float, without_low: bool = False
 ) -> float:
     value = fields.get(name, default)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not low <= value <= high or (without_low and value == low):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or (without_low and value == low):  # NaN is in no range
         start = f"above {low:g}" if without_low else f"from {low:g}"
         raise BadRequest(f"{name} must be a number {start} to {high:g}", name)
     return float(value)

@@ -91,7 +91,7 @@ class Service:
             ignore_eos=ask.ignore_eos,
         )
         ends = set() if ask.ignore_eos or info is None else set(info.eos_token_ids)
-        text = AnswerText(self._prompts.decode, ends | set(ask.stop_token_ids), ask.stop)
+        text = AnswerText(self._prompts.decode, ends | set(ask.stop_token_ids), ask.stop, tokens[-5:])
         generation = Generation(self._upstream, prompt, deadline)
         return Running(ask, prompt, generation, text, self.model, arrival, self._metrics)
 

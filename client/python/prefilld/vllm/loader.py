@@ -266,19 +266,24 @@ class Loader:
         with torch.cuda.stream(side) if on_gpu else contextlib.nullcontext():
             if on_gpu:
                 side.wait_event(running.fence)
-            for blocks in stream:
-                begin = blocks.first_block * self._unit
-                first = max(begin, load.first_token)  # both are at the same block, unless vLLM changes its mind
-                end = min(begin + len(blocks.keys) * self._unit, load.end_token)
-                if first >= end or running.ended.is_set():
-                    continue
-                if shape.takes_blocks() and first == begin:
-                    self._copy_blocks(load, blocks)
-                    continue
-                keys, values = (_by_token(t, self._order)[first - begin : end - begin] for t in blocks.torch())
-                shape.write(blocks.layer, keys, values, slots[first:end])
-            if on_gpu:
-                side.synchronize()
+            try:
+                for blocks in stream:
+                    self._store(running, blocks, slots)
+            finally:
+                if on_gpu:  # vLLM may give the blocks to another request once this returns, however it does
+                    side.synchronize()
+
+    def _store(self, running: _Running, blocks: KvBlocks, slots: torch.Tensor) -> None:
+        load, shape = running.load, self._shape
+        begin = blocks.first_block * self._unit
+        first = max(begin, load.first_token)  # both are at the same block, unless vLLM changes its mind
+        end = min(begin + len(blocks.keys) * self._unit, load.end_token)
+        if first >= end or running.ended.is_set():
+            return
+        if shape.takes_blocks() and first == begin:
+            return self._copy_blocks(load, blocks)
+        keys, values = (_by_token(t, self._order)[first - begin : end - begin] for t in blocks.torch())
+        shape.write(blocks.layer, keys, values, slots[first:end])
 
     def _copy_blocks(self, load: Load, blocks: KvBlocks) -> None:
         """Copies whole blocks into the cache, neighbours at once. The last block's tokens past the prompt become zero."""
