@@ -66,13 +66,20 @@ class AsyncCall final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::B
   }
 
   void OnDone(const grpc::Status& status) override {
-    const std::shared_ptr<AsyncCall> self = std::move(self_);  // the last one, perhaps
+    std::shared_ptr<AsyncCall> self = std::move(self_);  // the last one, perhaps
     absl::Status ended;
     {
       absl::MutexLock lock(&mu_);
       ended = status_.ok() ? EndOfStream(wire::FromGrpc(status)) : status_;
     }
-    std::move(done_)(ended.ok() ? reception_.Finish() : absl::StatusOr<PrefillResult>(ended));
+    absl::StatusOr<PrefillResult> result =
+        ended.ok() ? reception_.Finish() : absl::StatusOr<PrefillResult>(ended);
+    PrefillDone done = std::move(done_);
+    // The call gives up its share of the channel first. Once `done` was called the client may go,
+    // and gRPC would shut itself down on this thread of its own if the call were the last to hold
+    // it.
+    self.reset();
+    std::move(done)(std::move(result));
   }
 
   grpc::ClientContext context_;
