@@ -24,15 +24,14 @@ try:
     import prometheus_client  # noqa: F401
     import starlette  # noqa: F401
     import uvicorn  # noqa: F401
-    from gateway_process import GatewayProcess, ask, wait_until
-    from played_peers import PlayedPeers, text_of
+    from gateway_process import ask
+    from played_gateway import COMPLETIONS, PREFILL_CALL, PlayedGateway, request
+    from played_peers import text_of
 except ImportError as missing:
     print(f"skipped: {missing}")
     sys.exit(77)
 
-MODEL = ROOT / "model" / "tiny"  # for its tokenizer; no weights are read
 REQUESTS, AT_ONCE, TIMEOUT_S = 1000, 32, 8
-COMPLETIONS = "/v1/completions"
 
 # Each fault of PlayedPeers, and how a request ends that has it: with the right answer (200), or the code of an error.
 FAULTS = {
@@ -50,36 +49,7 @@ FAULTS = {
 }
 
 
-def request(number: int, **more) -> dict:
-    return {"prompt": [number, 1, 2], "max_tokens": 50, "temperature": 0, "ignore_eos": False, **more}
-
-
-class Gateway(unittest.IsolatedAsyncioTestCase):
-    async def asyncSetUp(self):
-        asyncio.get_running_loop().set_debug(False)  # which is slow
-
-    async def start(self, *flags):
-        """Starts two servers of each kind, and the gateway."""
-        self.peers = PlayedPeers()
-        self.addAsyncCleanup(self.peers.stop)
-        prefill = [await self.peers.start("PrefillService") for _ in range(2)]
-        decode = [await self.peers.start("DecodeService") for _ in range(2)]
-        addresses = (f"--prefill={','.join(prefill)}", f"--decode={','.join(decode)}")
-        self.gateway = GatewayProcess(MODEL, *addresses, *flags)
-        await asyncio.to_thread(self.gateway.__enter__)
-        self.addAsyncCleanup(asyncio.to_thread, self.gateway.__exit__)
-        await asyncio.to_thread(self.gateway.wait_until_ready)
-
-    async def wait(self, is_so, what):
-        await asyncio.to_thread(wait_until, is_so, what)
-
-    async def metric(self, name, **labels):
-        return await asyncio.to_thread(lambda: self.gateway.metric(f"prefilld_gateway_{name}", **labels))
-
-    async def nothing_runs(self):
-        await self.wait(lambda: not self.peers.running.total(), "no call runs at a server")
-        await self.wait(lambda: self.gateway.metric("prefilld_gateway_running_requests") == 0, "no request runs")
-
+class Faults(PlayedGateway):
     async def test_a_thousand_requests_of_which_every_fifth_has_a_fault(self):
         await self.start(f"--request_timeout_s={TIMEOUT_S}")
         chance = random.Random(5)
@@ -171,7 +141,7 @@ class Gateway(unittest.IsolatedAsyncioTestCase):
         self.assertEqual(await self.metric("requests_total", outcome="cancelled"), 1)
 
     async def test_no_more_than_max_requests_are_answered_at_once(self):
-        await self.start("--max_requests=1", "--max_body_bytes=2000")
+        await self.start("--max_requests=1")
         self.peers.faults[3] = "prefilld is silent"
         asking = asyncio.ensure_future(ask(self.gateway.port, COMPLETIONS, request(3)))
         await self.wait(lambda: self.peers.running["_prefill"], "the first is computed")
@@ -184,16 +154,23 @@ class Gateway(unittest.IsolatedAsyncioTestCase):
         long = await ask(self.gateway.port, COMPLETIONS, {"prompt": "a" * 1000})
         self.assertEqual((long.status, long.error["param"]), (400, "prompt"))
         self.assertIn("1001 tokens, allowed: 1 to 1000", long.error["message"])
-        large = await ask(self.gateway.port, COMPLETIONS, request(4, user="x" * 3000))
-        self.assertEqual(large.status, 413)
-        self.assertIn("2000", large.error["message"])
 
-    async def test_bodies_that_are_late_or_no_json_are_refused(self):
-        await self.start("--request_timeout_s=1")
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.gateway.port)
-        writer.write(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{" % COMPLETIONS.encode())
-        self.assertIn(b" 408 ", await reader.readline())
-        writer.close()
+    async def test_a_prompt_that_was_refused_is_not_remembered(self):
+        await self.start()
+        prompt = [3] + [1] * 300
+        for fault, status, hits in (("prefilld is full", 429, 0), ("", 200, 0), ("", 200, 1)):
+            self.peers.faults[3] = fault
+            reply = await ask(self.gateway.port, COMPLETIONS, request(0, prompt=prompt))
+            self.assertEqual((reply.status, await self.metric("prefix_hits_total")), (status, hits))
+        call = request(0, prompt=[4] + [1] * 300, kv_transfer_params=PREFILL_CALL)
+        for hits in (1, 2):  # a prefill call is remembered once it was answered
+            self.assertEqual((await ask(self.gateway.port, COMPLETIONS, call)).status, 200)
+            self.assertEqual(await self.metric("prefix_hits_total"), hits)
+            # Until the servers have said that they have no queue, the prompt counts as one.
+            await self.wait(lambda: self.gateway.metric("prefilld_gateway_queued_tokens") == 0, "nothing is queued")
+
+    async def test_bodies_that_are_no_json_are_refused(self):
+        await self.start()
         for wrong in (b"{", b"[" * 100_000, b"\xff", b'{"prompt": [' + b"9" * 5000 + b"]}"):
             reader, writer = await asyncio.open_connection("127.0.0.1", self.gateway.port)
             writer.write(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
@@ -240,7 +217,7 @@ class Gateway(unittest.IsolatedAsyncioTestCase):
         reply = await ask(self.gateway.port, COMPLETIONS, request(1))
         self.assertEqual((reply.status, reply.headers["retry-after"]), (503, "1"))
         self.assertIn("no decode worker can take the request", reply.error["message"])
-        call = request(1, kv_transfer_params={"do_remote_decode": True})
+        call = request(1, kv_transfer_params=PREFILL_CALL)
         reply = await ask(self.gateway.port, COMPLETIONS, call)
         self.assertEqual(reply.status, 503)
         self.assertIn("no prefilld can take the request", reply.error["message"])

@@ -237,6 +237,24 @@ class Choice(Live):
             self.assertEqual([asked(other, subject) for subject in range(4)], ports)
             self.assertEqual(other.metric("prefilld_gateway_prefix_hits_total"), 4)
 
+    def test_what_a_server_tells_of_its_cache_counts_for_the_tenant_who_filled_it(self):
+        file = self.folder / "tenants.json"
+        file.write_text(json.dumps({"tenants": [{"name": name} for name in ("search", "reports", "default")]}))
+        tenants = ("--tenant_from=metadata", f"--tenants={file}")
+        flags = ("--metrics_listen=", "--policy=dense", "--prefix_cache_bytes=200000000", WATCH, *tenants)
+        server = self.programs.start(BIN_DIR / "prefilld", MODEL, *flags)
+        prompt = "A tenant's own. " + FILLER * 8
+        with PrefillClient(server) as client:
+            with client.prefill(TOKENS.encode(prompt), metadata=[("x-tenant", "search")]) as stream:
+                stream.read_all()
+        call = {"prompt": prompt, "kv_transfer_params": {"do_remote_decode": True}}
+        for tenant, hits in (("search", 1), ("reports", 0)):
+            of = (f"--metadata=x-tenant={tenant}", f"--tenant={tenant}")
+            with GatewayProcess(self.folder, f"--prefill={server}", *of) as gateway:
+                wait_until(lambda: gateway.metric("prefilld_gateway_told_blocks") > 0, "the server has told")  # noqa: B023
+                self.assertEqual(gateway.post("/v1/completions", call).status, 200)
+                self.assertEqual(gateway.metric("prefilld_gateway_prefix_hits_total"), hits, tenant)
+
     def test_salts_keep_prompts_apart(self):
         def cached(salt):
             made = dict(model="tiny", prompt="Salted. " + FILLER * 8, max_tokens=1)
@@ -262,7 +280,7 @@ class Choice(Live):
             self.assertEqual(recorded["decode_request"], decode)
             self.assertEqual({**params, "remote_port": 0}, {**given, "remote_port": 0})
             # vLLM's connector calls this address, and finds a prefilld there.
-            wish = Wish.of(params, ConnectorConfig())
+            wish = Wish.of(params, ConnectorConfig(prefill_address=self.servers))
             self.assertIn(wish.address, self.servers)
             with PrefillClient(wish.address) as client, client.prefill([256, 97, 98], layout=Layout()) as stream:
                 self.assertGreater(len(list(stream)), 0)
@@ -362,10 +380,10 @@ class Lives(Live):
 
     def test_wrong_flags_end_the_start_with_all_that_is_wrong(self):
         run = [sys.executable, "-B", "-m", "prefilld.gateway"]
-        command = [*run, f"--model={MODEL}", "--prefill=a", "--tries=0", "--policy=x"]
+        command = [*run, f"--model={MODEL}", "--prefill=a", "--tries=0", "--policy=x", "--max_pending_body_bytes=5"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "client" / "python")
         self.assertEqual(done.returncode, 2)
-        for problem in ("--prefill: 'a' is not host:port", "--tries is 0", "--policy"):
+        for problem in ("--prefill: 'a' is not host:port", "--tries is 0", "--policy", "--max_pending_body_bytes"):
             self.assertIn(problem, done.stderr)
         command = [*run, "--model=/nowhere", "--prefill=a:1"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "client" / "python")

@@ -74,7 +74,10 @@ class PlayedPeers:
         return b"\x08\x01"  # SERVING
 
     async def _info(self, request, context):
-        return wire.ServerInfo(model_fingerprint=FINGERPRINT, eos_token_ids=[257], max_prompt_tokens=1000)
+        return wire.ServerInfo(
+            model_fingerprint=FINGERPRINT, eos_token_ids=[257], max_prompt_tokens=1000, num_layers=1, num_kv_heads=1,
+            head_dim=1, prefix_cache={"capacity_bytes": 1 << 20},
+        )  # fmt: skip
 
     def _fault(self, number: int, where: str) -> str:
         """Returns the fault that a call is to have. One whose name ends in "once" hits the first try alone."""

@@ -47,7 +47,8 @@ class Routing(unittest.TestCase):
         """Sends a prompt as the gateway does. Returns the number of its server, and the tokens cached there."""
         length, keys = prompt(*parts)
         choice = self.router.choose(length, keys, left_out)
-        choice.route.note_sent(length - choice.cached_tokens, keys)
+        choice.route.note_sent(length - choice.cached_tokens)
+        choice.route.memory.remember(keys)
         return self.routes.index(choice.route), choice.cached_tokens
 
     def poll(self, *queues, requests=0):
@@ -87,14 +88,14 @@ class Routing(unittest.TestCase):
 
     def test_an_answer_counts_what_was_sent_before_it_was_asked_for_but_not_after(self):
         route = self.routes[0]
-        route.note_sent(1000, [])
+        route.note_sent(1000)
         asked = route.begin_poll()
-        route.note_sent(77, [])
+        route.note_sent(77)
         route.note_load(asked, 1000, 1)
         self.assertEqual((route.queue, route.requests), (1077, 2))
 
     def test_a_prompt_that_is_done_is_no_queue(self):
-        numbers = [self.routes[0].note_sent(tokens, []) for tokens in (1000, 77)]
+        numbers = [self.routes[0].note_sent(tokens) for tokens in (1000, 77)]
         self.routes[0].note_done(numbers[0])
         self.assertEqual((self.routes[0].queue, self.routes[0].requests), (77, 1))
         self.routes[0].note_done(numbers[0])  # it may be said twice, and after the server has said its queue
@@ -133,7 +134,7 @@ class Routing(unittest.TestCase):
 
     def test_the_last_token_is_computed_even_if_all_is_cached(self):
         length, keys = prompt(1, 2, tail=0)
-        self.routes[0].note_sent(0, keys)
+        self.routes[0].memory.remember(keys)
         self.assertEqual(self.router.choose(length, keys).cached_tokens, 2 * BLOCK - 1)
 
 
@@ -248,7 +249,11 @@ class Watching(unittest.IsolatedAsyncioTestCase):
         watch = asyncio.ensure_future(self.server.watch())
         self.addCleanup(watch.cancel)
         await self.until(True)
-        self.server.route.note_sent(5, prompt(1, 2)[1])
+        self.send()
+
+    def send(self):
+        self.server.route.note_sent(5)
+        self.server.route.memory.remember(prompt(1, 2)[1])
 
     async def until(self, is_up):
         async with asyncio.timeout(30):
@@ -263,7 +268,7 @@ class Watching(unittest.IsolatedAsyncioTestCase):
             self.assertEqual(len(self.server.route.memory), 0)  # its cache may be gone with it
             self.client.serves = True
             await self.until(True)
-            self.server.route.note_sent(5, prompt(1, 2)[1])
+            self.send()
 
     async def test_a_server_that_failed_a_call_is_asked_soon_and_later_each_time(self):
         await self.watch(poll_seconds=1000)

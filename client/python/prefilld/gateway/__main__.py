@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
 import socket
@@ -13,6 +14,7 @@ import uvicorn
 
 from prefilld.aio import AsyncDecodeClient, AsyncPrefillClient
 from prefilld.gateway.app import make_app
+from prefilld.gateway.bodies import Bodies, ParsingProcess, SideThreads
 from prefilld.gateway.exchange import Door
 from prefilld.gateway.generation import Upstream
 from prefilld.gateway.metrics import Metrics
@@ -20,6 +22,7 @@ from prefilld.gateway.peers import DecodeGroup, DecodeWorker, Prefilld, PrefillG
 from prefilld.gateway.prompts import ModelPrompts
 from prefilld.gateway.service import Service
 from prefilld.gateway.settings import Settings, read_settings
+from prefilld.gateway.timed_http import TimedHttp
 from prefilld.options import Attention
 
 _ERROR_SECONDS = 2.0  # for errors to reach clients at the end of a drain
@@ -61,8 +64,19 @@ async def _serve(settings: Settings, prompts: ModelPrompts, credentials, listene
         tries=settings.tries,
         count_choice=metrics.count_choice,
     )
-    service = Service(prompts, upstream, metrics, settings.served_model_name, settings.default_max_tokens)
-    door = Door(service, metrics, settings.max_requests, settings.max_body_bytes, settings.request_timeout_s)
+    threads, parser = SideThreads(), ParsingProcess()
+    service = Service(
+        prompts, upstream, metrics, threads, settings.served_model_name, settings.default_max_tokens, settings.tenant
+    )
+    bodies = Bodies(
+        threads,
+        parser,
+        settings.max_body_bytes,
+        settings.max_pending_body_bytes,
+        min(settings.receive_timeout_s, settings.request_timeout_s),
+        has_answers=bool(settings.decode),
+    )
+    door = Door(service, metrics, bodies, settings.max_requests, settings.request_timeout_s)
 
     @contextlib.asynccontextmanager
     async def watched(app):
@@ -72,6 +86,7 @@ async def _serve(settings: Settings, prompts: ModelPrompts, credentials, listene
         try:
             yield
         finally:
+            parser.close()
             for watch in watches:
                 watch.cancel()
             await asyncio.gather(*watches, return_exceptions=True)
@@ -81,7 +96,7 @@ async def _serve(settings: Settings, prompts: ModelPrompts, credentials, listene
     config = uvicorn.Config(
         make_app(door, peers, watched),
         loop="asyncio",
-        http="h11",
+        http=functools.partial(TimedHttp, settings.receive_timeout_s),
         ws="none",
         lifespan="on",
         access_log=False,

@@ -15,14 +15,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
 from prefilld.errors import PrefilldError
+from prefilld.gateway.bodies import Bodies
 from prefilld.gateway.metrics import Metrics
 from prefilld.gateway.openai_answers import Failure
-from prefilld.gateway.openai_requests import Ask, BadRequest, read_request
+from prefilld.gateway.openai_requests import Ask, BadRequest
 from prefilld.gateway.service import Running, Service
 
 logger = logging.getLogger("prefilld.gateway")
 
-_BODY_SECONDS = 30.0  # until a body has come
 _HEARTBEAT_SECONDS = 5.0  # a stream is never silent for longer, so that idle time-outs of proxies do not hit it
 
 
@@ -35,8 +35,8 @@ class Door:
 
     service: Service
     metrics: Metrics
+    bodies: Bodies
     max_requests: int
-    max_body_bytes: int
     request_timeout_s: float
     running: int = 0
     closing: asyncio.Event = field(default_factory=asyncio.Event)
@@ -87,18 +87,16 @@ class Exchange:
             self._door.running -= 1
 
     async def _run(self) -> str:
-        seconds = min(_BODY_SECONDS, self._door.request_timeout_s)
         try:
-            ask = await asyncio.wait_for(self._read(), seconds)
+            ask = await asyncio.wait_for(self._door.bodies.read(self._request, self._is_chat), self._left())
         except asyncio.TimeoutError:  # before Python 3.11 it is no TimeoutError
-            raise BadRequest(f"the body did not come within {seconds:g} s", status=408) from None
+            return await self._fail(self._lateness())
         answering = asyncio.ensure_future(self._answer(ask))
         leaving = asyncio.ensure_future(_left(self._receive))
         closing = asyncio.ensure_future(self._door.closing.wait())
         tasks = {answering, leaving, closing}
         try:
-            left = max(0.0, self._deadline - time.monotonic())
-            await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, timeout=self._left(), return_when=asyncio.FIRST_COMPLETED)
             if answering.done():
                 return answering.result()
             if leaving.done():
@@ -109,24 +107,21 @@ class Exchange:
             await asyncio.gather(*tasks, return_exceptions=True)
         if self._door.closing.is_set():
             return await self._fail(Failure(503, "the gateway shuts down", code="unavailable", retry_after=1))
-        message = f"no answer within {self._door.request_timeout_s:g} s"
-        return await self._fail(Failure(504, message, code="deadline_exceeded"))
+        return await self._fail(self._lateness())
 
-    async def _read(self) -> Ask:
-        most, body = self._door.max_body_bytes, bytearray()
-        announced = self._request.headers.get("content-length", "")
-        if announced.isdecimal() and int(announced) > most:
-            raise BadRequest(f"the body has {announced} bytes, allowed: {most}", status=413)
-        async for chunk in self._request.stream():
-            body += chunk
-            if len(body) > most:
-                raise BadRequest(f"the body has more than {most} bytes", status=413)
-        return await asyncio.to_thread(_parse, body, self._is_chat)
+    def _left(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
+
+    def _lateness(self) -> Failure:
+        message = f"no answer within {self._door.request_timeout_s:g} s"
+        return Failure(504, message, code="deadline_exceeded")
 
     async def _answer(self, ask: Ask) -> str:
         if ask.is_prefill_call:
             self._route = "prefill_call"
-            await self._respond(JSONResponse(await self._door.service.point(ask)))
+            pointer = await self._door.service.point(ask)
+            await self._respond(JSONResponse(pointer.body))
+            pointer.remember()
             return "ok"
         running = await self._door.service.answer(ask, self._arrival, self._deadline)
         if ask.stream:
@@ -163,24 +158,10 @@ class Exchange:
             await self._events.end()
             return "stream_failed"
         headers = {} if failure.retry_after is None else {"retry-after": str(failure.retry_after)}
-        if failure.status in (408, 413):  # the rest of the body is not read
+        if failure.status == 408:  # the rest of the body is not read
             headers["connection"] = "close"
         await self._respond(JSONResponse(failure.body(), failure.status, headers))
         return str(failure.status)
-
-
-def _parse(body: bytearray, is_chat: bool) -> Ask:
-    try:
-        parsed = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is no JSON: {error}") from None
-    ask = read_request(parsed, is_chat)
-    if not ask.is_prefill_call and b"\\ud" in body.lower():
-        try:  # a name or a role may have one, too
-            json.dumps(parsed, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise BadRequest("the body has half a surrogate pair, which is no character") from None
-    return ask
 
 
 async def _left(receive: Callable[[], Awaitable[dict[str, Any]]]) -> None:

@@ -96,7 +96,7 @@ class Generation:
                 if error is None:
                     raise
                 raise error from None  # what a server said tells more than that no other is left
-            sent = server.route.note_sent(len(self._prompt.tokens) - choice.cached_tokens, self._prompt.keys)
+            sent = server.route.note_sent(len(self._prompt.tokens) - choice.cached_tokens)
             self._upstream.count_choice(server.address, len(self._prompt.tokens), choice.cached_tokens)
             has_begun = False
             try:
@@ -169,7 +169,7 @@ class Generation:
         """Yields tokens. Until the first one comes, a failed push ends the wait for it."""
         items = aiter(answer)
         first = asyncio.ensure_future(_first(items))
-        pushing = asyncio.ensure_future(_finish(push))
+        pushing = asyncio.ensure_future(self._finish(push, server))
         try:
             await asyncio.wait({first, pushing}, return_when=asyncio.FIRST_COMPLETED)
             if first.done() and first.exception() is not None:
@@ -189,17 +189,18 @@ class Generation:
                 task.cancel()
             await asyncio.gather(first, pushing, return_exceptions=True)
 
+    async def _finish(self, push: AsyncPrefillStream, server: Prefilld) -> None:
+        """Waits for the end of a push; it brings no blocks, and raises PrefilldError if it fails."""
+        await push.wait_accepted()
+        server.route.memory.remember(self._prompt.keys)
+        async for _ in push:
+            pass
+
 
 async def _first(items: AsyncIterator[Token]) -> Token:
     async for token in items:
         return token
     raise data_loss("the answer ended without a token")
-
-
-async def _finish(push: AsyncPrefillStream) -> None:
-    """Waits for the end of a push; it brings no blocks, and raises PrefilldError if it fails."""
-    async for _ in push:
-        pass
 
 
 class _PeerError(Exception):

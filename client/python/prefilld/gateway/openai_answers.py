@@ -58,7 +58,8 @@ class Failure:
     @classmethod
     def of(cls, error: BadRequest | PrefilldError) -> Failure:
         if isinstance(error, BadRequest):
-            return cls(error.status, error.message, error.field, error.code)
+            retry_after = 1 if error.status == 503 else None
+            return cls(error.status, error.message, error.field, error.code, retry_after)
         status = _HTTP.get(error.code, 502)
         retry_after = math.ceil(max(1.0, error.retry_after or 1.0)) if status in (429, 503) else None
         name = re.match(r"\w+", error.details)

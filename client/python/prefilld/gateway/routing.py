@@ -5,11 +5,11 @@ The rule: the prompt goes where the fewest tokens stand between it and its first
     cost = tokens waiting in its queue + tokens of this prompt that it would have to compute
 
 The queue is what GetServerInfo said when it was last asked, plus what this gateway has sent since and does not know to
-be done. Tokens to compute
-are those behind the prefix that the server should have in its prefix cache: for each server the gateway remembers the
-blocks of the prompts that it sent there (prefilld.prefix_keys). So a conversation stays with its server until the queue
-there is longer than what its cache saves, and then goes elsewhere, where it is remembered too. Of equal costs the
-server with the fewest requests is taken, and of those the next in turn.
+be done. Tokens to compute are those behind the prefix that the server should have in its prefix cache: for each server
+the gateway remembers the blocks of the prompts that it took (prefilld.prefix_keys, which tell tenants and salts apart:
+nobody is routed by the prompts of others). So a conversation stays with its server until the queue
+there is longer than what its cache saves, and then goes elsewhere, where it is remembered too. A prompt that was
+refused is not remembered. Of equal costs the server with the fewest requests is taken, and of those the next in turn.
 
 The memory of each server is bounded by what its cache can hold, and by the gateway's own limit. Blocks that were not
 sent for the longest time are forgotten first, of one prompt the last block first, as a prefix is worth nothing without
@@ -88,11 +88,10 @@ class Route:
                 return i
         return len(keys)
 
-    def note_sent(self, tokens: int, keys: Sequence[bytes]) -> int:
+    def note_sent(self, tokens: int) -> int:
         """Counts a prompt of which the server has to compute so many tokens. Returns its number, for note_done()."""
         self._sent[self._next] = tokens
         self._next += 1
-        self.memory.remember(keys)
         return self._next - 1
 
     def note_done(self, number: int) -> None:
@@ -124,7 +123,9 @@ class Router:
         self._turn = 0
 
     def choose(self, num_tokens: int, keys: Sequence[bytes], left_out: Collection[Route] = ()) -> Choice | None:
-        """Returns None if no server is up, those left out aside. The caller says note_sent() once it sends the prompt.
+        """Returns None if no server is up, those left out aside.
+
+        The caller says note_sent() once it sends the prompt, and memory.remember() once the server has taken it.
 
         num_tokens: of the prompt; 0 if nobody knows, and the shortest queue is taken. keys: of its whole blocks.
         """

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from prefilld import wire
 from prefilld.gateway.answer_text import AnswerText
+from prefilld.gateway.bodies import SideThreads
 from prefilld.gateway.generation import Generation, Prompt, Upstream
 from prefilld.gateway.metrics import Metrics
 from prefilld.gateway.openai_answers import Answer, Usage, finish_reason
@@ -19,19 +20,41 @@ from prefilld.gateway.prompts import ChatRefused, ModelPrompts
 from prefilld.prefixes import prefix_keys
 
 
+@dataclass(frozen=True)
+class Pointer:
+    """The answer to a prefill call. remember() is called once it has been given."""
+
+    body: dict[str, Any]
+    remember: Callable[[], None]
+
+
 class Service:
     def __init__(
-        self, prompts: ModelPrompts, upstream: Upstream, metrics: Metrics, model: str, default_max_tokens: int
+        self,
+        prompts: ModelPrompts,
+        upstream: Upstream,
+        metrics: Metrics,
+        threads: SideThreads,
+        model: str,
+        default_max_tokens: int,
+        tenant: str,
     ):
-        """model: the name that clients know. default_max_tokens: of chats that do not say how long they may be."""
+        """model: the name that clients know. default_max_tokens: of chats that do not say how long they may be.
+
+        tenant: what prefilld takes the callers for; "" where it tells no tenants apart.
+        """
         self._prompts = prompts
         self._upstream = upstream
         self._metrics = metrics
+        self._threads = threads
         self.model = model
         self._default_max_tokens = default_max_tokens
+        self._tenant = tenant
 
-    async def point(self, ask: Ask) -> dict[str, Any]:
+    async def point(self, ask: Ask) -> Pointer:
         """Answers a router's prefill call: nothing is computed, vLLM's connector asks the prefilld named here.
+
+        Nobody tells the gateway what vLLM then does, so the answer is all that there is to remember.
 
         Raises PrefilldError if no prefilld is up.
         """
@@ -43,7 +66,7 @@ class Service:
         if not tokens:
             self._metrics.count_unread_prompt()
         server, choice = self._upstream.prefills.choose(len(tokens), keys)
-        server.route.note_sent(len(tokens) - choice.cached_tokens, keys)
+        server.route.note_sent(len(tokens) - choice.cached_tokens)
         self._metrics.count_choice(server.address, len(tokens), choice.cached_tokens)
         host, port = server.address.rsplit(":", 1)
         params = {
@@ -55,7 +78,8 @@ class Service:
             "remote_port": int(port),
         }
         answer = Answer(_new_id(ask), ask.model or self.model, ask.is_chat)
-        return answer.whole("", "length", Usage(len(tokens), 0), kv_transfer_params=params)
+        body = answer.whole("", "length", Usage(len(tokens), 0), kv_transfer_params=params)
+        return Pointer(body, lambda: server.route.memory.remember(keys))
 
     async def answer(self, ask: Ask, arrival: float, deadline: float) -> Running:
         """Makes tokens of the prompt, and returns the answer that is to be read.
@@ -98,6 +122,7 @@ class Service:
     async def _tokens(self, ask: Ask) -> tuple[list[int], list[bytes]]:
         """Returns a prompt's tokens and the keys of its blocks. Long texts take a second, so a thread does it."""
         fingerprint = self._upstream.prefills.fingerprint
+        salt = f"{self._tenant}\n{ask.cache_salt}" if self._tenant else ask.cache_salt
 
         def make() -> tuple[list[int], list[bytes]]:
             if ask.is_chat:
@@ -107,9 +132,10 @@ class Service:
             else:
                 tokens = ask.prompt
             # Models whose rotation changes with the prompt's length have other keys; to tell beginnings apart these do.
-            return tokens, prefix_keys(tokens, fingerprint, salt=ask.cache_salt)
+            return tokens, prefix_keys(tokens, fingerprint, salt=salt)
 
-        return await asyncio.to_thread(make)
+        size = sum(len(m["content"] or "") for m in ask.prompt) if ask.is_chat else len(ask.prompt)
+        return await self._threads.run(size, make)
 
 
 class Running:

@@ -28,10 +28,13 @@ class Settings:
     max_requests: int
     max_connections: int
     max_body_bytes: int
+    max_pending_body_bytes: int
+    receive_timeout_s: float
     request_timeout_s: float
     stall_timeout_s: float
     drain_timeout_s: float
     metadata: tuple[tuple[str, str], ...]
+    tenant: str
     tls_ca: str | None
     tls_cert: str | None
     tls_key: str | None
@@ -68,11 +71,17 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
     add("--max_requests", type=int, default=256, help="requests that are answered at once; more get 503")
     add("--max_connections", type=int, default=1024, help="connections that are served at once; more get 503")
     add("--max_body_bytes", type=int, default=16 << 20, help="the largest body of a request")
+    add("--max_pending_body_bytes", type=int, default=64 << 20,
+        help="of all bodies that are still coming or wait to be read; more get 503")  # fmt: skip
+    add("--receive_timeout_s", type=float, default=30.0,
+        help="seconds until the head of a request has come, and again until its body has")  # fmt: skip
     add("--request_timeout_s", type=float, default=600.0, help="seconds until an answer must be whole")
     add("--stall_timeout_s", type=float, default=30.0, help="seconds until a client that takes nothing is cut off")
     add("--drain_timeout_s", type=float, default=25.0, help="seconds that answers have to end after SIGTERM")
     add("--metadata", action="append", default=[], metavar="KEY=VALUE",
         help="goes with each call to prefilld, for servers that tell tenants apart; may be given again")  # fmt: skip
+    add("--tenant", default="", help="the tenant that prefilld counts these calls to, where it tells tenants apart: "
+        "what its prefix cache has for others is then not counted on")  # fmt: skip
     add("--tls_ca", help="PEM file with which prefilld's and the workers' certificates are verified; none: plain text")
     add("--tls_cert", help="PEM file of the gateway's own certificate, for servers that ask for one")
     add("--tls_key", help="PEM file of its key")
@@ -86,12 +95,18 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
         ("max_requests", 1, 10**5),
         ("max_connections", 1, 10**6),
         ("max_body_bytes", 1, 2**31),
+        ("max_pending_body_bytes", 1, 2**36),
+        ("receive_timeout_s", 0.1, 3_600),
         ("request_timeout_s", 0.1, 86_400),
         ("stall_timeout_s", 0.1, 86_400),
         ("drain_timeout_s", 0, 86_400),
     ):
         if not low <= getattr(flags, name) <= high:
             wrong.append(f"--{name} is {getattr(flags, name)}, allowed: {low} to {high}")
+    if flags.max_pending_body_bytes < flags.max_body_bytes:
+        wrong.append("--max_pending_body_bytes is less than --max_body_bytes: no such body could come")
+    if len(flags.tenant) > 128 or not flags.tenant.isascii() or not flags.tenant.isprintable():
+        wrong.append(f"--tenant is {flags.tenant!r}, allowed: at most 128 printable ASCII characters")
     prefill, decode = (_addresses(name, getattr(flags, name), wrong) for name in ("prefill", "decode"))
     listen = _address("listen", flags.listen, 0, wrong)
     metadata = [tuple(entry.split("=", 1)) for entry in flags.metadata if "=" in entry]
