@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "client" / "python"))
 import live_processes  # noqa: E402
 
 NEW_TOKENS = 48
-TIMEOUT_S = 15  # of a load; those that stall take so long
+TIMEOUT_S = 40  # of a load; those that stall take so long
 
 
 class Prefilld(live_processes.Programs):
@@ -66,7 +66,8 @@ class Engine:
         if connector is not None:
             options["kv_transfer_config"] = KVTransferConfig(
                 kv_connector=module[1], kv_role="kv_consumer", kv_connector_module_path=module[0],
-                kv_load_failure_policy=policy, kv_connector_extra_config={"policy": "dense", **connector},
+                kv_load_failure_policy=policy,
+                kv_connector_extra_config={"policy": "dense", "prefill_allow": ["127.0.0.1:*"], **connector},
             )  # fmt: skip
         begin = time.monotonic()
         made = dict(enable_prefix_caching=False, max_model_len=4096, max_num_batched_tokens=4096)
@@ -118,7 +119,8 @@ def connected(bin_dir: Path, model: Path, dtype: str, ids: dict[str, list[int]],
             for mode in ("sync", "async"):
                 params = at(server.port, load_async=mode == "async")
                 result[mode] = {name: engine.one(i, params) for name, i in ids.items()}
-            result["prefills_for_each_prompt"] = server.count("prefilld_requests_total") / 2 / len(ids)
+            for name, series in (("prefills", "prefilld_requests_total"), ("further_receivers", "prefilld_receivers_total")):
+                result[f"{name}_for_each_prompt"] = server.count(series) / 2 / len(ids)
             begin = time.monotonic()
             outputs = engine.generate(list(ids.values()), at(server.port))
             result["together"] = {name: {"tokens": list(o.outputs[0].token_ids)} for name, o in zip(ids, outputs)}

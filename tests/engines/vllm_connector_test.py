@@ -18,6 +18,7 @@ try:
     from prefilld import wire
     from prefilld.vllm.cache_order import interleaved_order, rows_of
     from prefilld.vllm.config import ConnectorConfig, Load, SharedPrefill
+    from prefilld.vllm.connections import Connections
     from prefilld.vllm.loader import CacheShape, Loader
 except ImportError as missing:
     print(f"skipped: {missing}")
@@ -207,7 +208,7 @@ class Loading(unittest.TestCase):
 
     def test_ranks_share_one_computation(self):
         with PlayedServer(serving) as server:
-            shared = SharedPrefill(server.address, "id", "k" * 64)
+            shared = SharedPrefill((server.address, "127.0.0.1:1"), "id", "k" * 64)
             load = self.load("127.0.0.1:1", shared=shared)
             for rank in (0, 1):
                 cache = Cache(num_heads=1)
@@ -222,23 +223,107 @@ class Loading(unittest.TestCase):
         self.assertEqual((second.receiver, second.num_tokens), (1, 100))
         self.assertIsNone(self.load(server.address).shared)
 
-    def test_a_rank_that_finds_nothing_shared_asks_for_itself(self):
-        for code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.ABORTED):
+    def share(self, script, rank, works, retries=1, others=()):
+        """Runs one rank's share of a load. Returns the requests at the server."""
+        cache = Cache(num_heads=1)
+        with PlayedServer(script) as server:
+            loader = self.loader(cache, shape=cache.shape(rank, rank=rank, num_ranks=2), retries=retries)
+            shared = SharedPrefill((server.address, *others), "id", "k" * 64)
+            loader.start([self.load(server.address, shared=shared)])
+            self.finished(loader)
+        self.assertEqual(loader.take_bad_blocks(), set() if works else {9, 3, 12, 5})
+        if works:
+            self.check(cache, 0, 100, slice(rank, rank + 1))
+        return server.requests
 
-            def attached_in_vain(server, context, code=code):
-                if isinstance(server.requests[-1], wire.AttachReceiverRequest):
-                    context.abort(code, "nothing shared")
+    def test_a_shared_prefill_that_was_refused_is_asked_for_once_more_and_not_by_each_rank(self):
+        for code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED,
+                     grpc.StatusCode.ALREADY_EXISTS):  # fmt: skip
+
+            def once(server, context, code=code):
+                if len(server.requests) == 1:
+                    context.abort(code, "not now")
                 yield from serving(server, context)
 
+            for rank, kind in ((0, wire.PrefillRequest), (1, wire.AttachReceiverRequest)):
+                with self.subTest(code=code, rank=rank):
+                    requests = self.share(once, rank, works=True)
+                    self.assertEqual([type(request) for request in requests], [kind] * 2)
+                    self.assertEqual(requests[0], requests[1])
+                    if rank == 0:
+                        self.assertEqual((requests[1].request_id, requests[1].num_receivers), ("id", 2))
+
+    def test_a_rank_that_never_found_the_shared_prefill_does_not_ask_for_itself(self):
+        nothing = refusing(grpc.StatusCode.NOT_FOUND, "no such request came within 10s")
+        with self.assertLogs("vllm.prefilld", "WARNING"):
+            requests = self.share(nothing, 1, works=False, retries=2)
+        self.assertEqual([type(request) for request in requests], [wire.AttachReceiverRequest] * 3)
+
+    def test_a_rank_that_lost_its_stream_alone_asks_for_itself(self):
+        for code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.ALREADY_EXISTS):
+
+            def cut(server, context, code=code):
+                if len(server.requests) == 2:
+                    context.abort(code, "the others go on")
+                for i, event in enumerate(serving(server, context)):
+                    if i == 2 and len(server.requests) == 1:
+                        context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+                    yield event
+
+            attached, again, own = self.share(cut, 1, works=True)
+            self.assertEqual(attached, again)
+            self.assertEqual((type(own), own.num_receivers, own.request_id), (wire.PrefillRequest, 1, ""))
+
+    def test_a_rank_at_a_server_without_further_receivers_asks_for_itself(self):
+        def old(server, context):
+            if isinstance(server.requests[-1], wire.AttachReceiverRequest):
+                context.abort(grpc.StatusCode.UNIMPLEMENTED, "unknown")
+            yield from serving(server, context)
+
+        _, own = self.share(old, 1, works=True, retries=0)
+        self.assertEqual((own.num_receivers, own.request_id), (1, ""))
+
+    def test_all_ranks_go_on_to_the_same_server_when_one_is_away(self):
+        for rank in (0, 1):
             cache = Cache(num_heads=1)
-            with PlayedServer(attached_in_vain) as server:
-                loader = self.loader(cache, shape=cache.shape(1, rank=1, num_ranks=2), retries=1)
-                shared = SharedPrefill(server.address, "id", "k" * 64)
-                loader.start([self.load(server.address, shared=shared)])
+            with PlayedServer(serving) as server:
+                loader = self.loader(cache, shape=cache.shape(rank, rank=rank, num_ranks=2), retries=1)
+                shared = SharedPrefill(("127.0.0.1:1", server.address), "id", "k" * 64)
+                loader.start([self.load(None, shared=shared)])
                 self.finished(loader)
-                self.assertEqual(len(server.requests), 2)
-                self.assertEqual((server.requests[1].num_receivers, server.requests[1].request_id), (1, ""))
-            self.check(cache, 0, 100, slice(1, 2))
+                self.assertEqual([request.request_id for request in server.requests], ["id"])
+            self.check(cache, 0, 100, slice(rank, rank + 1))
+
+    def test_clients_that_nobody_uses_are_bounded(self):
+        connections = Connections(None, kept=2)
+        self.addCleanup(connections.close)
+        with connections.client(("in use:1",)) as busy:
+            idle = []
+            for i in range(20):
+                with connections.client((f"host-{i}:1",)) as client:
+                    idle.append(client)
+            self.assertEqual(len(connections._clients), 3)
+            with connections.client(("host-18:1",)) as client:
+                self.assertIs(client, idle[18])  # it was kept
+            with connections.client(("host-3:1",)) as client:
+                self.assertIsNot(client, idle[3])
+            with connections.client(("host-18:1",)) as client:
+                self.assertIs(client, idle[18])  # asked for after host-19
+            with connections.client(("in use:1",)) as client:
+                self.assertIs(client, busy)
+        self.assertEqual(len(connections._clients), 2)
+
+    def test_a_client_is_not_closed_while_a_load_uses_it(self):
+        with PlayedServer(serving) as server:
+            connections = Connections(None, kept=0)
+            with connections.client((server.address,)) as client:
+                with connections.client((server.address,)):
+                    pass
+                with client.prefill(list(range(100))) as stream:
+                    self.assertEqual(len(list(stream)), LAYERS)
+            self.assertEqual(len(connections._clients), 0)
+            with self.assertRaises(ValueError):  # gRPC's, of a closed channel
+                client.prefill(list(range(100)))
 
     def test_options_go_with_the_request(self):
         with PlayedServer(serving) as server:

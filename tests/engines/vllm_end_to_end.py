@@ -4,7 +4,7 @@
     python=$(tests/engines/make_venv.sh ~/.cache/prefilld/engines)
     $python tests/engines/vllm_end_to_end.py build/release/bin --out tests/engines/results.json [--cases plain fail ...]
 
-Takes some 20 minutes on two cores and 8 GB of memory. The model is the embedded one in fp32; --real MODEL adds
+Takes some 30 minutes on two cores that do nothing else, and 8 GB of memory. The model is the embedded one in fp32; --real MODEL adds
 SmolLM2-135M-Instruct (tests/evaluation/real_weights/get_model.py) in bf16. --record FILE writes down the calls that
 vllm_connector_test.py repeats. Cases that are not named keep the results that --out has. Exits with 1 if a token is
 wrong, an answer is missing or an engine died.
@@ -27,7 +27,7 @@ from prompts_of_engines import ROOT, prompts
 
 TINY = ROOT / "model" / "tiny"
 CASES = ("connected", "tensor_parallel", "prefix", "recompute", "fail", "http")
-TIMEOUT_S = 1800
+TIMEOUT_S = 5400
 
 
 def run(case: str, bin_dir: Path, model: Path, dtype: str, environment: dict | None = None) -> dict:
@@ -55,6 +55,11 @@ def judge_connected(made: dict, expected: dict, failures: list[str], case: str) 
     for mode in found:
         differ = [name for name in expected if made[mode][name]["tokens"] != expected[name]["tokens"]]
         failures += [f"{case} {mode}: the tokens after {', '.join(differ)} differ"] if differ else []
+    ranks = 2 if case == "tensor_parallel" else 1
+    due = {"prefills_for_each_prompt": 1.0, "further_receivers_for_each_prompt": ranks - 1.0}
+    for what, count_due in due.items():
+        if made[what] != count_due:
+            failures.append(f"{case}: {what} is {made[what]}; due: {count_due}")
     seconds = {
         name: {"plain": expected[name]["seconds"], "sync": made["sync"][name]["seconds"],
                "async": made["async"][name]["seconds"]}
@@ -63,7 +68,7 @@ def judge_connected(made: dict, expected: dict, failures: list[str], case: str) 
     return {
         "prompts": count,
         "equal": found,
-        "prefills_for_each_prompt": made["prefills_for_each_prompt"],
+        **{what: made[what] for what in due},
         "seconds_with_48_new_tokens": seconds,
     }
 
@@ -120,10 +125,12 @@ def agreement(answers: dict, expected: dict) -> dict:
 
 def real_weights(bin_dir: Path, model: Path, failures: list[str]) -> dict:
     exact = run("plain", bin_dir, model, "float32")["prompts"]
+    same = run("connected", bin_dir, model, "float32")
     rounded = run("plain", bin_dir, model, "bfloat16")["prompts"]
     made = run("connected", bin_dir, model, "bfloat16")
     result = {
         "model": model.name,
+        "prefilld_fp32_beside_plain_fp32": agreement(same["async"], exact),
         "plain_bf16_beside_plain_fp32": agreement(rounded, exact),
         "prefilld_bf16_beside_plain_fp32": agreement(made["async"], exact),
         "prefilld_bf16_beside_plain_bf16": agreement(made["async"], rounded),
@@ -169,8 +176,10 @@ def main() -> int:
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     results.update(environment())
 
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+
     def keep(case: str, made: dict) -> None:
-        results[case] = made
+        results[case] = {"commit": commit.strip(), **made}
         args.out.write_text(json.dumps(results, indent=1) + "\n")
         print(f"{case}: {'; '.join(failures) or 'ok'}", flush=True)
 

@@ -62,7 +62,8 @@ class Server:
             self._port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self._port}"
         transfer = {"kv_connector": "PrefilldConnector", "kv_role": "kv_consumer", "kv_load_failure_policy": "recompute",
-                    "kv_connector_module_path": "prefilld.vllm", "kv_connector_extra_config": {"policy": "dense"}}  # fmt: skip
+                    "kv_connector_module_path": "prefilld.vllm",
+                    "kv_connector_extra_config": {"policy": "dense", "prefill_allow": ["127.0.0.1:*"]}}  # fmt: skip
         self._command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "tiny",
             "--skip-tokenizer-init", "--dtype", dtype, "--enforce-eager", "--max-model-len", "4096", "--port",

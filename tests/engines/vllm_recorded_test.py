@@ -13,6 +13,7 @@ import json
 import pickle
 import re
 import sys
+import tempfile
 import time
 import types
 import unittest
@@ -109,7 +110,10 @@ def vllm_config(**extra):
     layers = {name: types.SimpleNamespace(impl=types.SimpleNamespace(do_kv_cache_update=update)) for name in caches}
     of = types.SimpleNamespace
     return of(
-        kv_transfer_config=of(kv_role="kv_consumer", kv_connector_extra_config={"retries": 0, "policy": "dense", **extra}),
+        kv_transfer_config=of(
+            kv_role="kv_consumer",
+            kv_connector_extra_config={"retries": 0, "policy": "dense", "prefill_allow": ["127.0.0.1:*"], **extra},
+        ),
         parallel_config=of(pipeline_parallel_size=1),
         model_config=of(
             dtype=getattr(torch, made["dtype"].removeprefix("torch.")),
@@ -229,13 +233,10 @@ class TensorParallel(unittest.TestCase):
             made.register_kv_caches(caches)
         return made, caches
 
-    def test_the_ranks_have_a_prompt_computed_once(self):
-        programs = self.enterContext(live_processes.Programs())
-        server = programs.start(BIN_DIR / "prefilld", live_processes.MODEL, "--metrics_listen=127.0.0.1:0")
-        config = vllm_config(prefill_address=[server], min_prompt_tokens=1)
+    def load(self, config, tokens):
+        """Plans the load of a prompt as one engine, and runs it in both ranks. Returns their caches."""
         config.parallel_config.tensor_parallel_size = 2
         scheduler = connector(Role.SCHEDULER, config)
-        tokens = [(i * i + 5) % 256 for i in range(700)]
         request = types.SimpleNamespace(
             request_id="tp", num_prompt_tokens=len(tokens), prompt_token_ids=tokens, kv_transfer_params=None
         )
@@ -253,18 +254,50 @@ class TensorParallel(unittest.TestCase):
                 done = made.get_finished(set())[1] or set()
                 time.sleep(0.01)
             self.assertEqual((done, made.get_block_ids_with_load_errors()), ({"tp"}, set()))
-        self.assertEqual(programs.metric(server, "prefilld_steps_total"), 8)
-        self.assertEqual(programs.metric(server, "prefilld_prompt_tokens_count"), 1)
-        self.assertEqual(programs.metric(server, 'prefilld_receivers_total{outcome="ok"}'), 1)
+        return [caches for _, caches in ranks]
+
+    def compare(self, server, tokens, ranks):
+        """Each rank's cache has what the server says of its head."""
         with PrefillClient(server) as client:
             with client.prefill(tokens, layout=Layout(128, dtype="fp32"), attention=Attention("dense")) as stream:
                 by_token = to_torch(stream.read_all()).flatten(2, 3)[:, :, : len(tokens)]
-        for rank, (_, caches) in enumerate(ranks):
+        for rank, caches in enumerate(ranks):
             for layer, name in enumerate(sorted(caches, key=lambda n: int(re.search(r"\d+", n)[0]))):
                 rows = caches[name][self.BLOCKS].transpose(1, 2).flatten(0, 1)[: len(tokens)]
                 for kind, found in enumerate(rows.split(rows.shape[-1] // 2, -1)):
                     wanted = by_token[layer, kind, :, rank : rank + 1]
                     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+    def test_the_ranks_have_a_prompt_computed_once(self):
+        programs = self.enterContext(live_processes.Programs())
+        server = programs.start(BIN_DIR / "prefilld", live_processes.MODEL, "--metrics_listen=127.0.0.1:0")
+        tokens = [(i * i + 5) % 256 for i in range(700)]
+        ranks = self.load(vllm_config(prefill_address=[server], min_prompt_tokens=1), tokens)
+        self.assertEqual(programs.metric(server, "prefilld_steps_total"), 8)
+        self.assertEqual(programs.metric(server, "prefilld_prompt_tokens_count"), 1)
+        self.assertEqual(programs.metric(server, 'prefilld_receivers_total{outcome="ok"}'), 1)
+        self.compare(server, tokens, ranks)
+
+    def test_the_ranks_have_a_prompt_computed_once_after_a_refusal(self):
+        """The tenant has 1,000 tokens, and 100 more each second. Another prompt has just taken them."""
+        programs = self.enterContext(live_processes.Programs())
+        folder = Path(self.enterContext(tempfile.TemporaryDirectory(prefix="prefilld-ranks-")))
+        allowance = {"name": "engine", "tokens_per_second": 100}
+        (folder / "tenants.json").write_text(json.dumps({"tenants": [allowance, {"name": "default"}]}))
+        flags = ("--metrics_listen=127.0.0.1:0", "--tenant_from=metadata", f"--tenants={folder / 'tenants.json'}")
+        server = programs.start(BIN_DIR / "prefilld", live_processes.MODEL, *flags)
+        tokens = [(i * i + 5) % 256 for i in range(300)]
+        made = dict(metadata={"x-tenant": "engine"}, retries=2)
+        config = vllm_config(prefill_address=[server], min_prompt_tokens=1, **made)
+        with PrefillClient(server) as client, self.assertLogs("vllm.prefilld", "INFO") as logs:
+            with client.prefill([7] * 1000, metadata=[("x-tenant", "engine")]) as other:
+                ranks = self.load(config, tokens)
+                other.read_all()
+        again = [line for line in logs.output if "is tried again" in line]
+        self.assertTrue(any("RESOURCE_EXHAUSTED" in line for line in again), logs.output)
+        self.assertEqual(programs.metric(server, "prefilld_prompt_tokens_count"), 2)
+        self.assertEqual(programs.metric(server, 'prefilld_receivers_total{outcome="ok"}'), 1)
+        self.compare(server, tokens, ranks)
 
 
 class Start(unittest.TestCase):

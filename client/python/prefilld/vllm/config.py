@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 
-from prefilld.options import MAX_LANES
+from prefilld.options import MAX_LANES, Attention
+from prefilld.vllm.addresses import Address, AddressPattern, read_port
+
+MAX_ADDRESSES, MAX_PATTERNS, MAX_METADATA = 64, 64, 32
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,9 @@ class ConnectorConfig:
     prefill_address: host:port of a prefilld, or a list that takes the calls in turn. Prompts of which at least
     min_prompt_tokens tokens are not in vLLM's own cache are prefilled there. Without it, and below that, only
     requests whose kv_transfer_params say do_remote_prefill are prefilled elsewhere.
+    prefill_allow: patterns of the addresses that kv_transfer_params may name beside prefill_address, such as
+    "10.2.*.*:50051" or "*.prefill:50051" (AddressPattern). All others are left alone: they would be sent the prompt and
+    the metadata.
     load_async: vLLM goes on with other requests while a prompt is prefilled and its KV arrives. False: each load
     holds the engine up.
     policy: the attention policy of all prompts ("dense", "share", ...); None: the server's default.
@@ -31,6 +39,7 @@ class ConnectorConfig:
     """
 
     prefill_address: str | list[str] | None = None
+    prefill_allow: list[str] = field(default_factory=list)
     min_prompt_tokens: int = 1024
     load_async: bool = True
     policy: str | None = None
@@ -50,21 +59,58 @@ class ConnectorConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         wrong = [f"{name!r} is unknown; one of {', '.join(sorted(known))}" for name in extra if name not in known]
         config = cls(**{name: value for name, value in extra.items() if name in known})
+        wrong += config._mistakes()
+        if wrong:
+            raise ValueError("kv_connector_extra_config: " + "; ".join(wrong))
+        return config
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Returns those of prefill_address."""
+        if self.prefill_address is None:
+            return ()
+        return (self.prefill_address,) if isinstance(self.prefill_address, str) else tuple(self.prefill_address)
+
+    def allowed(self, address: str) -> str:
+        """Returns an address in its one form. Raises ValueError for one that requests may not name, or that is none."""
+        asked = Address.parse(address)
+        is_configured = any(asked == Address.parse(configured) for configured in self.addresses)
+        if not is_configured and not any(AddressPattern(pattern).admits(asked) for pattern in self.prefill_allow):
+            named = ", ".join((*self.addresses, *self.prefill_allow)) or "none"
+            raise ValueError(f"{asked} is not among the allowed servers (prefill_address, prefill_allow): {named}")
+        return str(asked)
+
+    def _mistakes(self) -> Iterator[str]:
         for name, low, high in (
             ("min_prompt_tokens", 1, 2**31),
             ("lanes", 1, MAX_LANES),
             ("max_loads", 1, 1024),
-            ("timeout_s", 0.001, 86_400),
             ("retries", 0, 100),
         ):
-            value = getattr(config, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                wrong.append(f"{name} is {value!r}, allowed: {low} to {high}")
-        if bool(config.tls_cert) != bool(config.tls_key) or (config.tls_cert and not config.tls_ca):
-            wrong.append("tls_cert and tls_key need each other and tls_ca")
-        if wrong:
-            raise ValueError("kv_connector_extra_config: " + "; ".join(wrong))
-        return config
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                yield f"{name} is {value!r}, allowed: whole numbers from {low} to {high}"
+        if isinstance(self.timeout_s, bool) or not isinstance(self.timeout_s, (int, float)) or not (
+            0.001 <= self.timeout_s <= 86_400
+        ):
+            yield f"timeout_s is {self.timeout_s!r}, allowed: 0.001 to 86400"
+        if not isinstance(self.load_async, bool):
+            yield f"load_async is {self.load_async!r}, allowed: true and false"
+        yield from _mistakes_of_addresses(self.prefill_address)
+        yield from _mistakes_of_list("prefill_allow", self.prefill_allow, AddressPattern, 0, MAX_PATTERNS)
+        try:
+            Attention(self.policy).to_wire()
+        except (ValueError, TypeError, AttributeError) as error:
+            yield f"policy is {self.policy!r}: {error}"
+        if not isinstance(self.model_fingerprint, str) or len(self.model_fingerprint) > 128:
+            yield f"model_fingerprint is {self.model_fingerprint!r}, allowed: a text of at most 128 characters"
+        yield from _mistakes_of_metadata(self.metadata)
+        for name in ("tls_ca", "tls_cert", "tls_key"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                yield f"{name} is {value!r}, allowed: the path of a PEM file"
+        if bool(self.tls_cert) != bool(self.tls_key) or (self.tls_cert and not self.tls_ca):
+            yield "tls_cert and tls_key need each other and tls_ca"
 
     def credentials(self) -> grpc.ChannelCredentials | None:
         if self.tls_ca is None:
@@ -79,16 +125,53 @@ class ConnectorConfig:
         return grpc.ssl_channel_credentials(read(self.tls_ca), read(self.tls_key), read(self.tls_cert))
 
 
+def _mistakes_of_addresses(value: Any) -> Iterator[str]:
+    if value is None:
+        return
+    listed = [value] if isinstance(value, str) else value
+    yield from _mistakes_of_list("prefill_address", listed, Address.parse, 1, MAX_ADDRESSES)
+
+
+def _mistakes_of_list(
+    name: str, value: Any, read: Callable[[str], Any], fewest: int, most: int
+) -> Iterator[str]:
+    if not isinstance(value, (list, tuple)) or not fewest <= len(value) <= most:
+        yield f"{name} is {value!r}, allowed: a list of {fewest} to {most} texts"
+        return
+    for entry in value:
+        try:
+            read(entry)
+        except (ValueError, TypeError, AttributeError) as error:
+            yield f"{name} has {entry!r}: {error}"
+
+
+def _mistakes_of_metadata(value: Any) -> Iterator[str]:
+    if not isinstance(value, dict) or len(value) > MAX_METADATA:
+        yield f"metadata is no object of at most {MAX_METADATA} texts"  # without the value, which may be a secret
+        return
+    for key, text in value.items():
+        if not isinstance(key, str) or not re.fullmatch(r"[0-9a-z_.-]{1,256}", key) or key.startswith("grpc-"):
+            yield f"metadata has the key {key!r}, allowed: 1 to 256 of 0-9 a-z _ . -, not beginning with grpc-"
+        elif key.endswith("-bin"):
+            yield f"metadata has the key {key!r}; bytes (-bin) cannot be given here"
+        elif not isinstance(text, str) or not re.fullmatch(r"[ -~]{0,8192}", text):
+            yield f"metadata {key!r} is no text of at most 8192 printable ASCII characters"
+
+
 @dataclass(frozen=True)
 class SharedPrefill:
     """The one computation from which all tensor-parallel ranks take their heads, known to each of them beforehand.
 
-    Rank 0 asks for it at `address` by this id, and the others attach to it with the key.
+    Rank 0 asks for it by this id, and the others attach to it with the key: at the first of the addresses, and at the
+    next one after a server was away.
     """
 
-    address: str
+    addresses: tuple[str, ...]
     request_id: str
     key: str
+
+    def at_next_address(self) -> SharedPrefill:
+        return dataclasses.replace(self, addresses=self.addresses[1:] + self.addresses[:1])
 
 
 @dataclass
@@ -140,16 +223,27 @@ class Wish:
             if config.prefill_address is None or params:
                 return None
             return cls(None, config.load_async, attention, 0)
-        address = None
-        if params.get("remote_host") or params.get("remote_port"):
-            host, port = params.get("remote_host"), params.get("remote_port")
-            if not isinstance(host, str) or not host or not str(port).isdecimal() or not 0 < int(port) < 65536:
-                raise ValueError(f"remote_host {host!r} and remote_port {port!r} are no address")
-            address = f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
-        elif config.prefill_address is None:
-            raise ValueError("do_remote_prefill without remote_host, and no prefill_address is configured")
+        address = _address_of(params, config)
         own = params.get("attention") or {}
         priority = params.get("priority", 0)
-        if not isinstance(own, dict) or not isinstance(priority, int):
-            raise ValueError(f"attention {own!r} must be an object, and priority {priority!r} a number")
-        return cls(address, bool(params.get("load_async", config.load_async)), {**attention, **own}, priority)
+        load_async = params.get("load_async", config.load_async)
+        if not isinstance(own, dict):
+            raise ValueError(f"attention is {own!r}, allowed: an object")
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise ValueError(f"priority is {priority!r}, allowed: a whole number")
+        if not isinstance(load_async, bool):
+            raise ValueError(f"load_async is {load_async!r}, allowed: true and false")
+        return cls(address, load_async, {**attention, **own}, priority)
+
+
+def _address_of(params: dict[str, Any], config: ConnectorConfig) -> str | None:
+    """Returns the address that a request names, None if it names none. Raises ValueError if it may not name it."""
+    host, port = params.get("remote_host"), params.get("remote_port")
+    if not host and not port:
+        if config.prefill_address is None:
+            raise ValueError("do_remote_prefill without remote_host, and no prefill_address is configured")
+        return None
+    number = read_port(str(port))
+    if not isinstance(host, str) or not host or number is None:
+        raise ValueError(f"remote_host {host!r} and remote_port {port!r} are no address")
+    return config.allowed(f"[{host}]:{number}" if ":" in host and not host.startswith("[") else f"{host}:{number}")

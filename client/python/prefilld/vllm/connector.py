@@ -54,7 +54,7 @@ class PrefilldConnector(KVConnectorBase_V1, SupportsHMA):
         logger.info(
             "prefilld: vLLM %s, %s; %s loads from %s", version, role.name.lower(),
             "asynchronous" if self._config.load_async else "blocking",
-            self._config.prefill_address or "the servers that kv_transfer_params name",
+            ", ".join((*self._config.addresses, *self._config.prefill_allow)) or "no server: none is allowed",
         )  # fmt: skip
         num_ranks = getattr(vllm_config.parallel_config, "tensor_parallel_size", 1)
         self._planner = LoadPlanner(self._config, num_ranks) if role == KVConnectorRole.SCHEDULER else None

@@ -20,11 +20,16 @@ from prefilld.errors import Cancelled, PrefilldError, TransferError
 from prefilld.options import Attention, Layout
 from prefilld.transfer import KvBlocks
 from prefilld.vllm.config import ConnectorConfig, Load, SharedPrefill
+from prefilld.vllm.connections import Connections
 
 logger = logging.getLogger("vllm.prefilld")
 
-# Rank 0 did not come to the server in time, or the server knows no further receivers.
-_NOTHING_SHARED = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED)
+_Code = grpc.StatusCode
+# Statuses of shared prefills that may pass: rank 0 has not come yet, or its broken call is still known by the id.
+_NOT_YET = {_Code.NOT_FOUND, _Code.ALREADY_EXISTS}
+# The server is away, or goes: all ranks see that, so that all of them go on to the next.
+_AWAY = {_Code.UNAVAILABLE, _Code.ABORTED}
+_PAUSE_SECONDS = 0.5  # before another try, unless the server names a time
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class _Running:
         self.fence = fence
         self.ended = threading.Event()  # the request is gone
         self.stream: PrefillStream | None = None
+        self.was_accepted = False  # by a server, in any try
 
 
 class Loader:
@@ -83,12 +89,11 @@ class Loader:
     def __init__(self, config: ConnectorConfig, shape: CacheShape):
         self._config = config
         self._shape = shape
-        self._credentials = config.credentials()
+        self._connections = Connections(config.credentials())
         self._unit = shape.wire_block_tokens()
         self._order = shape.order if shape.takes_blocks() else "nhd"
         self._threads = ThreadPoolExecutor(config.max_loads, thread_name_prefix="prefilld-load")
         self._lock = threading.Lock()  # of all below
-        self._clients: dict[str | None, PrefillClient] = {}
         self._running: dict[str, _Running] = {}
         self._finished: set[str] = set()
         self._bad_blocks: set[int] = set()
@@ -142,8 +147,7 @@ class Loader:
             ids = list(self._running)
         self.cancel(ids)
         self._threads.shutdown(wait=True, cancel_futures=True)
-        for client in self._clients.values():
-            client.close()
+        self._connections.close()
 
     def _run(self, running: _Running) -> None:
         load, begin = running.load, time.monotonic()
@@ -160,7 +164,7 @@ class Loader:
             reason = f"{error}; {error.advice}" if isinstance(error, PrefilldError) else repr(error)
             logger.warning(
                 "prefilld: tokens %d to %d of request %s were not loaded from %s after %.2f s: %s",
-                load.first_token, load.end_token, load.request_id, load.address or self._config.prefill_address,
+                load.first_token, load.end_token, load.request_id, load.address or ", ".join(self._config.addresses),
                 time.monotonic() - begin, reason.replace("\n", " "),
             )  # fmt: skip
         counts["load_seconds"] = time.monotonic() - begin
@@ -174,33 +178,42 @@ class Loader:
 
     def _load_with_retries(self, running: _Running) -> dict[str, float]:
         deadline = time.monotonic() + self._config.timeout_s
-        retries = self._config.retries if running.load.is_async else 0
-        for attempt in range(retries + 1):
+        tries_left = 1 + (self._config.retries if running.load.is_async else 0)
+        shared = running.load.shared
+        while True:
             if running.ended.is_set():  # it may have waited long for a thread
                 raise Cancelled()
-            # The first attempt is that of all ranks. A rank that has failed asks again for itself, because the others
-            # may have what they wanted.
-            shared = running.load.shared if attempt == 0 else None
+            tries_left -= 1
             try:
                 return self._load(running, deadline, shared)
             except PrefilldError as error:
-                pause = 0.5 if error.retry_after is None else error.retry_after
-                may_pass = error.retryable or (shared is not None and error.code in _NOTHING_SHARED)
-                if not may_pass or attempt == retries or time.monotonic() + pause > deadline:
+                pause = _PAUSE_SECONDS if error.retry_after is None else error.retry_after
+                is_alone = shared is not None and self._is_left_alone(running, error)
+                if is_alone:
+                    shared, pause, tries_left = None, 0.0, tries_left + 1  # it has computed nothing, and is no try
+                may_pass = error.retryable or is_alone or (shared is not None and error.code in _NOT_YET)
+                if not may_pass or not tries_left or time.monotonic() + pause > deadline:
                     raise
+                if shared is not None and error.code in _AWAY:
+                    shared = shared.at_next_address()
                 logger.info("prefilld: request %s is tried again in %.1f s: %s", running.load.request_id, pause, error)
                 if running.ended.wait(pause):
                     raise Cancelled() from None
-        raise AssertionError("the last attempt returns or raises")
 
-    def _client(self, address: str | None) -> PrefillClient:
-        with self._lock:
-            if address not in self._clients:
-                target = self._config.prefill_address if address is None else address
-                self._clients[address] = PrefillClient(target, credentials=self._credentials)
-            return self._clients[address]
+    def _is_left_alone(self, running: _Running, error: PrefilldError) -> bool:
+        """Tells whether the others go on without this rank, so that it has to ask for a prefill of its own.
 
-    def _submit(self, load: Load, shared: SharedPrefill | None, timeout: float) -> PrefillStream:
+        A shared prefill that fails as a whole is asked for again by rank 0, under the same id, and the others attach
+        again. A rank that lost its stream alone finds that it had attached, or that the others are done. One that was
+        never accepted does not ask for itself: rank 0 may have been refused, and each rank would ask once more.
+        """
+        if self._shape.rank == 0:
+            return False
+        return error.code is _Code.UNIMPLEMENTED or (running.was_accepted and error.code in _NOT_YET)
+
+    def _submit(
+        self, client: PrefillClient, load: Load, shared: SharedPrefill | None, timeout: float
+    ) -> PrefillStream:
         shape = self._shape
         layout = Layout(
             block_tokens=self._unit,
@@ -217,7 +230,6 @@ class Loader:
             metadata=tuple(self._config.metadata.items()),
             timeout=timeout,
         )
-        client = self._client(load.address if shared is None else shared.address)
         if shared is not None and shape.rank > 0:
             return client.attach_receiver(shared.request_id, shared.key, shape.rank, len(load.tokens), **common)
         if shared is not None:
@@ -232,13 +244,16 @@ class Loader:
 
     def _load(self, running: _Running, deadline: float, shared: SharedPrefill | None) -> dict[str, float]:
         load = running.load
-        with self._submit(load, shared, max(0.001, deadline - time.monotonic())) as stream:
-            running.stream = stream
-            if running.ended.is_set():  # it was cancelled before it had a stream
-                raise Cancelled()
-            stream.wait_accepted()
-            self._check_model(stream.layout)
-            self._receive(running, stream)
+        own = self._config.addresses if load.address is None else (load.address,)
+        with self._connections.client(own if shared is None else shared.addresses[:1]) as client:
+            with self._submit(client, load, shared, max(0.001, deadline - time.monotonic())) as stream:
+                running.stream = stream
+                if running.ended.is_set():  # it was cancelled before it had a stream
+                    raise Cancelled()
+                stream.wait_accepted()
+                running.was_accepted = True
+                self._check_model(stream.layout)
+                self._receive(running, stream)
         result = stream.result
         logger.info(
             "prefilld: tokens %d to %d of request %s loaded, %.1f MB; there: %d ms computing, %d ms queued, %d tokens cached",

@@ -20,8 +20,7 @@ class LoadPlanner:
         """num_ranks: tensor-parallel workers, each of which gets every load."""
         self._config = config
         self._num_ranks = num_ranks
-        configured = config.prefill_address or []
-        self._turns = itertools.cycle([configured] if isinstance(configured, str) else configured)
+        self._turns = itertools.count()
         self._wishes: dict[str, Wish | None] = {}  # by request, from the first question to its end
         self._offered: dict[str, int] = {}  # the first token that vLLM lacks, by request
         self._loaded: set[str] = set()  # requests that have had their load
@@ -70,9 +69,11 @@ class LoadPlanner:
         self._loaded.add(request.request_id)
 
     def _share(self, wish: Wish) -> SharedPrefill:
-        # The ranks must meet at one server, so it is chosen here.
-        address = next(self._turns) if wish.address is None else wish.address
-        return SharedPrefill(address, f"vllm-{secrets.token_hex(16)}", secrets.token_hex(32))
+        # The ranks must meet at one server, also when they try again, so the order is chosen here.
+        addresses = self._config.addresses if wish.address is None else (wish.address,)
+        first = next(self._turns) % len(addresses)
+        in_turn = addresses[first:] + addresses[:first]
+        return SharedPrefill(in_turn, f"vllm-{secrets.token_hex(16)}", secrets.token_hex(32))
 
     def end(self, request_id: str) -> None:
         """Forgets a request that is done, aborted or failed. May be called twice."""
