@@ -7,7 +7,8 @@ For each rule of --scheduling a server is started, `prefill-cli bench` sends it 
 same trace. The server is measured (measure_layers.py) before and after the trace, and the simulator takes the mean
 of both. No KV is asked for, since the simulator knows none. It prints the times to the first token of both, what the
 simulated ones are of the measured ones, and what the second measurement took of the first: where that is far from 1,
-something else used the machine, and the comparison says little.
+something else used the machine, and the comparison says little. Requests that were refused are counted, and stand
+behind all others (first_tokens.py).
 """
 
 import argparse
@@ -21,9 +22,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import measure_layers
+from first_tokens import NEVER, mean_of_report, percentile_of_report, refused_of_report, shown
 from prefilld import PrefillClient
 
-COMPARED = ("mean", "p50", "p90", "p99")
+COMPARED = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
 @contextlib.contextmanager
@@ -50,7 +52,14 @@ def run_json(command: list) -> dict:
 
 
 def times(report: dict) -> dict[str, float]:
-    return {name: report["first_token_ms"][name] for name in COMPARED}
+    return {"mean": mean_of_report(report)} | {n: percentile_of_report(report, share) for n, share in COMPARED.items()}
+
+
+def shares(simulated: dict[str, float], measured: dict[str, float]) -> dict[str, float | str]:
+    return {
+        name: "refused" if NEVER in (simulated[name], of) else round(simulated[name] / of, 3)
+        for name, of in measured.items()
+    }
 
 
 def mean_profile(before: dict, after: dict) -> dict:
@@ -85,11 +94,10 @@ def compare(args: argparse.Namespace, scheduling: str) -> dict:
              f"--queue_capacity={args.queue_capacity}", *load]  # fmt: skip
         )
     return {
-        "measured_ms": times(measured),
-        "simulated_ms": times(simulated),
-        "simulated_of_measured": {
-            name: round(times(simulated)[name] / times(measured)[name], 3) for name in COMPARED
-        },
+        "measured_ms": {name: shown(value) for name, value in times(measured).items()},
+        "simulated_ms": {name: shown(value) for name, value in times(simulated).items()},
+        "simulated_of_measured": shares(times(simulated), times(measured)),
+        "refused": {"measured": refused_of_report(measured), "simulated": refused_of_report(simulated)},
         "layers_after_of_before": round(layer_us(after) / layer_us(before), 3),
         "ends": {"measured": measured["ends"], "simulated": simulated["ends"]},
         "done": {"measured": measured["done"], "simulated": simulated["done"]},

@@ -17,7 +17,8 @@ import time
 import urllib.request
 from pathlib import Path
 
-from short_beside_long import first_token_times, running_server, send_shorts
+from first_tokens import first_token_times
+from short_beside_long import running_server, send_shorts
 
 from prefilld import Attention, Layout, PrefillClient
 
@@ -68,7 +69,7 @@ def measure(args: argparse.Namespace, address: str, log: Path, before: int) -> d
                 raise SystemExit(f"only {resident} tokens are under way")
             time.sleep(0.1)
     begin = log.stat().st_size
-    send_shorts(args, address, shorts, args.seconds, rng)
+    refused = send_shorts(args, address, shorts, args.seconds, rng)
     time.sleep(0.5)
     result = {
         "resident_tokens": resident,
@@ -76,7 +77,7 @@ def measure(args: argparse.Namespace, address: str, log: Path, before: int) -> d
         "steps": metric(args.metrics_port, "prefilld_steps_total"),
         "device_mib_ready": ready,
         "device_mib_most": memory.most - before,
-        "short_beside_ms": first_token_times(log.read_bytes()[begin:].decode()),
+        "short_beside_ms": first_token_times(log.read_bytes()[begin:].decode(), refused),
     }
     memory.stop()
     for stream in streams:

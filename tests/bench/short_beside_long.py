@@ -7,7 +7,8 @@
 Dense prompts of --short_tokens random tokens come together, --per_second times a second on average. The long
 prompts are files of token ids, for instance of model/synthetic/make_checkpoint.py --prompt; without any,
 random tokens are sent. Only the last block of KV is asked for, so that consumers wait for nothing but the
-computation. The times are those of the server's log (ttft_ms), queueing included.
+computation. The times are those of the server's log (ttft_ms), queueing included. Prompts that were refused are counted,
+and stand behind all others (first_tokens.py).
 """
 
 import argparse
@@ -19,10 +20,13 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from prefilld import Attention, Layout, PrefillClient
+from first_tokens import first_token_times
+
+from prefilld import Attention, Layout, PrefillClient, PrefilldError
 
 
 @contextlib.contextmanager
@@ -52,15 +56,35 @@ def prefill(client: PrefillClient, tokens: list[int], policy: str, metadata=()):
         return stream.result
 
 
+class Sender:
+    """Sends prompts, and counts by their length those that were refused or failed. For several threads."""
+
+    def __init__(self):
+        self.refused: Counter[int] = Counter()
+        self._lock = threading.Lock()
+
+    def send(self, client: PrefillClient, tokens: list[int], policy: str, metadata=()) -> float:
+        """Returns the seconds that a refusal asks to wait, and 0 after an answer."""
+        try:
+            prefill(client, tokens, policy, metadata)
+            return 0.0
+        except PrefilldError as error:
+            if not error.retryable:
+                raise
+            with self._lock:
+                self.refused[len(tokens)] += 1
+            return error.retry_after or 0.1
+
+
 def send_shorts(args: argparse.Namespace, address: str, prompts: dict[int, list[list[int]]], seconds: float,
-                rng: random.Random) -> None:  # fmt: skip
-    """Sends short prompts, each from a thread and a connection of its own, and waits for all."""
-    threads = []
+                rng: random.Random) -> Counter[int]:  # fmt: skip
+    """Sends short prompts, each from a thread and a connection of its own, and waits for all. Returns the refused ones."""
+    threads, sender = [], Sender()
     end = time.monotonic() + seconds
 
     def send(tokens: list[int]) -> None:
         with PrefillClient(address) as client:
-            prefill(client, tokens, "dense")
+            sender.send(client, tokens, "dense")
 
     while time.monotonic() < end:
         for length in args.short_tokens:
@@ -69,20 +93,7 @@ def send_shorts(args: argparse.Namespace, address: str, prompts: dict[int, list[
         time.sleep(rng.expovariate(args.per_second))
     for thread in threads:
         thread.join()
-
-
-def percentiles(times: list[float]) -> dict:
-    times = sorted(times)
-    at = lambda share: round(times[min(len(times) - 1, int(share * len(times)))], 1)  # noqa: E731
-    return {"count": len(times), "p50": at(0.5), "p90": at(0.9), "p99": at(0.99)} if times else {"count": 0}
-
-
-def first_token_times(log: str) -> dict[str, dict]:
-    """Returns the percentiles of ttft_ms of every prompt length in these lines of a log."""
-    times: dict[str, list[float]] = {}
-    for tokens, ttft in re.findall(r" tokens=(\d+) .*? ttft_ms=([\d.]+)", log):
-        times.setdefault(tokens, []).append(float(ttft))
-    return {tokens: percentiles(values) for tokens, values in sorted(times.items(), key=lambda item: int(item[0]))}
+    return sender.refused
 
 
 def measure(args: argparse.Namespace, address: str, log: Path) -> dict:
@@ -94,31 +105,37 @@ def measure(args: argparse.Namespace, address: str, log: Path) -> dict:
 
     def phase(run) -> dict[str, dict]:
         begin = log.stat().st_size
-        run()
+        refused = run()
         time.sleep(0.5)
-        return first_token_times(log.read_bytes()[begin:].decode())
+        return first_token_times(log.read_bytes()[begin:].decode(), refused)
 
-    def beside() -> None:
-        stop = threading.Event()
+    def long_alone() -> Counter[int]:
+        for tokens in longs:
+            prefill(PrefillClient(address), tokens, args.policy)
+        return Counter()
+
+    def beside() -> Counter[int]:
+        stop, sender = threading.Event(), Sender()
 
         def keep_sending(tokens: list[int]) -> None:
             with PrefillClient(address) as client:
                 while not stop.is_set():
-                    prefill(client, tokens, args.policy)
+                    stop.wait(sender.send(client, tokens, args.policy))
 
         threads = [threading.Thread(target=keep_sending, args=(tokens,)) for tokens in longs]
         for thread in threads:
             thread.start()
         time.sleep(1)
-        send_shorts(args, address, shorts, args.seconds, rng)
+        refused = send_shorts(args, address, shorts, args.seconds, rng)
         stop.set()
         for thread in threads:
             thread.join()
+        return refused + sender.refused
 
     send_shorts(args, address, shorts, 1, rng)  # warms up
     return {
         "alone_ms": phase(lambda: send_shorts(args, address, shorts, args.seconds / 4, rng)),
-        "long_alone_ms": phase(lambda: [prefill(PrefillClient(address), tokens, args.policy) for tokens in longs]),
+        "long_alone_ms": phase(long_alone),
         "beside_ms": phase(beside),
     }
 

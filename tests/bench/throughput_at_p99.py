@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import compare_simulator
+from first_tokens import NEVER, percentile_of_report, refused_of_report, shown
 
 Run = Callable[[str, float], dict]  # scheduling, speedup: the report
 
@@ -47,8 +48,7 @@ def of_server(args: argparse.Namespace) -> Run:
 
 
 def p99(report: dict, length: str) -> float:
-    group = report["by_length"][length] if length else report
-    return group["first_token_ms"]["p99"]
+    return percentile_of_report(report["by_length"][length] if length else report, 0.99)
 
 
 def summary(report: dict, load: float) -> dict:
@@ -56,8 +56,12 @@ def summary(report: dict, load: float) -> dict:
         "load": round(load, 3),
         "tokens_per_s": report["done"]["tokens_per_s"],
         "ends": report["ends"],
-        "first_token_ms": report["first_token_ms"],
-        "p99_by_length_ms": {name: group["first_token_ms"].get("p99") for name, group in report["by_length"].items()},
+        "refused": refused_of_report(report),
+        "p99_ms": shown(percentile_of_report(report, 0.99)),
+        "answered_first_token_ms": report["first_token_ms"],
+        "p99_by_length_ms": {
+            name: shown(percentile_of_report(group, 0.99)) for name, group in report["by_length"].items()
+        },
         "sent_late_p99_ms": report["sender"]["late_ms"].get("p99"),
     }
 
@@ -70,6 +74,8 @@ def search(run: Run, load: float, length: str, steps: int, note: Callable[[str],
     note(f"load 1 is {at_once['done']['tokens_per_s']:.0f} tokens/s, {full:.2f} times the trace")
     fifo = run("fifo", load * full)
     mark = p99(fifo, length)
+    if mark == NEVER:
+        raise SystemExit(f"fifo left {refused_of_report(fifo)} of {fifo['requests']} without an answer: there is no p99")
     note(f"fifo at load {load}: p99 {mark:.0f} ms")
     # Turns holds the mark at `low` and does not at `high`.
     low, high, best = 0.0, 2.0, None

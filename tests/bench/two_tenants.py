@@ -6,7 +6,7 @@
 The visitor sends prompts of --tokens random tokens one after another. The flood are --callers that do the same, each
 again as soon as it has its answer or, if it is refused, after the delay that the refusal names. With half of the device
 for itself the visitor would need twice what it needs alone. The times are those of the server's log (ttft_ms),
-queueing included.
+queueing included. Each refusal counts as a prompt that stands behind all others (first_tokens.py).
 """
 
 import argparse
@@ -17,42 +17,38 @@ import threading
 import time
 from pathlib import Path
 
-from short_beside_long import first_token_times, prefill, running_server
+from first_tokens import first_token_times
+from short_beside_long import Sender, prefill, running_server
 
-from prefilld import PrefilldError, PrefillClient
+from prefilld import PrefillClient
 
 
 class Tenant:
     """Callers of one tenant, each of which sends its prompt again and again until stop()."""
 
     def __init__(self, name: str, address: str, prompts: list[list[int]], policy: str):
+        self.name = name
         self._stop = threading.Event()
-        self.refused = 0
-        self._threads = [
-            threading.Thread(target=self._call, args=(name, address, prompt, policy)) for prompt in prompts]
+        self._sender = Sender()
+        self._threads = [threading.Thread(target=self._call, args=(address, prompt, policy)) for prompt in prompts]
         for thread in self._threads:
             thread.start()
 
-    def _call(self, name: str, address: str, prompt: list[int], policy: str) -> None:
+    def _call(self, address: str, prompt: list[int], policy: str) -> None:
         with PrefillClient(address) as client:
             while not self._stop.is_set():
-                try:
-                    prefill(client, prompt, policy, metadata=(("x-tenant", name),))
-                except PrefilldError as error:
-                    if not error.retryable:
-                        raise
-                    self.refused += 1
-                    self._stop.wait(error.retry_after or 0.1)
+                self._stop.wait(self._sender.send(client, prompt, policy, metadata=(("x-tenant", self.name),)))
 
     def stop(self) -> None:
         self._stop.set()
         for thread in self._threads:
             thread.join()
 
-
-def times_of(tenant: str, log: Path, begin: int) -> dict:
-    lines = log.read_bytes()[begin:].decode().splitlines()
-    return first_token_times("\n".join(line for line in lines if f" tenant={tenant} " in line + " "))
+    def times(self, log: Path, begin: int) -> dict:
+        """Returns its percentiles since `begin` in the log. After stop()."""
+        lines = log.read_bytes()[begin:].decode().splitlines()
+        own = "\n".join(line for line in lines if f" tenant={self.name} " in line + " ")
+        return first_token_times(own, self._sender.refused)
 
 
 def measure(args: argparse.Namespace, address: str, log: Path) -> dict:
@@ -66,7 +62,7 @@ def measure(args: argparse.Namespace, address: str, log: Path) -> dict:
         time.sleep(args.seconds)
         tenant.stop()
         time.sleep(0.5)
-        return times_of("visitor", log, begin)
+        return tenant.times(log, begin)
 
     prefill(PrefillClient(address), visitor[0], args.policy)  # warms up
     alone = visit()
@@ -76,8 +72,7 @@ def measure(args: argparse.Namespace, address: str, log: Path) -> dict:
     flooded = visit()
     flooding.stop()
     time.sleep(0.5)
-    return {"alone_ms": alone, "flooded_ms": flooded, "flood_ms": times_of("flood", log, begin),
-            "flood_refused": flooding.refused}
+    return {"alone_ms": alone, "flooded_ms": flooded, "flood_ms": flooding.times(log, begin)}
 
 
 def main() -> None:
