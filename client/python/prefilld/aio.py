@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -29,7 +29,7 @@ from prefilld.tokens import Generation, Token
 from prefilld.transfer import KvBlocks, Reception, WholeCache
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 # A method of gRPC's own, without messages of ours: the empty request is about the whole server.
 _HEALTH_CHECK = "/grpc.health.v1.Health/Check"
@@ -68,10 +68,10 @@ class _AsyncClient:
             server.note_failure(error.details())
             raise from_rpc(error, cancelled=False) from error
 
-    async def __aenter__(self):
+    async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_):
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
 
@@ -89,10 +89,10 @@ class _AsyncStream:
         self._cancelled = True
         self._end_calls()
 
-    async def __aenter__(self):
+    async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_):
+    async def __aexit__(self, *_: object) -> None:
         self.cancel()
         await self._items.aclose()
 
@@ -233,10 +233,10 @@ class AsyncCacheUpdates(_AsyncStream):
         self._calls.append(call)
         self._items = self._receive(call)
 
-    def __aiter__(self):
+    def __aiter__(self) -> AsyncIterator[Any]:
         return self._items
 
-    async def __anext__(self):
+    async def __anext__(self) -> Any:
         return await self._items.__anext__()
 
     async def _receive(self, call) -> AsyncGenerator:
@@ -254,7 +254,7 @@ class AsyncPrefillClient(_AsyncClient):
 
     _service = "PrefillService"
 
-    async def server_info(self, timeout: float = 10):
+    async def server_info(self, timeout: float = 10) -> Any:
         """Returns the ServerInfo message: model, fingerprint, limits, policies, load."""
         servers = self._servers.in_turn()
         for server in servers:
@@ -313,10 +313,10 @@ class AsyncGenerateStream(_AsyncStream):
         self._items = self._receive(call)
 
     @property
-    def result(self):
+    def result(self) -> Any:
         return self._generation.result
 
-    async def wait_started(self):
+    async def wait_started(self) -> Any:
         """Waits until the worker has reserved room for the cache, and returns the GenerateStarted message.
 
         For before the iteration. A cache that is to be pushed may be sent from now on.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
@@ -27,7 +27,7 @@ from prefilld.tokens import Generation, Token
 from prefilld.transfer import KvBlocks, Reception, WholeCache
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 
 class _Client:
@@ -56,10 +56,10 @@ class _Client:
         for channel in self._servers.channels():
             channel.close()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -84,10 +84,10 @@ class _Stream:
         self.cancel()
         self._items.close()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _begin(self, call) -> None:
@@ -124,7 +124,7 @@ class AcceptedFields:
         return self._accepted.request_id
 
     @property
-    def layout(self):
+    def layout(self) -> Any:
         """The KvLayout message."""
         return self._accepted.layout
 
@@ -144,7 +144,7 @@ class AcceptedFields:
         return self._accepted.priority
 
     @property
-    def result(self):
+    def result(self) -> Any:
         """The PrefillResult message, once the iteration has ended; None before."""
         return self._reception.result if self._whole else None
 
@@ -273,10 +273,10 @@ class CacheUpdates(_Stream):
         self._begin(call)
         self._items = self._receive(call)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         return self._items
 
-    def __next__(self):
+    def __next__(self) -> Any:
         return next(self._items)
 
     def _receive(self, call) -> Generator:
@@ -294,7 +294,7 @@ class PrefillClient(_Client):
 
     _service = "PrefillService"
 
-    def server_info(self, timeout: float = 10):
+    def server_info(self, timeout: float = 10) -> Any:
         """Returns the ServerInfo message: model, fingerprint, limits, policies, load."""
         servers = self._servers.in_turn()
         for server in servers:
@@ -363,10 +363,10 @@ class GenerateStream(_Stream):
         self._items = self._receive(call)
 
     @property
-    def result(self):
+    def result(self) -> Any:
         return self._generation.result
 
-    def wait_started(self):
+    def wait_started(self) -> Any:
         """Waits until the worker has reserved room for the cache, and returns the GenerateStarted message.
 
         For before the iteration. A cache that is to be pushed may be sent from now on.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import xxhash
 
@@ -42,12 +43,12 @@ class CachedBlocks:
     complete: whether the snapshot is over; until then, blocks are missing.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.blocks: dict[bytes, object] = {}
         self.sequence = 0
         self.complete = False
 
-    def apply(self, update) -> None:
+    def apply(self, update: Any) -> None:
         """Takes the next update of one call. A call that is made anew needs a new picture."""
         for change in update.changes:
             if change.HasField("stored"):

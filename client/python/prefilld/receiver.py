@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 
@@ -44,8 +45,8 @@ class ExpectedCache:
         self._taken = threading.Lock()  # by the one stream that brings the cache
         self._ended = threading.Event()
         self._items = self._receive()
-        self.layout = None
-        self.result = None
+        self.layout: Any = None
+        self.result: Any = None
 
     def __enter__(self) -> ExpectedCache:
         return self
