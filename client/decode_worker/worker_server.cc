@@ -35,6 +35,7 @@ absl::StatusOr<std::unique_ptr<wire::Listener>> StartWorkerServer(const WorkerOp
                                  .max_request_bytes = MaxMessageBytes(options, model),
                                  .max_streams = MaxStreamsPerConnection(options),
                                  .max_connections = options.max_connections,
+                                 .streams_arrive = true,
                                  .stall_timeout = options.stall_timeout,
                                  .arrivals = &arrivals},
                                 {&generate, &receiver});

@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include <grpc/support/alloc.h>
 #include <grpcpp/server_context.h>
 
 #include "absl/strings/match.h"
@@ -33,6 +34,13 @@ class Arrival : public grpc_completion_queue_functor {
   }
 
   void Start() {
+    arrivals_.Read(number_, [this] { Read(); });
+  }
+
+ private:
+  ::grpc_call* grpc_call() const { return call_.call->call(); }
+
+  void Read() {
     grpc_op read = {};
     read.op = GRPC_OP_RECV_MESSAGE;
     read.data.recv_message.recv_message = &request_;
@@ -40,9 +48,6 @@ class Arrival : public grpc_completion_queue_functor {
       functor_run(this, 0);
     }
   }
-
- private:
-  ::grpc_call* grpc_call() const { return call_.call->call(); }
 
   // A call that was broken off is run too, because the handler is who takes it apart. No service
   // hears of it then.
@@ -129,29 +134,139 @@ std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface> Arrivals:
 }
 
 int64_t Arrivals::Begin(grpc_call* call) {
+  const std::unique_ptr<char, decltype(&gpr_free)> peer(grpc_call_get_peer(call), gpr_free);
   const absl::Time until = absl::Now() + limit_;
   absl::MutexLock lock(&mu_);
-  open_[++last_] = {.call = call, .until = until};
+  Entry& entry = open_[++last_];
+  entry.call = call;
+  entry.peer = peer.get();
+  entry.until = until;
   return last_;
 }
 
 void Arrivals::End(int64_t number) {
-  absl::MutexLock lock(&mu_);
-  open_.erase(number);
+  Reads reads;
+  {
+    absl::MutexLock lock(&mu_);
+    const auto entry = open_.find(number);
+    if (entry == open_.end()) return;
+    Leave(number, entry->second);
+    open_.erase(entry);
+    reads = TakeTurns(absl::Now());
+  }
+  for (const auto& read : reads) read();
+}
+
+void Arrivals::Read(int64_t number, std::function<void()> read) {
+  Reads reads;
+  {
+    absl::MutexLock lock(&mu_);
+    Entry& entry = open_.at(number);
+    if (entry.ended) {
+      reads.push_back(std::move(read));
+    } else {
+      entry.read = std::move(read);
+      peers_[entry.peer].waiting.insert(number);
+      ++waiting_;
+      const absl::Time now = absl::Now();
+      reads = TakeTurns(now);
+      if (waiting_ > 0) MakeRoom(now);
+    }
+  }
+  for (const auto& start : reads) start();
+}
+
+Arrivals::Reads Arrivals::TakeTurns(absl::Time now) {
+  Reads reads;
+  while (waiting_ > 0 && read_at_once_ < max_read_at_once_) {
+    Peer* next = nullptr;
+    for (auto& [name, peer] : peers_) {
+      if (peer.waiting.empty()) continue;
+      const auto rank = [](const Peer& of) {
+        return std::pair(of.read.size(), *of.waiting.begin());
+      };
+      if (next == nullptr || rank(peer) < rank(*next)) next = &peer;
+    }
+    const int64_t number = *next->waiting.begin();
+    next->waiting.erase(number);
+    next->read.insert(number);
+    --waiting_;
+    ++read_at_once_;
+    Entry& entry = open_.at(number);
+    entry.read_since = now;
+    entry.until = now + limit_;
+    reads.push_back(std::exchange(entry.read, nullptr));
+  }
+  return reads;
+}
+
+// Takes a call off the lists of its connection.
+void Arrivals::Leave(int64_t number, const Entry& entry) {
+  const auto found = peers_.find(entry.peer);
+  if (found == peers_.end()) return;
+  Peer& peer = found->second;
+  if (peer.waiting.erase(number) > 0) --waiting_;
+  if (peer.read.erase(number) > 0) {
+    --read_at_once_;
+    if (entry.ended) --leaving_;
+  }
+  if (peer.waiting.empty() && peer.read.empty()) peers_.erase(found);
+}
+
+// Ends no more calls than wait.
+void Arrivals::MakeRoom(absl::Time now) {
+  while (leaving_ < waiting_) {
+    const int64_t number = MostInTheWay(now);
+    if (number == 0) return;
+    EndCall(
+        open_.at(number), GRPC_STATUS_RESOURCE_EXHAUSTED,
+        absl::StrCat("others wait, and ", max_read_at_once_, " requests arrive at once: this one ",
+                     "did not within ", absl::FormatDuration(kPatience)));
+  }
+}
+
+int64_t Arrivals::MostInTheWay(absl::Time now) const {
+  int64_t most = 0;
+  size_t of_peer = 0;
+  for (const auto& [name, peer] : peers_) {
+    for (const int64_t number : peer.read) {
+      const Entry& entry = open_.at(number);
+      if (entry.ended || now - entry.read_since < kPatience) continue;
+      if (peer.read.size() > of_peer) {
+        of_peer = peer.read.size();
+        most = number;
+      }
+      break;
+    }
+  }
+  return most;
+}
+
+void Arrivals::EndCall(Entry& entry, grpc_status_code code, const std::string& reason) {
+  entry.ended = true;
+  ++late_;
+  if (entry.read_since != absl::InfiniteFuture()) ++leaving_;
+  grpc_call_cancel_with_status(entry.call, code, reason.c_str(), nullptr);
 }
 
 // The lock keeps the calls alive meanwhile. Cancelling does not call back.
 void Arrivals::EndLate(absl::Time now) {
-  const std::string reason =
+  const std::string too_late =
       absl::StrCat("the request did not arrive within ", absl::FormatDuration(limit_));
-  absl::MutexLock lock(&mu_);
-  for (auto& [number, entry] : open_) {
-    if (now < entry.until) break;
-    if (std::exchange(entry.ended, true)) continue;
-    ++late_;
-    grpc_call_cancel_with_status(entry.call, GRPC_STATUS_DEADLINE_EXCEEDED, reason.c_str(),
-                                 nullptr);
+  Reads reads;
+  {
+    absl::MutexLock lock(&mu_);
+    for (auto& [number, entry] : open_) {
+      if (now < entry.until || entry.ended) continue;
+      EndCall(entry, GRPC_STATUS_DEADLINE_EXCEEDED, too_late);
+      if (entry.read == nullptr) continue;
+      // gRPC takes the call apart once it has been read.
+      Leave(number, entry);
+      reads.push_back(std::exchange(entry.read, nullptr));
+    }
+    MakeRoom(now);
   }
+  for (const auto& read : reads) read();
 }
 
 Arrivals::Counts Arrivals::counts() const {

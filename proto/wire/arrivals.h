@@ -1,29 +1,40 @@
-// The time that a request may take to arrive.
+// The time that a request may take to arrive, and how many may arrive at once.
 //
 // gRPC hands a method with one request the whole message, and waits for it for as long as the
 // connection lives. So a stranger who sends requests in part keeps their memory and their streams
-// for ever, unless somebody watches the calls that have begun and are not here yet.
+// for ever, unless somebody watches the calls that have begun and are not here yet. gRPC's own
+// quota of memory notices too late what fast senders do. What nobody reads stays with its sender
+// but for the first 64 KiB, so the requests that are read at once bound the memory of all.
 #ifndef PREFILLD_PROTO_WIRE_ARRIVALS_H_
 #define PREFILLD_PROTO_WIRE_ARRIVALS_H_
 
 #include <cstdint>
+#include <functional>
+#include <limits>
+#include <map>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include <grpc/grpc.h>
 #include <grpcpp/impl/rpc_service_method.h>
 #include <grpcpp/support/server_interceptor.h>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/container/btree_map.h"
+#include "absl/container/btree_set.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 
 namespace prefilld::wire {
 
 // Knows the calls of a server whose request is on its way, and ends those that take too long with
-// DEADLINE_EXCEEDED. Thread-safe.
+// DEADLINE_EXCEEDED. Where more calls have begun than may be read at once, the connection with the
+// fewest that are read comes next, and calls that are read for longer than kPatience end with
+// RESOURCE_EXHAUSTED, those first whose connection has the most. Thread-safe.
 class Arrivals {
  public:
+  static constexpr absl::Duration kPatience = absl::Seconds(1);
+
   struct Counts {
     int64_t open = 0;  // calls that have begun and whose request is not here
     int64_t late = 0;  // calls ended by EndLate, so far
@@ -33,6 +44,9 @@ class Arrivals {
   static absl::Duration LimitFor(absl::Duration stall_timeout);
 
   explicit Arrivals(absl::Duration limit) : limit_(limit) {}
+
+  // Sets how many requests are read at once, at least 1, before the server starts.
+  void set_max_read_at_once(int64_t max) { max_read_at_once_ = max; }
 
   // Makes a handler that reads the request itself and then lets `handler` go on, which is one of
   // gRPC's for callback methods with one request. The method must be registered as bidirectional,
@@ -45,7 +59,8 @@ class Arrivals {
   // by the same limit. This must outlive the server.
   std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface> WatchReflection();
 
-  // Ends the calls that have been on their way for longer than the limit.
+  // Ends the calls that have been on their way for longer than the limit, and makes room for those
+  // that wait to be read.
   void EndLate(absl::Time now);
   Counts counts() const;
 
@@ -53,17 +68,45 @@ class Arrivals {
   // it above 0, to End. EndLate uses the call between the two, so it must live.
   int64_t Begin(grpc_call* call);
   void End(int64_t number);
+  // Calls `read` once, now or when it is the call's turn. A call that is ended meanwhile has its
+  // turn at once. Read may call End.
+  void Read(int64_t number, std::function<void()> read);
 
  private:
+  using Reads = std::vector<std::function<void()>>;
+
   struct Entry {
     grpc_call* call = nullptr;
+    std::string peer;
     absl::Time until;
+    absl::Time read_since = absl::InfiniteFuture();
+    std::function<void()> read;  // while it waits for its turn
     bool ended = false;
   };
 
+  // The numbers of a connection's calls, the oldest first.
+  struct Peer {
+    absl::btree_set<int64_t> waiting, read;
+  };
+
+  // Returns what is to be called, without the lock, for the calls whose turn it is.
+  Reads TakeTurns(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void Leave(int64_t number, const Entry& entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void MakeRoom(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Returns the call that is to make room for one that waits; 0: none.
+  int64_t MostInTheWay(absl::Time now) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void EndCall(Entry& entry, grpc_status_code code, const std::string& reason)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
   const absl::Duration limit_;
+  int64_t max_read_at_once_ = std::numeric_limits<int64_t>::max();
   mutable absl::Mutex mu_;
-  absl::btree_map<int64_t, Entry> open_ ABSL_GUARDED_BY(mu_);  // by number, the oldest first
+  std::map<int64_t, Entry> open_ ABSL_GUARDED_BY(mu_);  // by number
+  std::map<std::string, Peer> peers_
+      ABSL_GUARDED_BY(mu_);  // those with calls that wait or are read
+  int64_t read_at_once_ ABSL_GUARDED_BY(mu_) = 0;
+  int64_t waiting_ ABSL_GUARDED_BY(mu_) = 0;
+  int64_t leaving_ ABSL_GUARDED_BY(mu_) = 0;  // of those that are read, the ones that were ended
   int64_t last_ ABSL_GUARDED_BY(mu_) = 0;
   int64_t late_ ABSL_GUARDED_BY(mu_) = 0;
 };

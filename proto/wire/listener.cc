@@ -24,6 +24,8 @@ namespace prefilld::wire {
 namespace {
 
 constexpr int64_t kMaxStreams = 1 << 16;
+// A request is here within milliseconds unless its sender is slow, so that few are read at once.
+constexpr int64_t kMaxReadAtOnce = 32;
 constexpr int64_t kLeastReceiveMemory = int64_t{256} << 20;
 // Reflection is the one service that takes a thread for each open call; more calls are refused.
 constexpr int kMaxBlockingThreads = 32;
@@ -41,8 +43,18 @@ void KeepGrpcInitialized() {
   (void)initialized;
 }
 
-// Replaces gRPC's own health service and bounds its reflection.
-void BoundArrivals(Arrivals& arrivals, grpc::ServerBuilder& builder) {
+int64_t ReceiveMemory(const ListenOptions& options) {
+  if (options.receive_memory_bytes > 0) return options.receive_memory_bytes;
+  return std::max(kLeastReceiveMemory, 16 * options.max_request_bytes);
+}
+
+// Replaces gRPC's own health service and bounds its reflection. Three quarters of the memory are
+// for requests that are read, so that gRPC does not end any for the want of it.
+void BoundArrivals(const ListenOptions& options, grpc::ServerBuilder& builder) {
+  Arrivals& arrivals = *options.arrivals;
+  const int64_t largest = std::max<int64_t>(1, options.max_request_bytes);
+  arrivals.set_max_read_at_once(
+      std::clamp<int64_t>(ReceiveMemory(options) / 4 * 3 / largest, 1, kMaxReadAtOnce));
   auto health = std::make_unique<HealthService>(arrivals);
   builder.RegisterService(health.get());
   builder.SetOption(
@@ -56,11 +68,11 @@ void SetLimits(const ListenOptions& options, grpc::ServerBuilder& builder) {
   builder.SetMaxReceiveMessageSize(static_cast<int>(
       std::min<int64_t>(options.max_request_bytes, std::numeric_limits<int32_t>::max())));
   builder.SetMaxSendMessageSize(-1);
-  int64_t memory = options.receive_memory_bytes;
-  if (memory == 0) memory = std::max(kLeastReceiveMemory, 16 * options.max_request_bytes);
+  const int64_t memory = ReceiveMemory(options);
   grpc::ResourceQuota quota("listener");
   quota.Resize(static_cast<size_t>(memory)).SetMaxThreads(kMaxBlockingThreads);
   builder.SetResourceQuota(quota);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_BDP_PROBE, options.streams_arrive ? 1 : 0);
   builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS,
                              static_cast<int>(std::min(options.max_streams, kMaxStreams)));
 }
@@ -110,7 +122,7 @@ absl::StatusOr<std::unique_ptr<Listener>> Listener::Create(
   grpc::ServerBuilder builder;
   SetLimits(options, builder);
   SetKeepAlive(options, builder);
-  if (options.arrivals != nullptr) BoundArrivals(*options.arrivals, builder);
+  if (options.arrivals != nullptr) BoundArrivals(options, builder);
   auto acceptor = builder.experimental().AddExternalConnectionAcceptor(
       grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD, credentials);
   for (grpc::Service* service : services) builder.RegisterService(service);

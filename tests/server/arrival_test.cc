@@ -164,6 +164,44 @@ TEST_F(Arrival, OfACancelledCallReachesNoService) {
   EXPECT_TRUE(EverythingIsFree());
 }
 
+// Of 40 requests that do not come, 32 are read. The rest wait for their turn, as does a caller with
+// a connection of its own, for whom one of the many makes room.
+TEST_F(Arrival, OfManyAtOnceLeavesRoomForOthers) {
+  options_.stall_timeout = absl::Seconds(1);
+  engine_options_.max_tokens = 4096;  // so that requests are small
+  StartServer();
+  const auto channel = Channel();
+  std::vector<std::unique_ptr<PartialCall>> calls;
+  for (int i = 0; i < 40; ++i) {
+    calls.push_back(
+        std::make_unique<PartialCall>(channel, "/prefill.v1.PrefillService/GetServerInfo"));
+  }
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_requests_arriving") == 40; }));
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  PartialCall other(
+      grpc::CreateCustomChannel(address(), grpc::InsecureChannelCredentials(), arguments),
+      "/prefill.v1.PrefillService/GetServerInfo");
+  other.Send("");
+  EXPECT_TRUE(other.Answers(1));
+  EXPECT_TRUE(other.Wait().ok());
+  EXPECT_GE(Metric("prefilld_requests_arriving"), 1);
+
+  int made_room = 0, late = 0;
+  for (const auto& call : calls) {
+    const grpc::Status status = call->Wait();
+    made_room += status.error_code() == grpc::StatusCode::RESOURCE_EXHAUSTED ? 1 : 0;
+    late += status.error_code() == grpc::StatusCode::DEADLINE_EXCEEDED ? 1 : 0;
+    if (status.error_code() == grpc::StatusCode::RESOURCE_EXHAUSTED) {
+      EXPECT_THAT(status.error_message(), HasSubstr("32 requests arrive at once"));
+    }
+  }
+  EXPECT_GE(made_room, 8);
+  EXPECT_LE(made_room, 9);
+  EXPECT_EQ(made_room + late, 40);
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_requests_arriving") == 0; }));
+}
+
 // kUnknown is what Watch says of a service that it does not know, as the protocol wants it.
 TEST_F(Arrival, AWatchOfHealthSeesTheDrain) {
   const std::string kServing = "\x08\x01", kNotServing = "\x08\x02", kUnknown = "\x08\x03";

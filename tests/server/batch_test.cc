@@ -327,6 +327,7 @@ TEST_F(Batch, IsNoLargerThanTheDeadlinesOfItsPromptsAllow) {
     EXPECT_TRUE(Eventually([&] { return Cancelled() == i + 1; }));
     engine_->HoldAfter(1);
     pair.front()->ReadUntil(v1::PrefillEvent::kKvFrame);
+    EXPECT_TRUE(Eventually([&] { return engine_->stopped() == 1; }));
     clock_.Advance(absl::Seconds(10));
     engine_->HoldAfter(-1);
     for (const auto& call : pair) EXPECT_EQ(call->Rest().result()->batch_prompts(), 2);

@@ -173,7 +173,7 @@ TEST_F(Failure, ToProgressTurnsLivenessOffUntilThereIsProgressAgain) {
 
   engine_->HoldAfter(1);
   OpenStream call(*stub_, PromptOf(10));
-  call.ReadUntil(v1::PrefillEvent::kKvFrame);
+  EXPECT_TRUE(Eventually([&] { return engine_->stopped() == 1; }));
   clock_.Advance(options_.wedge_timeout / 2);
   absl::SleepFor(absl::Milliseconds(60));
   EXPECT_EQ(HealthOf("liveness"), "serving");

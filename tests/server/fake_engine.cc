@@ -98,8 +98,10 @@ class FakeSequence final : public model::PrefillSequence {
       const auto may_run = [this]() ABSL_SHARED_LOCKS_REQUIRED(engine_->mu_) {
         return engine_->hold_after_ < 0 || layer_ < engine_->hold_after_;
       };
-      StartClock();  // a layer that is held is a long one
+      StartClock();
+      ++engine_->stopped_;
       engine_->mu_.Await(absl::Condition(&may_run));
+      --engine_->stopped_;
       StopClock();
       if (engine_->fail_from_ >= 0 && layer_ >= engine_->fail_from_) return engine_->layer_error_;
       time = engine_->layer_time_;

@@ -64,7 +64,8 @@ class FakeEngine final : public model::PrefillEngine {
   void FailPacking(absl::Status status);
   // Sets what runs whenever a frame is packed, on the thread that packs it, before a failure.
   void set_on_pack(std::function<void()> on_pack);
-  // Stops every sequence after its first `layers` layers until the next call. -1: no limit.
+  // Stops every sequence after its first `layers` layers until the next call. -1: no limit. The layer
+  // that is stopped has begun and takes that long.
   void HoldAfter(int layers);
   void set_logits_are_nan(bool nan) { logits_are_nan_ = nan; }
   void set_refuses_batches(bool refuses) { refuses_batches_ = refuses; }
@@ -78,6 +79,7 @@ class FakeEngine final : public model::PrefillEngine {
   int started() const { return started_; }                // sequences started so far
   int alive() const { return alive_; }                    // sequences that exist now
   int layers_run() const { return layers_run_; }          // over all sequences
+  int stopped() const { return stopped_; }                // sequences that HoldAfter keeps now
   int held() const { return held_; }                      // unreleased layers now
   int most_held() const { return most_held_; }            // most unreleased layers at any time
   int logprobs_parts() const { return logprobs_parts_; }  // over all sequences
@@ -113,6 +115,7 @@ class FakeEngine final : public model::PrefillEngine {
   FakeSequence* interrupted_ = nullptr;  // at a point of its layer; the compute thread's
 
   std::atomic<int> started_ = 0, alive_ = 0, layers_run_ = 0, held_ = 0, most_held_ = 0;
+  std::atomic<int> stopped_ = 0;
   std::atomic<int> logprobs_parts_ = 0;
   std::atomic<bool> logits_are_nan_ = false;
   std::atomic<bool> refuses_batches_ = false;
