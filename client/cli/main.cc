@@ -45,6 +45,8 @@ absl::Status RunCommand(const CliOptions& options, Cancellation& cancellation) {
       return RunBench(options, cancellation);
     case Command::kInfo:
       return RunInfo(options);
+    case Command::kHealth:
+      return RunHealth(options);
   }
   return absl::OkStatus();
 }

@@ -21,9 +21,10 @@
 ABSL_FLAG(std::string, worker, "localhost:50052",
           "host:port of the decode worker, or unix:/path (generate). Of several, separated by "
           "commas, the first one that can be reached is asked.");
-ABSL_FLAG(std::string, server, "localhost:50051",
-          "host:port of prefilld, or unix:/path (prefill, info). Of several, separated by commas, "
-          "one that can be reached is asked.");
+ABSL_FLAG(
+    std::string, server, "localhost:50051",
+    "host:port of prefilld, or unix:/path (prefill, info), or of a decode worker (health). Of "
+    "several, separated by commas, one that can be reached is asked, by health the first.");
 ABSL_FLAG(bool, tls, false, "Connect with TLS.");
 ABSL_FLAG(std::string, tls_ca, "", "PEM certificates that sign the server's. Empty: the system's.");
 ABSL_FLAG(std::string, tls_cert, "", "PEM certificate to show to the server (mutual TLS).");
@@ -34,6 +35,8 @@ ABSL_FLAG(bool, use_proxy, false,
           "Connect through the HTTP proxy that grpc_proxy, https_proxy or http_proxy names. "
           "Otherwise these variables are ignored.");
 ABSL_FLAG(double, timeout_s, 0, "Deadline of the call. 0: none.");
+ABSL_FLAG(std::string, service, "",
+          "health: the service that is asked. liveness: does work progress; empty: is it ready.");
 ABSL_FLAG(bool, json, false, "Print one JSON object on standard output and nothing else there.");
 ABSL_FLAG(bool, quiet, false, "No progress and no summary on standard error.");
 
@@ -170,6 +173,8 @@ constexpr char kUsage[] =
   prefill-cli bench    --server=HOST:PORT --trace=requests.csv         sends requests at their times,
                                                                       whatever the server does
   prefill-cli info     --server=HOST:PORT                              what a server runs
+  prefill-cli health   --server=HOST:PORT --service=liveness           exits with 0 if it serves; of
+                                                                      decode workers, too
 
 A prompt is --text or --text_file (both need --model), --token_ids or --token_ids_file. A text is sent
 as it is, without a chat template.
@@ -218,9 +223,11 @@ Command ReadCommand(const std::vector<char*>& positional, Problems& problems) {
   constexpr NamedValue<Command> kCommands[] = {{"generate", Command::kGenerate},
                                                {"prefill", Command::kPrefill},
                                                {"bench", Command::kBench},
-                                               {"info", Command::kInfo}};
+                                               {"info", Command::kInfo},
+                                               {"health", Command::kHealth}};
   if (positional.size() != 2) {
-    problems.push_back("one command is needed: generate, prefill, bench or info (see --help)");
+    problems.push_back(
+        "one command is needed: generate, prefill, bench, info or health (see --help)");
     return Command::kInfo;
   }
   return ReadName("command", positional[1], kCommands, problems);
@@ -374,7 +381,7 @@ process::ProgramHelp Help() {
       .usage = kUsage,
       .groups = {{"Connection",
                   {"worker", "server", "use_proxy", "tls", "tls_ca", "tls_cert", "tls_key",
-                   "tls_name", "timeout_s"}},
+                   "tls_name", "timeout_s", "service"}},
                  {"Output", {"json", "quiet"}},
                  {"Prompt",
                   {"text", "text_file", "token_ids", "token_ids_file", "model", "python", "bos",
@@ -410,6 +417,7 @@ absl::StatusOr<CliOptions> OptionsFromFlags(const std::vector<char*>& positional
   if (timeout_s > 0) options.timeout = absl::Seconds(timeout_s);
   options.json = absl::GetFlag(FLAGS_json);
   options.quiet = absl::GetFlag(FLAGS_quiet);
+  options.service = absl::GetFlag(FLAGS_service);
   options.prompt = ReadPrompt(options.command, problems);
   options.request_id = absl::GetFlag(FLAGS_request_id);
   options.priority = absl::GetFlag(FLAGS_priority);

@@ -16,7 +16,7 @@
 
 namespace prefilld::client {
 
-enum class Command : uint8_t { kGenerate, kPrefill, kBench, kInfo };
+enum class Command : uint8_t { kGenerate, kPrefill, kBench, kInfo, kHealth };
 
 // The source of a prompt. "-" as a file is standard input.
 struct PromptSource {
@@ -50,6 +50,8 @@ struct CliOptions {
   absl::Duration timeout = absl::InfiniteDuration();
   bool json = false;
   bool quiet = false;
+
+  std::string service;  // of the command health
 
   PromptSource prompt;
   std::string request_id;

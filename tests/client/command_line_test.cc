@@ -34,6 +34,12 @@ TEST(CliCommandLine, HelpIsGivenBehindACommandAndIsNoFlagsValue) {
             3);
 }
 
+TEST(CliCommandLine, HealthOfAServerThatIsNotThereIsUnavailable) {
+  const auto [status, output] =
+      RunProgram(CLI_BINARY, "health --server=127.0.0.1:1 --service=liveness --timeout_s=2");
+  EXPECT_EQ(status, 3) << output;
+}
+
 TEST(WorkerCommandLine, EveryProblemIsListed) {
   const auto [status, output] =
       RunProgram(WORKER_BINARY, "--lanes=17 --kv_order=hdn --max_requests=0");
