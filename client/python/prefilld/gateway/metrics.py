@@ -44,7 +44,13 @@ class Metrics:
         self._queue = self._gauge(
             "prefilld_gateway_queued_tokens", "Tokens that wait at a prefilld, as the gateway counts them", "server"
         )
-
+        # Routers that choose among pods read these two; the names are in deploy/kubernetes/overlays/gateway.
+        self._server_queued = self._gauge(
+            "prefilld_gateway_server_queued_requests", "Requests that wait at a prefilld, as it said last", "server"
+        )
+        self._server_running = self._gauge(
+            "prefilld_gateway_server_running_requests", "Requests that a prefilld computes, as it said last", "server"
+        )
         self._told = self._gauge(
             "prefilld_gateway_told_blocks",
             "Blocks in a prefix cache, where the server tells",
@@ -81,6 +87,9 @@ class Metrics:
         for member in self._prefills.members:
             self._up.labels(member.kind, member.address).set(member.is_up)
             self._queue.labels(member.address).set(member.route.queue)
+            if member.info is not None:
+                self._server_queued.labels(member.address).set(member.info.queued_requests)
+                self._server_running.labels(member.address).set(member.info.running_requests)
             self._told.labels(member.address).set(len(member.route.told))
         for member in self._workers.members:
             self._up.labels(member.kind, member.address).set(member.is_up)
