@@ -11,6 +11,7 @@
 #include "absl/strings/str_join.h"
 #include "model/checkpoint/ignored.h"
 #include "model/prefill/prefill_engine.h"
+#include "model/prefill/prefix_key.h"
 #include "proto/process/log.h"
 #include "proto/process/open_files.h"
 #include "proto/process/openmp_waiting.h"
@@ -89,6 +90,19 @@ void LogConfiguration(const ServerOptions& options, const model::EngineInfo& eng
   LogCalibratedLoss(engine);
 }
 
+// Says what was reserved at the start; deploy/sizing.md has the formulas.
+void LogMemory(const ServerOptions& options, const model::PrefillEngine& engine) {
+  const int64_t cached_block_bytes = engine.prefix_cache().block_bytes;
+  const int64_t cached_blocks =
+      cached_block_bytes > 0 ? options.engine.prefix_cache_bytes / cached_block_bytes : 0;
+  LogEvent(LogLevel::kInfo, "memory",
+           {{"device_bytes", static_cast<int64_t>(engine.allocated_bytes())},
+            {"resident_tokens", engine.resident_tokens().limit},
+            {"staging_bytes", options.staging_bytes},
+            {"prefix_cache_bytes", cached_blocks * cached_block_bytes},
+            {"prefix_cache_tokens", cached_blocks * model::kPrefixBlockTokens}});
+}
+
 // Returns the addresses with the port that the first one of TCP was given.
 std::string WithPort(const std::string& listen, int port) {
   std::vector<std::string> addresses = wire::SplitAddresses(listen);
@@ -113,6 +127,7 @@ int Serve(const process::EndSignals& signals, const ServerOptions& options) {
   auto engine = LoadModel(signals, options);
   if (!engine.ok()) return Refuse("load_model", engine.status());
   LogConfiguration(options, (*engine)->info());
+  LogMemory(options, **engine);
 
   auto server = PrefillServer::Create(options, **engine, Clock::Real());
   if (!server.ok()) return Refuse("listen", server.status());
