@@ -1,192 +1,315 @@
-"""Tests that the Kubernetes manifests are valid, and agree with each other and with the programs they start."""
+"""Tests that the Kubernetes manifests render, are valid, and agree with each other.
+
+live_manifests_test.py compares them with the programs.
+"""
 
 import copy
-import json
-import pathlib
+import functools
+import os
 import re
-import shutil
-import subprocess
 import sys
+import tempfile
 import unittest
+from pathlib import Path
 
+import custom_resources
+import jsonschema
 import kubernetes_validate
 import yaml
+from rendering import (KUBERNETES, KUSTOMIZATIONS, OLDEST_KUSTOMIZE, containers_of, flag_value, kustomize_version,
+                       of_kind, of_the_environment, on_the_path, pod_of, program_of, render, render_text)  # fmt: skip
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import kustomize  # noqa: E402
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-KUSTOMIZATIONS = ["deploy/kubernetes/base", "deploy/kubernetes/overlays/cpu"]
-KUBERNETES_VERSIONS = ["1.30.0", "1.37.0"]  # the oldest we say we need, the newest with a schema
-OPTIONS = {"prefilld": "server/options.cc", "prefilld-decode-worker": "client/decode_worker/options.cc"}
-
-# The API schemas do not cover the Prometheus operator. These are the fields of a ServiceMonitor that we use.
-SERVICE_MONITOR_FIELDS = {
-    "": {"apiVersion", "kind", "metadata", "spec"},
-    "spec": {"selector", "endpoints", "namespaceSelector", "jobLabel", "targetLabels"},
-    "endpoint": {"port", "path", "interval", "scrapeTimeout", "scheme", "honorLabels"},
-}
-
-
-def check_service_monitor(resource):
-    endpoints = resource["spec"]["endpoints"]
-    for place, value in [("", resource), ("spec", resource["spec"]), *[("endpoint", e) for e in endpoints]]:
-        unknown = set(value) - SERVICE_MONITOR_FIELDS[place]
-        if unknown:
-            raise ValueError(f"ServiceMonitor {place}: unknown {sorted(unknown)}")
-    if not endpoints or not all("port" in endpoint for endpoint in endpoints):
-        raise ValueError("ServiceMonitor: every endpoint names a port of the Service")
+KUBERNETES_VERSIONS = ["1.30.0", "1.33.0", "1.37.0"]  # the oldest we say we need, to the newest with a schema
+OVERLAYS = {folder.name: folder for folder in KUSTOMIZATIONS}
+INVALID = (kubernetes_validate.ValidationError, jsonschema.ValidationError)
+SECONDS = {"s": 1, "h": 3600}
 
 
 def validate(resource):
-    if resource["kind"] == "ServiceMonitor":
-        check_service_monitor(resource)
+    if custom_resources.is_custom(resource):
+        custom_resources.validate(resource)
+        if resource["kind"] == "ScaledObject":
+            validate(autoscaler_of(resource))
         return
     for version in KUBERNETES_VERSIONS:
         kubernetes_validate.validate(resource, version, strict=True)
 
 
-def of_kind(resources, kind):
-    return [resource for resource in resources if resource["kind"] == kind]
-
-
-def pod_of(deployment):
-    return deployment["spec"]["template"]["spec"]
+def autoscaler_of(scaled_object):
+    """Returns the HorizontalPodAutoscaler that KEDA makes of its own resource, without the metrics."""
+    spec = scaled_object["spec"]
+    return {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": {"name": "keda-hpa-" + scaled_object["metadata"]["name"]},
+        "spec": {
+            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", **spec["scaleTargetRef"]},
+            "minReplicas": spec["minReplicaCount"],
+            "maxReplicas": spec["maxReplicaCount"],
+            "behavior": spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"],
+        },
+    }
 
 
 def selects(selector, deployment):
-    labels = deployment["spec"]["template"]["metadata"]["labels"]
-    return selector.items() <= labels.items()
+    return selector.items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
 
 
-def flag_value(container, name):
-    for argument in container["args"]:
-        if argument.startswith(f"--{name}="):
-            return argument.split("=", 1)[1]
-    return None
+def named(resources, name):
+    (resource,) = [r for r in resources if r["metadata"]["name"] == name]
+    return resource
 
 
-class Manifests(unittest.TestCase):
-    @staticmethod
-    def for_each_kustomization():
-        return [kustomize.render(ROOT / folder) for folder in KUSTOMIZATIONS]
+def by_name(resources):
+    """Makes renderings comparable: the order of resources differs between versions."""
+    return {(r["apiVersion"], r["kind"], r["metadata"]["name"]): r for r in resources}
 
-    def test_every_field_is_in_the_kubernetes_api(self):
-        for resources in self.for_each_kustomization():
+
+def for_each_overlay(test):
+    """Runs a test with the resources of each overlay, and with its deployments among them."""
+
+    @functools.wraps(test)
+    def run(self):
+        for name, folder in OVERLAYS.items():
+            with self.subTest(name):
+                resources = render(folder)
+                test(self, resources, of_kind(resources, "Deployment"))
+
+    return run
+
+
+class Rendering(unittest.TestCase):
+    def test_there_is_an_overlay_for_each_use(self):
+        self.assertEqual(set(OVERLAYS), {"base", "cpu", "tls", "hpa", "keda", "gateway", "vllm"})
+
+    @unittest.skipUnless(on_the_path(), "the machine has no kubectl of its own")
+    def test_another_kubectl_renders_the_same(self):
+        version = kustomize_version(on_the_path())
+        for folder in KUSTOMIZATIONS:
+            with self.subTest(folder.name, kustomize=version):
+                if version[0] < OLDEST_KUSTOMIZE and folder.name != "base":
+                    # Debian 12's knows no components, and has patches of another form. The base needs neither.
+                    self.assertRaises(RuntimeError, render_text, folder, on_the_path())
+                    continue
+                theirs = yaml.safe_load_all(render_text(folder, on_the_path()))
+                self.assertEqual(by_name(theirs), by_name(render(folder)))
+
+    def test_nothing_deprecated_is_used(self):
+        for folder in KUSTOMIZATIONS:
+            text = (folder / "kustomization.yaml").read_text(encoding="utf-8")
+            for old in ("patchesStrategicMerge", "patchesJson6902", "commonLabels", "bases:", "vars:"):
+                self.assertNotIn(old, text, folder.name)
+
+    def test_components_combine(self):
+        """An overlay of somebody's own: on CPUs, with TLS, scaled."""
+        with tempfile.TemporaryDirectory() as own:
+            where = {name: os.path.relpath(KUBERNETES / name, os.path.realpath(own))
+                     for name in ("overlays/cpu", "components/tls", "components/hpa")}  # fmt: skip
+            document = {"resources": [where.pop("overlays/cpu")], "components": list(where.values())}
+            (Path(own) / "kustomization.yaml").write_text(yaml.safe_dump(document))
+            resources = render(Path(own))
+        prefill = named(of_kind(resources, "Deployment"), "prefilld")
+        self.assertEqual(flag_value(pod_of(prefill)["containers"][0], "device"), "cpu")
+        self.assertEqual(flag_value(pod_of(prefill)["containers"][0], "tls_cert"), "/tls/tls.crt")
+        self.assertEqual([v["name"] for v in pod_of(prefill)["volumes"]], ["tls"])
+        self.assertEqual(len(of_kind(resources, "HorizontalPodAutoscaler")), 1)
+
+
+class Validity(unittest.TestCase):
+    def test_every_field_is_in_the_api(self):
+        for name, folder in OVERLAYS.items():
+            resources = render(folder)
             self.assertGreaterEqual(len(resources), 5)
             for resource in resources:
-                with self.subTest(f"{resource['kind']}/{resource['metadata']['name']}"):
+                with self.subTest(f"{name}: {resource['kind']}/{resource['metadata']['name']}"):
                     validate(resource)
 
     def test_a_misspelt_field_is_refused(self):
-        for resource in kustomize.render(ROOT / KUSTOMIZATIONS[0]):
+        kinds = {r["kind"]: r for folder in KUSTOMIZATIONS for r in render(folder)}
+        self.assertGreaterEqual(set(kinds), {"ServiceMonitor", "ScaledObject", "Certificate", "InferencePool"})
+        for kind, resource in kinds.items():
             misspelt = copy.deepcopy(resource)
-            misspelt["spec"]["selectr"] = {}
-            with self.subTest(resource["kind"]), self.assertRaises(Exception):
+            misspelt["data" if kind == "ConfigMap" else "spec"]["selectr"] = {}
+            with self.subTest(kind), self.assertRaises(INVALID):
                 validate(misspelt)
 
-    def test_misspelt_fields_deep_in_a_pod_are_refused(self):
-        deployment = of_kind(kustomize.render(ROOT / KUSTOMIZATIONS[0]), "Deployment")[0]
-        for place in [
-            lambda pod: pod["containers"][0]["livenessProbe"]["grpc"],
-            lambda pod: pod["containers"][0]["securityContext"],
-            lambda pod: pod["volumes"][0],
+    def test_misspelt_fields_deep_inside_are_refused(self):
+        deployment = of_kind(render(OVERLAYS["base"]), "Deployment")[0]
+        scaled, = of_kind(render(OVERLAYS["keda"]), "ScaledObject")
+        for resource, place in [
+            (deployment, lambda r: pod_of(r)["containers"][0]["livenessProbe"]["grpc"]),
+            (deployment, lambda r: pod_of(r)["containers"][0]["securityContext"]),
+            (deployment, lambda r: pod_of(r)["volumes"][0]),
+            (scaled, lambda r: autoscaler_of(r) and r["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]),
+            (scaled, lambda r: r["spec"]["triggers"][0]["metadata"]),
         ]:
-            misspelt = copy.deepcopy(deployment)
-            place(pod_of(misspelt))["servce"] = "x"
-            with self.assertRaises(kubernetes_validate.ValidationError):
+            misspelt = copy.deepcopy(resource)
+            place(misspelt)["servce"] = "x"
+            with self.assertRaises(INVALID):
                 validate(misspelt)
 
-    @unittest.skipUnless(shutil.which("kubectl"), "kubectl is not installed")
-    def test_kubectl_renders_the_same(self):
-        for folder in KUSTOMIZATIONS:
-            rendered = subprocess.run(
-                ["kubectl", "kustomize", ROOT / folder], check=True, capture_output=True, text=True
-            ).stdout
-            theirs = {kustomize.identity(r): r for r in yaml.safe_load_all(rendered)}
-            ours = {kustomize.identity(r): r for r in kustomize.render(ROOT / folder)}
-            self.assertEqual(json.dumps(comparable(theirs)), json.dumps(comparable(ours)))
 
-    def test_services_and_budgets_select_a_deployment(self):
-        for resources in self.for_each_kustomization():
-            deployments = of_kind(resources, "Deployment")
-            for service in of_kind(resources, "Service"):
-                targets = [d for d in deployments if selects(service["spec"]["selector"], d)]
-                self.assertEqual(len(targets), 1, service["metadata"]["name"])
-                names = {p["name"] for c in pod_of(targets[0])["containers"] for p in c["ports"]}
-                self.assertLessEqual({p["targetPort"] for p in service["spec"]["ports"]}, names)
-            for budget in of_kind(resources, "PodDisruptionBudget"):
-                self.assertTrue(any(selects(budget["spec"]["selector"]["matchLabels"], d) for d in deployments))
+class Agreement(unittest.TestCase):
+    @for_each_overlay
+    def test_services_budgets_and_policies_select_a_deployment(self, resources, deployments):
+        for service in of_kind(resources, "Service"):
+            (target,) = [d for d in deployments if selects(service["spec"]["selector"], d)]
+            names = {p["name"] for c in containers_of(target) for p in c["ports"]}
+            self.assertLessEqual({p["targetPort"] for p in service["spec"]["ports"]}, names)
+        for budget in of_kind(resources, "PodDisruptionBudget"):
+            self.assertTrue(any(selects(budget["spec"]["selector"]["matchLabels"], d) for d in deployments))
+        for policy in of_kind(resources, "NetworkPolicy"):
+            (target,) = [d for d in deployments if selects(policy["spec"]["podSelector"]["matchLabels"], d)]
+            names = {p["name"] for c in containers_of(target) for p in c["ports"]}
+            opened = {p["port"] for rule in policy["spec"]["ingress"] for p in rule["ports"]}
+            self.assertLessEqual(opened, names)
 
-    def test_the_service_monitor_scrapes_every_program(self):
-        resources = kustomize.render(ROOT / KUSTOMIZATIONS[0])
-        (monitor,) = of_kind(resources, "ServiceMonitor")
-        wanted = monitor["spec"]["selector"]["matchLabels"]
-        services = [s for s in of_kind(resources, "Service") if wanted.items() <= s["metadata"]["labels"].items()]
-        for deployment in of_kind(resources, "Deployment"):
-            with self.subTest(deployment["metadata"]["name"]):
+    @for_each_overlay
+    def test_the_network_policy_lets_decoders_in(self, resources, deployments):
+        policy = named(of_kind(resources, "NetworkPolicy"), "prefilld")
+        allowed = [f["podSelector"]["matchLabels"] for rule in policy["spec"]["ingress"] for f in rule["from"]
+                   if rule["ports"][0]["port"] == "grpc"]  # fmt: skip
+        decoders = [d for d in deployments if d["metadata"]["name"] != "prefilld"]
+        self.assertTrue(decoders)
+        for decoder in decoders:
+            self.assertTrue(any(selects(labels, decoder) for labels in allowed))
+
+    @for_each_overlay
+    def test_the_service_monitor_scrapes_every_program(self, resources, deployments):
+        for monitor in of_kind(resources, "ServiceMonitor"):
+            wanted = monitor["spec"]["selector"]["matchLabels"].items()
+            services = [s for s in of_kind(resources, "Service") if wanted <= s["metadata"]["labels"].items()]
+            for deployment in deployments:
                 (service,) = [s for s in services if selects(s["spec"]["selector"], deployment)]
                 ports = {p["name"] for p in service["spec"]["ports"]}
                 self.assertLessEqual({e["port"] for e in monitor["spec"]["endpoints"]}, ports)
 
-    def test_every_port_is_one_that_the_program_listens_on(self):
-        for resources in self.for_each_kustomization():
-            for deployment in of_kind(resources, "Deployment"):
-                (container,) = pod_of(deployment)["containers"]
-                flags = {"grpc": "listen", "metrics": "metrics_listen"}
-                self.assertEqual({port["name"] for port in container["ports"]}, set(flags))
-                for port in container["ports"]:
-                    with self.subTest(f"{deployment['metadata']['name']} {port['name']}"):
-                        listens = flag_value(container, flags[port["name"]]) or ""
-                        self.assertEqual(listens, f"0.0.0.0:{port['containerPort']}")
+    @for_each_overlay
+    def test_every_port_is_one_that_the_program_listens_on(self, _, deployments):
+        for container in (c for d in deployments for c in containers_of(d) if program_of(c)):
+            http = {"http": "listen"} if program_of(container) == "prefilld-gateway" else None
+            flags = http or {"grpc": "listen", "metrics": "metrics_listen"}
+            self.assertEqual({port["name"] for port in container["ports"]}, set(flags))
+            for port in container["ports"]:
+                listens = flag_value(container, flags[port["name"]])
+                self.assertEqual(listens, f"0.0.0.0:{port['containerPort']}", container["name"])
 
-    def test_pods_run_without_privileges(self):
-        for resources in self.for_each_kustomization():
-            for deployment in of_kind(resources, "Deployment"):
-                self.assertTrue(pod_of(deployment)["securityContext"]["runAsNonRoot"])
-                for container in pod_of(deployment)["containers"]:
-                    context = container["securityContext"]
-                    self.assertFalse(context["allowPrivilegeEscalation"])
-                    self.assertTrue(context["readOnlyRootFilesystem"])
-                    self.assertEqual(context["capabilities"], {"drop": ["ALL"]})
+    @for_each_overlay
+    def test_probes_ask_a_port_of_the_container(self, _, deployments):
+        for container in (c for d in deployments for c in pod_of(d)["containers"]):
+            ports = {p["name"] for p in container["ports"]} | {p["containerPort"] for p in container["ports"]}
+            for kind in ("readinessProbe", "livenessProbe"):
+                probe = container[kind]
+                asked = next((probe[how]["port"] for how in ("grpc", "httpGet", "tcpSocket") if how in probe), None)
+                if asked is None:
+                    (address,) = re.findall(r"--server=localhost:(\d+)", " ".join(probe["exec"]["command"]))
+                    asked = int(address)
+                self.assertIn(asked, ports, f"{container['name']} {kind}")
 
-    def test_every_mount_has_its_volume(self):
-        for resources in self.for_each_kustomization():
-            for deployment in of_kind(resources, "Deployment"):
-                volumes = {v["name"] for v in pod_of(deployment).get("volumes", [])}
-                for container in pod_of(deployment)["containers"]:
-                    self.assertEqual({m["name"] for m in container.get("volumeMounts", [])}, volumes)
+    @for_each_overlay
+    def test_pods_run_without_privileges(self, resources, deployments):
+        for deployment in deployments:
+            self.assertTrue(pod_of(deployment)["securityContext"]["runAsNonRoot"])
+            self.assertFalse(pod_of(deployment)["automountServiceAccountToken"])
+            for container in containers_of(deployment):
+                context = container["securityContext"]
+                self.assertFalse(context["allowPrivilegeEscalation"])
+                self.assertTrue(context["readOnlyRootFilesystem"])
+                self.assertEqual(context["capabilities"], {"drop": ["ALL"]})
+                self.assertIn("memory", container["resources"]["limits"])
 
-    def test_the_grace_period_covers_the_drain(self):
-        for resources in self.for_each_kustomization():
-            (prefill,) = [d for d in of_kind(resources, "Deployment") if d["metadata"]["name"] == "prefilld"]
-            container = pod_of(prefill)["containers"][0]
-            pre_stop = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-            drain = int(flag_value(container, "drain_timeout_s"))
-            self.assertGreater(pod_of(prefill)["terminationGracePeriodSeconds"], pre_stop + drain)
+    @for_each_overlay
+    def test_every_mount_has_its_volume(self, _, deployments):
+        for deployment in deployments:
+            volumes = {v["name"] for v in pod_of(deployment).get("volumes") or []}
+            mounts = [m for c in containers_of(deployment) for m in c.get("volumeMounts") or []]
+            self.assertEqual({m["name"] for m in mounts}, volumes)
+            self.assertFalse([m for m in mounts if "subPath" in m])  # such a file never changes
 
-    def test_every_flag_is_one_of_the_program(self):
-        for resources in self.for_each_kustomization():
-            for deployment in of_kind(resources, "Deployment"):
-                for container in pod_of(deployment)["containers"]:
-                    (program,) = container["command"]
-                    source = (ROOT / OPTIONS[program]).read_text(encoding="utf-8")
-                    for argument in container["args"]:
-                        name = re.fullmatch(r"--([a-z_]+)=.+", argument).group(1)
-                        self.assertRegex(source, rf"ABSL_FLAG\(\s*[^\n]*[ >]{name},", f"{program} has no flag --{name}")
+    @for_each_overlay
+    def test_the_grace_period_covers_the_drain(self, _, deployments):
+        for deployment in deployments:
+            ours = [c for c in containers_of(deployment) if program_of(c)]
+            self.assertEqual(bool(ours), deployment["metadata"]["name"] != "vllm-decode")
+            for container in ours:
+                pre_stop = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+                drain = int(flag_value(container, "drain_timeout_s"))
+                # Requests that are cut off after the drain get 5 s to end.
+                self.assertGreaterEqual(pod_of(deployment)["terminationGracePeriodSeconds"], pre_stop + drain + 5)
 
-    def test_the_decode_worker_finds_the_prefill_service(self):
-        for resources in self.for_each_kustomization():
-            (decode,) = [d for d in of_kind(resources, "Deployment") if "decode" in d["metadata"]["name"]]
-            host, port = flag_value(pod_of(decode)["containers"][0], "prefill_address").rsplit(":", 1)
-            (service,) = [s for s in of_kind(resources, "Service") if s["metadata"]["name"] == host]
+    @for_each_overlay
+    def test_the_decode_worker_finds_the_prefill_service(self, resources, deployments):
+        text = str(deployments)
+        addresses = set(re.findall(r"prefill_address(?:=|\": \")(\w[\w.-]*):(\d+)", text))
+        for host, port in addresses:
+            service = named(of_kind(resources, "Service"), host)
             self.assertIn(int(port), [p["port"] for p in service["spec"]["ports"]])
+        self.assertEqual(len(addresses), 0 if "--kv-connector" in text else 1)
 
+    def test_scaling_down_waits_for_drains(self):
+        for name in ("hpa", "keda"):
+            resources = render(OVERLAYS[name])
+            prefill = named(of_kind(resources, "Deployment"), "prefilld")
+            self.assertNotIn("replicas", prefill["spec"])  # every apply would set it again
+            grace = pod_of(prefill)["terminationGracePeriodSeconds"]
+            (scaler,) = of_kind(resources, "HorizontalPodAutoscaler", "ScaledObject")
+            scaler = scaler if name == "hpa" else autoscaler_of(scaler)
+            self.assertEqual(scaler["spec"]["scaleTargetRef"]["name"], "prefilld")
+            self.assertGreaterEqual(scaler["spec"]["minReplicas"], 1)
+            down = scaler["spec"]["behavior"]["scaleDown"]
+            (policy,) = down["policies"]
+            self.assertEqual(policy["value"], 1)
+            self.assertGreater(policy["periodSeconds"], grace)
+            self.assertGreater(down["stabilizationWindowSeconds"], grace)
 
-def comparable(resources):
-    """Makes two renderings comparable: kubectl sorts keys and resources, and we do not."""
-    return sorted(json.dumps(resource, sort_keys=True) for resource in resources.values())
+    def test_hpa_and_keda_scale_alike(self):
+        (hpa,) = of_kind(render(OVERLAYS["hpa"]), "HorizontalPodAutoscaler")
+        (keda,) = of_kind(render(OVERLAYS["keda"]), "ScaledObject")
+        for field in ("behavior", "minReplicas", "maxReplicas"):
+            self.assertEqual(hpa["spec"][field], autoscaler_of(keda)["spec"][field])
+        target = hpa["spec"]["metrics"][0]["pods"]
+        trigger = keda["spec"]["triggers"][0]["metadata"]
+        self.assertEqual(target["target"]["averageValue"], trigger["threshold"])
+        self.assertIn(target["metric"]["name"], trigger["query"])
+
+    def test_certificates_fit_their_use(self):
+        resources = render(OVERLAYS["tls"])
+        for deployment in of_kind(resources, "Deployment"):
+            name = deployment["metadata"]["name"]
+            certificate = named(of_kind(resources, "Certificate"), name)
+            (secret,) = [v["secret"] for v in pod_of(deployment)["volumes"] if v["name"] == "tls"]
+            self.assertEqual(certificate["spec"]["secretName"], secret["secretName"])
+            self.assertEqual(secret["defaultMode"], 0o440)
+            self.assertEqual(pod_of(deployment)["securityContext"]["fsGroup"], 65532)
+            self.assertGreaterEqual(set(certificate["spec"]["usages"]), {"server auth", "client auth"})
+            # Callers use the Service's name, and probes this one.
+            service = named(of_kind(resources, "Service"), name)
+            self.assertIn(service["metadata"]["name"], certificate["spec"]["dnsNames"])
+            probe = pod_of(deployment)["containers"][0]["livenessProbe"]["exec"]["command"]
+            self.assertIn(f"--tls_name={name}", probe)
+            left = certificate["spec"]["renewBefore"]
+            self.assertGreater(int(left[:-1]) * SECONDS[left[-1]], 14 * 86400)  # the programs warn from then on
+
+    def test_the_pool_has_prefill_and_decode_pods(self):
+        resources = render(OVERLAYS["gateway"])
+        (pool,) = of_kind(resources, "InferencePool")
+        (port,) = pool["spec"]["targetPorts"]
+        roles = {}
+        for deployment in of_kind(resources, "Deployment"):
+            self.assertTrue(selects(pool["spec"]["selector"]["matchLabels"], deployment))
+            self.assertIn(port["number"], [p["containerPort"] for c in containers_of(deployment) for p in c["ports"]])
+            labels = deployment["spec"]["template"]["metadata"]["labels"]
+            roles[labels["llm-d.ai/role"]] = labels["llm-d.ai/engine-type"]
+        self.assertEqual(roles, {"prefill": "prefilld", "decode": "vllm"})
+        (config,) = of_kind(resources, "ConfigMap")
+        picker = yaml.safe_load(config["data"]["config.yaml"])
+        plugins = {p.get("name", p["type"]): p.get("parameters", {}) for p in picker["plugins"]}
+        for profile in picker["schedulingProfiles"]:
+            self.assertLessEqual({p["pluginRef"] for p in profile["plugins"]}, set(plugins))
+        self.assertEqual([e["name"] for e in plugins["core-metrics-extractor"]["engineConfigs"]], ["prefilld"])
 
 
 if __name__ == "__main__":
+    print(f"kustomize {kustomize_version(of_the_environment())}, the machine's own: "
+          f"{kustomize_version(on_the_path()) if on_the_path() else 'none'}", file=sys.stderr)  # fmt: skip
     unittest.main()
