@@ -22,7 +22,7 @@ CLIENT = ROOT / "client" / "python"
 sys.path[:0] = [str(ROOT / "tests" / "evaluation")]
 import live_processes  # noqa: E402
 
-# What the READMEs leave to the reader, before their lines, and what must be so after them.
+# The READMEs leave this to the reader, before their lines, and this must be so after them.
 READER = """
 import asyncio
 

@@ -164,7 +164,7 @@ TEST_F(Arrival, OfACancelledCallReachesNoService) {
   EXPECT_TRUE(EverythingIsFree());
 }
 
-// Of 40 requests that do not come, 32 are read. The rest wait for their turn, as does a caller with
+// 40 requests do not come, of which 32 are read. The rest wait for their turn, as does a caller with
 // a connection of its own, for whom one of the many makes room.
 TEST_F(Arrival, OfManyAtOnceLeavesRoomForOthers) {
   options_.stall_timeout = absl::Seconds(1);
