@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 USER = Path(__file__).with_name("typed_user.py")
+EXAMPLE = ROOT / "client" / "python" / "examples" / "prefill_many.py"
 
 if not importlib.util.find_spec("mypy"):
     print("skipped: mypy is not here")
@@ -42,7 +43,8 @@ class Typed(unittest.TestCase):
         self.folder = Path(self.enterContext(tempfile.TemporaryDirectory(prefix="prefilld-typed-")))
 
     def test_a_program_passes_and_one_with_mistakes_does_not(self):
-        self.assertEqual(self.check(USER), "")
+        for program in (USER, EXAMPLE):
+            self.assertEqual(self.check(program), "")
         wrong = USER.read_text()
         for right, mistake, _ in MISTAKES:
             self.assertEqual(wrong.count(right), 1, right)
