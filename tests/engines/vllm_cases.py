@@ -43,7 +43,7 @@ class Prefilld(live_processes.Programs):
             self._program, self._model, f"--listen=127.0.0.1:{self.port}", "--metrics_listen=127.0.0.1:0", "--cpu_threads=1"
         )
         name = f"prefilld.{len(self._started) - 1}.ports"
-        self._metrics = re.search(r"metrics=(\d+)", (Path(self._folder.name) / name).read_text())[1]
+        self._page = re.search(r"metrics=(\d+)", (Path(self._folder.name) / name).read_text())[1]  # a port
 
     def kill(self) -> None:
         self._started[-1].kill()
@@ -51,7 +51,7 @@ class Prefilld(live_processes.Programs):
 
     def count(self, pattern: str) -> float:
         """Sums the metrics whose lines match."""
-        text = urllib.request.urlopen(f"http://127.0.0.1:{self._metrics}/metrics").read().decode()
+        text = urllib.request.urlopen(f"http://127.0.0.1:{self._page}/metrics").read().decode()
         return sum(float(line.split()[-1]) for line in text.splitlines() if re.match(pattern, line))
 
 
@@ -228,7 +228,9 @@ CASES = {f.__name__: f for f in (plain, connected, tensor_parallel, prefix, reco
 
 def main() -> None:
     case, bin_dir, model, dtype, out = sys.argv[1:]
-    made = CASES[case](Path(bin_dir).resolve(), Path(model).resolve(), dtype, prompts())
+    longest = int(os.environ.get("PREFILLD_LONGEST", "4096"))
+    ids = {name: tokens for name, tokens in prompts().items() if len(tokens) <= longest}
+    made = CASES[case](Path(bin_dir).resolve(), Path(model).resolve(), dtype, ids)
     Path(out).write_text(json.dumps(made))
 
 
