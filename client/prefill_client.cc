@@ -1,7 +1,8 @@
 #include "client/prefill_client.h"
 
 #include <algorithm>
-#include <thread>
+#include <random>
+#include <string>
 #include <utility>
 
 #include "absl/strings/ascii.h"
@@ -10,8 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "client/async_call.h"
-#include "client/raw_stream.h"
-#include "client/reception.h"
+#include "client/prefill_call.h"
 #include "grpcpp/channel.h"
 #include "grpcpp/client_context.h"
 #include "prefill/v1/prefill.grpc.pb.h"
@@ -21,8 +21,6 @@
 namespace prefilld::client {
 namespace {
 
-using ::prefill::v1::Accepted;
-using ::prefill::v1::AttachLaneRequest;
 using ::prefill::v1::AttachReceiverRequest;
 using ::prefill::v1::PrefillRequest;
 using ::prefill::v1::PrefillResult;
@@ -31,7 +29,14 @@ using ::prefill::v1::ServerInfo;
 
 constexpr uint32_t kMaxLanes = 16;
 constexpr char kAttachReceiverMethod[] = "/prefill.v1.PrefillService/AttachReceiver";
-constexpr char kAttachLaneMethod[] = "/prefill.v1.PrefillService/AttachLane";
+
+// Returns 32 hexadecimal digits that nobody can guess, from the operating system's random source.
+std::string NewSecret() {
+  std::random_device random;
+  std::string secret;
+  for (int i = 0; i < 4; ++i) absl::StrAppend(&secret, absl::Hex(random(), absl::kZeroPad8));
+  return secret;
+}
 
 // Compared with what gRPC carries as text; it would end the process over anything else.
 absl::Status CheckMetadata(const Metadata& metadata) {
@@ -52,94 +57,6 @@ absl::Status CheckMetadata(const Metadata& metadata) {
   return absl::OkStatus();
 }
 
-// One Prefill or AttachReceiver call that blocks. The calling thread reads lane 0, which carries
-// everything except frames of other lanes. Each further lane has a thread that lives from Accepted
-// to the end of its stream.
-class PrefillCall {
- public:
-  // `request` and `options` must outlive the call.
-  template <typename Request>
-  PrefillCall(const char* method, const Request& request, KvSink& sink,
-              const PrefillCallOptions& options,
-              const std::vector<std::shared_ptr<grpc::Channel>>& channels)
-      : method_(method),
-        request_(request),
-        deadline_(options.deadline),
-        metadata_(options.metadata),
-        reception_(request, sink, static_cast<uint32_t>(channels.size())) {
-    for (const auto& channel : channels) streams_.push_back(std::make_unique<RawStream>(channel));
-  }
-
-  absl::StatusOr<PrefillResult> Run() {
-    streams_[0]->Start(method_, request_, deadline_, metadata_);
-    ReadStream(0);
-    for (std::thread& thread : lane_threads_) thread.join();
-    PREFILLD_RETURN_IF_ERROR(status());
-    return reception_.Finish();
-  }
-
-  // Tells whether the server took the request. May be called when Run has returned.
-  bool accepted() const { return reception_.accepted().has_value(); }
-
-  // Ends every lane, and keeps the first reason. Thread-safe.
-  void Fail(absl::Status reason) {
-    {
-      absl::MutexLock lock(&mu_);
-      if (!status_.ok()) return;
-      status_ = std::move(reason);
-    }
-    for (const auto& stream : streams_) stream->Cancel();
-  }
-
- private:
-  absl::Status status() {
-    absl::MutexLock lock(&mu_);
-    return status_;
-  }
-
-  void ReadStream(uint32_t lane) {
-    RawStream& stream = *streams_[lane];
-    grpc::ByteBuffer message;
-    while (stream.Read(message)) {
-      if (absl::Status taken = reception_.Take(lane, message); !taken.ok()) {
-        return Fail(std::move(taken));
-      }
-      if (lane == 0 && lane_threads_.empty() && accepted()) ReadOtherLanes();
-    }
-    absl::Status ended = EndOfStream(stream.Finish());
-    if (!ended.ok()) return Fail(std::move(ended));
-    if (lane == 0 && !reception_.has_result()) {
-      Fail(absl::DataLossError("the stream ended without a result"));
-    }
-  }
-
-  void ReadOtherLanes() {
-    const Accepted& accepted = *reception_.accepted();
-    for (uint32_t lane = 1; lane < accepted.num_lanes(); ++lane) {
-      AttachLaneRequest attach;
-      attach.set_request_id(accepted.request_id());
-      attach.set_receiver(accepted.receiver());
-      attach.set_lane(lane);
-      attach.set_lane_key(accepted.lane_key());
-      lane_threads_.emplace_back([this, lane, attach = std::move(attach)] {
-        streams_[lane]->Start(kAttachLaneMethod, attach, deadline_);
-        ReadStream(lane);
-      });
-    }
-  }
-
-  const char* const method_;
-  const google::protobuf::MessageLite& request_;
-  const absl::Time deadline_;
-  const Metadata& metadata_;
-  Reception reception_;
-  std::vector<std::unique_ptr<RawStream>> streams_;  // by lane
-  std::vector<std::thread> lane_threads_;
-
-  absl::Mutex mu_;
-  absl::Status status_ ABSL_GUARDED_BY(mu_);
-};
-
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<PrefillClient>> PrefillClient::Create(
@@ -159,6 +76,8 @@ absl::StatusOr<std::unique_ptr<PrefillClient>> PrefillClient::Create(
   }
   return client;
 }
+
+PrefillClient::~PrefillClient() { small_calls_->AwaitIdle(); }
 
 std::vector<ServerChannels*> PrefillClient::InTurn() {
   const size_t first = turn_.fetch_add(1, std::memory_order_relaxed) % servers_.size();
@@ -194,8 +113,8 @@ absl::StatusOr<std::shared_ptr<StartedPrefill>> PrefillClient::Start(
     return absl::InvalidArgumentError(
         absl::StrCat("num_lanes ", request.num_lanes(), "; at most 1 without a thread that waits"));
   }
-  if (options.cancellation != nullptr) {
-    return absl::InvalidArgumentError("cancellation is for calls that block");
+  if (options.cancellation != nullptr || options.resumable || !request.resume_key().empty()) {
+    return absl::InvalidArgumentError("cancellation and resumable are for calls that block");
   }
   PREFILLD_RETURN_IF_ERROR(CheckMetadata(options.metadata));
   ServerChannels* const server = InTurn().front();
@@ -230,10 +149,16 @@ absl::StatusOr<PrefillResult> PrefillClient::Call(const char* method, const Requ
         absl::StrCat("num_lanes ", request.num_lanes(), ", allowed: 1 to ", kMaxLanes));
   }
   PREFILLD_RETURN_IF_ERROR(CheckMetadata(options.metadata));
+  if (options.resumable && request.resume_key().empty()) {
+    Request resumable = request;
+    if (resumable.request_id().empty()) resumable.set_request_id(NewSecret());
+    resumable.set_resume_key(NewSecret());
+    return Call(method, resumable, sink, options);
+  }
   absl::StatusOr<PrefillResult> result;
   for (ServerChannels* server : InTurn()) {
     const auto channels = server->OfLanes(std::max(request.num_lanes(), 1u));
-    PrefillCall call(method, request, sink, options, channels);
+    PrefillCall call(method, request, sink, options, channels, small_calls_);
     {
       CancelHook hook(options.cancellation,
                       [&call] { call.Fail(absl::CancelledError("cancelled by the caller")); });

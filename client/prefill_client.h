@@ -13,6 +13,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "client/acknowledger.h"
 #include "client/cancellation.h"
 #include "client/server_channels.h"
 #include "prefill/v1/prefill.pb.h"
@@ -47,6 +48,11 @@ struct PrefillCallOptions {
   // Goes with the Prefill call. Servers that tell tenants apart by metadata or by tokens look for
   // it there: {"x-tenant", "search"} or {"authorization", "Bearer TOKEN"}.
   Metadata metadata = {};
+  // Whether a broken connection may cost no more than a moment: the request is resumable
+  // (proto/prefill/v1/resumption.proto), if the server grants that, and streams that break are
+  // attached again, and damaged frames asked for again. The server then hears of a cancel by a call
+  // of its own. The request's request_id and resume_key are chosen if they are empty.
+  bool resumable = false;
 };
 
 // A prompt that PrefillClient::Start has sent. It may be dropped at any time, and the call goes on.
@@ -74,12 +80,16 @@ class PrefillClient {
   static absl::StatusOr<std::unique_ptr<PrefillClient>> Create(
       const ChannelOptions& options, const std::vector<std::string>& addresses);
 
+  // Waits, for a second at most, until servers have heard the last of resumable requests.
+  ~PrefillClient();
+
   absl::StatusOr<::prefill::v1::ServerInfo> GetServerInfo(absl::Duration timeout);
 
   // Runs one prompt and returns when the whole cache has gone to `sink`, or with the reason why
   // not: the server's status (see PrefillService), CANCELLED, the sink's error, and
   //   INVALID_ARGUMENT     metadata has a key or a value that gRPC does not carry
   //   FAILED_PRECONDITION  the server answered with another layout than asked for
+  //   UNAVAILABLE          also: a connection broke, and could not be resumed
   //   DATA_LOSS            a frame is damaged, missing, or not what the layout promises, the
   //                        stream ended without a result, or its log-probabilities are not as
   //                        many as asked for
@@ -100,7 +110,7 @@ class PrefillClient {
   // `done` is called once, when all is over. It and the sink run on threads of gRPC's, which they
   // must not block. The sink and this client must live until `done` has been called. One server is
   // asked, the next in turn, and the cache comes on one lane. INVALID_ARGUMENT: num_lanes is more
-  // than 1, a cancellation is given, or as Prefill.
+  // than 1, a cancellation is given, the request is resumable, or as Prefill.
   absl::StatusOr<std::shared_ptr<StartedPrefill>> Start(
       const ::prefill::v1::PrefillRequest& request, KvSink& sink, const PrefillCallOptions& options,
       PrefillDone done);
@@ -119,6 +129,7 @@ class PrefillClient {
   // The channel of lane 0 also serves all other calls.
   std::vector<std::unique_ptr<ServerChannels>> servers_;
   std::atomic<uint64_t> turn_ = 0;
+  const std::shared_ptr<SmallCalls> small_calls_ = std::make_shared<SmallCalls>();
 };
 
 }  // namespace prefilld::client

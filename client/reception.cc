@@ -13,6 +13,19 @@ using ::prefill::v1::PrefillEvent;
 using ::prefill::v1::PrefillRequest;
 using ::prefill::v1::PrefillResult;
 
+namespace {
+
+// A stream that is resumed begins with what was accepted.
+absl::Status CheckAcceptedAgain(const Accepted& again, const Accepted& before) {
+  if (again.request_id() == before.request_id() &&
+      again.layout().SerializeAsString() == before.layout().SerializeAsString()) {
+    return absl::OkStatus();
+  }
+  return absl::DataLossError("a resumed stream is that of another request");
+}
+
+}  // namespace
+
 Reception::Reception(const PrefillRequest& request, KvSink& sink, uint32_t max_lanes)
     : sink_(sink),
       expected_{request.layout(), static_cast<uint32_t>(request.token_ids_size()),
@@ -43,23 +56,42 @@ absl::Status Reception::TakeFrame(uint32_t lane, const wire::ReceivedFrame& fram
   if (delivered_elsewhere_) {
     return absl::DataLossError("a frame came here though the cache is delivered elsewhere");
   }
-  PREFILLD_RETURN_IF_ERROR(check_->Check(lane, frame));
-  return sink_.OnFrame(frame);
+  PREFILLD_ASSIGN_OR_RETURN(const TransferCheck::Arrival arrival, check_->Check(lane, frame));
+  if (arrival == TransferCheck::Arrival::kDamaged) {
+    acknowledger_->Note(lane, check_->received(lane), frame.sequence);
+    return absl::OkStatus();
+  }
+  if (arrival == TransferCheck::Arrival::kAgain) return absl::OkStatus();
+  PREFILLD_RETURN_IF_ERROR(BySink(sink_.OnFrame(frame)));
+  progress_.fetch_add(1, std::memory_order_relaxed);
+  if (acknowledger_ != nullptr) acknowledger_->Note(lane, check_->received(lane));
+  return absl::OkStatus();
+}
+
+absl::Status Reception::BySink(absl::Status status) {
+  if (!status.ok()) refused_by_sink_.store(true, std::memory_order_release);
+  return status;
 }
 
 absl::Status Reception::TakeEvent(PrefillEvent event) {
+  if (acknowledger_ != nullptr && accepted_.has_value() && event.has_accepted()) {
+    return CheckAcceptedAgain(event.accepted(), *accepted_);
+  }
   if (event.has_accepted() == accepted_.has_value()) {
     return absl::DataLossError(accepted_.has_value() ? "Accepted came twice"
                                                      : "the stream does not begin with Accepted");
   }
-  if (result_) return absl::DataLossError("an event came after the result");
+  const bool is_result_again = acknowledger_ != nullptr && event.has_result();
+  if (result_ && !is_result_again) return absl::DataLossError("an event came after the result");
+  progress_.fetch_add(1, std::memory_order_relaxed);
   switch (event.event_case()) {
     case PrefillEvent::kAccepted:
       return TakeAccepted(event.accepted());
     case PrefillEvent::kProgress:
-      return sink_.OnProgress(event.progress());
+      return BySink(sink_.OnProgress(event.progress()));
     case PrefillEvent::kResult:
       result_ = std::move(*event.mutable_result());
+      has_result_.store(true, std::memory_order_release);
       return absl::OkStatus();
     default:
       return absl::OkStatus();  // an event of a later version
@@ -73,9 +105,11 @@ absl::Status Reception::TakeAccepted(const Accepted& accepted) {
     return absl::FailedPreconditionError(
         absl::StrCat("num_lanes is ", num_lanes, ", asked for were ", max_lanes_));
   }
-  check_ = std::make_unique<TransferCheck>(accepted.layout(), num_lanes);
+  if (accepted.resume_window_ms() == 0) acknowledger_ = nullptr;
+  check_ = std::make_unique<TransferCheck>(accepted.layout(), num_lanes,
+                                           /*resumable=*/acknowledger_ != nullptr);
   accepted_ = accepted;
-  return sink_.OnAccepted(accepted);
+  return BySink(sink_.OnAccepted(accepted));
 }
 
 absl::StatusOr<PrefillResult> Reception::Finish() {

@@ -21,6 +21,9 @@ using ::prefill::v1::PrefillResult;
 // prompt, whatever the sender claims.
 constexpr uint32_t kMaxLayers = 1024;
 
+// A frame that arrives damaged more often is not asked for once more.
+constexpr int kMaxDamagedCopies = 3;
+
 template <typename T, typename E>
 absl::Status Expect(const char* field, const T& value, const E& expected) {
   if (value == expected) return absl::OkStatus();
@@ -98,24 +101,46 @@ absl::Status CheckLayout(const KvLayout& layout, const ExpectedTransfer& expecte
   return Expect("first_block", layout.first_block(), wish.first_block());
 }
 
-TransferCheck::TransferCheck(const KvLayout& layout, uint32_t num_lanes)
-    : layout_(layout),
+TransferCheck::TransferCheck(const KvLayout& layout, uint32_t num_lanes, bool resumable)
+    : resumable_(resumable),
+      layout_(layout),
       pair_bytes_(wire::KvPairBytes(layout)),
       frames_per_lane_(num_lanes),
+      damaged_(num_lanes),
       arrived_(size_t{layout.num_layers()} * layout.num_blocks()),
       blocks_missing_(uint64_t{layout.num_layers()} *
                       (layout.num_blocks() - layout.first_block())) {}
 
-absl::Status TransferCheck::Check(uint32_t lane, const wire::ReceivedFrame& frame) {
+absl::StatusOr<TransferCheck::Arrival> TransferCheck::Check(uint32_t lane,
+                                                            const wire::ReceivedFrame& frame) {
   PREFILLD_RETURN_IF_ERROR(CheckPlace(lane, frame));
   const uint64_t checksum = frame.payload.Checksum();
+  absl::MutexLock lock(&mu_);
+  auto& damaged = damaged_[lane];
+  const auto awaited_again = damaged.find(frame.sequence);
+  const bool is_next = frame.sequence == frames_per_lane_[lane];
+  if (resumable_ && !is_next && awaited_again == damaged.end() &&
+      frame.sequence < frames_per_lane_[lane]) {
+    return Arrival::kAgain;
+  }
   if (checksum != frame.checksum) {
+    const bool may_be_repaired = resumable_ && (is_next || awaited_again != damaged.end());
+    if (may_be_repaired && ++damaged[frame.sequence] <= kMaxDamagedCopies) {
+      if (is_next) ++frames_per_lane_[lane];
+      return Arrival::kDamaged;
+    }
     return absl::DataLossError(absl::StrFormat(
         "lane %u, frame %u (layer %u, blocks from %u): checksum of the payload is %016x, sent "
         "was %016x",
         lane, frame.sequence, frame.layer, frame.first_block, checksum, frame.checksum));
   }
-  return MarkArrived(lane, frame);
+  PREFILLD_RETURN_IF_ERROR(MarkArrived(lane, frame));
+  return Arrival::kNew;
+}
+
+uint64_t TransferCheck::received(uint32_t lane) const {
+  absl::MutexLock lock(&mu_);
+  return damaged_[lane].empty() ? frames_per_lane_[lane] : damaged_[lane].begin()->first;
 }
 
 absl::Status TransferCheck::CheckPlace(uint32_t lane, const wire::ReceivedFrame& frame) const {
@@ -141,8 +166,8 @@ absl::Status TransferCheck::CheckPlace(uint32_t lane, const wire::ReceivedFrame&
 }
 
 absl::Status TransferCheck::MarkArrived(uint32_t lane, const wire::ReceivedFrame& frame) {
-  absl::MutexLock lock(&mu_);
-  if (frame.sequence != frames_per_lane_[lane]) {
+  const bool is_next = frame.sequence == frames_per_lane_[lane];
+  if (!is_next && damaged_[lane].count(frame.sequence) == 0) {
     return absl::DataLossError(absl::StrCat("lane ", lane, ": frame ", frame.sequence,
                                             " arrived where ", frames_per_lane_[lane], " was due"));
   }
@@ -154,7 +179,8 @@ absl::Status TransferCheck::MarkArrived(uint32_t lane, const wire::ReceivedFrame
     }
     arrived_[row + block] = true;
   }
-  ++frames_per_lane_[lane];
+  if (is_next) ++frames_per_lane_[lane];
+  damaged_[lane].erase(frame.sequence);
   blocks_missing_ -= frame.num_blocks;
   bytes_ += frame.payload.size();
   return absl::OkStatus();

@@ -4,20 +4,24 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "proto/status_macros.h"
 
 namespace prefilld::server {
 
 namespace v1 = ::prefill::v1;
 
-Delivery::Delivery(int num_lanes, bool pushes, const Clock& clock)
-    : pushes_(pushes), control_(std::make_unique<LaneQueue>(clock, /*lane=*/0, progress_)) {
+Delivery::Delivery(int num_lanes, bool pushes, const Clock& clock, bool resumable)
+    : pushes_(pushes),
+      resumable_(resumable),
+      control_(std::make_unique<LaneQueue>(clock, /*lane=*/0, progress_, resumable)) {
   if (!pushes) kv_lanes_.push_back(control_.get());
   while (kv_lanes_.size() < static_cast<size_t>(num_lanes)) {
     const auto lane = static_cast<uint32_t>(kv_lanes_.size());
-    side_lanes_.push_back(std::make_unique<LaneQueue>(clock, lane, progress_));
+    side_lanes_.push_back(
+        std::make_unique<LaneQueue>(clock, lane, progress_, resumable && !pushes));
     kv_lanes_.push_back(side_lanes_.back().get());
+    open_side_lanes_.push_back(lane);
   }
-  open_side_lanes_ = static_cast<int>(side_lanes_.size());
   sent_.frames_per_lane.assign(kv_lanes_.size(), 0);
 }
 
@@ -27,6 +31,11 @@ absl::StatusOr<LaneQueue*> Delivery::side_lane(uint32_t lane) {
         absl::StrCat("lane ", lane, "; lanes 1 to ", kv_lanes_.size() - 1, " can be attached"));
   }
   return kv_lanes_[lane];
+}
+
+absl::StatusOr<LaneQueue*> Delivery::any_lane(uint32_t lane) {
+  if (lane == 0) return control_.get();
+  return side_lane(lane);
 }
 
 void Delivery::Send(v1::PrefillEvent event) { control_->Push(std::move(event)); }
@@ -84,19 +93,30 @@ void Delivery::SendResult(v1::PrefillResult result) {
   MaybeSendResult();
 }
 
-void Delivery::OnSideLaneDone() {
+void Delivery::OnSideLaneDone(uint32_t lane) {
   {
     absl::MutexLock lock(&mu_);
-    --open_side_lanes_;
+    // A lane that is resumed when it had ended ends again.
+    open_side_lanes_.erase(std::remove(open_side_lanes_.begin(), open_side_lanes_.end(), lane),
+                           open_side_lanes_.end());
   }
   MaybeSendResult();
+}
+
+absl::StatusOr<int64_t> Delivery::Acknowledge(const v1::LaneReceipt& receipt) {
+  PREFILLD_ASSIGN_OR_RETURN(LaneQueue* const lane, any_lane(receipt.lane()));
+  const std::vector<uint64_t> damaged(receipt.damaged().begin(), receipt.damaged().end());
+  PREFILLD_ASSIGN_OR_RETURN(const int64_t again, lane->Acknowledge(receipt.received(), damaged));
+  MaybeSendResult();
+  return again;
 }
 
 void Delivery::MaybeSendResult() {
   v1::PrefillEvent event;
   {
     absl::MutexLock lock(&mu_);
-    if (!result_.has_value() || open_side_lanes_ > 0) return;
+    if (!result_.has_value() || !open_side_lanes_.empty()) return;
+    if (resumable_ && !control_->all_acknowledged()) return;
     *event.mutable_result() = *std::exchange(result_, std::nullopt);
   }
   result_is_out_.store(true, std::memory_order_release);
@@ -114,8 +134,12 @@ Delivery::ConsumerState Delivery::consumer(absl::Time now) {
                                    [](const auto& lane) { return lane->attached(); });
   state.control_idle = control_->idle();
   state.stalled = control_->StalledFor(now);
+  state.away = control_->AwayFor(now);
+  state.held_frames = control_->held_frames();
   for (const auto& lane : side_lanes_) {
     state.stalled = std::max(state.stalled, lane->StalledFor(now));
+    state.away = std::max(state.away, lane->AwayFor(now));
+    state.held_frames += lane->held_frames();
   }
   for (const LaneQueue* lane : kv_lanes_) {
     const LaneQueue::Taken taken = lane->taken(now);

@@ -14,6 +14,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "prefill/v1/prefill.pb.h"
+#include "prefill/v1/resumption.pb.h"
 #include "proto/wire/frame_header.h"
 #include "server/clock.h"
 #include "server/lane_queue.h"
@@ -25,6 +26,9 @@ namespace prefilld::server {
 // and the others are attached later (pull), or lane 0 is the call to the receiver (push). KV lanes
 // other than the control stream are *side lanes*. The result goes out on the control stream when
 // every frame has been handed over and every side lane has ended well.
+//
+// A delivery may be resumable. Then its queues are (LaneQueue), that of a push excepted, and the
+// result waits until every frame is acknowledged.
 //
 // Thread-safe.
 class Delivery {
@@ -41,17 +45,25 @@ class Delivery {
     absl::Duration stalled;
     // The KV that all lanes have taken, and the longest time that one of them was busy with it.
     LaneQueue::Taken kv_taken;
+    // The longest time that the consumer has been away from a lane, which it may resume.
+    absl::Duration away;
+    // Frames that wait to be sent, or are not acknowledged by a consumer that can.
+    int64_t held_frames = 0;
   };
 
-  Delivery(int num_lanes, bool pushes, const Clock& clock);
+  Delivery(int num_lanes, bool pushes, const Clock& clock, bool resumable = false);
 
   // The queues that streams are attached to. side_lane fails with INVALID_ARGUMENT when the request
-  // has no such lane.
+  // has no such lane, and so does any_lane, which includes the control stream.
   LaneQueue& control() { return *control_; }
   absl::StatusOr<LaneQueue*> side_lane(uint32_t lane);
-  // Records that the stream of a side lane has ended well. If a stream fails, the request is
-  // aborted instead.
-  void OnSideLaneDone();
+  absl::StatusOr<LaneQueue*> any_lane(uint32_t lane);
+  // Records that the stream of a side lane has ended well. If a stream fails and the lane cannot be
+  // resumed, the request is aborted instead.
+  void OnSideLaneDone(uint32_t lane);
+  // Takes what a consumer says of a lane (LaneQueue::Acknowledge). INVALID_ARGUMENT: there is no
+  // such lane.
+  absl::StatusOr<int64_t> Acknowledge(const ::prefill::v1::LaneReceipt& receipt);
 
   // The progress that frames report; the request keeps it up to date.
   ComputeProgress& progress() { return progress_; }
@@ -79,6 +91,7 @@ class Delivery {
   void MaybeSendResult();
 
   const bool pushes_;
+  const bool resumable_;
   ComputeProgress progress_;
 
   std::unique_ptr<LaneQueue> control_;
@@ -90,7 +103,7 @@ class Delivery {
   mutable absl::Mutex mu_;
   Sent sent_ ABSL_GUARDED_BY(mu_);
   int last_lane_ ABSL_GUARDED_BY(mu_) = 0;
-  int open_side_lanes_ ABSL_GUARDED_BY(mu_);
+  std::vector<uint32_t> open_side_lanes_ ABSL_GUARDED_BY(mu_);
   std::optional<::prefill::v1::PrefillResult> result_ ABSL_GUARDED_BY(mu_);
 };
 

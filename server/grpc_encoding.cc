@@ -1,5 +1,6 @@
 #include "server/grpc_encoding.h"
 
+#include <memory>
 #include <string>
 #include <utility>
 
@@ -13,14 +14,16 @@ namespace {
 
 namespace v1 = ::prefill::v1;
 
-void ReturnLease(void* lease) { delete static_cast<StagingRing::Lease*>(lease); }
+using SharedLease = std::shared_ptr<const StagingRing::Lease>;
+
+void ReturnLease(void* lease) { delete static_cast<SharedLease*>(lease); }
 
 }  // namespace
 
 grpc::ByteBuffer EncodeFrame(KvFrame frame) {
-  auto* lease = new StagingRing::Lease(std::move(frame.payload));
+  auto* lease = new SharedLease(std::move(frame.payload));
   return wire::EncodeFrame(frame.header,
-                           grpc::Slice(lease->data(), frame.payload_bytes, &ReturnLease, lease));
+                           grpc::Slice((*lease)->data(), frame.payload_bytes, &ReturnLease, lease));
 }
 
 grpc::ByteBuffer EncodeEvent(Message message) {

@@ -299,7 +299,7 @@ absl::Status KvPacker::PackFrame(const Frame& frame, PrefillJob& job, StagingRin
   out.header.first_block = static_cast<uint32_t>(frame.first_block);
   out.header.num_blocks = static_cast<uint32_t>(frame.num_blocks);
   out.header.checksum = wire::Checksum(buffer.data(), out.payload_bytes);
-  out.payload = std::move(buffer);
+  out.payload = std::make_shared<StagingRing::Lease>(std::move(buffer));
   const auto payload_bytes = static_cast<int64_t>(out.payload_bytes);
   const int lane = job.delivery().SendFrame(std::move(out));
   surroundings_.metrics.CountFrame(lane, payload_bytes);

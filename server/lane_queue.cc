@@ -1,6 +1,9 @@
 #include "server/lane_queue.h"
 
+#include <algorithm>
 #include <utility>
+
+#include "proto/status_macros.h"
 
 namespace prefilld::server {
 namespace {
@@ -8,6 +11,15 @@ namespace {
 // Each stream of a connection may have a message of this size under way, and the socket holds as
 // much.
 constexpr int64_t kBytesAheadPerStream = 8 << 20;
+
+using ::prefill::v1::PrefillEvent;
+
+absl::Status Replaced() { return absl::AbortedError("another stream has taken this one's place"); }
+
+bool HasAccepted(const Message& message) {
+  const auto* event = std::get_if<PrefillEvent>(&message);
+  return event != nullptr && event->has_accepted();
+}
 
 size_t PayloadBytes(const Message& message) {
   const auto* frame = std::get_if<KvFrame>(&message);
@@ -32,6 +44,75 @@ bool LaneQueue::attached() const {
   return was_attached_;
 }
 
+absl::StatusOr<int64_t> LaneQueue::Resume(Transport* transport, uint64_t received,
+                                          std::optional<Message> greeting) {
+  std::optional<Successor> overtaken;  // by this one, before it took its place
+  std::deque<KvFrame> released;        // destroyed after the lock: buffers go back to their ring
+  int64_t again = 0;
+  {
+    absl::MutexLock lock(&mu_);
+    if (end_.has_value() && !end_->ok()) return *end_;
+    PREFILLD_RETURN_IF_ERROR(retained_.CheckResumable(received));
+    released = retained_.Release(received);
+    again = retained_.size();
+    overtaken = std::exchange(successor_, Successor{transport, std::move(greeting)});
+    was_attached_ = true;
+    if (transport_ == nullptr) {
+      SeatSuccessor();
+    } else {
+      lost_ = true;
+      if (writing_) transport_->Cancel(Replaced());
+    }
+  }
+  if (overtaken.has_value()) overtaken->transport->End(Replaced());
+  Pump();
+  return again;
+}
+
+// The new transport brings all that may have been lost with the one before: its greeting is for an
+// Accepted that was not sent.
+void LaneQueue::SeatSuccessor() {
+  transport_ = successor_->transport;
+  greeting_ = std::move(successor_->greeting);
+  successor_.reset();
+  if (!queue_.empty() && HasAccepted(queue_.front())) queue_.pop_front();
+  if (result_.has_value()) queue_.push_back(*std::exchange(result_, std::nullopt));
+  retained_.SendAllAgain();
+  acknowledged_at_ = clock_.Now();
+  away_since_.reset();
+}
+
+bool LaneQueue::OnPeerGone(const Transport* transport) {
+  std::optional<Successor> gone;
+  {
+    absl::MutexLock lock(&mu_);
+    if (!resumable_ || !was_attached_) return false;
+    if (successor_.has_value() && successor_->transport == transport) {
+      gone = std::exchange(successor_, std::nullopt);
+    } else if (transport_ == transport) {
+      lost_ = true;
+    }
+  }
+  if (gone.has_value()) gone->transport->End(absl::CancelledError("the stream broke"));
+  Pump();
+  return true;
+}
+
+absl::StatusOr<int64_t> LaneQueue::Acknowledge(uint64_t received,
+                                               absl::Span<const uint64_t> damaged) {
+  std::deque<KvFrame> released;  // destroyed after the lock
+  int64_t again = 0;
+  {
+    absl::MutexLock lock(&mu_);
+    PREFILLD_RETURN_IF_ERROR(retained_.CheckAcknowledged(received));
+    released = retained_.Release(received);
+    if (!released.empty()) acknowledged_at_ = clock_.Now();
+    for (const uint64_t sequence : damaged) again += retained_.SendAgain(sequence) ? 1 : 0;
+  }
+  Pump();
+  return again;
+}
+
 void LaneQueue::Push(Message message) {
   {
     absl::MutexLock lock(&mu_);
@@ -54,11 +135,15 @@ void LaneQueue::Close(std::optional<Message> last) {
 
 void LaneQueue::Abort(const absl::Status& status) {
   std::deque<Message> dropped;  // destroyed after the lock: buffers go back to their ring
+  std::deque<KvFrame> released;
   {
     absl::MutexLock lock(&mu_);
     if (end_.has_value() && !end_->ok()) return;
     end_ = status;
     dropped.swap(queue_);
+    released = retained_.TakeAll();
+    greeting_.reset();
+    result_.reset();
     pending_bytes_ = in_flight_bytes_;
     // This runs under the lock, so that End cannot come between and take the transport away.
     if (writing_) transport_->Cancel(status);
@@ -75,7 +160,9 @@ void LaneQueue::OnWriteDone(bool ok) {
     if (ok) taken_.payload_bytes += in_flight_bytes_;
     pending_bytes_ -= in_flight_bytes_;
     in_flight_bytes_ = 0;
-    if (!ok && (!end_.has_value() || end_->ok())) {
+    if (!ok && resumable_) {
+      lost_ = true;
+    } else if (!ok && (!end_.has_value() || end_->ok())) {
       end_ = absl::CancelledError("the stream broke");
       dropped.swap(queue_);
       pending_bytes_ = 0;
@@ -87,34 +174,76 @@ void LaneQueue::OnWriteDone(bool ok) {
 // The transport is called without the lock. `writing_` keeps all other threads from it until the
 // write is done; after that a null transport_ does.
 void LaneQueue::Pump() {
-  Transport* transport = nullptr;
-  Message message;
-  bool last = false;
-  std::optional<absl::Status> end;
-  {
-    absl::MutexLock lock(&mu_);
-    if (transport_ == nullptr || writing_) return;
-    if (!queue_.empty()) {
-      writing_ = true;
-      StartClock();
-      message = std::move(queue_.front());
-      queue_.pop_front();
-      in_flight_bytes_ = PayloadBytes(message);
-      if (auto* frame = std::get_if<KvFrame>(&message)) Stamp(*frame);
-      last = queue_.empty() && end_.has_value();
-      transport = transport_;
-    } else if (end_.has_value()) {
-      end = end_;
-      transport = std::exchange(transport_, nullptr);
-    } else {
-      return;
+  while (true) {
+    std::optional<Next> next;
+    {
+      absl::MutexLock lock(&mu_);
+      next = TakeNext();
     }
+    if (!next.has_value()) return;
+    if (next->message.has_value()) {
+      next->transport->Send(*std::move(next->message), next->last);
+      return;  // its OnWriteDone goes on
+    }
+    next->transport->End(next->end);
   }
-  if (end.has_value()) {
-    transport->End(*end);
-  } else {
-    transport->Send(std::move(message), last);
+}
+
+std::optional<LaneQueue::Next> LaneQueue::TakeNext() {
+  if (transport_ == nullptr || writing_) return std::nullopt;
+  if (lost_) {
+    absl::Status end = Replaced();
+    if (!successor_.has_value()) end = absl::CancelledError("the stream broke");
+    if (end_.has_value() && !end_->ok()) end = *end_;
+    return Next{.transport = Detach(), .end = std::move(end)};
   }
+  if (std::optional<Message> message = TakeMessage()) {
+    writing_ = true;
+    StartClock();
+    in_flight_bytes_ = PayloadBytes(*message);
+    const bool last = end_.has_value() && queue_.empty() && retained_.empty();
+    return Next{.transport = transport_, .message = std::move(message), .last = last};
+  }
+  if (!end_.has_value() || (end_->ok() && !retained_.empty())) return std::nullopt;
+  return Next{.transport = Detach(), .end = *end_};
+}
+
+// Frames that are sent once more hold up the acknowledgement of all others, so they go first.
+std::optional<Message> LaneQueue::TakeMessage() {
+  if (greeting_.has_value()) return std::exchange(greeting_, std::nullopt);
+  if (std::optional<KvFrame> frame = retained_.NextAgain()) {
+    pending_bytes_ += frame->payload_bytes;
+    return *std::move(frame);
+  }
+  if (queue_.empty()) return std::nullopt;
+  Message message = std::move(queue_.front());
+  queue_.pop_front();
+  if (auto* frame = std::get_if<KvFrame>(&message)) {
+    Stamp(*frame);
+    if (resumable_) {
+      if (retained_.empty()) acknowledged_at_ = clock_.Now();
+      retained_.Add(*frame);
+    }
+  } else if (resumable_ && std::get<PrefillEvent>(message).has_result()) {
+    result_ = std::get<PrefillEvent>(message);
+  }
+  return message;
+}
+
+// Takes the transport away, to be ended. A consumer to whom nothing is left to be said is not
+// missed, but one whose result was sent may have to come back for it.
+Transport* LaneQueue::Detach() {
+  Transport* const transport = std::exchange(transport_, nullptr);
+  if (!resumable_) return transport;
+  const bool all_is_said = !lost_ && !result_.has_value();
+  lost_ = false;
+  greeting_.reset();
+  if (successor_.has_value()) {
+    SeatSuccessor();
+  } else if (!all_is_said) {
+    away_since_ = clock_.Now();
+  }
+  return transport;
 }
 
 void LaneQueue::Stamp(KvFrame& frame) {
@@ -131,14 +260,39 @@ size_t LaneQueue::pending_bytes() const {
 
 bool LaneQueue::idle() const {
   absl::MutexLock lock(&mu_);
-  return queue_.empty() && !writing_;
+  return queue_.empty() && !retained_.has_again() && !writing_;
+}
+
+int64_t LaneQueue::held_frames() const {
+  absl::MutexLock lock(&mu_);
+  return retained_.size() + std::count_if(queue_.begin(), queue_.end(), [](const Message& message) {
+           return std::holds_alternative<KvFrame>(message);
+         });
+}
+
+bool LaneQueue::all_acknowledged() const {
+  absl::MutexLock lock(&mu_);
+  return pending_bytes_ == in_flight_bytes_ && retained_.empty();
+}
+
+bool LaneQueue::has_transport() const {
+  absl::MutexLock lock(&mu_);
+  return transport_ != nullptr;
+}
+
+absl::Duration LaneQueue::AwayFor(absl::Time now) const {
+  absl::MutexLock lock(&mu_);
+  return away_since_.has_value() ? now - *away_since_ : absl::ZeroDuration();
 }
 
 absl::Duration LaneQueue::StalledFor(absl::Time now) {
   absl::MutexLock lock(&mu_);
-  if (!writing_) return absl::ZeroDuration();
-  NoteProgress(now);
-  return now - last_progress_;
+  if (writing_) {
+    NoteProgress(now);
+    return now - last_progress_;
+  }
+  const bool waits_for_acknowledgement = transport_ != nullptr && !retained_.empty();
+  return waits_for_acknowledgement ? now - acknowledged_at_ : absl::ZeroDuration();
 }
 
 void LaneQueue::StartClock() {

@@ -10,9 +10,13 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
+#include "prefill/v1/prefill.pb.h"
 #include "server/clock.h"
+#include "server/retained_frames.h"
 #include "server/transport.h"
 
 namespace prefilld::server {
@@ -23,16 +27,37 @@ struct ComputeProgress {
   std::atomic<uint32_t> layers_computed = 0;
 };
 
-// Holds what is pushed until a transport is attached and ready for it. Thread-safe.
+// Holds what is pushed until a transport is attached and ready for it.
+//
+// A queue that is resumable outlives its transports. It keeps the frames that were sent until they
+// are acknowledged, and the result. When its transport breaks, another one may take its place,
+// which the *consumer is away* until then. Its stream ends once every frame is acknowledged.
+//
+// Thread-safe.
 class LaneQueue {
  public:
   // `progress` outlives the queue.
-  LaneQueue(const Clock& clock, uint32_t lane, const ComputeProgress& progress)
-      : clock_(clock), lane_(lane), progress_(progress) {}
+  LaneQueue(const Clock& clock, uint32_t lane, const ComputeProgress& progress,
+            bool resumable = false)
+      : clock_(clock), lane_(lane), progress_(progress), resumable_(resumable) {}
 
-  // Attaches the transport. Returns false when one was attached before; a queue takes one only.
+  // Attaches the first transport. Returns false when one was attached before.
   bool Attach(Transport* transport);
-  bool attached() const;
+  bool attached() const;  // now or before
+
+  // Attaches a transport to a resumable queue in place of the one before, which is ended if it has
+  // not ended. It sends `greeting`, then the frames from `received` on that were sent before, then
+  // what is queued. Returns the number of the former. If it fails, the transport is not used:
+  // - OUT_OF_RANGE: as RetainedFrames::CheckResumable.
+  // - the status of Abort.
+  absl::StatusOr<int64_t> Resume(Transport* transport, uint64_t received,
+                                 std::optional<Message> greeting);
+  // Releases the frames before `received`, and sends those of `damaged` that are left once more.
+  // Returns how many that are. OUT_OF_RANGE: that many were not sent.
+  absl::StatusOr<int64_t> Acknowledge(uint64_t received, absl::Span<const uint64_t> damaged);
+  // For a transport whose peer is gone: it is ended. Returns false, and does nothing, if the queue
+  // is not resumable or no transport was attached to it.
+  bool OnPeerGone(const Transport* transport);
 
   // Queues a message; does nothing after Abort. A frame's lane, sequence, sent_at_us and
   // layers_computed are filled in when its turn comes, so that they tell the moment of sending.
@@ -46,8 +71,15 @@ class LaneQueue {
 
   size_t pending_bytes() const;  // payloads of frames, queued or being written
   bool idle() const;             // nothing queued or being written
-  // Tells for how long the peer has taken nothing of the message that the transport was given; 0
-  // when it has none.
+  // State of a resumable queue.
+  int64_t held_frames() const;    // that are queued or not acknowledged
+  bool all_acknowledged() const;  // every frame pushed so far
+  bool has_transport() const;     // whose End is still to come
+  absl::Duration AwayFor(
+      absl::Time now) const;  // how long the consumer has been away; 0: it is not
+
+  // Tells for how long the peer has taken nothing of the message that the transport was given, or
+  // acknowledged nothing of what it has taken; 0 when it has nothing to do.
   //
   // A large message may leave slowly without a stall, so every kProgressBytes that the connection
   // passes on count as progress. They may belong to other streams of the connection, though. So
@@ -64,7 +96,18 @@ class LaneQueue {
   Taken taken(absl::Time now) const;
 
  private:
+  struct Next {  // what there is to do for a transport: a message to send, or its end
+    Transport* transport = nullptr;
+    std::optional<Message> message = std::nullopt;
+    bool last = false;
+    absl::Status end = absl::OkStatus();
+  };
+
   void Pump();
+  std::optional<Next> TakeNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  std::optional<Message> TakeMessage() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  Transport* Detach() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void SeatSuccessor() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void StartClock() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void NoteProgress(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Stamp(KvFrame& frame) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -72,6 +115,7 @@ class LaneQueue {
   const Clock& clock_;
   const uint32_t lane_;
   const ComputeProgress& progress_;
+  const bool resumable_;
 
   mutable absl::Mutex mu_;
   Transport* transport_ ABSL_GUARDED_BY(mu_) = nullptr;  // null once End is due
@@ -87,6 +131,19 @@ class LaneQueue {
   int64_t taken_at_start_ ABSL_GUARDED_BY(mu_) = 0;  // by the connection, when the write started
   int64_t taken_at_progress_ ABSL_GUARDED_BY(mu_) = 0;
   Taken taken_ ABSL_GUARDED_BY(mu_);  // by the writes that are done
+
+  // Resumable queues alone use these.
+  struct Successor {
+    Transport* transport;
+    std::optional<Message> greeting;
+  };
+  RetainedFrames retained_ ABSL_GUARDED_BY(mu_);
+  absl::Time acknowledged_at_ ABSL_GUARDED_BY(mu_);  // latest, or the first of retained_ was sent
+  bool lost_ ABSL_GUARDED_BY(mu_) = false;           // transport_ ends as soon as it writes no more
+  std::optional<Successor> successor_ ABSL_GUARDED_BY(mu_);  // takes its place then
+  std::optional<Message> greeting_ ABSL_GUARDED_BY(mu_);     // goes before everything else
+  std::optional<::prefill::v1::PrefillEvent> result_ ABSL_GUARDED_BY(mu_);  // once it was sent
+  std::optional<absl::Time> away_since_ ABSL_GUARDED_BY(mu_);
 };
 
 }  // namespace prefilld::server

@@ -184,7 +184,8 @@ Metrics::Metrics(const model::EngineInfo& engine, absl::Span<const Tenant> tenan
       live_(NewGauge("prefilld_live",
                      "0 when work waits and nothing progresses, or no new "
                      "caller gets in.")),
-      tenants_(*registry_, tenants) {
+      tenants_(*registry_, tenants),
+      resumption_(*registry_) {
   prometheus::BuildGauge()
       .Name("prefilld_build_info")
       .Help("Constant 1; what runs here.")

@@ -20,6 +20,7 @@
 #include "server/outcome.h"
 #include "server/prefill_job.h"
 #include "server/prefix_cache_metrics.h"
+#include "server/resumption_metrics.h"
 #include "server/tenant_metrics.h"
 #include "server/tenants.h"
 
@@ -68,6 +69,7 @@ class Metrics {
   void Set(const ResourceUse& use);
 
   TenantMetrics& tenants() { return tenants_; }
+  ResumptionMetrics& resumption() { return resumption_; }
 
   const std::shared_ptr<prometheus::Registry>& registry() const { return registry_; }
 
@@ -128,6 +130,7 @@ class Metrics {
   prometheus::Gauge& live_;
 
   TenantMetrics tenants_;
+  ResumptionMetrics resumption_;
 };
 
 }  // namespace prefilld::server

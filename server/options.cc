@@ -168,6 +168,10 @@ ABSL_FLAG(
     "A consumer that is slower, measured while it has KV to take and beyond its first "
     "--stall_timeout_s, is cut off when other requests wait for its memory. Lower it on links "
     "below 400 Mbit/s. 0: as slow as it likes.");
+ABSL_FLAG(double, resume_window_s, 10,
+          "A request whose caller asked for it (resume_key) waits for so long when its connection "
+          "breaks, and keeps what was sent and is not acknowledged in staging memory; up to 64 "
+          "requests in half of --staging_bytes. 0: it ends at once.");
 ABSL_FLAG(double, wedge_timeout_s, 300,
           "Liveness fails when no layer and no frame gets done for so long though work waits. "
           "More than the longest layer takes, and more than --stall_timeout_s.");
@@ -297,6 +301,7 @@ ServerOptions ReadPlainValues() {
   options.use_proxy = absl::GetFlag(FLAGS_use_proxy);
   options.stall_timeout = absl::Seconds(absl::GetFlag(FLAGS_stall_timeout_s));
   options.min_consumer_mb_per_s = absl::GetFlag(FLAGS_min_consumer_mb_per_s);
+  options.resume_window = absl::Seconds(absl::GetFlag(FLAGS_resume_window_s));
   options.wedge_timeout = absl::Seconds(absl::GetFlag(FLAGS_wedge_timeout_s));
   options.drain_timeout = absl::Seconds(absl::GetFlag(FLAGS_drain_timeout_s));
   return options;
@@ -342,7 +347,8 @@ process::ProgramHelp Help() {
            {"max_lanes", "staging_bytes", "frame_bytes", "pack_threads", "deliver_to_allow",
             "use_proxy"}},
           {"Time-outs",
-           {"stall_timeout_s", "min_consumer_mb_per_s", "wedge_timeout_s", "drain_timeout_s"}}}};
+           {"stall_timeout_s", "min_consumer_mb_per_s", "resume_window_s", "wedge_timeout_s",
+            "drain_timeout_s"}}}};
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ constexpr absl::Duration kClockSlack = absl::Milliseconds(50);
 // Tells whether the first call's end is one as a receiver, which leaves the others alone.
 bool EndsAlone(Outcome outcome) {
   return outcome == Outcome::kStalled || outcome == Outcome::kTooSlow ||
-         outcome == Outcome::kLanesMissing;
+         outcome == Outcome::kLanesMissing || outcome == Outcome::kNotResumed;
 }
 
 }  // namespace
@@ -28,7 +28,7 @@ PrefillJob::PrefillJob(PrefillWork work, const Clock& clock, Dial dial)
       dial_(std::move(dial)),
       accepted_at_(clock.Now()),
       record_(accepted_at_),
-      delivery_(work_.num_lanes, work_.pushes(), clock),
+      delivery_(work_.num_lanes, work_.pushes(), clock, work_.resumable()),
       others_(work_.num_receivers - 1),
       last_event_at_(accepted_at_) {}
 
@@ -43,6 +43,8 @@ v1::PrefillEvent AcceptedEvent(const PrefillWork& work, int64_t queue_position) 
   if (work.receiver == 0 && work.takes_kv)
     event.mutable_accepted()->set_receiver_key(work.receiver_key);
   event.mutable_accepted()->set_receiver(static_cast<uint32_t>(work.receiver));
+  event.mutable_accepted()->set_resume_window_ms(
+      static_cast<uint32_t>(absl::ToInt64Milliseconds(work.resume_window)));
   return event;
 }
 
@@ -213,6 +215,22 @@ bool PrefillJob::id_is_free() const {
 
 void PrefillJob::OnResultSent() { ended_.store(true, std::memory_order_release); }
 
+absl::Status PrefillJob::Complete() {
+  if (!delivery_.result_is_out()) {
+    return absl::FailedPreconditionError("complete: the result was not sent yet");
+  }
+  OnResultSent();
+  return absl::OkStatus();
+}
+
+void PrefillJob::GiveUpConsumer(const absl::Status& reason) {
+  if (delivery_.result_is_out()) {
+    OnResultSent();
+  } else {
+    Abort(Outcome::kNotResumed, reason);
+  }
+}
+
 absl::Status PrefillJob::DeadlinePassed() const {
   return absl::DeadlineExceededError(absl::StrCat("the deadline passed ", Whereabouts()));
 }
@@ -249,6 +267,10 @@ void PrefillJob::CheckTimers(const JobTimeouts& timeouts, int64_t queue_position
     Abort(Outcome::kStalled, absl::AbortedError(absl::StrCat("the consumer took nothing for ",
                                                              absl::FormatDuration(timeouts.stall),
                                                              ", ", Whereabouts())));
+  } else if (consumer.away > work_.resume_window) {
+    GiveUpConsumer(absl::AbortedError(
+        absl::StrCat("the connection broke and nobody came back within ",
+                     absl::FormatDuration(work_.resume_window), ", ", Whereabouts())));
   } else if (!work_.pushes() && !consumer.all_attached &&
              now - accepted_at_ > timeouts.lane_attach) {
     Abort(Outcome::kLanesMissing,

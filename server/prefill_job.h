@@ -97,11 +97,21 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
   void OnCallCancelled();
   // Ends the request well: its result and an OK status went out.
   void OnResultSent();
+  // Ends a resumable request well, because its consumer has the result. FAILED_PRECONDITION: the
+  // result was not sent yet.
+  absl::Status Complete();
+  // Ends a resumable request whose consumer is away. It has ended well if nothing but the result
+  // was left to be said.
+  void GiveUpConsumer(const absl::Status& reason);
   bool ended() const { return ended_.load(std::memory_order_acquire); }
   Ending ending() const;  // valid after ended()
   // Tells whether another request may have this one's id. It is true before the caller can know
   // that the request is over. The id of a further receiver is its request's, not its own.
   bool id_is_free() const;
+  // Tells whether the request was admitted as a resumable one. Then ResumableJobs ends its life,
+  // and the end of its call means nothing.
+  bool outlives_call() const { return outlives_call_.load(std::memory_order_acquire); }
+  void set_outlives_call() { outlives_call_.store(true, std::memory_order_release); }
 
   // Aborts the request if its deadline has passed, lanes are missing, its consumer takes nothing,
   // or its consumer is slow while others wait. Sends progress when the control stream has been
@@ -129,6 +139,7 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
   RequestRecord record_;
   Delivery delivery_;
   std::atomic<bool> ended_ = false;
+  std::atomic<bool> outlives_call_ = false;
 
   // Held while the state of the computation passes to others_, or a receiver joins them with it. It
   // is outside all other locks of jobs.

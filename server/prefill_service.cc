@@ -83,7 +83,7 @@ Outcome OutcomeOfRefusal(absl::StatusCode code) {
 PrefillService::PrefillService(Scheduler& scheduler, PushDialer& push_dialer, Metrics& metrics,
                                const Clock& clock, RequestLimits limits, TenantIdentity tenants,
                                CacheWatch& cache_watch, wire::Arrivals& arrivals,
-                               v1::ServerInfo info)
+                               v1::ServerInfo info, const StagingRing& ring)
     : scheduler_(scheduler),
       push_dialer_(push_dialer),
       metrics_(metrics),
@@ -92,7 +92,11 @@ PrefillService::PrefillService(Scheduler& scheduler, PushDialer& push_dialer, Me
       tenants_(std::move(tenants)),
       cache_watch_(cache_watch),
       info_(std::move(info)),
-      receivers_(scheduler, clock) {
+      resumable_(metrics.resumption(), clock, ring,
+                 [this](PrefillJob& job) {
+                   job.work().receiver == 0 ? RetireRequest(job) : RetireReceiver(job);
+                 }),
+      receivers_(scheduler, resumable_, clock) {
   using grpc::CallbackServerContext;
   using Streaming =
       grpc::internal::CallbackServerStreamingHandler<grpc::ByteBuffer, grpc::ByteBuffer>;
@@ -155,11 +159,13 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
                                   {.on_cancel = [job] { job->OnCallCancelled(); },
                                    .on_end =
                                        [job](const absl::Status& status) {
-                                         if (status.ok()) job->OnResultSent();
+                                         if (status.ok() && !job->work().resumable()) {
+                                           job->OnResultSent();
+                                         }
                                        },
                                    .on_done = [this, job] { OnCallDone(*job); }});
   if (admitted.ok()) {
-    job->delivery().control().Attach(stream);
+    AttachFirst(job->delivery().control(), stream);
     if (job->work().num_receivers > 1) receivers_.Retry();
   } else {
     AwaitName({.job = std::move(job), .stream = stream, .until = clock_.Now() + kNameWait},
@@ -190,6 +196,7 @@ std::shared_ptr<PrefillJob> PrefillService::NewJob(PrefillWork work) {
 
 absl::Status PrefillService::Submit(const std::shared_ptr<PrefillJob>& job) {
   const Scheduler::Admission admission = scheduler_.Submit(job);
+  if (admission.status.ok() && job->work().resumable()) resumable_.Add(job);
   if (admission.status.ok() && !job->work().takes_kv) {
     for (const auto& receiver : job->others().jobs) scheduler_.Adopt(receiver);
   }
@@ -199,7 +206,12 @@ absl::Status PrefillService::Submit(const std::shared_ptr<PrefillJob>& job) {
 }
 
 void PrefillService::OnCallDone(PrefillJob& job) {
+  if (job.outlives_call()) return;
   job.OnCallCancelled();  // unless it has ended
+  RetireRequest(job);
+}
+
+void PrefillService::RetireRequest(PrefillJob& job) {
   const absl::Time now = clock_.Now();
   if (!scheduler_.Knows(job)) {
     const Ending ending = job.ending();
@@ -232,6 +244,7 @@ void PrefillService::AwaitName(Waiting waiting, const absl::Status& taken) {
 void PrefillService::RetryWaiting() {
   RetryNames();
   receivers_.Retry();
+  resumable_.LookAround();
 }
 
 // A stream that is attached may end, and be gone, at once.
@@ -253,7 +266,7 @@ void PrefillService::RetryNames() {
       receivers_.OnRefused(entry.job->work().id, entry.job->work().receiver_key, outcome, admitted);
       entry.job->Abort(outcome, admitted);
     }
-    entry.job->delivery().control().Attach(entry.stream);
+    AttachFirst(entry.job->delivery().control(), entry.stream);
   }
   absl::MutexLock lock(&mu_);
   waiting_.insert(waiting_.end(), still.begin(), still.end());
@@ -289,10 +302,10 @@ Stream* PrefillService::AttachLane(grpc::CallbackServerContext* context,
       context, *queue, ConnectionOf(*context),
       ServerStream::Events{.on_cancel = [job] { job->OnCallCancelled(); },
                            .on_end =
-                               [job](const absl::Status& status) {
+                               [job, lane = request->lane()](const absl::Status& status) {
                                  if (status.ok()) {
-                                   job->delivery().OnSideLaneDone();
-                                 } else {
+                                   job->delivery().OnSideLaneDone(lane);
+                                 } else if (!job->work().resumable()) {
                                    job->OnCallCancelled();  // unless it has ended
                                  }
                                }});
@@ -329,7 +342,9 @@ Stream* PrefillService::AttachReceiver(grpc::CallbackServerContext* context,
                                   {.on_cancel = [receiver] { receiver->OnCallCancelled(); },
                                    .on_end =
                                        [receiver](const absl::Status& status) {
-                                         if (status.ok()) receiver->OnResultSent();
+                                         if (status.ok() && !receiver->work().resumable()) {
+                                           receiver->OnResultSent();
+                                         }
                                        },
                                    .on_done = [this, receiver] { OnReceiverDone(*receiver); }});
   receivers_.Bring(std::move(receiver), stream);
@@ -337,7 +352,12 @@ Stream* PrefillService::AttachReceiver(grpc::CallbackServerContext* context,
 }
 
 void PrefillService::OnReceiverDone(PrefillJob& receiver) {
+  if (receiver.outlives_call()) return;
   receiver.OnCallCancelled();  // unless it has ended
+  RetireReceiver(receiver);
+}
+
+void PrefillService::RetireReceiver(PrefillJob& receiver) {
   const bool was_alive = scheduler_.Retire(receiver);
   // One that is called may end by its own call, and by that of its request.
   if (receiver.work().pushes() && !was_alive) return;

@@ -21,6 +21,7 @@
 #include "proto/wire/arrivals.h"
 #include "server/clock.h"
 #include "server/prefill_work.h"
+#include "server/resumable_jobs.h"
 #include "server/tenant_identity.h"
 #include "server/waiting_receivers.h"
 
@@ -37,6 +38,7 @@ class PrefillJob;
 class PushDialer;
 class Scheduler;
 class ServerStream;
+class StagingRing;
 
 // The streams carry messages that are encoded by hand (proto/wire/frame_codec.h), so those methods
 // take raw buffers.
@@ -52,10 +54,12 @@ using PrefillServiceBase =
 class PrefillService final : public PrefillServiceBase {
  public:
   // `arrivals` bounds the time that a request may take to arrive.
-  // `info` holds everything about the server that does not change.
+  // `info` holds everything about the server that does not change. Requests that wait for their
+  // consumers hold a part of `ring`.
   PrefillService(Scheduler& scheduler, PushDialer& push_dialer, Metrics& metrics,
                  const Clock& clock, RequestLimits limits, TenantIdentity tenants,
-                 CacheWatch& cache_watch, wire::Arrivals& arrivals, ::prefill::v1::ServerInfo info);
+                 CacheWatch& cache_watch, wire::Arrivals& arrivals, ::prefill::v1::ServerInfo info,
+                 const StagingRing& ring);
 
   grpc::ServerWriteReactor<grpc::ByteBuffer>* Prefill(grpc::CallbackServerContext* context,
                                                       const grpc::ByteBuffer* request) override;
@@ -70,7 +74,8 @@ class PrefillService final : public PrefillServiceBase {
       grpc::CallbackServerContext* context,
       const ::prefill::v1::WatchPrefixCacheRequest* request) override;
 
-  // Tries the requests again whose id was taken, and the receivers whose request was not there.
+  // Tries the requests again whose id was taken, and the receivers whose request was not there, and
+  // ends the lives of resumable requests that have ended.
   // Must be called every few milliseconds, by one thread, until the last call has ended.
   void RetryWaiting();
 
@@ -90,6 +95,8 @@ class PrefillService final : public PrefillServiceBase {
   absl::Status Submit(const std::shared_ptr<PrefillJob>& job);
   void OnCallDone(PrefillJob& job);
   void OnReceiverDone(PrefillJob& receiver);
+  void RetireRequest(PrefillJob& job);
+  void RetireReceiver(PrefillJob& receiver);
   // Makes a job of a request, and of each further receiver that is called, which joins it.
   std::shared_ptr<PrefillJob> NewJob(PrefillWork work);
   void RetryNames();
@@ -111,6 +118,7 @@ class PrefillService final : public PrefillServiceBase {
   CacheWatch& cache_watch_;
   const ::prefill::v1::ServerInfo info_;
   std::atomic<const wire::Connections*> connections_ = nullptr;
+  ResumableJobs resumable_;
   WaitingReceivers receivers_;
 
   absl::Mutex mu_;

@@ -165,6 +165,25 @@ absl::Status CheckReceivers(const v1::PrefillRequest& request) {
   return wire::CheckId("receiver_key", request.receiver_key());
 }
 
+// An operator who wants no request to be resumed leaves the key out of account, and Accepted says
+// so.
+absl::Status ResolveResumption(const std::string& request_id, const std::string& resume_key,
+                               const RequestLimits& limits, PrefillWork& work) {
+  if (resume_key.empty()) return absl::OkStatus();
+  if (resume_key.size() < kMinKeyLength) {
+    return absl::InvalidArgumentError(absl::StrCat("resume_key has ", resume_key.size(),
+                                                   " characters; at least ", kMinKeyLength));
+  }
+  PREFILLD_RETURN_IF_ERROR(wire::CheckId("resume_key", resume_key));
+  if (request_id.empty()) {
+    return absl::InvalidArgumentError("request_id is empty; with resume_key it is needed");
+  }
+  if (limits.resume_window <= absl::ZeroDuration()) return absl::OkStatus();
+  work.resume_key = resume_key;
+  work.resume_window = limits.resume_window;
+  return absl::OkStatus();
+}
+
 absl::Status CheckPriority(const v1::PrefillRequest& request) {
   if (request.priority() >= -kMaxPriority && request.priority() <= kMaxPriority) {
     return absl::OkStatus();
@@ -298,6 +317,8 @@ absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
   work.cache_salt = request.prefix_cache().salt();
   work.deliver_to = request.deliver_to();
   work.priority = request.priority();
+  PREFILLD_RETURN_IF_ERROR(
+      ResolveResumption(request.request_id(), request.resume_key(), limits, work));
   PREFILLD_RETURN_IF_ERROR(AddPushes(request, engine, work));
   return work;
 }
@@ -328,6 +349,8 @@ absl::StatusOr<PrefillWork> ValidateReceiver(const v1::AttachReceiverRequest& re
   work.receiver_key = request.receiver_key();
   work.num_lanes = std::max(1, static_cast<int>(request.num_lanes()));
   if (work.num_lanes > 1) work.lane_key = NewKey();
+  PREFILLD_RETURN_IF_ERROR(
+      ResolveResumption(request.request_id(), request.resume_key(), limits, work));
   return work;
 }
 

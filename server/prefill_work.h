@@ -28,6 +28,8 @@ struct PrefillWork {
   int num_receivers = 1;     // of what is computed, this call included
   std::string receiver_key;  // what other receivers must show, and what such a receiver shows
   int receiver = 0;          // its number; those from 1 on have no tokens
+  std::string resume_key;    // what a consumer shows that comes back; empty: it cannot
+  absl::Duration resume_window = absl::ZeroDuration();  // how long it may be away
   bool layer_stats = false;
   bool prompt_logprobs = false;
   bool use_prefix_cache = true;
@@ -47,6 +49,7 @@ struct PrefillWork {
   std::vector<PrefillWork> further_pushes;
   bool takes_kv = true;
 
+  bool resumable() const { return !resume_key.empty(); }
   bool pushes() const { return !deliver_to.address().empty(); }
   // The id; of a further receiver with its number behind a line break, which no id has.
   std::string name() const { return NameOf(id, static_cast<uint32_t>(receiver)); }
@@ -61,6 +64,7 @@ struct RequestLimits {
   AttentionLimits attention;
   std::vector<std::string> deliver_to_allow;
   int max_lanes = 1;
+  absl::Duration resume_window = absl::ZeroDuration();  // 0: no request is resumable
 };
 
 // Validates a request. An empty request_id is replaced by a new one. Errors:

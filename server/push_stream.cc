@@ -145,7 +145,7 @@ void PushStream::TakeHalf(int half) {
 void PushStream::OnDone(const grpc::Status& status) {
   const absl::Status result = CheckOutcome(status);
   if (result.ok()) {
-    job_->delivery().OnSideLaneDone();
+    job_->delivery().OnSideLaneDone(/*lane=*/0);
     if (job_->work().receiver > 0) job_->OnResultSent();
   } else {
     job_->Abort(Outcome::kReceiverFailed,

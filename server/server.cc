@@ -24,6 +24,7 @@
 #include "server/cache_watch.h"
 #include "server/prefill_service.h"
 #include "server/push_stream.h"
+#include "server/resumption_service.h"
 #include "server/version.h"
 #include "server/watchdog.h"
 
@@ -160,6 +161,7 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
   limits.attention.recall_audit = options.recall_audit;
   limits.deliver_to_allow = options.deliver_to_allow;
   limits.max_lanes = options.max_lanes;
+  limits.resume_window = options.resume_window;
   push_dialer_ = std::make_unique<PushDialer>(std::move(push_credentials), options.use_proxy,
                                               clock_, options.stall_timeout);
   arrivals_ = std::make_unique<wire::Arrivals>(wire::Arrivals::LimitFor(options.stall_timeout));
@@ -167,7 +169,9 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
                                               engine.fingerprint, *metrics_->registry());
   service_ = std::make_unique<PrefillService>(
       *scheduler_, *push_dialer_, *metrics_, clock_, std::move(limits), options.tenants,
-      *cache_watch_, *arrivals_, DescribeServer(options, engine, attention));
+      *cache_watch_, *arrivals_, DescribeServer(options, engine, attention), *ring_);
+  resumption_service_ =
+      std::make_unique<ResumptionService>(*scheduler_, metrics_->resumption(), *arrivals_);
   return absl::OkStatus();
 }
 
@@ -180,9 +184,11 @@ absl::Status PrefillServer::StartListening(const ServerOptions& options) {
       .max_connections = options.max_connections,
       .stall_timeout = options.stall_timeout,
       .arrivals = arrivals_.get()};
-  PREFILLD_ASSIGN_OR_RETURN(listener_, wire::Listener::Create(listen, {service_.get()}));
+  PREFILLD_ASSIGN_OR_RETURN(
+      listener_, wire::Listener::Create(listen, {service_.get(), resumption_service_.get()}));
   certificate_watch_ = std::make_unique<process::CertificateWatch>(listener_->certificates());
   service_->SetConnections(&listener_->connections());
+  resumption_service_->SetConnections(&listener_->connections());
   health_ = std::make_unique<process::Health>(
       listener_->server().GetHealthCheckService(),
       std::vector<std::string>{v1::PrefillService::service_full_name()});

@@ -34,6 +34,7 @@ namespace prefilld::server {
 class CacheWatch;
 class PrefillService;
 class PushDialer;
+class ResumptionService;
 class Watchdog;
 
 // Serves from Create to Drain. Thread-safe.
@@ -88,6 +89,7 @@ class PrefillServer {
   std::unique_ptr<wire::Arrivals> arrivals_;
   std::unique_ptr<CacheWatch> cache_watch_;
   std::unique_ptr<PrefillService> service_;
+  std::unique_ptr<ResumptionService> resumption_service_;
   std::unique_ptr<wire::Listener> listener_;
   std::unique_ptr<process::Health> health_;
   std::unique_ptr<process::PortWatch> port_watch_;

@@ -122,6 +122,9 @@ absl::Status Validate(const ServerOptions& o) {
   CheckRange("--pack_threads", o.pack_threads, 0, 64, problems);
   CheckRange("--staging_bytes", o.staging_bytes, 4 * o.frame_bytes, int64_t{1} << 40, problems);
   CheckSeconds("--stall_timeout_s", o.stall_timeout, 3600, problems);
+  if (o.resume_window != absl::ZeroDuration()) {
+    CheckSeconds("--resume_window_s", o.resume_window, 600, problems);
+  }
   CheckSeconds("--wedge_timeout_s", o.wedge_timeout, 86400, problems);
   CheckSeconds("--drain_timeout_s", o.drain_timeout, 86400, problems);
   if (!(o.min_consumer_mb_per_s >= 0 && o.min_consumer_mb_per_s <= 1e6)) {
@@ -174,6 +177,7 @@ std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o
           {"deliver_to_allow", absl::StrJoin(o.deliver_to_allow, ",")},
           {"stall_timeout", absl::FormatDuration(o.stall_timeout)},
           {"min_consumer_mb_per_s", absl::StrCat(o.min_consumer_mb_per_s)},
+          {"resume_window", absl::FormatDuration(o.resume_window)},
           {"wedge_timeout", absl::FormatDuration(o.wedge_timeout)},
           {"drain_timeout", absl::FormatDuration(o.drain_timeout)}};
 }

@@ -63,7 +63,8 @@ struct ServerOptions {
   std::vector<std::string> deliver_to_allow;  // patterns (address_pattern.h); empty: no push
 
   absl::Duration stall_timeout = absl::Seconds(30);
-  double min_consumer_mb_per_s = 50;  // of one that others wait for; 0: any
+  double min_consumer_mb_per_s = 50;                 // of one that others wait for; 0: any
+  absl::Duration resume_window = absl::Seconds(10);  // 0: no request is resumable
   absl::Duration wedge_timeout = absl::Seconds(300);
   absl::Duration drain_timeout = absl::Seconds(25);
 };

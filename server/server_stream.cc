@@ -60,11 +60,18 @@ void ServerStream::OnWriteDone(bool ok) {
   queue_->OnWriteDone(ok);
 }
 
-void ServerStream::OnCancel() { events_.on_cancel(); }
+void ServerStream::OnCancel() {
+  if (!queue_->OnPeerGone(this)) events_.on_cancel();
+}
 
 void ServerStream::OnDone() {
   if (events_.on_done != nullptr) events_.on_done();
   delete this;
+}
+
+void AttachFirst(LaneQueue& queue, ServerStream* stream) {
+  if (queue.Attach(stream)) return;
+  stream->End(absl::AbortedError("another stream has taken this one's place"));
 }
 
 grpc::ServerWriteReactor<grpc::ByteBuffer>* RefuseStream(const absl::Status& status) {

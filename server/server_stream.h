@@ -25,7 +25,7 @@ namespace prefilld::server {
 class ServerStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>, public Transport {
  public:
   struct Events {
-    // Called when the peer has cancelled or is gone.
+    // Called when the peer has cancelled or is gone, unless the queue waits for it to come back.
     absl::AnyInvocable<void()> on_cancel;
     // Called when everything has been sent and this status is about to follow.
     absl::AnyInvocable<void(const absl::Status&)> on_end;
@@ -54,6 +54,10 @@ class ServerStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>, pu
   Events events_;
   grpc::ByteBuffer under_way_;  // belongs to gRPC from Send to OnWriteDone
 };
+
+// Attaches the stream of the call that brought a request. If its caller has come again meanwhile,
+// that stream stays and this one ends.
+void AttachFirst(LaneQueue& queue, ServerStream* stream);
 
 // Returns a stream that ends at once with `status`.
 grpc::ServerWriteReactor<grpc::ByteBuffer>* RefuseStream(const absl::Status& status);

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <variant>
 
@@ -14,10 +15,11 @@
 
 namespace prefilld::server {
 
-// The KV of a run of blocks: a header, and the payload in a staging buffer on loan.
+// The KV of a run of blocks: a header, and the payload in a staging buffer on loan. Copies of a
+// frame share the buffer, which goes back with the last of them.
 struct KvFrame {
   wire::FrameHeader header;
-  StagingRing::Lease payload;
+  std::shared_ptr<const StagingRing::Lease> payload;
   size_t payload_bytes = 0;
 };
 
@@ -26,8 +28,8 @@ using Message = std::variant<::prefill::v1::PrefillEvent, KvFrame>;
 
 // One stream to a peer, driven by the LaneQueue that it is attached to. It encodes the messages
 // that it is given and sends them. It must call the queue's OnWriteDone once per Send, when the
-// message has been taken and its staging buffer released. It must live until End, which is the
-// queue's last call.
+// message has been taken and its share of the staging buffer released. It must live until End,
+// which is the queue's last call.
 class Transport {
  public:
   virtual ~Transport() = default;

@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "server/prefill_job.h"
+#include "server/resumable_jobs.h"
 #include "server/scheduler.h"
 #include "server/server_stream.h"
 
@@ -72,8 +73,9 @@ bool WaitingReceivers::TryToJoin(const Waiting& waiting) {
     End(*receiver, waiting.stream, Outcome::kInvalid, joined);
     return true;
   }
+  if (receiver->work().resumable()) resumable_.Add(receiver);
   scheduler_.Adopt(receiver);
-  receiver->delivery().control().Attach(waiting.stream);
+  AttachFirst(receiver->delivery().control(), waiting.stream);
   return true;
 }
 

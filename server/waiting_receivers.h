@@ -16,6 +16,7 @@
 namespace prefilld::server {
 
 class PrefillJob;
+class ResumableJobs;
 class Scheduler;
 class ServerStream;
 
@@ -29,8 +30,8 @@ class WaitingReceivers {
   static constexpr size_t kMaxWaiting = 256;
   static constexpr size_t kMaxWaitingOfTenant = kMaxWaiting / 4;
 
-  WaitingReceivers(Scheduler& scheduler, const Clock& clock)
-      : scheduler_(scheduler), clock_(clock) {}
+  WaitingReceivers(Scheduler& scheduler, ResumableJobs& resumable, const Clock& clock)
+      : scheduler_(scheduler), resumable_(resumable), clock_(clock) {}
 
   // Takes a receiver to its request, now or as soon as that is there, and attaches its stream. The
   // stream may end, and be gone, at once. If the receiver is refused, it is ended with the reason.
@@ -56,6 +57,7 @@ class WaitingReceivers {
   void PutBack(std::vector<Waiting> waiting);
 
   Scheduler& scheduler_;
+  ResumableJobs& resumable_;
   const Clock& clock_;
 
   absl::Mutex mu_;

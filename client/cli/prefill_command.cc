@@ -104,7 +104,8 @@ absl::Status RunPrefill(const CliOptions& options, Cancellation& cancellation) {
   const auto result = client->Prefill(MakeRequest(options, prompt), sink,
                                       {.deadline = absl::Now() + options.timeout,
                                        .cancellation = &cancellation,
-                                       .metadata = options.metadata});
+                                       .metadata = options.metadata,
+                                       .resumable = true});
   const TransferTimes times = sink.End();
   if (!result.ok()) return result.status();
   if (options.json) {

@@ -37,7 +37,7 @@ absl::Status PendingTransfer::Write(const wire::ReceivedFrame& frame) {
   absl::MutexLock lock(&mu_);
   PREFILLD_RETURN_IF_ERROR(status_);
   last_sign_of_life_ = absl::Now();
-  status_ = check_->Check(/*lane=*/0, frame);
+  status_ = check_->Check(/*lane=*/0, frame).status();
   if (status_.ok()) status_ = writer_->Write(frame);
   return status_;
 }

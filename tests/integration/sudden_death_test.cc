@@ -1,5 +1,6 @@
 // Tests the sudden death of each process in the middle of a transfer: the work stops within two
-// layers, everything it held comes back, and the next request succeeds.
+// layers, everything it held comes back, and the next request succeeds. Nobody is waited for here;
+// tests/python/broken_connections_test.py has transfers that are resumed.
 #include <signal.h>
 
 #include <functional>
@@ -48,7 +49,7 @@ class SuddenDeath : public ::testing::Test {
   SuddenDeath()
       : checkpoint_(Config()),
         prefilld_("prefilld", {"--model=" + checkpoint_.dir(), "--device=cpu", "--cpu_threads=2",
-                               "--deliver_to_allow=127.0.0.1:*"}),
+                               "--deliver_to_allow=127.0.0.1:*", "--resume_window_s=0"}),
         long_prompt_(model::RandomTokens(kLongPrompt, Config().vocab_size, 1)) {}
 
   std::vector<std::string> WorkerFlags(const std::string& prefill_address) const {

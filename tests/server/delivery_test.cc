@@ -43,7 +43,7 @@ class DeliveryTest : public ::testing::Test {
  protected:
   int SendFrame(Delivery& delivery) {
     KvFrame frame;
-    frame.payload = ring_->Acquire({credit_}, kNever);
+    frame.payload = std::make_shared<StagingRing::Lease>(ring_->Acquire({credit_}, kNever));
     frame.payload_bytes = 100;
     return delivery.SendFrame(std::move(frame));
   }
@@ -85,7 +85,7 @@ TEST_F(DeliveryTest, TheResultWaitsForEverySideLane) {
   (*delivery.side_lane(1))->Attach(&lane);
   ASSERT_EQ(lane.ends.size(), 1);
   EXPECT_TRUE(lane.ends[0].ok());
-  delivery.OnSideLaneDone();
+  delivery.OnSideLaneDone(1);
   ASSERT_EQ(control.events.size(), 1);
   EXPECT_TRUE(control.events[0].has_result());
   EXPECT_EQ(control.ends.size(), 1);

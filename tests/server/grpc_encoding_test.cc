@@ -29,9 +29,10 @@ class GrpcEncodingTest : public ::testing::Test {
   KvFrame NewFrame() {
     KvFrame frame;
     frame.header.layer = 7;
-    frame.payload = ring_->Acquire({std::make_shared<StagingRing::Credit>()}, [] { return true; });
+    frame.payload = std::make_shared<StagingRing::Lease>(
+        ring_->Acquire({std::make_shared<StagingRing::Credit>()}, [] { return true; }));
     frame.payload_bytes = 100;
-    std::memset(frame.payload.data(), 'k', frame.payload_bytes);
+    std::memset(frame.payload->data(), 'k', frame.payload_bytes);
     return frame;
   }
 
@@ -41,7 +42,7 @@ class GrpcEncodingTest : public ::testing::Test {
 
 TEST_F(GrpcEncodingTest, AFrameBorrowsTheStagingBufferUntilTheMessageGoes) {
   KvFrame frame = NewFrame();
-  const void* const data = frame.payload.data();
+  const void* const data = frame.payload->data();
   {
     const grpc::ByteBuffer message = EncodeEvent(std::move(frame));
     std::vector<grpc::Slice> slices;

@@ -25,6 +25,7 @@ PrefillWork WorkOf(const FakeEngine& engine, int num_tokens, const std::string& 
 
 Consumer::Consumer(std::shared_ptr<PrefillJob> job, uint32_t lane)
     : job_(std::move(job)),
+      lane_(lane),
       queue_(lane == 0 ? &job_->delivery().control() : *job_->delivery().side_lane(lane)) {
   queue_->Attach(this);
 }
@@ -41,7 +42,7 @@ void Consumer::Send(Message message, bool last) {
     proto.set_checksum(frame->header.checksum);
     proto.set_sent_at_us(frame->header.sent_at_us);
     proto.set_layers_computed(frame->header.layers_computed);
-    proto.set_payload(frame->payload.data(), frame->payload_bytes);
+    proto.set_payload(frame->payload->data(), frame->payload_bytes);
   } else {
     events_.push_back(std::get<v1::PrefillEvent>(message));
   }
@@ -63,7 +64,7 @@ void Consumer::TakeOne() {
 void Consumer::End(const absl::Status& status) {
   end_ = status;
   if (queue_ != &job_->delivery().control()) {
-    if (status.ok()) job_->delivery().OnSideLaneDone();
+    if (status.ok()) job_->delivery().OnSideLaneDone(lane_);
   } else if (status.ok()) {
     job_->OnResultSent();
   }

@@ -64,6 +64,7 @@ class Consumer final : public Transport {
 
  private:
   const std::shared_ptr<PrefillJob> job_;
+  const uint32_t lane_;
   LaneQueue* const queue_;
   std::vector<::prefill::v1::PrefillEvent> events_;
   std::optional<absl::Status> end_;

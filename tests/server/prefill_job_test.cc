@@ -25,7 +25,8 @@ class PrefillJobTest : public ::testing::Test {
   void SendFrame(PrefillJob& job) {
     auto credit = std::make_shared<StagingRing::Credit>();
     KvFrame frame;
-    frame.payload = bench_.ring->Acquire({credit}, [] { return true; });
+    frame.payload =
+        std::make_shared<StagingRing::Lease>(bench_.ring->Acquire({credit}, [] { return true; }));
     frame.payload_bytes = bench_.ring->buffer_bytes();
     job.delivery().SendFrame(std::move(frame));
   }

@@ -1,0 +1,77 @@
+#include "server/resumable_jobs.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/time.h"
+#include "server/prefill_job.h"
+#include "server/resumption_metrics.h"
+#include "server/staging_ring.h"
+
+namespace prefilld::server {
+namespace {
+
+struct Waiting {
+  std::shared_ptr<PrefillJob> job;
+  absl::Duration away;
+  int64_t held_bytes = 0;  // whole buffers
+};
+
+bool IsOver(const PrefillJob& job, const LaneQueue& control) {
+  return job.ended() && !control.has_transport();
+}
+
+}  // namespace
+
+ResumableJobs::ResumableJobs(ResumptionMetrics& metrics, const Clock& clock,
+                             const StagingRing& ring, std::function<void(PrefillJob&)> on_over)
+    : metrics_(metrics), clock_(clock), ring_(ring), on_over_(std::move(on_over)) {}
+
+void ResumableJobs::Add(std::shared_ptr<PrefillJob> job) {
+  job->set_outlives_call();
+  absl::MutexLock lock(&mu_);
+  jobs_.push_back(std::move(job));
+}
+
+void ResumableJobs::LookAround() {
+  std::vector<std::shared_ptr<PrefillJob>> going_on, over;
+  {
+    absl::MutexLock lock(&mu_);
+    for (auto& job : jobs_) {
+      (IsOver(*job, job->delivery().control()) ? over : going_on).push_back(std::move(job));
+    }
+    jobs_ = going_on;
+  }
+  for (const auto& job : over) on_over_(*job);
+  BoundWaiting(going_on);
+}
+
+void ResumableJobs::BoundWaiting(const std::vector<std::shared_ptr<PrefillJob>>& jobs) {
+  std::vector<Waiting> waiting;
+  for (const auto& job : jobs) {
+    if (job->ended()) continue;  // its streams are still to end
+    const Delivery::ConsumerState consumer = job->delivery().consumer(clock_.Now());
+    if (consumer.away <= absl::ZeroDuration()) continue;
+    waiting.push_back(
+        {job, consumer.away, consumer.held_frames * static_cast<int64_t>(ring_.buffer_bytes())});
+  }
+  std::stable_sort(waiting.begin(), waiting.end(),
+                   [](const Waiting& a, const Waiting& b) { return a.away > b.away; });
+  const int64_t max_bytes = ring_.capacity_bytes() / 2;
+  int64_t kept = 0, kept_bytes = 0;
+  for (const Waiting& entry : waiting) {
+    if (kept < static_cast<int64_t>(kMaxWaiting) && kept_bytes + entry.held_bytes <= max_bytes) {
+      ++kept;
+      kept_bytes += entry.held_bytes;
+      continue;
+    }
+    metrics_.CountRefused();
+    entry.job->GiveUpConsumer(absl::ResourceExhaustedError(
+        absl::StrCat("the connection broke, and of such requests at most ", kMaxWaiting,
+                     " are kept, with at most ", max_bytes >> 20, " MiB of staging memory")));
+  }
+  metrics_.SetWaiting(kept, kept_bytes);
+}
+
+}  // namespace prefilld::server

@@ -1,0 +1,84 @@
+#include "server/resumable_jobs.h"
+
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "absl/strings/str_cat.h"
+#include "server/resumption_metrics.h"
+#include "tests/server/job_harness.h"
+
+namespace prefilld::server {
+namespace {
+
+class NoTransport final : public Transport {
+ public:
+  void Send(Message, bool) override {}
+  void End(const absl::Status&) override {}
+  void Cancel(const absl::Status&) override {}
+};
+
+class ResumableJobsTest : public ::testing::Test {
+ protected:
+  std::shared_ptr<PrefillJob> AddJob(const std::string& id) {
+    PrefillWork work = WorkOf(bench_.engine, 10, id);
+    work.resume_key = "a secret of the caller's";
+    work.resume_window = absl::Seconds(10);
+    auto job = std::make_shared<PrefillJob>(std::move(work), bench_.clock);
+    jobs_.Add(job);
+    job->delivery().control().Attach(&transport_);
+    return job;
+  }
+  void Leave(PrefillJob& job) {
+    job.delivery().control().OnPeerGone(&transport_);
+    bench_.clock.Advance(absl::Milliseconds(1));
+  }
+
+  Bench bench_;
+  NoTransport transport_;
+  std::set<std::string> over_;
+  ResumableJobs jobs_{bench_.metrics.resumption(), bench_.clock, *bench_.ring,
+                      [this](PrefillJob& job) { over_.insert(job.work().id); }};
+};
+
+TEST_F(ResumableJobsTest, AJobIsOverWhenItHasEndedAndItsStreamToo) {
+  const auto job = AddJob("a");
+  EXPECT_TRUE(job->outlives_call());
+  jobs_.LookAround();
+  Leave(*job);
+  jobs_.LookAround();
+  EXPECT_TRUE(over_.empty());
+  bench_.clock.Advance(absl::Seconds(11));
+  job->CheckTimers({}, 0, false);
+  EXPECT_EQ(job->ending().outcome, Outcome::kNotResumed);
+  jobs_.LookAround();
+  EXPECT_EQ(over_, std::set<std::string>({"a"}));
+  over_.clear();
+  jobs_.LookAround();
+  EXPECT_TRUE(over_.empty()) << "it was over before";
+}
+
+TEST_F(ResumableJobsTest, OfTooManyThatWaitThoseThatCameLastAreEnded) {
+  std::vector<std::shared_ptr<PrefillJob>> jobs;
+  for (size_t i = 0; i < ResumableJobs::kMaxWaiting + 2; ++i)
+    jobs.push_back(AddJob(absl::StrCat(i)));
+  jobs_.LookAround();
+  for (const auto& job : jobs) Leave(*job);
+  jobs_.LookAround();
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    EXPECT_EQ(jobs[i]->ended(), i >= ResumableJobs::kMaxWaiting) << i;
+  }
+  EXPECT_EQ(jobs.back()->ending().outcome, Outcome::kNotResumed);
+  EXPECT_EQ(jobs.back()->ending().status.code(), absl::StatusCode::kResourceExhausted);
+  jobs_.LookAround();
+  EXPECT_EQ(over_.size(), 2);
+  for (const auto& job : jobs) job->Abort(Outcome::kCancelled, absl::CancelledError("enough"));
+  jobs_.LookAround();
+  EXPECT_EQ(over_.size(), jobs.size());
+}
+
+}  // namespace
+}  // namespace prefilld::server
