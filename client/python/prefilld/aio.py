@@ -13,9 +13,9 @@ import grpc.aio
 import numpy as np
 
 from prefilld import wire
+from prefilld.accepted import AcceptedFields
 from prefilld.channels import Server, Servers
-from prefilld.clients import AcceptedFields
-from prefilld.errors import Cancelled, PrefilldError, from_rpc
+from prefilld.errors import Cancelled, PrefilldError, data_loss, from_rpc
 from prefilld.options import (
     Call,
     GenerateArguments,
@@ -25,6 +25,8 @@ from prefilld.options import (
     prefill_call,
     receiver_call,
 )
+from prefilld.resuming import AsyncResumer
+from prefilld.resumption import Patience
 from prefilld.tokens import Generation, Token
 from prefilld.transfer import KvBlocks, Reception, WholeCache
 
@@ -134,9 +136,15 @@ class AsyncPrefillStream(AcceptedFields, _AsyncStream):
         """Calls the next server that has not been asked."""
         self._server = self._waiting.pop(0)
         self._reception = Reception(self._call)
+        resumable = bool(self._call.request.resume_key)
+        self._resumer = AsyncResumer(self._server, self._call, self._reception) if resumable else None
+        self._lane0 = self._send()
+
+    def _send(self):
         method = getattr(self._server.stub(), self._call.method)
-        self._lane0 = method(self._call.request, timeout=self._left(), metadata=self._call.metadata)
-        self._calls.append(self._lane0)
+        call = method(self._call.request, timeout=self._left(), metadata=self._call.metadata)
+        self._calls.append(call)
+        return call
 
     def _left(self) -> float | None:
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
@@ -150,11 +158,43 @@ class AsyncPrefillStream(AcceptedFields, _AsyncStream):
                     self._reception.finish()  # which raises
                 self._reception.take(0, first)
             except PrefilldError as error:
-                self._lane0.cancel()
                 self._server.note_failure(error.details)
-                if error.code is not grpc.StatusCode.UNAVAILABLE or not self._waiting:
-                    raise
-                self._start()
+                try:
+                    self._lane0 = await self._again(0, self._lane0, error)
+                except PrefilldError as last:
+                    if last.code is not grpc.StatusCode.UNAVAILABLE or not self._waiting:
+                        self._end(whole=False)
+                        raise
+                    self._start()
+
+    async def _again(self, lane: int, call, error: PrefilldError):
+        """As PrefillStream._again."""
+        call.cancel()
+        if self._cancelled or self._reception.receipts is None:
+            raise error
+        if self._reception.result is not None:
+            return None
+        what, pause = self._resumer.what_next(lane, error)
+        await asyncio.sleep(pause)
+        if what is Patience.START_ANEW:
+            return self._send()
+        again = self._resumer.resume(lane, self._left())
+        self._calls.append(again)
+        return again
+
+    def _end(self, whole: bool) -> None:
+        self._end_calls()
+        if self._reception.receipts is not None:
+            self._resumer.end(whole)
+
+    def cancel(self) -> None:
+        super().cancel()
+        self._end(self._whole)
+
+    async def __aexit__(self, *_: object) -> None:
+        await super().__aexit__()
+        if self._reception.receipts is not None:
+            await self._resumer.await_end()
 
     def __aiter__(self) -> AsyncIterator[KvBlocks]:
         return self._items
@@ -185,13 +225,22 @@ class AsyncPrefillStream(AcceptedFields, _AsyncStream):
             self._reception.finish()
             self._whole = True
         finally:
-            self._end_calls()
+            self._end(self._whole)
 
     async def _read_lane(self, lane: int, call) -> AsyncGenerator:
-        while (data := await self._read(call)) is not None:
-            taken = self._reception.take(lane, data)
-            if taken is not None:
-                yield taken
+        while call is not None:
+            try:
+                while (data := await self._read(call)) is not None:
+                    taken = self._reception.take(lane, data)
+                    if self._reception.receipts is not None:
+                        self._resumer.acknowledge()
+                    if taken is not None:
+                        yield taken
+                if lane == 0 and self._reception.result is None:
+                    raise data_loss("the stream ended without a result")
+                return
+            except PrefilldError as error:
+                call = await self._again(lane, call, error)
 
     async def _read_lanes(self) -> AsyncGenerator:
         calls = [self._lane0]

@@ -44,6 +44,10 @@ class Server:
     def stub(self, lane: int = 0) -> wire.Stub:
         return self._open(lane)[1]
 
+    def resumption(self, lane: int = 0) -> wire.Stub:
+        """Returns the methods of ResumptionService, on the connection of that lane."""
+        return wire.Stub(self._open(lane)[0], "ResumptionService")
+
     def channel(self):
         """Returns the connection of lane 0, for calls of other services."""
         return self._open(0)[0]

@@ -11,8 +11,9 @@ import grpc
 import numpy as np
 
 from prefilld import wire
+from prefilld.accepted import AcceptedFields
 from prefilld.channels import Server, Servers
-from prefilld.errors import PrefilldError, one_family
+from prefilld.errors import PrefilldError, data_loss, one_family
 from prefilld.mailbox import Mailbox
 from prefilld.options import (
     Call,
@@ -23,6 +24,8 @@ from prefilld.options import (
     prefill_call,
     receiver_call,
 )
+from prefilld.resuming import Resumer
+from prefilld.resumption import Patience
 from prefilld.tokens import Generation, Token
 from prefilld.transfer import KvBlocks, Reception, WholeCache
 
@@ -108,49 +111,6 @@ class _Stream:
         return one_family(lambda: self._cancelled)
 
 
-class AcceptedFields:
-    """The fields of a prefill that are known once the server has accepted it; RuntimeError before."""
-
-    _reception: Reception
-
-    @property
-    def _accepted(self):
-        if self._reception.accepted is None:
-            raise RuntimeError("the server has not accepted the request yet: wait_accepted() waits for it")
-        return self._reception.accepted
-
-    @property
-    def request_id(self) -> str:
-        return self._accepted.request_id
-
-    @property
-    def layout(self) -> Any:
-        """The KvLayout message."""
-        return self._accepted.layout
-
-    @property
-    def queue_position(self) -> int:
-        """Requests that came before this one and were not done when it was accepted."""
-        return self._accepted.queue_position
-
-    @property
-    def receiver_key(self) -> str:
-        """The secret that other receivers have to show; empty if there are none, and for such a receiver."""
-        return self._accepted.receiver_key
-
-    @property
-    def priority(self) -> int:
-        """The class that the request has, which may be lower than what it asked for."""
-        return self._accepted.priority
-
-    @property
-    def result(self) -> Any:
-        """The PrefillResult message, once the iteration has ended; None before."""
-        return self._reception.result if self._whole else None
-
-    _whole = False
-
-
 _LANE_ENDED = object()
 
 
@@ -171,9 +131,14 @@ class PrefillStream(AcceptedFields, _Stream):
         """Calls the next server that has not been asked."""
         self._server = self._waiting.pop(0)
         self._reception = Reception(self._call)
+        self._resumer = Resumer(self._server, self._call, self._reception) if self._call.request.resume_key else None
+        self._lane0 = self._send()
+
+    def _send(self):
         method = getattr(self._server.stub(), self._call.method)
-        self._lane0 = method(self._call.request, timeout=self._left(), metadata=self._call.metadata)
-        self._begin(self._lane0)
+        call = method(self._call.request, timeout=self._left(), metadata=self._call.metadata)
+        self._begin(call)
+        return call
 
     def _left(self) -> float | None:
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
@@ -188,11 +153,46 @@ class PrefillStream(AcceptedFields, _Stream):
                     self._reception.finish()  # which raises
                 self._reception.take(0, first)
             except PrefilldError as error:
-                self._lane0.cancel()
                 self._server.note_failure(error.details)
-                if error.code is not grpc.StatusCode.UNAVAILABLE or not self._waiting:
-                    raise
-                self._start()
+                try:
+                    self._lane0 = self._again(0, self._lane0, error)
+                except PrefilldError as last:
+                    if last.code is not grpc.StatusCode.UNAVAILABLE or not self._waiting:
+                        self._end(whole=False)
+                        raise
+                    self._start()
+
+    def _again(self, lane: int, call, error: PrefilldError):
+        """Attaches a lane again whose stream has ended with an error. Raises the error if that cannot be.
+
+        Returns None if nothing of the lane is missing.
+        """
+        call.cancel()
+        if self._cancelled or self._reception.receipts is None:
+            raise error
+        if self._reception.result is not None:  # it comes when every lane has everything
+            return None
+        what, pause = self._resumer.what_next(lane, error)
+        time.sleep(pause)
+        if what is Patience.START_ANEW:
+            return self._send()
+        again = self._resumer.resume(lane, self._left())
+        self._begin(again)
+        return again
+
+    def _end(self, whole: bool) -> None:
+        self._end_calls()
+        if self._reception.receipts is not None:
+            self._resumer.end(whole)
+
+    def cancel(self) -> None:
+        super().cancel()
+        self._end(self._whole)
+
+    def close(self) -> None:
+        super().close()
+        if self._reception.receipts is not None:
+            self._resumer.await_end()
 
     def __iter__(self) -> Iterator[KvBlocks]:
         return self._items
@@ -220,14 +220,23 @@ class PrefillStream(AcceptedFields, _Stream):
             self._reception.finish()
             self._whole = True
         finally:
-            self._end_calls()
+            self._end(self._whole)
 
     def _read(self, lane: int, call) -> Iterator:
-        with self._one_family():
-            for data in call:
-                taken = self._reception.take(lane, data)
-                if taken is not None:
-                    yield taken
+        while call is not None:
+            try:
+                with self._one_family():
+                    for data in call:
+                        taken = self._reception.take(lane, data)
+                        if self._reception.receipts is not None:
+                            self._resumer.acknowledge()
+                        if taken is not None:
+                            yield taken
+                if lane == 0 and self._reception.result is None:
+                    raise data_loss("the stream ended without a result")
+                return
+            except PrefilldError as error:
+                call = self._again(lane, call, error)
 
     def _read_lanes(self) -> Iterator:
         calls = [self._lane0]

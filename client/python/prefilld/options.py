@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -157,6 +158,8 @@ class PrefillArguments(TypedDict, total=False):
     (PrefillStream.priority).
     metadata: goes with the call. Servers that tell tenants apart look there: ("authorization", "Bearer
     TOKEN"), or ("x-tenant", "search") where they trust you.
+    resumable: if the server grants it, a connection that breaks costs a moment and not the prompt, and a frame that
+    arrives damaged comes again. The server then hears of a cancel by a call of its own.
     timeout: seconds until the whole call must be done; None: no limit.
     on_progress: on_progress(Progress) is called after each layer and while the request waits, from
     within the iteration.
@@ -178,6 +181,7 @@ class PrefillArguments(TypedDict, total=False):
     receiver_key: str
     priority: int
     metadata: Sequence[tuple[str, str]]
+    resumable: bool
     timeout: float | None
     on_progress: Callable[[Any], None] | None
 
@@ -189,6 +193,7 @@ class ReceiverArguments(TypedDict, total=False):
     lanes: int
     model_fingerprint: str
     metadata: Sequence[tuple[str, str]]
+    resumable: bool
     timeout: float | None
     on_progress: Callable[[Any], None] | None
 
@@ -248,13 +253,15 @@ def prefill_call(
     receiver_key: str = "",
     priority: int = 0,
     metadata: Sequence[tuple[str, str]] = (),
+    resumable: bool = False,
     timeout: float | None = None,
     on_progress: Callable[[Any], None] | None = None,
 ) -> Call:
     """Makes a PrefillRequest of PrefillArguments."""
     _check_lanes(lanes)
     request = wire.PrefillRequest(
-        request_id=request_id,
+        request_id=request_id or (secrets.token_hex(16) if resumable else ""),
+        resume_key=secrets.token_hex(16) if resumable else "",
         model_fingerprint=model_fingerprint,
         token_ids=tokens,
         layout=layout.to_wire(),
@@ -282,6 +289,7 @@ def receiver_call(
     lanes: int = 1,
     model_fingerprint: str = "",
     metadata: Sequence[tuple[str, str]] = (),
+    resumable: bool = False,
     timeout: float | None = None,
     on_progress: Callable[[Any], None] | None = None,
 ) -> Call:
@@ -295,6 +303,7 @@ def receiver_call(
         layout=layout.to_wire(),
         num_lanes=lanes,
         model_fingerprint=model_fingerprint,
+        resume_key=secrets.token_hex(16) if resumable else "",
     )
     return Call(request, tuple(metadata), timeout, on_progress, "AttachReceiver", num_tokens)
 

@@ -18,6 +18,7 @@ from prefilld.arrays import NUMPY_DTYPES, to_torch
 from prefilld.errors import TransferError, data_loss
 from prefilld.frames import Frame, read_event
 from prefilld.options import Call
+from prefilld.resumption import Receipts
 
 if TYPE_CHECKING:
     import torch
@@ -89,14 +90,23 @@ def check_layout(layout, wished, num_tokens: int, fingerprint: str) -> None:
         expect("model_fingerprint", layout.model_fingerprint, fingerprint)
 
 
+_MAX_DAMAGED_COPIES = 3  # a frame that arrives damaged more often is not asked for once more
+
+
+class Damaged(Exception):
+    """A frame's checksum is wrong, and it can be asked for once more."""
+
+
 class TransferCheck:
     """Checks frames: those of a lane numbered without gaps, each in place, whole, undamaged, each block once.
 
-    Safe to use from several threads, one per lane.
+    Of a resumable transfer, frames may come again. Safe to use from several threads, one per lane.
     """
 
-    def __init__(self, layout, prompt_logprobs: bool = False, num_lanes: int = 1):
+    def __init__(self, layout, prompt_logprobs: bool = False, num_lanes: int = 1, resumable: bool = False):
         """prompt_logprobs: whether the result must have log-probabilities of the prompt."""
+        self._resumable = resumable
+        self._damaged: list[dict[int, int]] = [{} for _ in range(num_lanes)]  # copies of frames, by lane
         self._layout = layout
         self._num_logprobs = layout.num_tokens - 1 if prompt_logprobs else 0
         self._shape = block_shape(layout)
@@ -107,11 +117,19 @@ class TransferCheck:
         self._frames = [0] * num_lanes
         self._lock = threading.Lock()  # of what arrived
 
-    def take(self, frame: Frame, lane: int = 0) -> KvBlocks:
+    def received(self, lane: int) -> int:
+        """Returns the number of the lane's first frame that has not arrived undamaged."""
+        return min(self._damaged[lane], default=self._frames[lane])
+
+    def take(self, frame: Frame, lane: int = 0) -> KvBlocks | None:
+        """Returns what a frame brings, or None if it came before. Raises Damaged of a resumable transfer."""
         where = f"frame {frame.sequence} of lane {lane} (layer {frame.layer}, blocks from {frame.first_block})"
         if frame.lane != lane:
             raise data_loss(f"{where} says that it is of lane {frame.lane}")
-        if frame.sequence != self._frames[lane]:
+        is_next, damaged = frame.sequence == self._frames[lane], self._damaged[lane]
+        if not is_next and frame.sequence not in damaged:
+            if self._resumable and frame.sequence < self._frames[lane]:
+                return None
             raise data_loss(f"{where} arrived where frame {self._frames[lane]} was due")
         end = frame.first_block + frame.num_blocks
         if frame.layer >= self._layout.num_layers or frame.num_blocks == 0 or end > self._layout.num_blocks:
@@ -124,13 +142,18 @@ class TransferCheck:
             raise data_loss(f"{where} has a payload of {len(frame.payload)} bytes; {size} are due")
         checksum = xxhash.xxh3_64_intdigest(frame.payload)
         if checksum != frame.checksum:
+            damaged[frame.sequence] = damaged.get(frame.sequence, 0) + 1
+            if self._resumable and damaged[frame.sequence] <= _MAX_DAMAGED_COPIES:
+                self._frames[lane] += is_next
+                raise Damaged
             raise data_loss(f"{where}: checksum of the payload is {checksum:016x}, sent was {frame.checksum:016x}")
         with self._lock:
             arrived = self._arrived[frame.layer, frame.first_block : end]
             if arrived.any():
                 raise data_loss(f"{where} brings a block that arrived before or was not wanted")
             arrived[:] = True
-        self._frames[lane] += 1
+        self._frames[lane] += is_next
+        damaged.pop(frame.sequence, None)
         array = np.frombuffer(frame.payload, self._dtype)
         if not array.flags.aligned:  # the payload stands where its message's other fields end
             array = np.frombuffer(bytes(frame.payload), self._dtype)
@@ -168,6 +191,8 @@ class Reception:
         self._check: TransferCheck | None = None
         self.accepted = None
         self.result = None
+        self.progress = 0  # grows with everything new that arrives
+        self.receipts = Receipts() if call.request.resume_key else None  # None: the request is not resumable
 
     def attachments(self) -> list:
         """Returns the AttachLaneRequest of each further lane, once accepted."""
@@ -187,16 +212,20 @@ class Reception:
                 raise data_loss("a frame came before Accepted")
             if self._is_pushed:
                 raise data_loss("a frame came here though the cache is delivered elsewhere")
-            return self._check.take(event, lane)
+            return self._take_frame(event, lane)
         if lane != 0:
             raise data_loss(f"lane {lane} carries more than frames")
         kind = event.WhichOneof("event")
+        if self.receipts and self.accepted is not None and kind == "accepted":
+            self._check_again(event.accepted)
+            return None
         if (kind == "accepted") == (self.accepted is not None):
             raise data_loss(
                 "Accepted came twice" if self.accepted is not None else "the stream does not begin with Accepted"
             )
-        if self.result is not None:
+        if self.result is not None and not (self.receipts and kind == "result"):
             raise data_loss("an event came after the result")
+        self.progress += 1
         if kind == "accepted":
             self._accept(event.accepted)
         elif kind == "progress":
@@ -204,6 +233,32 @@ class Reception:
         elif kind == "result":
             self.result = event.result
         return None  # or an event of a later version
+
+    def _take_frame(self, frame: Frame, lane: int) -> KvBlocks | None:
+        try:
+            blocks = self._check.take(frame, lane)
+        except Damaged:
+            self.receipts.note(lane, self._check.received(lane), (frame.sequence,))
+            return None
+        if blocks is not None:
+            self.progress += 1
+            if self.receipts:
+                self.receipts.note(lane, self._check.received(lane))
+        return blocks
+
+    def _check_again(self, accepted) -> None:
+        before = self.accepted
+        if accepted.request_id != before.request_id or accepted.layout != before.layout:
+            raise data_loss("a resumed stream is that of another request")
+
+    def received(self, lane: int) -> int:
+        """Returns from which frame on a stream of this lane has to bring them."""
+        return 0 if self._check is None else self._check.received(lane)
+
+    @property
+    def window(self) -> float | None:
+        """Seconds for which the server waits when a stream has broken; None before it has accepted."""
+        return None if self.accepted is None else self.accepted.resume_window_ms / 1000
 
     def _accept(self, accepted) -> None:
         request = self._request
@@ -213,7 +268,10 @@ class Reception:
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"num_lanes is {accepted.num_lanes}, asked for were {request.num_lanes}",
             )
-        self._check = TransferCheck(accepted.layout, self._has_logprobs, accepted.num_lanes)
+        if not accepted.resume_window_ms:
+            self.receipts = None
+        resumable = self.receipts is not None
+        self._check = TransferCheck(accepted.layout, self._has_logprobs, accepted.num_lanes, resumable)
         self.accepted = accepted
 
     def finish(self) -> None:

@@ -68,7 +68,7 @@ def enum_name(enum: str, number: int) -> str:
 
 
 # The streams with KV frames. Their messages are left as bytes, because parsing would copy each payload twice.
-_UNPARSED = ("Prefill", "AttachLane", "AttachReceiver")
+_UNPARSED = ("Prefill", "AttachLane", "AttachReceiver", "Resume")
 
 
 class Stub:
