@@ -325,6 +325,13 @@ class Watching(unittest.IsolatedAsyncioTestCase):
         self.assertEqual(self.server.route.cached_blocks(keys), 1)  # though the second one was sent there
         self.client.updates.append(unavailable())
         await told(0)
+        logging.disable(logging.NOTSET)
+        self.addCleanup(logging.disable)
+        with self.assertLogs("prefilld.gateway", "ERROR"):
+            self.client.updates.append(wire.PrefixCacheUpdate(changes=[{"stored": {"key": keys[0]}}]))
+            await told(1)
+            self.client.updates.append(ValueError("nobody expected it"))
+            await told(0)
         self.client.updates.append(wire.PrefixCacheUpdate(changes=[{"stored": {"key": keys[0]}}]))
         await told(1)
 

@@ -123,8 +123,12 @@ class Prefilld(Peer):
         """Follows what the server's prefix cache holds, as long as it says so, until the task is cancelled."""
         while True:
             if self.is_up and self.info.HasField("prefix_cache"):
-                with contextlib.suppress(PrefilldError):  # it does not tell, which is its default, or it is away
+                try:
                     await self._follow()
+                except PrefilldError:  # it does not tell, which is its default, or it is away
+                    pass
+                except Exception:  # of any kind: whoever stops following would never know the cache again
+                    logger.exception("%s %s: what its cache holds cannot be followed", self.kind, self.address)
                 self.route.told = ()
             await asyncio.sleep(FOLLOW_SECONDS)
 
