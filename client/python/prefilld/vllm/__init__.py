@@ -1,4 +1,4 @@
-"""A KV connector of vLLM that takes the KV of prompts from prefilld servers..
+"""A KV connector of vLLM that takes the KV of prompts from prefilld servers.
 
 vllm serve MODEL --kv-transfer-config '{"kv_connector": "PrefilldConnector", "kv_role": "kv_consumer",
     "kv_connector_module_path": "prefilld.vllm", "kv_load_failure_policy": "recompute",
