@@ -5,13 +5,18 @@ Exits with 77 (skipped, for CTest) without the client's packages or the gateway'
 """
 
 import asyncio
+import gc
 import json
 import os
 import signal
 import sys
 import threading
 import time
+import types
 import unittest
+import unittest.mock
+import weakref
+from array import array
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +29,10 @@ try:
     from gateway_process import ask, read_reply
     from played_gateway import COMPLETIONS, PREFILL_CALL, PlayedGateway, request
     from played_peers import text_of
-    from prefilld.gateway.bodies import LARGE_BYTES, SideThreads
+    from prefilld.gateway.bodies import LARGE_BYTES, ParsingProcess, SideThreads
+    from prefilld.gateway.bodies import Bodies as BodiesInAll
+    from prefilld.gateway.openai_requests import BadRequest
+    from prefilld.gateway.service import Service
 except ImportError as missing:
     print(f"skipped: {missing}")
     sys.exit(77)
@@ -45,14 +53,18 @@ class Bodies(PlayedGateway):
 
     async def ends(self, reader, writer, trickle=b""):
         """Waits until the gateway has cut the connection, over which a byte comes now and then."""
-        end = time.monotonic() + PATIENCE
-        reading = asyncio.ensure_future(reader.read())
-        while not reading.done():
+        end, came, reading = time.monotonic() + PATIENCE, b"", None
+        while True:
+            reading = reading or asyncio.ensure_future(reader.read(4096))
             self.assertLess(time.monotonic(), end, "the connection is still open")
             if trickle and not writer.is_closing():
                 writer.write(trickle)
             await asyncio.wait({reading}, timeout=0.1)
-        return b"" if reading.exception() else reading.result()
+            if not reading.done():
+                continue
+            if reading.exception() or not reading.result():  # a reset may come behind what was sent before it
+                return came
+            came, reading = came + reading.result(), None
 
     async def test_connections_without_a_request_are_cut(self):
         await self.start("--receive_timeout_s=0.5")
@@ -75,6 +87,18 @@ class Bodies(PlayedGateway):
         writer.write(b"GET ")
         self.assertEqual(await self.ends(reader, writer, b"x"), b"")
 
+    async def test_a_connection_may_be_idle_after_a_body_that_nobody_waited_for(self):
+        await self.start("--receive_timeout_s=0.5")
+        reader, writer = await self.connect()
+        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n")
+        self.assertEqual((await read_reply(reader)).status, 200)
+        for half in (b"x" * 5, b"x" * 5):
+            await asyncio.sleep(0.2)
+            writer.write(half)
+        await asyncio.sleep(1.5)
+        writer.write(post(json.dumps(request(4)).encode()))
+        self.assertEqual((await read_reply(reader)).text, text_of(4))
+
     async def test_a_slow_body_is_refused_and_a_routers_with_a_code_that_lets_it_decode(self):
         await self.start("--receive_timeout_s=0.5")
         call = b'{"kv_transfer_params": {"do_remote_decode" : true}, "prompt": "a'
@@ -86,6 +110,8 @@ class Bodies(PlayedGateway):
             self.assertEqual(reply.status, status, begin)
             self.assertIn("the body did not come within 0.5 s", reply.error["message"])
             self.assertEqual(reply.headers.get("retry-after"), "1" if status == 503 else None)
+        self.assertEqual(await self.metric("requests_total", route="prefill_call", outcome="503"), 1)
+        self.assertEqual(await self.metric("requests_total", route="completions", outcome="408"), 2)
 
     async def test_without_workers_every_body_that_cannot_be_read_is_taken_for_a_routers(self):
         await self.start("--receive_timeout_s=0.5", "--max_body_bytes=2000", workers=0)
@@ -137,11 +163,56 @@ class Bodies(PlayedGateway):
         self.assertEqual(reply.text, text_of(4))
         self.assertNotIn(reader, self.readers())
 
+    async def test_the_process_that_reads_bodies_ends_with_the_gateway_and_not_before(self):
+        await self.start()
+        large = request(4, user="x" * (2 * LARGE_BYTES))
+        self.assertEqual((await ask(self.gateway.port, COMPLETIONS, large)).text, text_of(4))
+        (reader,) = self.readers()
+        for number in (signal.SIGINT, signal.SIGTERM):  # as service managers send it to all processes of a service
+            os.kill(reader, number)
+        self.assertEqual((await ask(self.gateway.port, COMPLETIONS, large)).text, text_of(4))
+        self.assertEqual(self.readers(), [reader])
+        self.gateway.process.kill()
+        await self.wait(lambda: not Path(f"/proc/{reader}").exists(), "the process has ended")
+
     def readers(self):
         """Returns the processes that the gateway has started for bodies."""
         tasks = Path(f"/proc/{self.gateway.process.pid}/task")
         children = [pid for file in tasks.glob("*/children") for pid in file.read_text().split()]
         return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+class Parsing(unittest.IsolatedAsyncioTestCase):
+    """Large chats, read by the process."""
+
+    CONTENT = "a" * LARGE_BYTES
+
+    async def asyncSetUp(self):
+        self.parser = ParsingProcess()
+        self.addCleanup(self.parser.close)
+
+    async def parse(self, message, **fields):
+        body = {"messages": [{"role": "user", "content": self.CONTENT, **message}], **fields}
+        return await self.parser.parse(bytearray(json.dumps(body).encode()), True)
+
+    async def test_what_is_no_text_is_bounded_and_a_prefill_call_then_goes_unread(self):
+        tools = {"kv_transfer_params": PREFILL_CALL, "tools": [{}]}
+        ask = await self.parse({"name": "n"}, **tools)
+        self.assertEqual((ask.prompt[0]["content"], ask.template), (self.CONTENT, {"tools": [{}]}))
+        self.assertGreater(ask.num_bytes, LARGE_BYTES)
+        deep = json.loads("[" * 900 + "]" * 900)
+        for value, reason in (([{}] * LARGE_BYTES, "allowed: 262144"), (deep, "too deep")):
+            for message, fields in (({"x": value}, {}), ({}, {"chat_template_kwargs": {"x": value}})):
+                with self.assertRaisesRegex(BadRequest, reason) as caught:
+                    await self.parse(message, **fields)
+                self.assertEqual(caught.exception.status, 400)
+                ask = await self.parse(message, **fields, **tools)
+                self.assertEqual((ask.is_prefill_call, ask.prompt, ask.template), (True, None, {}))
+
+    async def test_token_ids_come_as_an_array(self):
+        ids = list(range(100_000))
+        ask = await self.parser.parse(bytearray(json.dumps({"prompt": ids}).encode()), False)
+        self.assertEqual(ask.prompt, array("I", ids))
 
 
 class Threads(unittest.IsolatedAsyncioTestCase):
@@ -157,6 +228,69 @@ class Threads(unittest.IsolatedAsyncioTestCase):
         self.assertEqual(await asyncio.wait_for(threads.run(LARGE_BYTES, lambda: 7), PATIENCE), 7)
         go_on.set()
         self.assertEqual(await asyncio.gather(*working), [True] * 20)
+
+    async def test_what_waits_is_gone_with_its_task_and_what_runs_keeps_its_thread(self):
+        asyncio.get_running_loop().set_debug(False)  # it would keep what it ran
+        threads, go_on, began = SideThreads(), threading.Event(), threading.Event()
+
+        class Prompt:
+            pass
+
+        def hold(prompt):
+            began.set()
+            go_on.wait(PATIENCE)
+
+        prompts = [Prompt() for _ in range(20)]
+        seen = weakref.WeakSet(prompts)
+        working = [asyncio.ensure_future(threads.run(LARGE_BYTES + 1, hold, prompts.pop())) for _ in range(20)]
+        self.assertTrue(await asyncio.to_thread(began.wait, PATIENCE))
+        for task in working:
+            task.cancel()
+        await asyncio.wait(working)
+        del task
+        working.clear()
+        gc.collect()
+        self.assertEqual(len(seen), 1)
+        last = asyncio.ensure_future(threads.run(LARGE_BYTES + 1, lambda: 7))
+        await asyncio.wait({last}, timeout=0.1)
+        self.assertFalse(last.done())
+        go_on.set()
+        self.assertEqual(await asyncio.wait_for(last, PATIENCE), 7)
+
+    async def test_a_body_keeps_its_room_until_its_prompt_is_tokens(self):
+        go_on, sizes = threading.Event(), []
+
+        class Threads(SideThreads):
+            async def run(self, size, work, *arguments):
+                sizes.append(size)
+                return await super().run(size, work, *arguments)
+
+        class Request:
+            async def stream(self):
+                yield content
+
+        def tokens_of(text):
+            go_on.wait(PATIENCE)
+            return list(text.encode())
+
+        content = json.dumps({"prompt": "a" * 500, "user": "b" * 400}).encode()
+        bodies = BodiesInAll(Threads(), None, 1000, 1000, PATIENCE, True)
+        prefills = types.SimpleNamespace(info=types.SimpleNamespace(max_prompt_tokens=499), fingerprint="")
+        upstream = types.SimpleNamespace(prefills=prefills, workers=types.SimpleNamespace(members=[1]))
+        prompts = types.SimpleNamespace(of_text=tokens_of)
+        service = Service(prompts, upstream, None, Threads(), "m", 1, "")
+        body = bodies.open(Request(), False)
+        answering = asyncio.ensure_future(service.answer(await body.read(), body.drop, 0, 0))
+        await asyncio.wait({answering}, timeout=0.1)
+        with self.assertRaisesRegex(BadRequest, f"{len(content)} bytes wait"):
+            bodies.take(100)
+        go_on.set()
+        with unittest.mock.patch("prefilld.gateway.service.prefix_keys") as keys:
+            with self.assertRaisesRegex(BadRequest, "500 tokens, allowed: 1 to 499"):
+                await answering
+            self.assertFalse(keys.called)
+        bodies.take(1000)
+        self.assertEqual(sizes, [len(content)] * 2)
 
 
 if __name__ == "__main__":

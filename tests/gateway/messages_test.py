@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 import unittest
+from array import array
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "client" / "python"))
@@ -25,6 +26,7 @@ except ImportError as missing:
     sys.exit(77)
 
 HELLO = [{"role": "user", "content": "hello"}]
+IDS = array("I", [1, 2])
 # llm-d's sidecar adds these to a body, and max_tokens 1.
 PREFILL_CALL = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None,
                 "remote_block_ids": None, "remote_host": None, "remote_port": None}  # fmt: skip
@@ -61,7 +63,7 @@ class Requests(unittest.TestCase):
         self.assertEqual(len(seeds), 4)
 
     def test_prompts_may_be_texts_or_tokens_but_one_at_a_time(self):
-        for given, read in (("a", "a"), (["a"], "a"), ([1, 2], [1, 2]), ([[1, 2]], [1, 2])):
+        for given, read in (("a", "a"), (["a"], "a"), ([1, 2], IDS), ([[1, 2]], IDS)):
             self.assertEqual(read_request({"prompt": given}, False).prompt, read)
         for wrong in (None, "", [], [[]], 5, [1, "a"], [-1], [2**32], [True], ["a", "b"], "\ud800"):
             self.assertRegex(self.refused({"prompt": wrong})[0], r"^prompt")
@@ -237,6 +239,8 @@ class Prompts(unittest.TestCase):
         self.write("chat_template.jinja", TEMPLATE)
         with self.assertRaisesRegex(ChatRefused, "no such role"):
             self.rendered([{"role": "bad", "content": "x"}])
+        with self.assertRaisesRegex(ChatRefused, "surrogates not allowed"):
+            self.rendered([{"role": "\ud800", "content": "x"}])
         self.write("chat_template.jinja", "{{ messages.append(1) }}")
         with self.assertRaises(ChatRefused):
             self.rendered()

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
 from prefilld.errors import PrefilldError
-from prefilld.gateway.bodies import Bodies
+from prefilld.gateway.bodies import Bodies, Body
 from prefilld.gateway.metrics import Metrics
 from prefilld.gateway.openai_answers import Failure
 from prefilld.gateway.openai_requests import Ask, BadRequest
@@ -87,11 +87,22 @@ class Exchange:
             self._door.running -= 1
 
     async def _run(self) -> str:
+        body = self._door.bodies.open(self._request, self._is_chat)
         try:
-            ask = await asyncio.wait_for(self._door.bodies.read(self._request, self._is_chat), self._left())
+            return await self._run_with(body)
+        finally:
+            body.drop()
+
+    async def _run_with(self, body: Body) -> str:
+        try:
+            answering = self._answer(await asyncio.wait_for(body.read(), self._left()), body)
         except asyncio.TimeoutError:  # before Python 3.11 it is no TimeoutError
             return await self._fail(self._lateness())
-        answering = asyncio.ensure_future(self._answer(ask))
+        except BadRequest:
+            if body.is_prefill_call:
+                self._route = "prefill_call"
+            raise
+        answering = asyncio.ensure_future(answering)
         leaving = asyncio.ensure_future(_left(self._receive))
         closing = asyncio.ensure_future(self._door.closing.wait())
         tasks = {answering, leaving, closing}
@@ -116,15 +127,17 @@ class Exchange:
         message = f"no answer within {self._door.request_timeout_s:g} s"
         return Failure(504, message, code="deadline_exceeded")
 
-    async def _answer(self, ask: Ask) -> str:
+    async def _answer(self, ask: Ask, body: Body) -> str:
         if ask.is_prefill_call:
             self._route = "prefill_call"
-            pointer = await self._door.service.point(ask)
+            pointer = await self._door.service.point(ask, body.drop)
             await self._respond(JSONResponse(pointer.body))
             pointer.remember()
             return "ok"
-        running = await self._door.service.answer(ask, self._arrival, self._deadline)
-        if ask.stream:
+        running = await self._door.service.answer(ask, body.drop, self._arrival, self._deadline)
+        is_stream = ask.stream
+        del ask  # and with it the text of the prompt, which nobody needs while the answer runs
+        if is_stream:
             return await self._stream(running)
         async with contextlib.aclosing(running.pieces()) as pieces:
             text = "".join([piece async for piece in pieces])

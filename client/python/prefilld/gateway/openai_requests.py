@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,14 +48,15 @@ class BadRequest(ValueError):
 class Ask:
     """One request.
 
-    prompt: a text, token ids, or a list of messages (is_chat).
+    prompt: a text, token ids, or a list of messages (is_chat). num_bytes: of the body.
     is_prefill_call: a router asks where the KV is to be had; its prompt is None if the gateway cannot read it.
     max_tokens: None: the gateway's default. template: variables of the chat template.
     """
 
     is_chat: bool
-    prompt: str | list[int] | list[dict] | None
+    prompt: str | array[int] | list[dict] | None
     is_prefill_call: bool = False
+    num_bytes: int = 0
     model: str = ""
     max_tokens: int | None = None
     sampling: Sampling = Sampling()
@@ -132,7 +134,7 @@ def _equal(value: Any, neutral: Any) -> bool:
     return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral
 
 
-def _prompt(fields: dict[str, Any]) -> str | list[int]:
+def _prompt(fields: dict[str, Any]) -> str | array[int]:
     prompt = fields.get("prompt")
     if isinstance(prompt, list) and prompt and all(isinstance(part, (str, list)) for part in prompt):
         if len(prompt) > 1:
@@ -143,7 +145,7 @@ def _prompt(fields: dict[str, Any]) -> str | list[int]:
             raise BadRequest("prompt is empty", "prompt")
         return _encodable(prompt, "prompt")
     if isinstance(prompt, list) and prompt:
-        return _token_ids(prompt, "prompt")
+        return array("I", _token_ids(prompt, "prompt"))
     raise BadRequest("prompt must be a text or a list of token ids, and not empty", "prompt")
 
 

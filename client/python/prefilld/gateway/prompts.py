@@ -71,9 +71,11 @@ class ChatTemplate:
 
     def render(self, messages: list[dict], variables: dict[str, Any]) -> str:
         try:
-            return self._template.render(
+            text = self._template.render(
                 **{**self._variables, "add_generation_prompt": True, **variables, "messages": messages}
             )
+            text.encode()  # a name or a role may have half a surrogate pair, which no tokenizer takes
+            return text
         except Exception as error:  # a template may raise whatever its expressions do
             raise ChatRefused(f"the model's chat template refuses the messages: {error}") from None
 

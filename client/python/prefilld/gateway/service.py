@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,16 +51,16 @@ class Service:
         self._default_max_tokens = default_max_tokens
         self._tenant = tenant
 
-    async def point(self, ask: Ask) -> Pointer:
+    async def point(self, ask: Ask, drop_body: Callable[[], None]) -> Pointer:
         """Answers a router's prefill call: nothing is computed, vLLM's connector asks the prefilld named here.
 
         Nobody tells the gateway what vLLM then does, so the answer is all that there is to remember.
 
-        Raises PrefilldError if no prefilld is up.
+        drop_body() is called once the prompt has become tokens, or cannot. Raises PrefilldError if no prefilld is up.
         """
-        tokens: list[int] = []
+        tokens: Sequence[int] = []
         try:
-            tokens, keys = await self._tokens(ask) if ask.prompt is not None else ([], [])
+            tokens, keys = await self._tokens(ask, drop_body) if ask.prompt is not None else ([], [])
         except ChatRefused:  # vLLM has a template of its own, perhaps
             keys = []
         if not tokens:
@@ -81,8 +81,10 @@ class Service:
         body = answer.whole("", "length", Usage(len(tokens), 0), kv_transfer_params=params)
         return Pointer(body, lambda: server.route.memory.remember(keys))
 
-    async def answer(self, ask: Ask, arrival: float, deadline: float) -> Running:
-        """Makes tokens of the prompt, and returns the answer that is to be read.
+    async def answer(
+        self, ask: Ask, drop_body: Callable[[], None], arrival: float, deadline: float
+    ) -> Running:
+        """Makes tokens of the prompt, calls drop_body(), and returns the answer that is to be read.
 
         arrival, deadline: of time.monotonic(). Raises BadRequest.
         """
@@ -96,7 +98,7 @@ class Service:
                 "kv_transfer_params",
             )
         try:
-            tokens, keys = await self._tokens(ask)
+            tokens, keys = await self._tokens(ask, drop_body)
         except ChatRefused as error:
             raise BadRequest(str(error), "messages") from None
         info = self._upstream.prefills.info
@@ -119,23 +121,31 @@ class Service:
         generation = Generation(self._upstream, prompt, deadline)
         return Running(ask, prompt, generation, text, self.model, arrival, self._metrics)
 
-    async def _tokens(self, ask: Ask) -> tuple[list[int], list[bytes]]:
-        """Returns a prompt's tokens and the keys of its blocks. Long texts take a second, so a thread does it."""
+    async def _tokens(self, ask: Ask, drop_body: Callable[[], None]) -> tuple[Sequence[int], list[bytes]]:
+        """Returns a prompt's tokens and the keys of its blocks. Long texts take a second, so a thread does it.
+
+        A prompt that no server takes has no keys: there may be any number of tokens.
+        """
+        info = self._upstream.prefills.info
         fingerprint = self._upstream.prefills.fingerprint
         salt = f"{self._tenant}\n{ask.cache_salt}" if self._tenant else ask.cache_salt
 
-        def make() -> tuple[list[int], list[bytes]]:
+        def make() -> tuple[Sequence[int], list[bytes]]:
             if ask.is_chat:
                 tokens = self._prompts.of_messages(ask.prompt, ask.template)
             elif isinstance(ask.prompt, str):
                 tokens = self._prompts.of_text(ask.prompt)
             else:
                 tokens = ask.prompt
+            if info is not None and len(tokens) > info.max_prompt_tokens:
+                return tokens, []
             # Models whose rotation changes with the prompt's length have other keys; to tell beginnings apart these do.
             return tokens, prefix_keys(tokens, fingerprint, salt=salt)
 
-        size = sum(len(m["content"] or "") for m in ask.prompt) if ask.is_chat else len(ask.prompt)
-        return await self._threads.run(size, make)
+        try:
+            return await self._threads.run(ask.num_bytes, make)
+        finally:
+            drop_body()
 
 
 class Running:

@@ -72,7 +72,7 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
     add("--max_connections", type=int, default=1024, help="connections that are served at once; more get 503")
     add("--max_body_bytes", type=int, default=16 << 20, help="the largest body of a request")
     add("--max_pending_body_bytes", type=int, default=64 << 20,
-        help="of all bodies that are still coming or wait to be read; more get 503")  # fmt: skip
+        help="of all bodies that are still coming, or whose prompts are no tokens yet; more get 503")  # fmt: skip
     add("--receive_timeout_s", type=float, default=30.0,
         help="seconds until the head of a request has come, and again until its body has")  # fmt: skip
     add("--request_timeout_s", type=float, default=600.0, help="seconds until an answer must be whole")

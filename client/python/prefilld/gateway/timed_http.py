@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
@@ -27,6 +28,9 @@ class TimedHttp(H11Protocol):
         super().data_received(data)
         if self._is_answering():
             self._stop()
+        elif self._is_between_requests():
+            self._stop()
+            self._wait_for_the_next()
         elif self._timer is None:
             self._start()
 
@@ -36,6 +40,14 @@ class TimedHttp(H11Protocol):
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+    def _is_between_requests(self) -> bool:
+        return self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
+
+    def _wait_for_the_next(self) -> None:
+        """Starts uvicorn's own timer, which the bytes that came have stopped."""
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def _start(self) -> None:
         self._timer = self.loop.call_later(self._seconds, self._cut)
