@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import unittest
+import unittest.mock
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -255,23 +256,45 @@ class Loading(unittest.TestCase):
 
     def test_a_rank_that_never_found_the_shared_prefill_does_not_ask_for_itself(self):
         nothing = refusing(grpc.StatusCode.NOT_FOUND, "no such request came within 10s")
-        with self.assertLogs("vllm.prefilld", "WARNING"):
+        patience = unittest.mock.patch("prefilld.vllm.loader._LONGEST_PAUSE_SECONDS", 0.0)
+        with patience, self.assertLogs("vllm.prefilld", "WARNING"):
             requests = self.share(nothing, 1, works=False, retries=2)
         self.assertEqual([type(request) for request in requests], [wire.AttachReceiverRequest] * 3)
 
-    def test_a_rank_that_lost_its_stream_alone_asks_for_itself(self):
-        for code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.ALREADY_EXISTS):
+    def test_a_rank_waits_for_one_that_was_told_to_come_back_later(self):
+        def late(server, context):
+            if len(server.requests) < 4:
+                context.abort(grpc.StatusCode.NOT_FOUND, "no such request came within 10s")
+            yield from serving(server, context)
 
-            def cut(server, context, code=code):
-                if len(server.requests) == 2:
+        requests = self.share(late, 1, works=True, retries=1)
+        self.assertEqual([type(request) for request in requests], [wire.AttachReceiverRequest] * 4)
+
+    def test_a_rank_that_is_still_known_after_a_break_for_all_attaches_again(self):
+        def broken(server, context):
+            if len(server.requests) == 2:
+                context.abort(grpc.StatusCode.ALREADY_EXISTS, "the receiver has attached")
+            for i, event in enumerate(serving(server, context)):
+                if i == 2 and len(server.requests) == 1:
+                    context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+                yield event
+
+        requests = self.share(broken, 1, works=True, retries=1)
+        self.assertEqual([type(request) for request in requests], [wire.AttachReceiverRequest] * 3)
+
+    def test_a_rank_that_lost_its_stream_alone_asks_for_itself(self):
+        for code, times in ((grpc.StatusCode.NOT_FOUND, 1), (grpc.StatusCode.ALREADY_EXISTS, 2)):
+
+            def cut(server, context, code=code, times=times):
+                if 2 <= len(server.requests) < 2 + times:
                     context.abort(code, "the others go on")
                 for i, event in enumerate(serving(server, context)):
                     if i == 2 and len(server.requests) == 1:
                         context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
                     yield event
 
-            attached, again, own = self.share(cut, 1, works=True)
-            self.assertEqual(attached, again)
+            attached, *again, own = self.share(cut, 1, works=True)
+            self.assertEqual(again, [attached] * times)
             self.assertEqual((type(own), own.num_receivers, own.request_id), (wire.PrefillRequest, 1, ""))
 
     def test_a_rank_at_a_server_without_further_receivers_asks_for_itself(self):

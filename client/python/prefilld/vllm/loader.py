@@ -30,6 +30,7 @@ _NOT_YET = {_Code.NOT_FOUND, _Code.ALREADY_EXISTS}
 # The server is away, or goes: all ranks see that, so that all of them go on to the next.
 _AWAY = {_Code.UNAVAILABLE, _Code.ABORTED}
 _PAUSE_SECONDS = 0.5  # before another try, unless the server names a time
+_LONGEST_PAUSE_SECONDS = 60.0  # that prefilld names
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class _Running:
         self.ended = threading.Event()  # the request is gone
         self.stream: PrefillStream | None = None
         self.was_accepted = False  # by a server, in any try
+        self.was_known = False  # the last try found that the server still knew this rank
 
 
 class Loader:
@@ -177,8 +179,11 @@ class Loader:
                 self._finished.add(load.request_id)
 
     def _load_with_retries(self, running: _Running) -> dict[str, float]:
-        deadline = time.monotonic() + self._config.timeout_s
-        tries_left = 1 + (self._config.retries if running.load.is_async else 0)
+        begin = time.monotonic()
+        deadline = begin + self._config.timeout_s
+        retries = self._config.retries if running.load.is_async else 0
+        tries_left = 1 + retries
+        meet_until = begin + retries * _LONGEST_PAUSE_SECONDS
         shared = running.load.shared
         while True:
             if running.ended.is_set():  # it may have waited long for a thread
@@ -189,8 +194,12 @@ class Loader:
             except PrefilldError as error:
                 pause = _PAUSE_SECONDS if error.retry_after is None else error.retry_after
                 is_alone = shared is not None and self._is_left_alone(running, error)
+                is_early = shared is not None and not is_alone and self._is_early(running, error, meet_until)
+                running.was_known = error.code is _Code.ALREADY_EXISTS
                 if is_alone:
-                    shared, pause, tries_left = None, 0.0, tries_left + 1  # it has computed nothing, and is no try
+                    shared, pause = None, 0.0
+                if is_alone or is_early:
+                    tries_left += 1  # it has computed nothing, and is no try
                 may_pass = error.retryable or is_alone or (shared is not None and error.code in _NOT_YET)
                 if not may_pass or not tries_left or time.monotonic() + pause > deadline:
                     raise
@@ -204,12 +213,28 @@ class Loader:
         """Tells whether the others go on without this rank, so that it has to ask for a prefill of its own.
 
         A shared prefill that fails as a whole is asked for again by rank 0, under the same id, and the others attach
-        again. A rank that lost its stream alone finds that it had attached, or that the others are done. One that was
-        never accepted does not ask for itself: rank 0 may have been refused, and each rank would ask once more.
+        again. A rank that lost its stream alone finds that the others are done, or that it had attached, and the latter
+        twice: a server may need a moment to notice that all have lost theirs. One that was never accepted does not ask
+        for itself: rank 0 may have been refused, and each rank would ask once more.
         """
         if self._shape.rank == 0:
             return False
-        return error.code is _Code.UNIMPLEMENTED or (running.was_accepted and error.code in _NOT_YET)
+        if error.code is _Code.UNIMPLEMENTED:
+            return True
+        if error.code is _Code.ALREADY_EXISTS:
+            return running.was_accepted and running.was_known
+        return running.was_accepted and error.code is _Code.NOT_FOUND
+
+    def _is_early(self, running: _Running, error: PrefilldError, meet_until: float) -> bool:
+        """Tells whether this rank may have come before rank 0 has asked, or asked again.
+
+        A server waits 10 s for rank 0, which may have been told to come back later than that.
+        """
+        if self._shape.rank == 0:
+            return False
+        if running.was_accepted:
+            return error.code is _Code.ALREADY_EXISTS
+        return error.code is _Code.NOT_FOUND and time.monotonic() < meet_until
 
     def _submit(
         self, client: PrefillClient, load: Load, shared: SharedPrefill | None, timeout: float
