@@ -105,7 +105,6 @@ class Configuration(unittest.TestCase):
             ("[fd00:1::*]:7", ["[fd00:1::12]:7", "[FD00:0001:0:0:0:0:0:12]:7"], ["[fd00:2::12]:7", "[fd00:1::1:12]:7"]),
             ("[fd00:1:*:*:*:*:*:*]:*", ["[fd00:1::12]:7"], ["[fd00::12]:7", "0.0.0.1:7"]),
             ("*.pods:50052", ["a.pods:50052", "A.PODS.:50052"], ["a.b.pods:50052", "a.pods.evil:50052", "10.0.0.1:50052"]),
-            ("unix:/run/*.sock", ["unix:/run/a.sock"], ["unix:/run/a/b.sock", "unix:/tmp/a.sock"]),
         ):  # fmt: skip
             for addresses, admits in ((admitted, True), (refused, False)):
                 for text in addresses:
@@ -113,7 +112,8 @@ class Configuration(unittest.TestCase):
                         self.assertEqual(AddressPattern(pattern).admits(Address.parse(text)), admits, (pattern, text))
                     except ValueError:
                         self.assertFalse(admits, (pattern, text))
-        for wrong in ("10.2.*:1", "10.2.3*.4:1", "*.*:1", "a.b*:1", "[fd00::*::1]:1", "[fd00:*]:1", "a:*1", "a", "", "unix:run"):
+        for wrong in ("10.2.*:1", "10.2.3*.4:1", "*.*:1", "a.b*:1", "[fd00::*::1]:1", "[fd00:*]:1", "a:*1", "a", "",
+                      "unix:run", "unix:/run/a.sock", "unix:/run/*.sock"):
             with self.assertRaises(ValueError, msg=wrong):
                 AddressPattern(wrong)
 
@@ -129,7 +129,7 @@ class Configuration(unittest.TestCase):
         open_to_all = ConnectorConfig(prefill_allow=ANY)
         self.assertEqual(Wish.of(at, open_to_all).address, "h:1")
         for wrong in ({"remote_port": "x"}, {"remote_port": 65536}, {"remote_port": None}, {"remote_host": 7},
-                      {"remote_port": "\u0663"}, {"attention": "dense"}, {"priority": "high"}, {"priority": True},
+                      {"remote_port": "\u0663"}, {"attention": "dense"}, {"priority": "high"}, {"priority": True}, {"priority": 8}, {"priority": -8},
                       {"load_async": "false"}):  # fmt: skip
             with self.assertRaises(ValueError):
                 Wish.of({**at, **wrong}, open_to_all)

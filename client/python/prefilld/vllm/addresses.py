@@ -1,6 +1,7 @@
 """Addresses of servers, and the patterns by which an operator says which of them requests may name.
 
-The patterns are those of prefilld's own --deliver_to_allow. Nothing here needs vLLM.
+The patterns are those of prefilld's own --deliver_to_allow, without paths of Unix sockets: a request names a host and a
+port. Nothing here needs vLLM.
 """
 
 from __future__ import annotations
@@ -68,17 +69,11 @@ class AddressPattern:
     [fd00:1::*]:50051  IPv6, however it is written. `*` is any group of 16 bits.
     *.pods:50051       Names, in any case. `*` is any run of characters within a label; the last of several labels may
                        not have one.
-    unix:/run/*.sock   Unix sockets. `*` is any run of characters without a slash.
     """
 
     def __init__(self, text: str):
         """Raises ValueError for what is none of these."""
         self._text = text
-        self._port: int | None = 0
-        if text.startswith("unix:/"):
-            Address.parse(text.replace("*", "a"))
-            self._kind, self._labels = "unix", text.split("/")
-            return
         host, _, port = text.rpartition(":")
         self._port = None if port == "*" else read_port(port)
         if self._port is None and port != "*":
@@ -105,8 +100,6 @@ class AddressPattern:
             return self._kind == "IPv6" and _all_match(self._labels, _groups(host.exploded))
         if isinstance(host, ipaddress.IPv4Address):
             return self._kind == "IPv4" and _all_match(self._labels, str(host).split("."))
-        if address.port == 0:
-            return self._kind == "unix" and _all_match(self._labels, host.split("/"))
         return self._kind == "name" and _all_match(self._labels, host.split("."))
 
 

@@ -14,6 +14,7 @@ from prefilld.options import MAX_LANES, Attention
 from prefilld.vllm.addresses import Address, AddressPattern, read_port
 
 MAX_ADDRESSES, MAX_PATTERNS, MAX_METADATA = 64, 64, 32
+MAX_PRIORITY = 7  # either way, as prefilld takes it
 
 
 @dataclass(frozen=True)
@@ -229,8 +230,8 @@ class Wish:
         load_async = params.get("load_async", config.load_async)
         if not isinstance(own, dict):
             raise ValueError(f"attention is {own!r}, allowed: an object")
-        if isinstance(priority, bool) or not isinstance(priority, int):
-            raise ValueError(f"priority is {priority!r}, allowed: a whole number")
+        if isinstance(priority, bool) or not isinstance(priority, int) or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+            raise ValueError(f"priority is {priority!r}, allowed: whole numbers from {-MAX_PRIORITY} to {MAX_PRIORITY}")
         if not isinstance(load_async, bool):
             raise ValueError(f"load_async is {load_async!r}, allowed: true and false")
         return cls(address, load_async, {**attention, **own}, priority)
