@@ -133,7 +133,7 @@ class Bodies:
         seconds: float,
         has_answers: bool,
     ):
-        """max_bytes: of one body. max_pending_bytes: of all whose prompts are no tokens yet. seconds: until one has come.
+        """max_bytes: of one body. max_pending_bytes: of all whose prompts are no tokens yet. seconds: for one to come.
 
         has_answers: others than routers may ask; without, whatever cannot be read is taken for a prefill call.
         """
@@ -256,7 +256,7 @@ def _parse_large(body: bytearray, is_chat: bool) -> bytes:
 
 
 def _reason_not_to_send(ask: Ask) -> str:
-    """Returns why the gateway cannot take over what was read, or "". Values of other kinds cost it time, each of them."""
+    """Returns why the gateway cannot take what was read, or "": but for texts and arrays, each value costs it time."""
     if not ask.is_chat:
         return ""
     others = [{**message, "content": None} for message in ask.prompt or []]
@@ -266,5 +266,5 @@ def _reason_not_to_send(ask: Ask) -> str:
     except RecursionError:
         return "the messages have values too deep within others"
     if size > LARGE_BYTES:
-        return f"messages without their content, and chat_template_kwargs, have {size} characters, allowed: {LARGE_BYTES}"
+        return f"messages without content, and chat_template_kwargs, have {size} characters, allowed: {LARGE_BYTES}"
     return ""
