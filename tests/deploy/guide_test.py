@@ -77,8 +77,8 @@ class Running(unittest.TestCase):
         """Returns the address, and the sums that the log has."""
         flags = ("--device=cpu", "--log_format=json", "--metrics_listen=127.0.0.1:0", *flags)
         address = self.programs.start(BIN_DIR / "prefilld", MODEL, *flags)
-        log = sorted(Path(self.programs._folder.name).glob("prefilld.*.log"), key=os.path.getmtime)[-1].read_text()
-        (memory,) = [e for e in map(json.loads, log.splitlines()) if e["event"] == "memory"]
+        events = map(json.loads, self.programs.log(address).splitlines())
+        (memory,) = [event for event in events if event["event"] == "memory"]
         return address, memory
 
     def formulas(self, **given):
@@ -136,7 +136,7 @@ class Running(unittest.TestCase):
         address, _ = self.start("--max_prompt_tokens=1024")
         process = self.programs.process_at(address)
         environment = {**os.environ, "PATH": f"{BIN_DIR}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-                       "SERVER": address, "METRICS": self.programs._metrics[address],
+                       "SERVER": address, "METRICS": self.programs.metrics_address(address),
                        "PREFILLD_PID": str(process.pid)}  # fmt: skip
         ran = 0
         for page in PAGES:

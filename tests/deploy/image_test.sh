@@ -68,7 +68,7 @@ deploy/pass_key_prompt.sh 2047 $key 0.4 7 >"$folder/prompt.txt"
 
 for target in "${targets[@]}"; do
   began=$SECONDS
-  b build --quiet --target "$target" --tag "prefilld:$target" --build-arg "DEBIAN_IMAGE=$base" \
+  b build --quiet --format docker --target "$target" --tag "prefilld:$target" --build-arg "DEBIAN_IMAGE=$base" \
     --file deploy/Dockerfile --ignorefile deploy/Dockerfile.dockerignore . >"$folder/$target.log" 2>&1 || {
     tail -n 30 "$folder/$target.log"
     fail "$target does not build"
@@ -78,6 +78,8 @@ for target in "${targets[@]}"; do
   root=$(b mount "$container")
   echo "$target: built in $((SECONDS - began)) s, $(du -sh --apparent-size "$root" | cut -f1)"
   check_contents "$target" "$root"
+  grep -q '"healthcheck"' <(b inspect "$container" | tr '[:upper:]' '[:lower:]') || [[ "$target" != cpu ]] ||
+    fail "$target has no health check"
   user=$(b inspect --format '{{.OCIv1.Config.User}}' "$container")
   [[ "$user" == 65532:65532 ]] || fail "$target runs as '$user'"
 

@@ -88,7 +88,7 @@ class Pods(live_processes.Programs):
             process = gateway.process
         else:
             at = self.start(self._bin_dir / program_of(container), MODEL, *flags)
-            address = {"grpc": at, "metrics": self._metrics[at]}
+            address = {"grpc": at, "metrics": self.metrics_address(at)}
             process = self.process_at(at)
         pod = Pod(container, process=process)
         for port in container["ports"]:

@@ -34,6 +34,7 @@ class Programs:
         self._started: list[subprocess.Popen] = []
         self._at: dict[str, subprocess.Popen] = {}
         self._metrics: dict[str, str] = {}  # host:port of the page, by that of the program
+        self._logs: dict[str, Path] = {}
 
     def __enter__(self) -> Programs:
         self._folder = tempfile.TemporaryDirectory(prefix="prefilld-live-")
@@ -63,15 +64,23 @@ class Programs:
         address = f"127.0.0.1:{ports['grpc']}"
         self._at[address] = process
         self._metrics[address] = f"127.0.0.1:{ports.get('metrics')}"
+        self._logs[address] = log
         return address
 
     def process_at(self, address: str) -> subprocess.Popen:
         """Returns the process that start() started there last."""
         return self._at[address]
 
+    def log(self, address: str) -> str:
+        return self._logs[address].read_text()
+
+    def metrics_address(self, address: str) -> str:
+        """Returns host:port of the page of a program that has --metrics_listen=127.0.0.1:0."""
+        return self._metrics[address]
+
     def metric(self, address: str, series: str) -> float:
-        """Returns the value of a series, named with its labels, of a program that has --metrics_listen=127.0.0.1:0."""
-        with urllib.request.urlopen(f"http://{self._metrics[address]}/metrics", timeout=START_SECONDS) as page:
+        """Returns the value of a series, named with its labels."""
+        with urllib.request.urlopen(f"http://{self.metrics_address(address)}/metrics", timeout=START_SECONDS) as page:
             lines = page.read().decode().splitlines()
         return float(next(line for line in lines if line.startswith(f"{series} ")).split()[-1])
 
