@@ -151,7 +151,7 @@ class Live(unittest.TestCase):
         accepted, ended = threading.Semaphore(0), []
 
         def ask(client):
-            with client.prefill(list(range(256)) * 12, layout=Layout(block_tokens=64)) as stream:
+            with client.prefill(list(range(256)) * 24, layout=Layout(block_tokens=64)) as stream:
                 accepted.release()
                 for _ in stream:
                     pass
@@ -171,7 +171,7 @@ class Live(unittest.TestCase):
                 time.sleep(0.05)
             for thread in threads:
                 thread.join()
-        self.assertEqual(ended, [3072] * 4)
+        self.assertEqual(ended, [6144] * 4)
         self.assertEqual(pod.process.returncode, 0)
         self.assertLess(time.monotonic() - began, pod_of(deployment)["terminationGracePeriodSeconds"])
         self.assertIn("NOT_SERVING", {readiness for readiness, _ in seen})
