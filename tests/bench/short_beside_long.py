@@ -60,7 +60,8 @@ class Sender:
     """Sends prompts, and counts by their length those that were refused or failed. For several threads."""
 
     def __init__(self):
-        self.refused: Counter[int] = Counter()
+        self._refused: Counter[int] = Counter()
+        self._failure: Exception | None = None  # the first that no other try would have mended
         self._lock = threading.Lock()
 
     def send(self, client: PrefillClient, tokens: list[int], policy: str, metadata=()) -> float:
@@ -68,12 +69,19 @@ class Sender:
         try:
             prefill(client, tokens, policy, metadata)
             return 0.0
-        except PrefilldError as error:
-            if not error.retryable:
-                raise
+        except Exception as error:  # of any kind: an exception would end the thread, and nothing else
+            is_refusal = isinstance(error, PrefilldError) and error.retryable
             with self._lock:
-                self.refused[len(tokens)] += 1
-            return error.retry_after or 0.1
+                self._refused[len(tokens)] += 1
+                if not is_refusal and self._failure is None:
+                    self._failure = error
+            return (error.retry_after if is_refusal else None) or 0.1
+
+    def refused(self) -> Counter[int]:
+        """Returns the counts. Ends the program if a prompt failed for another reason than the server's load."""
+        if self._failure is not None:
+            raise SystemExit(f"a prompt failed: {self._failure}")
+        return self._refused
 
 
 def send_shorts(args: argparse.Namespace, address: str, prompts: dict[int, list[list[int]]], seconds: float,
@@ -93,7 +101,7 @@ def send_shorts(args: argparse.Namespace, address: str, prompts: dict[int, list[
         time.sleep(rng.expovariate(args.per_second))
     for thread in threads:
         thread.join()
-    return sender.refused
+    return sender.refused()
 
 
 def measure(args: argparse.Namespace, address: str, log: Path) -> dict:
@@ -130,7 +138,7 @@ def measure(args: argparse.Namespace, address: str, log: Path) -> dict:
         stop.set()
         for thread in threads:
             thread.join()
-        return refused + sender.refused
+        return refused + sender.refused()
 
     send_shorts(args, address, shorts, 1, rng)  # warms up
     return {

@@ -48,7 +48,7 @@ class Tenant:
         """Returns its percentiles since `begin` in the log. After stop()."""
         lines = log.read_bytes()[begin:].decode().splitlines()
         own = "\n".join(line for line in lines if f" tenant={self.name} " in line + " ")
-        return first_token_times(own, self._sender.refused)
+        return first_token_times(own, self._sender.refused())
 
 
 def measure(args: argparse.Namespace, address: str, log: Path) -> dict:
