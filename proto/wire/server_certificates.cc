@@ -88,8 +88,10 @@ void ServerCertificates::Show(Viewer& viewer, grpc_ssl_server_certificate_config
   if (viewer.shown == content_) return;
   const grpc_ssl_pem_key_cert_pair pair = {.private_key = content_->key.c_str(),
                                            .cert_chain = content_->chain.c_str()};
-  *config = grpc_ssl_server_certificate_config_create(
-      content_->client_ca.empty() ? nullptr : content_->client_ca.c_str(), &pair, 1);
+  // gRPC aborts without any authority, though it asks clients for nothing then, and so reads none.
+  const std::string& authorities =
+      content_->client_ca.empty() ? content_->chain : content_->client_ca;
+  *config = grpc_ssl_server_certificate_config_create(authorities.c_str(), &pair, 1);
   viewer.shown = content_;
 }
 

@@ -92,6 +92,30 @@ TEST_F(Renewal, NewFilesAreServedThoughTheyCameBeforeTheFirstLook) {
   EXPECT_TRUE(Soon([&] { return Connects(after_); }));
 }
 
+TEST_F(Renewal, AServerMayAskCallersForNothing) {
+  const TestCertificate served;
+  const auto listener = wire::Listener::Create({.address = "127.0.0.1:0",
+                                                .tls = {.cert_file = served.cert_file(),
+                                                        .key_file = served.key_file(),
+                                                        .client_ca_file = ""},
+                                                .max_request_bytes = 1 << 20,
+                                                .max_streams = 4},
+                                               {});
+  ASSERT_TRUE(listener.ok()) << listener.status();
+  const auto connects = [&](const TestCertificate& trusted) {
+    const auto channel = wire::OpenChannel(
+        {.address = absl::StrCat("127.0.0.1:", (*listener)->port()),
+         .tls = wire::ChannelTls{
+             .ca_file = trusted.cert_file(), .cert_file = "", .key_file = "", .server_name = ""}});
+    return channel.ok() &&
+           (*channel)->WaitForConnected(absl::ToChronoTime(absl::Now() + absl::Seconds(10)));
+  };
+  EXPECT_TRUE(connects(served));
+  served.ReplaceWith(after_);
+  CertificateWatch((*listener)->certificates()).ReloadNow();
+  EXPECT_TRUE(connects(after_));
+}
+
 TEST_F(Renewal, AnOperatorsWordIsEnough) {
   CertificateWatch watch(listener_->certificates());
   own_.ReplaceWith(after_);
