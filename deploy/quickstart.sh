@@ -162,7 +162,7 @@ show_metrics() {
   printf 'GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n' >&3
   tr -d '\r' <&3 >"$work/metrics.txt"
   exec 3>&-
-  grep -E '^prefilld_(requests_total\{outcome="ok"\}|time_to_first_token_seconds_sum|attention_density_sum|heads_total|kv_bytes_total\{lane="0"\}|stall_seconds_total)' \
+  grep -E '^prefilld_(requests_total\{outcome="ok"\}|time_to_first_token_seconds_sum\{.*\} (0\.|[^0])|attention_density_sum|heads_total|kv_bytes_total\{lane="0"\}|stall_seconds_total)' \
     "$work/metrics.txt" | sed 's/^/  /'
 }
 

@@ -142,6 +142,8 @@ int Serve(const process::EndSignals& signals, const ServerOptions& options) {
                                    [&server] { (*server)->ReloadCertificates(); });
   if (signal == 0) {
     LogEvent(LogLevel::kError, "device_failed", {{"status", (*server)->failure().ToString()}});
+    // Every request has been ended. An alert needs to see why the process goes.
+    (*server)->AwaitScrape(options.drain_timeout);
   } else {
     LogEvent(LogLevel::kInfo, "draining",
              {{"signal", process::SignalName(signal)},

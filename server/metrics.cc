@@ -110,9 +110,7 @@ Metrics::Metrics(const model::EngineInfo& engine, absl::Span<const Tenant> tenan
       beyond_calibration_(NewCounter("prefilld_beyond_calibration_requests_total",
                                      "Requests whose prompts are too long for the loss that the "
                                      "cluster file promises; they run with built-in thresholds.")),
-      time_to_first_token_(NewHistogram(
-          "prefilld_time_to_first_token_seconds",
-          "From the arrival of a request to its first token, queue included.", kSeconds)),
+      time_to_first_token_(*registry_, kSeconds),
       queue_time_(NewHistogram("prefilld_queue_time_seconds",
                                "From the arrival of a request to its first layer.", kSeconds)),
       compute_time_(NewHistogram("prefilld_compute_time_seconds",
@@ -157,6 +155,8 @@ Metrics::Metrics(const model::EngineInfo& engine, absl::Span<const Tenant> tenan
       device_errors_(NewCounter("prefilld_device_errors_total", "Failures of the device.")),
       queued_requests_(NewGauge("prefilld_queued_requests", "Requests waiting to compute.")),
       queued_tokens_(NewGauge("prefilld_queued_tokens", "Prompt tokens waiting to compute.")),
+      queued_tokens_limit_(NewGauge("prefilld_queued_tokens_limit",
+                                    "Prompt tokens that may wait; prompts beyond are refused.")),
       running_requests_(NewGauge("prefilld_running_requests", "Requests computing.")),
       ended_in_passes_(NewGauge("prefilld_ended_requests_in_passes",
                                 "Requests that have ended while the device was computing for "
@@ -184,6 +184,13 @@ Metrics::Metrics(const model::EngineInfo& engine, absl::Span<const Tenant> tenan
       live_(NewGauge("prefilld_live",
                      "0 when work waits and nothing progresses, or no new "
                      "caller gets in.")),
+      progressing_(NewGauge("prefilld_progressing", "0 when work waits and nothing progresses.")),
+      reachable_(NewGauge("prefilld_reachable",
+                          "0 when new connections to the own addresses are not answered.")),
+      drain_time_(
+          NewGauge("prefilld_drain_seconds", "Time since the drain began; 0 while there is none.")),
+      drain_timeout_(NewGauge("prefilld_drain_timeout_seconds",
+                              "Time after which a drain ends the requests that are left.")),
       tenants_(*registry_, tenants),
       resumption_(*registry_) {
   prometheus::BuildGauge()
@@ -269,7 +276,9 @@ void Metrics::CountRequest(const PrefillJob& job, absl::Time now) {
   if (!stats.first_token_at.has_value()) return;
   const absl::Duration compute = *stats.first_token_at - *stats.started_at;
   const model::LayerReport& total = stats.total;
-  time_to_first_token_.Observe(seconds(*stats.first_token_at - stats.accepted_at));
+  time_to_first_token_.Observe(stats.policy.value_or(model::AttentionPolicy::kAuto),
+                               static_cast<int64_t>(job.work().tokens.size()),
+                               *stats.first_token_at - stats.accepted_at);
   compute_time_.Observe(seconds(compute));
   density_.Observe(total.density);
   pattern_time_.Observe(static_cast<double>(total.pattern_us) * 1e-6);
@@ -331,6 +340,14 @@ void Metrics::Set(const ResourceUse& use) {
   tenants_.SetQueued(use.queued_of_tenants);
   ready_.Set(use.ready ? 1 : 0);
   live_.Set(use.live ? 1 : 0);
+  progressing_.Set(use.progressing ? 1 : 0);
+  reachable_.Set(use.reachable ? 1 : 0);
+  drain_time_.Set(absl::ToDoubleSeconds(use.draining));
+}
+
+void Metrics::SetLimits(int64_t queued_tokens, absl::Duration drain) {
+  queued_tokens_limit_.Set(static_cast<double>(queued_tokens));
+  drain_timeout_.Set(absl::ToDoubleSeconds(drain));
 }
 
 }  // namespace prefilld::server

@@ -17,6 +17,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "model/prefill/prefill_engine.h"
+#include "server/first_token_metrics.h"
 #include "server/outcome.h"
 #include "server/prefill_job.h"
 #include "server/prefix_cache_metrics.h"
@@ -46,6 +47,9 @@ struct ResourceUse {
   model::PrefixCacheUse prefix_cache;
   bool ready = false;
   bool live = false;
+  bool progressing = false;                // work does not wait in vain
+  bool reachable = false;                  // a new connection is answered
+  absl::Duration draining;                 // since when the server drains; zero: it does not
   std::vector<int64_t> queued_of_tenants;  // requests; [tenants]
 };
 
@@ -67,6 +71,8 @@ class Metrics {
   void CountStall(absl::Duration stalled);
   void CountDeviceError();
   void Set(const ResourceUse& use);
+  // Shows what the operator allows.
+  void SetLimits(int64_t queued_tokens, absl::Duration drain);
 
   TenantMetrics& tenants() { return tenants_; }
   ResumptionMetrics& resumption() { return resumption_; }
@@ -87,7 +93,7 @@ class Metrics {
   absl::flat_hash_map<model::AttentionPolicy, prometheus::Counter*> policies_;  // without kAuto
   prometheus::Counter& fallbacks_;
   prometheus::Counter& beyond_calibration_;
-  prometheus::Histogram& time_to_first_token_;
+  FirstTokenMetrics time_to_first_token_;
   prometheus::Histogram& queue_time_;
   prometheus::Histogram& compute_time_;
   prometheus::Histogram& request_time_;
@@ -114,6 +120,7 @@ class Metrics {
 
   prometheus::Gauge& queued_requests_;
   prometheus::Gauge& queued_tokens_;
+  prometheus::Gauge& queued_tokens_limit_;
   prometheus::Gauge& running_requests_;
   prometheus::Gauge& ended_in_passes_;
   prometheus::Gauge& computing_;
@@ -128,6 +135,10 @@ class Metrics {
   PrefixCacheMetrics prefix_cache_;
   prometheus::Gauge& ready_;
   prometheus::Gauge& live_;
+  prometheus::Gauge& progressing_;
+  prometheus::Gauge& reachable_;
+  prometheus::Gauge& drain_time_;
+  prometheus::Gauge& drain_timeout_;
 
   TenantMetrics tenants_;
   ResumptionMetrics resumption_;

@@ -15,6 +15,7 @@
 #include "proto/process/log.h"
 #include "proto/process/metrics_endpoint.h"
 #include "proto/process/port_watch.h"
+#include "proto/process/process_metrics.h"
 #include "proto/status_macros.h"
 #include "proto/wire/arrivals.h"
 #include "proto/wire/grpc_status.h"
@@ -135,6 +136,7 @@ void PrefillServer::CreateScheduler(const ServerOptions& options) {
                                ? options.max_queued_tokens
                                : kDefaultQueuedPrompts * engine_.info().max_tokens,
       .tenants = {tenants.begin(), tenants.end()}};
+  metrics_->SetLimits(limits.max_queued_tokens, options.drain_timeout);
   scheduler_ = std::make_unique<Scheduler>(engine_,
                                            PassResources{.packer = *packer_,
                                                          .metrics = *metrics_,
@@ -201,9 +203,10 @@ absl::Status PrefillServer::StartListening(const ServerOptions& options) {
 absl::Status PrefillServer::StartMetrics(const ServerOptions& options) {
   if (options.metrics_listen.empty()) return absl::OkStatus();
   PREFILLD_ASSIGN_OR_RETURN(
-      metrics_endpoint_, process::MetricsEndpoint::Create(
-                             options.metrics_listen, {metrics_->registry(), process::LogMetrics(),
-                                                      certificate_watch_->metrics()}));
+      metrics_endpoint_,
+      process::MetricsEndpoint::Create(options.metrics_listen,
+                                       {metrics_->registry(), process::LogMetrics(),
+                                        process::ProcessMetrics(), certificate_watch_->metrics()}));
   return absl::OkStatus();
 }
 
@@ -228,8 +231,13 @@ int PrefillServer::metrics_port() const {
 
 void PrefillServer::ReloadCertificates() { certificate_watch_->ReloadNow(); }
 
+void PrefillServer::AwaitScrape(absl::Duration timeout) {
+  if (metrics_endpoint_ != nullptr) metrics_endpoint_->AwaitReader(timeout);
+}
+
 bool PrefillServer::Drain(absl::Duration timeout) {
   health_->SetReady(false);
+  watchdog_->BeginDrain();
   scheduler_->Close("the server is draining");
   cache_watch_->Close("the server is draining");
   return scheduler_->AwaitIdle(timeout);

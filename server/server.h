@@ -57,6 +57,10 @@ class PrefillServer {
   // out. From the call on health says NOT_SERVING; connections stay open.
   bool Drain(absl::Duration timeout);
 
+  // Waits until the page of metrics has been read once more, if it was read lately, so that the
+  // last events before the end of the process are seen.
+  void AwaitScrape(absl::Duration timeout);
+
   // Reads the TLS files again; otherwise that happens when they change.
   void ReloadCertificates();
 

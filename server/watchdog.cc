@@ -57,6 +57,7 @@ void Watchdog::LookAround() {
   watched_.health->SetProgressing(!wedged);
   if (!watched_.scheduler->failure().ok()) watched_.health->SetReady(false);
 
+  const int64_t drain_began = drain_began_us_;
   watched_.metrics->Set({.queued_requests = queue.queued_requests,
                          .queued_tokens = queue.queued_tokens,
                          .running_requests = queue.running_requests,
@@ -71,6 +72,11 @@ void Watchdog::LookAround() {
                          .prefix_cache = watched_.engine->prefix_cache(),
                          .ready = watched_.health->ready(),
                          .live = watched_.health->live(),
+                         .progressing = watched_.health->progressing(),
+                         .reachable = watched_.health->reachable(),
+                         .draining = drain_began == 0
+                                         ? absl::ZeroDuration()
+                                         : clock_.Now() - absl::FromUnixMicros(drain_began),
                          .queued_of_tenants = queue.queued_of_tenants});
 }
 

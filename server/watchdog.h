@@ -3,6 +3,8 @@
 #ifndef PREFILLD_SERVER_WATCHDOG_H_
 #define PREFILLD_SERVER_WATCHDOG_H_
 
+#include <atomic>
+#include <cstdint>
 #include <optional>
 #include <thread>
 
@@ -45,6 +47,9 @@ class Watchdog {
            absl::Duration wedge_timeout);
   ~Watchdog();
 
+  // Shows from now on how long the drain has lasted. Thread-safe.
+  void BeginDrain() { drain_began_us_ = absl::ToUnixMicros(clock_.Now()); }
+
   // Starts a thread that calls LookAround every few milliseconds. The destructor ends it.
   void Start();
   // Checks the timers of all live requests, sets the gauges, and reports a wedge when work has
@@ -59,6 +64,7 @@ class Watchdog {
   const JobTimeouts timeouts_;
   const absl::Duration wedge_timeout_;
   bool wedged_ = false;
+  std::atomic<int64_t> drain_began_us_ = 0;  // since the epoch; 0: there is no drain
 
   absl::Notification stop_;
   std::optional<std::thread> thread_;

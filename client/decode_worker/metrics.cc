@@ -10,6 +10,7 @@
 #include "prometheus/registry.h"
 #include "proto/process/log.h"
 #include "proto/process/metrics_endpoint.h"
+#include "proto/process/process_metrics.h"
 #include "proto/status_macros.h"
 
 namespace prefilld::client {
@@ -85,7 +86,15 @@ struct WorkerMetrics::Families {
                                     .Add({}, TtftBuckets());
 };
 
-WorkerMetrics::WorkerMetrics() : families_(std::make_unique<Families>()) {}
+// All of gRPC's statuses are there from the start: a series that came with the first failure would
+// hide that from a rate.
+WorkerMetrics::WorkerMetrics() : families_(std::make_unique<Families>()) {
+  for (int code = 0; code <= static_cast<int>(absl::StatusCode::kUnauthenticated); ++code) {
+    const std::string name = absl::StatusCodeToString(static_cast<absl::StatusCode>(code));
+    families_->requests.Add({{"status", name}});
+    families_->transfers.Add({{"status", name}});
+  }
+}
 WorkerMetrics::~WorkerMetrics() = default;
 
 void WorkerMetrics::RequestStarted() { families_->running.Increment(); }
@@ -118,7 +127,7 @@ absl::StatusOr<int> WorkerMetrics::Serve(const std::string& address,
                                          std::shared_ptr<prometheus::Collectable> more) {
   if (address.empty()) return 0;
   std::vector<std::shared_ptr<prometheus::Collectable>> collectables = {
-      families_->registry, process::LogMetrics(), std::move(more)};
+      families_->registry, process::LogMetrics(), process::ProcessMetrics(), std::move(more)};
   if (families_->pool != nullptr) collectables.push_back(families_->pool);
   PREFILLD_ASSIGN_OR_RETURN(families_->endpoint,
                             process::MetricsEndpoint::Create(address, std::move(collectables)));

@@ -37,6 +37,16 @@ void Health::SetReachable(bool reachable) {
   UpdateLive();
 }
 
+bool Health::progressing() const {
+  absl::MutexLock lock(&mu_);
+  return progressing_;
+}
+
+bool Health::reachable() const {
+  absl::MutexLock lock(&mu_);
+  return reachable_;
+}
+
 void Health::UpdateLive() {
   const bool live = progressing_ && reachable_;
   if (live_.exchange(live) != live) service_->SetServingStatus(kLiveness, live);

@@ -32,6 +32,8 @@ class Health {
   void SetReachable(bool reachable);      // a new connection is answered
   bool ready() const { return ready_; }
   bool live() const { return live_; }
+  bool progressing() const;
+  bool reachable() const;
 
  private:
   void UpdateLive() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -41,7 +43,7 @@ class Health {
   std::atomic<bool> ready_ = false;
   std::atomic<bool> live_ = true;
 
-  absl::Mutex mu_;
+  mutable absl::Mutex mu_;
   bool progressing_ ABSL_GUARDED_BY(mu_) = true;
   bool reachable_ ABSL_GUARDED_BY(mu_) = true;
 };

@@ -6,6 +6,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <iterator>
 #include <map>
@@ -13,6 +14,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "absl/time/clock.h"
 #include "proto/wire/listening_sockets.h"
 
 namespace prefilld::process {
@@ -22,6 +24,7 @@ constexpr size_t kMaxConnections = 64;
 // The connections above the maximum are those that are being closed.
 constexpr unsigned kConnectionLimit = 2 * kMaxConnections;
 constexpr unsigned kSilenceSeconds = 5;
+constexpr absl::Duration kReaderIsGone = absl::Minutes(2);
 // The memory of a connection bounds what a request's header may take.
 constexpr size_t kConnectionBytes = 16 << 10;
 
@@ -95,7 +98,7 @@ MetricsEndpoint::~MetricsEndpoint() {
 
 absl::Status MetricsEndpoint::Start(int socket) {
   const auto answer = +[](void* self, MHD_Connection* connection, const char* path,
-                          const char* method, const char*, const char*, size_t*, void**) {
+                          const char* method, const char*, const char*, size_t*, void** page) {
     constexpr char kPlain[] = "text/plain; charset=utf-8";
     const absl::string_view asked = method;
     if (absl::string_view(path) != "/metrics") {
@@ -104,9 +107,20 @@ absl::Status MetricsEndpoint::Start(int socket) {
     if (asked != MHD_HTTP_METHOD_GET && asked != MHD_HTTP_METHOD_HEAD) {
       return Answer(connection, MHD_HTTP_METHOD_NOT_ALLOWED, kPlain, "GET and HEAD alone\n");
     }
+    auto* const endpoint = static_cast<MetricsEndpoint*>(self);
+    if (asked == MHD_HTTP_METHOD_GET) {
+      absl::MutexLock lock(&endpoint->mu_);
+      *page = reinterpret_cast<void*>(++endpoint->pages_made_);
+    }
     return Answer(connection, MHD_HTTP_OK, "text/plain; version=0.0.4; charset=utf-8",
-                  static_cast<MetricsEndpoint*>(self)->Page());
+                  endpoint->Page());
   };
+  const auto completed =
+      +[](void* self, MHD_Connection*, void** page, MHD_RequestTerminationCode how) {
+        if (*page == nullptr || how != MHD_REQUEST_TERMINATED_COMPLETED_OK) return;
+        static_cast<MetricsEndpoint*>(self)->PageWasRead(
+            static_cast<int64_t>(reinterpret_cast<uintptr_t>(*page)));
+      };
   const auto notice = +[](void* connections, MHD_Connection* connection, void** mark,
                           MHD_ConnectionNotificationCode code) {
     if (code == MHD_CONNECTION_NOTIFY_STARTED) {
@@ -115,14 +129,30 @@ absl::Status MetricsEndpoint::Start(int socket) {
       static_cast<Connections*>(connections)->Closed(mark);
     }
   };
-  daemon_ = MHD_start_daemon(
-      MHD_USE_EPOLL_INTERNAL_THREAD, 0, nullptr, nullptr, answer, this, MHD_OPTION_LISTEN_SOCKET,
-      socket, MHD_OPTION_CONNECTION_LIMIT, kConnectionLimit, MHD_OPTION_CONNECTION_TIMEOUT,
-      kSilenceSeconds, MHD_OPTION_CONNECTION_MEMORY_LIMIT, kConnectionBytes,
-      MHD_OPTION_NOTIFY_CONNECTION, notice, connections_.get(), MHD_OPTION_END);
+  daemon_ = MHD_start_daemon(MHD_USE_EPOLL_INTERNAL_THREAD, 0, nullptr, nullptr, answer, this,
+                             MHD_OPTION_LISTEN_SOCKET, socket, MHD_OPTION_CONNECTION_LIMIT,
+                             kConnectionLimit, MHD_OPTION_CONNECTION_TIMEOUT, kSilenceSeconds,
+                             MHD_OPTION_CONNECTION_MEMORY_LIMIT, kConnectionBytes,
+                             MHD_OPTION_NOTIFY_CONNECTION, notice, connections_.get(),
+                             MHD_OPTION_NOTIFY_COMPLETED, completed, this, MHD_OPTION_END);
   if (daemon_ != nullptr) return absl::OkStatus();
   close(socket);
   return absl::UnavailableError("the HTTP server does not start");
+}
+
+void MetricsEndpoint::PageWasRead(int64_t number) {
+  absl::MutexLock lock(&mu_);
+  last_page_read_ = std::max(last_page_read_, number);
+  last_reading_ = absl::Now();
+}
+
+void MetricsEndpoint::AwaitReader(absl::Duration timeout) {
+  absl::MutexLock lock(&mu_);
+  if (absl::Now() - last_reading_ > kReaderIsGone) return;
+  const int64_t next_page = pages_made_ + 1;
+  const auto is_read = [this, next_page]()
+                           ABSL_SHARED_LOCKS_REQUIRED(mu_) { return last_page_read_ >= next_page; };
+  mu_.AwaitWithTimeout(absl::Condition(&is_read), timeout);
 }
 
 std::string MetricsEndpoint::Page() const {

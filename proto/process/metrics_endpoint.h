@@ -2,11 +2,15 @@
 #ifndef PREFILLD_PROTO_PROCESS_METRICS_ENDPOINT_H_
 #define PREFILLD_PROTO_PROCESS_METRICS_ENDPOINT_H_
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
 
 struct MHD_Daemon;
 
@@ -34,6 +38,10 @@ class MetricsEndpoint {
 
   int port() const { return port_; }
 
+  // Waits until somebody has read a page that was made after the call, but not longer than
+  // `timeout`, and not at all if nobody has read one during the last two minutes.
+  void AwaitReader(absl::Duration timeout);
+
  private:
   class Connections;
 
@@ -42,11 +50,17 @@ class MetricsEndpoint {
   // Takes over the listening socket.
   absl::Status Start(int socket);
   std::string Page() const;
+  void PageWasRead(int64_t number);
 
   const std::vector<std::shared_ptr<prometheus::Collectable>> collectables_;
   const int port_;
   const std::unique_ptr<Connections> connections_;
   MHD_Daemon* daemon_ = nullptr;
+
+  absl::Mutex mu_;
+  int64_t pages_made_ ABSL_GUARDED_BY(mu_) = 0;
+  int64_t last_page_read_ ABSL_GUARDED_BY(mu_) = 0;  // its number, from 1 on
+  absl::Time last_reading_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
 };
 
 }  // namespace prefilld::process

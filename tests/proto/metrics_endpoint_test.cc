@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -16,6 +17,7 @@
 #include <prometheus/registry.h>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 
@@ -158,6 +160,40 @@ TEST_F(Endpoint, ASilentCallerIsLetGo) {
   const absl::Time start = absl::Now();
   silent.ReadToTheEnd();
   EXPECT_LT(absl::Now() - start, absl::Seconds(15));
+}
+
+TEST_F(Endpoint, WaitsForAReaderOfANewPage) {
+  const auto endpoint = Create("127.0.0.1:0");
+  const auto ask = [&](const char* request) {
+    return Caller("127.0.0.1", (*endpoint)->port(), request).ReadToTheEnd();
+  };
+  ask(kScrape);
+  absl::Notification returned;
+  std::thread waiter([&] {
+    (*endpoint)->AwaitReader(absl::Seconds(60));
+    returned.Notify();
+  });
+  ask("HEAD /metrics HTTP/1.0\r\n\r\n");
+  ask("GET / HTTP/1.0\r\n\r\n");
+  EXPECT_FALSE(returned.WaitForNotificationWithTimeout(absl::Milliseconds(200)));
+  ask(kScrape);
+  EXPECT_TRUE(returned.WaitForNotificationWithTimeout(absl::Seconds(30)));
+  waiter.join();
+}
+
+TEST_F(Endpoint, WaitsNoLongerThanItMayForAReader) {
+  const auto endpoint = Create("127.0.0.1:0");
+  Caller("127.0.0.1", (*endpoint)->port(), kScrape).ReadToTheEnd();
+  const absl::Time start = absl::Now();
+  (*endpoint)->AwaitReader(absl::Milliseconds(200));
+  EXPECT_GE(absl::Now() - start, absl::Milliseconds(200));
+}
+
+TEST_F(Endpoint, WaitsForNobodyWhereNobodyReads) {
+  const auto endpoint = Create("127.0.0.1:0");
+  const absl::Time start = absl::Now();
+  (*endpoint)->AwaitReader(absl::Seconds(60));
+  EXPECT_LT(absl::Now() - start, absl::Seconds(30));
 }
 
 }  // namespace

@@ -180,6 +180,8 @@ TEST_F(Failure, ToProgressTurnsLivenessOffUntilThereIsProgressAgain) {
   clock_.Advance(options_.wedge_timeout);
   EXPECT_TRUE(Eventually([&] { return HealthOf("liveness") == "not_serving"; }));
   EXPECT_EQ(Metric("prefilld_live"), 0);
+  EXPECT_EQ(Metric("prefilld_progressing"), 0);
+  EXPECT_EQ(Metric("prefilld_reachable"), 1);
   engine_->HoldAfter(-1);
   EXPECT_NE(call.Rest().result(), nullptr);
   EXPECT_TRUE(Eventually([&] { return HealthOf("liveness") == "serving"; }));
@@ -195,7 +197,11 @@ TEST_F(Failure, NoneWhileDraining) {
   OpenStream queued(*stub_, PromptOf(10));
   queued.ReadUntil(v1::PrefillEvent::kAccepted);
 
+  EXPECT_EQ(Metric("prefilld_drain_seconds"), 0);
+  EXPECT_EQ(Metric("prefilld_drain_timeout_seconds"),
+            absl::ToDoubleSeconds(options_.drain_timeout));
   EXPECT_FALSE(server_->Drain(absl::Milliseconds(10)));
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_drain_seconds") > 0; }));
   EXPECT_EQ(HealthOf(""), "not_serving");
   EXPECT_EQ(HealthOf("prefill.v1.PrefillService"), "not_serving");
   EXPECT_EQ(HealthOf("liveness"), "serving");

@@ -249,6 +249,7 @@ TEST_F(PrefillStream, TellsWhatItRunsAndHowLongItsQueueIs) {
   EXPECT_EQ(info.allowed_policies_size(), 4);
   EXPECT_EQ(info.eos_token_ids_size(), 1);
   EXPECT_TRUE(Eventually([&] { return Metric("prefilld_queued_tokens") == 20; }));
+  EXPECT_EQ(Metric("prefilld_queued_tokens_limit"), 8 << 20);  // eight prompts of the longest
 
   engine_->HoldAfter(-1);
   EXPECT_NE(running.Rest().result(), nullptr);
@@ -260,7 +261,8 @@ TEST_F(PrefillStream, CountsWhatItDid) {
   ASSERT_TRUE(Prefill(PromptOf(100)).status.ok());
   EXPECT_TRUE(EverythingIsFree());
   EXPECT_EQ(Metric("prefilld_requests_total{outcome=\"ok\"}"), 1);
-  EXPECT_EQ(Metric("prefilld_time_to_first_token_seconds_count"), 1);
+  EXPECT_EQ(
+      Metric("prefilld_time_to_first_token_seconds_count{length=\"0-1k\",policy=\"dense\"}"), 1);
   EXPECT_EQ(Metric("prefilld_steps_total"), 4);
   EXPECT_EQ(Metric("prefilld_step_tokens_total"), 400);
   EXPECT_EQ(Metric("prefilld_heads_total{kind=\"dense\"}"), 16);
