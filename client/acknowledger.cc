@@ -25,6 +25,7 @@ using ::prefill::v1::ResumptionService;
 // A client that goes waits for the calls under way. An acknowledgement that takes longer, because
 // there is no connection, is made again as long as it is wanted.
 constexpr absl::Duration kPatience = absl::Seconds(1);
+constexpr absl::Duration kMoment = absl::Milliseconds(20);
 constexpr int kMaxDamaged = 64;  // of a lane, in one call
 
 bool MayBeTheConnections(const absl::Status& status) {
@@ -152,33 +153,50 @@ void Acknowledger::SendIfDue() {
 void Acknowledger::OnAnswer(const AcknowledgeRequest& sent, const absl::Status& status) {
   {
     absl::MutexLock lock(&mu_);
-    under_way_ = false;
     if (MayBeTheConnections(status)) {
       for (const LaneReceipt& receipt : sent.lanes()) Merge(receipt, news_[receipt.lane()]);
+      if (!closed_) return SendLater();
     } else if (!status.ok()) {
       closed_ = true;  // the streams tell why
     }
+    under_way_ = false;
   }
   SendIfDue();
+}
+
+// The moment counts as a call, since it owns a share of the channel as long as it lasts.
+void Acknowledger::SendLater() {
+  calls_->Begin();
+  moment_ = std::make_unique<grpc::Alarm>();
+  moment_->Set(absl::ToChronoTime(absl::Now() + kMoment),
+               [self = shared_from_this(), calls = calls_](bool) mutable {
+                 {
+                   absl::MutexLock lock(&self->mu_);
+                   self->under_way_ = false;
+                 }
+                 self->SendIfDue();
+                 self.reset();
+                 calls->End();
+               });
+}
+
+void Acknowledger::Close() {
+  absl::MutexLock lock(&mu_);
+  closed_ = true;
+  if (moment_ != nullptr) moment_->Cancel();
 }
 
 void Acknowledger::Complete() {
   auto request = NewRequest<AcknowledgeRequest>(request_);
   request.set_complete(true);
-  {
-    absl::MutexLock lock(&mu_);
-    closed_ = true;
-  }
+  Close();
   using Call = SmallCall<AcknowledgeRequest, AcknowledgeResponse>;
   Call::Start(calls_, channel_, &ResumptionService::Stub::async::Acknowledge, std::move(request),
               /*awaits_connection=*/false, nullptr);
 }
 
 void Acknowledger::Cancel() {
-  {
-    absl::MutexLock lock(&mu_);
-    closed_ = true;
-  }
+  Close();
   using Call = SmallCall<CancelRequest, CancelResponse>;
   Call::Start(calls_, channel_, &ResumptionService::Stub::async::Cancel,
               NewRequest<CancelRequest>(request_), /*awaits_connection=*/false, nullptr);

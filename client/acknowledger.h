@@ -11,6 +11,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
+#include "grpcpp/alarm.h"
 #include "prefill/v1/resumption.pb.h"
 
 namespace grpc {
@@ -41,8 +42,8 @@ struct ResumableRequest {
 };
 
 // One Acknowledge is under way at a time, and the next tells all that has come meanwhile. A call
-// that fails with the connection is made again. Nobody waits for any of it: the call under way owns
-// this together with whoever reads the streams. Thread-safe.
+// that fails with the connection is made again after a moment. Nobody waits for any of it: the call
+// under way owns this together with whoever reads the streams. Thread-safe.
 class Acknowledger : public std::enable_shared_from_this<Acknowledger> {
  public:
   Acknowledger(std::shared_ptr<SmallCalls> calls, std::shared_ptr<grpc::Channel> channel,
@@ -60,6 +61,8 @@ class Acknowledger : public std::enable_shared_from_this<Acknowledger> {
   class SmallCall;
 
   void SendIfDue();
+  void SendLater() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void Close();
   void OnAnswer(const ::prefill::v1::AcknowledgeRequest& sent, const absl::Status& status);
   // Returns what is to be told, and remembers that it was.
   std::optional<::prefill::v1::AcknowledgeRequest> TakeNews();
@@ -70,7 +73,9 @@ class Acknowledger : public std::enable_shared_from_this<Acknowledger> {
 
   absl::Mutex mu_;
   std::map<uint32_t, ::prefill::v1::LaneReceipt> news_ ABSL_GUARDED_BY(mu_);  // by lane
-  bool under_way_ ABSL_GUARDED_BY(mu_) = false;
+  bool under_way_ ABSL_GUARDED_BY(mu_) = false;  // a call, or the moment before it is made again
+  // A new one for each moment, because the one before may still be going off. Null: there was none.
+  std::unique_ptr<grpc::Alarm> moment_ ABSL_GUARDED_BY(mu_);
   bool closed_ ABSL_GUARDED_BY(mu_) = false;
 };
 

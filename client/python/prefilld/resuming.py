@@ -11,7 +11,7 @@ import grpc
 from prefilld.channels import Server
 from prefilld.errors import PrefilldError
 from prefilld.options import Call
-from prefilld.resumption import PATIENCE, Names, Patience, may_be_the_connections
+from prefilld.resumption import MOMENT, PATIENCE, Names, Patience, may_be_the_connections
 from prefilld.transfer import Reception
 
 _OK = grpc.StatusCode.OK
@@ -65,10 +65,13 @@ class Resumer(_Resumer):
 
     def _on_answer(self, code: grpc.StatusCode, receipts: list) -> None:
         with self._lock:
-            self._under_way = False
-            if may_be_the_connections(code):
+            if may_be_the_connections(code) and not self._over:
                 self._reception.receipts.put_back(receipts)
-            elif code is not _OK:
+                again = threading.Timer(MOMENT, self._on_answer, (_OK, []))
+                again.daemon = True
+                return again.start()
+            self._under_way = False
+            if code is not _OK:
                 self._over = True  # the streams tell why
         self.acknowledge()
 
@@ -120,6 +123,7 @@ class AsyncResumer(_Resumer):
                         self._over = True  # the streams tell why
                         return
                     self._reception.receipts.put_back(receipts)
+                    await asyncio.sleep(MOMENT)
         finally:
             self._under_way = False
 

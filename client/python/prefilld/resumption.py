@@ -17,6 +17,7 @@ from prefilld.errors import PrefilldError
 _Code = grpc.StatusCode
 
 PATIENCE = 1.0  # seconds that an acknowledgement may take before it is made again
+MOMENT = 0.02  # seconds between one that failed and the next
 _MAX_DAMAGED = 64  # of a lane, in one acknowledgement
 _MAX_ATTEMPTS_BEFORE_ACCEPTED = 3
 _MAX_STARTS = 3
