@@ -27,6 +27,8 @@ for option in "$@"; do
         python3-uvicorn python3-starlette python3-jinja2 python3-prometheus-client
         # calibration, and the decoder that the embedded model was trained with
         python3-scipy python3-torch
+        # dashboard and alerts
+        prometheus python3-yaml
       )
       ;;
     --clang)
@@ -89,5 +91,8 @@ apt() {
   fi
 }
 apt update
-apt install --yes --no-install-recommends "${missing[@]}"
+# The tests start a Prometheus of their own. Debian's package would start one with the machine: left
+# out, its unit and its init script come with `apt-get install --reinstall prometheus`.
+apt install --yes --no-install-recommends -o Dpkg::Options::=--path-exclude=/etc/init.d/prometheus \
+  -o Dpkg::Options::=--path-exclude=/lib/systemd/system/prometheus.service "${missing[@]}"
 echo "packages: ${#missing[@]} installed"

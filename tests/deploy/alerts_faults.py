@@ -1,0 +1,216 @@
+"""Ways to put a prefilld into trouble. Each is a function of a server that causes trouble until it is told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shutil
+import signal
+import socket
+import threading
+from pathlib import Path
+
+from alerts_processes import ROOT, Server
+from dashboards_load import make_certificate
+
+from prefilld import Attention, DecodeClient, Layout, PrefillClient, PrefilldError
+
+TEXT = [256, *(ROOT / "deploy" / "README.md").read_bytes()]
+
+
+def set_fault(folder: Path, name: str, value: str = "") -> None:
+    """Gives a fault to a server that has alerts_preloaded_faults.c preloaded."""
+    (folder / f"{name}.new").write_text(value)
+    (folder / f"{name}.new").rename(folder / name)
+
+
+def send(client: PrefillClient, tokens: int, policy: str = "dense") -> None:
+    """Sends a prompt and takes its answer, whatever it is."""
+    with contextlib.suppress(PrefilldError), client.submit(TEXT[:tokens], attention=Attention(policy)) as stream:
+        for _ in stream:
+            pass
+
+
+def send_many(server: Server, stop: threading.Event, tokens: int, pause: float) -> None:
+    """Sends prompts without waiting for answers."""
+    with PrefillClient(server.address) as client:
+        streams = []
+        while not stop.wait(pause):
+            streams.append(client.submit(TEXT[:tokens], attention=Attention("dense")))
+        for stream in streams:
+            stream.cancel()
+
+
+def load(server: Server, stop: threading.Event) -> None:
+    """Is no trouble: prompts that the server can well do."""
+    with PrefillClient(server.address) as client:
+        while not stop.wait(0.3):
+            send(client, 2000, "share")
+
+
+def be_stopped(server: Server, stop: threading.Event) -> None:
+    server.process.send_signal(signal.SIGSTOP)
+    stop.wait()
+    server.process.send_signal(signal.SIGCONT)
+
+
+def restart(server: Server, stop: threading.Event) -> None:
+    for _ in range(3):
+        server.kill()
+        server.start()
+        server.wait_until_ready()
+        if stop.wait(1.5):  # Prometheus must see each start
+            return
+
+
+def take_descriptors(server: Server, stop: threading.Event, left: int) -> None:
+    """Lowers the process's limit of descriptors: those that are open stay, and so many more may be opened."""
+    _, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+    idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(40)]
+    stop.wait(1)
+    in_use = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (in_use + left, hard))
+    stop.wait()
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (hard, hard))
+    for connection in idle:
+        connection.close()
+
+
+def be_deaf(server: Server, stop: threading.Event, faults: Path) -> None:
+    """Lets the port of gRPC accept nothing, while that of the metrics does."""
+    set_fault(faults, "deaf_port", str(server.port))
+    stop.wait()
+    (faults / "deaf_port").unlink()
+
+
+def stand_still(server: Server, stop: threading.Event, faults: Path) -> None:
+    set_fault(faults, "stands_still")
+    with PrefillClient(server.address) as client:
+        stream = client.submit(TEXT[:300])
+        stop.wait()
+        (faults / "stands_still").unlink()
+        stream.cancel()
+
+
+def fail_device(server: Server, stop: threading.Event, faults: Path) -> None:
+    set_fault(faults, "fails")
+    with PrefillClient(server.address) as client:
+        send(client, 300)
+    server.process.wait(30)
+    stop.wait()
+    (faults / "fails").unlink()
+
+
+def drain_slowly(server: Server, stop: threading.Event, faults: Path) -> None:
+    """Lets the server drain while it computes a prompt for longer than half of --drain_timeout_s."""
+    set_fault(faults, "slow_ms", "100")
+    with PrefillClient(server.address) as client:
+        stream = client.submit(TEXT[:600], attention=Attention("dense"))
+        stream.wait_accepted()
+        server.process.send_signal(signal.SIGTERM)
+        stop.wait()
+        stream.cancel()
+    (faults / "slow_ms").unlink()
+
+
+def be_slow(server: Server, stop: threading.Event, faults: Path) -> None:
+    """Lets prompts come faster than the server computes them."""
+    with PrefillClient(server.address) as client:
+        set_fault(faults, "slow_ms", "20")
+        send(client, 256)  # tells the server its speed
+    send_many(server, stop, tokens=256, pause=0.15)
+    (faults / "slow_ms").unlink()
+
+
+def take_nothing(server: Server, stop: threading.Event) -> None:
+    """Is a consumer that takes nothing, again and again, until it is cut off."""
+    with PrefillClient(server.address) as client:
+        while not stop.is_set():
+            stream = client.submit(TEXT[:2048], attention=Attention("dense"))
+            stop.wait(3)
+            stream.cancel()
+
+
+def take_slowly(server: Server, stop: threading.Event) -> None:
+    """Is a consumer that takes a megabyte in two seconds, and gives the server little room for more.
+
+    The server has the prompt in its prefix cache, so that there is little to compute, however busy the machine is.
+    """
+    layout = Layout(block_tokens=128)
+    little = [("grpc.http2.lookahead_bytes", 65536), ("grpc.http2.bdp_probe", 0)]
+    with PrefillClient(server.address, options=little) as client:
+        send(client, 4096)
+        while not stop.is_set():
+            with client.prefill(TEXT[:4096], layout=layout, attention=Attention("dense")) as stream:
+                for _ in stream:
+                    if stop.wait(2):
+                        break
+
+
+def let_certificate_expire(server: Server, stop: threading.Event, folder: Path) -> None:
+    """Puts a certificate in place that has a day to live."""
+    for old, new in zip((folder / "cert.pem", folder / "cert.key"), make_certificate(folder, days=1, name="new")):
+        shutil.move(new, old)
+    stop.wait()
+    for old, new in zip((folder / "cert.pem", folder / "cert.key"), make_certificate(folder, days=90, name="new")):
+        shutil.move(new, old)
+
+
+def send_again(server: Server, stop: threading.Event) -> None:
+    """Does nothing: the trouble comes from receive_damaged."""
+    stop.wait()
+
+
+def receive_damaged(worker: Server, stop: threading.Event) -> None:
+    """Has a decode worker ask for caches, which come through a DamagingProxy."""
+    with DecodeClient(worker.address) as client:
+        while not stop.wait(0.2):
+            with contextlib.suppress(PrefilldError):
+                list(client.generate(TEXT[:1000], max_new_tokens=2))
+
+
+class DamagingProxy:
+    """Forwards TCP to `target`, and changes a byte of what comes back, one in more than DISTANCE."""
+
+    DISTANCE = 300_000
+
+    def __init__(self, target: str):
+        host, port = target.rsplit(":", 1)
+        self._target = (host, int(port))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> DamagingProxy:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(self._target)
+            except OSError:
+                return
+            threading.Thread(target=self._forward, args=(client, server, False), daemon=True).start()
+            threading.Thread(target=self._forward, args=(server, client, True), daemon=True).start()
+
+    def _forward(self, source: socket.socket, sink: socket.socket, damages: bool) -> None:
+        left = self.DISTANCE
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if damages and len(data) > left:
+                    changed = bytearray(data)
+                    changed[left] ^= 1
+                    data, left = bytes(changed), self.DISTANCE
+                else:
+                    left -= len(data)
+                sink.sendall(data)
+        for opened in (source, sink):
+            with contextlib.suppress(OSError):
+                opened.shutdown(socket.SHUT_RDWR)
+            opened.close()
