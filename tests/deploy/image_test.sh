@@ -41,11 +41,13 @@ if ! timeout 30 buildah "${store[@]}" pull --quiet "$base" >"$folder/pull.log" 2
   fi
 fi
 
-# Packages come the way that they come to this machine.
+# pip trusts what it trusts on this machine, such as a proxy's certificate.
 ways=()
-for file in /etc/pip.conf /etc/ssl/certs/ca-certificates.crt; do
-  [[ ! -r "$file" ]] || ways+=(--volume "$file:$file:ro")
-done
+if [[ -r /etc/ssl/certs/ca-certificates.crt ]]; then
+  printf '[global]\ncert = /run/certificates.crt\n' >"$folder/pip.conf"
+  ways=(--volume "$folder/pip.conf:/etc/pip.conf:ro"
+    --volume /etc/ssl/certs/ca-certificates.crt:/run/certificates.crt:ro)
+fi
 
 # check_contents TARGET ROOT: names what an image that runs has no use for.
 check_contents() {
