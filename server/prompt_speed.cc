@@ -72,14 +72,17 @@ namespace {
 // and a lasting change is believed after some ten layers.
 constexpr double kWeight = 0.25;
 
-int LengthClass(int64_t num_tokens) { return std::bit_width(static_cast<uint64_t>(num_tokens)); }
+int PromptLengthClass(int64_t num_tokens) {
+  return std::bit_width(static_cast<uint64_t>(num_tokens));
+}
 
 }  // namespace
 
 void StepCost::Record(model::AttentionPolicy policy, int64_t num_tokens, absl::Duration layer) {
   if (num_tokens < 1) return;
   const Measured latest = {static_cast<double>(num_tokens), layer / num_tokens};
-  const auto [entry, is_first] = measured_[policy].try_emplace(LengthClass(num_tokens), latest);
+  const auto [entry, is_first] =
+      measured_[policy].try_emplace(PromptLengthClass(num_tokens), latest);
   if (is_first) return;
   Measured& mean = entry->second;
   mean.num_tokens += kWeight * (latest.num_tokens - mean.num_tokens);
