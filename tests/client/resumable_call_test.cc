@@ -154,20 +154,20 @@ absl::Status Receive(ResumableServer& server, KvSink& sink) {
 const grpc::Status kBroken(grpc::StatusCode::UNAVAILABLE, "the connection broke");
 
 TEST(ResumableCall, GoesOnFromWhatHasArrived) {
-  ResumableServer* self = nullptr;
+  std::atomic<ResumableServer*> self = nullptr;
   ResumableServer server(
       [&](PrefillWriter& writer) {
-        writer.Write(self->Accepted());
+        writer.Write(self.load()->Accepted());
         writer.Write(ResumableServer::Frame(0));
-        EXPECT_TRUE(self->AwaitReceived(1));
+        EXPECT_TRUE(self.load()->AwaitReceived(1));
         return kBroken;
       },
       [&](const ResumeRequest& request, PrefillWriter& writer) {
-        writer.Write(self->Accepted());
+        writer.Write(self.load()->Accepted());
         const uint64_t layer = request.received();
         if (layer < 3) writer.Write(ResumableServer::Frame(static_cast<uint32_t>(layer)));
         if (layer < 2) return kBroken;
-        EXPECT_TRUE(self->AwaitReceived(3));
+        EXPECT_TRUE(self.load()->AwaitReceived(3));
         writer.Write(ResultEvent({3}));
         return grpc::Status::OK;
       });
@@ -184,16 +184,16 @@ TEST(ResumableCall, GoesOnFromWhatHasArrived) {
 }
 
 TEST(ResumableCall, FramesThatComeAgainAreNotStoredTwice) {
-  ResumableServer* self = nullptr;
+  std::atomic<ResumableServer*> self = nullptr;
   ResumableServer server(
       [&](PrefillWriter& writer) {
-        writer.Write(self->Accepted());
+        writer.Write(self.load()->Accepted());
         for (const uint32_t layer : {0, 1}) writer.Write(ResumableServer::Frame(layer));
-        EXPECT_TRUE(self->AwaitReceived(2));
+        EXPECT_TRUE(self.load()->AwaitReceived(2));
         return kBroken;
       },
       [&](const ResumeRequest&, PrefillWriter& writer) {
-        writer.Write(self->Accepted());
+        writer.Write(self.load()->Accepted());
         for (const uint32_t layer : {0, 1, 2}) writer.Write(ResumableServer::Frame(layer));
         writer.Write(ResultEvent({3}));
         return grpc::Status::OK;
@@ -205,20 +205,20 @@ TEST(ResumableCall, FramesThatComeAgainAreNotStoredTwice) {
 }
 
 TEST(ResumableCall, ADamagedFrameIsAskedForAgain) {
-  ResumableServer* self = nullptr;
+  std::atomic<ResumableServer*> self = nullptr;
   ResumableServer server(
       [&](PrefillWriter& writer) {
-        writer.Write(self->Accepted());
+        writer.Write(self.load()->Accepted());
         writer.Write(ResumableServer::Frame(0));
         writer.Write(ResumableServer::Damaged(1));
         writer.Write(ResumableServer::Frame(2));
-        EXPECT_TRUE(self->AwaitDamaged(1));
-        EXPECT_TRUE(self->AwaitReceived(1));
-        EXPECT_FALSE(self->resumed_from().size());
+        EXPECT_TRUE(self.load()->AwaitDamaged(1));
+        EXPECT_TRUE(self.load()->AwaitReceived(1));
+        EXPECT_FALSE(self.load()->resumed_from().size());
         writer.Write(ResumableServer::Damaged(1));
-        EXPECT_TRUE(self->AwaitDamaged(1, 2));
+        EXPECT_TRUE(self.load()->AwaitDamaged(1, 2));
         writer.Write(ResumableServer::Frame(1));
-        EXPECT_TRUE(self->AwaitReceived(3));
+        EXPECT_TRUE(self.load()->AwaitReceived(3));
         writer.Write(ResultEvent({3}));
         return grpc::Status::OK;
       },
@@ -231,9 +231,9 @@ TEST(ResumableCall, ADamagedFrameIsAskedForAgain) {
 }
 
 TEST(ResumableCall, AFrameThatIsDamagedAgainAndAgainIsDataLoss) {
-  ResumableServer* self = nullptr;
+  std::atomic<ResumableServer*> self = nullptr;
   const auto damaged_for_ever = [&](PrefillWriter& writer) {
-    writer.Write(self->Accepted(/*window_ms=*/300));
+    writer.Write(self.load()->Accepted(/*window_ms=*/300));
     for (int copy = 0; copy < 5; ++copy) writer.Write(ResumableServer::Damaged(0));
     return kBroken;
   };
@@ -248,11 +248,11 @@ TEST(ResumableCall, AFrameThatIsDamagedAgainAndAgainIsDataLoss) {
 }
 
 TEST(ResumableCall, ARequestThatTheServerNeverHeardIsSentOnceMore) {
-  ResumableServer* self = nullptr;
+  std::atomic<ResumableServer*> self = nullptr;
   ResumableServer server(
       [&](PrefillWriter& writer) {
-        if (self->prefills == 1) return kBroken;
-        writer.Write(self->Accepted());
+        if (self.load()->prefills == 1) return kBroken;
+        writer.Write(self.load()->Accepted());
         for (const uint32_t layer : {0, 1, 2}) writer.Write(ResumableServer::Frame(layer));
         writer.Write(ResultEvent({3}));
         return grpc::Status::OK;
@@ -267,10 +267,10 @@ TEST(ResumableCall, ARequestThatTheServerNeverHeardIsSentOnceMore) {
 }
 
 TEST(ResumableCall, GivesUpAfterTheWindowWithTheFirstReason) {
-  ResumableServer* self = nullptr;
+  std::atomic<ResumableServer*> self = nullptr;
   ResumableServer server(
       [&](PrefillWriter& writer) {
-        writer.Write(self->Accepted(/*window_ms=*/300));
+        writer.Write(self.load()->Accepted(/*window_ms=*/300));
         return kBroken;
       },
       [](const ResumeRequest&, PrefillWriter&) {
@@ -286,10 +286,10 @@ TEST(ResumableCall, GivesUpAfterTheWindowWithTheFirstReason) {
 }
 
 TEST(ResumableCall, IsNotResumedWhenTheSinkOrTheServerHasRefused) {
-  ResumableServer* self = nullptr;
+  std::atomic<ResumableServer*> self = nullptr;
   ResumableServer server(
       [&](PrefillWriter& writer) {
-        writer.Write(self->Accepted());
+        writer.Write(self.load()->Accepted());
         writer.Write(ResumableServer::Frame(0));
         return grpc::Status(grpc::StatusCode::ABORTED, "too slow");
       },
@@ -304,10 +304,10 @@ TEST(ResumableCall, IsNotResumedWhenTheSinkOrTheServerHasRefused) {
 }
 
 TEST(ResumableCall, IsAnOrdinaryOneWhereTheServerGrantsNoWindow) {
-  ResumableServer* self = nullptr;
+  std::atomic<ResumableServer*> self = nullptr;
   ResumableServer server(
       [&](PrefillWriter& writer) {
-        writer.Write(self->Accepted(/*window_ms=*/0));
+        writer.Write(self.load()->Accepted(/*window_ms=*/0));
         writer.Write(ResumableServer::Frame(0));
         return kBroken;
       },
