@@ -10,6 +10,9 @@
 #include <google/protobuf/wire_format_lite.h>
 #include <grpcpp/support/proto_buffer_reader.h>
 #include <xxhash.h>
+#if defined(__x86_64__)
+#include <xxh_x86dispatch.h>  // the same functions, with the widest vectors that the processor has
+#endif
 
 #include "prefill/v1/prefill.pb.h"
 #include "prefill/v1/receiver.pb.h"
