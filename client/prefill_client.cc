@@ -17,6 +17,7 @@
 #include "prefill/v1/prefill.grpc.pb.h"
 #include "proto/status_macros.h"
 #include "proto/wire/grpc_status.h"
+#include "proto/wire/host_port.h"
 
 namespace prefilld::client {
 namespace {
@@ -28,6 +29,7 @@ using ::prefill::v1::PrefillService;
 using ::prefill::v1::ServerInfo;
 
 constexpr uint32_t kMaxLanes = 16;
+constexpr char kTokenKey[] = "authorization";
 constexpr char kAttachReceiverMethod[] = "/prefill.v1.PrefillService/AttachReceiver";
 
 // Returns 32 hexadecimal digits that nobody can guess, from the operating system's random source.
@@ -38,7 +40,21 @@ std::string NewSecret() {
   return secret;
 }
 
-// Compared with what gRPC carries as text; it would end the process over anything else.
+absl::Status CheckTokenIsSafe(const ChannelOptions& options,
+                              const std::vector<std::string>& addresses) {
+  if (options.tls.has_value() || options.token_without_tls) return absl::OkStatus();
+  for (const std::string& address : addresses) {
+    if (wire::UnixSocketPath(address).has_value()) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("token_file with ", address,
+                     " in plain text; a token goes over TLS or a Unix socket, "
+                     "unless token_without_tls is set"));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
 absl::Status CheckMetadata(const Metadata& metadata) {
   for (const auto& [key, value] : metadata) {
     const bool key_is_legal = !key.empty() && std::all_of(key.begin(), key.end(), [](char c) {
@@ -57,8 +73,6 @@ absl::Status CheckMetadata(const Metadata& metadata) {
   return absl::OkStatus();
 }
 
-}  // namespace
-
 absl::StatusOr<std::unique_ptr<PrefillClient>> PrefillClient::Create(
     const ChannelOptions& options) {
   return Create(options, {options.address});
@@ -69,6 +83,10 @@ absl::StatusOr<std::unique_ptr<PrefillClient>> PrefillClient::Create(
   if (addresses.empty()) return absl::InvalidArgumentError("no address of a server");
   PREFILLD_ASSIGN_OR_RETURN(const auto credentials, wire::MakeChannelCredentials(options.tls));
   std::unique_ptr<PrefillClient> client(new PrefillClient);
+  if (!options.token_file.empty()) {
+    PREFILLD_RETURN_IF_ERROR(CheckTokenIsSafe(options, addresses));
+    PREFILLD_ASSIGN_OR_RETURN(client->token_, BearerToken::Read(options.token_file));
+  }
   for (const std::string& address : addresses) {
     ChannelOptions server = options;
     server.address = address;
@@ -116,14 +134,26 @@ absl::StatusOr<std::shared_ptr<StartedPrefill>> PrefillClient::Start(
   if (options.cancellation != nullptr || options.resumable || !request.resume_key().empty()) {
     return absl::InvalidArgumentError("cancellation and resumable are for calls that block");
   }
-  PREFILLD_RETURN_IF_ERROR(CheckMetadata(options.metadata));
+  PREFILLD_ASSIGN_OR_RETURN(const PrefillCallOptions with_token, WithToken(options));
   ServerChannels* const server = InTurn().front();
   return StartAsyncCall(
-      server->OfLanes(1).front(), request, sink, options,
+      server->OfLanes(1).front(), request, sink, with_token,
       [server, done = std::move(done)](absl::StatusOr<PrefillResult> result) mutable {
         if (absl::IsUnavailable(result.status())) server->Renew();
         std::move(done)(std::move(result));
       });
+}
+
+// A call that brings a token of its own keeps that alone: a server takes none of two.
+absl::StatusOr<PrefillCallOptions> PrefillClient::WithToken(const PrefillCallOptions& options) {
+  PREFILLD_RETURN_IF_ERROR(CheckMetadata(options.metadata));
+  PrefillCallOptions with_token = options;
+  const bool has_own = std::any_of(options.metadata.begin(), options.metadata.end(),
+                                   [](const auto& entry) { return entry.first == kTokenKey; });
+  if (token_ != nullptr && !has_own) {
+    with_token.metadata.emplace_back(kTokenKey, token_->Authorization());
+  }
+  return with_token;
 }
 
 absl::StatusOr<PrefillResult> PrefillClient::Prefill(const PrefillRequest& request, KvSink& sink,
@@ -148,17 +178,17 @@ absl::StatusOr<PrefillResult> PrefillClient::Call(const char* method, const Requ
     return absl::InvalidArgumentError(
         absl::StrCat("num_lanes ", request.num_lanes(), ", allowed: 1 to ", kMaxLanes));
   }
-  PREFILLD_RETURN_IF_ERROR(CheckMetadata(options.metadata));
   if (options.resumable && request.resume_key().empty()) {
     Request resumable = request;
     if (resumable.request_id().empty()) resumable.set_request_id(NewSecret());
     resumable.set_resume_key(NewSecret());
     return Call(method, resumable, sink, options);
   }
+  PREFILLD_ASSIGN_OR_RETURN(const PrefillCallOptions with_token, WithToken(options));
   absl::StatusOr<PrefillResult> result;
   for (ServerChannels* server : InTurn()) {
     const auto channels = server->OfLanes(std::max(request.num_lanes(), 1u));
-    PrefillCall call(method, request, sink, options, channels, small_calls_);
+    PrefillCall call(method, request, sink, with_token, channels, small_calls_);
     {
       CancelHook hook(options.cancellation,
                       [&call] { call.Fail(absl::CancelledError("cancelled by the caller")); });

@@ -14,6 +14,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "client/acknowledger.h"
+#include "client/bearer_token.h"
 #include "client/cancellation.h"
 #include "client/server_channels.h"
 #include "prefill/v1/prefill.pb.h"
@@ -42,11 +43,15 @@ class KvSink {
 // Keys and values that go with a call, as gRPC headers.
 using Metadata = std::vector<std::pair<std::string, std::string>>;
 
+// INVALID_ARGUMENT: a key or a value is not what gRPC carries as text. It would end the process
+// over that.
+absl::Status CheckMetadata(const Metadata& metadata);
+
 struct PrefillCallOptions {
   absl::Time deadline = absl::InfiniteFuture();
   Cancellation* cancellation = nullptr;  // borrowed for the duration of the call; may be null
-  // Goes with the Prefill call. Servers that tell tenants apart by metadata or by tokens look for
-  // it there: {"x-tenant", "search"} or {"authorization", "Bearer TOKEN"}.
+  // Goes with the call. Servers that tell tenants apart by metadata look for it there:
+  // {"x-tenant", "search"}. A token is better shown by ChannelOptions::token_file.
   Metadata metadata = {};
   // Whether a broken connection may cost no more than a moment: the request is resumable
   // (proto/prefill/v1/resumption.proto), if the server grants that, and streams that break are
@@ -71,7 +76,7 @@ using PrefillDone =
 class PrefillClient {
  public:
   // Creates a client that connects lazily: if the server is not there, the first call fails.
-  // INVALID_ARGUMENT: as wire::OpenChannel.
+  // INVALID_ARGUMENT: as wire::OpenChannel; the token cannot be read, or would go in plain text.
   static absl::StatusOr<std::unique_ptr<PrefillClient>> Create(const ChannelOptions& options);
 
   // Creates a client of several servers of one model, each with an address of its own; what else
@@ -122,6 +127,10 @@ class PrefillClient {
   absl::StatusOr<::prefill::v1::PrefillResult> Call(const char* method, const Request& request,
                                                     KvSink& sink,
                                                     const PrefillCallOptions& options);
+  // Returns the options of a call with the client's token among its metadata. INVALID_ARGUMENT: the
+  // metadata cannot be sent.
+  absl::StatusOr<PrefillCallOptions> WithToken(const PrefillCallOptions& options);
+
   // Returns the order in which a call tries the servers: in turn, and last those that are known to
   // be away.
   std::vector<ServerChannels*> InTurn();
@@ -130,6 +139,7 @@ class PrefillClient {
   std::vector<std::unique_ptr<ServerChannels>> servers_;
   std::atomic<uint64_t> turn_ = 0;
   const std::shared_ptr<SmallCalls> small_calls_ = std::make_shared<SmallCalls>();
+  std::unique_ptr<BearerToken> token_;  // null: none is shown
 };
 
 }  // namespace prefilld::client

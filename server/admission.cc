@@ -29,12 +29,12 @@ struct Resource {
 bool HasRoom(const Resource& resource, absl::Span<const Tenant> tenants, size_t tenant,
              int64_t wanted) {
   double weights = 0;
-  for (const Tenant& each : tenants) weights += each.weight;
+  for (const Tenant& each : tenants) weights += each.is_gone ? 0 : each.weight;
   int64_t for_all = resource.limit;
   int64_t used_of_that = 0;
   for (size_t t = 0; t < tenants.size(); ++t) {
     int64_t share = 0;
-    if (tenants.size() > 1) {
+    if (tenants.size() > 1 && !tenants[t].is_gone) {
       const double part = 0.5 * tenants[t].weight / weights;
       share = std::max(resource.least_share,
                        static_cast<int64_t>(part * static_cast<double>(resource.limit)));

@@ -195,11 +195,13 @@ absl::Status CacheWatch::Check(absl::string_view tenant) const {
 
 CacheWatch::Stream* CacheWatch::Watch(grpc::CallbackServerContext* context,
                                       absl::string_view tenant,
-                                      const v1::WatchPrefixCacheRequest& request) {
+                                      const v1::WatchPrefixCacheRequest& request,
+                                      absl::FunctionRef<void(const absl::Status&)> on_refused) {
   std::shared_ptr<WatchStream> stream;
   {
     absl::MutexLock lock(&mu_);
     if (const absl::Status allowed = Check(tenant); !allowed.ok()) {
+      on_refused(allowed);
       return Refuse(allowed);
     }
     stream = std::make_shared<WatchStream>(*this, context, rules_.tokens && request.token_ids());

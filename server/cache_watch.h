@@ -13,6 +13,7 @@
 #include <prometheus/gauge.h>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
 #include "absl/synchronization/mutex.h"
@@ -45,9 +46,10 @@ class CacheWatch {
   ~CacheWatch();
 
   // Makes the stream of a caller, who belongs to this tenant. It ends at once if the caller may not
-  // follow.
+  // follow, and `on_refused` hears why.
   Stream* Watch(grpc::CallbackServerContext* context, absl::string_view tenant,
-                const ::prefill::v1::WatchPrefixCacheRequest& request);
+                const ::prefill::v1::WatchPrefixCacheRequest& request,
+                absl::FunctionRef<void(const absl::Status&)> on_refused);
 
   // Makes a stream that ends at once with this status.
   static Stream* Refuse(const absl::Status& status);

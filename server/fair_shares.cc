@@ -5,7 +5,10 @@
 
 namespace prefilld::server {
 
-FairShares::FairShares(std::vector<double> weights) : weights_(std::move(weights)) {
+FairShares::FairShares(std::vector<double> weights) { SetWeights(std::move(weights)); }
+
+void FairShares::SetWeights(std::vector<double> weights) {
+  weights_ = std::move(weights);
   for (Class& of : classes_) {
     of.virtual_times.resize(weights_.size());
     of.claims.resize(weights_.size());

@@ -36,6 +36,9 @@ class FairShares {
   // `weights` are positive, one for each tenant.
   explicit FairShares(std::vector<double> weights);
 
+  // Changes weights from now on, and adds tenants behind those that there are; none may go.
+  void SetWeights(std::vector<double> weights);
+
   // Tells who has something to compute now. Has to be called before each turn.
   void SetClaimants(absl::Span<const Claimant> claimants, absl::Time now);
 
@@ -62,7 +65,7 @@ class FairShares {
     return classes_[static_cast<size_t>(priority + kMaxPriority)];
   }
 
-  const std::vector<double> weights_;
+  std::vector<double> weights_;
   std::array<Class, 2 * kMaxPriority + 1> classes_;
 };
 

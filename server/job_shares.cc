@@ -23,6 +23,10 @@ std::vector<double> WeightsOf(absl::Span<const Tenant> tenants) {
 JobShares::JobShares(absl::Span<const Tenant> tenants, TenantMetrics& metrics)
     : metrics_(metrics), shares_(WeightsOf(tenants)) {}
 
+void JobShares::SetTenants(absl::Span<const Tenant> tenants) {
+  shares_.SetWeights(WeightsOf(tenants));
+}
+
 void JobShares::SetClaimants(absl::Span<const PrefillJob* const> jobs, absl::Time now) {
   std::vector<Claimant> claimants;
   claimants.reserve(jobs.size());

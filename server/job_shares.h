@@ -24,6 +24,9 @@ class JobShares {
   // `metrics` is borrowed; what is charged is counted there.
   JobShares(absl::Span<const Tenant> tenants, TenantMetrics& metrics);
 
+  // Takes over new weights, and new tenants behind those that there are.
+  void SetTenants(absl::Span<const Tenant> tenants);
+
   // Tells which jobs have something to compute now. Has to be called before each turn.
   void SetClaimants(absl::Span<const PrefillJob* const> jobs, absl::Time now);
 

@@ -139,7 +139,7 @@ int Serve(const process::EndSignals& signals, const ServerOptions& options) {
   LogReady(options, **server);
 
   const int signal = signals.Await([&server] { return !(*server)->failure().ok(); },
-                                   [&server] { (*server)->ReloadCertificates(); });
+                                   [&server] { (*server)->ReloadFiles(); });
   if (signal == 0) {
     LogEvent(LogLevel::kError, "device_failed", {{"status", (*server)->failure().ToString()}});
     // Every request has been ended. An alert needs to see why the process goes.

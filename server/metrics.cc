@@ -62,6 +62,17 @@ absl::flat_hash_map<Outcome, prometheus::Counter*> NewOutcomes(prometheus::Regis
   return counters;
 }
 
+absl::flat_hash_map<RefusalCause, prometheus::Counter*> NewRefusals(
+    prometheus::Registry& registry) {
+  auto& family = NewFamily(registry, "prefilld_refusals_total",
+                           "Calls that were refused, those that would attach included, by cause.");
+  absl::flat_hash_map<RefusalCause, prometheus::Counter*> counters;
+  for (const RefusalCause cause : kRefusalCauses) {
+    counters[cause] = &family.Add({{"cause", Name(cause)}});
+  }
+  return counters;
+}
+
 absl::flat_hash_map<model::AttentionPolicy, prometheus::Counter*> NewPolicies(
     prometheus::Registry& registry) {
   auto& family = NewFamily(registry, "prefilld_policy_requests_total",
@@ -103,6 +114,10 @@ Metrics::Metrics(const model::EngineInfo& engine, absl::Span<const Tenant> tenan
                             "Requests that are over, by how they ended.")),
       receivers_(NewOutcomes(*registry_, "prefilld_receivers_total",
                              "Further receivers of requests that are over, by how they ended.")),
+      refusals_(NewRefusals(*registry_)),
+      ignored_traces_(NewCounter("prefilld_trace_contexts_ignored_total",
+                                 "Calls whose traceparent or tracestate was not valid and was not "
+                                 "used.")),
       policies_(NewPolicies(*registry_)),
       fallbacks_(NewCounter("prefilld_policy_fallbacks_total",
                             "Requests for which another policy ran than was asked for, policy "
@@ -252,7 +267,16 @@ prometheus::Histogram& Metrics::NewHistogram(const std::string& name, const std:
   return prometheus::BuildHistogram().Name(name).Help(help).Register(*registry_).Add({}, buckets);
 }
 
-void Metrics::CountRefused(Outcome outcome) { requests_.at(outcome)->Increment(); }
+void Metrics::CountRefused(Outcome outcome, const absl::Status& status) {
+  requests_.at(outcome)->Increment();
+  CountRefusal(status);
+}
+
+void Metrics::CountRefusal(const absl::Status& status) {
+  refusals_.at(CauseOf(status))->Increment();
+}
+
+void Metrics::CountIgnoredTrace() { ignored_traces_.Increment(); }
 
 void Metrics::CountRequest(const PrefillJob& job, absl::Time now) {
   requests_.at(job.ending().outcome)->Increment();

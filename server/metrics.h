@@ -21,6 +21,7 @@
 #include "server/outcome.h"
 #include "server/prefill_job.h"
 #include "server/prefix_cache_metrics.h"
+#include "server/refusal_cause.h"
 #include "server/resumption_metrics.h"
 #include "server/tenant_metrics.h"
 #include "server/tenants.h"
@@ -60,7 +61,11 @@ class Metrics {
                    absl::Span<const Tenant> tenants = Tenants().all());
   ~Metrics();
 
-  void CountRefused(Outcome outcome);
+  // Counts a request that was refused, by its outcome and by the status's cause.
+  void CountRefused(Outcome outcome, const absl::Status& status);
+  // Counts the refusal of any call, by its cause.
+  void CountRefusal(const absl::Status& status);
+  void CountIgnoredTrace();
   void CountRequest(const PrefillJob& job, absl::Time now);  // once, when its Prefill call is over
   // Counts a further receiver of a request, however it ended.
   void CountReceiver(Outcome outcome);
@@ -90,6 +95,8 @@ class Metrics {
 
   absl::flat_hash_map<Outcome, prometheus::Counter*> requests_;
   absl::flat_hash_map<Outcome, prometheus::Counter*> receivers_;
+  absl::flat_hash_map<RefusalCause, prometheus::Counter*> refusals_;
+  prometheus::Counter& ignored_traces_;
   absl::flat_hash_map<model::AttentionPolicy, prometheus::Counter*> policies_;  // without kAuto
   prometheus::Counter& fallbacks_;
   prometheus::Counter& beyond_calibration_;

@@ -145,7 +145,7 @@ ABSL_FLAG(std::string, tenant_metadata_key, "x-tenant",
           "Key of that metadata. Nobody but the gateway may be able to set it.");
 ABSL_FLAG(std::string, tenants, "",
           "JSON file with the tenants: weights, limits, tokens (deploy/README.md). Empty: one for "
-          "all callers, without limits. It is read at the start.");
+          "all callers, without limits. It is read again when it changes, and on SIGHUP.");
 
 ABSL_FLAG(int32_t, max_lanes, 16, "Parallel KV streams one request may use, 1 to 16.");
 ABSL_FLAG(int64_t, staging_bytes, int64_t{256} << 20,
@@ -215,7 +215,7 @@ void ReadNamedValues(ServerOptions& options, std::vector<std::string>& problems)
   options.scheduling = scheduling == "fifo" ? Scheduling::kFifo : Scheduling::kTurns;
   const std::string source = absl::GetFlag(FLAGS_tenant_from);
   if (const auto known = ParseTenantSource(source); known.has_value()) {
-    options.tenants.source = *known;
+    options.tenant_evidence.source = *known;
   } else {
     problems.push_back(absl::StrCat("--tenant_from=", source,
                                     " is not one of none, certificate, metadata, token"));
@@ -308,11 +308,11 @@ ServerOptions ReadPlainValues() {
 }
 
 void ReadTenants(ServerOptions& options, std::vector<std::string>& problems) {
-  options.tenants.metadata_key = absl::GetFlag(FLAGS_tenant_metadata_key);
+  options.tenant_evidence.metadata_key = absl::GetFlag(FLAGS_tenant_metadata_key);
   options.tenants_file = absl::GetFlag(FLAGS_tenants);
   if (options.tenants_file.empty()) return;
   if (auto table = Tenants::Read(options.tenants_file); table.ok()) {
-    options.tenants.table = *std::move(table);
+    options.tenants = *std::move(table);
   } else {
     problems.push_back(absl::StrCat("--tenants: ", table.status().message()));
   }

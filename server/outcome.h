@@ -9,7 +9,7 @@ namespace prefilld::server {
 
 enum class Outcome : uint8_t {
   kOk,
-  kInvalid,          // refused: a field, or a model that is not here
+  kInvalid,          // refused: a field, a model that is not here, what its tenant may not have
   kDuplicate,        // refused: its id is taken by a running request
   kQueueFull,        // refused: requests or tokens, of the queue or of the tenant
   kUnauthenticated,  // refused: its caller is no tenant

@@ -6,7 +6,6 @@
 
 #include <grpcpp/impl/codegen/proto_utils.h>
 
-#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "proto/wire/connections.h"
@@ -18,6 +17,8 @@
 #include "server/request_log.h"
 #include "server/scheduler.h"
 #include "server/server_stream.h"
+#include "server/tenant_directory.h"
+#include "server/tenant_rules.h"
 
 namespace prefilld::server {
 namespace {
@@ -49,18 +50,6 @@ absl::Time DeadlineOf(const grpc::CallbackServerContext& context, const Clock& c
   return clock.Now() + (absl::FromChrono(deadline) - absl::Now());
 }
 
-// Returns the trace id of a W3C traceparent header, "00-<32 hex digits>-<16>-<2>", or "" if there
-// is none.
-std::string TraceIdOf(const grpc::CallbackServerContext& context) {
-  const auto header = context.client_metadata().find("traceparent");
-  if (header == context.client_metadata().end() || header->second.size() < 35) return "";
-  std::string trace_id(header->second.data() + 3, 32);
-  for (const char c : trace_id) {
-    if (!absl::ascii_isxdigit(static_cast<unsigned char>(c))) return "";
-  }
-  return trace_id;
-}
-
 Outcome OutcomeOfRefusal(absl::StatusCode code) {
   switch (code) {
     case absl::StatusCode::kAlreadyExists:
@@ -81,7 +70,8 @@ Outcome OutcomeOfRefusal(absl::StatusCode code) {
 }  // namespace
 
 PrefillService::PrefillService(Scheduler& scheduler, PushDialer& push_dialer, Metrics& metrics,
-                               const Clock& clock, RequestLimits limits, TenantIdentity tenants,
+                               const Clock& clock, RequestLimits limits,
+                               TenantEvidence tenant_evidence, const TenantDirectory& tenants,
                                CacheWatch& cache_watch, wire::Arrivals& arrivals,
                                v1::ServerInfo info, const StagingRing& ring)
     : scheduler_(scheduler),
@@ -89,7 +79,8 @@ PrefillService::PrefillService(Scheduler& scheduler, PushDialer& push_dialer, Me
       metrics_(metrics),
       clock_(clock),
       limits_(std::move(limits)),
-      tenants_(std::move(tenants)),
+      tenant_evidence_(std::move(tenant_evidence)),
+      tenants_(tenants),
       cache_watch_(cache_watch),
       info_(std::move(info)),
       resumable_(metrics.resumption(), clock, ring,
@@ -127,24 +118,45 @@ PrefillService::PrefillService(Scheduler& scheduler, PushDialer& push_dialer, Me
                }));
 }
 
+PrefillService::Arrived PrefillService::Arrive(grpc::CallbackServerContext& context) const {
+  bool trace_ignored = false;
+  Arrived arrived{.caller = CallerOf(context, &trace_ignored)};
+  if (trace_ignored) metrics_.CountIgnoredTrace();
+  const std::shared_ptr<const Tenants> table = tenants_.current();
+  const auto position = TenantOf(tenant_evidence_, *table, context);
+  if (position.ok()) {
+    arrived.position = *position;
+    arrived.tenant = table->all()[*position];
+    if (tenant_evidence_.source != TenantSource::kNone) {
+      arrived.caller.tenant = arrived.tenant->name;
+    }
+  } else {
+    arrived.tenant = position.status();
+  }
+  context.AddTrailingMetadata(wire::kTraceResponseKey, arrived.caller.trace.traceparent());
+  return arrived;
+}
+
 Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
                                 const grpc::ByteBuffer* request_bytes) {
+  const Arrived arrived = Arrive(*context);
   const auto request = Decode<v1::PrefillRequest>(*request_bytes);
-  if (!request.ok()) return Refuse("", context->peer(), request.status());
-  const auto tenant = TenantOf(tenants_, *context);
+  if (!request.ok()) return Refuse("", arrived, request.status());
   std::string id = request->request_id();
   const auto refuse = [&](const absl::Status& status) {
     receivers_.OnRefused(id, request->receiver_key(), OutcomeOfRefusal(status.code()), status);
-    return Refuse(id, context->peer(), status);
+    return Refuse(id, arrived, status);
   };
-  if (!tenant.ok()) return refuse(tenant.status());
+  if (!arrived.tenant.ok()) return refuse(arrived.tenant.status());
   auto work = ValidateRequest(*request, limits_);
   if (!work.ok()) return refuse(work.status());
   id = work->id;
+  if (const absl::Status may = CheckTenantRules(*arrived.tenant, *work); !may.ok()) {
+    metrics_.tenants().CountRefused(arrived.position);
+    return refuse(may);
+  }
   work->deadline = DeadlineOf(*context, clock_);
-  work->peer = context->peer();
-  work->trace_id = TraceIdOf(*context);
-  AssignTenant(*tenant, *work);
+  AssignTenant(arrived, *work);
   if (clock_.Now() >= work->deadline) {
     return refuse(absl::DeadlineExceededError("the deadline has passed"));
   }
@@ -152,7 +164,7 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
   auto job = NewJob(*std::move(work));
   const absl::Status admitted = Submit(job);
   if (!admitted.ok() && !absl::IsAlreadyExists(admitted)) {
-    metrics_.tenants().CountRefused(*tenant);
+    metrics_.tenants().CountRefused(arrived.position);
     return refuse(admitted);
   }
   auto* stream = new ServerStream(context, &job->delivery().control(), ConnectionOf(*context),
@@ -178,8 +190,7 @@ std::shared_ptr<PrefillJob> PrefillService::NewJob(PrefillWork work) {
   std::vector<PrefillWork> pushes = std::exchange(work.further_pushes, {});
   for (PrefillWork& push : pushes) {
     push.deadline = work.deadline;
-    push.peer = work.peer;
-    push.trace_id = work.trace_id;
+    push.caller = work.caller;
   }
   auto job = std::make_shared<PrefillJob>(
       std::move(work), clock_,
@@ -216,8 +227,8 @@ void PrefillService::RetireRequest(PrefillJob& job) {
   if (!scheduler_.Knows(job)) {
     const Ending ending = job.ending();
     metrics_.tenants().CountRefused(job.work().tenant);
-    metrics_.CountRefused(ending.outcome);
-    return LogRefused(job.work().id, job.work().peer, ending.outcome, ending.status);
+    metrics_.CountRefused(ending.outcome, ending.status);
+    return LogRefused(job.work().id, job.work().caller, ending.outcome, ending.status);
   }
   metrics_.CountRequest(job, now);
   LogRequest(job, now);
@@ -272,32 +283,31 @@ void PrefillService::RetryNames() {
   waiting_.insert(waiting_.end(), still.begin(), still.end());
 }
 
-void PrefillService::AssignTenant(size_t position, PrefillWork& work) const {
-  const Tenant& tenant = tenants_.table.all()[position];
-  work.tenant = static_cast<int>(position);
-  if (tenants_.source != TenantSource::kNone) {
-    work.tenant_name = tenant.name;
-    // No line break is in a salt, so the tenants' salts cannot meet.
-    work.cache_salt = absl::StrCat(tenant.name, "\n", work.cache_salt);
+void PrefillService::AssignTenant(const Arrived& arrived, PrefillWork& work) {
+  work.caller = arrived.caller;
+  work.tenant = static_cast<int>(arrived.position);
+  // No line break is in a salt, so the tenants' salts cannot meet.
+  if (!work.caller.tenant.empty()) {
+    work.cache_salt = absl::StrCat(work.caller.tenant, "\n", work.cache_salt);
   }
-  work.priority = std::min(work.priority, tenant.max_priority);
+  work.priority = std::min(work.priority, arrived.tenant->max_priority);
 }
 
 Stream* PrefillService::AttachLane(grpc::CallbackServerContext* context,
                                    const grpc::ByteBuffer* request_bytes) {
   const auto request = Decode<v1::AttachLaneRequest>(*request_bytes);
-  if (!request.ok()) return RefuseStream(request.status());
+  if (!request.ok()) return RefuseAttachment(request.status());
   const std::shared_ptr<PrefillJob> job =
       scheduler_.Find(request->request_id(), request->receiver());
   if (job == nullptr || job->work().pushes()) {
-    return RefuseStream(absl::NotFoundError("request_id: no such running request with lanes"));
+    return RefuseAttachment(absl::NotFoundError("request_id: no such running request with lanes"));
   }
   if (!IsSameKey(request->lane_key(), job->work().lane_key)) {
-    return RefuseStream(
+    return RefuseAttachment(
         absl::PermissionDeniedError("lane_key: not the one of this request's Accepted"));
   }
   const auto queue = job->delivery().side_lane(request->lane());
-  if (!queue.ok()) return RefuseStream(queue.status());
+  if (!queue.ok()) return RefuseAttachment(queue.status());
   auto stream = std::make_unique<ServerStream>(
       context, *queue, ConnectionOf(*context),
       ServerStream::Events{.on_cancel = [job] { job->OnCallCancelled(); },
@@ -312,7 +322,7 @@ Stream* PrefillService::AttachLane(grpc::CallbackServerContext* context,
   // Tells the consumer that the lane is attached, because its first frame may be long in coming.
   stream->StartSendInitialMetadata();
   if (!(*queue)->Attach(stream.get())) {
-    return RefuseStream(
+    return RefuseAttachment(
         absl::AlreadyExistsError(absl::StrCat("lane ", request->lane(), " is attached already")));
   }
   return stream.release();  // owns itself from here on
@@ -320,23 +330,22 @@ Stream* PrefillService::AttachLane(grpc::CallbackServerContext* context,
 
 Stream* PrefillService::AttachReceiver(grpc::CallbackServerContext* context,
                                        const grpc::ByteBuffer* request_bytes) {
+  const Arrived arrived = Arrive(*context);
   const auto request = Decode<v1::AttachReceiverRequest>(*request_bytes);
-  const auto tenant = TenantOf(tenants_, *context);
-  auto work = !request.ok()  ? absl::StatusOr<PrefillWork>(request.status())
-              : !tenant.ok() ? absl::StatusOr<PrefillWork>(tenant.status())
-                             : ValidateReceiver(*request, limits_);
+  auto work = !request.ok()          ? absl::StatusOr<PrefillWork>(request.status())
+              : !arrived.tenant.ok() ? absl::StatusOr<PrefillWork>(arrived.tenant.status())
+                                     : ValidateReceiver(*request, limits_);
+  if (work.ok()) {
+    if (absl::Status may = CheckTenantRules(*arrived.tenant, *work); !may.ok()) work = may;
+  }
   if (!work.ok()) {
     const Outcome outcome = OutcomeOfRefusal(work.status().code());
     metrics_.CountReceiver(outcome);
-    LogRefused(request.ok() ? request->request_id() : "", context->peer(), outcome, work.status());
-    return RefuseStream(work.status());
+    LogRefused(request.ok() ? request->request_id() : "", arrived.caller, outcome, work.status());
+    return RefuseAttachment(work.status());
   }
-  if (tenants_.source != TenantSource::kNone) {
-    work->tenant_name = tenants_.table.all()[*tenant].name;
-  }
+  work->caller = arrived.caller;
   work->deadline = DeadlineOf(*context, clock_);
-  work->peer = context->peer();
-  work->trace_id = TraceIdOf(*context);
   auto receiver = std::make_shared<PrefillJob>(*std::move(work), clock_);
   auto* stream = new ServerStream(context, &receiver->delivery().control(), ConnectionOf(*context),
                                   {.on_cancel = [receiver] { receiver->OnCallCancelled(); },
@@ -361,7 +370,9 @@ void PrefillService::RetireReceiver(PrefillJob& receiver) {
   const bool was_alive = scheduler_.Retire(receiver);
   // One that is called may end by its own call, and by that of its request.
   if (receiver.work().pushes() && !was_alive) return;
-  metrics_.CountReceiver(receiver.ending().outcome);
+  const Ending ending = receiver.ending();
+  metrics_.CountReceiver(ending.outcome);
+  if (!was_alive && ending.outcome != Outcome::kCancelled) metrics_.CountRefusal(ending.status);
   LogReceiver(receiver, clock_.Now());
   scheduler_.Wake();
 }
@@ -393,16 +404,26 @@ grpc::ServerUnaryReactor* PrefillService::GetServerInfo(grpc::CallbackServerCont
 
 grpc::ServerWriteReactor<v1::PrefixCacheUpdate>* PrefillService::WatchPrefixCache(
     grpc::CallbackServerContext* context, const v1::WatchPrefixCacheRequest* request) {
-  const auto tenant = TenantOf(tenants_, *context);
-  if (!tenant.ok()) return CacheWatch::Refuse(tenant.status());
-  return cache_watch_.Watch(context, tenants_.table.all()[*tenant].name, *request);
+  const std::shared_ptr<const Tenants> table = tenants_.current();
+  const auto tenant = TenantOf(tenant_evidence_, *table, *context);
+  if (!tenant.ok()) {
+    metrics_.CountRefusal(tenant.status());
+    return CacheWatch::Refuse(tenant.status());
+  }
+  return cache_watch_.Watch(context, table->all()[*tenant].name, *request,
+                            [this](const absl::Status& status) { metrics_.CountRefusal(status); });
 }
 
-Stream* PrefillService::Refuse(const std::string& request_id, const std::string& peer,
+Stream* PrefillService::Refuse(const std::string& request_id, const Arrived& arrived,
                                const absl::Status& status) {
   const Outcome outcome = OutcomeOfRefusal(status.code());
-  metrics_.CountRefused(outcome);
-  LogRefused(request_id, peer, outcome, status);
+  metrics_.CountRefused(outcome, status);
+  LogRefused(request_id, arrived.caller, outcome, status);
+  return RefuseStream(status);
+}
+
+Stream* PrefillService::RefuseAttachment(const absl::Status& status) {
+  metrics_.CountRefusal(status);
   return RefuseStream(status);
 }
 

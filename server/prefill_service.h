@@ -39,6 +39,7 @@ class PushDialer;
 class Scheduler;
 class ServerStream;
 class StagingRing;
+class TenantDirectory;
 
 // The streams carry messages that are encoded by hand (proto/wire/frame_codec.h), so those methods
 // take raw buffers.
@@ -53,13 +54,13 @@ using PrefillServiceBase =
 // Thread-safe, as gRPC calls it.
 class PrefillService final : public PrefillServiceBase {
  public:
-  // `arrivals` bounds the time that a request may take to arrive.
+  // All references are borrowed. `arrivals` bounds the time that a request may take to arrive.
   // `info` holds everything about the server that does not change. Requests that wait for their
   // consumers hold a part of `ring`.
   PrefillService(Scheduler& scheduler, PushDialer& push_dialer, Metrics& metrics,
-                 const Clock& clock, RequestLimits limits, TenantIdentity tenants,
-                 CacheWatch& cache_watch, wire::Arrivals& arrivals, ::prefill::v1::ServerInfo info,
-                 const StagingRing& ring);
+                 const Clock& clock, RequestLimits limits, TenantEvidence tenant_evidence,
+                 const TenantDirectory& tenants, CacheWatch& cache_watch, wire::Arrivals& arrivals,
+                 ::prefill::v1::ServerInfo info, const StagingRing& ring);
 
   grpc::ServerWriteReactor<grpc::ByteBuffer>* Prefill(grpc::CallbackServerContext* context,
                                                       const grpc::ByteBuffer* request) override;
@@ -92,6 +93,15 @@ class PrefillService final : public PrefillServiceBase {
     absl::Time until;
   };
 
+  // Holds what is known of a call before its request is looked at.
+  struct Arrived {
+    Caller caller;
+    size_t position = 0;                       // of the tenant
+    absl::StatusOr<Tenant> tenant = Tenant();  // as it is now
+  };
+
+  // Also names the call's span in the answer.
+  Arrived Arrive(grpc::CallbackServerContext& context) const;
   absl::Status Submit(const std::shared_ptr<PrefillJob>& job);
   void OnCallDone(PrefillJob& job);
   void OnReceiverDone(PrefillJob& receiver);
@@ -104,17 +114,20 @@ class PrefillService final : public PrefillServiceBase {
   std::shared_ptr<const wire::Connection> ConnectionOf(
       const grpc::CallbackServerContext& context) const;
   // Says whose request it is, and lowers its class to what this tenant may have.
-  void AssignTenant(size_t position, PrefillWork& work) const;
+  static void AssignTenant(const Arrived& arrived, PrefillWork& work);
   grpc::ServerWriteReactor<grpc::ByteBuffer>* Refuse(const std::string& request_id,
-                                                     const std::string& peer,
+                                                     const Arrived& arrived,
                                                      const absl::Status& status);
+  // Refuses a call that would attach to a request.
+  grpc::ServerWriteReactor<grpc::ByteBuffer>* RefuseAttachment(const absl::Status& status);
 
   Scheduler& scheduler_;
   PushDialer& push_dialer_;
   Metrics& metrics_;
   const Clock& clock_;
   const RequestLimits limits_;
-  const TenantIdentity tenants_;
+  const TenantEvidence tenant_evidence_;
+  const TenantDirectory& tenants_;
   CacheWatch& cache_watch_;
   const ::prefill::v1::ServerInfo info_;
   std::atomic<const wire::Connections*> connections_ = nullptr;

@@ -16,6 +16,7 @@
 #include "proto/wire/kv_layout.h"
 #include "proto/wire/request_id.h"
 #include "server/fair_shares.h"
+#include "server/refusal_cause.h"
 
 namespace prefilld::server {
 namespace {
@@ -199,7 +200,8 @@ absl::Status CheckTarget(const std::string& field, const v1::DeliverTo& target,
   const std::string address_field = absl::StrCat(field, ".address");
   const std::string id_field = absl::StrCat(field, ".transfer_id");
   if (limits.deliver_to_allow.empty()) {
-    return absl::UnimplementedError(absl::StrCat(field, ": this server pushes to nobody"));
+    return Because(RefusalCause::kPushTarget,
+                   absl::UnimplementedError(absl::StrCat(field, ": this server pushes to nobody")));
   }
   if (address.size() > kMaxAddressLength) {
     return absl::InvalidArgumentError(absl::StrCat(address_field, " has ", address.size(),
@@ -212,8 +214,9 @@ absl::Status CheckTarget(const std::string& field, const v1::DeliverTo& target,
       limits.deliver_to_allow.begin(), limits.deliver_to_allow.end(),
       [&](const std::string& pattern) { return wire::AddressMatches(pattern, address); });
   if (!allowed) {
-    return absl::PermissionDeniedError(
-        absl::StrCat(address_field, " ", address, " is not on this server's allow-list"));
+    return Because(RefusalCause::kPushTarget,
+                   absl::PermissionDeniedError(absl::StrCat(
+                       address_field, " ", address, " is not on this server's allow-list")));
   }
   if (target.transfer_id().empty()) {
     return absl::InvalidArgumentError(absl::StrCat(id_field, " is empty"));

@@ -14,6 +14,7 @@
 #include "model/prefill/prefill_engine.h"
 #include "prefill/v1/prefill.pb.h"
 #include "server/attention_request.h"
+#include "server/caller.h"
 
 namespace prefilld::server {
 
@@ -36,11 +37,9 @@ struct PrefillWork {
   std::string cache_salt;
   ::prefill::v1::DeliverTo deliver_to;  // address empty: the KV goes back on the call's streams
   absl::Time deadline = absl::InfiniteFuture();  // by the server's clock
-  std::string peer;                              // for the log
-  int tenant = 0;                                // its position in the operator's table
-  std::string tenant_name;                       // for the log; empty: there is but one tenant
-  int priority = 0;      // its class; what was asked for, until the service caps it
-  std::string trace_id;  // W3C trace context; empty: none
+  Caller caller;
+  int tenant = 0;    // its position in the operator's table
+  int priority = 0;  // its class; what was asked for, until the service caps it
   // The prompt is too long for the loss that the cluster file promises, so its thresholds and
   // groups do not count.
   bool beyond_calibration = false;

@@ -13,7 +13,9 @@
 #include "proto/wire/channel.h"
 #include "proto/wire/grpc_status.h"
 #include "proto/wire/socket_use.h"
+#include "proto/wire/trace_context.h"
 #include "server/grpc_encoding.h"
+#include "server/request_log.h"
 #include "server/transport.h"
 
 namespace prefilld::server {
@@ -51,6 +53,8 @@ class PushStream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::
   LaneQueue* const queue_;
   const std::function<void()> on_done_;
   const std::shared_ptr<PushDialer::Open> open_;
+  const wire::TraceContext span_;
+  const absl::Time started_at_ = absl::Now();
   grpc::ClientContext context_;
   grpc::GenericStub stub_;
   grpc::ByteBuffer response_;
@@ -73,12 +77,14 @@ PushStream::PushStream(std::shared_ptr<PrefillJob> job, LaneQueue* queue, const 
       queue_(queue),
       on_done_(std::move(on_done)),
       open_(dialer.open_),
+      span_(job_->work().caller.trace.Child()),
       stub_(wire::OpenPushChannel(job_->work().deliver_to.address(), dialer.credentials_,
                                   {.use_proxy = dialer.use_proxy_, .patience = dialer.patience_})) {
   {
     absl::MutexLock lock(&open_->mu);
     ++open_->calls;
   }
+  for (const auto& [key, value] : span_.Metadata()) context_.AddMetadata(key, value);
   const absl::Duration time_left = job_->work().deadline - dialer.clock_.Now();
   if (time_left != absl::InfiniteDuration()) {
     context_.set_deadline(absl::ToChronoTime(absl::Now() + time_left));
@@ -144,6 +150,7 @@ void PushStream::TakeHalf(int half) {
 
 void PushStream::OnDone(const grpc::Status& status) {
   const absl::Status result = CheckOutcome(status);
+  LogPush(job_->work(), span_, absl::Now() - started_at_, job_->delivery().sent().bytes, result);
   if (result.ok()) {
     job_->delivery().OnSideLaneDone(/*lane=*/0);
     if (job_->work().receiver > 0) job_->OnResultSent();

@@ -1,8 +1,12 @@
 #include "server/request_log.h"
 
+#include <utility>
+
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "proto/process/log.h"
 #include "proto/wire/request_id.h"
+#include "server/refusal_cause.h"
 
 namespace prefilld::server {
 namespace {
@@ -12,6 +16,24 @@ double Milliseconds(absl::Duration duration) { return absl::ToDoubleMilliseconds
 std::string Shown(const absl::Status& status) {
   return absl::StrCat(absl::StatusCodeToString(status.code()), ": ",
                       wire::ShownReason(status.message()));
+}
+
+// Leaves out what there is not. No field holds anything of the prompt.
+void AddCaller(const Caller& caller, process::LogFields& fields) {
+  fields.emplace_back("peer", caller.peer);
+  for (const auto& [name, value] : {std::pair("certificate", &caller.certificate),
+                                    {"user_agent", &caller.user_agent},
+                                    {"tenant", &caller.tenant}}) {
+    if (!value->empty()) fields.emplace_back(name, *value);
+  }
+}
+
+// With these a collector makes a span of the line (deploy/security.md), which ends now.
+void AddSpan(const wire::TraceContext& trace, absl::Duration took, process::LogFields& fields) {
+  fields.emplace_back("trace_id", trace.trace_id);
+  fields.emplace_back("span_id", trace.span_id);
+  if (!trace.parent_span_id.empty()) fields.emplace_back("parent_span_id", trace.parent_span_id);
+  fields.emplace_back("start_unix_ns", absl::ToUnixNanos(absl::Now() - took));
 }
 
 }  // namespace
@@ -54,6 +76,7 @@ void LogRequest(PrefillJob& job, absl::Time now) {
     }
   }
   if (stats.first_token_at.has_value()) {
+    fields.emplace_back("compute_ms", Milliseconds(*stats.first_token_at - *stats.started_at));
     fields.emplace_back("ttft_ms", Milliseconds(*stats.first_token_at - stats.accepted_at));
     fields.emplace_back("tail_ms", Milliseconds(now - *stats.first_token_at));
   }
@@ -64,11 +87,10 @@ void LogRequest(PrefillJob& job, absl::Time now) {
   fields.emplace_back("kv_bytes", sent.bytes);
   fields.emplace_back("lanes", static_cast<int64_t>(work.num_lanes));
   if (work.num_receivers > 1) fields.emplace_back("receivers", int64_t{work.num_receivers});
-  fields.emplace_back("peer", work.peer);
-  if (!work.tenant_name.empty()) fields.emplace_back("tenant", work.tenant_name);
+  AddCaller(work.caller, fields);
   if (work.priority != 0) fields.emplace_back("priority", int64_t{work.priority});
   if (work.pushes()) fields.emplace_back("deliver_to", work.deliver_to.address());
-  if (!work.trace_id.empty()) fields.emplace_back("trace_id", work.trace_id);
+  AddSpan(work.caller.trace, now - stats.accepted_at, fields);
   const bool ok = ending.outcome == Outcome::kOk;
   if (!ok) fields.emplace_back("status", Shown(ending.status));
   process::LogEvent(ok ? process::LogLevel::kInfo : process::LogLevel::kWarning, "request", fields);
@@ -78,30 +100,50 @@ void LogReceiver(PrefillJob& receiver, absl::Time now) {
   const PrefillWork& work = receiver.work();
   const Ending ending = receiver.ending();
   const bool ok = ending.outcome == Outcome::kOk;
-  process::LogFields fields = {
-      {"id", wire::ShownId(work.id)},
-      {"receiver", int64_t{work.receiver}},
-      {"outcome", Name(ending.outcome)},
-      {"total_ms", Milliseconds(now - receiver.record().stats().accepted_at)},
-      {"kv_bytes", receiver.delivery().sent().bytes},
-      {"first_head", static_cast<int64_t>(work.layout.first_head())},
-      {"heads", static_cast<int64_t>(work.layout.num_heads())},
-      {"lanes", static_cast<int64_t>(work.num_lanes)},
-      {"peer", work.peer}};
-  if (work.pushes()) fields.emplace_back("deliver_to", work.deliver_to.address());
-  if (!work.trace_id.empty()) fields.emplace_back("trace_id", work.trace_id);
+  const absl::Duration total = now - receiver.record().stats().accepted_at;
+  process::LogFields fields = {{"id", wire::ShownId(work.id)},
+                               {"receiver", int64_t{work.receiver}},
+                               {"outcome", Name(ending.outcome)},
+                               {"total_ms", Milliseconds(total)},
+                               {"kv_bytes", receiver.delivery().sent().bytes},
+                               {"first_head", static_cast<int64_t>(work.layout.first_head())},
+                               {"heads", static_cast<int64_t>(work.layout.num_heads())},
+                               {"lanes", static_cast<int64_t>(work.num_lanes)}};
+  AddCaller(work.caller, fields);
+  if (work.pushes()) {
+    // Its caller is that of the request, and its span stands in the line of the push.
+    fields.emplace_back("deliver_to", work.deliver_to.address());
+    fields.emplace_back("trace_id", work.caller.trace.trace_id);
+  } else {
+    AddSpan(work.caller.trace, total, fields);
+  }
   if (!ok) fields.emplace_back("status", Shown(ending.status));
   process::LogEvent(ok ? process::LogLevel::kInfo : process::LogLevel::kWarning, "receiver",
                     fields);
 }
 
-void LogRefused(const std::string& request_id, const std::string& peer, Outcome outcome,
+void LogPush(const PrefillWork& work, const wire::TraceContext& span, absl::Duration took,
+             int64_t kv_bytes, const absl::Status& status) {
+  process::LogFields fields = {{"id", wire::ShownId(work.id)},
+                               {"deliver_to", work.deliver_to.address()},
+                               {"transfer_id", work.deliver_to.transfer_id()},
+                               {"total_ms", Milliseconds(took)},
+                               {"kv_bytes", kv_bytes}};
+  AddSpan(span, took, fields);
+  if (!status.ok()) fields.emplace_back("status", Shown(status));
+  process::LogEvent(status.ok() ? process::LogLevel::kInfo : process::LogLevel::kWarning, "push",
+                    fields);
+}
+
+void LogRefused(const std::string& request_id, const Caller& caller, Outcome outcome,
                 const absl::Status& status) {
-  process::LogEvent(process::LogLevel::kWarning, "request",
-                    {{"id", wire::ShownId(request_id)},
-                     {"outcome", Name(outcome)},
-                     {"peer", peer},
-                     {"status", Shown(status)}});
+  process::LogFields fields = {{"id", wire::ShownId(request_id)},
+                               {"outcome", Name(outcome)},
+                               {"cause", Name(CauseOf(status))}};
+  AddCaller(caller, fields);
+  AddSpan(caller.trace, absl::ZeroDuration(), fields);
+  fields.emplace_back("status", Shown(status));
+  process::LogEvent(process::LogLevel::kWarning, "request", fields);
 }
 
 }  // namespace prefilld::server

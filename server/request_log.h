@@ -1,4 +1,5 @@
-// Writes the log line of a request that is over.
+// Writes the log lines of requests, and of parts of them, that are over. deploy/security.md says how
+// a collector makes spans of them.
 #ifndef PREFILLD_SERVER_REQUEST_LOG_H_
 #define PREFILLD_SERVER_REQUEST_LOG_H_
 
@@ -12,7 +13,10 @@ namespace prefilld::server {
 
 void LogRequest(PrefillJob& job, absl::Time now);
 void LogReceiver(PrefillJob& receiver, absl::Time now);  // a further one, of a request
-void LogRefused(const std::string& request_id, const std::string& peer, Outcome outcome,
+// The call to a receiver, within `span`, which has just ended.
+void LogPush(const PrefillWork& work, const wire::TraceContext& span, absl::Duration took,
+             int64_t kv_bytes, const absl::Status& status);
+void LogRefused(const std::string& request_id, const Caller& caller, Outcome outcome,
                 const absl::Status& status);
 
 }  // namespace prefilld::server

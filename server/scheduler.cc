@@ -25,12 +25,22 @@ Scheduler::Scheduler(model::PrefillEngine& engine, const PassResources& resource
       resources_(resources),
       wake_(wake),
       limits_(limits),
-      standings_(engine.info(), limits_.tenants, resources.metrics.tenants(), scheduling) {
-  for (const Tenant& tenant : limits_.tenants) buckets_.emplace_back(tenant.tokens_per_second);
+      standings_(engine.info(), limits.tenants, resources.metrics.tenants(), scheduling) {
+  for (const Tenant& tenant : limits.tenants) buckets_.emplace_back(tenant.tokens_per_second);
   RecordMeasuredAtStart(engine.info(), resources.clock.Now(), standings_.costs(), speed_);
 }
 
 Scheduler::~Scheduler() = default;
+
+void Scheduler::SetTenants(absl::Span<const Tenant> tenants) {
+  absl::MutexLock lock(&mu_);
+  limits_.tenants.assign(tenants.begin(), tenants.end());
+  weights_changed_ = true;
+  for (size_t t = 0; t < tenants.size(); ++t) {
+    if (t == buckets_.size()) buckets_.emplace_back(tenants[t].tokens_per_second);
+    buckets_[t].SetRate(tenants[t].tokens_per_second, resources_.clock.Now());
+  }
+}
 
 Scheduler::Admission Scheduler::Submit(std::shared_ptr<PrefillJob> job) {
   const auto refused = [](absl::Status status) {
@@ -255,6 +265,7 @@ void Scheduler::NoteClaimants() {
     for (const auto& job : running.pass->jobs()) note(job);
   }
   absl::MutexLock lock(&mu_);
+  TakeOverWeights();
   for (const auto& job : queue_) note(job);
   standings_.shares().SetClaimants(claimants, resources_.clock.Now());
 }
@@ -265,6 +276,7 @@ std::shared_ptr<PrefillJob> Scheduler::BestWaiting(bool must_interject, Contende
   Jobs jobs;
   std::vector<Contender> contenders;
   absl::MutexLock lock(&mu_);
+  TakeOverWeights();
   for (const auto& entry : queue_) {
     const PrefillJob& job = *entry;
     if (job.ended()) continue;
@@ -289,6 +301,7 @@ std::shared_ptr<PrefillJob> Scheduler::BestWaiting(bool must_interject, Contende
 Scheduler::Jobs Scheduler::TakeJobs(const PrefillJob& head) {
   Jobs jobs;
   absl::MutexLock lock(&mu_);
+  TakeOverWeights();
   const auto found = FindQueued(head);
   if (found == queue_.end()) return jobs;
   ++passes_started_;

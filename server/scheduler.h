@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
@@ -15,6 +16,7 @@
 #include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 #include "server/admission.h"
 #include "server/event_count.h"
 #include "server/prefill_job.h"
@@ -73,6 +75,10 @@ class Scheduler {
     absl::Status status;
     std::optional<absl::Duration> retry_after;  // with RESOURCE_EXHAUSTED
   };
+  // Takes over the tenants of a new table, which has those of the one before at their positions. It
+  // holds for requests that come from now on, and weights at the next turn.
+  void SetTenants(absl::Span<const Tenant> tenants);
+
   // Takes the job in and sends Accepted. Errors:
   // - RESOURCE_EXHAUSTED: the queue is full, or a limit of the request's tenant is reached.
   // - DEADLINE_EXCEEDED: the deadline is out of reach.
@@ -153,6 +159,10 @@ class Scheduler {
   bool TakeTurn(const Running* interrupted);
   std::shared_ptr<PrefillJob> BestWaiting(bool must_interject, Contender* best);
   void NoteClaimants();
+  // Jobs that the compute thread sees under the lock are of tenants whose weights it has then.
+  void TakeOverWeights() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    if (std::exchange(weights_changed_, false)) standings_.shares().SetTenants(limits_.tenants);
+  }
   Queue::const_iterator FindQueued(const PrefillJob& job) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
   Jobs TakeJobs(const PrefillJob& head);
   void StartPass(Jobs jobs);
@@ -167,10 +177,11 @@ class Scheduler {
   model::PrefillEngine& engine_;
   const PassResources resources_;
   EventCount& wake_;
-  const QueueLimits limits_;
 
   mutable absl::Mutex mu_;
-  std::string closed_ ABSL_GUARDED_BY(mu_);  // reason; empty: open
+  QueueLimits limits_ ABSL_GUARDED_BY(mu_);
+  bool weights_changed_ ABSL_GUARDED_BY(mu_) = false;  // since the compute thread took them over
+  std::string closed_ ABSL_GUARDED_BY(mu_);            // reason; empty: open
   absl::Status failure_ ABSL_GUARDED_BY(mu_);
   Queue queue_ ABSL_GUARDED_BY(mu_);
   int64_t queued_tokens_ ABSL_GUARDED_BY(mu_) = 0;

@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "proto/process/certificate_watch.h"
+#include "proto/process/file_watch.h"
 #include "proto/process/health.h"
 #include "proto/process/log.h"
 #include "proto/process/metrics_endpoint.h"
@@ -26,6 +27,7 @@
 #include "server/prefill_service.h"
 #include "server/push_stream.h"
 #include "server/resumption_service.h"
+#include "server/tenant_directory.h"
 #include "server/version.h"
 #include "server/watchdog.h"
 
@@ -95,7 +97,7 @@ absl::StatusOr<std::unique_ptr<PrefillServer>> PrefillServer::Create(const Serve
   std::unique_ptr<PrefillServer> server(new PrefillServer(engine, clock));
   server->timeouts_.stall = options.stall_timeout;
   server->timeouts_.min_consumer_bytes_per_s = options.min_consumer_mb_per_s * 1e6;
-  server->metrics_ = std::make_unique<Metrics>(engine.info(), options.tenants.table.all());
+  server->metrics_ = std::make_unique<Metrics>(engine.info(), options.tenants.all());
   PREFILLD_RETURN_IF_ERROR(server->CreateStaging(options));
   server->CreateScheduler(options);
   PREFILLD_RETURN_IF_ERROR(server->CreateService(options));
@@ -129,7 +131,7 @@ void PrefillServer::CreateScheduler(const ServerOptions& options) {
           .ring = *ring_, .metrics = *metrics_, .progress = progress_, .wake = wake_},
       engine_.kv_slots(), threads);
   constexpr int64_t kDefaultQueuedPrompts = 8;
-  const absl::Span<const Tenant> tenants = options.tenants.table.all();
+  const absl::Span<const Tenant> tenants = options.tenants.all();
   const QueueLimits limits{
       .capacity = options.queue_capacity,
       .max_queued_tokens = options.max_queued_tokens > 0
@@ -169,9 +171,17 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
   arrivals_ = std::make_unique<wire::Arrivals>(wire::Arrivals::LimitFor(options.stall_timeout));
   cache_watch_ = std::make_unique<CacheWatch>(engine_.prefix_index(), options.cache_watch,
                                               engine.fingerprint, *metrics_->registry());
+  tenants_ = std::make_unique<TenantDirectory>(
+      options.tenants_file, options.tenants,
+      [options](const Tenants& table) { return CheckTenants(options, table); },
+      [this](const Tenants& table) {
+        metrics_->tenants().SetTenants(table.all());
+        scheduler_->SetTenants(table.all());
+      },
+      *metrics_->registry());
   service_ = std::make_unique<PrefillService>(
-      *scheduler_, *push_dialer_, *metrics_, clock_, std::move(limits), options.tenants,
-      *cache_watch_, *arrivals_, DescribeServer(options, engine, attention), *ring_);
+      *scheduler_, *push_dialer_, *metrics_, clock_, std::move(limits), options.tenant_evidence,
+      *tenants_, *cache_watch_, *arrivals_, DescribeServer(options, engine, attention), *ring_);
   resumption_service_ =
       std::make_unique<ResumptionService>(*scheduler_, metrics_->resumption(), *arrivals_);
   return absl::OkStatus();
@@ -189,6 +199,9 @@ absl::Status PrefillServer::StartListening(const ServerOptions& options) {
   PREFILLD_ASSIGN_OR_RETURN(
       listener_, wire::Listener::Create(listen, {service_.get(), resumption_service_.get()}));
   certificate_watch_ = std::make_unique<process::CertificateWatch>(listener_->certificates());
+  std::vector<process::FileWatch::Subject> files = certificate_watch_->Subjects();
+  for (auto& subject : tenants_->Subjects()) files.push_back(std::move(subject));
+  file_watch_ = std::make_unique<process::FileWatch>(std::move(files));
   service_->SetConnections(&listener_->connections());
   resumption_service_->SetConnections(&listener_->connections());
   health_ = std::make_unique<process::Health>(
@@ -229,7 +242,7 @@ int PrefillServer::metrics_port() const {
   return metrics_endpoint_ == nullptr ? 0 : metrics_endpoint_->port();
 }
 
-void PrefillServer::ReloadCertificates() { certificate_watch_->ReloadNow(); }
+void PrefillServer::ReloadFiles() { file_watch_->ReloadNow(); }
 
 void PrefillServer::AwaitScrape(absl::Duration timeout) {
   if (metrics_endpoint_ != nullptr) metrics_endpoint_->AwaitReader(timeout);

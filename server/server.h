@@ -19,6 +19,7 @@
 
 namespace prefilld::process {
 class CertificateWatch;
+class FileWatch;
 class Health;
 class MetricsEndpoint;
 class PortWatch;
@@ -35,6 +36,7 @@ class CacheWatch;
 class PrefillService;
 class PushDialer;
 class ResumptionService;
+class TenantDirectory;
 class Watchdog;
 
 // Serves from Create to Drain. Thread-safe.
@@ -61,8 +63,8 @@ class PrefillServer {
   // last events before the end of the process are seen.
   void AwaitScrape(absl::Duration timeout);
 
-  // Reads the TLS files again; otherwise that happens when they change.
-  void ReloadCertificates();
+  // Reads the TLS files and the tenants again; otherwise that happens when they change.
+  void ReloadFiles();
 
   // Returns an error once the device has failed. The server accepts nothing then.
   absl::Status failure() const { return scheduler_->failure(); }
@@ -92,6 +94,7 @@ class PrefillServer {
   std::unique_ptr<PushDialer> push_dialer_;
   std::unique_ptr<wire::Arrivals> arrivals_;
   std::unique_ptr<CacheWatch> cache_watch_;
+  std::unique_ptr<TenantDirectory> tenants_;
   std::unique_ptr<PrefillService> service_;
   std::unique_ptr<ResumptionService> resumption_service_;
   std::unique_ptr<wire::Listener> listener_;
@@ -99,6 +102,7 @@ class PrefillServer {
   std::unique_ptr<process::PortWatch> port_watch_;
   std::unique_ptr<Watchdog> watchdog_;
   std::unique_ptr<process::CertificateWatch> certificate_watch_;
+  std::unique_ptr<process::FileWatch> file_watch_;
   std::unique_ptr<process::MetricsEndpoint> metrics_endpoint_;
 };
 

@@ -56,15 +56,6 @@ void CheckAttention(const ServerOptions& o, process::Problems& problems) {
 }
 
 void CheckCacheWatch(const ServerOptions& o, process::Problems& problems) {
-  for (const std::string& name : o.cache_watch.watchers) {
-    const auto& tenants = o.tenants.table.all();
-    const bool is_tenant = o.tenants.source != TenantSource::kNone &&
-                           std::any_of(tenants.begin(), tenants.end(),
-                                       [&](const Tenant& tenant) { return tenant.name == name; });
-    if (name == kAllWatchers || is_tenant) continue;
-    problems.push_back(
-        absl::StrCat("--cache_watchers: '", name, "' is neither all nor a tenant of --tenants"));
-  }
   if (!o.cache_watch.watchers.empty() && o.engine.prefix_cache_bytes == 0) {
     problems.push_back("--cache_watchers needs --prefix_cache_bytes");
   }
@@ -73,24 +64,64 @@ void CheckCacheWatch(const ServerOptions& o, process::Problems& problems) {
   }
 }
 
-void CheckTenants(const ServerOptions& o, process::Problems& problems) {
-  const TenantSource source = o.tenants.source;
+void CheckWatchersAreTenants(const ServerOptions& o, const Tenants& table,
+                             process::Problems& problems) {
+  for (const std::string& name : o.cache_watch.watchers) {
+    const auto is_named = [&name](const Tenant& tenant) { return tenant.name == name; };
+    const bool is_tenant = o.tenant_evidence.source != TenantSource::kNone &&
+                           std::any_of(table.all().begin(), table.all().end(), is_named);
+    if (name == kAllWatchers || is_tenant) continue;
+    problems.push_back(
+        absl::StrCat("--cache_watchers: '", name, "' is neither all nor a tenant of --tenants"));
+  }
+}
+
+// A limit that can never be met, or never matters, is a mistake in the file.
+void CheckLimitsOfTenant(const ServerOptions& o, const Tenant& tenant,
+                         process::Problems& problems) {
+  for (const model::AttentionPolicy policy : tenant.policies) {
+    const auto& allowed = o.allowed_policies;
+    if (std::find(allowed.begin(), allowed.end(), policy) != allowed.end()) continue;
+    problems.push_back(absl::StrCat("tenant ", tenant.name, ": policies has ", model::Name(policy),
+                                    ", which is not among --allowed_policies"));
+  }
+  if (!tenant.certificates.empty() &&
+      (o.tenant_evidence.source != TenantSource::kToken || o.tls.client_ca_file.empty())) {
+    problems.push_back(absl::StrCat("tenant ", tenant.name,
+                                    ": certificates needs --tenant_from=token and "
+                                    "--tls_client_ca"));
+  }
+}
+
+void CheckTable(const ServerOptions& o, const Tenants& table, process::Problems& problems) {
+  if (o.tenant_evidence.source == TenantSource::kNone && table.all().size() > 1) {
+    problems.push_back("--tenants names more than the default tenant; --tenant_from is needed");
+  }
+  if (o.tenant_evidence.source == TenantSource::kToken && !table.has_tokens()) {
+    problems.push_back("--tenant_from=token needs a token_sha256 in --tenants");
+  }
+  CheckWatchersAreTenants(o, table, problems);
+  for (const Tenant& tenant : table.all()) CheckLimitsOfTenant(o, tenant, problems);
+}
+
+void CheckEvidence(const ServerOptions& o, process::Problems& problems) {
+  const TenantSource source = o.tenant_evidence.source;
   if (source != TenantSource::kNone && o.tenants_file.empty()) {
     problems.push_back(absl::StrCat("--tenant_from=", Name(source), " needs --tenants"));
-  }
-  if (source == TenantSource::kNone && o.tenants.table.all().size() > 1) {
-    problems.push_back("--tenants names more than the default tenant; --tenant_from is needed");
   }
   if (source == TenantSource::kCertificate && o.tls.client_ca_file.empty()) {
     problems.push_back("--tenant_from=certificate needs --tls_client_ca");
   }
-  if (source == TenantSource::kToken && !o.tenants.table.has_tokens()) {
-    problems.push_back("--tenant_from=token needs a token_sha256 in --tenants");
-  }
-  AddIfAny(MetadataKeyProblem("--tenant_metadata_key", o.tenants.metadata_key), problems);
+  AddIfAny(MetadataKeyProblem("--tenant_metadata_key", o.tenant_evidence.metadata_key), problems);
 }
 
 }  // namespace
+
+absl::Status CheckTenants(const ServerOptions& o, const Tenants& table) {
+  process::Problems problems;
+  CheckTable(o, table, problems);
+  return process::ToStatus(problems);
+}
 
 absl::Status Validate(const ServerOptions& o) {
   process::Problems problems;
@@ -112,7 +143,8 @@ absl::Status Validate(const ServerOptions& o) {
         absl::StrCat("--recall_audit_fraction=", o.recall_audit.fraction, " is outside [0, 1]"));
   }
   CheckRange("--recall_audit_rows", o.recall_audit.rows, 0, 1024, problems);
-  CheckTenants(o, problems);
+  CheckEvidence(o, problems);
+  CheckTable(o, o.tenants, problems);
   CheckCacheWatch(o, problems);
   CheckRange("--max_connections", o.max_connections, 1, 1 << 20, problems);
   CheckRange("--queue_capacity", o.queue_capacity, 0, 1 << 20, problems);
@@ -167,9 +199,9 @@ std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o
           {"queue_capacity", absl::StrCat(o.queue_capacity)},
           {"max_queued_tokens", absl::StrCat(o.max_queued_tokens)},
           {"scheduling", Name(o.scheduling)},
-          {"tenant_from", Name(o.tenants.source)},
-          {"tenant_metadata_key", o.tenants.metadata_key},
-          {"tenants", absl::StrCat(o.tenants.table.all().size())},
+          {"tenant_from", Name(o.tenant_evidence.source)},
+          {"tenant_metadata_key", o.tenant_evidence.metadata_key},
+          {"tenants", absl::StrCat(o.tenants.all().size())},
           {"max_lanes", absl::StrCat(o.max_lanes)},
           {"staging_bytes", absl::StrCat(o.staging_bytes)},
           {"pack_threads", absl::StrCat(o.pack_threads)},

@@ -58,8 +58,9 @@ struct ServerOptions {
   int64_t frame_bytes = int64_t{2} << 20;
   int pack_threads = 0;  // that pack and send KV; 0: a quarter of the cores, 1 to 4
   CacheWatchRules cache_watch;
-  TenantIdentity tenants;                     // who shares the server, and how they are told apart
-  std::string tenants_file;                   // that their table was read from; empty: none
+  TenantEvidence tenant_evidence;             // how those who share the server are told apart
+  Tenants tenants;                            // those of the start
+  std::string tenants_file;                   // that they were read from; empty: none
   std::vector<std::string> deliver_to_allow;  // patterns (address_pattern.h); empty: no push
 
   absl::Duration stall_timeout = absl::Seconds(30);
@@ -71,6 +72,8 @@ struct ServerOptions {
 
 // Returns all problems of `options` in one INVALID_ARGUMENT, separated by "; ".
 absl::Status Validate(const ServerOptions& options);
+// Does the same with a table of tenants that may take the place of options.tenants.
+absl::Status CheckTenants(const ServerOptions& options, const Tenants& table);
 
 // Lists the effective configuration as (flag, value) pairs, for the log.
 std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& options);

@@ -14,7 +14,9 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
+#include "proto/status_macros.h"
 #include "proto/wire/request_id.h"
+#include "server/refusal_cause.h"
 
 namespace prefilld::server {
 namespace {
@@ -53,6 +55,18 @@ absl::string_view TokenOf(const grpc::ServerContextBase& context) {
   return absl::StripAsciiWhitespace(value.substr(kScheme.size()));
 }
 
+// A token that was stolen is of no use beside another certificate than its tenant's.
+absl::Status CheckCertificate(const Tenant& tenant, absl::string_view name) {
+  const auto& names = tenant.certificates;
+  if (names.empty() || std::find(names.begin(), names.end(), name) != names.end()) {
+    return absl::OkStatus();
+  }
+  return Because(RefusalCause::kCertificate,
+                 absl::PermissionDeniedError(absl::StrCat(
+                     "the certificate's name '", wire::ShownId(name), "' is none of the ",
+                     names.size(), " beside which the token counts (certificates)")));
+}
+
 absl::StatusOr<size_t> Known(std::optional<size_t> position, const std::string& stranger) {
   if (position.has_value()) return *position;
   return absl::UnauthenticatedError(
@@ -75,10 +89,9 @@ std::optional<TenantSource> ParseTenantSource(absl::string_view name) {
   return std::nullopt;
 }
 
-absl::StatusOr<size_t> TenantOf(const TenantIdentity& identity,
+absl::StatusOr<size_t> TenantOf(const TenantEvidence& evidence, const Tenants& table,
                                 const grpc::ServerContextBase& context) {
-  const Tenants& table = identity.table;
-  switch (identity.source) {
+  switch (evidence.source) {
     case TenantSource::kNone:
       return 0;
     case TenantSource::kCertificate: {
@@ -88,15 +101,30 @@ absl::StatusOr<size_t> TenantOf(const TenantIdentity& identity,
                                                     wire::ShownId(name), "'"));
     }
     case TenantSource::kMetadata: {
-      const absl::string_view name = MetadataOf(context, identity.metadata_key);
+      const absl::string_view name = MetadataOf(context, evidence.metadata_key);
       return Known(table.ByName(name), absl::StrCat("no tenant has the name '", wire::ShownId(name),
-                                                    "' in ", identity.metadata_key));
+                                                    "' in ", evidence.metadata_key));
     }
-    case TenantSource::kToken:
-      return Known(table.ByToken(TokenOf(context)),
-                   "no tenant has the bearer token in authorization");
+    case TenantSource::kToken: {
+      const auto tenant =
+          Known(table.ByToken(TokenOf(context)), "no tenant has the bearer token in authorization");
+      if (!tenant.ok()) return tenant;
+      PREFILLD_RETURN_IF_ERROR(
+          CheckCertificate(table.all()[*tenant], CertificateNameOf(*context.auth_context())));
+      return tenant;
+    }
   }
   return 0;
+}
+
+Caller CallerOf(const grpc::ServerContextBase& context, bool* trace_ignored) {
+  wire::TakenTrace trace = wire::TakeTrace(context);
+  *trace_ignored = trace.ignored;
+  return {.peer = context.peer(),
+          .certificate = wire::ShownId(CertificateNameOf(*context.auth_context())),
+          .user_agent = wire::ShownId(MetadataOf(context, "user-agent")),
+          .tenant = "",
+          .trace = std::move(trace.context)};
 }
 
 std::optional<std::string> MetadataKeyProblem(absl::string_view flag, absl::string_view key) {

@@ -1,4 +1,4 @@
-// Tells which tenant a call comes from.
+// Tells who makes a call.
 #ifndef PREFILLD_SERVER_TENANT_IDENTITY_H_
 #define PREFILLD_SERVER_TENANT_IDENTITY_H_
 
@@ -9,6 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "server/caller.h"
 #include "server/tenants.h"
 
 namespace grpc {
@@ -29,17 +30,21 @@ enum class TenantSource : uint8_t {
 const char* Name(TenantSource source);
 std::optional<TenantSource> ParseTenantSource(absl::string_view name);
 
-// The operator's choice of how tenants are told apart, and the table of them.
-struct TenantIdentity {
+// The operator's choice of how tenants are told apart.
+struct TenantEvidence {
   TenantSource source = TenantSource::kNone;
   std::string metadata_key = "x-tenant";  // for kMetadata
-  Tenants table;
 };
 
-// Returns the position of the tenant in the table. UNAUTHENTICATED: the caller is none of them, and
-// the operator wants strangers to be refused.
-absl::StatusOr<size_t> TenantOf(const TenantIdentity& identity,
+// Returns the position of the tenant in the table. Errors:
+// - UNAUTHENTICATED: the caller is none of them, and the operator wants strangers to be refused.
+// - PERMISSION_DENIED: a tenant's token came beside a certificate that is not one of the tenant's.
+absl::StatusOr<size_t> TenantOf(const TenantEvidence& evidence, const Tenants& table,
                                 const grpc::ServerContextBase& context);
+
+// Describes the caller, all but its tenant. `trace_ignored` tells whether its trace context was not
+// valid.
+Caller CallerOf(const grpc::ServerContextBase& context, bool* trace_ignored);
 
 // Returns nullopt if gRPC carries text under this metadata key. Otherwise returns a sentence that
 // says why not and names `flag`, from which the key came.

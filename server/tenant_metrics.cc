@@ -7,45 +7,56 @@
 #include "server/prefill_job.h"
 
 namespace prefilld::server {
+namespace {
 
-TenantMetrics::TenantMetrics(prometheus::Registry& registry, absl::Span<const Tenant> tenants) {
-  const auto counters = [&registry](
-                            const std::string& name,
-                            const std::string& help) -> prometheus::Family<prometheus::Counter>& {
-    return prometheus::BuildCounter().Name(name).Help(help).Register(registry);
-  };
-  auto& requests = counters("prefilld_tenant_requests_total",
-                            "Requests of the tenant that were taken in and are over.");
-  auto& refused = counters("prefilld_tenant_refused_total",
-                           "Requests of the tenant that found no room, a limit reached or the "
-                           "deadline out of reach.");
-  auto& prompt_tokens = counters("prefilld_tenant_prompt_tokens_total",
-                                 "Tokens of the tenant's prompts whose requests are over.");
-  auto& queue_time = counters("prefilld_tenant_queue_seconds_total",
-                              "Time that those prompts waited in the queue.");
-  auto& device_time =
-      counters("prefilld_tenant_device_seconds_total",
-               "Time that the device computed for the tenant; a batch counts to its "
-               "tenants by their tokens.");
-  auto& queued = prometheus::BuildGauge()
-                     .Name("prefilld_tenant_queued_requests")
-                     .Help("Requests of the tenant that wait to compute.")
-                     .Register(registry);
-  for (const Tenant& tenant : tenants) {
-    const prometheus::Labels labels = {{"tenant", tenant.name}};
-    series_.push_back({.requests = requests.Add(labels),
-                       .refused = refused.Add(labels),
-                       .prompt_tokens = prompt_tokens.Add(labels),
-                       .queue_time = queue_time.Add(labels),
-                       .device_time = device_time.Add(labels),
-                       .queued = queued.Add(labels)});
+prometheus::Family<prometheus::Counter>& NewCounters(prometheus::Registry& registry,
+                                                     const std::string& name,
+                                                     const std::string& help) {
+  return prometheus::BuildCounter().Name(name).Help(help).Register(registry);
+}
+
+}  // namespace
+
+TenantMetrics::TenantMetrics(prometheus::Registry& registry, absl::Span<const Tenant> tenants)
+    : families_{
+          .requests = NewCounters(registry, "prefilld_tenant_requests_total",
+                                  "Requests of the tenant that were taken in and are over."),
+          .refused = NewCounters(registry, "prefilld_tenant_refused_total",
+                                 "Requests of the tenant that found no room, a limit reached "
+                                 "or the deadline out of reach, or that asked for what the "
+                                 "tenant may not have."),
+          .prompt_tokens = NewCounters(registry, "prefilld_tenant_prompt_tokens_total",
+                                       "Tokens of the tenant's prompts whose requests are over."),
+          .queue_time = NewCounters(registry, "prefilld_tenant_queue_seconds_total",
+                                    "Time that those prompts waited in the queue."),
+          .device_time =
+              NewCounters(registry, "prefilld_tenant_device_seconds_total",
+                          "Time that the device computed for the tenant; a batch counts to "
+                          "its tenants by their tokens."),
+          .queued = prometheus::BuildGauge()
+                        .Name("prefilld_tenant_queued_requests")
+                        .Help("Requests of the tenant that wait to compute.")
+                        .Register(registry)} {
+  SetTenants(tenants);
+}
+
+void TenantMetrics::SetTenants(absl::Span<const Tenant> tenants) {
+  absl::MutexLock lock(&mu_);
+  while (series_.size() < tenants.size()) {
+    const prometheus::Labels labels = {{"tenant", tenants[series_.size()].name}};
+    series_.push_back({.requests = families_.requests.Add(labels),
+                       .refused = families_.refused.Add(labels),
+                       .prompt_tokens = families_.prompt_tokens.Add(labels),
+                       .queue_time = families_.queue_time.Add(labels),
+                       .device_time = families_.device_time.Add(labels),
+                       .queued = families_.queued.Add(labels)});
   }
 }
 
-void TenantMetrics::CountRefused(size_t tenant) { series_[tenant].refused.Increment(); }
+void TenantMetrics::CountRefused(size_t tenant) { Of(tenant).refused.Increment(); }
 
 void TenantMetrics::CountRequest(const PrefillJob& job) {
-  Series& series = series_[static_cast<size_t>(job.work().tenant)];
+  Series& series = Of(static_cast<size_t>(job.work().tenant));
   const RequestStats stats = job.record().stats();
   series.requests.Increment();
   series.prompt_tokens.Increment(static_cast<double>(job.work().tokens.size()));
@@ -54,12 +65,12 @@ void TenantMetrics::CountRequest(const PrefillJob& job) {
 }
 
 void TenantMetrics::CountDeviceTime(size_t tenant, absl::Duration time) {
-  series_[tenant].device_time.Increment(absl::ToDoubleSeconds(time));
+  Of(tenant).device_time.Increment(absl::ToDoubleSeconds(time));
 }
 
 void TenantMetrics::SetQueued(absl::Span<const int64_t> requests) {
   for (size_t t = 0; t < requests.size(); ++t) {
-    series_[t].queued.Set(static_cast<double>(requests[t]));
+    Of(t).queued.Set(static_cast<double>(requests[t]));
   }
 }
 

@@ -4,11 +4,14 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
+#include <deque>
 
 #include <prometheus/counter.h>
+#include <prometheus/family.h>
 #include <prometheus/gauge.h>
 
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "server/tenants.h"
@@ -26,6 +29,9 @@ class TenantMetrics {
  public:
   TenantMetrics(prometheus::Registry& registry, absl::Span<const Tenant> tenants);
 
+  // Adds series for the tenants behind those that there are.
+  void SetTenants(absl::Span<const Tenant> tenants);
+
   // Counts a request that was not taken in, for want of room or because of a limit or deadline.
   void CountRefused(size_t tenant);
   void CountRequest(const PrefillJob& job);  // once, when its Prefill call is over
@@ -42,7 +48,23 @@ class TenantMetrics {
     prometheus::Gauge& queued;
   };
 
-  std::vector<Series> series_;  // [tenants]
+  struct Families {
+    prometheus::Family<prometheus::Counter>& requests;
+    prometheus::Family<prometheus::Counter>& refused;
+    prometheus::Family<prometheus::Counter>& prompt_tokens;
+    prometheus::Family<prometheus::Counter>& queue_time;
+    prometheus::Family<prometheus::Counter>& device_time;
+    prometheus::Family<prometheus::Gauge>& queued;
+  };
+
+  Series& Of(size_t tenant) {
+    absl::MutexLock lock(&mu_);
+    return series_[tenant];
+  }
+
+  const Families families_;
+  absl::Mutex mu_;
+  std::deque<Series> series_ ABSL_GUARDED_BY(mu_);  // [tenants]; each stays where it is
 };
 
 }  // namespace prefilld::server

@@ -14,8 +14,11 @@
 #include "absl/strings/str_cat.h"
 #include "proto/process/problems.h"
 #include "proto/status_macros.h"
+#include "proto/wire/address_pattern.h"
 #include "proto/wire/request_id.h"
+#include "proto/wire/tls.h"
 #include "server/fair_shares.h"
+#include "server/refusal_cause.h"
 
 namespace prefilld::server {
 namespace {
@@ -26,6 +29,7 @@ constexpr size_t kMaxFileBytes = size_t{4} << 20;
 constexpr size_t kSha256HexDigits = 64;
 constexpr double kMaxWeight = 1e6;
 constexpr double kMaxTokens = 1e12;  // of any limit in tokens
+constexpr double kMostLanes = 16;
 
 std::string Sha256Hex(absl::string_view text) {
   unsigned char digest[SHA256_DIGEST_LENGTH];
@@ -79,6 +83,21 @@ class FieldReader {
       texts.push_back(text.is_string() ? text.get<std::string>() : "");
     return texts;
   }
+  // A list that is absent sets no limit. An empty one would leave open whether it does.
+  std::vector<std::string> Allowed(const char* field) {
+    std::vector<std::string> texts = Texts(field);
+    if (const json* found = Find(field); found != nullptr && found->is_array() && found->empty()) {
+      Add(absl::StrCat(field, " is an empty list; at least one text, or no such field"));
+    }
+    return texts;
+  }
+  bool Bool(const char* field, bool value) {
+    const json* found = Find(field);
+    if (found == nullptr) return value;
+    if (found->is_boolean()) return found->get<bool>();
+    Add(absl::StrCat(field, " is ", Shown(*found), "; true or false"));
+    return value;
+  }
   std::string Text(const char* field, const std::string& value) {
     const json* found = Find(field);
     if (found == nullptr) return value;
@@ -109,6 +128,31 @@ class FieldReader {
   std::vector<std::string> known_;
 };
 
+void ReadRules(FieldReader& fields, Tenant& tenant) {
+  for (const std::string& name : fields.Allowed("policies")) {
+    if (const auto policy = model::ParsePolicy(name); policy.has_value()) {
+      tenant.policies.push_back(*policy);
+    } else {
+      fields.Add(absl::StrCat("policies has '", wire::ShownId(name), "'; one of ",
+                              model::AllPolicyNames()));
+    }
+  }
+  tenant.max_lanes = static_cast<int>(fields.Integer("max_lanes", 0, 0, kMostLanes));
+  tenant.pushes = fields.Bool("pushes", true);
+  tenant.deliver_to = fields.Allowed("deliver_to");
+  for (const std::string& pattern : tenant.deliver_to) {
+    if (const auto problem = wire::AddressPatternProblem(pattern)) {
+      fields.Add(absl::StrCat("deliver_to: ", *problem));
+    }
+  }
+  if (!tenant.pushes && !tenant.deliver_to.empty()) fields.Add("deliver_to without pushes");
+  tenant.certificates = fields.Allowed("certificates");
+  if (std::find(tenant.certificates.begin(), tenant.certificates.end(), "") !=
+      tenant.certificates.end()) {
+    fields.Add("certificates has an empty name");
+  }
+}
+
 Tenant ReadTenant(FieldReader& fields) {
   Tenant tenant;
   tenant.name = fields.Text("name", "");
@@ -122,6 +166,7 @@ Tenant ReadTenant(FieldReader& fields) {
   tenant.max_requests = fields.Integer("max_requests", 0, 0, kMaxTokens);
   tenant.max_queued_tokens = fields.Integer("max_queued_tokens", 0, 0, kMaxTokens);
   tenant.tokens_per_second = fields.Number("tokens_per_second", 0, 0, kMaxTokens);
+  ReadRules(fields, tenant);
   return tenant;
 }
 
@@ -189,6 +234,8 @@ absl::StatusOr<Tenants> Tenants::Parse(absl::string_view text) {
 }
 
 absl::StatusOr<Tenants> Tenants::Read(const std::string& path) {
+  // The version is older than what is read, so that a change between the two is seen.
+  std::string version = wire::FileVersions({path});
   std::ifstream file(path, std::ios::binary);
   if (!file) return absl::NotFoundError(absl::StrCat(path, " cannot be read"));
   std::string text(kMaxFileBytes + 1, '\0');
@@ -199,8 +246,40 @@ absl::StatusOr<Tenants> Tenants::Read(const std::string& path) {
         absl::StrCat(path, " has more than ", kMaxFileBytes, " bytes"));
   }
   auto tenants = Parse(text);
-  if (tenants.ok()) return tenants;
+  if (tenants.ok()) {
+    tenants->file_version_ = std::move(version);
+    return tenants;
+  }
   return absl::InvalidArgumentError(absl::StrCat(path, ": ", tenants.status().message()));
+}
+
+absl::StatusOr<Tenants> Tenants::InPositionsOf(const Tenants& before) const {
+  Tenants tenants = *this;
+  tenants.all_ = before.all_;
+  absl::flat_hash_map<std::string, size_t> positions;
+  for (size_t i = 0; i < tenants.all_.size(); ++i) {
+    tenants.all_[i].is_gone = true;
+    positions[tenants.all_[i].name] = i;
+  }
+  std::vector<size_t> moved_to;  // by the position in this table
+  for (const Tenant& tenant : all_) {
+    const auto [found, is_new] = positions.emplace(tenant.name, tenants.all_.size());
+    if (is_new) {
+      tenants.all_.push_back(tenant);
+    } else {
+      tenants.all_[found->second] = tenant;
+    }
+    moved_to.push_back(found->second);
+  }
+  if (tenants.all_.size() > kMaxPositions) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat(tenants.all_.size(), " names of tenants since the start; at most ",
+                     kMaxPositions, ": a restart forgets those that are gone"));
+  }
+  if (default_.has_value()) tenants.default_ = moved_to[*default_];
+  for (auto& [name, position] : tenants.by_name_) position = moved_to[position];
+  for (auto& [token, position] : tenants.by_token_) position = moved_to[position];
+  return tenants;
 }
 
 std::optional<size_t> Tenants::ByName(absl::string_view name) const {
@@ -216,22 +295,37 @@ std::optional<size_t> Tenants::ByToken(absl::string_view token) const {
 absl::Status CheckTenantUse(const Tenant& tenant, const TenantUse& use, int64_t num_tokens,
                             int64_t num_requests) {
   if (tenant.max_requests > 0 && use.requests + num_requests > tenant.max_requests) {
-    return absl::ResourceExhaustedError(absl::StrCat(
-        "tenant ", tenant.name, ": ", use.requests, " requests are under way",
-        num_requests == 1 ? "" : absl::StrCat(" and one of ", num_requests, " receivers came"),
-        "; at most ", tenant.max_requests, " (max_requests)"));
+    return Because(
+        RefusalCause::kTenantRequests,
+        absl::ResourceExhaustedError(absl::StrCat(
+            "tenant ", tenant.name, ": ", use.requests, " requests are under way",
+            num_requests == 1 ? "" : absl::StrCat(" and one of ", num_requests, " receivers came"),
+            "; at most ", tenant.max_requests, " (max_requests)")));
   }
   if (tenant.max_queued_tokens > 0 && use.queued_tokens > 0 &&
       use.queued_tokens + num_tokens > tenant.max_queued_tokens) {
-    return absl::ResourceExhaustedError(absl::StrCat(
-        "tenant ", tenant.name, ": ", use.queued_tokens, " tokens wait and ", num_tokens,
-        " came; at most ", tenant.max_queued_tokens, " (max_queued_tokens)"));
+    return Because(
+        RefusalCause::kTenantQueuedTokens,
+        absl::ResourceExhaustedError(absl::StrCat(
+            "tenant ", tenant.name, ": ", use.queued_tokens, " tokens wait and ", num_tokens,
+            " came; at most ", tenant.max_queued_tokens, " (max_queued_tokens)")));
   }
   return absl::OkStatus();
 }
 
 TokenBucket::TokenBucket(double tokens_per_second)
     : rate_(tokens_per_second), level_(kBurstSeconds * tokens_per_second) {}
+
+void TokenBucket::SetRate(double tokens_per_second, absl::Time now) {
+  if (tokens_per_second == rate_) return;
+  if (rate_ <= 0 || since_ == absl::InfinitePast()) {
+    *this = TokenBucket(tokens_per_second);
+    return;
+  }
+  level_ = Level(now);
+  since_ = now;
+  rate_ = tokens_per_second;
+}
 
 double TokenBucket::Level(absl::Time now) const {
   const double full = kBurstSeconds * rate_;
@@ -256,9 +350,11 @@ absl::Status CheckTenantRate(const Tenant& tenant, const TokenBucket& bucket, in
                              absl::Time now) {
   const absl::Duration wait = bucket.WaitFor(num_tokens, now);
   if (wait == absl::ZeroDuration()) return absl::OkStatus();
-  return absl::ResourceExhaustedError(absl::StrCat(
-      "tenant ", tenant.name, ": ", num_tokens, " tokens came ", absl::FormatDuration(wait),
-      " too soon; at most ", tenant.tokens_per_second, " a second (tokens_per_second)"));
+  return Because(
+      RefusalCause::kTenantRate,
+      absl::ResourceExhaustedError(absl::StrCat(
+          "tenant ", tenant.name, ": ", num_tokens, " tokens came ", absl::FormatDuration(wait),
+          " too soon; at most ", tenant.tokens_per_second, " a second (tokens_per_second)")));
 }
 
 }  // namespace prefilld::server

@@ -15,6 +15,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
+#include "model/sparse/attention_policy.h"
 
 namespace prefilld::server {
 
@@ -29,12 +30,26 @@ struct Tenant {
   int64_t max_requests = 0;       // under way at once: waiting, computing, being sent
   int64_t max_queued_tokens = 0;  // waiting at once; one prompt may always wait
   double tokens_per_second = 0;   // of prompts that are taken in, on average
+
+  // Its requests may ask for this, within what the server allows all (tenant_rules.h).
+  std::vector<model::AttentionPolicy> policies = {};  // empty: every one
+  int max_lanes = 0;                                  // of a call; 0: as many as the server has
+  bool pushes = true;                                 // whether KV may be pushed for it
+  std::vector<std::string> deliver_to = {};           // patterns of whom to push to; empty: anyone
+
+  // Names of the certificates beside which its tokens count; empty: any, or none.
+  std::vector<std::string> certificates = {};
+
+  // It is no longer in the file. Requests that it has under way go on; nobody new is this tenant.
+  bool is_gone = false;
 };
 
-// A number of tenants that does not change while the server runs, each with a position. Immutable.
+// The tenants of one version of the operator's file, each with a position. Immutable.
 class Tenants {
  public:
   static constexpr size_t kMaxTenants = 256;
+  // Names that a process may see in all the versions of its file.
+  static constexpr size_t kMaxPositions = 1024;
   static constexpr size_t kMaxNameBytes = 128;
 
   // Makes a table of the default tenant alone, without limits.
@@ -46,6 +61,11 @@ class Tenants {
   // Reads the file. NOT_FOUND: it cannot be read. Otherwise as Parse.
   static absl::StatusOr<Tenants> Read(const std::string& path);
 
+  // Returns this table with every tenant of `before` at the position that it has there; those that
+  // this file has no more are gone, and new ones follow. So what is counted by position goes on.
+  // RESOURCE_EXHAUSTED: that would be more than kMaxPositions.
+  absl::StatusOr<Tenants> InPositionsOf(const Tenants& before) const;
+
   absl::Span<const Tenant> all() const { return all_; }
   // Returns the position of the tenant with that name, or that shows this bearer token. Somebody
   // else is the default tenant; nullopt if the operator wants those to be refused.
@@ -53,12 +73,15 @@ class Tenants {
   std::optional<size_t> ByToken(absl::string_view token) const;
 
   bool has_tokens() const { return !by_token_.empty(); }
+  // Returns the version (wire::FileVersions) of the file that Read has read, or of one before that.
+  const std::string& file_version() const { return file_version_; }
 
  private:
   std::vector<Tenant> all_;
   std::optional<size_t> default_;  // nullopt: strangers are refused
   absl::flat_hash_map<std::string, size_t> by_name_;
   absl::flat_hash_map<std::string, size_t> by_token_;  // by the SHA-256 in hexadecimal digits
+  std::string file_version_;
 };
 
 // The work that a tenant has under way at one moment.
@@ -81,6 +104,9 @@ class TokenBucket {
 
   // A rate of 0 sets no limit.
   explicit TokenBucket(double tokens_per_second);
+
+  // Changes the rate from now on. A debt stays; whoever had no limit starts with a full bucket.
+  void SetRate(double tokens_per_second, absl::Time now);
 
   // Returns how long a prompt has to wait until it may be paid for; zero: it may be now.
   absl::Duration WaitFor(int64_t num_tokens, absl::Time now) const;

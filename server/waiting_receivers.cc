@@ -39,10 +39,10 @@ void WaitingReceivers::Bring(std::shared_ptr<PrefillJob> receiver, ServerStream*
 
 bool WaitingReceivers::HasRoomFor(const PrefillJob& receiver) const {
   if (waiting_.size() >= kMaxWaiting) return false;
-  const std::string& tenant = receiver.work().tenant_name;
+  const std::string& tenant = receiver.work().caller.tenant;
   if (tenant.empty()) return true;
   const auto of_tenant = [&tenant](const Waiting& waiting) {
-    return waiting.receiver->work().tenant_name == tenant;
+    return waiting.receiver->work().caller.tenant == tenant;
   };
   return static_cast<size_t>(std::count_if(waiting_.begin(), waiting_.end(), of_tenant)) <
          kMaxWaitingOfTenant;

@@ -174,6 +174,16 @@ readme_missing() {
 check 'named in a README but not there' \
   "$(for readme in "${readmes[@]}"; do readme_missing "$readme" || true; done)"
 
+# Nor does the threat model promise what no test shows.
+check 'a test that deploy/security.md names is not there' \
+  "$(grep -oE '`[a-z_]+\.(cc|py)` [A-Za-z_0-9]+(; [A-Za-z_0-9]+)*' deploy/security.md | tr -d '`' |
+    while read -r file names; do
+      for name in ${names//;/ }; do
+        [[ $name == the ]] && continue
+        find tests -name "$file" -print0 | xargs -0 --no-run-if-empty grep -qwE "$name" || echo "$file: $name"
+      done
+    done)"
+
 # A README that grows is no longer read: at the top bytes, in the rooms lines.
 check 'README.md has more than 9000 bytes' "$(wc -c README.md | awk '$1 > 9000')"
 check 'a README longer than its readers are patient' "$(

@@ -126,6 +126,7 @@ absl::Status GenerateAt(const std::string& worker, const CliOptions& options,
   PREFILLD_ASSIGN_OR_RETURN(const auto channel, wire::OpenChannel(channel_options));
   grpc::ClientContext context;
   if (deadline != absl::InfiniteFuture()) context.set_deadline(absl::ToChronoTime(deadline));
+  for (const auto& [key, value] : options.metadata) context.AddMetadata(key, value);
   CancelHook hook(&cancellation, [&context] { context.TryCancel(); });
   const auto stub = DecodeService::NewStub(channel);
   const auto stream = stub->Generate(&context, request);
@@ -142,6 +143,7 @@ absl::Status GenerateAt(const std::string& worker, const CliOptions& options,
 }  // namespace
 
 absl::Status RunGenerate(const CliOptions& options, Cancellation& cancellation) {
+  PREFILLD_RETURN_IF_ERROR(CheckMetadata(options.metadata));
   PREFILLD_ASSIGN_OR_RETURN(const Prompt prompt, ReadPrompt(options.prompt));
   const GenerateRequest request = MakeRequest(options, prompt);
   const absl::Time deadline = absl::Now() + options.timeout;

@@ -3,7 +3,6 @@
 #include <google/protobuf/descriptor.h>
 #include <google/protobuf/message.h>
 
-#include <fstream>
 #include <optional>
 
 #include "absl/flags/flag.h"
@@ -133,10 +132,13 @@ ABSL_FLAG(bool, bypass_prefix_cache, false,
 ABSL_FLAG(std::string, cache_salt, "",
           "prefill: the prompt shares cached prefixes with those of an equal salt alone.");
 ABSL_FLAG(std::vector<std::string>, metadata, {},
-          "prefill: metadata that goes with the call, as key=value, comma-separated; "
+          "Metadata that goes with the call, as key=value, comma-separated; "
           "x-tenant=search names a tenant to servers that trust you with it.");
-ABSL_FLAG(std::string, token_file, "",
-          "prefill: file with a bearer token that tells the server whose request this is.");
+ABSL_FLAG(
+    std::string, token_file, "",
+    "prefill, bench: file with a bearer token that tells the server whose requests these are. "
+    "It goes over TLS or a Unix socket alone.");
+ABSL_FLAG(bool, token_without_tls, false, "Send it in plain text as well.");
 ABSL_FLAG(std::string, deliver_to, "",
           "prefill: have the KV pushed to this decode worker (host:port) instead of here.");
 ABSL_FLAG(std::string, transfer_id, "", "prefill: the pushed_transfer_id it waits under.");
@@ -248,6 +250,8 @@ std::vector<std::string> ReadAddresses(const char* flag, const std::string& text
 ChannelOptions ReadChannel() {
   ChannelOptions channel;
   channel.use_proxy = absl::GetFlag(FLAGS_use_proxy);
+  channel.token_file = absl::GetFlag(FLAGS_token_file);
+  channel.token_without_tls = absl::GetFlag(FLAGS_token_without_tls);
   if (absl::GetFlag(FLAGS_tls)) {
     channel.tls = TlsOptions{absl::GetFlag(FLAGS_tls_ca), absl::GetFlag(FLAGS_tls_cert),
                              absl::GetFlag(FLAGS_tls_key), absl::GetFlag(FLAGS_tls_name)};
@@ -332,15 +336,6 @@ Metadata ReadMetadata(Problems& problems) {
       metadata.emplace_back(text.substr(0, equals), text.substr(equals + 1));
     }
   }
-  if (const std::string path = absl::GetFlag(FLAGS_token_file); !path.empty()) {
-    std::ifstream file(path);
-    std::string token;
-    if (file >> token) {
-      metadata.emplace_back("authorization", absl::StrCat("Bearer ", token));
-    } else {
-      problems.push_back(absl::StrCat("--token_file: no token can be read from ", path));
-    }
-  }
   return metadata;
 }
 
@@ -393,7 +388,7 @@ process::ProgramHelp Help() {
                  {"Prefill and its KV",
                   {"block_tokens", "kv_order", "kv_dtype", "first_head", "num_heads", "first_block",
                    "lanes", "layer_stats", "prompt_logprobs", "bypass_prefix_cache", "cache_salt",
-                   "metadata", "token_file", "deliver_to", "transfer_id"}},
+                   "metadata", "token_file", "token_without_tls", "deliver_to", "transfer_id"}},
                  {"Load of bench",
                   {"trace", "prompt_tokens", "rate", "speedup", "num_requests", "last_blocks",
                    "max_in_flight", "tenant_key"}}}};

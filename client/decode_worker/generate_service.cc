@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <optional>
 #include <thread>
 #include <utility>
 
@@ -9,6 +10,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "client/cancellation.h"
+#include "client/decode_worker/spans.h"
 #include "grpc/grpc.h"
 #include "proto/process/log.h"
 #include "proto/wire/grpc_status.h"
@@ -32,15 +34,24 @@ std::string NewRequestId() {
   return absl::StrFormat("generate-%x-%d", start, ++count);
 }
 
-void Log(const std::string& request_id, const GenerateRequest& request, const absl::Status& status,
-         absl::Duration took) {
-  process::LogEvent(process::LogLevel::kInfo, "generate",
-                    {{"request_id", wire::ShownId(request_id)},
-                     {"prompt_tokens", int64_t{request.token_ids_size()}},
-                     {"max_new_tokens", int64_t{request.max_new_tokens()}},
-                     {"status", absl::StatusCodeToString(status.code())},
-                     {"seconds", absl::ToDoubleSeconds(took)},
-                     {"reason", wire::ShownReason(status.message())}});
+// No field holds anything of the prompt. Of trace_id to total_ms a collector makes a span
+// (deploy/security.md).
+void Log(const CallFacts& facts, const std::string& peer, const GenerateRequest& request,
+         std::optional<absl::Time> first_token_at, const absl::Status& status) {
+  const absl::Time now = absl::Now();
+  process::LogFields fields = {{"request_id", wire::ShownId(facts.request_id)},
+                               {"prompt_tokens", int64_t{request.token_ids_size()}},
+                               {"max_new_tokens", int64_t{request.max_new_tokens()}},
+                               {"status", absl::StatusCodeToString(status.code())},
+                               {"peer", peer}};
+  if (first_token_at.has_value()) {
+    fields.emplace_back("prefill_ms", absl::ToDoubleMilliseconds(*first_token_at - facts.arrival));
+    fields.emplace_back("decode_ms", absl::ToDoubleMilliseconds(now - *first_token_at));
+  }
+  fields.emplace_back("total_ms", absl::ToDoubleMilliseconds(now - facts.arrival));
+  AddSpan(facts.trace, facts.arrival, fields);
+  if (!status.ok()) fields.emplace_back("reason", wire::ShownReason(status.message()));
+  process::LogEvent(process::LogLevel::kInfo, "generate", fields);
 }
 
 }  // namespace
@@ -57,7 +68,8 @@ class GenerateService::Call : public grpc::ServerWriteReactor<GenerateEvent>, pu
       : context_(context),
         stall_timeout_(service->worker_.options->stall_timeout),
         facts_{request->request_id().empty() ? NewRequestId() : request->request_id(), absl::Now(),
-               DeadlineOf(*context)} {
+               DeadlineOf(*context), TakeTrace(*context, *service->worker_.metrics)} {
+    context->AddTrailingMetadata(wire::kTraceResponseKey, facts_.trace.traceparent());
     std::thread([this, service, request] { Run(service, *request); }).detach();
   }
 
@@ -67,6 +79,7 @@ class GenerateService::Call : public grpc::ServerWriteReactor<GenerateEvent>, pu
       absl::MutexLock lock(&mu_);
       writing_ = true;
     }
+    if (event.has_token() && !first_token_at_.has_value()) first_token_at_ = absl::Now();
     StartWrite(&event);
     {
       absl::MutexLock lock(&mu_);
@@ -105,7 +118,7 @@ class GenerateService::Call : public grpc::ServerWriteReactor<GenerateEvent>, pu
     worker.metrics->RequestStarted();
     const absl::Status status = client::Generate(worker, request, facts_, cancellation_, *this);
     worker.metrics->RequestEnded(status);
-    Log(facts_.request_id, request, status, absl::Now() - facts_.arrival);
+    Log(facts_, context_->peer(), request, first_token_at_, status);
     Finish(wire::ToGrpc(status));
     service->Leave();
   }
@@ -114,6 +127,7 @@ class GenerateService::Call : public grpc::ServerWriteReactor<GenerateEvent>, pu
   const absl::Duration stall_timeout_;
   const CallFacts facts_;
   Cancellation cancellation_;
+  std::optional<absl::Time> first_token_at_;  // of the generating thread
 
   absl::Mutex mu_;
   bool writing_ ABSL_GUARDED_BY(mu_) = false;

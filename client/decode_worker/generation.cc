@@ -171,7 +171,10 @@ class Generation : public KvSink {
     prefill.set_priority(request_.priority());
     return worker_.prefill->Prefill(
         prefill, *this,
-        {.deadline = facts_.deadline, .cancellation = &cancellation_, .resumable = true});
+        {.deadline = facts_.deadline,
+         .cancellation = &cancellation_,
+         .metadata = facts_.trace.Metadata(),
+         .resumable = true});
   }
 
   absl::StatusOr<PrefillResult> AwaitPush() {

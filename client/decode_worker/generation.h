@@ -16,6 +16,7 @@
 #include "client/prefill_client.h"
 #include "model/decode/decoder.h"
 #include "prefill/v1/decode.pb.h"
+#include "proto/wire/trace_context.h"
 
 namespace prefilld::client {
 
@@ -43,6 +44,7 @@ struct CallFacts {
   std::string request_id;  // never empty
   absl::Time arrival;      // the time from which reported times count
   absl::Time deadline = absl::InfiniteFuture();
+  wire::TraceContext trace;
 };
 
 // Runs the request in the calling thread. Every resource that it took is released on return.

@@ -21,6 +21,7 @@
 #include "model/checkpoint/ignored.h"
 #include "model/decode/decoder.h"
 #include "proto/process/certificate_watch.h"
+#include "proto/process/file_watch.h"
 #include "proto/process/health.h"
 #include "proto/process/log.h"
 #include "proto/process/open_files.h"
@@ -100,7 +101,7 @@ absl::Status Serve(const process::EndSignals& signals, const WorkerOptions& opti
                             .transfers = &transfers,
                             .metrics = &metrics},
                            arrivals);
-  ReceiverService receiver(&transfers, options.stall_timeout);
+  ReceiverService receiver(&transfers, options.stall_timeout, &metrics, &arrivals);
 
   wire::Ports ports;
   PREFILLD_ASSIGN_OR_RETURN(const auto listener, StartWorkerServer(options, decoder->config(),
@@ -108,6 +109,7 @@ absl::Status Serve(const process::EndSignals& signals, const WorkerOptions& opti
   process::CertificateWatch watch(listener->certificates(), options.prefill_addresses.empty()
                                                                 ? std::nullopt
                                                                 : options.prefill.tls);
+  process::FileWatch files(watch.Subjects());
   PREFILLD_ASSIGN_OR_RETURN(ports.metrics, metrics.Serve(options.metrics_listen, watch.metrics()));
   ports.grpc = listener->port();
   process::Health health(listener->server().GetHealthCheckService(),
@@ -119,7 +121,7 @@ absl::Status Serve(const process::EndSignals& signals, const WorkerOptions& opti
   PREFILLD_RETURN_IF_ERROR(wire::WritePortFile(options.port_file, ports));
   LogReady(ports, *decoder, pool);
 
-  const int signal = signals.Await([] { return false; }, [&watch] { watch.ReloadNow(); });
+  const int signal = signals.Await([] { return false; }, [&files] { files.ReloadNow(); });
   LogEvent(LogLevel::kInfo, "draining", {{"signal", process::SignalName(signal)}});
   DrainAndStop(*listener, health, generate, options.drain_timeout);
   return absl::OkStatus();

@@ -79,6 +79,12 @@ struct WorkerMetrics::Families {
                                     .Help("Tokens generated, first tokens included.")
                                     .Register(*registry)
                                     .Add({});
+  prometheus::Counter& ignored_traces =
+      prometheus::BuildCounter()
+          .Name("prefilld_decode_trace_contexts_ignored_total")
+          .Help("Calls whose traceparent or tracestate was not valid and was not used.")
+          .Register(*registry)
+          .Add({});
   prometheus::Histogram& ttft = prometheus::BuildHistogram()
                                     .Name("prefilld_decode_time_to_first_token_seconds")
                                     .Help("From the arrival of a request to its first token.")
@@ -108,6 +114,8 @@ void WorkerMetrics::CountTransfer(uint64_t kv_bytes, const absl::Status& status)
   families_->kv_bytes.Increment(static_cast<double>(kv_bytes));
   families_->transfers.Add({{"status", absl::StatusCodeToString(status.code())}}).Increment();
 }
+
+void WorkerMetrics::CountIgnoredTrace() { families_->ignored_traces.Increment(); }
 
 void WorkerMetrics::CountToken() { families_->tokens.Increment(); }
 

@@ -27,6 +27,7 @@ class WorkerMetrics {
   void RequestEnded(const absl::Status& status);
   void CountTransfer(uint64_t kv_bytes, const absl::Status& status);
   void CountToken();
+  void CountIgnoredTrace();
   void ObserveTimeToFirstToken(absl::Duration ttft);
   // Shows the pool's size and use. `free_blocks` is called at every scrape while this lives.
   void WatchPool(int64_t num_blocks, std::function<int64_t()> free_blocks);

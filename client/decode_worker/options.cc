@@ -54,6 +54,11 @@ ABSL_FLAG(std::string, prefill_tls_cert, "", "PEM certificate to show to prefill
 ABSL_FLAG(std::string, prefill_tls_key, "", "PEM private key of --prefill_tls_cert.");
 ABSL_FLAG(std::string, prefill_tls_name, "",
           "Name to verify in prefilld's certificate. Empty: the host of --prefill_address.");
+ABSL_FLAG(
+    std::string, prefill_token_file, "",
+    "File with a bearer token that tells prefilld whose requests these are, read again when it "
+    "changes. It goes over TLS or a Unix socket alone. Empty: none.");
+ABSL_FLAG(bool, prefill_token_without_tls, false, "Send it in plain text as well.");
 ABSL_FLAG(int32_t, lanes, 1, "Connections per KV transfer, 1 to 16.");
 
 ABSL_FLAG(int64_t, max_connections, 1024,
@@ -88,7 +93,8 @@ process::ProgramHelp Help() {
                    "kv_pool_tokens"}},
                  {"prefilld",
                   {"prefill_address", "use_proxy", "prefill_tls", "prefill_tls_ca",
-                   "prefill_tls_cert", "prefill_tls_key", "prefill_tls_name", "lanes"}},
+                   "prefill_tls_cert", "prefill_tls_key", "prefill_tls_name", "prefill_token_file",
+                   "prefill_token_without_tls", "lanes"}},
                  {"Addresses, TLS and log",
                   {"listen", "metrics_listen", "port_file", "tls_cert", "tls_key", "tls_client_ca",
                    "log_format"}},
@@ -159,6 +165,8 @@ process::LogFormat ReadLogFormat(Problems& problems) {
 wire::ChannelOptions ReadPrefill(Problems& problems) {
   wire::ChannelOptions prefill;
   prefill.use_proxy = absl::GetFlag(FLAGS_use_proxy);
+  prefill.token_file = absl::GetFlag(FLAGS_prefill_token_file);
+  prefill.token_without_tls = absl::GetFlag(FLAGS_prefill_token_without_tls);
   const wire::ChannelTls tls = {
       absl::GetFlag(FLAGS_prefill_tls_ca), absl::GetFlag(FLAGS_prefill_tls_cert),
       absl::GetFlag(FLAGS_prefill_tls_key), absl::GetFlag(FLAGS_prefill_tls_name)};
@@ -219,6 +227,7 @@ std::vector<std::pair<std::string, std::string>> Describe(const WorkerOptions& o
           {"prefill_address", absl::StrJoin(o.prefill_addresses, ",")},
           {"use_proxy", o.prefill.use_proxy ? "yes" : "no"},
           {"prefill_tls", o.prefill.tls ? "on" : "off"},
+          {"prefill_token_file", o.prefill.token_file},
           {"lanes", absl::StrCat(o.lanes)},
           {"kv_block_tokens", absl::StrCat(o.decoder.block_tokens)},
           {"kv_order", o.decoder.order == kernels::KvOrder::kNhd ? "nhd" : "hnd"},

@@ -3,11 +3,13 @@
 #include <atomic>
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "client/cancellation.h"
+#include "client/decode_worker/spans.h"
 #include "grpcpp/alarm.h"
 #include "proto/process/log.h"
 #include "proto/status_macros.h"
@@ -26,8 +28,13 @@ using ::prefill::v1::ReceiveResponse;
 // One pushed stream. It deletes itself when gRPC is done with it.
 class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
  public:
-  ReceiveCall(PendingTransfers* transfers, absl::Duration open_timeout, grpc::ByteBuffer* response)
-      : transfers_(transfers), response_(response), late_hook_(late_.get(), [this, open_timeout] {
+  ReceiveCall(PendingTransfers* transfers, absl::Duration open_timeout, std::string peer,
+              wire::TraceContext trace, grpc::ByteBuffer* response)
+      : transfers_(transfers),
+        response_(response),
+        peer_(std::move(peer)),
+        trace_(std::move(trace)),
+        late_hook_(late_.get(), [this, open_timeout] {
           Answer(absl::DeadlineExceededError(
               absl::StrCat("no ReceiveOpen came within ", absl::FormatDuration(open_timeout))));
         }) {
@@ -102,22 +109,32 @@ class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
 
   void Answer(const absl::Status& status) {
     if (answered_.exchange(true)) return;
+    Log(status);
     if (status.ok()) {
       ReceiveResponse response;
       response.set_kv_bytes(transfer_->bytes());
       response.set_kv_frames(transfer_->frames());
       const grpc::Slice bytes(response.SerializeAsString());
       *response_ = grpc::ByteBuffer(&bytes, 1);
-    } else {
-      process::LogEvent(process::LogLevel::kWarning, "receive_refused",
-                        {{"status", absl::StatusCodeToString(status.code())},
-                         {"reason", wire::ShownReason(status.message())}});
     }
     Finish(wire::ToGrpc(status));
   }
 
+  void Log(const absl::Status& status) const {
+    process::LogFields fields = {{"status", absl::StatusCodeToString(status.code())},
+                                 {"peer", peer_},
+                                 {"total_ms", absl::ToDoubleMilliseconds(absl::Now() - arrival_)}};
+    AddSpan(trace_, arrival_, fields);
+    if (!status.ok()) fields.emplace_back("reason", wire::ShownReason(status.message()));
+    process::LogEvent(status.ok() ? process::LogLevel::kInfo : process::LogLevel::kWarning,
+                      status.ok() ? "receive" : "receive_refused", fields);
+  }
+
   PendingTransfers* const transfers_;
   grpc::ByteBuffer* const response_;
+  const std::string peer_;
+  const wire::TraceContext trace_;
+  const absl::Time arrival_ = absl::Now();
   grpc::ByteBuffer message_;
   std::shared_ptr<PendingTransfer> transfer_;
   std::optional<PrefillResult> result_;
@@ -134,7 +151,9 @@ class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
 
 grpc::ServerReadReactor<grpc::ByteBuffer>* ReceiverService::Receive(
     grpc::CallbackServerContext* context, grpc::ByteBuffer* response) {
-  return new ReceiveCall(transfers_, open_timeout_, response);
+  arrivals_->NoteCall(context->peer());
+  return new ReceiveCall(transfers_, open_timeout_, context->peer(), TakeTrace(*context, *metrics_),
+                         response);
 }
 
 }  // namespace prefilld::client

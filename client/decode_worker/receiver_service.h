@@ -2,10 +2,12 @@
 #define PREFILLD_CLIENT_DECODE_WORKER_RECEIVER_SERVICE_H_
 
 #include "absl/time/time.h"
+#include "client/decode_worker/metrics.h"
 #include "client/decode_worker/pending_transfers.h"
 #include "grpcpp/support/byte_buffer.h"
 #include "grpcpp/support/server_callback.h"
 #include "prefill/v1/receiver.grpc.pb.h"
+#include "proto/wire/arrivals.h"
 
 namespace prefilld::client {
 
@@ -14,9 +16,14 @@ namespace prefilld::client {
 class ReceiverService : public ::prefill::v1::KvReceiver::WithRawCallbackMethod_Receive<
                             ::prefill::v1::KvReceiver::Service> {
  public:
-  // A stream whose ReceiveOpen does not come within `open_timeout` is ended.
-  ReceiverService(PendingTransfers* transfers, absl::Duration open_timeout)
-      : transfers_(transfers), open_timeout_(open_timeout) {}
+  // All pointers are borrowed. A stream whose ReceiveOpen does not come within `open_timeout` is
+  // ended. `arrivals` hears of calls.
+  ReceiverService(PendingTransfers* transfers, absl::Duration open_timeout, WorkerMetrics* metrics,
+                  const wire::Arrivals* arrivals)
+      : transfers_(transfers),
+        open_timeout_(open_timeout),
+        metrics_(metrics),
+        arrivals_(arrivals) {}
 
   grpc::ServerReadReactor<grpc::ByteBuffer>* Receive(grpc::CallbackServerContext* context,
                                                      grpc::ByteBuffer* response) override;
@@ -24,6 +31,8 @@ class ReceiverService : public ::prefill::v1::KvReceiver::WithRawCallbackMethod_
  private:
   PendingTransfers* const transfers_;
   const absl::Duration open_timeout_;
+  WorkerMetrics* const metrics_;
+  const wire::Arrivals* const arrivals_;
 };
 
 }  // namespace prefilld::client

@@ -15,7 +15,6 @@
 namespace prefilld::process {
 namespace {
 
-constexpr absl::Duration kPeriod = absl::Seconds(1);
 constexpr absl::Duration kWarnBefore = absl::Hours(14 * 24);
 constexpr absl::Duration kWarnEvery = absl::Hours(24);
 
@@ -91,30 +90,22 @@ CertificateWatch::CertificateWatch(wire::ServerCertificates* certificates,
   if (certificates_ != nullptr) read_ = certificates_->loaded_versions();
   read_ += ClientVersions();
   if (client_.has_value()) ReadClient();
-  if (certificates_ != nullptr || client_.has_value()) {
-    thread_.emplace([this] { Run(); });
-  }
 }
 
-CertificateWatch::~CertificateWatch() {
-  stop_.Notify();
-  if (thread_.has_value()) thread_->join();
-}
+CertificateWatch::~CertificateWatch() = default;
 
 std::shared_ptr<prometheus::Collectable> CertificateWatch::metrics() const { return metrics_; }
 
-void CertificateWatch::Run() {
-  // Files that are being written change from one look to the next.
-  std::string seen = read_;
-  do {
-    const std::string now = ServerVersions() + ClientVersions();
-    if (now == seen && now != read_) {
-      read_ = now;
-      Reload(/*say_unchanged=*/false);
-    }
-    seen = now;
-    WarnOfExpiry(absl::Now());
-  } while (!stop_.WaitForNotificationWithTimeout(kPeriod));
+std::vector<FileWatch::Subject> CertificateWatch::Subjects() {
+  if (certificates_ == nullptr && !client_.has_value()) return {};
+  return {{.versions = [this] { return ServerVersions() + ClientVersions(); },
+           .read = read_,
+           .reload =
+               [this](bool ordered) {
+                 if (certificates_ != nullptr) ReloadServer(/*say_unchanged=*/ordered);
+                 if (client_.has_value()) ReadClient();
+               },
+           .at_each_look = [this](absl::Time now) { WarnOfExpiry(now); }}};
 }
 
 std::string CertificateWatch::ServerVersions() const {
@@ -124,17 +115,6 @@ std::string CertificateWatch::ServerVersions() const {
 std::string CertificateWatch::ClientVersions() const {
   if (!client_.has_value()) return "";
   return wire::FileVersions({client_->ca_file, client_->cert_file, client_->key_file});
-}
-
-void CertificateWatch::ReloadNow() {
-  if (thread_.has_value()) return Reload(/*say_unchanged=*/true);
-  LogEvent(LogLevel::kInfo, "nothing_to_reload", {{"tls", "off"}});
-}
-
-void CertificateWatch::Reload(bool say_unchanged) {
-  absl::MutexLock lock(&reload_mu_);
-  if (certificates_ != nullptr) ReloadServer(say_unchanged);
-  if (client_.has_value()) ReadClient();
 }
 
 void CertificateWatch::ReloadServer(bool say_unchanged) {

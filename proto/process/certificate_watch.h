@@ -8,12 +8,10 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <thread>
+#include <vector>
 
-#include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
-#include "absl/synchronization/notification.h"
 #include "absl/time/time.h"
+#include "proto/process/file_watch.h"
 #include "proto/wire/server_certificates.h"
 #include "proto/wire/tls.h"
 
@@ -23,15 +21,12 @@ class Collectable;
 
 namespace prefilld::process {
 
-// Looks at the files every second and reads them again once they have changed and come to rest.
-// Logs
+// Reads the files again when a FileWatch says so. Logs
 //
 //   certificates_reloaded        new connections are shown the new ones
 //   certificates_refused         the new ones are not valid; the old ones are shown on
 //   certificate_expires_soon     less than 14 days are left; once a day
 //   certificate_expired          callers refuse it; once a day
-//
-// Thread-safe.
 class CertificateWatch {
  public:
   // `certificates` must outlive this; null: the server has no TLS. `client` are the files of calls
@@ -41,8 +36,8 @@ class CertificateWatch {
                             std::optional<wire::ChannelTls> client = std::nullopt);
   ~CertificateWatch();
 
-  // Reads the files now, on an operator's word (SIGHUP), and logs the result whatever it is.
-  void ReloadNow();
+  // Returns what a FileWatch has to watch, which must not outlive this; nothing without TLS.
+  std::vector<FileWatch::Subject> Subjects();
 
   // Returns prefilld_certificate_expiry_timestamp_seconds,
   // prefilld_client_certificate_expiry_timestamp_seconds and
@@ -52,10 +47,8 @@ class CertificateWatch {
  private:
   class Metrics;
 
-  void Run();
   std::string ServerVersions() const;
   std::string ClientVersions() const;
-  void Reload(bool say_unchanged);
   void ReloadServer(bool say_unchanged);
   void ReadClient();
   void WarnOfExpiry(absl::Time now);
@@ -65,11 +58,8 @@ class CertificateWatch {
   std::optional<wire::ChannelTls> client_;  // constant after construction
   std::atomic<int64_t> client_expiry_ = 0;  // seconds since 1970
   const std::shared_ptr<Metrics> metrics_;
-  std::string read_;                                // versions of the files; of the thread
-  absl::Mutex reload_mu_;                           // one reload at a time
-  absl::Time next_warning_ = absl::InfinitePast();  // of the thread
-  absl::Notification stop_;
-  std::optional<std::thread> thread_;
+  std::string read_;  // versions of the files, as they were read first
+  absl::Time next_warning_ = absl::InfinitePast();  // of the watching thread
 };
 
 }  // namespace prefilld::process

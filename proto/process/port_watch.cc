@@ -121,7 +121,14 @@ struct PortWatch::Figures {
         arriving(NewGauge("prefilld_requests_arriving",
                           "Calls that have begun and whose request is not here yet.")),
         late(NewCounter("prefilld_requests_late_total",
-                        "Calls ended because their request took too long to arrive.")) {}
+                        "Calls ended because their request took too long to arrive.")),
+        broken_off(NewCounter("prefilld_requests_broken_off_total",
+                              "Calls that ended before their request was here: it was too long for "
+                              "this server, the caller cancelled, or the connection was lost.")),
+        fruitless(NewCounter("prefilld_connections_fruitless_total",
+                             "Connections that ended without a call though the peer had sent "
+                             "something: failed handshakes (an expired or a foreign certificate, "
+                             "plain text on a port with TLS) and other protocols.")) {}
 
   prometheus::Gauge& NewGauge(const std::string& name, const std::string& help) {
     return prometheus::BuildGauge().Name(name).Help(help).Register(*registry).Add({});
@@ -134,6 +141,9 @@ struct PortWatch::Figures {
     arriving.Set(static_cast<double>(requests.open));
     late.Increment(static_cast<double>(requests.late - seen_late));
     seen_late = requests.late;
+    broken_off.Increment(static_cast<double>(requests.broken_off - seen_broken_off));
+    seen_broken_off = requests.broken_off;
+    fruitless.Increment(static_cast<double>(now.fruitless - seen.fruitless));
     open.Set(static_cast<double>(now.open));
     limit.Set(static_cast<double>(now.limit));
     refused.Increment(static_cast<double>(now.refused - seen.refused));
@@ -147,7 +157,8 @@ struct PortWatch::Figures {
   void Log(absl::Time now) {
     if (now < next_log) return;
     if (seen.refused == logged.refused && seen.accept_errors == logged.accept_errors &&
-        seen.gone == logged.gone && seen_late == logged_late) {
+        seen.gone == logged.gone && seen.fruitless == logged.fruitless &&
+        seen_late == logged_late) {
       return;
     }
     LogEvent(LogLevel::kWarning, "connections",
@@ -156,6 +167,7 @@ struct PortWatch::Figures {
               {"refused", seen.refused - logged.refused},
               {"accept_errors", seen.accept_errors - logged.accept_errors},
               {"gone", seen.gone - logged.gone},
+              {"fruitless", seen.fruitless - logged.fruitless},
               {"late_requests", seen_late - logged_late}});
     logged = seen;
     logged_late = seen_late;
@@ -170,8 +182,10 @@ struct PortWatch::Figures {
   prometheus::Counter& gone;
   prometheus::Gauge& arriving;
   prometheus::Counter& late;
+  prometheus::Counter& broken_off;
+  prometheus::Counter& fruitless;
   wire::Connections::Counts seen, logged;
-  int64_t seen_late = 0, logged_late = 0;
+  int64_t seen_late = 0, logged_late = 0, seen_broken_off = 0;
   absl::Time next_log = absl::InfinitePast();
 };
 

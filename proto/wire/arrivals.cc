@@ -52,9 +52,9 @@ class Arrival : public grpc_completion_queue_functor {
   // A call that was broken off is run too, because the handler is who takes it apart. No service
   // hears of it then.
   void GoOn() {
-    arrivals_.End(number_);
     const bool broken_off =
         request_ == nullptr && grpc_call_failed_before_recv_message(grpc_call()) != 0;
+    arrivals_.End(number_, broken_off);
     grpc::Status status;
     void* data = nullptr;
     void* request = handler_.Deserialize(grpc_call(), request_, &status, &data);
@@ -135,6 +135,7 @@ std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface> Arrivals:
 
 int64_t Arrivals::Begin(grpc_call* call) {
   const std::unique_ptr<char, decltype(&gpr_free)> peer(grpc_call_get_peer(call), gpr_free);
+  NoteCall(peer.get());
   const absl::Time until = absl::Now() + limit_;
   absl::MutexLock lock(&mu_);
   Entry& entry = open_[++last_];
@@ -144,12 +145,13 @@ int64_t Arrivals::Begin(grpc_call* call) {
   return last_;
 }
 
-void Arrivals::End(int64_t number) {
+void Arrivals::End(int64_t number, bool broken_off) {
   Reads reads;
   {
     absl::MutexLock lock(&mu_);
     const auto entry = open_.find(number);
     if (entry == open_.end()) return;
+    if (broken_off && !entry->second.ended) ++broken_off_;
     Leave(number, entry->second);
     open_.erase(entry);
     reads = TakeTurns(absl::Now());
@@ -271,7 +273,7 @@ void Arrivals::EndLate(absl::Time now) {
 
 Arrivals::Counts Arrivals::counts() const {
   absl::MutexLock lock(&mu_);
-  return {.open = static_cast<int64_t>(open_.size()), .late = late_};
+  return {.open = static_cast<int64_t>(open_.size()), .late = late_, .broken_off = broken_off_};
 }
 
 }  // namespace prefilld::wire

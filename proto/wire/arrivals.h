@@ -14,6 +14,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <grpc/grpc.h>
@@ -22,6 +23,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/btree_set.h"
+#include "absl/strings/string_view.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 
@@ -38,6 +40,9 @@ class Arrivals {
   struct Counts {
     int64_t open = 0;  // calls that have begun and whose request is not here
     int64_t late = 0;  // calls ended by EndLate, so far
+    // Calls that ended otherwise before their request was here: it is too long for the server, the
+    // caller has cancelled, or the connection is gone.
+    int64_t broken_off = 0;
   };
 
   // The limit of a server whose streams may stall for so long.
@@ -47,6 +52,16 @@ class Arrivals {
 
   // Sets how many requests are read at once, at least 1, before the server starts.
   void set_max_read_at_once(int64_t max) { max_read_at_once_ = max; }
+
+  // Has `on_call` called with the peer, as grpc::ServerContext::peer() writes it, of each call that
+  // begins. Must be set before the server starts.
+  void set_on_call(std::function<void(absl::string_view peer)> on_call) {
+    on_call_ = std::move(on_call);
+  }
+  // For services that read their requests themselves.
+  void NoteCall(absl::string_view peer) const {
+    if (on_call_ != nullptr) on_call_(peer);
+  }
 
   // Makes a handler that reads the request itself and then lets `handler` go on, which is one of
   // gRPC's for callback methods with one request. The method must be registered as bidirectional,
@@ -67,7 +82,7 @@ class Arrivals {
   // For those who read a request: the call is on its way from Begin, which returns a number for
   // it above 0, to End. EndLate uses the call between the two, so it must live.
   int64_t Begin(grpc_call* call);
-  void End(int64_t number);
+  void End(int64_t number, bool broken_off = false);
   // Calls `read` once, now or when it is the call's turn. A call that is ended meanwhile has its
   // turn at once. Read may call End.
   void Read(int64_t number, std::function<void()> read);
@@ -100,6 +115,7 @@ class Arrivals {
 
   const absl::Duration limit_;
   int64_t max_read_at_once_ = std::numeric_limits<int64_t>::max();
+  std::function<void(absl::string_view peer)> on_call_;  // may be null
   mutable absl::Mutex mu_;
   std::map<int64_t, Entry> open_ ABSL_GUARDED_BY(mu_);  // by number
   std::map<std::string, Peer> peers_
@@ -109,6 +125,7 @@ class Arrivals {
   int64_t leaving_ ABSL_GUARDED_BY(mu_) = 0;  // of those that are read, the ones that were ended
   int64_t last_ ABSL_GUARDED_BY(mu_) = 0;
   int64_t late_ ABSL_GUARDED_BY(mu_) = 0;
+  int64_t broken_off_ ABSL_GUARDED_BY(mu_) = 0;
 };
 
 // A service whose methods have one request each that may take a limited time to arrive.

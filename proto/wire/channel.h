@@ -23,6 +23,11 @@ struct ChannelOptions {
   // Connect through the HTTP proxy that grpc_proxy, https_proxy or http_proxy names. A host has
   // these variables for its downloads, and a cache of gigabytes must not take that way unasked.
   bool use_proxy = false;
+  // File with a bearer token that a client of prefilld shows with its requests; empty: none.
+  std::string token_file = "";
+  // A token in plain text is everybody's on the way, and nothing takes it back. So it goes over TLS
+  // and Unix sockets alone, unless somebody who knows the network wants it otherwise.
+  bool token_without_tls = false;
 };
 
 // Opens a channel with a connection of its own, shared with no other channel of the process,

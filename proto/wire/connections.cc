@@ -170,6 +170,10 @@ void Connections::OnEvent(int fd, absl::Time now) {
   open_.erase(open);
   const auto named = by_peer_.find(last_reference->peer());
   if (named != by_peer_.end() && named->second == last_reference) by_peer_.erase(named);
+  // Probes connect and say nothing. The end of a peer's bytes counts as one.
+  if (!last_reference->peer().empty() && !last_reference->had_call_ && BytesReceived(fd) > 1) {
+    ++num_fruitless_;
+  }
 }
 
 void Connections::AcceptAll(int listener, absl::Time now) {
@@ -296,7 +300,13 @@ Connections::Counts Connections::counts() const {
           .accepted = num_accepted_,
           .refused = num_refused_,
           .accept_errors = accept_errors_,
-          .gone = num_gone_};
+          .gone = num_gone_,
+          .fruitless = num_fruitless_};
+}
+
+void Connections::NoteCall(absl::string_view peer) const {
+  const std::shared_ptr<const Connection> connection = Find(peer);
+  if (connection != nullptr) connection->had_call_ = true;
 }
 
 std::shared_ptr<const Connection> Connections::Find(absl::string_view peer) const {

@@ -48,6 +48,7 @@ class Connection {
   const Descriptor fd_;
   const std::string peer_;
   std::atomic<int64_t> moved_ = 0;  // through Unix sockets
+  mutable std::atomic<bool> had_call_ = false;
   // Only the accepting thread uses these.
   int64_t last_taken_ = 0;
   absl::Time last_moved_ = absl::InfinitePast();
@@ -75,6 +76,9 @@ class Connections {
     int64_t refused = 0;        // above the limit
     int64_t accept_errors = 0;  // the process had no descriptor or memory for another one
     int64_t gone = 0;           // closed because of Limits::silence or Limits::stuck
+    // Ended without a call, though the peer had sent something: a handshake that failed (an expired
+    // or a foreign certificate, plain text where TLS is spoken) or another protocol.
+    int64_t fruitless = 0;
   };
 
   // Binds `address` as ListenOn does. The limit of connections is lowered to what the process's
@@ -102,6 +106,8 @@ class Connections {
   // The addresses by which this process reaches its sockets itself, see ListeningSockets.
   const std::vector<std::string>& own_addresses() const { return sockets_.own_addresses; }
   Counts counts() const;
+  // Notes that a call came over the connection of this peer, as Find names it.
+  void NoteCall(absl::string_view peer) const;
   // Finds an open connection by what grpc::ServerContext::peer() returns. For any call of a Unix
   // socket it is all of them. Null: there is none.
   std::shared_ptr<const Connection> Find(absl::string_view peer) const;
@@ -141,7 +147,8 @@ class Connections {
   absl::flat_hash_map<int, Refused> refused_;
   absl::Time paused_until_ = absl::InfinitePast();  // accepting, after an error
 
-  std::atomic<int64_t> num_accepted_ = 0, num_refused_ = 0, accept_errors_ = 0, num_gone_ = 0;
+  std::atomic<int64_t> num_accepted_ = 0, num_refused_ = 0, accept_errors_ = 0, num_gone_ = 0,
+                       num_fruitless_ = 0;
 
   mutable absl::Mutex mu_;
   absl::flat_hash_map<int, std::shared_ptr<Connection>> open_ ABSL_GUARDED_BY(mu_);  // by fd

@@ -24,6 +24,7 @@ grpc::Status ToGrpc(const absl::Status& status) {
   std::string received;
   google::rpc::Status added;
   status.ForEachPayload([&](absl::string_view url, const absl::Cord& payload) {
+    if (url == kLocalPayload) return;
     if (url == kReceivedUrl) {
       received = std::string(payload);
       return;

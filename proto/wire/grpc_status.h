@@ -17,6 +17,9 @@
 
 namespace prefilld::wire {
 
+// A payload under this URL is for the process alone: it does not cross the wire.
+inline constexpr absl::string_view kLocalPayload = "local";
+
 grpc::Status ToGrpc(const absl::Status& status);
 absl::Status FromGrpc(const grpc::Status& status);
 

@@ -128,6 +128,11 @@ absl::StatusOr<std::unique_ptr<Listener>> Listener::Create(
   for (grpc::Service* service : services) builder.RegisterService(service);
   std::unique_ptr<Listener> listener(new Listener(*std::move(connections)));
   listener->certificates_ = std::move(certificates);
+  if (options.arrivals != nullptr) {
+    options.arrivals->set_on_call([&connections = *listener->connections_](absl::string_view peer) {
+      connections.NoteCall(peer);
+    });
+  }
   listener->server_ = builder.BuildAndStart();
   if (listener->server_ == nullptr) {
     return CannotBeServed(options, "gRPC does not start; the log may say why");

@@ -54,6 +54,8 @@ std::string PeerName(const sockaddr_storage& address) {
 
 int64_t BytesAcknowledged(int fd) { return static_cast<int64_t>(TcpInfo(fd).tcpi_bytes_acked); }
 
+int64_t BytesReceived(int fd) { return static_cast<int64_t>(TcpInfo(fd).tcpi_bytes_received); }
+
 absl::Duration UnansweredFor(int fd) {
   const tcp_info info = TcpInfo(fd);
   if (info.tcpi_retransmits < kManyRetransmissions) return absl::ZeroDuration();

@@ -21,6 +21,10 @@ std::string PeerName(const sockaddr_storage& address);
 // Returns how many bytes the peer's machine has acknowledged since the TCP connection was opened.
 int64_t BytesAcknowledged(int fd);
 
+// Returns how many bytes have come over the TCP connection since it was opened; the end of the
+// peer's bytes counts as one.
+int64_t BytesReceived(int fd);
+
 // Returns for how long the peer's machine has not answered what is sent to it again and again over
 // a TCP connection; 0 if nothing has to be sent again. A machine whose process does not read its
 // socket is asked at intervals that grow to minutes, and answers each time.

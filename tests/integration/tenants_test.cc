@@ -187,8 +187,12 @@ TEST_F(TenantsTest, TokensAreKnownByTheirHashesAndStrangersAreRefused) {
   EXPECT_THAT(Prefill(server, request, sesame).message(), HasSubstr("priority 8; from -7 to 7"));
 
   const std::string token_file = file.Write("token", "sesam\n");
+  ChildProcess careful("prefill-cli", {"prefill", "--server=" + server.address(), "--token_ids=1,2",
+                                       "--token_file=" + token_file});
+  EXPECT_EQ(careful.Wait(absl::Seconds(30)), 2);
+  EXPECT_THAT(careful.stderr_text(), HasSubstr("in plain text"));
   ChildProcess cli("prefill-cli", {"prefill", "--server=" + server.address(), "--token_ids=1,2",
-                                   "--token_file=" + token_file});
+                                   "--token_file=" + token_file, "--token_without_tls"});
   EXPECT_NE(cli.Wait(absl::Seconds(30)), 0);
   EXPECT_THAT(cli.stderr_text(), HasSubstr("UNAUTHENTICATED"));
   EXPECT_EQ(MetricsPage(server.metrics_address())

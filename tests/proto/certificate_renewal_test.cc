@@ -24,6 +24,16 @@ namespace {
 
 using ::testing::HasSubstr;
 
+// A CertificateWatch whose files are watched.
+class WatchedCertificates : public CertificateWatch {
+ public:
+  using CertificateWatch::CertificateWatch;
+  void ReloadNow() { files_.ReloadNow(); }
+
+ private:
+  FileWatch files_{Subjects()};
+};
+
 class Renewal : public ::testing::Test {
  protected:
   // Starts a server with the files of own_, which asks callers for a certificate as well.
@@ -77,7 +87,7 @@ class Renewal : public ::testing::Test {
 };
 
 TEST_F(Renewal, NewFilesAreServedSoon) {
-  const CertificateWatch watch(listener_->certificates());
+  const WatchedCertificates watch(listener_->certificates());
   EXPECT_TRUE(Connects(before_, absl::Seconds(10)));
   EXPECT_FALSE(Connects(after_));
   own_.ReplaceWith(after_);
@@ -88,7 +98,7 @@ TEST_F(Renewal, NewFilesAreServedSoon) {
 
 TEST_F(Renewal, NewFilesAreServedThoughTheyCameBeforeTheFirstLook) {
   own_.ReplaceWith(after_);
-  const CertificateWatch watch(listener_->certificates());
+  const WatchedCertificates watch(listener_->certificates());
   EXPECT_TRUE(Soon([&] { return Connects(after_); }));
 }
 
@@ -112,19 +122,19 @@ TEST_F(Renewal, AServerMayAskCallersForNothing) {
   };
   EXPECT_TRUE(connects(served));
   served.ReplaceWith(after_);
-  CertificateWatch((*listener)->certificates()).ReloadNow();
+  WatchedCertificates((*listener)->certificates()).ReloadNow();
   EXPECT_TRUE(connects(after_));
 }
 
 TEST_F(Renewal, AnOperatorsWordIsEnough) {
-  CertificateWatch watch(listener_->certificates());
+  WatchedCertificates watch(listener_->certificates());
   own_.ReplaceWith(after_);
   watch.ReloadNow();
   EXPECT_TRUE(Connects(after_, absl::Seconds(10)));
 }
 
 TEST_F(Renewal, FilesThatAreNotValidChangeNothing) {
-  CertificateWatch watch(listener_->certificates());
+  WatchedCertificates watch(listener_->certificates());
   const TestCertificate past(-absl::Hours(48), -absl::Hours(24));
   own_.ReplaceWith(past);
   EXPECT_TRUE(Soon([&] {
@@ -138,7 +148,7 @@ TEST_F(Renewal, FilesThatAreNotValidChangeNothing) {
 }
 
 TEST_F(Renewal, AChannelShowsAndTrustsNewFiles) {
-  CertificateWatch watch(listener_->certificates());
+  WatchedCertificates watch(listener_->certificates());
   const TestCertificate caller;
   caller.ReplaceWith(before_);
   const auto credentials = wire::MakeChannelCredentials(OptionsOf(caller).tls);
@@ -151,7 +161,7 @@ TEST_F(Renewal, AChannelShowsAndTrustsNewFiles) {
 }
 
 TEST_F(Renewal, TheMetricTellsWhenTheCertificateExpires) {
-  const CertificateWatch watch(listener_->certificates());
+  const WatchedCertificates watch(listener_->certificates());
   double expiry = 0;
   for (const prometheus::MetricFamily& family : watch.metrics()->Collect()) {
     if (family.name == "prefilld_certificate_expiry_timestamp_seconds") {
@@ -164,7 +174,7 @@ TEST_F(Renewal, TheMetricTellsWhenTheCertificateExpires) {
 
 TEST_F(Renewal, TheMetricTellsWhenTheCertificateOfCallsThatGoOutExpires) {
   const TestCertificate caller;
-  const CertificateWatch watch(nullptr, OptionsOf(caller).tls);
+  const WatchedCertificates watch(nullptr, OptionsOf(caller).tls);
   const auto expiry_is = [&watch](absl::Duration from_now) {
     for (const prometheus::MetricFamily& family : watch.metrics()->Collect()) {
       EXPECT_NE(family.name, "prefilld_certificate_expiry_timestamp_seconds");
@@ -181,7 +191,7 @@ TEST_F(Renewal, TheMetricTellsWhenTheCertificateOfCallsThatGoOutExpires) {
 }
 
 TEST(CertificateWatch, WithoutTlsHasNothingToDo) {
-  CertificateWatch watch(nullptr);
+  WatchedCertificates watch(nullptr);
   watch.ReloadNow();
   EXPECT_TRUE(watch.metrics()->Collect().empty());
 }

@@ -38,6 +38,9 @@ Certificate SelfSigned(EVP_PKEY* key, absl::Duration starts, absl::Duration ends
                              reinterpret_cast<const unsigned char*>("localhost"), -1, -1, 0);
   X509_set_issuer_name(x, name);
   AddExtension(x, NID_basic_constraints, "critical,CA:TRUE");
+  // Several of these in one bundle have the same name, and are told apart by their keys.
+  AddExtension(x, NID_subject_key_identifier, "hash");
+  AddExtension(x, NID_authority_key_identifier, "keyid:always");
   AddExtension(x, NID_subject_alt_name, "IP:127.0.0.1,DNS:localhost");
   if (X509_sign(x, key, EVP_sha256()) == 0) abort();
   return certificate;

@@ -94,6 +94,15 @@ TEST(CheckRoom, KeepsHalfOfThePlacesForTheTenantsByTheirWeights) {
   EXPECT_EQ(taken, 3);
 }
 
+TEST(CheckRoom, KeepsNothingForATenantThatIsGone) {
+  QueueLimits limits = TwoTenants();
+  limits.tenants[1].is_gone = true;
+  WaitingLine line = {.prompts = {LongOf(1, 1)}, .computing = true};
+  int taken = 0;
+  for (; CheckRoom(limits, line, LongOf(0, 1)).ok(); ++taken) line.prompts.push_back(LongOf(0, 1));
+  EXPECT_EQ(taken, 7) << "all places but the one that the tenant still has";
+}
+
 TEST(CheckRoom, KeepsHalfOfTheTokensToo) {
   const WaitingLine line = {.prompts = {LongOf(0, 5000), LongOf(1, 1000)}, .computing = true};
   EXPECT_FALSE(CheckRoom(TwoTenants(), line, LongOf(0, 1)).ok());

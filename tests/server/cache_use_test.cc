@@ -44,9 +44,9 @@ TEST_F(PrefixCacheTest, ARequestMayBypassItAndHasASalt) {
 }
 
 TEST_F(PrefixCacheTest, TenantsShareNothing) {
-  options_.tenants.source = TenantSource::kMetadata;
-  options_.tenants.metadata_key = "x-tenant";
-  options_.tenants.table = *Tenants::Parse(R"({"tenants": [{"name": "a"}, {"name": "b"}]})");
+  options_.tenant_evidence.source = TenantSource::kMetadata;
+  options_.tenant_evidence.metadata_key = "x-tenant";
+  options_.tenants = *Tenants::Parse(R"({"tenants": [{"name": "a"}, {"name": "b"}]})");
   StartServer();
   v1::PrefillRequest request = PromptOf(600);
   request.mutable_prefix_cache()->set_salt("same");

@@ -121,8 +121,8 @@ TEST_F(CacheWatchTest, NobodyMayFollowUnlessTheOperatorSaysSo) {
 }
 
 TEST_F(CacheWatchTest, OnlyTheTenantsThatTheOperatorNamesMayFollow) {
-  options_.tenants.source = TenantSource::kMetadata;
-  options_.tenants.table = *Tenants::Parse(
+  options_.tenant_evidence.source = TenantSource::kMetadata;
+  options_.tenants = *Tenants::Parse(
       R"({"unknown": "refuse", "tenants": [{"name": "router"}, {"name": "search"}]})");
   options_.cache_watch.watchers = {"router"};
   StartServer();

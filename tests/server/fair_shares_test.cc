@@ -23,6 +23,18 @@ TEST(FairShares, TimeGoesByTheWeight) {
   EXPECT_EQ(shares.virtual_time(kB), absl::Milliseconds(500));
 }
 
+TEST(FairShares, NewWeightsHoldFromThenOnAndNewTenantsJoinThoseWhoWereThere) {
+  FairShares shares({1});
+  shares.SetClaimants({kA}, kNow);
+  shares.Charge(kA, absl::Seconds(2));
+  shares.SetWeights({2, 1});
+  shares.SetClaimants({kA, kB}, kNow);
+  EXPECT_EQ(shares.virtual_time(kA), absl::Seconds(2)) << "what was used stays";
+  EXPECT_EQ(shares.virtual_time(kB), absl::Seconds(2));
+  shares.Charge(kA, absl::Seconds(2));
+  EXPECT_EQ(shares.virtual_time(kA), absl::Seconds(3));
+}
+
 TEST(FairShares, WhoWasIdleJoinsThoseWhoWereNot) {
   FairShares shares({1, 1, 1});
   const Claimant c = {.tenant = 2};

@@ -57,21 +57,21 @@ TEST(ServerOptions, RefusesTenantsThatNobodyCanTellApart) {
     return std::string(Validate(options).message());
   };
   ServerOptions options = ValidOptions();
-  options.tenants.source = TenantSource::kMetadata;
+  options.tenant_evidence.source = TenantSource::kMetadata;
   EXPECT_THAT(problems(options), HasSubstr("--tenant_from=metadata needs --tenants"));
   options.tenants_file = "tenants.json";
-  options.tenants.table = *Tenants::Parse(R"({"tenants": [{"name": "a"}]})");
+  options.tenants = *Tenants::Parse(R"({"tenants": [{"name": "a"}]})");
   EXPECT_TRUE(Validate(options).ok()) << Validate(options);
   for (const char* key : {"", "X-Tenant", "x tenant", "tenant-bin", "grpc-tenant"}) {
-    options.tenants.metadata_key = key;
+    options.tenant_evidence.metadata_key = key;
     EXPECT_THAT(problems(options), HasSubstr(std::string("--tenant_metadata_key=") + key));
   }
-  options.tenants.metadata_key = "x-tenant";
-  options.tenants.source = TenantSource::kNone;
+  options.tenant_evidence.metadata_key = "x-tenant";
+  options.tenant_evidence.source = TenantSource::kNone;
   EXPECT_THAT(problems(options), HasSubstr("--tenant_from is needed"));
-  options.tenants.source = TenantSource::kCertificate;
+  options.tenant_evidence.source = TenantSource::kCertificate;
   EXPECT_THAT(problems(options), HasSubstr("--tenant_from=certificate needs --tls_client_ca"));
-  options.tenants.source = TenantSource::kToken;
+  options.tenant_evidence.source = TenantSource::kToken;
   EXPECT_THAT(problems(options), HasSubstr("needs a token_sha256 in --tenants"));
 }
 
@@ -87,9 +87,9 @@ TEST(ServerOptions, WatchersOfTheCacheAreTenantsOrAll) {
   options.cache_watch.watchers = {"router"};
   EXPECT_EQ(problems(options),
             "--cache_watchers: 'router' is neither all nor a tenant of --tenants");
-  options.tenants.source = TenantSource::kMetadata;
+  options.tenant_evidence.source = TenantSource::kMetadata;
   options.tenants_file = "tenants.json";
-  options.tenants.table = *Tenants::Parse(R"({"tenants": [{"name": "router"}]})");
+  options.tenants = *Tenants::Parse(R"({"tenants": [{"name": "router"}]})");
   EXPECT_EQ(problems(options), "");
   options.cache_watch = {.watchers = {}, .tokens = true};
   EXPECT_EQ(problems(options), "--cache_watch_tokens needs --cache_watchers");

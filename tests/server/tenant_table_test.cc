@@ -9,10 +9,14 @@ namespace prefilld::server {
 namespace {
 
 using ::testing::AllOf;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 // SHA-256 of "abc", from FIPS 180-2.
 constexpr char kHashOfAbc[] = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+
+// A status without its cause (refusal_cause.h).
+absl::Status Plain(const absl::Status& status) { return {status.code(), status.message()}; }
 
 std::string ProblemsOf(const std::string& json) {
   const auto tenants = Tenants::Parse(json);
@@ -111,12 +115,84 @@ TEST(Tenants, WhatIsNoJsonIsRefused) {
             absl::NotFoundError("/no/such/file cannot be read"));
 }
 
+TEST(Tenants, MayHaveRulesForWhatTheirRequestsAskFor) {
+  const auto tenants = Tenants::Parse(R"({"tenants": [
+      {"name": "a", "policies": ["dense", "auto"], "max_lanes": 4, "deliver_to": ["*.pods:7000"],
+       "certificates": ["worker-a"]}, {"name": "b", "pushes": false}]})");
+  ASSERT_TRUE(tenants.ok()) << tenants.status();
+  const Tenant& a = tenants->all()[0];
+  EXPECT_THAT(a.policies,
+              ElementsAre(model::AttentionPolicy::kDense, model::AttentionPolicy::kAuto));
+  EXPECT_EQ(a.max_lanes, 4);
+  EXPECT_TRUE(a.pushes);
+  EXPECT_THAT(a.deliver_to, ElementsAre("*.pods:7000"));
+  EXPECT_THAT(a.certificates, ElementsAre("worker-a"));
+  const Tenant& b = tenants->all()[1];
+  EXPECT_TRUE(b.policies.empty());
+  EXPECT_EQ(b.max_lanes, 0);
+  EXPECT_FALSE(b.pushes);
+}
+
+TEST(Tenants, RulesThatAreNoneAreRefused) {
+  EXPECT_THAT(ProblemsOf(R"({"tenants": [{"name": "a", "policies": ["fast"], "max_lanes": 17,
+                             "deliver_to": ["*"], "pushes": 1, "certificates": []}]})"),
+              AllOf(HasSubstr("policies has 'fast'; one of dense"),
+                    HasSubstr("max_lanes is 17; a number from 0 to 16"), HasSubstr("deliver_to: "),
+                    HasSubstr("pushes is 1; true or false"),
+                    HasSubstr("certificates is an empty list; at least one text")));
+  EXPECT_THAT(ProblemsOf(R"({"tenants": [{"name": "a", "pushes": false,
+                             "deliver_to": ["*.pods:7000"]}]})"),
+              HasSubstr("deliver_to without pushes"));
+}
+
+TEST(Tenants, KeepTheirPositionsInANewTable) {
+  const auto before = Tenants::Parse(R"({"tenants": [{"name": "a"}, {"name": "b"}]})");
+  const auto after = Tenants::Parse(R"({"unknown": "refuse", "tenants": [
+      {"name": "c", "weight": 3}, {"name": "b", "weight": 2}]})");
+  ASSERT_TRUE(before.ok() && after.ok());
+  const auto moved = after->InPositionsOf(*before);
+  ASSERT_TRUE(moved.ok()) << moved.status();
+  ASSERT_EQ(moved->all().size(), 4);
+  EXPECT_TRUE(moved->all()[0].is_gone);
+  EXPECT_EQ(moved->ByName("a"), std::nullopt);
+  EXPECT_EQ(moved->ByName("b"), 1);
+  EXPECT_EQ(moved->all()[1].weight, 2);
+  EXPECT_TRUE(moved->all()[2].is_gone) << "the default tenant";
+  EXPECT_EQ(moved->ByName("c"), 3);
+  EXPECT_EQ(moved->all()[3].weight, 3);
+
+  const auto again = before->InPositionsOf(*moved);
+  ASSERT_TRUE(again.ok());
+  EXPECT_EQ(again->all().size(), 4);
+  EXPECT_EQ(again->ByName("a"), 0);
+  EXPECT_FALSE(again->all()[0].is_gone);
+  EXPECT_EQ(again->ByName("anyone"), 2);
+}
+
+TEST(Tenants, MayNotBeReplacedWithoutEnd) {
+  Tenants tenants;
+  absl::Status status;
+  for (int file = 0; status.ok() && file < 10; ++file) {
+    std::string json = R"({"unknown": "refuse", "tenants": [)";
+    for (int i = 0; i < 256; ++i) {
+      absl::StrAppend(&json, i == 0 ? "" : ", ", R"({"name": ")", file, "-", i, R"("})");
+    }
+    const auto next = Tenants::Parse(json + "]}");
+    ASSERT_TRUE(next.ok()) << next.status();
+    auto moved = next->InPositionsOf(tenants);
+    status = moved.status();
+    if (moved.ok()) tenants = *std::move(moved);
+  }
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("at most 1024"));
+}
+
 constexpr absl::Time kNow = absl::FromUnixSeconds(1'000'000'000);
 
 TEST(CheckTenantUse, BoundsTheRequestsUnderWay) {
   const Tenant tenant = {.name = "search", .max_requests = 3};
   EXPECT_TRUE(CheckTenantUse(tenant, {.requests = 2}, 10).ok());
-  EXPECT_EQ(CheckTenantUse(tenant, {.requests = 3}, 10),
+  EXPECT_EQ(Plain(CheckTenantUse(tenant, {.requests = 3}, 10)),
             absl::ResourceExhaustedError(
                 "tenant search: 3 requests are under way; at most 3 (max_requests)"));
 }
@@ -127,7 +203,7 @@ TEST(CheckTenantUse, CountsARequestOnceForEachReceiver) {
   tenant.max_requests = 3;
   EXPECT_TRUE(CheckTenantUse(tenant, {.requests = 1}, 10, /*num_requests=*/2).ok());
   EXPECT_EQ(
-      CheckTenantUse(tenant, {.requests = 2}, 10, /*num_requests=*/2),
+      Plain(CheckTenantUse(tenant, {.requests = 2}, 10, /*num_requests=*/2)),
       absl::ResourceExhaustedError("tenant a: 2 requests are under way and one of 2 receivers "
                                    "came; at most 3 (max_requests)"));
 }
@@ -136,7 +212,7 @@ TEST(CheckTenantUse, BoundsTheTokensThatWaitButForTheFirst) {
   const Tenant tenant = {.name = "search", .max_queued_tokens = 1000};
   EXPECT_TRUE(CheckTenantUse(tenant, {}, 5000).ok());
   EXPECT_TRUE(CheckTenantUse(tenant, {.queued_tokens = 900}, 100).ok());
-  EXPECT_EQ(CheckTenantUse(tenant, {.queued_tokens = 900}, 101),
+  EXPECT_EQ(Plain(CheckTenantUse(tenant, {.queued_tokens = 900}, 101)),
             absl::ResourceExhaustedError(
                 "tenant search: 900 tokens wait and 101 came; at most 1000 (max_queued_tokens)"));
 }
@@ -171,6 +247,18 @@ TEST(TokenBucket, ALongPromptNeedsAFullBucketAndLeavesADebt) {
   EXPECT_EQ(bucket.WaitFor(100, full), absl::Seconds(41));
 }
 
+TEST(TokenBucket, KeepsADebtWhenItsRateChanges) {
+  TokenBucket bucket(100);
+  bucket.Take(1000, kNow);
+  bucket.SetRate(50, kNow);
+  EXPECT_EQ(bucket.WaitFor(100, kNow), absl::Seconds(2));
+  bucket.SetRate(0, kNow);
+  EXPECT_EQ(bucket.WaitFor(100, kNow), absl::ZeroDuration());
+  bucket.Take(1 << 20, kNow);
+  bucket.SetRate(100, kNow);
+  EXPECT_EQ(bucket.WaitFor(1000, kNow), absl::ZeroDuration()) << "nothing was owed without a limit";
+}
+
 TEST(TokenBucket, OfRateZeroSetsNoLimit) {
   TokenBucket bucket(0);
   bucket.Take(1 << 20, kNow);
@@ -180,7 +268,7 @@ TEST(TokenBucket, OfRateZeroSetsNoLimit) {
 TEST(CheckTenantRate, NamesTenantValueAndLimit) {
   TokenBucket bucket(100);
   bucket.Take(1000, kNow);
-  EXPECT_EQ(CheckTenantRate({.name = "search", .tokens_per_second = 100}, bucket, 150, kNow),
+  EXPECT_EQ(Plain(CheckTenantRate({.name = "search", .tokens_per_second = 100}, bucket, 150, kNow)),
             absl::ResourceExhaustedError("tenant search: 150 tokens came 1.5s too soon; at most "
                                          "100 a second (tokens_per_second)"));
 }
