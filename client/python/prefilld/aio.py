@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -49,9 +50,13 @@ class _AsyncClient:
         credentials: grpc.ChannelCredentials | None = None,
         use_proxy: bool = False,
         options: Sequence[tuple[str, object]] = (),
+        token_file: str | os.PathLike | None = None,
+        token_without_tls: bool = False,
     ):
         """Takes what PrefillClient takes."""
-        self._servers = Servers(address, self._service, grpc.aio, credentials, use_proxy, options)
+        self._servers = Servers(
+            address, self._service, grpc.aio, credentials, use_proxy, options, token_file, token_without_tls
+        )
 
     async def close(self) -> None:
         """Ends every call still running."""
@@ -125,6 +130,7 @@ class AsyncPrefillStream(AcceptedFields, _AsyncStream):
     def __init__(self, servers: Servers, call: Call):
         super().__init__()
         self._call = call
+        self._metadata = servers.metadata(call.metadata)
         self._deadline = None if call.timeout is None else time.monotonic() + call.timeout
         self._waiting = servers.in_turn()
         for server in self._waiting:
@@ -142,7 +148,7 @@ class AsyncPrefillStream(AcceptedFields, _AsyncStream):
 
     def _send(self):
         method = getattr(self._server.stub(), self._call.method)
-        call = method(self._call.request, timeout=self._left(), metadata=self._call.metadata)
+        call = method(self._call.request, timeout=self._left(), metadata=self._metadata)
         self._calls.append(call)
         return call
 
@@ -321,7 +327,8 @@ class AsyncPrefillClient(_AsyncClient):
         """Follows which blocks the server's prefix cache holds. All is as in PrefillClient.watch_prefix_cache."""
         server = self._servers.only()
         request = wire.WatchPrefixCacheRequest(token_ids=token_ids)
-        return AsyncCacheUpdates(server, server.stub().WatchPrefixCache(request, metadata=tuple(metadata)))
+        call = server.stub().WatchPrefixCache(request, metadata=self._servers.metadata(metadata))
+        return AsyncCacheUpdates(server, call)
 
     async def prefill(self, tokens: Sequence[int], **arguments: Unpack[PrefillArguments]) -> AsyncPrefillStream:
         """Runs one prompt; returns once the server has accepted it. All else is as in PrefillClient.prefill."""
@@ -409,5 +416,6 @@ class AsyncDecodeClient(_AsyncClient):
         """Starts one generation. All else is as in DecodeClient.generate."""
         call = generate_call(tokens, max_new_tokens, **arguments)
         (server, *_) = self._servers.in_turn()
-        started = server.stub().Generate(call.request, timeout=call.timeout)
+        metadata = self._servers.metadata(call.metadata)
+        started = server.stub().Generate(call.request, timeout=call.timeout, metadata=metadata)
         return AsyncGenerateStream(server, started, call.on_progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 import grpc
 
 from prefilld import wire
+from prefilld.bearer_token import BearerToken, check_is_safe
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),  # a KV frame is 1 to 4 MiB, one large block can be more
@@ -97,6 +99,8 @@ class Servers:
         credentials: grpc.ChannelCredentials | None,
         use_proxy: bool,
         options: Sequence[tuple[str, object]],
+        token_file: str | os.PathLike | None,
+        token_without_tls: bool,
     ):
         """library: grpc or grpc.aio, whose channels are wanted."""
         arguments = (*_OPTIONS, ("grpc.enable_http_proxy", int(use_proxy)), *options)
@@ -109,8 +113,16 @@ class Servers:
         addresses = [address] if isinstance(address, str) else list(address)
         if not addresses:
             raise ValueError("no address of a server")
+        self._token = None
+        if token_file is not None:
+            check_is_safe(addresses, credentials is not None, token_without_tls)
+            self._token = BearerToken(token_file)
         self._servers = [Server(a, service, open_channel) for a in addresses]
         self._turn = itertools.count()
+
+    def metadata(self, metadata: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+        """Returns the metadata of a call, with the client's token if it has one."""
+        return tuple(metadata) if self._token is None else self._token.added_to(metadata)
 
     def in_turn(self) -> list[Server]:
         """Returns the order in which a call tries the servers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -43,6 +44,8 @@ class _Client:
         credentials: grpc.ChannelCredentials | None = None,
         use_proxy: bool = False,
         options: Sequence[tuple[str, object]] = (),
+        token_file: str | os.PathLike | None = None,
+        token_without_tls: bool = False,
     ):
         """Connects lazily: a server that is not there fails the first call with UNAVAILABLE.
 
@@ -50,9 +53,13 @@ class _Client:
         model, which take the calls in turn; one that is away and has not accepted a call passes it on.
         credentials: grpc.ssl_channel_credentials(...) for TLS, None for plain text. use_proxy: go
         through the proxy that grpc_proxy, https_proxy or http_proxy names; otherwise they are
-        ignored. options: more gRPC channel arguments.
+        ignored. options: more gRPC channel arguments. token_file: a file with a bearer token that is
+        shown with each call and read again when it changes; ValueError in plain text, but for Unix
+        sockets, unless token_without_tls is set.
         """
-        self._servers = Servers(address, self._service, grpc, credentials, use_proxy, options)
+        self._servers = Servers(
+            address, self._service, grpc, credentials, use_proxy, options, token_file, token_without_tls
+        )
 
     def close(self) -> None:
         """Ends every call still running."""
@@ -120,6 +127,7 @@ class PrefillStream(AcceptedFields, _Stream):
     def __init__(self, servers: Servers, call: Call):
         super().__init__()
         self._call = call
+        self._metadata = servers.metadata(call.metadata)
         self._deadline = None if call.timeout is None else time.monotonic() + call.timeout
         self._waiting = servers.in_turn()
         for server in self._waiting:
@@ -136,7 +144,7 @@ class PrefillStream(AcceptedFields, _Stream):
 
     def _send(self):
         method = getattr(self._server.stub(), self._call.method)
-        call = method(self._call.request, timeout=self._left(), metadata=self._call.metadata)
+        call = method(self._call.request, timeout=self._left(), metadata=self._metadata)
         self._begin(call)
         return call
 
@@ -326,7 +334,7 @@ class PrefillClient(_Client):
         """
         server = self._servers.only()
         request = wire.WatchPrefixCacheRequest(token_ids=token_ids)
-        return CacheUpdates(server, server.stub().WatchPrefixCache(request, metadata=tuple(metadata)))
+        return CacheUpdates(server, server.stub().WatchPrefixCache(request, metadata=self._servers.metadata(metadata)))
 
     def prefill(self, tokens: Sequence[int], **arguments: Unpack[PrefillArguments]) -> PrefillStream:
         """Runs one prompt; returns once the server has accepted it. PrefillArguments describes the arguments.
@@ -428,5 +436,6 @@ class DecodeClient(_Client):
         """
         call = generate_call(tokens, max_new_tokens, **arguments)
         (server, *_) = self._servers.in_turn()
-        started = server.stub().Generate(call.request, timeout=call.timeout)
+        metadata = self._servers.metadata(call.metadata)
+        started = server.stub().Generate(call.request, timeout=call.timeout, metadata=metadata)
         return GenerateStream(server, started, call.on_progress)

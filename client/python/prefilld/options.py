@@ -156,8 +156,9 @@ class PrefillArguments(TypedDict, total=False):
     if they are empty. A key has 32 to 128 characters and is nobody else's: secrets.token_hex(32).
     priority: -7 to 7. Requests of higher classes go first, as far as the server's operator lets you
     (PrefillStream.priority).
-    metadata: goes with the call. Servers that tell tenants apart look there: ("authorization", "Bearer
-    TOKEN"), or ("x-tenant", "search") where they trust you.
+    metadata: goes with the call. Servers that tell tenants apart look there: ("x-tenant", "search") where they trust
+    you; a token is better shown by the client's token_file. ("traceparent", ...) and ("tracestate", ...) place the
+    call in a trace (W3C Trace Context).
     resumable: if the server grants it, a connection that breaks costs a moment and not the prompt, and a frame that
     arrives damaged comes again. The server then hears of a cancel by a call of its own.
     timeout: seconds until the whole call must be done; None: no limit.
@@ -201,7 +202,7 @@ class ReceiverArguments(TypedDict, total=False):
 class GenerateArguments(TypedDict, total=False):
     """The arguments of generate(), for the blocking client and the one of asyncio.
 
-    attention, sampling, request_id, timeout: as in PrefillArguments; priority is that of the prefill.
+    attention, sampling, request_id, metadata, timeout: as in PrefillArguments; priority is that of the prefill.
     stop_token_ids: tokens that end the generation. ignore_eos: the model's own do not.
     on_progress: on_progress(PrefillProgress) is called while the prompt is prefilled.
     pushed_transfer_id: if it is set, the worker does not call a prefilld but waits for the cache to be pushed under
@@ -215,6 +216,7 @@ class GenerateArguments(TypedDict, total=False):
     ignore_eos: bool
     request_id: str
     priority: int
+    metadata: Sequence[tuple[str, str]]
     timeout: float | None
     on_progress: Callable[[Any], None] | None
     pushed_transfer_id: str
@@ -322,6 +324,7 @@ def generate_call(
     ignore_eos: bool = False,
     request_id: str = "",
     priority: int = 0,
+    metadata: Sequence[tuple[str, str]] = (),
     timeout: float | None = None,
     on_progress: Callable[[Any], None] | None = None,
     pushed_transfer_id: str = "",
@@ -338,4 +341,4 @@ def generate_call(
         priority=priority,
         pushed_transfer_id=pushed_transfer_id,
     )
-    return Call(request, (), timeout, on_progress)
+    return Call(request, tuple(metadata), timeout, on_progress)
