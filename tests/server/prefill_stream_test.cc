@@ -228,6 +228,8 @@ TEST_F(PrefillStream, TellsWhatItRunsAndHowLongItsQueueIs) {
   engine_->HoldAfter(0);
   OpenStream running(*stub_, PromptOf(10));
   running.ReadUntil(v1::PrefillEvent::kAccepted);
+  // Otherwise both might share a pass.
+  EXPECT_TRUE(Eventually([this] { return engine_->started() == 1; }));
   OpenStream waiting(*stub_, PromptOf(20));
   const auto accepted = waiting.ReadUntil(v1::PrefillEvent::kAccepted).accepted();
   EXPECT_EQ(accepted.queue_position(), 1);
