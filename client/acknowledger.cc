@@ -23,14 +23,17 @@ using ::prefill::v1::LaneReceipt;
 using ::prefill::v1::ResumptionService;
 
 // A client that goes waits for the calls under way. An acknowledgement that takes longer, because
-// there is no connection, is made again as long as it is wanted.
-constexpr absl::Duration kPatience = absl::Seconds(1);
+// there is no connection or the server has many calls to read, is made again as long as it is
+// wanted.
+constexpr absl::Duration kPatience = absl::Seconds(3);
 constexpr absl::Duration kMoment = absl::Milliseconds(20);
 constexpr int kMaxDamaged = 64;  // of a lane, in one call
 
+// A server that reads too many calls at once may end any of them with RESOURCE_EXHAUSTED.
 bool MayBeTheConnections(const absl::Status& status) {
-  return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status) ||
-         absl::IsCancelled(status) || absl::IsInternal(status) || absl::IsUnknown(status);
+  return absl::IsResourceExhausted(status) || absl::IsUnavailable(status) ||
+         absl::IsDeadlineExceeded(status) || absl::IsCancelled(status) ||
+         absl::IsInternal(status) || absl::IsUnknown(status);
 }
 
 template <typename Request>

@@ -54,6 +54,7 @@ absl::StatusOr<int64_t> LaneQueue::Resume(Transport* transport, uint64_t receive
     if (end_.has_value() && !end_->ok()) return *end_;
     PREFILLD_RETURN_IF_ERROR(retained_.CheckResumable(received));
     released = retained_.Release(received);
+    CountAcknowledged(released);
     again = retained_.size();
     overtaken = std::exchange(successor_, Successor{transport, std::move(greeting)});
     was_attached_ = true;
@@ -78,7 +79,10 @@ void LaneQueue::SeatSuccessor() {
   if (!queue_.empty() && HasAccepted(queue_.front())) queue_.pop_front();
   if (result_.has_value()) queue_.push_back(*std::exchange(result_, std::nullopt));
   retained_.SendAllAgain();
-  acknowledged_at_ = clock_.Now();
+  // The time away is no stall, but for a consumer who comes and goes and takes nothing.
+  if (away_since_.has_value() && !std::exchange(was_excused_, true)) {
+    acknowledged_at_ += clock_.Now() - *away_since_;
+  }
   away_since_.reset();
 }
 
@@ -106,11 +110,20 @@ absl::StatusOr<int64_t> LaneQueue::Acknowledge(uint64_t received,
     absl::MutexLock lock(&mu_);
     PREFILLD_RETURN_IF_ERROR(retained_.CheckAcknowledged(received));
     released = retained_.Release(received);
-    if (!released.empty()) acknowledged_at_ = clock_.Now();
+    CountAcknowledged(released);
     for (const uint64_t sequence : damaged) again += retained_.SendAgain(sequence) ? 1 : 0;
   }
   Pump();
   return again;
+}
+
+void LaneQueue::CountAcknowledged(const std::deque<KvFrame>& released) {
+  if (released.empty()) return;
+  const absl::Time now = clock_.Now();
+  for (const KvFrame& frame : released) acknowledged_.payload_bytes += frame.payload_bytes;
+  acknowledged_.busy += now - acknowledged_at_;
+  acknowledged_at_ = now;
+  was_excused_ = false;
 }
 
 void LaneQueue::Push(Message message) {
@@ -291,8 +304,9 @@ absl::Duration LaneQueue::StalledFor(absl::Time now) {
     NoteProgress(now);
     return now - last_progress_;
   }
-  const bool waits_for_acknowledgement = transport_ != nullptr && !retained_.empty();
-  return waits_for_acknowledgement ? now - acknowledged_at_ : absl::ZeroDuration();
+  if (transport_ == nullptr || retained_.empty()) return absl::ZeroDuration();
+  NoteProgress(now);  // of what a slow connection has still to bring
+  return now - std::max(acknowledged_at_, last_progress_);
 }
 
 void LaneQueue::StartClock() {
@@ -313,6 +327,11 @@ void LaneQueue::NoteProgress(absl::Time now) {
 
 LaneQueue::Taken LaneQueue::taken(absl::Time now) const {
   absl::MutexLock lock(&mu_);
+  if (resumable_) {
+    Taken taken = acknowledged_;
+    if (transport_ != nullptr && !retained_.empty()) taken.busy += now - acknowledged_at_;
+    return taken;
+  }
   Taken taken = taken_;
   if (writing_) taken.busy += now - write_started_;
   return taken;

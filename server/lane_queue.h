@@ -31,7 +31,7 @@ struct ComputeProgress {
 //
 // A queue that is resumable outlives its transports. It keeps the frames that were sent until they
 // are acknowledged, and the result. When its transport breaks, another one may take its place,
-// which the *consumer is away* until then. Its stream ends once every frame is acknowledged.
+// and until then its *consumer is away*. Its stream ends once every frame is acknowledged.
 //
 // Thread-safe.
 class LaneQueue {
@@ -90,9 +90,9 @@ class LaneQueue {
 
   struct Taken {
     size_t payload_bytes = 0;
-    absl::Duration busy;  // time in which a message waited to be taken
+    absl::Duration busy;  // time in which a message waited to be taken, or to be acknowledged
   };
-  // Tells how much the transport has taken so far.
+  // Tells how much the transport has taken so far; of a resumable queue, how much was acknowledged.
   Taken taken(absl::Time now) const;
 
  private:
@@ -108,6 +108,7 @@ class LaneQueue {
   std::optional<Message> TakeMessage() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   Transport* Detach() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void SeatSuccessor() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void CountAcknowledged(const std::deque<KvFrame>& released) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void StartClock() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void NoteProgress(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Stamp(KvFrame& frame) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -139,7 +140,9 @@ class LaneQueue {
   };
   RetainedFrames retained_ ABSL_GUARDED_BY(mu_);
   absl::Time acknowledged_at_ ABSL_GUARDED_BY(mu_);  // latest, or the first of retained_ was sent
-  bool lost_ ABSL_GUARDED_BY(mu_) = false;           // transport_ ends as soon as it writes no more
+  Taken acknowledged_ ABSL_GUARDED_BY(mu_);
+  bool was_excused_ ABSL_GUARDED_BY(mu_) = false;  // for being away, since the latest
+  bool lost_ ABSL_GUARDED_BY(mu_) = false;         // transport_ ends as soon as it writes no more
   std::optional<Successor> successor_ ABSL_GUARDED_BY(mu_);  // takes its place then
   std::optional<Message> greeting_ ABSL_GUARDED_BY(mu_);     // goes before everything else
   std::optional<::prefill::v1::PrefillEvent> result_ ABSL_GUARDED_BY(mu_);  // once it was sent

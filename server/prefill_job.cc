@@ -220,14 +220,18 @@ absl::Status PrefillJob::Complete() {
     return absl::FailedPreconditionError("complete: the result was not sent yet");
   }
   OnResultSent();
+  // A consumer that has everything has read its streams to their ends. One that only says so must
+  // not keep the buffer of a write that it does not take.
+  delivery_.Abort(absl::CancelledError("the consumer said that it has everything"));
   return absl::OkStatus();
 }
 
-void PrefillJob::GiveUpConsumer(const absl::Status& reason) {
+void PrefillJob::GiveUpConsumer(const absl::Status& reason, Outcome outcome) {
   if (delivery_.result_is_out()) {
     OnResultSent();
+    delivery_.Abort(reason);
   } else {
-    Abort(Outcome::kNotResumed, reason);
+    Abort(outcome, reason);
   }
 }
 
@@ -259,7 +263,9 @@ void PrefillJob::CheckTimers(const JobTimeouts& timeouts, int64_t queue_position
   if (now - accepted_at_ > timeouts.receiver_attach) others_.Close();
   const Delivery::ConsumerState consumer = delivery_.consumer(now);
   const absl::Status pushes = work_.takes_kv ? absl::OkStatus() : FailureOfAllPushes();
-  if (now >= work_.deadline) {
+  if (now >= work_.deadline && consumer.away > absl::ZeroDuration()) {
+    GiveUpConsumer(DeadlinePassed(), Outcome::kDeadline);
+  } else if (now >= work_.deadline) {
     Abort(Outcome::kDeadline, DeadlinePassed());
   } else if (!pushes.ok()) {
     Abort(Outcome::kReceiverFailed, pushes);
@@ -271,7 +277,7 @@ void PrefillJob::CheckTimers(const JobTimeouts& timeouts, int64_t queue_position
     GiveUpConsumer(absl::AbortedError(
         absl::StrCat("the connection broke and nobody came back within ",
                      absl::FormatDuration(work_.resume_window), ", ", Whereabouts())));
-  } else if (!work_.pushes() && !consumer.all_attached &&
+  } else if (!work_.pushes() && !consumer.all_attached && consumer.away <= absl::ZeroDuration() &&
              now - accepted_at_ > timeouts.lane_attach) {
     Abort(Outcome::kLanesMissing,
           absl::AbortedError(absl::StrCat("not all of ", work_.num_lanes,

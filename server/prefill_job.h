@@ -101,8 +101,8 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
   // result was not sent yet.
   absl::Status Complete();
   // Ends a resumable request whose consumer is away. It has ended well if nothing but the result
-  // was left to be said.
-  void GiveUpConsumer(const absl::Status& reason);
+  // was left to be said, with `outcome` otherwise.
+  void GiveUpConsumer(const absl::Status& reason, Outcome outcome = Outcome::kNotResumed);
   bool ended() const { return ended_.load(std::memory_order_acquire); }
   Ending ending() const;  // valid after ended()
   // Tells whether another request may have this one's id. It is true before the caller can know

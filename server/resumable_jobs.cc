@@ -1,6 +1,7 @@
 #include "server/resumable_jobs.h"
 
 #include <algorithm>
+#include <map>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -14,6 +15,7 @@ namespace {
 
 struct Waiting {
   std::shared_ptr<PrefillJob> job;
+  bool is_done = false;  // its consumer may only have forgotten to say so
   absl::Duration away;
   int64_t held_bytes = 0;  // whole buffers
 };
@@ -53,23 +55,31 @@ void ResumableJobs::BoundWaiting(const std::vector<std::shared_ptr<PrefillJob>>&
     if (job->ended()) continue;  // its streams are still to end
     const Delivery::ConsumerState consumer = job->delivery().consumer(clock_.Now());
     if (consumer.away <= absl::ZeroDuration()) continue;
-    waiting.push_back(
-        {job, consumer.away, consumer.held_frames * static_cast<int64_t>(ring_.buffer_bytes())});
+    waiting.push_back({job, job->delivery().result_is_out(), consumer.away,
+                       consumer.held_frames * static_cast<int64_t>(ring_.buffer_bytes())});
   }
-  std::stable_sort(waiting.begin(), waiting.end(),
-                   [](const Waiting& a, const Waiting& b) { return a.away > b.away; });
-  const int64_t max_bytes = ring_.capacity_bytes() / 2;
+  std::stable_sort(waiting.begin(), waiting.end(), [](const Waiting& a, const Waiting& b) {
+    return std::pair(a.is_done, b.away) < std::pair(b.is_done, a.away);
+  });
+  // What one request may hold, rounded as its credit is.
+  const auto max_bytes = static_cast<int64_t>(ring_.capacity_bytes() + ring_.buffer_bytes()) / 2;
+  std::map<int, int64_t> kept_of_tenant;
   int64_t kept = 0, kept_bytes = 0;
   for (const Waiting& entry : waiting) {
-    if (kept < static_cast<int64_t>(kMaxWaiting) && kept_bytes + entry.held_bytes <= max_bytes) {
+    int64_t& of_tenant = kept_of_tenant[entry.job->work().tenant];
+    if (kept < static_cast<int64_t>(kMaxWaiting) &&
+        of_tenant < static_cast<int64_t>(kMaxWaitingOfTenant) &&
+        kept_bytes + entry.held_bytes <= max_bytes) {
       ++kept;
+      ++of_tenant;
       kept_bytes += entry.held_bytes;
       continue;
     }
-    metrics_.CountRefused();
+    if (!entry.is_done) metrics_.CountRefused();
     entry.job->GiveUpConsumer(absl::ResourceExhaustedError(
         absl::StrCat("the connection broke, and of such requests at most ", kMaxWaiting,
-                     " are kept, with at most ", max_bytes >> 20, " MiB of staging memory")));
+                     " are kept, ", kMaxWaitingOfTenant, " of a tenant, with at most ",
+                     max_bytes >> 20, " MiB of staging memory")));
   }
   metrics_.SetWaiting(kept, kept_bytes);
 }

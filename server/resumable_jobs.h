@@ -22,14 +22,16 @@ class StagingRing;
 // window or deadline passes, or when it fails. Nobody's call need be there at that moment, so this
 // looks around for such requests and has them retired.
 //
-// It also bounds what those hold whose consumers are away: beyond kMaxWaiting of them, or beyond
-// half of the staging memory, those that have waited for the shortest time are ended. The result of
+// It also bounds what those hold whose consumers are away: beyond kMaxWaiting of them, beyond
+// kMaxWaitingOfTenant of one tenant, or beyond half of the staging memory, those that have waited
+// for the shortest time are ended, and before them those whose result is out. The result of
 // one that waits may have log-probabilities, at most 2 MiB.
 //
 // Thread-safe.
 class ResumableJobs {
  public:
   static constexpr size_t kMaxWaiting = 64;
+  static constexpr size_t kMaxWaitingOfTenant = 32;
 
   // `on_over` is called once for each request, when it has ended and so has its control stream.
   // The others are borrowed.

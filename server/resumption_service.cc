@@ -114,6 +114,11 @@ Stream* ResumptionService::Resume(grpc::CallbackServerContext* context,
 
 absl::Status ResumptionService::Take(const v1::AcknowledgeRequest& request) {
   PREFILLD_ASSIGN_OR_RETURN(const std::shared_ptr<PrefillJob> job, Find(request));
+  if (request.lanes_size() > job->work().num_lanes) {
+    return absl::InvalidArgumentError(absl::StrCat("lanes has ", request.lanes_size(),
+                                                   " receipts; the request has ",
+                                                   job->work().num_lanes, " lanes"));
+  }
   for (const v1::LaneReceipt& receipt : request.lanes()) {
     if (receipt.damaged_size() > kMaxDamaged) {
       return absl::InvalidArgumentError(

@@ -166,6 +166,9 @@ absl::Status Validate(const ServerOptions& o) {
   if (o.wedge_timeout <= o.stall_timeout) {
     problems.push_back("--wedge_timeout_s must be more than --stall_timeout_s");
   }
+  if (o.wedge_timeout <= o.resume_window) {
+    problems.push_back("--wedge_timeout_s must be more than --resume_window_s");
+  }
   return process::ToStatus(problems);
 }
 

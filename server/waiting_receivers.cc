@@ -73,8 +73,8 @@ bool WaitingReceivers::TryToJoin(const Waiting& waiting) {
     End(*receiver, waiting.stream, Outcome::kInvalid, joined);
     return true;
   }
-  if (receiver->work().resumable()) resumable_.Add(receiver);
   scheduler_.Adopt(receiver);
+  if (receiver->work().resumable()) resumable_.Add(receiver);
   AttachFirst(receiver->delivery().control(), waiting.stream);
   return true;
 }

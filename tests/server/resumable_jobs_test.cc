@@ -18,13 +18,16 @@ class NoTransport final : public Transport {
  public:
   void Send(Message, bool) override {}
   void End(const absl::Status&) override {}
-  void Cancel(const absl::Status&) override {}
+  void Cancel(const absl::Status&) override { ++cancelled; }
+
+  int cancelled = 0;
 };
 
 class ResumableJobsTest : public ::testing::Test {
  protected:
-  std::shared_ptr<PrefillJob> AddJob(const std::string& id) {
+  std::shared_ptr<PrefillJob> AddJob(const std::string& id, int tenant = 0) {
     PrefillWork work = WorkOf(bench_.engine, 10, id);
+    work.tenant = tenant;
     work.resume_key = "a secret of the caller's";
     work.resume_window = absl::Seconds(10);
     auto job = std::make_shared<PrefillJob>(std::move(work), bench_.clock);
@@ -64,7 +67,7 @@ TEST_F(ResumableJobsTest, AJobIsOverWhenItHasEndedAndItsStreamToo) {
 TEST_F(ResumableJobsTest, OfTooManyThatWaitThoseThatCameLastAreEnded) {
   std::vector<std::shared_ptr<PrefillJob>> jobs;
   for (size_t i = 0; i < ResumableJobs::kMaxWaiting + 2; ++i)
-    jobs.push_back(AddJob(absl::StrCat(i)));
+    jobs.push_back(AddJob(absl::StrCat(i), i % 4));
   jobs_.LookAround();
   for (const auto& job : jobs) Leave(*job);
   jobs_.LookAround();
@@ -78,6 +81,37 @@ TEST_F(ResumableJobsTest, OfTooManyThatWaitThoseThatCameLastAreEnded) {
   for (const auto& job : jobs) job->Abort(Outcome::kCancelled, absl::CancelledError("enough"));
   jobs_.LookAround();
   EXPECT_EQ(over_.size(), jobs.size());
+}
+
+TEST_F(ResumableJobsTest, OfOneTenantFewerMayWait) {
+  std::vector<std::shared_ptr<PrefillJob>> jobs;
+  for (size_t i = 0; i < ResumableJobs::kMaxWaitingOfTenant + 1; ++i) {
+    jobs.push_back(AddJob(absl::StrCat(i)));
+    Leave(*jobs.back());
+  }
+  const auto of_another = AddJob("other", 1);
+  Leave(*of_another);
+  jobs_.LookAround();
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    EXPECT_EQ(jobs[i]->ended(), i >= ResumableJobs::kMaxWaitingOfTenant) << i;
+  }
+  EXPECT_FALSE(of_another->ended());
+  for (const auto& job : jobs) job->Abort(Outcome::kCancelled, absl::CancelledError("enough"));
+  of_another->Abort(Outcome::kCancelled, absl::CancelledError("enough"));
+  jobs_.LookAround();
+}
+
+// A write that nobody takes has its frame's buffer.
+TEST_F(ResumableJobsTest, AJobThatIsCompleteBreaksOffWhatIsStillWritten) {
+  const auto job = AddJob("a");
+  job->delivery().SendResult({});
+  EXPECT_EQ(transport_.cancelled, 0);
+  ASSERT_TRUE(job->Complete().ok());
+  EXPECT_TRUE(job->ended());
+  EXPECT_EQ(transport_.cancelled, 1);
+  job->delivery().control().OnWriteDone(false);
+  jobs_.LookAround();
+  EXPECT_EQ(over_, std::set<std::string>({"a"}));
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ import grpc
 from prefilld.channels import Server
 from prefilld.errors import PrefilldError
 from prefilld.options import Call
-from prefilld.resumption import MOMENT, PATIENCE, Names, Patience, may_be_the_connections
+from prefilld.resumption import MOMENT, PATIENCE, Names, Patience, is_worth_another_try
 from prefilld.transfer import Reception
 
 _OK = grpc.StatusCode.OK
@@ -65,7 +65,7 @@ class Resumer(_Resumer):
 
     def _on_answer(self, code: grpc.StatusCode, receipts: list) -> None:
         with self._lock:
-            if may_be_the_connections(code) and not self._over:
+            if is_worth_another_try(code) and not self._over:
                 self._reception.receipts.put_back(receipts)
                 again = threading.Timer(MOMENT, self._on_answer, (_OK, []))
                 again.daemon = True
@@ -119,7 +119,7 @@ class AsyncResumer(_Resumer):
                 try:
                     await self._stub.Acknowledge(self._names.acknowledge(receipts), timeout=PATIENCE, wait_for_ready=True)
                 except grpc.RpcError as error:
-                    if not may_be_the_connections(error.code()):
+                    if not is_worth_another_try(error.code()):
                         self._over = True  # the streams tell why
                         return
                     self._reception.receipts.put_back(receipts)

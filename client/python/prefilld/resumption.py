@@ -16,7 +16,7 @@ from prefilld.errors import PrefilldError
 
 _Code = grpc.StatusCode
 
-PATIENCE = 1.0  # seconds that an acknowledgement may take before it is made again
+PATIENCE = 3.0  # seconds that an acknowledgement may take before it is made again
 MOMENT = 0.02  # seconds between one that failed and the next
 _MAX_DAMAGED = 64  # of a lane, in one acknowledgement
 _MAX_ATTEMPTS_BEFORE_ACCEPTED = 3
@@ -26,8 +26,9 @@ _MAX_STARTS = 3
 _CONNECTION = {_Code.UNAVAILABLE, _Code.CANCELLED, _Code.INTERNAL, _Code.UNKNOWN, _Code.DATA_LOSS}
 
 
-def may_be_the_connections(code: grpc.StatusCode) -> bool:
-    return code in _CONNECTION or code is _Code.DEADLINE_EXCEEDED
+def is_worth_another_try(code: grpc.StatusCode) -> bool:
+    """Of a call that acknowledges. A server that reads too many calls ends any of them for want of room."""
+    return code in _CONNECTION or code in (_Code.DEADLINE_EXCEEDED, _Code.RESOURCE_EXHAUSTED)
 
 
 @dataclass(frozen=True)
