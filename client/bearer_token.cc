@@ -38,7 +38,8 @@ absl::StatusOr<std::string> ReadToken(const std::string& path) {
 bool HasRested(const std::string& path) {
   struct stat facts = {};
   if (stat(path.c_str(), &facts) != 0) return false;
-  return absl::Now() - absl::TimeFromTimespec(facts.st_mtim) >= kRest;
+  const absl::Duration age = absl::Now() - absl::TimeFromTimespec(facts.st_mtim);
+  return age >= kRest || age < absl::ZeroDuration();  // another clock wrote it
 }
 
 }  // namespace
@@ -55,8 +56,10 @@ std::string BearerToken::Authorization() {
   absl::MutexLock lock(&mu_);
   std::string version = wire::FileVersions({path_});
   if (version != version_ && HasRested(path_)) {
-    version_ = std::move(version);
-    if (auto token = ReadToken(path_); token.ok()) token_ = *std::move(token);
+    if (auto token = ReadToken(path_); token.ok()) {
+      token_ = *std::move(token);
+      version_ = std::move(version);
+    }
   }
   return absl::StrCat("Bearer ", token_);
 }

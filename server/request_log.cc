@@ -126,7 +126,6 @@ void LogPush(const PrefillWork& work, const wire::TraceContext& span, absl::Dura
              int64_t kv_bytes, const absl::Status& status) {
   process::LogFields fields = {{"id", wire::ShownId(work.id)},
                                {"deliver_to", work.deliver_to.address()},
-                               {"transfer_id", work.deliver_to.transfer_id()},
                                {"total_ms", Milliseconds(took)},
                                {"kv_bytes", kv_bytes}};
   AddSpan(span, took, fields);

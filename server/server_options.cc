@@ -100,7 +100,6 @@ void CheckTable(const ServerOptions& o, const Tenants& table, process::Problems&
   if (o.tenant_evidence.source == TenantSource::kToken && !table.has_tokens()) {
     problems.push_back("--tenant_from=token needs a token_sha256 in --tenants");
   }
-  CheckWatchersAreTenants(o, table, problems);
   for (const Tenant& tenant : table.all()) CheckLimitsOfTenant(o, tenant, problems);
 }
 
@@ -145,6 +144,7 @@ absl::Status Validate(const ServerOptions& o) {
   CheckRange("--recall_audit_rows", o.recall_audit.rows, 0, 1024, problems);
   CheckEvidence(o, problems);
   CheckTable(o, o.tenants, problems);
+  CheckWatchersAreTenants(o, o.tenants, problems);
   CheckCacheWatch(o, problems);
   CheckRange("--max_connections", o.max_connections, 1, 1 << 20, problems);
   CheckRange("--queue_capacity", o.queue_capacity, 0, 1 << 20, problems);

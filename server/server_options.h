@@ -72,7 +72,8 @@ struct ServerOptions {
 
 // Returns all problems of `options` in one INVALID_ARGUMENT, separated by "; ".
 absl::Status Validate(const ServerOptions& options);
-// Does the same with a table of tenants that may take the place of options.tenants.
+// Does the same with a table of tenants that may take the place of options.tenants. Those who
+// followed the prefix cache may be gone from it.
 absl::Status CheckTenants(const ServerOptions& options, const Tenants& table);
 
 // Lists the effective configuration as (flag, value) pairs, for the log.

@@ -50,7 +50,8 @@ std::string FileVersions(const std::vector<std::string>& paths) {
       continue;
     }
     absl::StrAppend(&versions, facts.st_dev, ":", facts.st_ino, ":", facts.st_size, ":",
-                    facts.st_mtim.tv_sec, ".", facts.st_mtim.tv_nsec, ";");
+                    facts.st_mtim.tv_sec, ".", facts.st_mtim.tv_nsec, ":", facts.st_ctim.tv_sec,
+                    ".", facts.st_ctim.tv_nsec, ";");  // the latter tells of new rights too
   }
   return versions;
 }

@@ -75,7 +75,7 @@ TEST(Renewal, OfTokensAndCertificatesUnderLoadFailsNoRequest) {
   EXPECT_TRUE(server.SoonAtLeast("prefilld_tenants_reloads_total{result=\"ok\"}", 1));
   server.Write("token", "barley\n");
   absl::SleepFor(absl::Seconds(1.2));  // clients let a file rest for a second
-  load.AwaitCalls(20);
+  load.AwaitCalls(80);
   server.own.ReplaceWith(server.after);
   server.WriteTenants({kBarleyHash});  // the old token counts no more
   server.process().Signal(SIGHUP);

@@ -37,16 +37,17 @@ class BearerToken:
         with self._lock:
             try:
                 version = self._version_now()
-                if version != self._version and time.time() - os.stat(self._path).st_mtime >= _REST_SECONDS:
-                    self._version = version
+                age = time.time() - os.stat(self._path).st_mtime  # below 0: another clock wrote it
+                if version != self._version and not 0 <= age < _REST_SECONDS:
                     self._token = self._read()
+                    self._version = version
             except (OSError, ValueError):
                 pass
             return self._token
 
     def _version_now(self):
         facts = os.stat(self._path)
-        return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+        return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
     def _read(self) -> str:
         with open(self._path, "rb") as file:
