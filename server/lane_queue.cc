@@ -306,7 +306,7 @@ absl::Duration LaneQueue::StalledFor(absl::Time now) {
   }
   if (transport_ == nullptr || retained_.empty()) return absl::ZeroDuration();
   NoteProgress(now);  // of what a slow connection has still to bring
-  return now - std::max(acknowledged_at_, last_progress_);
+  return now - std::max(acknowledged_at_, passed_on_at_);
 }
 
 void LaneQueue::StartClock() {
@@ -322,7 +322,7 @@ void LaneQueue::NoteProgress(absl::Time now) {
       static_cast<int64_t>(in_flight_bytes_) + use->most_streams * kBytesAheadPerStream;
   if (use->bytes_taken - taken_at_start_ > ahead) return;
   taken_at_progress_ = use->bytes_taken;
-  last_progress_ = now;
+  last_progress_ = passed_on_at_ = now;
 }
 
 LaneQueue::Taken LaneQueue::taken(absl::Time now) const {

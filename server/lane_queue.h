@@ -129,6 +129,7 @@ class LaneQueue {
   size_t in_flight_bytes_ ABSL_GUARDED_BY(mu_) = 0;
   absl::Time write_started_ ABSL_GUARDED_BY(mu_);
   absl::Time last_progress_ ABSL_GUARDED_BY(mu_);    // of the write
+  absl::Time passed_on_at_ ABSL_GUARDED_BY(mu_);     // by the connection, of this write or the last
   int64_t taken_at_start_ ABSL_GUARDED_BY(mu_) = 0;  // by the connection, when the write started
   int64_t taken_at_progress_ ABSL_GUARDED_BY(mu_) = 0;
   Taken taken_ ABSL_GUARDED_BY(mu_);  // by the writes that are done

@@ -61,7 +61,7 @@ void ResumableJobs::BoundWaiting(const std::vector<std::shared_ptr<PrefillJob>>&
   std::stable_sort(waiting.begin(), waiting.end(), [](const Waiting& a, const Waiting& b) {
     return std::pair(a.is_done, b.away) < std::pair(b.is_done, a.away);
   });
-  // What one request may hold, rounded as its credit is.
+  // One request may hold as much, rounded as its credit is.
   const auto max_bytes = static_cast<int64_t>(ring_.capacity_bytes() + ring_.buffer_bytes()) / 2;
   std::map<int, int64_t> kept_of_tenant;
   int64_t kept = 0, kept_bytes = 0;

@@ -30,6 +30,8 @@ struct HeldTransport final : Transport {
   void End(const absl::Status& status) override { end = status; }
   void Cancel(const absl::Status&) override { cancelled = true; }
 
+  std::optional<ConnectionUse> connection_use() const override { return use; }
+
   void Take(LaneQueue& queue, int count = 1) {
     for (int i = 0; i < count; ++i) {
       under_way = Message();
@@ -41,6 +43,7 @@ struct HeldTransport final : Transport {
   std::optional<absl::Status> end;
   bool cancelled = false;
   Message under_way;
+  std::optional<ConnectionUse> use;
 };
 
 using Strings = std::vector<std::string>;
@@ -217,6 +220,48 @@ TEST_F(ResumableLane, AConsumerThatAcknowledgesNothingIsStalled) {
   PushFrames(1);
   first_.Take(queue_);
   EXPECT_EQ(queue_.StalledFor(clock_.Now()), absl::ZeroDuration());
+}
+
+TEST_F(ResumableLane, ASlowConnectionThatPassesOnWhatWasWrittenIsNoStall) {
+  first_.use = {.bytes_taken = 0, .most_streams = 1};
+  queue_.Attach(&first_);
+  PushFrames(1);
+  first_.Take(queue_);  // into the socket's buffer
+  clock_.Advance(absl::Seconds(20));
+  first_.use->bytes_taken = LaneQueue::kProgressBytes;
+  EXPECT_EQ(queue_.StalledFor(clock_.Now()), absl::ZeroDuration());
+  clock_.Advance(absl::Seconds(20));
+  EXPECT_EQ(queue_.StalledFor(clock_.Now()), absl::Seconds(20));
+}
+
+TEST_F(ResumableLane, AConsumerWhoComesAndGoesAndTakesNothingIsExcusedOnce) {
+  queue_.Attach(&first_);
+  PushFrames(1);
+  first_.Take(queue_);
+  clock_.Advance(absl::Seconds(3));
+  queue_.OnPeerGone(&first_);
+  clock_.Advance(absl::Seconds(9));
+  ASSERT_TRUE(queue_.Resume(&second_, 0, Accepted()).ok());
+  second_.Take(queue_, 2);
+  EXPECT_EQ(queue_.StalledFor(clock_.Now()), absl::Seconds(3));
+  queue_.OnPeerGone(&second_);
+  clock_.Advance(absl::Seconds(9));
+  ASSERT_TRUE(queue_.Resume(&third_, 0, Accepted()).ok());
+  third_.Take(queue_, 2);
+  EXPECT_EQ(queue_.StalledFor(clock_.Now()), absl::Seconds(12));
+}
+
+TEST_F(ResumableLane, WhatIsAcknowledgedCountsAsTaken) {
+  queue_.Attach(&first_);
+  PushFrames(2);
+  first_.Take(queue_, 2);
+  clock_.Advance(absl::Seconds(5));
+  EXPECT_EQ(queue_.taken(clock_.Now()).payload_bytes, 0);
+  EXPECT_EQ(queue_.taken(clock_.Now()).busy, absl::Seconds(5));
+  ASSERT_TRUE(queue_.Acknowledge(2, {}).ok());
+  clock_.Advance(absl::Seconds(5));
+  EXPECT_EQ(queue_.taken(clock_.Now()).payload_bytes, 200);
+  EXPECT_EQ(queue_.taken(clock_.Now()).busy, absl::Seconds(5));
 }
 
 TEST_F(ResumableLane, AbortGivesEverythingBackAndLetsNobodyAttach) {

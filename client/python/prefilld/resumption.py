@@ -27,7 +27,7 @@ _CONNECTION = {_Code.UNAVAILABLE, _Code.CANCELLED, _Code.INTERNAL, _Code.UNKNOWN
 
 
 def is_worth_another_try(code: grpc.StatusCode) -> bool:
-    """Of a call that acknowledges. A server that reads too many calls ends any of them for want of room."""
+    """Tells it of a call that acknowledges. A server that reads too many calls ends any of them for want of room."""
     return code in _CONNECTION or code in (_Code.DEADLINE_EXCEEDED, _Code.RESOURCE_EXHAUSTED)
 
 
