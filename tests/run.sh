@@ -68,11 +68,9 @@ if [[ "$preset" == release || "$preset" == cuda ]]; then
   options+=("-DPREFILLD_PYTHON=$(tests/python/make_venv.sh build/python)" -DPREFILLD_SKIPPED_TESTS_FAIL=ON)
 fi
 if command -v ccache >/dev/null; then
-  # Tests have precompiled headers.
+  # The sanitizers' builds have precompiled headers.
   export CCACHE_SLOPPINESS=pch_defines,time_macros
   options+=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
-elif [[ ! -d "build/$preset" ]]; then
-  options+=(-DPREFILLD_FAST_BUILD=ON)  # everything is compiled, and nothing of it was before
 fi
 
 # The heaviest compilations take about 1.5 GB each.
