@@ -15,8 +15,7 @@ using ::testing::HasSubstr;
 constexpr char kKey[] = "0123456789abcdef0123456789abcdef";
 constexpr int kTokens = 20'000;
 
-// The model of the fake engine has two KV heads: the first call takes head 0, and receiver 1
-// head 1.
+// The fake engine's model has two KV heads: the first call takes head 0, and receiver 1 head 1.
 v1::PrefillRequest FirstCall(int num_tokens = kTokens, uint32_t num_receivers = 2) {
   v1::PrefillRequest request = PromptOf(num_tokens, "shared");
   request.set_num_receivers(num_receivers);
@@ -69,6 +68,14 @@ class Receivers : public ServerFixture {
   template <typename Request>
   std::unique_ptr<ReadCall> Read(const Request& request) {
     return std::make_unique<ReadCall>(NewStub(), request);
+  }
+  // Waits until a receiver's share of the staging memory is full and nothing has moved for a while.
+  void AwaitStandstill(double before = 0) {
+    EXPECT_TRUE(Eventually([&] {
+      absl::SleepFor(absl::Milliseconds(300));
+      const double earlier = std::exchange(before, Metric("prefilld_staged_bytes"));
+      return earlier == before && before >= 1 << 20;
+    }));
   }
   // Checks that a receiver got everything, and that a result counts it.
   static void ExpectWhole(const StreamContents& contents) {
@@ -194,9 +201,7 @@ TEST_F(Receivers, OneThatTakesNothingEndsAlone) {
   const auto stub = NewStub();
   OpenStream never_read(*stub, Receiver(1, 40'000));
   const auto first = Read(FirstCall(40'000));
-  // The share of the staging memory that this receiver has fills up.
-  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_staged_bytes") >= 1 << 20; }));
-  absl::SleepFor(absl::Milliseconds(300));
+  AwaitStandstill();
   EXPECT_LT(engine_->layers_run(), 4);
   clock_.Advance(options_.stall_timeout + absl::Seconds(1));
   ExpectWhole(first->Contents());
@@ -214,8 +219,7 @@ TEST_F(Receivers, GoOnWhenTheFirstCallTakesNothing) {
   const auto stub = NewStub();
   OpenStream never_read(*stub, FirstCall(40'000));
   const auto other = Read(Receiver(1, 40'000));
-  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_staged_bytes") >= 1 << 20; }));
-  absl::SleepFor(absl::Milliseconds(300));
+  AwaitStandstill();
   clock_.Advance(options_.stall_timeout + absl::Seconds(1));
   ExpectWhole(other->Contents());
   EXPECT_EQ(never_read.Rest().status.error_code(), grpc::StatusCode::ABORTED);
