@@ -1,5 +1,5 @@
-// Writes the log lines of requests, and of parts of them, that are over. deploy/security.md says how
-// a collector makes spans of them.
+// Writes the log lines of requests, and of parts of them, that are over. deploy/security.md says
+// how a collector makes spans of them.
 #ifndef PREFILLD_SERVER_REQUEST_LOG_H_
 #define PREFILLD_SERVER_REQUEST_LOG_H_
 

@@ -169,12 +169,11 @@ class Generation : public KvSink {
     *prefill.mutable_attention() = request_.attention();
     prefill.set_num_lanes(worker_.options->lanes);
     prefill.set_priority(request_.priority());
-    return worker_.prefill->Prefill(
-        prefill, *this,
-        {.deadline = facts_.deadline,
-         .cancellation = &cancellation_,
-         .metadata = facts_.trace.Metadata(),
-         .resumable = true});
+    return worker_.prefill->Prefill(prefill, *this,
+                                    {.deadline = facts_.deadline,
+                                     .cancellation = &cancellation_,
+                                     .metadata = facts_.trace.Metadata(),
+                                     .resumable = true});
   }
 
   absl::StatusOr<PrefillResult> AwaitPush() {

@@ -29,14 +29,15 @@ struct ListenOptions {
   // that calls are ended with RESOURCE_EXHAUSTED until it is enough, which fast senders outrun for
   // a while. 0: sixteen requests of the greatest size, at least 256 MiB.
   int64_t receive_memory_bytes = 0;
-  // Services take streams of large messages: what may be on its way before it is read grows with the
-  // speed of the connection. Otherwise it is 64 KiB of every call.
+  // Services take streams of large messages: what may be on its way before it is read grows with
+  // the speed of the connection. Otherwise it is 64 KiB of every call.
   bool streams_arrive = false;
   // A peer may leave its socket unread for so long before a call ends, and its other calls go on.
   // The connection as a whole is given up after twice that time, and half a minute more.
   absl::Duration stall_timeout = absl::Seconds(30);
   // Ends requests that take too long to arrive, of the services that it watches, of health and of
-  // reflection, and bounds how many are read at once. It must outlive the listener. Null: they may take as long as they like.
+  // reflection, and bounds how many are read at once. It must outlive the listener. Null: they may
+  // take as long as they like.
   Arrivals* arrivals = nullptr;
 };
 

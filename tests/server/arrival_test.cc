@@ -164,8 +164,8 @@ TEST_F(Arrival, OfACancelledCallReachesNoService) {
   EXPECT_TRUE(EverythingIsFree());
 }
 
-// 40 requests do not come, of which 32 are read. The rest wait for their turn, as does a caller with
-// a connection of its own, for whom one of the many makes room.
+// 40 requests do not come, of which 32 are read. The rest wait for their turn, as does a caller
+// with a connection of its own, for whom one of the many makes room.
 TEST_F(Arrival, OfManyAtOnceLeavesRoomForOthers) {
   options_.stall_timeout = absl::Seconds(1);
   engine_options_.max_tokens = 4096;  // so that requests are small

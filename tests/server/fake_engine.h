@@ -64,8 +64,8 @@ class FakeEngine final : public model::PrefillEngine {
   void FailPacking(absl::Status status);
   // Sets what runs whenever a frame is packed, on the thread that packs it, before a failure.
   void set_on_pack(std::function<void()> on_pack);
-  // Stops every sequence after its first `layers` layers until the next call. -1: no limit. The layer
-  // that is stopped has begun and takes that long.
+  // Stops every sequence after its first `layers` layers until the next call. -1: no limit. The
+  // layer that is stopped has begun and takes that long.
   void HoldAfter(int layers);
   void set_logits_are_nan(bool nan) { logits_are_nan_ = nan; }
   void set_refuses_batches(bool refuses) { refuses_batches_ = refuses; }

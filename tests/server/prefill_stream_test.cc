@@ -263,8 +263,8 @@ TEST_F(PrefillStream, CountsWhatItDid) {
   ASSERT_TRUE(Prefill(PromptOf(100)).status.ok());
   EXPECT_TRUE(EverythingIsFree());
   EXPECT_EQ(Metric("prefilld_requests_total{outcome=\"ok\"}"), 1);
-  EXPECT_EQ(
-      Metric("prefilld_time_to_first_token_seconds_count{length=\"0-1k\",policy=\"dense\"}"), 1);
+  EXPECT_EQ(Metric("prefilld_time_to_first_token_seconds_count{length=\"0-1k\",policy=\"dense\"}"),
+            1);
   EXPECT_EQ(Metric("prefilld_steps_total"), 4);
   EXPECT_EQ(Metric("prefilld_step_tokens_total"), 400);
   EXPECT_EQ(Metric("prefilld_heads_total{kind=\"dense\"}"), 16);
