@@ -25,8 +25,9 @@ constexpr int64_t kDefaultMaxTokens = 131072;
 // of the workspace overflows.
 constexpr int64_t kMaxPositions = int64_t{1} << 28;
 // These tiles are wide enough to saturate the GEMMs of the device, and narrow enough that the wide
-// activations stay small beside the hidden states (CUDA) or in the cache (CPU).
-constexpr int64_t kCpuTileTokens = 512;
+// activations stay small beside the hidden states. On a CPU every op of a tile ends at a barrier,
+// where threads wait for one that another process keeps from its core: narrower tiles have more.
+constexpr int64_t kCpuTileTokens = 2048;
 constexpr int64_t kCudaTileTokens = 8192;
 // Batches help prompts of up to 256 tokens, and this has room for as many as kFullBatchPrompts of
 // them.

@@ -29,7 +29,7 @@ GUIDE = ROOT / "deploy" / "guide" / "README.md"
 PAGES = [ROOT / "deploy" / "README.md", GUIDE, ROOT / "deploy" / "kubernetes" / "README.md"]
 # A block of commands may need these, and is not run then: a cluster, a GPU, Docker and a registry, a build tree.
 NOT_RUN = {"cluster", "gpu", "docker", "build"}
-CPU = {"e": 4, "tile": 512}
+CPU = {"e": 4, "tile": 2048}
 
 
 def section(page, title):
