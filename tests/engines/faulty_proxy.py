@@ -47,11 +47,11 @@ class FaultyProxy:
     def _forward(self, source: socket.socket, sink: socket.socket, limit: int | None) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
+                sink.sendall(data[:limit])
                 if limit is not None and (limit := limit - len(data)) <= 0:
                     if self._stall:
                         self._closed.wait()
                     break
-                sink.sendall(data)
         _end(source)
         _end(sink)
 

@@ -45,6 +45,14 @@ class Cache:
         return CacheShape(**{**made, **fields})
 
 
+def without_resume_key(request):
+    """Returns the request but for its secret, which is another one with each call."""
+    made = type(request)()
+    made.CopyFrom(request)
+    made.ClearField("resume_key")
+    return made
+
+
 class Loading(unittest.TestCase):
     def loader(self, cache, first_head=0, shape=None, **config):
         made = Loader(ConnectorConfig(**{"retries": 0, **config}), shape or cache.shape(first_head))
@@ -207,7 +215,7 @@ class Loading(unittest.TestCase):
                 with self.subTest(code=code, rank=rank):
                     requests = self.share(once, rank, works=True)
                     self.assertEqual([type(request) for request in requests], [kind] * 2)
-                    self.assertEqual(requests[0], requests[1])
+                    self.assertEqual(*map(without_resume_key, requests))
                     if rank == 0:
                         self.assertEqual((requests[1].request_id, requests[1].num_receivers), ("id", 2))
 
@@ -250,9 +258,10 @@ class Loading(unittest.TestCase):
                         context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
                     yield event
 
-            attached, *again, own = self.share(cut, 1, works=True)
+            attached, *again, own = map(without_resume_key, self.share(cut, 1, works=True))
             self.assertEqual(again, [attached] * times)
-            self.assertEqual((type(own), own.num_receivers, own.request_id), (wire.PrefillRequest, 1, ""))
+            self.assertEqual((type(own), own.num_receivers), (wire.PrefillRequest, 1))
+            self.assertNotEqual(own.request_id, attached.request_id)
 
     def test_a_rank_at_a_server_without_further_receivers_asks_for_itself(self):
         def old(server, context):
@@ -260,8 +269,9 @@ class Loading(unittest.TestCase):
                 context.abort(grpc.StatusCode.UNIMPLEMENTED, "unknown")
             yield from serving(server, context)
 
-        _, own = self.share(old, 1, works=True, retries=0)
-        self.assertEqual((own.num_receivers, own.request_id), (1, ""))
+        attached, own = self.share(old, 1, works=True, retries=0)
+        self.assertEqual(own.num_receivers, 1)
+        self.assertNotEqual(own.request_id, attached.request_id)
 
     def test_all_ranks_go_on_to_the_same_server_when_one_is_away(self):
         for rank in (0, 1):
@@ -304,6 +314,17 @@ class Loading(unittest.TestCase):
             self.assertEqual(len(connections._clients), 0)
             with self.assertRaises(ValueError):  # gRPC's, of a closed channel
                 client.prefill(list(range(100)))
+
+    def test_loads_are_resumable_unless_the_operator_says_otherwise(self):
+        for config, is_resumable in (({}, True), ({"resumable": True}, True), ({"resumable": False}, False)):
+            for rank in (0, 1):
+                cache = Cache(num_heads=1)
+                with self.subTest(config, rank=rank), PlayedServer(serving) as server:
+                    loader = self.loader(cache, shape=cache.shape(rank, rank=rank, num_ranks=2), **config)
+                    loader.start([self.load(server.address, shared=SharedPrefill((server.address,), "id", "k" * 64))])
+                    self.finished(loader)
+                    self.assertEqual(bool(server.requests[0].resume_key), is_resumable)
+                    self.assertEqual(loader.take_bad_blocks(), set())  # of a server that grants no resumption, too
 
     def test_options_go_with_the_request(self):
         with PlayedServer(serving) as server:

@@ -42,6 +42,7 @@ class Configuration(unittest.TestCase):
             ("prefill_allow", ["a:1", ["nowhere"], ["*.*:1"], ["10.0.*:1"], [5], ["a:1"] * 65, None]),
             ("min_prompt_tokens", [0, 1.5, "8", True, None, 2**31 + 1]),
             ("load_async", ["false", 1, None]),
+            ("resumable", ["false", 1, None]),
             ("policy", ["sparse", 7, ["dense"]]),
             ("lanes", [0, 17, 2.0, True]),
             ("max_loads", [0, 1025, 1.5]),

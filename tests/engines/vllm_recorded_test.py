@@ -7,8 +7,6 @@ The connector must give the same answers, and the KV must come into the blocks t
 for CTest) without torch or the client's packages.
 """
 
-import dataclasses
-import enum
 import json
 import pickle
 import re
@@ -25,6 +23,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT / "client" / "python"), str(ROOT / "tests" / "evaluation")]
 import live_processes  # noqa: E402
+import vllm_stand_in  # noqa: E402
+from faulty_proxy import FaultyProxy  # noqa: E402
+from vllm_stand_in import Role  # noqa: E402
 
 try:
     import torch
@@ -39,58 +40,7 @@ if live_processes.reason_to_skip():
 CALLS = [json.loads(line) for line in (HERE / "recorded_calls.jsonl").read_text().splitlines()]
 PATIENCE = 60
 
-
-class KVConnectorBase_V1:
-    """The part of vLLM's class that the connector uses."""
-
-    def __init__(self, vllm_config, role, kv_cache_config):
-        self._vllm_config, self._metadata = vllm_config, None
-
-    def bind_connector_metadata(self, metadata):
-        self._metadata = metadata
-
-    def _get_connector_metadata(self):
-        assert self._metadata is not None
-        return self._metadata
-
-
-class Role(enum.Enum):
-    SCHEDULER = 0
-    WORKER = 1
-
-
-@dataclasses.dataclass
-class Stats:
-    data: dict = dataclasses.field(default_factory=dict)
-
-
-class PromMetrics:
-    def __init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues):
-        self._counter_cls = metric_types["counter"]
-
-
-def stand_in():
-    """Puts modules of vLLM's names in place, as far as the connector imports them."""
-    connectors = "vllm.distributed.kv_transfer.kv_connector.v1"
-    modules = {
-        "vllm": dict(__version__="0.32.0+cpu"),
-        "vllm.distributed.parallel_state": dict(
-            get_tensor_model_parallel_rank=lambda: 0, get_tensor_model_parallel_world_size=lambda: 1
-        ),
-        f"{connectors}.base": dict(
-            KVConnectorBase_V1=KVConnectorBase_V1, KVConnectorMetadata=type("KVConnectorMetadata", (), {}),
-            KVConnectorRole=Role, SupportsHMA=type("SupportsHMA", (), {}),
-        ),
-        f"{connectors}.metrics": dict(KVConnectorStats=Stats, KVConnectorPromMetrics=PromMetrics),
-    }  # fmt: skip
-    for name, contents in modules.items():
-        parts = name.split(".")
-        for i in range(1, len(parts) + 1):
-            sys.modules.setdefault(".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
-        vars(sys.modules[name]).update(contents)
-
-
-stand_in()
+vllm_stand_in.install()
 from prefilld.vllm import PrefilldConnector  # noqa: E402
 from prefilld.vllm.metrics import PrefilldPromMetrics, PrefilldStats  # noqa: E402
 
@@ -216,26 +166,26 @@ class Recorded(unittest.TestCase):
             self.assertEqual(size * len(blocks), len(rows))
 
 
-class TensorParallel(unittest.TestCase):
-    """Two ranks of one engine, each with one of the two KV heads, and their scheduler."""
+class Ranks(unittest.TestCase):
+    """The ranks of one engine, each with its share of the two KV heads, and their scheduler."""
 
     BLOCKS = [6, 2, 5, 1, 7, 3]
 
-    def worker(self, config, rank):
+    def worker(self, config, rank, num_ranks):
         """Returns the connector of a rank, and its caches."""
         made = connector(Role.WORKER, config)
         self.addCleanup(made.shutdown)
         caches = {}
         for name, (shape, _, _) in calls("register_kv_caches")[0]["caches"].items():
-            caches[name] = torch.full((8, 1, *shape[2:]), -1.0)
+            caches[name] = torch.full((8, 2 // num_ranks, *shape[2:]), -1.0)
         state = "prefilld.vllm.connector.get_tensor_model_parallel_"
-        with mock.patch(f"{state}rank", lambda: rank), mock.patch(f"{state}world_size", lambda: 2):
+        with mock.patch(f"{state}rank", lambda: rank), mock.patch(f"{state}world_size", lambda: num_ranks):
             made.register_kv_caches(caches)
         return made, caches
 
-    def load(self, config, tokens):
-        """Plans the load of a prompt as one engine, and runs it in both ranks. Returns their caches."""
-        config.parallel_config.tensor_parallel_size = 2
+    def load(self, config, tokens, num_ranks=2):
+        """Plans the load of a prompt as one engine, and runs it in all ranks. Returns their caches."""
+        config.parallel_config.tensor_parallel_size = num_ranks
         scheduler = connector(Role.SCHEDULER, config)
         request = types.SimpleNamespace(
             request_id="tp", num_prompt_tokens=len(tokens), prompt_token_ids=tokens, kv_transfer_params=None
@@ -244,7 +194,7 @@ class TensorParallel(unittest.TestCase):
         blocks = types.SimpleNamespace(get_block_ids=lambda: (self.BLOCKS,))
         scheduler.update_state_after_alloc(request, blocks, len(tokens))
         metadata = pickle.loads(pickle.dumps(scheduler.build_connector_meta(None)))
-        ranks = [self.worker(config, rank) for rank in (0, 1)]
+        ranks = [self.worker(config, rank, num_ranks) for rank in range(num_ranks)]
         for made, _ in reversed(ranks):  # rank 1 calls before rank 0
             made.bind_connector_metadata(metadata)
             made.start_load_kv(None)
@@ -257,17 +207,20 @@ class TensorParallel(unittest.TestCase):
         return [caches for _, caches in ranks]
 
     def compare(self, server, tokens, ranks):
-        """Each rank's cache has what the server says of its head."""
+        """Each rank's cache has what the server says of its heads."""
         with PrefillClient(server) as client:
             with client.prefill(tokens, layout=Layout(128, dtype="fp32"), attention=Attention("dense")) as stream:
                 by_token = to_torch(stream.read_all()).flatten(2, 3)[:, :, : len(tokens)]
+        heads = 2 // len(ranks)
         for rank, caches in enumerate(ranks):
             for layer, name in enumerate(sorted(caches, key=lambda n: int(re.search(r"\d+", n)[0]))):
                 rows = caches[name][self.BLOCKS].transpose(1, 2).flatten(0, 1)[: len(tokens)]
                 for kind, found in enumerate(rows.split(rows.shape[-1] // 2, -1)):
-                    wanted = by_token[layer, kind, :, rank : rank + 1]
+                    wanted = by_token[layer, kind, :, rank * heads : (rank + 1) * heads]
                     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
+
+class TensorParallel(Ranks):
     def test_the_ranks_have_a_prompt_computed_once(self):
         programs = self.enterContext(live_processes.Programs())
         server = programs.start(BIN_DIR / "prefilld", live_processes.MODEL, "--metrics_listen=127.0.0.1:0")
@@ -298,6 +251,27 @@ class TensorParallel(unittest.TestCase):
         self.assertEqual(programs.metric(server, "prefilld_prompt_tokens_count"), 2)
         self.assertEqual(programs.metric(server, 'prefilld_receivers_total{outcome="ok"}'), 1)
         self.compare(server, tokens, ranks)
+
+
+class BrokenConnections(Ranks):
+    CUTS = 3
+
+    def test_a_load_goes_on_where_it_stopped_and_nothing_is_computed_again(self):
+        tokens = [(i * i + 5) % 256 for i in range(700)]
+        for num_ranks in (1, 2):
+            with self.subTest(num_ranks=num_ranks):
+                programs = self.enterContext(live_processes.Programs())
+                server = programs.start(BIN_DIR / "prefilld", live_processes.MODEL, "--metrics_listen=127.0.0.1:0")
+                # 6.3 MB of KV in frames of 0.8 MB, or 0.4 MB of one head: each connection brings one or more.
+                proxy = self.enterContext(FaultyProxy(server, 1_000_000, faults=self.CUTS))
+                config = vllm_config(prefill_address=[f"127.0.0.1:{proxy.port}"], min_prompt_tokens=1)
+                self.assertEqual(config.kv_transfer_config.kv_connector_extra_config["retries"], 0)
+                ranks = self.load(config, tokens, num_ranks)
+                self.assertGreater(proxy.connections, self.CUTS)
+                self.assertEqual(programs.metric(server, "prefilld_steps_total"), 8)
+                self.assertEqual(programs.metric(server, "prefilld_prompt_tokens_count"), 1)
+                self.assertGreaterEqual(programs.metric(server, "prefilld_resumed_streams_total"), self.CUTS)
+                self.compare(server, tokens, ranks)
 
 
 class Start(unittest.TestCase):

@@ -34,6 +34,9 @@ class ConnectorConfig:
     max_loads: prompts whose KV a worker receives at once; others wait.
     timeout_s: seconds until a load has failed, its waiting at the server included.
     retries: how often an asynchronous load whose failure may pass is tried again before vLLM is told.
+    resumable: a load whose connection breaks goes on where it stopped, and nothing is computed again, if the server
+    lets it (--resume_window_s). A server that was killed is then given up once that time has passed. False: a load
+    whose connection breaks has failed at once.
     model_fingerprint: if it is set, a server with another model refuses.
     metadata: key and value pairs that go with each call, for servers that tell tenants apart.
     tls_ca, tls_cert, tls_key: PEM files; tls_ca alone encrypts, with the others the connector names itself.
@@ -48,6 +51,7 @@ class ConnectorConfig:
     max_loads: int = 8
     timeout_s: float = 600.0
     retries: int = 1
+    resumable: bool = True
     model_fingerprint: str = ""
     metadata: dict[str, str] = field(default_factory=dict)
     tls_ca: str | None = None
@@ -95,8 +99,9 @@ class ConnectorConfig:
             0.001 <= self.timeout_s <= 86_400
         ):
             yield f"timeout_s is {self.timeout_s!r}, allowed: 0.001 to 86400"
-        if not isinstance(self.load_async, bool):
-            yield f"load_async is {self.load_async!r}, allowed: true and false"
+        for name in ("load_async", "resumable"):
+            if not isinstance(getattr(self, name), bool):
+                yield f"{name} is {getattr(self, name)!r}, allowed: true and false"
         yield from _mistakes_of_addresses(self.prefill_address)
         yield from _mistakes_of_list("prefill_allow", self.prefill_allow, AddressPattern, 0, MAX_PATTERNS)
         try:

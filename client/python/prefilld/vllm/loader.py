@@ -253,6 +253,7 @@ class Loader:
             lanes=self._config.lanes,
             model_fingerprint=self._config.model_fingerprint,
             metadata=tuple(self._config.metadata.items()),
+            resumable=self._config.resumable,
             timeout=timeout,
         )
         if shared is not None and shape.rank > 0:
