@@ -27,7 +27,7 @@ try:
     import starlette  # noqa: F401
     import uvicorn  # noqa: F401
     from gateway_process import ask, read_reply
-    from played_gateway import COMPLETIONS, PREFILL_CALL, PlayedGateway, request
+    from played_gateway import CHATS, COMPLETIONS, PREFILL_CALL, PlayedGateway, request
     from played_peers import text_of
     from prefilld.gateway.bodies import LARGE_BYTES, ParsingProcess, SideThreads
     from prefilld.gateway.bodies import Bodies as BodiesInAll
@@ -120,6 +120,19 @@ class Bodies(PlayedGateway):
         self.assertEqual((await read_reply(reader)).status, 503)
         large = await ask(self.gateway.port, COMPLETIONS, request(4, user="x" * 3000))
         self.assertEqual((large.status, large.error["code"]), (503, "overloaded"))
+
+    async def test_a_body_that_still_comes_takes_the_room_of_any_path(self):
+        await self.start("--max_requests=1", workers=0)
+        _, writer = await self.connect()
+        writer.write(post(b'{"prompt": "a', announced=1000))
+        await self.wait(lambda: self.gateway.metric("prefilld_gateway_running_requests") == 1, "the body is read")
+        call = {"messages": [{"role": "user", "content": "Hello"}], "kv_transfer_params": PREFILL_CALL}
+        full = await ask(self.gateway.port, CHATS, call)
+        self.assertEqual((full.status, full.error["code"]), (503, "overloaded"))
+        self.assertEqual(await self.metric("requests_total", route="prefill_call", outcome="503"), 1)
+        writer.close()
+        await self.nothing_runs()
+        self.assertEqual((await ask(self.gateway.port, COMPLETIONS, request(4, kv_transfer_params=PREFILL_CALL))).status, 200)
 
     async def test_a_routers_body_that_is_too_large_is_answered_as_one_that_nobody_can_read(self):
         await self.start("--max_body_bytes=2000")

@@ -25,7 +25,7 @@ try:
     import starlette  # noqa: F401
     import uvicorn  # noqa: F401
     from gateway_process import ask
-    from played_gateway import COMPLETIONS, PREFILL_CALL, PlayedGateway, request
+    from played_gateway import CHATS, COMPLETIONS, PREFILL_CALL, PlayedGateway, request
     from played_peers import text_of
 except ImportError as missing:
     print(f"skipped: {missing}")
@@ -145,8 +145,12 @@ class Faults(PlayedGateway):
         self.peers.faults[3] = "prefilld is silent"
         asking = asyncio.ensure_future(ask(self.gateway.port, COMPLETIONS, request(3)))
         await self.wait(lambda: self.peers.running["_prefill"], "the first is computed")
-        full = await ask(self.gateway.port, COMPLETIONS, request(4))
-        self.assertEqual((full.status, full.headers["retry-after"], full.error["code"]), (503, "1", "overloaded"))
+        chat = {"messages": [{"role": "user", "content": "Hello"}]}
+        for path, body in ((COMPLETIONS, request(4)), (CHATS, chat), (CHATS, {**chat, "kv_transfer_params": PREFILL_CALL}),
+                           (COMPLETIONS, request(4, kv_transfer_params=PREFILL_CALL))):  # fmt: skip
+            full = await ask(self.gateway.port, path, body)
+            self.assertEqual((full.status, full.headers["retry-after"], full.error["code"]), (503, "1", "overloaded"))
+        self.assertEqual(await self.metric("requests_total", route="chat", outcome="503"), 2)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
         await self.nothing_runs()

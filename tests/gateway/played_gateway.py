@@ -10,7 +10,7 @@ from gateway_process import GatewayProcess, wait_until
 from played_peers import PlayedPeers
 
 MODEL = Path(__file__).resolve().parents[2] / "model" / "tiny"  # for its tokenizer; no weights are read
-COMPLETIONS = "/v1/completions"
+COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 PREFILL_CALL = {"do_remote_decode": True}
 
 

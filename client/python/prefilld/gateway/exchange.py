@@ -30,6 +30,7 @@ _HEARTBEAT_SECONDS = 5.0  # a stream is never silent for longer, so that idle ti
 class Door:
     """Limits, counts and the service, for all exchanges.
 
+    max_requests, running: requests of all paths, from their first byte here until their answer's last.
     request_timeout_s: of a whole answer, queues included. closing: set when answers that still run must end.
     """
 
@@ -67,6 +68,8 @@ class Exchange:
     async def _admit(self) -> str:
         """Returns the outcome, for metrics, as the others do."""
         if self._door.running >= self._door.max_requests:
+            if not self._door.bodies.has_answers:  # what is asked elsewhere is known of no body that was not read
+                self._route = "prefill_call"
             # A router's prefill call must not get a code below 500: it would fail instead of decoding without prefilld.
             message = f"the gateway answers {self._door.running} requests, as many as it may"
             return await self._fail(Failure(503, message, code="overloaded", retry_after=1))

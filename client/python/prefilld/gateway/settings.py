@@ -68,7 +68,7 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
     add("--default_max_tokens", type=int, default=512, help="tokens of a chat's answer where the request does not say")
     add("--remembered_blocks", type=int, default=100_000,
         help="blocks of 128 tokens that are remembered for each prefilld, at most")  # fmt: skip
-    add("--max_requests", type=int, default=256, help="requests that are answered at once; more get 503")
+    add("--max_requests", type=int, default=256, help="requests of all paths that are answered at once; more get 503")
     add("--max_connections", type=int, default=1024, help="connections that are served at once; more get 503")
     add("--max_body_bytes", type=int, default=16 << 20, help="the largest body of a request")
     add("--max_pending_body_bytes", type=int, default=64 << 20,
