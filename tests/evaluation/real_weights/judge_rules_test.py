@@ -105,7 +105,6 @@ class BesideTheServer(unittest.TestCase):
         self.assertEqual(self.judged("later", "vertical_slash", seconds=-1.0, **short), {})
         self.assertEqual(self.judged("later", "vertical_slash", **short)["vertical_slash"]["texts"], 2)
 
-
     @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not here")
     def test_heads_are_drawn_from_maps_that_are_kept(self):
         maps, picture = self.folder / "maps.npz", self.folder / "heads.svg"
@@ -140,6 +139,24 @@ class FlashPrefill(unittest.TestCase):
                 for c in range(8):
                     wanted = c <= row and (energy[c] >= alpha * max(energy) or c == 0 or row - c < 2 or row == 7)
                     self.assertEqual(bool(pattern[head, row, c]), wanted, (head, row, c))
+        self.assertLess(float(rules.reference.density(pattern).mean()), 0.9)
+
+
+class BestBlocks(unittest.TestCase):
+    def test_no_fewer_blocks_of_a_row_hold_as_much(self):
+        block, gamma = 4, 0.7
+        q, k, _ = drawn(3, 8 * block, 8, seed=4)
+        pattern = rules.BestBlocks(block=block, gamma=gamma).choose(4 * q, k)
+        later = torch.ones(8 * block, 8 * block, dtype=torch.bool).triu(1)
+        attention = (4 * q @ k.transpose(1, 2) / math.sqrt(8)).masked_fill(later, -math.inf).softmax(-1)
+        for head in range(3):
+            for row in range(8):
+                rows = attention[head, row * block : (row + 1) * block]
+                mass = [float(rows[:, c * block : (c + 1) * block].sum()) / block for c in range(8)]
+                ranked = sorted(range(8), key=mass.__getitem__, reverse=True)
+                needed = next(n for n in range(1, 9) if sum(mass[c] for c in ranked[:n]) >= gamma)
+                chosen = {c for c in range(8) if pattern[head, row, c]}
+                self.assertEqual(chosen, {0, row, *ranked[:needed]}, (head, row))
         self.assertLess(float(rules.reference.density(pattern).mean()), 0.9)
 
 
