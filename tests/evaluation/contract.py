@@ -1,11 +1,11 @@
-"""Reads policies and thresholds from the text of prefill.proto. Standard library only."""
+"""Reads policies and thresholds from the text of attention.proto. Standard library only."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-PROTO = Path(__file__).resolve().parents[2] / "proto" / "prefill" / "v1" / "prefill.proto"
+PROTO = Path(__file__).resolve().parents[2] / "proto" / "prefill" / "v1" / "attention.proto"
 PYTHON_TYPES = {"float": float, "double": float, "uint32": int, "uint64": int, "bool": bool}
 
 

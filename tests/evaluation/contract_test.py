@@ -1,4 +1,4 @@
-"""Tests that the Python client's arguments and the evaluation's settings are those of prefill.proto."""
+"""Tests that the Python client's arguments and the evaluation's settings are those of attention.proto."""
 
 import ast
 import sys

@@ -51,7 +51,7 @@ PROMPT = [256, *b"The old fisher carried a lantern to the harbour, and the harbo
 
 
 class Options(unittest.TestCase):
-    """Tests how options become messages. Their names are compared with prefill.proto in contract_test.py."""
+    """Tests how options become messages. Their names are compared with attention.proto in contract_test.py."""
 
     def test_help_names_every_policy(self):
         for policy in contract.policies():

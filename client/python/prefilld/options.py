@@ -56,7 +56,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Attention:
-    """How attention is computed; ranges and meaning stand at AttentionOptions in prefill.proto.
+    """How attention is computed; ranges and meaning stand at AttentionOptions in attention.proto.
 
     policy: one of {policies}.
     A server refuses the baselines unless its operator allows them by name.
