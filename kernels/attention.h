@@ -24,12 +24,12 @@ constexpr int64_t PatternWords(int64_t num_key_blocks) { return CeilDiv(num_key_
 // The work to do for one query head.
 struct HeadWork {
   int head = 0;
-  // [num_query_blocks, PatternWords(num_key_blocks)], device memory. Null: dense. Several heads
-  // may point at one pattern.
+  // [NumQueryBlocks, PatternWords(RowKeyBlocks)], device memory. Null: dense. Several heads may
+  // point at one pattern.
   const uint32_t* pattern = nullptr;
-  // [PatternWords(num_key_blocks)], device memory, OR-ed into the last row. May be null.
+  // [PatternWords(RowKeyBlocks)], device memory, OR-ed into the last row. May be null.
   const uint32_t* last_row = nullptr;
-  // [num_query_blocks, num_key_blocks] fp32, device memory. May be null, and must be for heads with
+  // [NumQueryBlocks, RowKeyBlocks] fp32, device memory. May be null, and must be for heads with
   // a pattern. Receives the mass of every block: the softmax probability that falls on the key
   // block's columns, averaged over the query block's rows. Each row sums to 1; entries above the
   // diagonal are 0. The absolute error is at most 1e-3.
@@ -41,9 +41,7 @@ struct HeadWork {
 // The queries are the last num_queries of num_keys positions: query i is at absolute position
 // num_keys - num_queries + i and sees the keys up to that position. Query blocks are aligned to
 // absolute positions: query block r of the call holds the queries of absolute block
-// (num_keys - num_queries) / B + r, where B is block_tokens, so num_query_blocks =
-// CeilDiv(num_keys, B) - (num_keys - num_queries) / B. Query head h reads
-// KV head h / (num_heads / num_kv_heads).
+// FirstQueryBlock() + r. Query head h reads KV head h / (num_heads / num_kv_heads).
 struct AttentionParams {
   const void* q = nullptr;  // [num_queries, num_heads, head_dim]
   const void* k = nullptr;  // [num_kv_heads, num_keys, head_dim] with a stride between heads
@@ -54,12 +52,29 @@ struct AttentionParams {
   int64_t kv_head_stride = 0;  // elements between KV heads, >= num_keys * head_dim
   int num_heads = 0;
   int num_kv_heads = 0;
-  int head_dim = 0;                // 64 or 128
-  int block_tokens = 128;          // tokens of a block of patterns and block mass: 64 or 128
+  int head_dim = 0;        // 64 or 128
+  int block_tokens = 128;  // tokens of a block of patterns and block mass: 64 or 128
+  // The key blocks that a row of patterns and of block mass has room for, if they are more than
+  // those of num_keys: so a call can compute some query blocks of a longer prompt, with pointers
+  // into what belongs to all of it.
+  int64_t row_key_blocks = 0;
   float scale = 0.0f;              // factor of the logits, usually 1 / sqrt(head_dim)
   const HeadWork* work = nullptr;  // [num_work], host memory; other heads are not touched
   int num_work = 0;
 };
+
+// The absolute position of the first query block, and how many there are.
+constexpr int64_t FirstQueryBlock(const AttentionParams& params) {
+  return (params.num_keys - params.num_queries) / params.block_tokens;
+}
+constexpr int64_t NumQueryBlocks(const AttentionParams& params) {
+  return CeilDiv(params.num_keys, params.block_tokens) - FirstQueryBlock(params);
+}
+// The key blocks that a row of patterns and of block mass has room for.
+constexpr int64_t RowKeyBlocks(const AttentionParams& params) {
+  const int64_t key_blocks = CeilDiv(params.num_keys, params.block_tokens);
+  return params.row_key_blocks > key_blocks ? params.row_key_blocks : key_blocks;
+}
 
 // Computes attention of one decode step: a single query over a paged KV cache.
 //

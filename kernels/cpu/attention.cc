@@ -157,14 +157,14 @@ void AttendTile(const QueryTile& tile, const uint32_t* pattern, const uint32_t* 
 void AttendQueryBlock(const AttentionParams& p, const HeadWork& work, int64_t row,
                       BlockRecord* records) {
   const int64_t first_query = p.num_keys - p.num_queries;
-  const int64_t query_block = first_query / p.block_tokens + row;
+  const int64_t query_block = FirstQueryBlock(p) + row;
   const int64_t begin = std::max(query_block * p.block_tokens, first_query);
   const int64_t end = std::min((query_block + 1) * p.block_tokens, p.num_keys);
-  const int64_t num_key_blocks = CeilDiv(p.num_keys, p.block_tokens);
-  const int64_t words = PatternWords(num_key_blocks);
-  const bool is_last = query_block == num_key_blocks - 1;
-  float* mass = work.block_mass ? work.block_mass + row * num_key_blocks : nullptr;
-  if (mass != nullptr) std::fill_n(mass, num_key_blocks, 0.0f);
+  const int64_t row_key_blocks = RowKeyBlocks(p);
+  const int64_t words = PatternWords(row_key_blocks);
+  const bool is_last = end == p.num_keys;
+  float* mass = work.block_mass ? work.block_mass + row * row_key_blocks : nullptr;
+  if (mass != nullptr) std::fill_n(mass, row_key_blocks, 0.0f);
   constexpr int64_t kTokens = kTile;
   for (int64_t tile = begin / kTokens; tile * kTokens < end; ++tile) {
     AttendTile(
@@ -176,7 +176,7 @@ void AttendQueryBlock(const AttentionParams& p, const HeadWork& work, int64_t ro
 
 void AttentionTasks(const AttentionParams& p) {
   const int64_t num_key_blocks = CeilDiv(p.num_keys, p.block_tokens);
-  const int64_t num_rows = num_key_blocks - (p.num_keys - p.num_queries) / p.block_tokens;
+  const int64_t num_rows = NumQueryBlocks(p);
   bool wants_mass = false;
   for (int w = 0; w < p.num_work; ++w) wants_mass |= p.work[w].block_mass != nullptr;
   // This is the only allocation: 512 bytes per key block for each thread, where block mass is asked

@@ -91,6 +91,7 @@ absl::Status CudaDevice::Initialize() {
                                                       "; 8.0 or newer is needed"));
   }
   traits_.name = properties.name;
+  traits_.parallel_tiles = properties.multiProcessorCount;
   for (cudaStream_t* stream : {&stream_, &download_stream_}) {
     PREFILLD_RETURN_IF_ERROR(
         fault_.Check(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "cudaStreamCreate"));

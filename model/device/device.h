@@ -56,6 +56,9 @@ struct DeviceTraits {
   bool asynchronous = false;
   // Repeat records ops and replays them.
   bool records = false;
+  // It computes so many query blocks of attention at a time. 1 where more or fewer of them make no
+  // difference.
+  int parallel_tiles = 1;
 };
 
 // One device. Its ops and the copies below are ordered among themselves, in the order of the calls

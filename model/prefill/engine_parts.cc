@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <limits>
 #include <numeric>
 #include <random>
 #include <string>
@@ -73,6 +74,8 @@ absl::Status ValidateOptions(const EngineOptions& options) {
       CheckRange("max_batch_tokens", options.max_batch_tokens.value_or(0), 0, kMaxBatchTokens));
   PREFILLD_RETURN_IF_ERROR(
       CheckRange("max_graph_tokens", options.max_graph_tokens.value_or(0), 0, kMaxGraphTokens));
+  PREFILLD_RETURN_IF_ERROR(CheckRange("most_attention_work", options.most_attention_work, 0,
+                                      std::numeric_limits<int64_t>::max()));
   PREFILLD_RETURN_IF_ERROR(CheckRange(
       "interject_tokens", options.interject_tokens.value_or(kInterjectTokens), 1, kMaxPositions));
   const int long_prompts = options.long_prompts.value_or(1);
@@ -132,7 +135,8 @@ absl::Status AllocateWorkspace(const EngineOptions& options, int64_t most_tokens
   if (tile_tokens == 0) {
     tile_tokens = device->traits().asynchronous ? kCudaTileTokens : kCpuTileTokens;
   }
-  parts->points = std::make_unique<TurnPoints>(device, kTurnPointsMark);
+  parts->points =
+      std::make_unique<TurnPoints>(device, kTurnPointsMark, options.most_attention_work);
   PREFILLD_ASSIGN_OR_RETURN(
       parts->step, LayerStep::Create(device, &config, &parts->weights, most_tokens, tile_tokens,
                                      parts->points.get()));

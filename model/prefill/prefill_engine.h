@@ -79,9 +79,9 @@ class PrefillSequence {
   // included; otherwise FAILED_PRECONDITION, and the sequence may continue once one is released.
   // Layers of other sequences do not count.
   //
-  // A layer of a long prompt has points inside it, between its tiles of tokens and its groups of
-  // heads. RunLayer calls `at_point` there. Meanwhile the caller may start and end sequences, and
-  // compute those that may_interject(), but no others. When `at_point` returns false, RunLayer
+  // A layer of a long prompt has points inside it, between its tiles of tokens and the parts of its
+  // attention. RunLayer calls `at_point` there. Meanwhile the caller may start and end sequences,
+  // and compute those that may_interject(), but no others. When `at_point` returns false, RunLayer
   // returns CANCELLED, and nothing is left to do with the sequence but to destroy it.
   virtual absl::StatusOr<LayerReport> RunLayer(absl::FunctionRef<bool()> at_point) = 0;
   absl::StatusOr<LayerReport> RunLayer() {
@@ -245,6 +245,9 @@ struct EngineOptions {
   // Dense prompts and batches of up to so many tokens may be computed at the points inside a layer
   // of a longer prompt. Their scratch memory is allocated at the start. Absent: 4096.
   std::optional<int64_t> interject_tokens;
+  // The attention of a long prompt that is computed between two such points, in products of numbers
+  // that Q K^T takes. 0: as much as the device takes some 30 ms for, or the CPU some 0.1 s.
+  int64_t most_attention_work = 0;
   // Host memory for the KV of prefixes that later prompts may begin with; 0: none is kept. It is
   // allocated at the start, pinned on CUDA. Otherwise at least a block of kPrefixBlockTokens
   // tokens.

@@ -20,8 +20,8 @@ struct InterruptedTimes {
 };
 
 // A layer of a long prompt takes long, so whoever computes it comes by here between its parts:
-// tiles of tokens, and groups of heads. Here a listener may run layers of other sequences, which
-// use a workspace of their own, or stop the layer.
+// tiles of tokens, groups of heads, and ranges of their query blocks. Here a listener may run
+// layers of other sequences, which use a workspace of their own, or stop the layer.
 //
 // At each point the host waits for the part before the one that it has just queued. So what the
 // listener queues waits for little, and the device always has the next part to compute. Therefore
@@ -31,8 +31,9 @@ class TurnPoints final : public LayerPauses {
  public:
   static constexpr int kNumMarks = 4;
 
-  // Uses the device's marks from `first_mark` on.
-  TurnPoints(Device* device, int first_mark) : device_(*device), first_mark_(first_mark) {}
+  // Uses the device's marks from `first_mark` on. `most_attention_work` is for LayerPauses.
+  TurnPoints(Device* device, int first_mark, int64_t most_attention_work = 0)
+      : device_(*device), first_mark_(first_mark), most_attention_work_(most_attention_work) {}
 
   // Names the listener of the points that come. It must live until End. It returns whether the
   // layer should go on.
@@ -47,6 +48,7 @@ class TurnPoints final : public LayerPauses {
 
   // Does nothing when there is no listener, or when it is called by the listener.
   absl::Status Reach(LayerStage stage) override;
+  int64_t most_attention_work() const override { return most_attention_work_; }
 
   // Completes the times of a layer all of whose work the device has passed.
   absl::Status Settle(const InterruptedTimes& times);
@@ -64,6 +66,7 @@ class TurnPoints final : public LayerPauses {
 
   Device& device_;
   const int first_mark_;
+  const int64_t most_attention_work_;
   std::optional<absl::FunctionRef<bool()>> listener_;
   bool listening_ = false;
   int num_reached_ = 0;                // of all layers

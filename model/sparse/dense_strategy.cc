@@ -1,7 +1,6 @@
 #include "model/sparse/dense_strategy.h"
 
-#include <algorithm>
-
+#include "model/sparse/attention_parts.h"
 #include "proto/status_macros.h"
 
 namespace prefilld::model {
@@ -20,15 +19,11 @@ void DenseStrategy::StartPrompt(int64_t num_tokens, const AttentionOptions&) {
 
 absl::Status DenseStrategy::Attend(int layer, const kernels::AttentionParams& attention,
                                    LayerReport*) {
-  const auto num_heads = static_cast<int>(work_.size());
-  const int at_once = HeadsBetweenPauses(device_.traits(), attention);
-  kernels::AttentionParams params = attention;
+  AttentionParts parts(device_.traits(), &pauses_, attention, work_);
   PREFILLD_RETURN_IF_ERROR(device_.Mark(BeginMark(layer)));
-  for (int first = 0; first < num_heads; first += at_once) {
-    params.work = &work_[first];
-    params.num_work = std::min(at_once, num_heads - first);
-    PREFILLD_RETURN_IF_ERROR(device_.ops().Attention(params));
-    if (at_once < num_heads) PREFILLD_RETURN_IF_ERROR(pauses_.Reach(LayerStage::kAttention));
+  while (parts.Next()) {
+    PREFILLD_RETURN_IF_ERROR(device_.ops().Attention(parts.params()));
+    if (!parts.is_all()) PREFILLD_RETURN_IF_ERROR(pauses_.Reach(LayerStage::kAttention));
   }
   return device_.Mark(DoneMark(layer));
 }

@@ -20,7 +20,7 @@ class DenseStrategy final : public AttentionStrategy {
  public:
   static constexpr int kNumMarks = 4;
 
-  // `pauses` is reached between groups of heads of a long prompt.
+  // `pauses` is reached between the parts of a long prompt's attention.
   //
   // `pattern` is device memory (kernels/attention.h) that is filled when a prompt starts, or null
   // for all keys. Uses the device's marks from `first_mark` on. The pointers are borrowed and

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "absl/status/status.h"
 #include "kernels/attention.h"
@@ -23,7 +24,24 @@ class LayerPauses {
   // time that others take here is not counted to that stage. Whatever the layer has queued so far,
   // and the scratch that it uses, stays as it is. CANCELLED: the layer must not be finished.
   virtual absl::Status Reach(LayerStage stage) = 0;
+
+  // Returns how much attention may lie between two pauses instead of what the device takes some 30
+  // ms for, as MostWorkBetweenPauses counts it. 0: as much as that.
+  virtual int64_t most_attention_work() const { return 0; }
 };
+
+// Returns how much attention may lie between two pauses: products of numbers that Q K^T takes. If
+// there are no pauses, all may.
+inline int64_t MostWorkBetweenPauses(const DeviceTraits& device, const LayerPauses* pauses) {
+  // They take some 30 ms on a multiprocessor of an H200, which has the fastest kernels, and three
+  // times that on one of an A100.
+  constexpr int64_t kOfAMultiprocessor = int64_t{18'000} * 128 * 128 * 128;
+  // They take some 0.1 s on two cores.
+  constexpr int64_t kOfACpu = int64_t{9'000'000'000};
+  if (pauses == nullptr) return std::numeric_limits<int64_t>::max();
+  if (pauses->most_attention_work() > 0) return pauses->most_attention_work();
+  return device.asynchronous ? device.parallel_tiles * kOfAMultiprocessor : kOfACpu;
+}
 
 // Returns how many heads of such an attention are a part that is worth a pause behind it, and still
 // fills the device: those that share a KV head, or several times as many, and on the CPU single

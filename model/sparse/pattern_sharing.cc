@@ -4,6 +4,7 @@
 #include <bit>
 
 #include "model/device/stopwatch.h"
+#include "model/sparse/attention_parts.h"
 #include "proto/status_macros.h"
 
 namespace prefilld::model {
@@ -206,11 +207,13 @@ absl::Status PatternSharing::AttendPivots(const kernels::AttentionParams& attent
   for (size_t i = 0; i < pivots.size(); ++i) {
     work_.push_back({.head = pivots[i], .block_mass = PivotMass(i)});
   }
-  kernels::AttentionParams params = attention;
-  params.work = work_.data();
-  params.num_work = static_cast<int>(work_.size());
+  AttentionParts parts(device_.traits(), scratch_.pauses, attention, work_);
   PREFILLD_RETURN_IF_ERROR(device_.Mark(kPivotsBegin));
-  PREFILLD_RETURN_IF_ERROR(device_.ops().Attention(params));
+  while (parts.Next()) {
+    PREFILLD_RETURN_IF_ERROR(device_.ops().Attention(parts.params()));
+    // The pause behind the last part comes when the pivots are measured.
+    if (!parts.is_last()) PREFILLD_RETURN_IF_ERROR(scratch_.Pause(LayerStage::kAttention));
+  }
   return device_.Mark(kPivotsAttended);
 }
 
@@ -307,25 +310,21 @@ void PatternSharing::AssignWork(int layer) {
 
 absl::Status PatternSharing::AttendSparse(int layer, const kernels::AttentionParams& attention,
                                           LayerReport* report) {
-  kernels::AttentionParams params = attention;
-  params.work = work_.data();
-  params.num_work = static_cast<int>(work_.size());
   if (options_.recall_audit_rows > 0 && !work_.empty()) {
     // The audit's time begins when everything before it is done.
     PREFILLD_RETURN_IF_ERROR(device_.Synchronize());
     Stopwatch stopwatch;
-    PREFILLD_RETURN_IF_ERROR(Audit(layer, params, report));
+    kernels::AttentionParams audited = attention;
+    audited.work = work_.data();
+    audited.num_work = static_cast<int>(work_.size());
+    PREFILLD_RETURN_IF_ERROR(Audit(layer, audited, report));
     report->audit_us = stopwatch.LapUs();
   }
   PREFILLD_RETURN_IF_ERROR(device_.Mark(kAttentionBegins));
-  const auto between_pauses = static_cast<size_t>(HeadsBetweenPauses(device_.traits(), attention));
-  for (size_t first = 0; first < work_.size(); first += between_pauses) {
-    params.work = &work_[first];
-    params.num_work = static_cast<int>(std::min(between_pauses, work_.size() - first));
-    PREFILLD_RETURN_IF_ERROR(device_.ops().Attention(params));
-    if (between_pauses < static_cast<size_t>(config_.num_heads)) {
-      PREFILLD_RETURN_IF_ERROR(scratch_.Pause(LayerStage::kAttention));
-    }
+  AttentionParts parts(device_.traits(), scratch_.pauses, attention, work_);
+  while (parts.Next()) {
+    PREFILLD_RETURN_IF_ERROR(device_.ops().Attention(parts.params()));
+    if (!parts.is_all()) PREFILLD_RETURN_IF_ERROR(scratch_.Pause(LayerStage::kAttention));
   }
   return device_.Mark(kAttended);
 }

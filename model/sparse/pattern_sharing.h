@@ -71,8 +71,8 @@ class PatternSharing final : public AttentionStrategy {
   // The host waits once for the device, to decide by the estimate while the device computes the
   // sets of the last queries, and once more for every batch of new pivots. It does not wait if no
   // head of the layer can share. The decisions allocate a few arrays of [num_heads]. Heads of a
-  // long prompt are scored, become pivots and attend in groups, with a pause of the workspace
-  // behind each of them.
+  // long prompt are scored, become pivots and attend in groups, and their attention is divided
+  // further (attention_parts.h), with a pause of the workspace behind each part.
   absl::Status Attend(int layer, const kernels::AttentionParams& attention,
                       LayerReport* report) override;
   absl::Status Report(LayerReport* report) override;

@@ -5,6 +5,7 @@
 #include <random>
 #include <vector>
 
+#include "kernels/attention_part.h"
 #include "tests/gpu/device_array.h"
 #include "tests/kernels/cases.h"
 #include "tests/kernels/closeness.h"
@@ -50,10 +51,16 @@ class DeviceAttention {
     params.work = work_.data();
   }
 
-  void Run(KernelPath path = KernelPath::kFastest) {
-    const DeviceArray<char> scratch(static_cast<size_t>(cuda::AttentionScratchBytes(params, path)));
-    PREFILLD_ASSERT_CUDA(cuda::LaunchAttention(params, scratch.data(), nullptr, path));
-    PREFILLD_ASSERT_CUDA(cudaDeviceSynchronize());
+  void Run(KernelPath path = KernelPath::kFastest) { Launch(params, path); }
+  // Computes parts one after the other: of one query block, of three, and so on.
+  void RunParts(KernelPath path) {
+    std::vector<HeadWork> work(work_.size());
+    int64_t end = 0;
+    for (int64_t blocks = 1; end < host.num_query_blocks; blocks += 2) {
+      const int64_t first = end;
+      end = std::min(first + blocks, host.num_query_blocks);
+      Launch(PartOf(params, first, end, sizeof(Bf16), work.data()), path);
+    }
   }
   std::vector<float> Out() const {
     const bool in_place = params.out == params.q;
@@ -65,6 +72,11 @@ class DeviceAttention {
   AttentionParams params;
 
  private:
+  static void Launch(const AttentionParams& params, KernelPath path) {
+    const DeviceArray<char> scratch(static_cast<size_t>(cuda::AttentionScratchBytes(params, path)));
+    PREFILLD_ASSERT_CUDA(cuda::LaunchAttention(params, scratch.data(), nullptr, path));
+    PREFILLD_ASSERT_CUDA(cudaDeviceSynchronize());
+  }
   const uint32_t* Copy(const uint32_t* words, int64_t count) {
     if (words == nullptr) return nullptr;
     patterns_.emplace_back(std::vector<uint32_t>(words, words + count));
@@ -108,6 +120,17 @@ TEST_P(CudaAttention, EqualsReference) {
     EXPECT_LT(c.relative, kRelativeTolerance) << c;
     EXPECT_GT(c.cosine, 0.9999) << c;
     ExpectMassEqualsReference(device, expected);
+  }
+}
+
+TEST_P(CudaAttention, OfPartsGivesTheBitsOfTheWhole) {
+  for (const KernelPath path : kPaths) {
+    SCOPED_TRACE(Name(path));
+    DeviceAttention whole(GetParam()), in_parts(GetParam());
+    whole.Run(path);
+    in_parts.RunParts(path);
+    EXPECT_EQ(in_parts.Out(), whole.Out());
+    for (size_t i = 0; i < whole.host.work.size(); ++i) EXPECT_EQ(in_parts.Mass(i), whole.Mass(i));
   }
 }
 

@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "kernels/attention_part.h"
 #include "kernels/cpu/threads.h"
 #include "tests/kernels/cases.h"
 #include "tests/kernels/closeness.h"
@@ -47,6 +48,21 @@ TEST_P(CpuAttention, EqualsReference) {
       EXPECT_NEAR(sum, 1.0, 1e-5);
     }
   }
+}
+
+// The first part has one query block, and each later one two more than the one before.
+TEST_P(CpuAttention, OfPartsGivesTheBitsOfTheWhole) {
+  AttentionData whole(GetParam()), in_parts(GetParam());
+  cpu::Attention(whole.params);
+  std::vector<HeadWork> work(in_parts.work.size());
+  int64_t end = 0;
+  for (int64_t blocks = 1; end < in_parts.num_query_blocks; blocks += 2) {
+    const int64_t first = end;
+    end = std::min(first + blocks, in_parts.num_query_blocks);
+    cpu::Attention(PartOf(in_parts.params, first, end, sizeof(float), work.data()));
+  }
+  EXPECT_EQ(in_parts.out, whole.out);
+  EXPECT_EQ(in_parts.block_mass, whole.block_mass);
 }
 
 INSTANTIATE_TEST_SUITE_P(Common, CpuAttention, ::testing::ValuesIn(AttentionCases()),

@@ -26,6 +26,7 @@ constexpr int64_t kTileTokens = 256;
 
 // From this length on there are points between groups of heads.
 int64_t LongTokens() { return DeviceFlag() == DeviceChoice::kCuda ? 65536 : 4096; }
+constexpr int kHeadDim = 64;
 
 ModelConfig ConfigForLongTokens() {
   ModelConfig config = SmallRandomConfig();
@@ -55,6 +56,9 @@ class InterjectedPrompts : public ::testing::Test {
     options.block_tokens = 64;
     options.tile_tokens = kTileTokens;
     options.interject_tokens = 384;
+    // The two heads of a group that are dense have as much as LongTokens()^2 * kHeadDim. A part has
+    // less than half of it, so that these are three parts.
+    options.most_attention_work = LongTokens() * LongTokens() / 5 * 2 * kHeadDim;
     options.max_batch_tokens = 1024;
     options.long_prompts = 2;
     options.short_prompts = 2;
@@ -121,10 +125,12 @@ TEST(HeadsBetweenPauses, AreMoreThanOneUnlessOneTakesLong) {
   EXPECT_EQ(heads(false, 16384, 32, 8), 4);
 }
 
-// The model has four heads, two for each KV head.
-TEST_F(InterjectedPrompts, MayComeBetweenTheGroupsOfHeadsOfALongPrompt) {
+// The model has four heads, two for each KV head. The attention of two dense heads is three parts,
+// of one dense head or two sparse ones it is two, and of one sparse head it is one.
+TEST_F(InterjectedPrompts, MayComeBetweenThePartsOfALongPromptsAttention) {
+  ASSERT_EQ(checkpoint_.config().head_dim, kHeadDim);
   // Returns the points of the first two layers, without those at tiles of tokens.
-  const auto points_between_heads = [&](int64_t num_tokens, const AttentionOptions& attention) {
+  const auto points_between_parts = [&](int64_t num_tokens, const AttentionOptions& attention) {
     Runner run(*engine_, requests_.One(num_tokens, attention));
     std::vector<int64_t> points(2, -2 * kernels::CeilDiv(num_tokens, kTileTokens));
     for (int64_t& of_layer : points) {
@@ -135,12 +141,13 @@ TEST_F(InterjectedPrompts, MayComeBetweenTheGroupsOfHeadsOfALongPrompt) {
     }
     return points;
   };
-  EXPECT_THAT(points_between_heads(LongTokens(), DenseAttention()), ElementsAre(2, 2));
-  EXPECT_THAT(points_between_heads(LongTokens(), VerticalSlash()), ElementsAre(2, 2));
-  EXPECT_THAT(points_between_heads(LongTokens(), Scored()), ElementsAre(2 + 2, 2 + 2));
-  EXPECT_THAT(points_between_heads(LongTokens(), Share()), ElementsAre(1 + 2, 2))
+  EXPECT_THAT(points_between_parts(LongTokens(), DenseAttention()), ElementsAre(2 * 3, 2 * 3));
+  EXPECT_THAT(points_between_parts(LongTokens(), VerticalSlash()), ElementsAre(2 * 2, 2 * 2));
+  EXPECT_THAT(points_between_parts(LongTokens(), Scored()), ElementsAre(2 + 2 * 2, 2 + 2 * 2))
+      << "scores of two groups of heads, and their attention";
+  EXPECT_THAT(points_between_parts(LongTokens(), Share()), ElementsAre(2 + 2 + 1, 2 * 2))
       << "a pivot and three that share it, then four that share it";
-  EXPECT_THAT(points_between_heads(1300, Scored()), ElementsAre(0, 0));
+  EXPECT_THAT(points_between_parts(1300, Scored()), ElementsAre(0, 0));
 }
 
 // The device computes one thing at a time, so the times of all do not exceed the time that passed.

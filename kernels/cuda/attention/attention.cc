@@ -23,7 +23,7 @@ sm80::KernelParams MakeKernelParams(const AttentionParams& params, void* scratch
   kernel_params.num_keys = params.num_keys;
   kernel_params.kv_head_stride = params.kv_head_stride;
   kernel_params.num_query_blocks = static_cast<int>(NumQueryBlocks(params));
-  kernel_params.num_key_blocks = static_cast<int>(CeilDiv(params.num_keys, params.block_tokens));
+  kernel_params.row_key_blocks = static_cast<int>(RowKeyBlocks(params));
   kernel_params.num_heads = params.num_heads;
   kernel_params.heads_per_kv_head = params.num_heads / params.num_kv_heads;
   kernel_params.scale_log2 = params.scale * static_cast<float>(M_LOG2E);

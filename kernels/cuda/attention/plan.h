@@ -38,12 +38,6 @@ class HeadGroups {
 // Whether kernels exist for the call's shape and its heads' work is consistent.
 bool IsSupported(const AttentionParams& params);
 
-// The number of query blocks of the call, as kernels/attention.h defines them.
-constexpr int64_t NumQueryBlocks(const AttentionParams& params) {
-  const int64_t first_query = params.num_keys - params.num_queries;
-  return CeilDiv(params.num_keys, params.block_tokens) - first_query / params.block_tokens;
-}
-
 // The number of CTAs of the portable kernel that one SM is asked to hold at a time.
 inline constexpr int kCtasPerSm = 2;
 
@@ -52,7 +46,7 @@ inline constexpr int kCtasPerSm = 2;
 // what the GPU holds at a time, and each takes several tiles.
 int64_t BlockMassCtas(const AttentionParams& params, int num_heads, int num_sms);
 constexpr int64_t BlockMassFloatsPerCta(const AttentionParams& params) {
-  return CeilDiv(params.num_keys, params.block_tokens) * params.block_tokens;
+  return RowKeyBlocks(params) * params.block_tokens;
 }
 
 }  // namespace prefilld::kernels::cuda

@@ -62,13 +62,13 @@ struct KernelParams {
   const __nv_bfloat16* k = nullptr;  // [num_kv_heads, num_keys, head_dim], kv_head_stride apart
   const __nv_bfloat16* v = nullptr;  // as k
   __nv_bfloat16* out = nullptr;      // [num_queries, num_heads, head_dim]; may be q
-  float* block_log_sums = nullptr;   // [CTAs, num_key_blocks, block_tokens], with block mass only
+  float* block_log_sums = nullptr;   // [CTAs, row_key_blocks, block_tokens], with block mass only
   int64_t num_queries = 0;
   int64_t num_keys = 0;
   int64_t kv_head_stride = 0;
   int64_t num_tiles = 0;  // num_query_blocks * group.num_heads
   int num_query_blocks = 0;
-  int num_key_blocks = 0;
+  int row_key_blocks = 0;  // as kernels/attention.h
   int num_heads = 0;
   int heads_per_kv_head = 0;
   float scale_log2 = 0.0f;  // scale * log2(e)

@@ -36,7 +36,7 @@ __device__ __forceinline__ QueryTile locate_tile(const KernelParams& params, int
 __device__ __forceinline__ void load_pattern_row(uint32_t* words, const HeadWork& work,
                                                  const QueryTile& tile,
                                                  const KernelParams& params) {
-  const int row_words = (params.num_key_blocks + 31) / 32;
+  const int row_words = (params.row_key_blocks + 31) / 32;
   const bool last = tile.row == params.num_query_blocks - 1;
   for (int w = static_cast<int>(threadIdx.x); w <= tile.block / 32; w += blockDim.x) {
     uint32_t word = 0xffffffffu;
@@ -273,7 +273,7 @@ __device__ __forceinline__ void mask_diagonal(
 template <typename Config>
 __device__ __forceinline__ float* block_log_sums(const KernelParams& params, int block) {
   return params.block_log_sums +
-         (static_cast<int64_t>(blockIdx.x) * params.num_key_blocks + block) * Config::kBlockTokens;
+         (static_cast<int64_t>(blockIdx.x) * params.row_key_blocks + block) * Config::kBlockTokens;
 }
 
 // Computes the block mass of one query tile from the logs of its rows' block sums. Each warp takes
@@ -281,12 +281,12 @@ __device__ __forceinline__ float* block_log_sums(const KernelParams& params, int
 template <typename Config>
 __device__ __forceinline__ void write_block_mass(float* mass_row, const float* log_sums,
                                                  const float* row_lse, const QueryTile& tile,
-                                                 int num_key_blocks) {
+                                                 int row_key_blocks) {
   constexpr int kBlock = Config::kBlockTokens;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const float weight = 1.0f / static_cast<float>(tile.end_valid - tile.first_valid);
-  for (int block = warp; block < num_key_blocks; block += Config::kWarps) {
+  for (int block = warp; block < row_key_blocks; block += Config::kWarps) {
     float mass = 0.0f;
     if (block <= tile.block) {
 #pragma unroll
@@ -369,9 +369,9 @@ __device__ __forceinline__ void compute_tile(const KernelParams& params,
   if constexpr (Config::kBlockMass) {
     __syncthreads();  // row_lse and block_log_sums of all warps are written
     write_block_mass<Config>(params.group.heads[tile.work].block_mass +
-                                 static_cast<int64_t>(tile.row) * params.num_key_blocks,
+                                 static_cast<int64_t>(tile.row) * params.row_key_blocks,
                              block_log_sums<Config>(params, 0), shared.row_lse, tile,
-                             params.num_key_blocks);
+                             params.row_key_blocks);
   }
 }
 
@@ -411,7 +411,7 @@ __global__ void __launch_bounds__(Config::kThreads, kCtasPerSm)
 template <typename Config>
 cudaError_t LaunchForward(const KernelParams& params, int64_t grid, cudaStream_t stream) {
   const size_t shared_bytes =
-      sizeof(SharedMemory<Config>) + PatternWords(params.num_key_blocks) * sizeof(uint32_t);
+      sizeof(SharedMemory<Config>) + PatternWords(params.row_key_blocks) * sizeof(uint32_t);
   return LaunchKernel(attention_kernel<Config>, static_cast<unsigned>(grid), Config::kThreads,
                       shared_bytes, stream, params);
 }

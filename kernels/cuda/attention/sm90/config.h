@@ -34,7 +34,7 @@ enum NamedBarrier : int {
 struct HeadTask {
   const uint32_t* pattern;   // [num_query_blocks, pattern_words]; null: dense
   const uint32_t* last_row;  // [pattern_words]; may be null
-  float* block_mass;         // [num_query_blocks, num_key_blocks]; may be null
+  float* block_mass;         // [num_query_blocks, row_key_blocks]; may be null
   int head;
 };
 
@@ -44,12 +44,12 @@ struct Launch {
   // CTA i computes tile i and no other.
   const uint32_t* order;
   int* next_tile;  // the next place in the order; zero at the start, unused without an order
-  // [gridDim.x, kConsumers, num_key_blocks, kConsumerRows]: log2 of the weight of every (key block,
+  // [gridDim.x, kConsumers, row_key_blocks, kConsumerRows]: log2 of the weight of every (key block,
   // query row) of the tile that a CTA computes. Used by heads with block mass alone.
   float* row_weights;
   int num_tiles;
   int num_query_blocks;
-  int num_key_blocks;
+  int row_key_blocks;     // as kernels/attention.h
   int first_query_block;  // the absolute position of query block 0
   int skipped_queries;    // positions of query block 0 that lie before query 0
   int num_queries;

@@ -63,14 +63,14 @@ cudaError_t LaunchPart(const AttentionParams& p, const HeadWork* work, int num_w
     block_mass |= work[i].block_mass != nullptr;
   }
   launch.num_query_blocks = static_cast<int>(NumQueryBlocks(p));
-  launch.num_key_blocks = static_cast<int>(CeilDiv(p.num_keys, kTile));
+  launch.row_key_blocks = static_cast<int>(RowKeyBlocks(p));
   launch.num_tiles = num_work * launch.num_query_blocks;
   const int first_query = static_cast<int>(p.num_keys - p.num_queries);
   launch.first_query_block = first_query / kTile;
   launch.skipped_queries = first_query % kTile;
   launch.num_queries = static_cast<int>(p.num_queries);
   launch.group = p.num_heads / p.num_kv_heads;
-  launch.pattern_words = static_cast<int>(PatternWords(launch.num_key_blocks));
+  launch.pattern_words = static_cast<int>(PatternWords(launch.row_key_blocks));
   launch.scale_log2 = p.scale * static_cast<float>(M_LOG2E);
 
   auto* base = static_cast<unsigned char*>(scratch);
@@ -105,7 +105,7 @@ size_t AttentionScratchBytes(const AttentionParams& p, int num_sms) {
   size_t bytes = kCounterBytes + OrderScratchBytes(std::min(p.num_work, kMaxHeadsPerLaunch) *
                                                    static_cast<int>(NumQueryBlocks(p)));
   if (AnyBlockMass(p)) {
-    bytes += static_cast<size_t>(num_sms) * CeilDiv(p.num_keys, kTile) * kTile * sizeof(float);
+    bytes += static_cast<size_t>(num_sms) * RowKeyBlocks(p) * kTile * sizeof(float);
   }
   return bytes;
 }

@@ -119,7 +119,7 @@ class Consumer {
   // blocks.
   __device__ float* row_weights() const {
     return launch_.row_weights + (static_cast<int64_t>(blockIdx.x) * kConsumers + index_) *
-                                     launch_.num_key_blocks * kConsumerRows;
+                                     launch_.row_key_blocks * kConsumerRows;
   }
 
   // Writes, for each row, log2 of its weight on one key block, from which the final log-sum will be
@@ -256,7 +256,7 @@ class Consumer {
     const auto* weights = reinterpret_cast<const float2*>(row_weights()) + lane;
     const float inverse = 1.0f / static_cast<float>(queries.rows);
     // The head is dense, so its blocks come in order, from the diagonal down.
-    float* out = task.block_mass + static_cast<int64_t>(row) * launch_.num_key_blocks +
+    float* out = task.block_mass + static_cast<int64_t>(row) * launch_.row_key_blocks +
                  launch_.first_query_block + row;
     constexpr int kBatch = 16;  // blocks under way at a time in each warp
     constexpr int kWarps = kWarpgroup / 32;

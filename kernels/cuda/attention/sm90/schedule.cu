@@ -33,8 +33,8 @@ __global__ void prepare_tiles_kernel(const __grid_constant__ Launch launch, uint
   const int row = tile % launch.num_query_blocks;
   const HeadTask& task = launch.tasks[tile / launch.num_query_blocks];
   if (task.block_mass != nullptr) {
-    float* mass = task.block_mass + static_cast<int64_t>(row) * launch.num_key_blocks;
-    for (int c = lane; c < launch.num_key_blocks; c += 32) mass[c] = 0.0f;
+    float* mass = task.block_mass + static_cast<int64_t>(row) * launch.row_key_blocks;
+    for (int c = lane; c < launch.row_key_blocks; c += 32) mass[c] = 0.0f;
   }
   int cost = launch.first_query_block + row + 1;
   if (task.pattern != nullptr) {
