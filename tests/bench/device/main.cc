@@ -38,6 +38,9 @@ ABSL_FLAG(
 ABSL_FLAG(std::optional<int64_t>, max_graph_tokens, std::nullopt,
           "For modes prefill and batch: dense layers of up to so many tokens are replayed as CUDA "
           "graphs. Not set: the engine's choice.");
+ABSL_FLAG(int64_t, most_attention_work, 0,
+          "For modes prefill and batch: the most attention between two points at which others may "
+          "go first, in products of Q K^T. 0: what takes some 30 ms.");
 ABSL_FLAG(std::vector<std::string>, densities, (std::vector<std::string>{"5", "10", "20", "40"}),
           "Percentages of random patterns, for mode attention.");
 ABSL_FLAG(int32_t, stride, 8, "Tokens of a fold, for mode scores.");
@@ -220,6 +223,7 @@ absl::Status RunEngine(model::DeviceChoice device, const std::vector<int64_t>& b
   options.max_tokens = longest;
   options.tile_tokens = absl::GetFlag(FLAGS_tile_tokens);
   options.max_graph_tokens = absl::GetFlag(FLAGS_max_graph_tokens);
+  options.most_attention_work = absl::GetFlag(FLAGS_most_attention_work);
   options.max_batch_tokens = 0;
   for (const int64_t batch : batches) {
     const int64_t prompts = std::max<int64_t>(batch, model::kFullBatchPrompts);
@@ -291,7 +295,7 @@ int main(int argc, char** argv) {
            {"What runs", {"mode", "device", "runs", "warm_up"}},
            {"Shapes",
             {"tokens", "heads", "kv_heads", "head_dim", "hidden", "intermediate", "layers",
-             "tile_tokens", "max_graph_tokens", "batches"}},
+             "tile_tokens", "max_graph_tokens", "most_attention_work", "batches"}},
            {"Attention", {"densities", "stride", "qkv", "clusters", "gamma", "tau", "coverage"}},
            {"Whole prefills", {"model", "prompt", "policies"}},
            {"Report", {"peak_tflops", "peak_gbps", "json", "commit"}}}});
