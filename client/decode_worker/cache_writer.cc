@@ -1,11 +1,11 @@
 #include "client/decode_worker/cache_writer.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "model/checkpoint/config.h"
+#include "proto/status_macros.h"
 
 namespace prefilld::client {
 
@@ -36,18 +36,18 @@ absl::Status CacheWriter::Write(const wire::ReceivedFrame& frame) {
     return absl::InternalError(absl::StrCat("blocks up to ", frame.first_block + frame.num_blocks,
                                             " of a sequence with ", block_table_.size()));
   }
-  // The payload is copied at most once, because gRPC delivers a message of this size in several
-  // slices.
-  thread_local std::vector<uint8_t> scratch;
-  const uint8_t* k = frame.payload.Contiguous(scratch);
-  const uint8_t* v = k + frame.payload.size() / 2;
+  // gRPC delivers a message of this size in many slices, of which each goes straight to its place.
+  const size_t tensor_bytes = frame.payload.size() / 2;
   const auto blocks = block_table_.subspan(frame.first_block, frame.num_blocks);
   const int layer = static_cast<int>(frame.layer);
   const int num_heads = decoder_->config().num_kv_heads;
-  absl::Status status = decoder_->StoreBlocks(layer, false, blocks, 0, num_heads, k);
-  if (status.ok()) status = decoder_->StoreBlocks(layer, true, blocks, 0, num_heads, v);
-  if (status.ok()) Count(frame, now);
-  return status;
+  for (const bool is_value : {false, true}) {
+    PREFILLD_RETURN_IF_ERROR(
+        decoder_->StoreBlocks(layer, is_value, blocks, 0, num_heads,
+                              frame.payload.Part(is_value ? tensor_bytes : 0, tensor_bytes)));
+  }
+  Count(frame, now);
+  return absl::OkStatus();
 }
 
 void CacheWriter::Count(const wire::ReceivedFrame& frame, absl::Time now) {

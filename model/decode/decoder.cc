@@ -15,6 +15,34 @@
 namespace prefilld::model {
 namespace {
 
+// Walks through bytes that lie in pieces.
+class PieceReader {
+ public:
+  explicit PieceReader(absl::Span<const absl::Span<const uint8_t>> pieces) : pieces_(pieces) {}
+
+  // Returns the next bytes that lie together: at most `limit`, at least one. There must be some.
+  absl::Span<const uint8_t> Next(size_t limit) {
+    while (offset_ == pieces_.front().size()) {
+      pieces_.remove_prefix(1);
+      offset_ = 0;
+    }
+    const absl::Span<const uint8_t> next = pieces_.front().subspan(offset_, limit);
+    offset_ += next.size();
+    return next;
+  }
+
+ private:
+  absl::Span<const absl::Span<const uint8_t>> pieces_;
+  size_t offset_ = 0;  // in the first of them
+};
+
+absl::Status CheckSize(absl::Span<const absl::Span<const uint8_t>> pieces, size_t due) {
+  size_t size = 0;
+  for (const auto& piece : pieces) size += piece.size();
+  if (size == due) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(size, " bytes of KV; the blocks have ", due));
+}
+
 class PagedDecoder final : public Decoder {
  public:
   explicit PagedDecoder(const DecoderOptions& options)
@@ -37,7 +65,8 @@ class PagedDecoder final : public Decoder {
   }
 
   absl::Status StoreBlocks(int layer, bool is_value, absl::Span<const int32_t> pool_blocks,
-                           int first_head, int num_heads, const void* data) override;
+                           int first_head, int num_heads,
+                           absl::Span<const absl::Span<const uint8_t>> data) override;
   absl::StatusOr<std::vector<float>> Step(uint32_t token, int64_t position, int64_t rope_tokens,
                                           absl::Span<const int32_t> block_table) override;
 
@@ -126,7 +155,8 @@ absl::Status PagedDecoder::CheckBlocks(absl::Span<const int32_t> pool_blocks) co
 
 absl::Status PagedDecoder::StoreBlocks(int layer, bool is_value,
                                        absl::Span<const int32_t> pool_blocks, int first_head,
-                                       int num_heads, const void* data) {
+                                       int num_heads,
+                                       absl::Span<const absl::Span<const uint8_t>> data) {
   if (layer < 0 || layer >= config_.num_layers) {
     return absl::InvalidArgumentError(
         absl::StrCat("layer ", layer, " is outside the model's ", config_.num_layers));
@@ -145,7 +175,8 @@ absl::Status PagedDecoder::StoreBlocks(int layer, bool is_value,
   const size_t element = kernels::SizeOf(kv_dtype());
   const size_t run_bytes = block_tokens_ / runs_per_block * num_heads * config_.head_dim * element;
   const DeviceBuffer& buffer = is_value ? pools_[layer].v : pools_[layer].k;
-  const char* source = static_cast<const char*>(data);
+  PREFILLD_RETURN_IF_ERROR(CheckSize(data, pool_blocks.size() * runs_per_block * run_bytes));
+  PieceReader source(data);
   size_t neighbours = 1;
   for (size_t i = 0; i < pool_blocks.size(); i += neighbours) {
     neighbours = 1;
@@ -156,10 +187,13 @@ absl::Status PagedDecoder::StoreBlocks(int layer, bool is_value,
     char* block = buffer.as<char>() + pool_blocks[i] * block_bytes();
     for (int64_t run = 0; run < runs_per_block; ++run) {
       const int64_t offset = run * token_stride() + first_head * head_stride();
-      absl::Status status =
-          device_->Upload(block + offset * element, source, run_bytes * neighbours);
-      if (!status.ok()) return status;
-      source += run_bytes * neighbours;
+      char* place = block + offset * element;
+      for (size_t left = run_bytes * neighbours; left > 0;) {
+        const absl::Span<const uint8_t> piece = source.Next(left);
+        PREFILLD_RETURN_IF_ERROR(device_->Upload(place, piece.data(), piece.size()));
+        place += piece.size();
+        left -= piece.size();
+      }
     }
   }
   return absl::OkStatus();

@@ -46,9 +46,11 @@ class Decoder {
 
   // Copies packed K or V (is_value) of consecutive sequence blocks from host memory, in this pool's
   // order and dtype, to the pool blocks named. The data are those of the heads [first_head,
-  // first_head + num_heads): [pool_blocks.size(), one block of num_heads heads].
+  // first_head + num_heads): [pool_blocks.size(), one block of num_heads heads]. They may lie in
+  // pieces of any sizes, one after the other. INVALID_ARGUMENT: they have another size.
   virtual absl::Status StoreBlocks(int layer, bool is_value, absl::Span<const int32_t> pool_blocks,
-                                   int first_head, int num_heads, const void* data) = 0;
+                                   int first_head, int num_heads,
+                                   absl::Span<const absl::Span<const uint8_t>> data) = 0;
 
   // Computes one decode step of one sequence: the token at `position`, whose KV is written to the
   // pool, attends to positions 0 .. position. Returns the logits after it, [vocab_size].

@@ -199,6 +199,18 @@ FramePayload::FramePayload(std::vector<grpc::Slice> slices, size_t offset, size_
   }
 }
 
+std::vector<absl::Span<const uint8_t>> FramePayload::Part(size_t offset, size_t size) const {
+  std::vector<absl::Span<const uint8_t>> part;
+  for (const auto& piece : pieces_) {
+    const size_t skipped = std::min(offset, piece.size());
+    const size_t taken = std::min(size, piece.size() - skipped);
+    if (taken > 0) part.push_back(piece.subspan(skipped, taken));
+    offset -= skipped;
+    size -= taken;
+  }
+  return part;
+}
+
 uint64_t FramePayload::Checksum() const {
   if (pieces_.size() == 1) return wire::Checksum(pieces_[0].data(), pieces_[0].size());
   const std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> state(XXH3_createState(),

@@ -40,6 +40,8 @@ class FramePayload {
 
   size_t size() const { return size_; }
   absl::Span<const absl::Span<const uint8_t>> pieces() const { return pieces_; }
+  // Returns the pieces of the `size` bytes from `offset` on, which must be there.
+  std::vector<absl::Span<const uint8_t>> Part(size_t offset, size_t size) const;
   uint64_t Checksum() const;
   void CopyTo(uint8_t* destination) const;
   // Returns the payload itself if it arrived in one piece, otherwise a copy of it in `scratch`. The

@@ -13,12 +13,13 @@ FakeDecoder::FakeDecoder(int64_t num_blocks) : num_blocks_(num_blocks) {
 
 absl::Status FakeDecoder::StoreBlocks(int layer, bool is_value,
                                       absl::Span<const int32_t> pool_blocks, int first_head,
-                                      int num_heads, const void* data) {
+                                      int num_heads,
+                                      absl::Span<const absl::Span<const uint8_t>> data) {
   absl::MutexLock lock(&mu_);
-  const char* bytes = static_cast<const char*>(data);
+  std::string bytes;
+  for (const auto& piece : data) bytes.append(piece.begin(), piece.end());
   for (size_t i = 0; i < pool_blocks.size(); ++i) {
-    stored_[{layer, is_value, pool_blocks[i]}] =
-        std::string(bytes + i * block_bytes(), block_bytes());
+    stored_[{layer, is_value, pool_blocks[i]}] = bytes.substr(i * block_bytes(), block_bytes());
   }
   return absl::OkStatus();
 }

@@ -29,7 +29,8 @@ class FakeDecoder : public model::Decoder {
   int64_t num_pool_blocks() const override { return num_blocks_; }
   size_t block_bytes() const override { return 16 * 2 * 8 * 4; }
   absl::Status StoreBlocks(int layer, bool is_value, absl::Span<const int32_t> pool_blocks,
-                           int first_head, int num_heads, const void* data) override;
+                           int first_head, int num_heads,
+                           absl::Span<const absl::Span<const uint8_t>> data) override;
   absl::StatusOr<std::vector<float>> Step(uint32_t token, int64_t position, int64_t rope_tokens,
                                           absl::Span<const int32_t> block_table) override;
 

@@ -120,14 +120,14 @@ class DecoderSink : public client::KvSink {
   }
   absl::Status OnProgress(const Progress&) override { return absl::OkStatus(); }
   absl::Status OnFrame(const wire::ReceivedFrame& frame) override {
-    std::vector<uint8_t> scratch;
-    const uint8_t* k = frame.payload.Contiguous(scratch);
+    const size_t tensor_bytes = frame.payload.size() / 2;
     const absl::Span<const int32_t> blocks(block_table_.data() + frame.first_block,
                                            frame.num_blocks);
     for (const bool is_value : {false, true}) {
       const absl::Status stored = decoder_->StoreBlocks(
           static_cast<int>(frame.layer), is_value, blocks, static_cast<int>(layout_.first_head()),
-          static_cast<int>(layout_.num_heads()), k + (is_value ? frame.payload.size() / 2 : 0));
+          static_cast<int>(layout_.num_heads()),
+          frame.payload.Part(is_value ? tensor_bytes : 0, tensor_bytes));
       if (!stored.ok()) return stored;
     }
     return absl::OkStatus();

@@ -50,6 +50,19 @@ std::vector<int32_t> ScrambledTable(const Decoder& decoder) {
   return table;
 }
 
+using Pieces = std::vector<absl::Span<const uint8_t>>;
+
+// Cuts bytes into pieces of random sizes, as a network does, some of them empty.
+Pieces Cut(absl::Span<const uint8_t> bytes, std::mt19937& random) {
+  Pieces pieces;
+  while (!bytes.empty()) {
+    const size_t size = std::min<size_t>(random() % 3000, bytes.size());
+    pieces.push_back(bytes.subspan(0, size));
+    bytes.remove_prefix(size);
+  }
+  return pieces;
+}
+
 // Hands a layer's KV from the engine to the decoder, with the heads in `shares` parts.
 void HandOver(PrefillEngine& engine, PrefillSequence& sequence, Decoder& decoder, int layer,
               int64_t num_tokens, int block_tokens, KvOrder order, int shares,
@@ -58,14 +71,18 @@ void HandOver(PrefillEngine& engine, PrefillSequence& sequence, Decoder& decoder
       WholeLayer(engine.info().config, num_tokens, block_tokens, order, decoder.kv_dtype());
   const int heads = selection.num_heads / shares;
   selection.num_heads = heads;
+  std::mt19937 random(layer);
   const absl::Span<const int32_t> blocks(table.data(), selection.num_blocks);
   for (int share = 0; share < shares; ++share) {
     selection.first_head = share * heads;
     const auto packed = PackLayer(engine, sequence, layer, selection);
     for (bool is_value : {false, true}) {
-      const uint8_t* data = packed.data() + (is_value ? packed.size() / 2 : 0);
-      ASSERT_TRUE(
-          decoder.StoreBlocks(layer, is_value, blocks, selection.first_head, heads, data).ok());
+      const auto tensor =
+          absl::MakeConstSpan(packed).subspan(is_value ? packed.size() / 2 : 0, packed.size() / 2);
+      ASSERT_TRUE(decoder
+                      .StoreBlocks(layer, is_value, blocks, selection.first_head, heads,
+                                   Cut(tensor, random))
+                      .ok());
     }
   }
 }
@@ -127,6 +144,38 @@ TEST(Decoder, ContinuesAPrefilledPromptLikeOneProcessInEveryLayout) {
   }
 }
 
+TEST(Decoder, PiecesOfAnySizesGoWhereTheWholeGoes) {
+  constexpr int kBlocks = 8, kTokens = 32;
+  const RandomCheckpoint checkpoint;
+  std::mt19937 random(1);
+  std::uniform_real_distribution<float> values(-1.0f, 1.0f);
+  for (const KvOrder order : {KvOrder::kNhd, KvOrder::kHnd}) {
+    for (const int num_heads : {1, 2}) {
+      const auto whole = CreateDecoder(checkpoint.dir(), kTokens, order, 2 * kBlocks * kTokens);
+      const auto cut = CreateDecoder(checkpoint.dir(), kTokens, order, 2 * kBlocks * kTokens);
+      const std::vector<int32_t> table = ScrambledTable(*whole);
+      const auto blocks = absl::MakeConstSpan(table).subspan(0, kBlocks);
+      for (int layer = 0; layer < whole->config().num_layers; ++layer) {
+        for (const bool is_value : {false, true}) {
+          for (int first_head = 0; first_head < 2; first_head += num_heads) {
+            std::vector<float> data(kBlocks * kTokens * num_heads * whole->config().head_dim);
+            for (float& value : data) value = values(random);
+            const absl::Span<const uint8_t> bytes(reinterpret_cast<const uint8_t*>(data.data()),
+                                                  data.size() * sizeof(float));
+            ASSERT_TRUE(
+                whole->StoreBlocks(layer, is_value, blocks, first_head, num_heads, {bytes}).ok());
+            ASSERT_TRUE(
+                cut->StoreBlocks(layer, is_value, blocks, first_head, num_heads, Cut(bytes, random))
+                    .ok());
+          }
+        }
+      }
+      const int64_t last = kBlocks * kTokens - 1;
+      EXPECT_EQ(whole->Step(1, last, last, table).value(), cut->Step(1, last, last, table).value());
+    }
+  }
+}
+
 TEST(Decoder, FamiliesContinueLikeOneProcess) {
   ModelConfig qwen3 = SmallRandomConfig();
   qwen3.family = Family::kQwen3;
@@ -179,13 +228,17 @@ TEST(Decoder, PoolHoldsTheTokensAskedFor) {
 TEST(Decoder, RefusesWhatLiesOutsideModelOrPool) {
   const RandomCheckpoint checkpoint;
   const auto decoder = CreateDecoder(checkpoint.dir(), 16, KvOrder::kNhd, 64);
-  const std::vector<float> block(16 * 2 * 64);
-  EXPECT_FALSE(decoder->StoreBlocks(4, false, {0}, 0, 2, block.data()).ok());
-  EXPECT_FALSE(decoder->StoreBlocks(-1, false, {0}, 0, 2, block.data()).ok());
-  EXPECT_FALSE(decoder->StoreBlocks(0, false, {4}, 0, 2, block.data()).ok());
-  EXPECT_FALSE(decoder->StoreBlocks(0, false, {-1}, 0, 2, block.data()).ok());
-  EXPECT_FALSE(decoder->StoreBlocks(0, false, {0}, 1, 2, block.data()).ok());
-  EXPECT_FALSE(decoder->StoreBlocks(0, false, {0}, 0, 0, block.data()).ok());
+  const std::vector<uint8_t> bytes(decoder->block_bytes());
+  const absl::Span<const uint8_t> block = bytes;
+  EXPECT_TRUE(decoder->StoreBlocks(0, false, {0}, 0, 2, {block}).ok());
+  EXPECT_FALSE(decoder->StoreBlocks(4, false, {0}, 0, 2, {block}).ok());
+  EXPECT_FALSE(decoder->StoreBlocks(-1, false, {0}, 0, 2, {block}).ok());
+  EXPECT_FALSE(decoder->StoreBlocks(0, false, {4}, 0, 2, {block}).ok());
+  EXPECT_FALSE(decoder->StoreBlocks(0, false, {-1}, 0, 2, {block}).ok());
+  EXPECT_FALSE(decoder->StoreBlocks(0, false, {0}, 1, 2, {block}).ok());
+  EXPECT_FALSE(decoder->StoreBlocks(0, false, {0}, 0, 0, {block}).ok());
+  EXPECT_FALSE(decoder->StoreBlocks(0, false, {0}, 0, 2, {block.subspan(1)}).ok());
+  EXPECT_FALSE(decoder->StoreBlocks(0, false, {0}, 0, 2, {block, block.subspan(0, 1)}).ok());
   EXPECT_FALSE(decoder->Step(320, 0, 1, {0}).ok());
   EXPECT_FALSE(decoder->Step(1, 16, 1, {0}).ok());
   EXPECT_FALSE(decoder->Step(1, -1, 1, {0}).ok());

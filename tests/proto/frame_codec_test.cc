@@ -1,5 +1,7 @@
 #include "proto/wire/frame_codec.h"
 
+#include <algorithm>
+#include <random>
 #include <string>
 
 #include <gtest/gtest.h>
@@ -163,6 +165,28 @@ TEST(ParseFrame, ReadsEveryFieldHoweverTheBytesAreCut) {
     std::vector<uint8_t> scratch;
     const uint8_t* bytes = frame.payload.Contiguous(scratch);
     EXPECT_EQ(std::string(bytes, bytes + frame.payload.size()), event.kv_frame().payload());
+  }
+}
+
+TEST(ParseFrame, PartsOfThePayloadLieWhereItArrived) {
+  const std::string payload = Event().kv_frame().payload();
+  std::mt19937 random(1);
+  for (int round = 0; round < 100; ++round) {
+    grpc::ByteBuffer buffer = Cut(Event().SerializeAsString(), 1 + random() % payload.size());
+    const auto parsed = ParseFrame(buffer);
+    const FramePayload& arrived = (*parsed)->payload;
+    const size_t offset = random() % (payload.size() + 1);
+    const size_t size = random() % (payload.size() - offset + 1);
+    std::string part;
+    for (const auto& piece : arrived.Part(offset, size)) {
+      EXPECT_TRUE(std::any_of(arrived.pieces().begin(), arrived.pieces().end(),
+                              [&piece](const auto& whole) {
+                                return piece.begin() >= whole.begin() && piece.end() <= whole.end();
+                              }))
+          << "it was copied";
+      part.append(piece.begin(), piece.end());
+    }
+    EXPECT_EQ(part, payload.substr(offset, size)) << offset << " " << size;
   }
 }
 
