@@ -23,6 +23,7 @@
 #include "proto/process/certificate_watch.h"
 #include "proto/process/file_watch.h"
 #include "proto/process/health.h"
+#include "proto/process/kept_memory.h"
 #include "proto/process/log.h"
 #include "proto/process/open_files.h"
 #include "proto/process/openmp_waiting.h"
@@ -129,6 +130,7 @@ absl::Status Serve(const process::EndSignals& signals, const WorkerOptions& opti
 
 absl::Status Run(int argc, char** argv) {
   const absl::Status waiting = process::LetOpenMpThreadsSleep(argv);
+  process::KeepFreedMemory();
   const auto options = OptionsFromCommandLine(argc, argv);
   const process::EndSignals signals;  // before the log's thread
   process::InitLogging(options.ok() ? options->log_format : process::LogFormat::kText);
