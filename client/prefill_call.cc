@@ -79,7 +79,7 @@ void PrefillCall::ReadLane(uint32_t lane, const Opening& first) {
 
 bool PrefillCall::IsResumable() const {
   if (acknowledger_ == nullptr) return false;
-  return !accepted() || reception_->accepted()->resume_window_ms() > 0;
+  return accepted() == nullptr || accepted()->resume_window_ms() > 0;
 }
 
 bool PrefillCall::MayResume() const {
@@ -90,10 +90,8 @@ bool PrefillCall::MayResume() const {
 // `ended` is the reason then.
 bool PrefillCall::ReadOn(uint32_t lane, const Opening& first, LanePatience& patience,
                          absl::Status& ended) {
-  LanePatience::State state{.accepted = accepted(), .progress = reception_->progress()};
-  if (state.accepted) {
-    state.window = absl::Milliseconds(reception_->accepted()->resume_window_ms());
-  }
+  LanePatience::State state{.accepted = accepted() != nullptr, .progress = reception_->progress()};
+  if (state.accepted) state.window = absl::Milliseconds(accepted()->resume_window_ms());
   const LanePatience::Next next = patience.OnBroken(ended, state, absl::Now());
   if (next == LanePatience::Next::kGiveUp) {
     ended = patience.reason();
@@ -135,7 +133,7 @@ absl::Status PrefillCall::ReadStream(uint32_t lane, const Opening& opening) {
       stream->Cancel();
       return taken;
     }
-    if (lane == 0 && lane_threads_.empty() && accepted()) ReadOtherLanes();
+    if (lane == 0 && lane_threads_.empty() && accepted() != nullptr) ReadOtherLanes();
   }
   PREFILLD_RETURN_IF_ERROR(EndOfStream(stream->Finish()));
   if (lane == 0 && !reception_->has_result()) {

@@ -43,8 +43,11 @@ class PrefillCall {
   // Makes the call and returns its end. May be called once.
   absl::StatusOr<::prefill::v1::PrefillResult> Run();
 
-  // Tells whether the server took the request. May be called when Run has returned.
-  bool accepted() const { return reception_->accepted().has_value(); }
+  // Returns how the server took the request, null if it did not. May be called when Run has
+  // returned.
+  const ::prefill::v1::Accepted* accepted() const {
+    return reception_->accepted() ? &*reception_->accepted() : nullptr;
+  }
 
   // Ends every lane, and keeps the first reason. Thread-safe.
   void Fail(absl::Status reason);

@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "client/async_call.h"
+#include "client/lane_choice.h"
 #include "client/prefill_call.h"
 #include "grpcpp/channel.h"
 #include "grpcpp/client_context.h"
@@ -28,7 +29,6 @@ using ::prefill::v1::PrefillResult;
 using ::prefill::v1::PrefillService;
 using ::prefill::v1::ServerInfo;
 
-constexpr uint32_t kMaxLanes = 16;
 constexpr char kTokenKey[] = "authorization";
 constexpr char kAttachReceiverMethod[] = "/prefill.v1.PrefillService/AttachReceiver";
 
@@ -38,6 +38,25 @@ std::string NewSecret() {
   std::string secret;
   for (int i = 0; i < 4; ++i) absl::StrAppend(&secret, absl::Hex(random(), absl::kZeroPad8));
   return secret;
+}
+
+uint64_t NumTokens(const PrefillRequest& request) { return request.token_ids_size(); }
+uint64_t NumTokens(const AttachReceiverRequest& request) { return request.num_tokens(); }
+
+bool ComesHere(const PrefillRequest& request) {
+  return !request.has_deliver_to() && request.pushes().empty();
+}
+bool ComesHere(const AttachReceiverRequest&) { return true; }
+
+template <typename Request>
+uint32_t LanesFor(const Request& request, const PrefillCallOptions& options,
+                  ServerChannels& server) {
+  if (!ComesHere(request)) return 1;
+  const uint64_t bytes_per_token =
+      options.kv_bytes_per_token > 0 ? options.kv_bytes_per_token : server.kv_bytes_per_token();
+  const uint32_t lanes =
+      ChooseLanes(bytes_per_token * TokensToCome(request.layout(), NumTokens(request)));
+  return lanes > 1 && server.StandsForSeveral() ? 1 : lanes;
 }
 
 absl::Status CheckTokenIsSafe(const ChannelOptions& options,
@@ -187,17 +206,41 @@ absl::StatusOr<PrefillResult> PrefillClient::Call(const char* method, const Requ
   PREFILLD_ASSIGN_OR_RETURN(const PrefillCallOptions with_token, WithToken(options));
   absl::StatusOr<PrefillResult> result;
   for (ServerChannels* server : InTurn()) {
-    const auto channels = server->OfLanes(std::max(request.num_lanes(), 1u));
-    PrefillCall call(method, request, sink, with_token, channels, small_calls_);
-    {
-      CancelHook hook(options.cancellation,
-                      [&call] { call.Fail(absl::CancelledError("cancelled by the caller")); });
-      result = call.Run();
+    bool was_accepted = false;
+    Request sized = request;
+    if (request.num_lanes() == 0) sized.set_num_lanes(LanesFor(request, options, *server));
+    result = CallServer(method, sized, sink, with_token, *server, was_accepted);
+    // A server or a tenant that may have fewer lanes was asked for more than the caller named.
+    const bool may_be_the_lanes =
+        request.num_lanes() == 0 && sized.num_lanes() > 1 && !was_accepted &&
+        (absl::IsPermissionDenied(result.status()) || absl::IsInvalidArgument(result.status()));
+    if (may_be_the_lanes) {
+      sized.set_num_lanes(1);
+      result = CallServer(method, sized, sink, with_token, *server, was_accepted);
     }
     if (!absl::IsUnavailable(result.status())) break;
     server->Renew();
-    if (call.accepted()) break;
+    if (was_accepted) break;
   }
+  return result;
+}
+
+template <typename Request>
+absl::StatusOr<PrefillResult> PrefillClient::CallServer(const char* method, const Request& request,
+                                                        KvSink& sink,
+                                                        const PrefillCallOptions& options,
+                                                        ServerChannels& server,
+                                                        bool& was_accepted) {
+  PrefillCall call(method, request, sink, options, server.OfLanes(request.num_lanes()),
+                   small_calls_);
+  absl::StatusOr<PrefillResult> result;
+  {
+    CancelHook hook(options.cancellation,
+                    [&call] { call.Fail(absl::CancelledError("cancelled by the caller")); });
+    result = call.Run();
+  }
+  was_accepted = call.accepted() != nullptr;
+  if (was_accepted) server.NoteKvBytesPerToken(KvBytesPerToken(call.accepted()->layout()));
   return result;
 }
 

@@ -58,6 +58,9 @@ struct PrefillCallOptions {
   // attached again, and damaged frames asked for again. The server then hears of a cancel by a call
   // of its own. The request's request_id and resume_key are chosen if they are empty.
   bool resumable = false;
+  // Chooses the lanes of a request whose num_lanes is 0 (lane_choice.h), for callers that know the
+  // model. 0: the client goes by what the server accepted last, and uses one lane before that.
+  uint64_t kv_bytes_per_token = 0;
 };
 
 // A prompt that PrefillClient::Start has sent. It may be dropped at any time, and the call goes on.
@@ -98,7 +101,9 @@ class PrefillClient {
   //   DATA_LOSS            a frame is damaged, missing, or not what the layout promises, the
   //                        stream ended without a result, or its log-probabilities are not as
   //                        many as asked for
-  // If num_lanes is more than 1, each lane has a connection and a thread of its own. With
+  // Each lane has a connection, and beyond the first a thread, of its own. If num_lanes is 0, the
+  // client chooses their number by the size of the KV: lane_choice.h. It is 1 for an address that
+  // stands for several machines, and where the server or the tenant may not have more. With
   // deliver_to or pushes the frames go elsewhere and the sink sees progress alone.
   absl::StatusOr<::prefill::v1::PrefillResult> Prefill(const ::prefill::v1::PrefillRequest& request,
                                                        KvSink& sink,
@@ -127,6 +132,13 @@ class PrefillClient {
   absl::StatusOr<::prefill::v1::PrefillResult> Call(const char* method, const Request& request,
                                                     KvSink& sink,
                                                     const PrefillCallOptions& options);
+  // Makes it at one server. `was_accepted` becomes whether the server took it.
+  template <typename Request>
+  absl::StatusOr<::prefill::v1::PrefillResult> CallServer(const char* method,
+                                                          const Request& request, KvSink& sink,
+                                                          const PrefillCallOptions& options,
+                                                          ServerChannels& server,
+                                                          bool& was_accepted);
   // Returns the options of a call with the client's token among its metadata. INVALID_ARGUMENT: the
   // metadata cannot be sent.
   absl::StatusOr<PrefillCallOptions> WithToken(const PrefillCallOptions& options);

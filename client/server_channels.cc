@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "absl/time/clock.h"
+#include "client/lane_choice.h"
 #include "grpcpp/channel.h"
 #include "grpcpp/security/credentials.h"
 
@@ -37,8 +38,21 @@ bool ServerChannels::MayBeReached() {
   return state == GRPC_CHANNEL_READY || state == GRPC_CHANNEL_IDLE;
 }
 
+// A name server is asked without the lock, because other calls must not wait for it.
+bool ServerChannels::StandsForSeveral() {
+  {
+    absl::MutexLock lock(&mu_);
+    if (stands_for_several_.has_value()) return *stands_for_several_;
+  }
+  const bool several = client::StandsForSeveral(options_.address);
+  absl::MutexLock lock(&mu_);
+  stands_for_several_ = several;
+  return several;
+}
+
 void ServerChannels::Renew() {
   absl::MutexLock lock(&mu_);
+  stands_for_several_.reset();
   for (Lane& lane : lanes_) {
     const bool failed = lane.channel->GetState(false) == GRPC_CHANNEL_TRANSIENT_FAILURE;
     if (failed && absl::Now() - lane.opened >= kLeastAge) lane = Open();

@@ -2,8 +2,10 @@
 #ifndef PREFILLD_CLIENT_SERVER_CHANNELS_H_
 #define PREFILLD_CLIENT_SERVER_CHANNELS_H_
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
@@ -30,6 +32,13 @@ class ServerChannels {
   // Tells whether lane 0 is connected, or has yet to be, rather than known to be without a server.
   bool MayBeReached();
 
+  // The bytes of KV that a token had when this server last accepted a request; 0: it has not yet.
+  uint64_t kv_bytes_per_token() const { return kv_bytes_per_token_.load(); }
+  void NoteKvBytesPerToken(uint64_t bytes) { kv_bytes_per_token_.store(bytes); }
+  // Tells whether further connections may end at another server than the first: lane_choice.h. The
+  // answer is kept until Renew.
+  bool StandsForSeveral();
+
   // Replaces channels that have no connection, for later calls. Must be called after a call that
   // found the server unavailable. A channel to a name that could not be resolved waits for up to
   // two minutes before it looks again, and takes no setting for that; a new one looks at once.
@@ -47,6 +56,8 @@ class ServerChannels {
   const std::shared_ptr<grpc::ChannelCredentials> credentials_;
   absl::Mutex mu_;
   std::vector<Lane> lanes_ ABSL_GUARDED_BY(mu_);
+  std::optional<bool> stands_for_several_ ABSL_GUARDED_BY(mu_);
+  std::atomic<uint64_t> kv_bytes_per_token_ = 0;
 };
 
 }  // namespace prefilld::client

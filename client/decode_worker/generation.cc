@@ -173,7 +173,13 @@ class Generation : public KvSink {
                                     {.deadline = facts_.deadline,
                                      .cancellation = &cancellation_,
                                      .metadata = facts_.trace.Metadata(),
-                                     .resumable = true});
+                                     .resumable = true,
+                                     .kv_bytes_per_token = KvBytesPerToken()});
+  }
+
+  uint64_t KvBytesPerToken() const {
+    const model::Decoder& decoder = *worker_.decoder;
+    return 2 * decoder.config().num_layers * decoder.block_bytes() / layout_.block_tokens();
   }
 
   absl::StatusOr<PrefillResult> AwaitPush() {

@@ -4,8 +4,10 @@
 #include <optional>
 
 #include "absl/flags/flag.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "client/lane_choice.h"
 #include "proto/process/command_line.h"
 #include "proto/process/problems.h"
 #include "proto/status_macros.h"
@@ -59,7 +61,8 @@ ABSL_FLAG(
     "File with a bearer token that tells prefilld whose requests these are, read again when it "
     "changes. It goes over TLS or a Unix socket alone. Empty: none.");
 ABSL_FLAG(bool, prefill_token_without_tls, false, "Send it in plain text as well.");
-ABSL_FLAG(int32_t, lanes, 1, "Connections per KV transfer, 1 to 16.");
+ABSL_FLAG(std::string, lanes, "auto",
+          "Connections per KV transfer, 1 to 16. auto: 4 for a long prompt, 1 for a short one.");
 
 ABSL_FLAG(int64_t, max_connections, 1024,
           "Connections that may be open; more are refused. Lowered to what the limit of open files "
@@ -119,6 +122,17 @@ void CheckAddresses(const WorkerOptions& options, Problems& problems) {
 absl::Duration ReadSeconds(const char* flag, double seconds, Problems& problems) {
   CheckSeconds(flag, absl::Seconds(seconds), 86400, problems);
   return absl::Seconds(seconds);
+}
+
+// Returns 0 for auto.
+uint32_t ReadLanes(Problems& problems) {
+  const std::string text = absl::GetFlag(FLAGS_lanes);
+  uint32_t lanes = 0;
+  if (text == "auto") return lanes;
+  if (!absl::SimpleAtoi(text, &lanes) || lanes < 1 || lanes > kMaxLanes) {
+    problems.push_back(absl::StrCat("--lanes=", text, " is neither auto nor 1 to ", kMaxLanes));
+  }
+  return lanes;
 }
 
 model::DecoderOptions ReadDecoder(Problems& problems) {
@@ -198,8 +212,7 @@ absl::StatusOr<WorkerOptions> OptionsFromCommandLine(int argc, char** argv) {
   options.log_format = ReadLogFormat(problems);
   options.prefill = ReadPrefill(problems);
   options.prefill_addresses = absl::GetFlag(FLAGS_prefill_address);
-  options.lanes = absl::GetFlag(FLAGS_lanes);
-  CheckRange("--lanes", options.lanes, 1, 16, problems);
+  options.lanes = ReadLanes(problems);
   options.max_connections = absl::GetFlag(FLAGS_max_connections);
   CheckRange("--max_connections", options.max_connections, 1, 1 << 20, problems);
   options.max_new_tokens_limit = absl::GetFlag(FLAGS_max_new_tokens_limit);
@@ -228,7 +241,7 @@ std::vector<std::pair<std::string, std::string>> Describe(const WorkerOptions& o
           {"use_proxy", o.prefill.use_proxy ? "yes" : "no"},
           {"prefill_tls", o.prefill.tls ? "on" : "off"},
           {"prefill_token_file", o.prefill.token_file},
-          {"lanes", absl::StrCat(o.lanes)},
+          {"lanes", o.lanes == 0 ? "auto" : absl::StrCat(o.lanes)},
           {"kv_block_tokens", absl::StrCat(o.decoder.block_tokens)},
           {"kv_order", o.decoder.order == kernels::KvOrder::kNhd ? "nhd" : "hnd"},
           {"kv_pool_tokens", absl::StrCat(o.decoder.pool_tokens)},

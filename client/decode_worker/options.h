@@ -29,7 +29,7 @@ struct WorkerOptions {
 
   std::vector<std::string> prefill_addresses;  // they take turns; empty: only pushed caches
   wire::ChannelOptions prefill;                // what is common to all of them
-  int lanes = 1;
+  uint32_t lanes = 0;                          // 0: by the size of the prompt's KV
 
   int64_t max_connections = 1024;  // open at once; more are refused
   int64_t max_new_tokens_limit = 4096;

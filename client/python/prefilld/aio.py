@@ -17,6 +17,7 @@ from prefilld import wire
 from prefilld.accepted import AcceptedFields
 from prefilld.channels import Server, Servers
 from prefilld.errors import Cancelled, PrefilldError, data_loss, from_rpc
+from prefilld.lanes import LaneChoice
 from prefilld.options import (
     Call,
     GenerateArguments,
@@ -135,12 +136,14 @@ class AsyncPrefillStream(AcceptedFields, _AsyncStream):
         self._waiting = servers.in_turn()
         for server in self._waiting:
             server.check_lanes(call.request.num_lanes)
+        self._lanes = LaneChoice(call)
         self._start()
         self._items = self._receive()
 
     def _start(self) -> None:
         """Calls the next server that has not been asked."""
         self._server = self._waiting.pop(0)
+        self._lanes.choose(self._server)
         self._reception = Reception(self._call)
         resumable = bool(self._call.request.resume_key)
         self._resumer = AsyncResumer(self._server, self._call, self._reception) if resumable else None
@@ -168,10 +171,13 @@ class AsyncPrefillStream(AcceptedFields, _AsyncStream):
                 try:
                     self._lane0 = await self._again(0, self._lane0, error)
                 except PrefilldError as last:
-                    if last.code is not grpc.StatusCode.UNAVAILABLE or not self._waiting:
+                    if self._lanes.ask_for_one(last):
+                        self._waiting.insert(0, self._server)
+                    elif last.code is not grpc.StatusCode.UNAVAILABLE or not self._waiting:
                         self._end(whole=False)
                         raise
                     self._start()
+        self._lanes.note_accepted(self._server, self._reception.accepted)
 
     async def _again(self, lane: int, call, error: PrefilldError):
         """As PrefillStream._again."""

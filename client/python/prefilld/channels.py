@@ -12,6 +12,7 @@ import grpc
 
 from prefilld import wire
 from prefilld.bearer_token import BearerToken, check_is_safe
+from prefilld.lanes import stands_for_several
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),  # a KV frame is 1 to 4 MiB, one large block can be more
@@ -42,6 +43,8 @@ class Server:
         self._channels: list = []
         self._stubs: list[wire.Stub] = []
         self._nameless_since: float | None = None  # the name has no address
+        self._stands_for_several: bool | None = None  # nobody has asked yet
+        self.kv_bytes_per_token = 0  # of the last request that it accepted
 
     def stub(self, lane: int = 0) -> wire.Stub:
         return self._open(lane)[1]
@@ -74,6 +77,12 @@ class Server:
             with self._lock:
                 if self._nameless_since is None:
                     self._nameless_since = time.monotonic()
+
+    def stands_for_several(self) -> bool:
+        """Tells whether connections may end at different servers, as far as was known when it was first asked."""
+        if self._stands_for_several is None:
+            self._stands_for_several = stands_for_several(self.address)
+        return self._stands_for_several
 
     def check_lanes(self, lanes: int) -> None:
         """Raises ValueError where the lanes of one call would reach different servers."""

@@ -16,6 +16,7 @@ from prefilld.accepted import AcceptedFields
 from prefilld.channels import Server, Servers
 from prefilld.errors import PrefilldError, data_loss, one_family
 from prefilld.mailbox import Mailbox
+from prefilld.lanes import LaneChoice
 from prefilld.options import (
     Call,
     GenerateArguments,
@@ -132,12 +133,14 @@ class PrefillStream(AcceptedFields, _Stream):
         self._waiting = servers.in_turn()
         for server in self._waiting:
             server.check_lanes(call.request.num_lanes)
+        self._lanes = LaneChoice(call)
         self._start()
         self._items = self._receive()
 
     def _start(self) -> None:
         """Calls the next server that has not been asked."""
         self._server = self._waiting.pop(0)
+        self._lanes.choose(self._server)
         self._reception = Reception(self._call)
         self._resumer = Resumer(self._server, self._call, self._reception) if self._call.request.resume_key else None
         self._lane0 = self._send()
@@ -165,10 +168,13 @@ class PrefillStream(AcceptedFields, _Stream):
                 try:
                     self._lane0 = self._again(0, self._lane0, error)
                 except PrefilldError as last:
-                    if last.code is not grpc.StatusCode.UNAVAILABLE or not self._waiting:
+                    if self._lanes.ask_for_one(last):
+                        self._waiting.insert(0, self._server)
+                    elif last.code is not grpc.StatusCode.UNAVAILABLE or not self._waiting:
                         self._end(whole=False)
                         raise
                     self._start()
+        self._lanes.note_accepted(self._server, self._reception.accepted)
 
     def _again(self, lane: int, call, error: PrefilldError):
         """Attaches a lane again whose stream has ended with an error. Raises the error if that cannot be.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict, Union
 
 from prefilld import wire
 
 MAX_LANES = 16
+Lanes = Union[int, Literal["auto"]]
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,9 @@ class PrefillArguments(TypedDict, total=False):
 
     layout, attention, sampling: see Layout, Attention and Sampling.
     lanes: 1 to 16 parallel streams for the KV, each on a connection of its own. One connection carries
-    2 to 3 GB/s at most.
+    2 to 3 GB/s at most. "auto": 4 where the KV of the prompt has 32 MiB or more, else 1. What a token's KV takes is
+    known from what the server accepted before, so a client's first call has one. It is one for a name that stands
+    for several machines, and where the server or the tenant may not have more.
     deliver_to: pushes the cache elsewhere; iterating then brings nothing, and result comes at the end.
     pushes: as deliver_to, to several receivers; layout is not used. result.pushes says of each how it ended.
     request_id: names the request in logs; empty: the server chooses one.
@@ -169,7 +172,7 @@ class PrefillArguments(TypedDict, total=False):
     layout: Layout
     attention: Attention
     sampling: Sampling
-    lanes: int
+    lanes: Lanes
     deliver_to: Delivery | None
     pushes: Sequence[Push]
     request_id: str
@@ -191,7 +194,7 @@ class ReceiverArguments(TypedDict, total=False):
     """The arguments of attach_receiver(), for the blocking client and the one of asyncio: as in PrefillArguments."""
 
     layout: Layout
-    lanes: int
+    lanes: Lanes
     model_fingerprint: str
     metadata: Sequence[tuple[str, str]]
     resumable: bool
@@ -242,7 +245,7 @@ def prefill_call(
     layout: Layout = Layout(),
     attention: Attention = Attention(),
     sampling: Sampling = Sampling(),
-    lanes: int = 1,
+    lanes: Lanes = "auto",
     deliver_to: Delivery | None = None,
     pushes: Sequence[Push] = (),
     request_id: str = "",
@@ -260,7 +263,7 @@ def prefill_call(
     on_progress: Callable[[Any], None] | None = None,
 ) -> Call:
     """Makes a PrefillRequest of PrefillArguments."""
-    _check_lanes(lanes)
+    num_lanes = _num_lanes(lanes)
     request = wire.PrefillRequest(
         request_id=request_id or (secrets.token_hex(16) if resumable else ""),
         resume_key=secrets.token_hex(16) if resumable else "",
@@ -269,7 +272,7 @@ def prefill_call(
         layout=layout.to_wire(),
         attention=attention.to_wire(),
         sampling=sampling.to_wire(),
-        num_lanes=lanes,
+        num_lanes=num_lanes,
         deliver_to=None if deliver_to is None else deliver_to.to_wire(),
         pushes=[push.to_wire() for push in pushes],
         layer_stats=layer_stats,
@@ -288,7 +291,7 @@ def receiver_call(
     receiver: int,
     num_tokens: int,
     layout: Layout = Layout(),
-    lanes: int = 1,
+    lanes: Lanes = "auto",
     model_fingerprint: str = "",
     metadata: Sequence[tuple[str, str]] = (),
     resumable: bool = False,
@@ -296,23 +299,27 @@ def receiver_call(
     on_progress: Callable[[Any], None] | None = None,
 ) -> Call:
     """Makes an AttachReceiverRequest of ReceiverArguments."""
-    _check_lanes(lanes)
+    num_lanes = _num_lanes(lanes)
     request = wire.AttachReceiverRequest(
         request_id=request_id,
         receiver_key=receiver_key,
         receiver=receiver,
         num_tokens=num_tokens,
         layout=layout.to_wire(),
-        num_lanes=lanes,
+        num_lanes=num_lanes,
         model_fingerprint=model_fingerprint,
         resume_key=secrets.token_hex(16) if resumable else "",
     )
     return Call(request, tuple(metadata), timeout, on_progress, "AttachReceiver", num_tokens)
 
 
-def _check_lanes(lanes: int) -> None:
-    if not 1 <= lanes <= MAX_LANES:
-        raise ValueError(f"lanes is {lanes}, allowed: 1 to {MAX_LANES}")
+def _num_lanes(lanes: Lanes) -> int:
+    """Returns the number, 0 for "auto"."""
+    if lanes == "auto":
+        return 0
+    if isinstance(lanes, str) or not 1 <= lanes <= MAX_LANES:
+        raise ValueError(f'lanes is {lanes}, allowed: "auto", 1 to {MAX_LANES}')
+    return lanes
 
 
 def generate_call(

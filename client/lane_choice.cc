@@ -1,0 +1,58 @@
+#include "client/lane_choice.h"
+
+#include <netdb.h>
+#include <sys/socket.h>
+
+#include <memory>
+#include <optional>
+
+#include "absl/strings/strip.h"
+#include "proto/wire/host_port.h"
+#include "proto/wire/kv_layout.h"
+
+namespace prefilld::client {
+
+using ::prefill::v1::DTYPE_UNSPECIFIED;
+using ::prefill::v1::KvLayout;
+using ::prefill::v1::KvLayoutRequest;
+using ::prefill::v1::ServerInfo;
+
+uint32_t ChooseLanes(uint64_t kv_bytes) { return kv_bytes < kBytesForManyLanes ? 1 : kManyLanes; }
+
+uint64_t KvBytesPerToken(const ServerInfo& server, const KvLayoutRequest& wish) {
+  const uint32_t heads = wish.num_heads() > 0 ? wish.num_heads() : server.num_kv_heads();
+  const auto dtype = wish.dtype() != DTYPE_UNSPECIFIED ? wish.dtype() : server.native_dtype();
+  return uint64_t{2} * server.num_layers() * heads * server.head_dim() *
+         wire::BytesPerElement(dtype);
+}
+
+uint64_t KvBytesPerToken(const KvLayout& layout) {
+  return uint64_t{2} * layout.num_layers() * layout.num_heads() * layout.head_dim() *
+         wire::BytesPerElement(layout.dtype());
+}
+
+uint64_t TokensToCome(const KvLayoutRequest& wish, uint64_t num_tokens) {
+  const uint64_t block_tokens =
+      wish.block_tokens() > 0 ? wish.block_tokens() : wire::kDefaultBlockTokens;
+  const uint64_t present = wish.first_block() * block_tokens;
+  return present < num_tokens ? num_tokens - present : 0;
+}
+
+// A machine may have an address of each family.
+bool StandsForSeveral(const std::string& address) {
+  const std::optional<wire::HostPort> host_port =
+      wire::ParseHostPort(absl::StripPrefix(address, "dns:///"));
+  if (!host_port.has_value() || !host_port->is_name) return false;
+  addrinfo hints = {};
+  hints.ai_socktype = SOCK_STREAM;
+  addrinfo* found = nullptr;
+  if (getaddrinfo(host_port->host.c_str(), nullptr, &hints, &found) != 0) return false;
+  const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> list(found, &freeaddrinfo);
+  int ipv4 = 0, ipv6 = 0;
+  for (const addrinfo* entry = found; entry != nullptr; entry = entry->ai_next) {
+    ++(entry->ai_family == AF_INET6 ? ipv6 : ipv4);
+  }
+  return ipv4 > 1 || ipv6 > 1;
+}
+
+}  // namespace prefilld::client

@@ -1,0 +1,132 @@
+#include "client/lane_choice.h"
+
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "absl/synchronization/mutex.h"
+#include "client/prefill_client.h"
+#include "grpcpp/server_context.h"
+#include "tests/client/scripted_server.h"
+
+namespace prefilld::client {
+namespace {
+
+namespace v1 = ::prefill::v1;
+
+TEST(LaneChoice, LargeKvGetsFourLanes) {
+  EXPECT_EQ(ChooseLanes(0), 1u) << "nobody knows how much it is";
+  EXPECT_EQ(ChooseLanes(kBytesForManyLanes - 1), 1u);
+  EXPECT_EQ(ChooseLanes(kBytesForManyLanes), 4u);
+  EXPECT_EQ(ChooseLanes(uint64_t{1} << 40), 4u);
+}
+
+TEST(LaneChoice, KvIsAsLargeAsTheModelAndTheWishSay) {
+  v1::ServerInfo info;
+  info.set_num_layers(32);
+  info.set_num_kv_heads(8);
+  info.set_head_dim(128);
+  info.set_native_dtype(v1::DTYPE_BF16);
+  v1::KvLayoutRequest wish;
+  EXPECT_EQ(KvBytesPerToken(info, wish), 131072u) << "Llama-3.1-8B";
+  wish.set_num_heads(2);
+  EXPECT_EQ(KvBytesPerToken(info, wish), 32768u);
+  wish.set_dtype(v1::DTYPE_FP32);
+  EXPECT_EQ(KvBytesPerToken(info, wish), 65536u);
+
+  EXPECT_EQ(TokensToCome({}, 1000), 1000u);
+  wish.set_first_block(2);
+  EXPECT_EQ(TokensToCome(wish, 1000), 968u);
+  wish.set_block_tokens(128);
+  EXPECT_EQ(TokensToCome(wish, 1000), 744u);
+  wish.set_first_block(8);
+  EXPECT_EQ(TokensToCome(wish, 1000), 0u) << "the last block is not full";
+}
+
+TEST(LaneChoice, AnAddressOfOneMachineIsOne) {
+  for (const char* address : {"127.0.0.1:50051", "[::1]:50051", "unix:/run/prefilld.sock",
+                              "localhost:50051", "no-such-host.invalid:50051"}) {
+    EXPECT_FALSE(StandsForSeveral(address)) << address;
+  }
+}
+
+struct IgnoringSink : KvSink {
+  absl::Status OnAccepted(const v1::Accepted&) override { return absl::OkStatus(); }
+  absl::Status OnProgress(const v1::Progress&) override { return absl::OkStatus(); }
+  absl::Status OnFrame(const wire::ReceivedFrame&) override { return absl::OkStatus(); }
+};
+
+// A server that notes how many lanes it is asked for. It refuses more than it has, serves
+// SmallRequest on one lane, and breaks off what else it is asked.
+class LanesAskedFor : public ::testing::Test {
+ protected:
+  std::vector<uint32_t> Ask(const v1::PrefillRequest& request, uint64_t kv_bytes_per_token) {
+    IgnoringSink sink;
+    status_ = client_->Prefill(request, sink, {.kv_bytes_per_token = kv_bytes_per_token}).status();
+    absl::MutexLock lock(&mu_);
+    return std::exchange(asked_, {});
+  }
+
+  grpc::Status Serve(const v1::PrefillRequest& request, PrefillWriter& writer) {
+    absl::MutexLock lock(&mu_);
+    asked_.push_back(request.num_lanes());
+    if (request.num_lanes() > most_) {
+      return grpc::Status(grpc::StatusCode::PERMISSION_DENIED, "num_lanes");
+    }
+    if (request.token_ids_size() != SmallRequest().token_ids_size()) {
+      return grpc::Status(grpc::StatusCode::ABORTED, "enough");
+    }
+    writer.Write(AcceptedEvent(SmallLayout(), 1));
+    for (uint32_t layer = 0; layer < 3; ++layer) {
+      writer.Write(FrameEvent(SmallLayout(), 0, layer, layer, 0, 3));
+    }
+    writer.Write(ResultEvent({3}));
+    return grpc::Status::OK;
+  }
+
+  absl::Mutex mu_;
+  uint32_t most_ = 16;
+  std::vector<uint32_t> asked_;
+  absl::Status status_;  // of the latest call
+  ScriptedServer server_{[this](grpc::ServerContext&, const v1::PrefillRequest& request,
+                                PrefillWriter& writer) { return Serve(request, writer); }};
+  const std::unique_ptr<PrefillClient> client_ =
+      PrefillClient::Create({.address = server_.address()}).value();
+};
+
+v1::PrefillRequest Request(int num_tokens, uint32_t num_lanes = 0) {
+  v1::PrefillRequest request;
+  request.mutable_token_ids()->Resize(num_tokens, 1);
+  request.set_num_lanes(num_lanes);
+  return request;
+}
+
+TEST_F(LanesAskedFor, DependOnTheKvUnlessTheCallerNamesThem) {
+  const uint64_t bytes_per_token = kBytesForManyLanes / 64;
+  EXPECT_EQ(Ask(Request(64), bytes_per_token), std::vector<uint32_t>{4});
+  EXPECT_EQ(Ask(Request(63), bytes_per_token), std::vector<uint32_t>{1});
+  EXPECT_EQ(Ask(Request(64), 0), std::vector<uint32_t>{1}) << "nothing is known of this server";
+  EXPECT_EQ(Ask(Request(64, 2), bytes_per_token), std::vector<uint32_t>{2});
+  v1::PrefillRequest pushed = Request(64);
+  pushed.mutable_deliver_to()->set_address("127.0.0.1:1");
+  EXPECT_EQ(Ask(pushed, bytes_per_token), std::vector<uint32_t>{1}) << "nothing comes here";
+}
+
+TEST_F(LanesAskedFor, FollowWhatTheServerAcceptedBefore) {
+  const uint64_t num_tokens = kBytesForManyLanes / KvBytesPerToken(SmallLayout()) + 1;
+  EXPECT_EQ(Ask(Request(num_tokens), 0), std::vector<uint32_t>{1});
+  EXPECT_EQ(Ask(SmallRequest(), 0), std::vector<uint32_t>{1});
+  EXPECT_TRUE(status_.ok()) << status_;
+  EXPECT_EQ(Ask(Request(num_tokens), 0), std::vector<uint32_t>{4});
+}
+
+TEST_F(LanesAskedFor, AreOneWhereMoreAreRefusedThatNobodyNamed) {
+  most_ = 2;
+  EXPECT_EQ(Ask(Request(64), kBytesForManyLanes), (std::vector<uint32_t>{4, 1}));
+  EXPECT_EQ(Ask(Request(64, 4), kBytesForManyLanes), std::vector<uint32_t>{4});
+}
+
+}  // namespace
+}  // namespace prefilld::client
