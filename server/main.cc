@@ -1,4 +1,5 @@
 // prefilld: the disaggregated prefill server.
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -16,11 +17,13 @@
 #include "proto/process/open_files.h"
 #include "proto/process/openmp_waiting.h"
 #include "proto/process/signals.h"
+#include "proto/wire/bench_peer.h"
 #include "proto/wire/host_port.h"
 #include "proto/wire/port_file.h"
 #include "server/clock.h"
 #include "server/options.h"
 #include "server/server.h"
+#include "server/synthetic_engine.h"
 #include "server/version.h"
 
 namespace prefilld::server {
@@ -30,11 +33,17 @@ using process::LogEvent;
 using process::LogFields;
 using process::LogLevel;
 
+// The longest made-up prompt; more than is needed to measure.
+constexpr int64_t kKvBenchTokens = int64_t{1} << 18;
+
 absl::StatusOr<std::unique_ptr<model::PrefillEngine>> LoadModel(const process::EndSignals& signals,
                                                                 const ServerOptions& options) {
   const process::ExitOnSignal exit_on_signal(signals, [](int) {
     LogEvent(LogLevel::kInfo, "ended", {{"while", "loading the model"}});
   });
+  if (!options.kv_bench_listen.empty()) {
+    return SyntheticEngine::Create(std::max(options.engine.max_tokens, kKvBenchTokens));
+  }
   return model::CreatePrefillEngine(options.engine);
 }
 
@@ -123,6 +132,12 @@ void LogReady(const ServerOptions& options, const PrefillServer& server) {
   LogEvent(LogLevel::kInfo, "ready", fields);
 }
 
+// Null where no KV is made up.
+absl::StatusOr<std::unique_ptr<wire::BenchPeer>> ListenForBench(const ServerOptions& options) {
+  if (options.kv_bench_listen.empty()) return nullptr;
+  return wire::BenchPeer::Listen(options.kv_bench_listen);
+}
+
 int Serve(const process::EndSignals& signals, const ServerOptions& options) {
   auto engine = LoadModel(signals, options);
   if (!engine.ok()) return Refuse("load_model", engine.status());
@@ -131,8 +146,12 @@ int Serve(const process::EndSignals& signals, const ServerOptions& options) {
 
   auto server = PrefillServer::Create(options, **engine, Clock::Real());
   if (!server.ok()) return Refuse("listen", server.status());
+  const auto bench_peer = ListenForBench(options);
+  if (!bench_peer.ok()) return Refuse("kv_bench_listen", bench_peer.status());
   if (absl::Status written = wire::WritePortFile(
-          options.port_file, {.grpc = (*server)->port(), .metrics = (*server)->metrics_port()});
+          options.port_file, {.grpc = (*server)->port(),
+                              .metrics = (*server)->metrics_port(),
+                              .kv_bench = *bench_peer == nullptr ? 0 : (*bench_peer)->port()});
       !written.ok()) {
     return Refuse("port_file", written);
   }

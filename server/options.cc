@@ -152,7 +152,11 @@ ABSL_FLAG(int64_t, staging_bytes, int64_t{256} << 20,
           "Host memory for KV on its way to consumers; one request takes at most half.");
 ABSL_FLAG(int64_t, frame_bytes, int64_t{2} << 20, "KV payload of one message, 1 to 4 MiB.");
 ABSL_FLAG(int32_t, pack_threads, 0,
-          "Threads that pack, sum up and send KV. 0: a quarter of the cores, 1 to 4.");
+          "Threads that pack, sum up and send KV. 0: half of the cores, 1 to 8, and no more than "
+          "--max_lanes.");
+ABSL_FLAG(std::string, kv_bench_listen, "",
+          "host:port at which `prefill-cli bench-kv` measures bare TCP. Set: this process serves "
+          "made-up KV and has no model. Empty: off.");
 ABSL_FLAG(
     std::vector<std::string>, deliver_to_allow, {},
     "Patterns of addresses that requests may have their KV pushed to, comma-separated. "
@@ -297,6 +301,7 @@ ServerOptions ReadPlainValues() {
   options.staging_bytes = absl::GetFlag(FLAGS_staging_bytes);
   options.pack_threads = absl::GetFlag(FLAGS_pack_threads);
   options.frame_bytes = absl::GetFlag(FLAGS_frame_bytes);
+  options.kv_bench_listen = absl::GetFlag(FLAGS_kv_bench_listen);
   options.deliver_to_allow = absl::GetFlag(FLAGS_deliver_to_allow);
   options.use_proxy = absl::GetFlag(FLAGS_use_proxy);
   options.stall_timeout = absl::Seconds(absl::GetFlag(FLAGS_stall_timeout_s));
@@ -344,8 +349,8 @@ process::ProgramHelp Help() {
            {"max_connections", "queue_capacity", "max_queued_tokens", "scheduling"}},
           {"Tenants", {"tenant_from", "tenant_metadata_key", "tenants"}},
           {"KV delivery",
-           {"max_lanes", "staging_bytes", "frame_bytes", "pack_threads", "deliver_to_allow",
-            "use_proxy"}},
+           {"max_lanes", "staging_bytes", "frame_bytes", "pack_threads", "kv_bench_listen",
+            "deliver_to_allow", "use_proxy"}},
           {"Time-outs",
            {"stall_timeout_s", "min_consumer_mb_per_s", "resume_window_s", "wedge_timeout_s",
             "drain_timeout_s"}}}};

@@ -124,8 +124,7 @@ absl::Status PrefillServer::CreateStaging(const ServerOptions& options) {
 }
 
 void PrefillServer::CreateScheduler(const ServerOptions& options) {
-  const int quarter = static_cast<int>(std::thread::hardware_concurrency() / 4);
-  const int threads = options.pack_threads > 0 ? options.pack_threads : std::clamp(quarter, 1, 4);
+  const int threads = PackThreads(options, static_cast<int>(std::thread::hardware_concurrency()));
   packer_ = std::make_unique<KvPacker>(
       KvPacker::Surroundings{
           .ring = *ring_, .metrics = *metrics_, .progress = progress_, .wake = wake_},

@@ -37,6 +37,9 @@ void CheckAddresses(const ServerOptions& o, process::Problems& problems) {
   if (!o.metrics_listen.empty()) {
     AddIfAny(wire::ListenAddressProblem("--metrics_listen", o.metrics_listen), problems);
   }
+  if (!o.kv_bench_listen.empty()) {
+    AddIfAny(wire::ListenAddressProblem("--kv_bench_listen", o.kv_bench_listen), problems);
+  }
   for (const std::string& pattern : o.deliver_to_allow) {
     if (const auto problem = wire::AddressPatternProblem(pattern)) {
       problems.push_back(absl::StrCat("--deliver_to_allow: ", *problem));
@@ -124,7 +127,11 @@ absl::Status CheckTenants(const ServerOptions& o, const Tenants& table) {
 
 absl::Status Validate(const ServerOptions& o) {
   process::Problems problems;
-  if (o.engine.checkpoint_dir.empty()) problems.push_back("--model is required");
+  if (o.engine.checkpoint_dir.empty() == o.kv_bench_listen.empty()) {
+    problems.push_back(o.kv_bench_listen.empty()
+                           ? "--model is required"
+                           : "--model and --kv_bench_listen exclude each other");
+  }
   CheckRange("--cpu_threads", o.engine.cpu_threads, 0, 4096, problems);
   CheckRange("--max_prompt_tokens", o.engine.max_tokens, 0, int64_t{1} << 24, problems);
   CheckRange("--max_batch_tokens", o.engine.max_batch_tokens.value_or(0), 0, model::kMaxBatchTokens,
@@ -172,6 +179,12 @@ absl::Status Validate(const ServerOptions& o) {
   return process::ToStatus(problems);
 }
 
+int PackThreads(const ServerOptions& options, int num_cores) {
+  constexpr int kMost = 8;
+  if (options.pack_threads > 0) return options.pack_threads;
+  return std::clamp(num_cores / 2, 1, std::min(kMost, options.max_lanes));
+}
+
 std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o) {
   const std::string allowed =
       absl::StrJoin(o.allowed_policies, ",", [](std::string* out, model::AttentionPolicy policy) {
@@ -209,6 +222,7 @@ std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o
           {"staging_bytes", absl::StrCat(o.staging_bytes)},
           {"pack_threads", absl::StrCat(o.pack_threads)},
           {"frame_bytes", absl::StrCat(o.frame_bytes)},
+          {"kv_bench_listen", o.kv_bench_listen},
           {"deliver_to_allow", absl::StrJoin(o.deliver_to_allow, ",")},
           {"stall_timeout", absl::FormatDuration(o.stall_timeout)},
           {"min_consumer_mb_per_s", absl::StrCat(o.min_consumer_mb_per_s)},

@@ -56,7 +56,8 @@ struct ServerOptions {
   int max_lanes = 16;
   int64_t staging_bytes = int64_t{256} << 20;
   int64_t frame_bytes = int64_t{2} << 20;
-  int pack_threads = 0;  // that pack and send KV; 0: a quarter of the cores, 1 to 4
+  int pack_threads = 0;         // that pack and send KV; 0: as PackThreads says
+  std::string kv_bench_listen;  // host:port; set: made-up KV is served, without a model
   CacheWatchRules cache_watch;
   TenantEvidence tenant_evidence;             // how those who share the server are told apart
   Tenants tenants;                            // those of the start
@@ -75,6 +76,12 @@ absl::Status Validate(const ServerOptions& options);
 // Does the same with a table of tenants that may take the place of options.tenants. Those who
 // followed the prefix cache may be gone from it.
 absl::Status CheckTenants(const ServerOptions& options, const Tenants& table);
+
+// Returns the number of threads that pack and send KV on a machine with so many cores: half of
+// them, at most 8 and at most one for each lane that a request may have. More lanes than threads
+// share them. With fewer than lanes ask for, packing holds a transfer up; with more, they take
+// cores from gRPC's threads, which send.
+int PackThreads(const ServerOptions& options, int num_cores);
 
 // Lists the effective configuration as (flag, value) pairs, for the log.
 std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& options);

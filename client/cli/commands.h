@@ -11,6 +11,7 @@ namespace prefilld::client {
 absl::Status RunGenerate(const CliOptions& options, Cancellation& cancellation);
 absl::Status RunPrefill(const CliOptions& options, Cancellation& cancellation);
 absl::Status RunBench(const CliOptions& options, Cancellation& cancellation);
+absl::Status RunBenchKv(const CliOptions& options, Cancellation& cancellation);
 absl::Status RunInfo(const CliOptions& options);
 // UNAVAILABLE when the service does not serve.
 absl::Status RunHealth(const CliOptions& options);

@@ -12,6 +12,7 @@
 #include "client/cli/commands.h"
 #include "client/cli/options.h"
 #include "client/cli/summary.h"
+#include "proto/process/kept_memory.h"
 
 namespace prefilld::client {
 namespace {
@@ -43,6 +44,8 @@ absl::Status RunCommand(const CliOptions& options, Cancellation& cancellation) {
       return RunPrefill(options, cancellation);
     case Command::kBench:
       return RunBench(options, cancellation);
+    case Command::kBenchKv:
+      return RunBenchKv(options, cancellation);
     case Command::kInfo:
       return RunInfo(options);
     case Command::kHealth:
@@ -72,6 +75,7 @@ int ExitCode(const absl::Status& status, const Cancellation& cancellation) {
 
 int main(int argc, char** argv) {
   using namespace prefilld::client;
+  prefilld::process::KeepFreedMemory();
   const absl::StatusOr<CliOptions> options = OptionsFromCommandLine(argc, argv);
   if (!options.ok()) {
     std::fprintf(stderr, "prefill-cli: %s\n", std::string(options.status().message()).c_str());

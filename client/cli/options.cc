@@ -10,7 +10,8 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "client/cli/load_trace.h"
+#include "absl/strings/str_split.h"
+#include "client/lane_choice.h"
 #include "proto/process/command_line.h"
 #include "proto/process/problems.h"
 #include "proto/status_macros.h"
@@ -122,8 +123,10 @@ ABSL_FLAG(std::string, kv_dtype, "", "prefill: bf16, fp16 or fp32. Empty: the se
 ABSL_FLAG(uint32_t, first_head, 0, "prefill: first KV head wanted.");
 ABSL_FLAG(uint32_t, num_heads, 0, "prefill: number of KV heads wanted. 0: the rest.");
 ABSL_FLAG(uint32_t, first_block, 0, "prefill: first KV block wanted.");
-ABSL_FLAG(uint32_t, lanes, 1,
-          "prefill: connections for the KV, 1 to 16. bench: connections that requests share.");
+ABSL_FLAG(std::string, lanes, "auto",
+          "prefill: connections for the KV, 1 to 16; auto: 4 for a long prompt, 1 for a short one. "
+          "bench: connections that requests share. bench-kv: the numbers to measure, separated by "
+          "commas; auto: 1,4,8.");
 ABSL_FLAG(bool, layer_stats, false, "prefill: report every layer.");
 ABSL_FLAG(bool, prompt_logprobs, false,
           "prefill: report how likely the model finds the prompt; the result waits for it.");
@@ -143,23 +146,6 @@ ABSL_FLAG(std::string, deliver_to, "",
           "prefill: have the KV pushed to this decode worker (host:port) instead of here.");
 ABSL_FLAG(std::string, transfer_id, "", "prefill: the pushed_transfer_id it waits under.");
 
-ABSL_FLAG(std::string, trace, "",
-          "bench: CSV file of requests: arrival_s, tokens, and perhaps prefix, prefix_tokens, "
-          "tenant, priority. Empty: --prompt_tokens and --rate say what is sent.");
-ABSL_FLAG(int64_t, prompt_tokens, 512, "bench: random tokens of a request without a trace.");
-ABSL_FLAG(double, rate, 0,
-          "bench: requests a second, as a Poisson process. 0: when the trace says.");
-ABSL_FLAG(double, speedup, 1, "bench: requests come so many times as fast.");
-ABSL_FLAG(int64_t, num_requests, 0,
-          "bench: requests to send; with --rate the trace is used over and over. 0: one for each "
-          "line of the trace.");
-ABSL_FLAG(int64_t, last_blocks, -1,
-          "bench: KV blocks at the end of each prompt that are asked for. -1: all.");
-ABSL_FLAG(int64_t, max_in_flight, 512,
-          "bench: requests under way at a time; more are sent late, which is reported.");
-ABSL_FLAG(std::string, tenant_key, "x-tenant",
-          "bench: key of the metadata that names a request's tenant.");
-
 namespace prefilld::client {
 namespace {
 
@@ -174,6 +160,8 @@ constexpr char kUsage[] =
                                                                       verified and thrown away
   prefill-cli bench    --server=HOST:PORT --trace=requests.csv         sends requests at their times,
                                                                       whatever the server does
+  prefill-cli bench-kv --server=HOST:PORT --peer=HOST:PORT             how fast KV comes, beside bare TCP,
+                                                                      of prefilld --kv_bench_listen
   prefill-cli info     --server=HOST:PORT                              what a server runs
   prefill-cli health   --server=HOST:PORT --service=liveness           exits with 0 if it serves; of
                                                                       decode workers, too
@@ -222,14 +210,13 @@ std::optional<T> Named(const absl::CommandLineFlag& flag) {
 }
 
 Command ReadCommand(const std::vector<char*>& positional, Problems& problems) {
-  constexpr NamedValue<Command> kCommands[] = {{"generate", Command::kGenerate},
-                                               {"prefill", Command::kPrefill},
-                                               {"bench", Command::kBench},
-                                               {"info", Command::kInfo},
-                                               {"health", Command::kHealth}};
+  constexpr NamedValue<Command> kCommands[] = {
+      {"generate", Command::kGenerate}, {"prefill", Command::kPrefill},
+      {"bench", Command::kBench},       {"bench-kv", Command::kBenchKv},
+      {"info", Command::kInfo},         {"health", Command::kHealth}};
   if (positional.size() != 2) {
     problems.push_back(
-        "one command is needed: generate, prefill, bench, info or health (see --help)");
+        "one command is needed: generate, prefill, bench, bench-kv, info or health (see --help)");
     return Command::kInfo;
   }
   return ReadName("command", positional[1], kCommands, problems);
@@ -326,6 +313,25 @@ std::vector<uint32_t> ReadStopTokens(Problems& problems) {
   return ids;
 }
 
+// Returns the numbers of --lanes, none for auto.
+std::vector<uint32_t> ReadLanes(Command command, Problems& problems) {
+  const std::string text = absl::GetFlag(FLAGS_lanes);
+  std::vector<uint32_t> numbers;
+  if (text == "auto") return numbers;
+  for (const absl::string_view part : absl::StrSplit(text, ',')) {
+    uint32_t number = 0;
+    if (!absl::SimpleAtoi(part, &number) || number < 1 || number > kMaxLanes) {
+      problems.push_back(absl::StrCat("--lanes=", text, " is neither auto nor 1 to ", kMaxLanes));
+      return {};
+    }
+    numbers.push_back(number);
+  }
+  if (numbers.size() > 1 && command != Command::kBenchKv) {
+    problems.push_back(absl::StrCat("--lanes=", text, ": several numbers are for bench-kv alone"));
+  }
+  return numbers;
+}
+
 Metadata ReadMetadata(Problems& problems) {
   Metadata metadata;
   for (const std::string& text : absl::GetFlag(FLAGS_metadata)) {
@@ -337,31 +343,6 @@ Metadata ReadMetadata(Problems& problems) {
     }
   }
   return metadata;
-}
-
-BenchOptions ReadBench(Command command, Problems& problems) {
-  BenchOptions bench;
-  bench.trace = absl::GetFlag(FLAGS_trace);
-  bench.prompt_tokens = absl::GetFlag(FLAGS_prompt_tokens);
-  bench.rate = absl::GetFlag(FLAGS_rate);
-  bench.speedup = absl::GetFlag(FLAGS_speedup);
-  bench.num_requests = absl::GetFlag(FLAGS_num_requests);
-  bench.last_blocks = absl::GetFlag(FLAGS_last_blocks);
-  bench.max_in_flight = absl::GetFlag(FLAGS_max_in_flight);
-  bench.tenant_key = absl::GetFlag(FLAGS_tenant_key);
-  process::CheckRange("--prompt_tokens", bench.prompt_tokens, 1, kMaxLoadTokens, problems);
-  if (!(bench.rate >= 0 && bench.rate <= 1e5)) problems.push_back("--rate is outside 0 to 100000");
-  if (!(bench.speedup > 0 && bench.speedup <= 1e6)) {
-    problems.push_back("--speedup must be above 0, and at most 1000000");
-  }
-  process::CheckRange("--num_requests", bench.num_requests, 0, kMaxLoadRequests, problems);
-  process::CheckRange("--last_blocks", bench.last_blocks, -1, kMaxLoadTokens, problems);
-  process::CheckRange("--max_in_flight", bench.max_in_flight, 1, 65536, problems);
-  const bool says_how_many = bench.rate > 0 && bench.num_requests > 0;
-  if (command == Command::kBench && bench.trace.empty() && !says_how_many) {
-    problems.push_back("bench needs --trace, or --rate and --num_requests");
-  }
-  return bench;
 }
 
 std::vector<const char*> AttentionFlags() {
@@ -389,9 +370,8 @@ process::ProgramHelp Help() {
                   {"block_tokens", "kv_order", "kv_dtype", "first_head", "num_heads", "first_block",
                    "lanes", "layer_stats", "prompt_logprobs", "bypass_prefix_cache", "cache_salt",
                    "metadata", "token_file", "token_without_tls", "deliver_to", "transfer_id"}},
-                 {"Load of bench",
-                  {"trace", "prompt_tokens", "rate", "speedup", "num_requests", "last_blocks",
-                   "max_in_flight", "tenant_key"}}}};
+                 {"Load of bench", LoadFlags()},
+                 {"Transfers of bench-kv", KvBenchFlags()}}};
 }
 
 }  // namespace
@@ -425,7 +405,8 @@ absl::StatusOr<CliOptions> OptionsFromFlags(const std::vector<char*>& positional
   options.ignore_eos = absl::GetFlag(FLAGS_ignore_eos);
   options.pushed_transfer_id = absl::GetFlag(FLAGS_pushed_transfer_id);
   options.layout = ReadLayout(problems);
-  options.lanes = absl::GetFlag(FLAGS_lanes);
+  const std::vector<uint32_t> lanes = ReadLanes(options.command, problems);
+  if (lanes.size() == 1) options.lanes = lanes.front();
   options.layer_stats = absl::GetFlag(FLAGS_layer_stats);
   options.prompt_logprobs = absl::GetFlag(FLAGS_prompt_logprobs);
   options.prefix_cache.set_bypass(absl::GetFlag(FLAGS_bypass_prefix_cache));
@@ -433,7 +414,9 @@ absl::StatusOr<CliOptions> OptionsFromFlags(const std::vector<char*>& positional
   options.metadata = ReadMetadata(problems);
   options.deliver_to = absl::GetFlag(FLAGS_deliver_to);
   options.transfer_id = absl::GetFlag(FLAGS_transfer_id);
-  options.bench = ReadBench(options.command, problems);
+  options.bench = ReadLoad(options.command == Command::kBench, problems);
+  options.kv_bench = ReadKvBench(options.command == Command::kBenchKv, problems);
+  if (!lanes.empty()) options.kv_bench.lanes = lanes;
   if (!options.deliver_to.empty()) CheckAddress("--deliver_to", options.deliver_to, problems);
   if (options.deliver_to.empty() != options.transfer_id.empty()) {
     problems.push_back("--deliver_to and --transfer_id belong together");

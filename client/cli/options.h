@@ -9,6 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "client/cli/bench_options.h"
 #include "client/prefill_client.h"
 #include "prefill/v1/kv.pb.h"
 #include "prefill/v1/prefill.pb.h"
@@ -16,7 +17,7 @@
 
 namespace prefilld::client {
 
-enum class Command : uint8_t { kGenerate, kPrefill, kBench, kInfo, kHealth };
+enum class Command : uint8_t { kGenerate, kPrefill, kBench, kBenchKv, kInfo, kHealth };
 
 // The source of a prompt. "-" as a file is standard input.
 struct PromptSource {
@@ -27,18 +28,6 @@ struct PromptSource {
   std::string model_dir;           // of the model that is served; a text needs it
   std::string python = "python3";  // runs the tokenizer of the Python client
   int bos = 256;                   // put before the bytes of a text; -1: nothing
-};
-
-// The load of the command bench.
-struct BenchOptions {
-  std::string trace;            // a file; empty: requests of prompt_tokens
-  int64_t prompt_tokens = 512;  // of each request when there is no trace
-  double rate = 0;              // of a Poisson process; 0: requests come when the trace says
-  double speedup = 1;
-  int64_t num_requests = 0;  // 0: as many as the trace has
-  int64_t last_blocks = -1;
-  int64_t max_in_flight = 512;
-  std::string tenant_key = "x-tenant";
 };
 
 struct CliOptions {
@@ -67,7 +56,7 @@ struct CliOptions {
 
   // Options of the command prefill, of which bench has most, too.
   ::prefill::v1::KvLayoutRequest layout;
-  uint32_t lanes = 1;
+  uint32_t lanes = 0;  // 0: by the size of the prompt's KV
   bool layer_stats = false;
   bool prompt_logprobs = false;
   ::prefill::v1::PrefixCacheOptions prefix_cache;
@@ -76,6 +65,7 @@ struct CliOptions {
   std::string transfer_id;
 
   BenchOptions bench;
+  KvBenchOptions kv_bench;
 };
 
 // Reads the command line. INVALID_ARGUMENT lists every problem.

@@ -9,6 +9,7 @@
 #include "client/cli/progress_line.h"
 #include "client/cli/prompt.h"
 #include "client/cli/summary.h"
+#include "client/lane_choice.h"
 #include "client/prefill_client.h"
 #include "nlohmann/json.hpp"
 #include "proto/status_macros.h"
@@ -94,18 +95,23 @@ absl::Status RunPrefill(const CliOptions& options, Cancellation& cancellation) {
   PREFILLD_ASSIGN_OR_RETURN(const Prompt prompt, ReadPrompt(options.prompt));
   PREFILLD_ASSIGN_OR_RETURN(const auto client,
                             PrefillClient::Create(options.channel, options.servers));
-  if (prompt.text != nullptr) {
+  uint64_t kv_bytes_per_token = 0;
+  if (prompt.text != nullptr || options.lanes == 0) {
     PREFILLD_ASSIGN_OR_RETURN(const auto info,
                               client->GetServerInfo(std::min(options.timeout, kInfoTimeout)));
-    PREFILLD_RETURN_IF_ERROR(
-        CheckServedModel(options.prompt.model_dir, info.vocab_size(), info.num_layers()));
+    kv_bytes_per_token = KvBytesPerToken(info, options.layout);
+    if (prompt.text != nullptr) {
+      PREFILLD_RETURN_IF_ERROR(
+          CheckServedModel(options.prompt.model_dir, info.vocab_size(), info.num_layers()));
+    }
   }
   DiscardingSink sink(!options.quiet);
   const auto result = client->Prefill(MakeRequest(options, prompt), sink,
                                       {.deadline = absl::Now() + options.timeout,
                                        .cancellation = &cancellation,
                                        .metadata = options.metadata,
-                                       .resumable = true});
+                                       .resumable = true,
+                                       .kv_bytes_per_token = kv_bytes_per_token});
   const TransferTimes times = sink.End();
   if (!result.ok()) return result.status();
   if (options.json) {

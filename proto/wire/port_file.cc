@@ -12,6 +12,7 @@ absl::Status WritePortFile(const std::string& path, const Ports& ports) {
   const std::string draft = absl::StrCat(path, ".tmp");
   std::ofstream file(draft);
   file << "grpc=" << ports.grpc << "\nmetrics=" << ports.metrics << "\n";
+  if (ports.kv_bench != 0) file << "kv_bench=" << ports.kv_bench << "\n";
   file.close();
   if (!file || std::rename(draft.c_str(), path.c_str()) != 0) {
     return absl::InvalidArgumentError(absl::StrCat("--port_file=", path, " cannot be written"));
@@ -23,9 +24,10 @@ absl::StatusOr<Ports> ReadPortFile(const std::string& path) {
   std::FILE* file = std::fopen(path.c_str(), "r");
   if (file == nullptr) return absl::UnavailableError(absl::StrCat(path, " is not there"));
   Ports ports;
-  const int fields = std::fscanf(file, "grpc=%d metrics=%d", &ports.grpc, &ports.metrics);
+  const int fields = std::fscanf(file, "grpc=%d metrics=%d kv_bench=%d", &ports.grpc,
+                                 &ports.metrics, &ports.kv_bench);
   std::fclose(file);
-  if (fields != 2) return absl::InvalidArgumentError(absl::StrCat(path, " is not a port file"));
+  if (fields < 2) return absl::InvalidArgumentError(absl::StrCat(path, " is not a port file"));
   return ports;
 }
 

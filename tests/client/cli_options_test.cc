@@ -63,6 +63,14 @@ TEST(CliOptions, ValuesReachTheRequest) {
   EXPECT_EQ(Call("kv_dtype=fp16")->layout.dtype(), v1::DTYPE_FP16);
 }
 
+TEST(CliOptions, LanesAreChosenUnlessTheyAreNamed) {
+  EXPECT_EQ(Call("quiet")->lanes, 0u);
+  EXPECT_EQ(Call("lanes=auto")->lanes, 0u);
+  EXPECT_EQ(Call("lanes=8")->lanes, 8u);
+  EXPECT_EQ(Call("quiet")->kv_bench.lanes, (std::vector<uint32_t>{1, 4, 8}));
+  EXPECT_EQ(Call("lanes=8")->kv_bench.lanes, std::vector<uint32_t>{8});
+}
+
 TEST(CliOptions, MetadataIsKeysAndValues) {
   EXPECT_EQ(Call("metadata=x-tenant=search,x-b=c=d")->metadata,
             (Metadata{{"x-tenant", "search"}, {"x-b", "c=d"}}));

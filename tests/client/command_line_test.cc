@@ -48,6 +48,18 @@ TEST(WorkerCommandLine, EveryProblemIsListed) {
                             HasSubstr("--max_requests=0"), HasSubstr("--model is required")));
 }
 
+TEST(CliCommandLine, LanesAreAutoOrNumbers) {
+  for (const char* lanes : {"0", "17", "four", "1,4"}) {
+    const auto [status, output] =
+        RunProgram(CLI_BINARY, absl::StrCat("prefill --token_ids=1 --lanes=", lanes));
+    EXPECT_EQ(status, 2) << lanes;
+    EXPECT_THAT(output, HasSubstr(absl::StrCat("--lanes=", lanes)));
+  }
+  const auto [status, output] = RunProgram(CLI_BINARY, "bench-kv --lanes=1,17");
+  EXPECT_EQ(status, 2);
+  EXPECT_THAT(output, AllOf(HasSubstr("--lanes=1,17"), HasSubstr("bench-kv needs --peer")));
+}
+
 TEST(WorkerCommandLine, AddressesThatNobodyCanListenOnOrDialAreRefused) {
   const auto [status, output] = RunProgram(
       WORKER_BINARY,

@@ -53,6 +53,7 @@ class ServerProcess : public ChildProcess {
   // "127.0.0.1:<port>"
   std::string address() const { return AddressOf(ports_.grpc); }
   std::string metrics_address() const { return AddressOf(ports_.metrics); }
+  std::string kv_bench_address() const { return AddressOf(ports_.kv_bench); }
 
  private:
   ServerProcess(const std::string& program, std::vector<std::string> args,

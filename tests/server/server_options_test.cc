@@ -52,6 +52,32 @@ TEST(ServerOptions, EveryProblemIsListedWithItsFlagValueAndLimit) {
   }
 }
 
+TEST(ServerOptions, MadeUpKvComesWithoutAModel) {
+  ServerOptions options;
+  options.kv_bench_listen = "0.0.0.0:50053";
+  EXPECT_EQ(Validate(options), absl::OkStatus());
+  options.engine.checkpoint_dir = "/models/one";
+  EXPECT_THAT(Validate(options).message(),
+              HasSubstr("--model and --kv_bench_listen exclude each other"));
+  options = ServerOptions();
+  EXPECT_THAT(Validate(options).message(), HasSubstr("--model is required"));
+  options.kv_bench_listen = "somewhere";
+  EXPECT_THAT(Validate(options).message(), HasSubstr("--kv_bench_listen=somewhere"));
+}
+
+TEST(ServerOptions, PackingThreadsFollowCoresAndLanes) {
+  ServerOptions options;
+  EXPECT_EQ(PackThreads(options, 1), 1);
+  EXPECT_EQ(PackThreads(options, 2), 1);
+  EXPECT_EQ(PackThreads(options, 6), 3);
+  EXPECT_EQ(PackThreads(options, 16), 8);
+  EXPECT_EQ(PackThreads(options, 192), 8);
+  options.max_lanes = 2;
+  EXPECT_EQ(PackThreads(options, 16), 2);
+  options.pack_threads = 5;
+  EXPECT_EQ(PackThreads(options, 1), 5);
+}
+
 TEST(ServerOptions, RefusesTenantsThatNobodyCanTellApart) {
   const auto problems = [](const ServerOptions& options) {
     return std::string(Validate(options).message());

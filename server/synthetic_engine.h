@@ -1,6 +1,7 @@
-// An engine whose layers cost nothing, so that only the transfer of their KV takes time.
-#ifndef PREFILLD_TESTS_BENCH_KV_STREAM_SYNTHETIC_ENGINE_H_
-#define PREFILLD_TESTS_BENCH_KV_STREAM_SYNTHETIC_ENGINE_H_
+// An engine whose layers cost nothing, so that only the transfer of their KV takes time: what
+// prefilld runs with --kv_bench_listen.
+#ifndef PREFILLD_SERVER_SYNTHETIC_ENGINE_H_
+#define PREFILLD_SERVER_SYNTHETIC_ENGINE_H_
 
 #include <memory>
 #include <vector>
@@ -9,7 +10,7 @@
 #include "model/device/device.h"
 #include "model/prefill/prefill_engine.h"
 
-namespace prefilld::bench {
+namespace prefilld::server {
 
 // Has the KV of Llama-3.1-8B: 32 layers of 8 heads of 128 in bf16, 131,072 bytes a token.
 class SyntheticEngine : public model::PrefillEngine {
@@ -36,6 +37,6 @@ class SyntheticEngine : public model::PrefillEngine {
   std::vector<uint8_t> kv_;
 };
 
-}  // namespace prefilld::bench
+}  // namespace prefilld::server
 
-#endif  // PREFILLD_TESTS_BENCH_KV_STREAM_SYNTHETIC_ENGINE_H_
+#endif  // PREFILLD_SERVER_SYNTHETIC_ENGINE_H_

@@ -1,11 +1,13 @@
-#include "tests/bench/kv_stream/synthetic_engine.h"
+#include "server/synthetic_engine.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <utility>
 
-namespace prefilld::bench {
+#include "proto/wire/bench_peer.h"
+
+namespace prefilld::server {
 namespace {
 
 constexpr size_t kKvBytes = size_t{64} << 20;  // more than the caches hold
@@ -67,7 +69,7 @@ absl::StatusOr<std::unique_ptr<SyntheticEngine>> SyntheticEngine::Create(int64_t
   if (!device.ok()) return device.status();
   engine->device_ = *std::move(device);
   engine->info_.model_name = "synthetic";
-  engine->info_.fingerprint = "synthetic";
+  engine->info_.fingerprint = wire::kKvBenchFingerprint;
   engine->info_.device_name = "none";
   engine->info_.native_dtype = kernels::DType::kBf16;
   engine->info_.max_tokens = max_tokens;
@@ -92,4 +94,4 @@ absl::StatusOr<model::DeviceBuffer> SyntheticEngine::AllocateStaging(size_t byte
   return device_->AllocateStaging(bytes);
 }
 
-}  // namespace prefilld::bench
+}  // namespace prefilld::server
