@@ -26,7 +26,7 @@ from prefilld import Attention, Layout, PrefillClient  # noqa: E402
 
 LENGTH = 4096
 # coverage 0: no head shares, and every head is scored.
-SCORED = {"policy": "share", "coverage": 0.0, "score_threshold": 0.9, "last_rows_gamma": 0.3}
+SCORED = {"policy": "share", "coverage": 0.0, "score_threshold": 0.9, "last_rows_gamma": 0.3, "min_budget_tokens": 16}
 
 
 class Rules(unittest.TestCase):
