@@ -27,13 +27,15 @@ from loss_search import Loss, Prompt
 from served_runs import Journal, Server, measure
 
 DENSE, SHARE = "dense", "share"
-# These are the candidates unless --candidates names others: each line thresholds of `share`, the densest first.
+# These are the candidates unless --candidates names others: each line thresholds of `share`, the densest first. The
+# least budget falls with them: kept at 128, it would be most of what is computed in a model whose heads need no budget.
 # gamma is that of pivots' patterns, and does nothing without --clusters.
 CANDIDATES = [
-    f"gamma={threshold},score_threshold={threshold},last_rows_gamma={last_rows}"
-    for threshold, last_rows in (
-        (0.99, 0.7), (0.98, 0.6), (0.97, 0.5), (0.96, 0.5), (0.95, 0.5), (0.95, 0.3), (0.93, 0.3), (0.9, 0.3),
-        (0.85, 0.3), (0.8, 0.3), (0.7, 0.3), (0.6, 0.3), (0.5, 0.2),
+    f"gamma={threshold},score_threshold={threshold},last_rows_gamma={last_rows},min_budget_tokens={budget}"
+    for threshold, last_rows, budget in (
+        (0.99, 0.7, 128), (0.98, 0.6, 128), (0.97, 0.5, 128), (0.96, 0.5, 128), (0.95, 0.5, 128), (0.95, 0.3, 128),
+        (0.93, 0.3, 64), (0.93, 0.3, 32), (0.92, 0.3, 0), (0.9, 0.3, 0), (0.87, 0.3, 0), (0.8, 0.3, 0), (0.7, 0.3, 0),
+        (0.6, 0.3, 0), (0.5, 0.2, 0),
     )
 ]  # fmt: skip
 Thresholds = dict[str, float]

@@ -106,6 +106,14 @@ class Input(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "'gamma' is not NAME=NUMBER"):
             calibrate.parse_candidate("gamma")
 
+    def test_every_threshold_of_the_own_candidates_falls_and_the_least_budget_to_nothing(self):
+        candidates = calibrate.read_candidates(None)
+        for name in ("score_threshold", "last_rows_gamma", "min_budget_tokens"):
+            values = [candidate[name] for candidate in candidates]
+            self.assertEqual(values, sorted(values, reverse=True), name)
+        self.assertEqual(candidates[-1]["min_budget_tokens"], 0)
+        self.assertEqual(len({str(candidate) for candidate in candidates}), len(candidates))
+
     def test_prompts_are_read_as_the_recorder_reads_them(self):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "code"
