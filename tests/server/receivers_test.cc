@@ -166,7 +166,9 @@ TEST_F(Receivers, ThatDoNotComeAreLeftBehind) {
   StartServer();
   const auto first = Read(FirstCall(kTokens, 3));
   const auto second = Read(Receiver(1));
-  EXPECT_TRUE(Eventually([&] { return engine_->held() == engine_options_.kv_slots; }));
+  EXPECT_TRUE(Eventually([&] {
+    return Metric("prefilld_live_requests") == 2 && engine_->held() == engine_options_.kv_slots;
+  }));
   clock_.Advance(absl::Seconds(11));
   ExpectWhole(first->Contents());
   ExpectWhole(second->Contents());
