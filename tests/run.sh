@@ -71,6 +71,9 @@ if command -v ccache >/dev/null; then
   # The sanitizers' builds have precompiled headers.
   export CCACHE_SLOPPINESS=pch_defines,time_macros
   options+=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
+else
+  # No object is kept for the next tree: it is quicker to compile several files at a time.
+  options+=(-DPREFILLD_FAST_BUILD=ON)
 fi
 
 # The heaviest compilations take about 1.5 GB each.
