@@ -166,9 +166,8 @@ TEST_F(Receivers, ThatDoNotComeAreLeftBehind) {
   StartServer();
   const auto first = Read(FirstCall(kTokens, 3));
   const auto second = Read(Receiver(1));
-  EXPECT_TRUE(Eventually([&] {
-    return Metric("prefilld_live_requests") == 2 && engine_->held() == engine_options_.kv_slots;
-  }));
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_live_requests") == 2; }));
+  EXPECT_TRUE(Eventually([&] { return engine_->held() == engine_options_.kv_slots; }));
   clock_.Advance(absl::Seconds(11));
   ExpectWhole(first->Contents());
   ExpectWhole(second->Contents());
@@ -438,8 +437,7 @@ TEST_F(Receivers, OfRequestsThatWillNotComeAreRefusedInADrain) {
 TEST_F(Receivers, AreWaitedForByADrain) {
   StartServer();
   engine_->HoldAfter(2);
-  const auto first = Read(FirstCall());
-  const auto other = Read(Receiver());
+  const auto first = Read(FirstCall()), other = Read(Receiver());
   EXPECT_TRUE(Eventually([&] { return engine_->layers_run() == 2 && engine_->held() == 0; }));
   std::thread drain([&] { EXPECT_TRUE(server_->Drain(absl::Seconds(20))); });
   engine_->HoldAfter(-1);
