@@ -6,8 +6,6 @@
 namespace prefilld::server {
 namespace {
 
-constexpr double kAgeing = 0.5;
-
 bool IsOverdue(const Contender& contender) { return contender.class_waited > kClassPatience; }
 
 absl::Duration Rank(const Contender& contender) {

@@ -34,6 +34,9 @@ enum class Scheduling : uint8_t {
 };
 const char* Name(Scheduling scheduling);
 
+// The share of its length for which waiting counts (OrderOfTurns).
+inline constexpr double kAgeing = 0.2;
+
 // A class that has waited for longer than this goes first for one step.
 inline constexpr absl::Duration kClassPatience = absl::Seconds(5);
 
@@ -49,11 +52,13 @@ inline constexpr absl::Duration kClassPatience = absl::Seconds(5);
 // Within a class the tenant with the least virtual time goes first.
 //
 // Within a tenant the least remaining time goes first, because that keeps the mean wait least: a
-// short prompt waits for one step of a long one and not for all of it. Waiting counts for half of
-// its length against the remaining time, so nobody starves: a contender that has waited for twice
-// its remaining time is the next of its tenant in this class, after one turn of each of the
-// tenant's contenders that have waited as long. The half keeps two long prompts of one length from
-// alternating, which would delay the first and help neither.
+// short prompt waits for one step of a long one and not for all of it. Waiting counts for
+// kAgeing of its length against the remaining time, so nobody starves: a contender that has waited
+// for 1 / kAgeing times its remaining time is the next of its tenant in this class, after one turn
+// of each of the tenant's contenders that have waited as long. That it counts for less than its
+// length keeps two long prompts of one length from alternating, which would delay the first and
+// help neither. That it counts for far less keeps the steps of the longest prompts from delaying
+// those that would be done soon; tests/bench/throughput_at_p99.py tells how much that is.
 std::vector<size_t> OrderOfTurns(absl::Span<const Contender> contenders);
 
 // Returns the positions in the order that the rule wants.

@@ -37,10 +37,15 @@ constexpr int64_t kCudaBatchTokens = 2048;
 // prompt that ends meanwhile, costs little at these lengths.
 constexpr int64_t kCudaRunAheadTokens = 8192;
 constexpr int64_t kCudaGraphTokens = 2048;
-// There are two places for long prompts: one is computed while the KV of the other one leaves, or
-// while that one waits.
+// There are two places for the longest prompts: one is computed while the KV of the other one
+// leaves, or while that one waits.
 constexpr int kCudaLongPrompts = 2;
 constexpr int kCpuLongPrompts = 1;
+// There are more places for prompts between the longest and the short ones. Whoever is overtaken
+// keeps its place, so with few places two long prompts that wait would hold up all that are too
+// long for the other places, and might have gone first.
+constexpr int kCudaMiddlePrompts = 2;
+constexpr int64_t kCudaMiddleTokens = kDefaultMaxTokens;
 // There are more places for short prompts, so that some are computed while the consumers of others
 // are slow. They take little memory beside a long prompt, and a long prompt does not have to wait
 // for their consumers.
@@ -207,8 +212,8 @@ class StateAllocator {
     const absl::StatusOr<DeviceBuffer> reserve = device_.Allocate(kMemoryReserve);
     absl::Status status = reserve.ok() ? Add(max_tokens) : reserve.status();
     if (!absl::IsResourceExhausted(status)) return status;
-    spdlog::info("one long prompt at a time; for another one there is too little memory: {}",
-                 std::string(status.message()));
+    spdlog::info("no place for one more prompt of {} tokens: there is too little memory: {}",
+                 max_tokens, std::string(status.message()));
     return absl::OkStatus();
   }
 
@@ -266,10 +271,13 @@ absl::Status AllocateMemory(const EngineOptions& options, EngineParts* parts) {
   for (LayerStep* step : {parts->step.get(), parts->short_step.get()}) {
     PREFILLD_RETURN_IF_ERROR(step->TuneLinears(parts->states.largest().hidden));
   }
-  const int long_prompts =
-      std::min(asynchronous ? kCudaLongPrompts : kCpuLongPrompts, kMaxPromptStates - short_prompts);
-  for (int i = 1; i < long_prompts && !options.long_prompts && !within; ++i) {
-    PREFILLD_RETURN_IF_ERROR(allocator.AddIfItFits(long_tokens));
+  if (options.long_prompts || within) return absl::OkStatus();
+  std::vector<int64_t> more(asynchronous ? kCudaLongPrompts - 1 : kCpuLongPrompts - 1, long_tokens);
+  more.resize(more.size() + (asynchronous ? kCudaMiddlePrompts : 0),
+              std::min(long_tokens, kCudaMiddleTokens));
+  for (const int64_t tokens : more) {
+    if (parts->states.count() == kMaxPromptStates) break;
+    PREFILLD_RETURN_IF_ERROR(allocator.AddIfItFits(tokens));
   }
   return absl::OkStatus();
 }

@@ -232,8 +232,9 @@ struct EngineOptions {
   // At least the longest prompt or batch. 0: there are places as the next two options say.
   int64_t max_resident_tokens = 0;
   // How many prompts of up to max_tokens may be under way at a time, at least 1. Each takes memory
-  // of its own from the start, see PromptState (model/prefill/prompt_state.h). Absent: 2 on CUDA,
-  // or 1 if the second would leave less than kMemoryReserve free; 1 on the CPU.
+  // of its own from the start, see PromptState (model/prefill/prompt_state.h). Absent: 1 on the
+  // CPU; on CUDA 2, and 2 more of up to 131,072 tokens, without those that would leave less than
+  // kMemoryReserve free.
   std::optional<int> long_prompts;
   // How many more prompts or batches may be under way that are short: of up to 8192 tokens on CUDA,
   // 4096 on the CPU, or max_batch_tokens if those are more. Absent: 4 on CUDA, 2 on the CPU.

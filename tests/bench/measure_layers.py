@@ -49,8 +49,9 @@ def measure(client: PrefillClient, tokens: list[int], policy: str) -> dict[str, 
 
 
 def places(device: str, max_tokens: int) -> list[int]:
-    short, shorts, longs = (4096, 2, 1) if device == "cpu" else (8192, 4, 2)
-    return longs * [max_tokens] + shorts * [min(short, max_tokens)]
+    if device == "cpu":
+        return [max_tokens] + 2 * [min(4096, max_tokens)]
+    return 2 * [max_tokens] + 2 * [min(131072, max_tokens)] + 4 * [min(8192, max_tokens)]
 
 
 def profile(client: PrefillClient, policies: list[str], shortest: int, longest: int, repeats: int) -> dict:

@@ -22,8 +22,8 @@ TEST(OrderOfTurns, KeepsTheOrderOfEquals) {
               ElementsAre(0, 1));
 }
 
-TEST(OrderOfTurns, CountsHalfOfTheWait) {
-  const Contender waited = {.remaining = absl::Seconds(4), .waited = absl::Seconds(7)};
+TEST(OrderOfTurns, CountsAFifthOfTheWait) {
+  const Contender waited = {.remaining = absl::Seconds(4), .waited = absl::Seconds(17.5)};
   EXPECT_THAT(OrderOfTurns({waited, {.remaining = absl::Milliseconds(400)}}), ElementsAre(1, 0));
   EXPECT_THAT(OrderOfTurns({waited, {.remaining = absl::Milliseconds(600)}}), ElementsAre(0, 1));
 }
@@ -62,11 +62,14 @@ TEST(OrderOf, FifoPutsTheOldestFirstWhateverElseItIs) {
   EXPECT_THAT(OrderOf(Scheduling::kTurns, contenders), ElementsAre(0, 1, 2));
 }
 
+// Who has waited for so many times its remaining time is the next, but for others who have.
+constexpr double kLongest = 1 / kAgeing;
+
 struct Prompt {
   absl::Duration step;
   int steps_left;
   absl::Time last_step_at;
-  size_t others = 0;    // that were there when it had waited for twice its remaining time
+  size_t others = 0;    // that were there when it had waited for kLongest of its remaining time
   size_t preceded = 0;  // steps of others since then
 
   Contender AsContender(absl::Time now) const {
@@ -93,9 +96,9 @@ void RunTrace(unsigned seed) {
     const size_t next = OrderOfTurns(contenders).front();
     const absl::Duration step = prompts[next].step;
     for (size_t j = 0; j < prompts.size(); ++j) {
-      if (j == next || contenders[j].waited <= 2 * contenders[j].remaining) continue;
+      if (j == next || contenders[j].waited <= kLongest * contenders[j].remaining) continue;
       // One that goes before it has waited for longer, in proportion, so it goes but once.
-      ASSERT_GT(contenders[next].waited, 2 * contenders[next].remaining) << "seed " << seed;
+      ASSERT_GT(contenders[next].waited, kLongest * contenders[next].remaining) << "seed " << seed;
       if (prompts[j].preceded++ == 0) prompts[j].others = prompts.size();
       ASSERT_LT(prompts[j].preceded, prompts[j].others) << "seed " << seed;
     }
