@@ -89,7 +89,8 @@ absl::Status RunBench(const CliOptions& options, Cancellation& cancellation) {
                          });
   line.Clear();
   PREFILLD_RETURN_IF_ERROR(outcome.status());
-  const nlohmann::json report = LoadReport(outcome->ends, outcome->sender);
+  nlohmann::json report = LoadReport(outcome->ends, outcome->sender);
+  if (options.bench.each) report["each"] = EachRequest(outcome->ends);
   std::printf("%s", options.json ? absl::StrCat(report.dump(2), "\n").c_str()
                                  : LoadSummary(report).c_str());
   return absl::OkStatus();

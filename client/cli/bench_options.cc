@@ -19,6 +19,7 @@ ABSL_FLAG(int64_t, last_blocks, -1,
           "bench: KV blocks at the end of each prompt that are asked for. -1: all.");
 ABSL_FLAG(int64_t, max_in_flight, 512,
           "bench: requests under way at a time; more are sent late, which is reported.");
+ABSL_FLAG(bool, each, false, "bench: with --json, list the time of every request, too.");
 ABSL_FLAG(std::string, tenant_key, "x-tenant",
           "bench: key of the metadata that names a request's tenant.");
 
@@ -38,6 +39,7 @@ BenchOptions ReadLoad(bool is_wanted, process::Problems& problems) {
   bench.num_requests = absl::GetFlag(FLAGS_num_requests);
   bench.last_blocks = absl::GetFlag(FLAGS_last_blocks);
   bench.max_in_flight = absl::GetFlag(FLAGS_max_in_flight);
+  bench.each = absl::GetFlag(FLAGS_each);
   bench.tenant_key = absl::GetFlag(FLAGS_tenant_key);
   process::CheckRange("--prompt_tokens", bench.prompt_tokens, 1, kMaxLoadTokens, problems);
   if (!(bench.rate >= 0 && bench.rate <= 1e5)) problems.push_back("--rate is outside 0 to 100000");
@@ -69,8 +71,8 @@ KvBenchOptions ReadKvBench(bool is_wanted, process::Problems& problems) {
 }
 
 std::vector<const char*> LoadFlags() {
-  return {"trace",        "prompt_tokens", "rate",          "speedup",
-          "num_requests", "last_blocks",   "max_in_flight", "tenant_key"};
+  return {"trace",       "prompt_tokens", "rate", "speedup",   "num_requests",
+          "last_blocks", "max_in_flight", "each", "tenant_key"};
 }
 
 std::vector<const char*> KvBenchFlags() { return {"peer", "transfer_mb", "runs"}; }

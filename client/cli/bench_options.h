@@ -19,6 +19,7 @@ struct BenchOptions {
   int64_t num_requests = 0;  // 0: as many as the trace has
   int64_t last_blocks = -1;
   int64_t max_in_flight = 512;
+  bool each = false;  // the JSON lists every request
   std::string tenant_key = "x-tenant";
 };
 

@@ -135,6 +135,17 @@ json LoadReport(const std::vector<LoadEnd>& ends, const LoadSender& sender) {
   return report;
 }
 
+json EachRequest(const std::vector<LoadEnd>& ends) {
+  json each = json::array();
+  for (const LoadEnd& end : ends) {
+    each.push_back({{"tokens", end.request.num_tokens}, {"first_token_ms", nullptr}});
+    if (end.first_token.has_value()) {
+      each.back()["first_token_ms"] = Rounded(absl::ToDoubleMilliseconds(*end.first_token));
+    }
+  }
+  return each;
+}
+
 std::string LoadSummary(const json& report) {
   std::string text = absl::StrFormat(
       "%-12s %d in %.1f s; offered %.2f a second (%.0f tokens), done %.2f (%.0f)\n", "requests",

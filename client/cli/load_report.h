@@ -43,6 +43,9 @@ double Percentile(const std::vector<double>& sorted, double share);
 // requests and by length, tenant and class, and how late the sender was.
 nlohmann::json LoadReport(const std::vector<LoadEnd>& ends, const LoadSender& sender);
 
+// Lists every request: its tokens, and the milliseconds to its first token, or null.
+nlohmann::json EachRequest(const std::vector<LoadEnd>& ends);
+
 // Says the same in a few lines, for people.
 std::string LoadSummary(const nlohmann::json& report);
 

@@ -172,6 +172,16 @@ TEST(LoadReport, CountsEndsByStatusAndTimesOfWhatCame) {
   EXPECT_THAT(text, HasSubstr("at most 2 of 8 at a time; 1 held back"));
 }
 
+TEST(LoadReport, ListsEveryRequestIfAsked) {
+  LoadEnd answered, refused;
+  answered.request.num_tokens = 1000;
+  answered.first_token = absl::Milliseconds(100);
+  refused.request.num_tokens = 7;
+  refused.code = absl::StatusCode::kResourceExhausted;
+  EXPECT_EQ(EachRequest({answered, refused}).dump(),
+            R"([{"first_token_ms":100.0,"tokens":1000},{"first_token_ms":null,"tokens":7}])");
+}
+
 TEST(LoadReport, SaysNothingOfTimesThatThereAreNot) {
   LoadEnd refused;
   refused.code = absl::StatusCode::kUnavailable;

@@ -36,6 +36,7 @@ ABSL_FLAG(int64_t, max_queued_tokens, 0, "As for prefilld.");
 ABSL_FLAG(std::string, tenants, "", "As for prefilld; then the trace's tenants count.");
 ABSL_FLAG(int64_t, prefix_cache_bytes, 0, "As for prefilld.");
 ABSL_FLAG(bool, json, false, "Print one JSON object.");
+ABSL_FLAG(bool, each, false, "With --json: list every request, too.");
 
 namespace prefilld::bench {
 namespace {
@@ -94,7 +95,8 @@ absl::Status Run() {
   PREFILLD_ASSIGN_OR_RETURN(const ServerProfile profile, ReadProfile(absl::GetFlag(FLAGS_profile)));
   PREFILLD_ASSIGN_OR_RETURN(const auto requests, ReadLoad());
   PREFILLD_ASSIGN_OR_RETURN(const auto ends, Simulate(profile, requests, options));
-  const nlohmann::json report = client::LoadReport(ends, client::LoadSender());
+  nlohmann::json report = client::LoadReport(ends, client::LoadSender());
+  if (absl::GetFlag(FLAGS_each)) report["each"] = client::EachRequest(ends);
   std::printf("%s", absl::GetFlag(FLAGS_json) ? absl::StrCat(report.dump(2), "\n").c_str()
                                               : client::LoadSummary(report).c_str());
   return absl::OkStatus();
@@ -111,7 +113,7 @@ int main(int argc, char** argv) {
                   {"Server",
                    {"profile", "scheduling", "queue_capacity", "max_queued_tokens", "tenants",
                     "prefix_cache_bytes"}},
-                  {"Output", {"json"}}}});
+                  {"Output", {"json", "each"}}}});
   spdlog::set_level(spdlog::level::warn);
   const absl::Status status = prefilld::bench::Run();
   if (status.ok()) return 0;
