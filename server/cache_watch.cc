@@ -8,10 +8,14 @@
 #include <prometheus/registry.h>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "model/prefill/prefix_cache.h"
 #include "model/prefill/prefix_events.h"
+#include "proto/status_macros.h"
 #include "proto/wire/grpc_status.h"
 #include "server/attention_request.h"
+#include "server/refusal_cause.h"
+#include "server/request_log.h"
 
 namespace prefilld::server {
 namespace {
@@ -52,8 +56,17 @@ v1::PrefixCacheChange ToProto(const model::PrefixEvent& event, bool with_tokens)
 // Co-owned by the watch, until gRPC is done with the call, and by whoever sends news.
 class CacheWatch::WatchStream final : public CacheWatch::Stream {
  public:
-  WatchStream(CacheWatch& watch, grpc::CallbackServerContext* context, bool with_tokens)
-      : watch_(watch), context_(context), with_tokens_(with_tokens), follower_(*watch.index_) {}
+  WatchStream(CacheWatch& watch, grpc::CallbackServerContext* context, const Caller& caller,
+              Identity identity, bool with_tokens)
+      : watch_(watch),
+        context_(context),
+        caller_(caller),
+        identity_(std::move(identity)),
+        with_tokens_(with_tokens),
+        follower_(*watch.index_) {}
+
+  // May be called as long as the watch has this stream.
+  const Identity& identity() const { return identity_; }
 
   // Sends what is new if the stream is idle, or ends it if its time has come. gRPC is called
   // without the lock. `writing_` keeps all other threads from it until the write is done; after
@@ -77,12 +90,15 @@ class CacheWatch::WatchStream final : public CacheWatch::Stream {
   }
 
   // Ends the stream, at once even if the caller does not take the message that is under way.
-  void End(const absl::Status& status) {
+  // Returns false if it was ending.
+  bool End(const absl::Status& status) {
+    bool ends = false;
     {
       absl::MutexLock lock(&mu_);
-      SetEnd(status);
+      ends = SetEnd(status);
     }
     Pump();
+    return ends;
   }
   // Ends it if the caller keeps it from reading changes until they are gone.
   void EndIfBehind() {
@@ -115,19 +131,21 @@ class CacheWatch::WatchStream final : public CacheWatch::Stream {
       *message_.add_changes() = ToProto(event, with_tokens_);
     }
     writing_ = true;
+    ++updates_;
     return true;
   }
 
   // While a message is being written, gRPC still needs the context, and Finish would wait behind
   // that message.
-  void SetEnd(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
-    if (end_.has_value() || ended_) return;
+  bool SetEnd(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    if (end_.has_value() || ended_) return false;
     end_ = status;
-    if (!writing_) return;
+    if (!writing_) return true;
     const grpc::Status grpc_status = wire::ToGrpc(status);
     grpc_call_cancel_with_status(context_->c_call(),
                                  static_cast<grpc_status_code>(grpc_status.error_code()),
                                  grpc_status.error_message().c_str(), nullptr);
+    return true;
   }
 
   void OnWriteDone(bool ok) override {
@@ -139,15 +157,24 @@ class CacheWatch::WatchStream final : public CacheWatch::Stream {
     Pump();
   }
   void OnCancel() override { End(absl::CancelledError("the caller is gone")); }
-  void OnDone() override { watch_.Remove(this); }
+  void OnDone() override {
+    {
+      absl::MutexLock lock(&mu_);
+      LogCacheWatch(caller_, updates_, end_.value_or(absl::CancelledError("the caller is gone")));
+    }
+    watch_.Remove(this);
+  }
 
   CacheWatch& watch_;
   grpc::CallbackServerContext* const context_;
+  const Caller caller_;
+  const Identity identity_;
   const bool with_tokens_;
 
   absl::Mutex mu_;
   model::PrefixFollower follower_ ABSL_GUARDED_BY(mu_);
   bool is_first_ ABSL_GUARDED_BY(mu_) = true;
+  int64_t updates_ ABSL_GUARDED_BY(mu_) = 0;
   bool writing_ ABSL_GUARDED_BY(mu_) = false;
   bool ended_ ABSL_GUARDED_BY(mu_) = false;  // Finish was called
   std::optional<absl::Status> end_ ABSL_GUARDED_BY(mu_);
@@ -168,23 +195,33 @@ CacheWatch::CacheWatch(const model::PrefixCache* index, CacheWatchRules rules,
                   .Name("prefilld_prefix_cache_watchers_behind_total")
                   .Help("Callers that read the changes of the prefix cache too slowly.")
                   .Register(registry)
-                  .Add({})) {}
+                  .Add({})),
+      revoked_(prometheus::BuildCounter()
+                   .Name("prefilld_prefix_cache_watchers_revoked_total")
+                   .Help("Callers that followed the prefix cache until the operator's file of "
+                         "tenants did not let them any longer.")
+                   .Register(registry)
+                   .Add({})) {}
 
 CacheWatch::~CacheWatch() = default;
 
-absl::Status CacheWatch::Check(absl::string_view tenant) const {
-  if (!closed_.empty()) return absl::UnavailableError(closed_);
+absl::Status CacheWatch::CheckCaller(const Identity& identity) const {
+  PREFILLD_ASSIGN_OR_RETURN(const std::string tenant, identity());
   const auto& allowed = rules_.watchers;
   const auto is_allowed = [&allowed](absl::string_view name) {
     return std::find(allowed.begin(), allowed.end(), name) != allowed.end();
   };
-  if (!is_allowed(kAllWatchers) && !is_allowed(tenant)) {
-    return absl::PermissionDeniedError(
-        allowed.empty() ? "this server lets nobody follow its prefix cache"
-                        : absl::StrCat("tenant ", tenant, " may not follow the prefix cache"));
-  }
+  if (is_allowed(kAllWatchers) || is_allowed(tenant)) return absl::OkStatus();
+  return absl::PermissionDeniedError(
+      allowed.empty() ? "this server lets nobody follow its prefix cache"
+                      : absl::StrCat("tenant ", tenant, " may not follow the prefix cache"));
+}
+
+absl::Status CacheWatch::CheckRoom() const {
+  if (!closed_.empty()) return absl::UnavailableError(closed_);
   if (index_ == nullptr || !index_->keeps_events()) {
-    return absl::FailedPreconditionError("this server has no prefix cache");
+    return Because(RefusalCause::kInvalid,
+                   absl::FailedPreconditionError("this server has no prefix cache"));
   }
   if (streams_.size() >= kMaxWatchers) {
     return absl::ResourceExhaustedError(
@@ -193,18 +230,22 @@ absl::Status CacheWatch::Check(absl::string_view tenant) const {
   return absl::OkStatus();
 }
 
-CacheWatch::Stream* CacheWatch::Watch(grpc::CallbackServerContext* context,
-                                      absl::string_view tenant,
-                                      const v1::WatchPrefixCacheRequest& request,
+CacheWatch::Stream* CacheWatch::Watch(grpc::CallbackServerContext* context, const Caller& caller,
+                                      Identity identity, const v1::WatchPrefixCacheRequest& request,
                                       absl::FunctionRef<void(const absl::Status&)> on_refused) {
   std::shared_ptr<WatchStream> stream;
   {
     absl::MutexLock lock(&mu_);
-    if (const absl::Status allowed = Check(tenant); !allowed.ok()) {
-      on_refused(allowed);
-      return Refuse(allowed);
+    // The caller is looked at under the lock, so that CheckCallers either finds the stream or comes
+    // before this look.
+    absl::Status may = CheckCaller(identity);
+    if (may.ok()) may = CheckRoom();
+    if (!may.ok()) {
+      on_refused(may);
+      return new RefusedWatch(may);
     }
-    stream = std::make_shared<WatchStream>(*this, context, rules_.tokens && request.token_ids());
+    stream = std::make_shared<WatchStream>(*this, context, caller, std::move(identity),
+                                           rules_.tokens && request.token_ids());
     streams_.push_back(stream);
     watchers_.Set(static_cast<double>(streams_.size()));
   }
@@ -212,8 +253,20 @@ CacheWatch::Stream* CacheWatch::Watch(grpc::CallbackServerContext* context,
   return stream.get();
 }
 
-CacheWatch::Stream* CacheWatch::Refuse(const absl::Status& status) {
-  return new RefusedWatch(status);
+void CacheWatch::CheckCallers() {
+  std::vector<std::pair<std::shared_ptr<WatchStream>, absl::Status>> refused;
+  {
+    // A stream leaves before gRPC lets go of its call, and waits for this lock to do so.
+    absl::MutexLock lock(&mu_);
+    for (const auto& stream : streams_) {
+      if (absl::Status may = CheckCaller(stream->identity()); !may.ok()) {
+        refused.emplace_back(stream, wire::WithPrefix("the tenants have changed: ", may));
+      }
+    }
+  }
+  for (const auto& [stream, why] : refused) {
+    if (stream->End(why)) revoked_.Increment();
+  }
 }
 
 void CacheWatch::SendNews() {

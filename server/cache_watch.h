@@ -3,6 +3,7 @@
 #define PREFILLD_SERVER_CACHE_WATCH_H_
 
 #include <cstddef>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -15,9 +16,11 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/synchronization/mutex.h"
 #include "prefill/v1/prefill.pb.h"
+#include "server/caller.h"
 #include "server/server_options.h"
 
 namespace prometheus {
@@ -39,20 +42,24 @@ class CacheWatch {
 
   static constexpr size_t kMaxWatchers = 16;
 
+  // Returns the name of the tenant that a caller is now, or why it is none.
+  using Identity = std::function<absl::StatusOr<std::string>()>;
+
   // `index` is borrowed; null: the server has no prefix cache.
   CacheWatch(const model::PrefixCache* index, CacheWatchRules rules, std::string model_fingerprint,
              prometheus::Registry& registry);
   // Every stream must be over.
   ~CacheWatch();
 
-  // Makes the stream of a caller, who belongs to this tenant. It ends at once if the caller may not
-  // follow, and `on_refused` hears why.
-  Stream* Watch(grpc::CallbackServerContext* context, absl::string_view tenant,
+  // Makes the stream of a caller. It ends at once if the caller may not follow, and `on_refused`
+  // hears why. `identity` is called, by any thread, as long as gRPC has the call.
+  Stream* Watch(grpc::CallbackServerContext* context, const Caller& caller, Identity identity,
                 const ::prefill::v1::WatchPrefixCacheRequest& request,
                 absl::FunctionRef<void(const absl::Status&)> on_refused);
 
-  // Makes a stream that ends at once with this status.
-  static Stream* Refuse(const absl::Status& status);
+  // Ends the streams of those who may no longer follow, with the status that a new call of theirs
+  // gets. Must be called when the tenants have changed.
+  void CheckCallers();
 
   // Tells everybody what is new. Must be called every few milliseconds, by one thread.
   void SendNews();
@@ -62,7 +69,8 @@ class CacheWatch {
  private:
   class WatchStream;
 
-  absl::Status Check(absl::string_view tenant) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
+  absl::Status CheckCaller(const Identity& identity) const;
+  absl::Status CheckRoom() const ABSL_SHARED_LOCKS_REQUIRED(mu_);
   std::vector<std::shared_ptr<WatchStream>> streams() const;
   void Remove(const WatchStream* stream);
 
@@ -71,6 +79,7 @@ class CacheWatch {
   const std::string model_fingerprint_;
   prometheus::Gauge& watchers_;
   prometheus::Counter& behind_;
+  prometheus::Counter& revoked_;
 
   mutable absl::Mutex mu_;
   std::string closed_ ABSL_GUARDED_BY(mu_);  // reason; empty: open

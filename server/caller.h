@@ -4,6 +4,8 @@
 
 #include <string>
 
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "proto/wire/trace_context.h"
 
 namespace prefilld::server {
@@ -15,6 +17,7 @@ struct Caller {
   std::string user_agent;   // its beginning
   std::string tenant;       // empty: callers are not told apart
   wire::TraceContext trace;
+  absl::Time arrived_at = absl::Now();  // its call
 };
 
 }  // namespace prefilld::server

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "proto/status_macros.h"
 #include "proto/wire/connections.h"
 #include "proto/wire/grpc_status.h"
 #include "server/cache_watch.h"
@@ -404,13 +405,13 @@ grpc::ServerUnaryReactor* PrefillService::GetServerInfo(grpc::CallbackServerCont
 
 grpc::ServerWriteReactor<v1::PrefixCacheUpdate>* PrefillService::WatchPrefixCache(
     grpc::CallbackServerContext* context, const v1::WatchPrefixCacheRequest* request) {
-  const std::shared_ptr<const Tenants> table = tenants_.current();
-  const auto tenant = TenantOf(tenant_evidence_, *table, *context);
-  if (!tenant.ok()) {
-    metrics_.CountRefusal(tenant.status());
-    return CacheWatch::Refuse(tenant.status());
-  }
-  return cache_watch_.Watch(context, table->all()[*tenant].name, *request,
+  const Arrived arrived = Arrive(*context);
+  const auto identity = [this, context]() -> absl::StatusOr<std::string> {
+    const std::shared_ptr<const Tenants> table = tenants_.current();
+    PREFILLD_ASSIGN_OR_RETURN(const size_t tenant, TenantOf(tenant_evidence_, *table, *context));
+    return table->all()[tenant].name;
+  };
+  return cache_watch_.Watch(context, arrived.caller, identity, *request,
                             [this](const absl::Status& status) { metrics_.CountRefusal(status); });
 }
 

@@ -134,6 +134,15 @@ void LogPush(const PrefillWork& work, const wire::TraceContext& span, absl::Dura
                     fields);
 }
 
+void LogCacheWatch(const Caller& caller, int64_t updates, const absl::Status& end) {
+  const absl::Duration took = absl::Now() - caller.arrived_at;
+  process::LogFields fields = {{"updates", updates}, {"total_ms", Milliseconds(took)}};
+  AddCaller(caller, fields);
+  AddSpan(caller.trace, took, fields);
+  fields.emplace_back("status", Shown(end));
+  process::LogEvent(process::LogLevel::kInfo, "cache_watch", fields);
+}
+
 void LogRefused(const std::string& request_id, const Caller& caller, Outcome outcome,
                 const absl::Status& status) {
   process::LogFields fields = {{"id", wire::ShownId(request_id)},

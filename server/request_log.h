@@ -16,6 +16,8 @@ void LogReceiver(PrefillJob& receiver, absl::Time now);  // a further one, of a 
 // The call to a receiver, within `span`, which has just ended.
 void LogPush(const PrefillWork& work, const wire::TraceContext& span, absl::Duration took,
              int64_t kv_bytes, const absl::Status& status);
+// A call that followed the prefix cache until now.
+void LogCacheWatch(const Caller& caller, int64_t updates, const absl::Status& end);
 void LogRefused(const std::string& request_id, const Caller& caller, Outcome outcome,
                 const absl::Status& status);
 

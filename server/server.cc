@@ -177,7 +177,7 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
         metrics_->tenants().SetTenants(table.all());
         scheduler_->SetTenants(table.all());
       },
-      *metrics_->registry());
+      [this] { cache_watch_->CheckCallers(); }, *metrics_->registry());
   service_ = std::make_unique<PrefillService>(
       *scheduler_, *push_dialer_, *metrics_, clock_, std::move(limits), options.tenant_evidence,
       *tenants_, *cache_watch_, *arrivals_, DescribeServer(options, engine, attention), *ring_);

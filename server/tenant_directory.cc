@@ -33,10 +33,11 @@ prometheus::Family<prometheus::Counter>& Reloads(prometheus::Registry& registry)
 }  // namespace
 
 TenantDirectory::TenantDirectory(std::string path, Tenants table, Check check, Apply apply,
-                                 prometheus::Registry& registry)
+                                 OnChange on_change, prometheus::Registry& registry)
     : path_(std::move(path)),
       check_(std::move(check)),
       apply_(std::move(apply)),
+      on_change_(std::move(on_change)),
       num_tenants_(prometheus::BuildGauge()
                        .Name("prefilld_tenants")
                        .Help("Tenants that the operator's file has now.")
@@ -54,6 +55,7 @@ void TenantDirectory::Reload() {
     return LogEvent(LogLevel::kError, "tenants_refused",
                     {{"file", path_}, {"status", std::string(read.message())}});
   }
+  on_change_();
   const int64_t present = NumPresent(*current());
   reloaded_.Increment();
   num_tenants_.Set(static_cast<double>(present));

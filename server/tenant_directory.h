@@ -31,10 +31,12 @@ class TenantDirectory {
   using Check = std::function<absl::Status(const Tenants&)>;
   // Takes the new tenants over. It is called before anybody can be one of them.
   using Apply = std::function<void(const Tenants&)>;
+  // Called once a new table holds, for calls that are under way.
+  using OnChange = std::function<void()>;
 
   // `path` is the file that `table` was read from; empty: there is none. Adds
   // prefilld_tenants and prefilld_tenants_reloads_total{result} to the registry.
-  TenantDirectory(std::string path, Tenants table, Check check, Apply apply,
+  TenantDirectory(std::string path, Tenants table, Check check, Apply apply, OnChange on_change,
                   prometheus::Registry& registry);
 
   // Returns the table that holds now. A call uses one table from its beginning to its end.
@@ -43,8 +45,8 @@ class TenantDirectory {
     return table_;
   }
 
-  // Reads the file and, if it is valid, has it hold from now on. Calls that are under way keep the
-  // tenant that they have. Must not be called by two threads at once.
+  // Reads the file and, if it is valid, has it hold from now on. Requests that are under way keep
+  // the tenant that they have. Must not be called by two threads at once.
   void Reload();
 
   // Returns what a FileWatch has to watch, which must not outlive this; nothing without a file.
@@ -56,6 +58,7 @@ class TenantDirectory {
   const std::string path_;
   const Check check_;
   const Apply apply_;
+  const OnChange on_change_;
   prometheus::Gauge& num_tenants_;
   prometheus::Counter& reloaded_;
   prometheus::Counter& refused_;

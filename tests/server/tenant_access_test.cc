@@ -195,6 +195,46 @@ TEST_F(TenantAccess, ANewFileHoldsAtOnceAndKeepsWhatIsCounted) {
   EXPECT_EQ(Metric("prefilld_tenants_reloads_total{result=\"ok\"}"), 1);
 }
 
+// A call that follows the prefix cache may last for weeks, so its caller is looked at again.
+TEST_F(TenantAccess, WhoFollowsTheCacheIsEndedWhenItsTenantIsGoneOrRenamed) {
+  engine_options_.prefix_slots = 4;
+  options_.cache_watch.watchers = {"router", "other"};
+  Start(R"({"unknown": "refuse", "tenants": [{"name": "router"}, {"name": "other"}]})");
+  struct Following {
+    Following(v1::PrefillService::Stub& stub, const std::string& tenant) {
+      context.AddMetadata("x-tenant", tenant);
+      reader = stub.WatchPrefixCache(&context, {});
+      v1::PrefixCacheUpdate update;
+      EXPECT_TRUE(reader->Read(&update)) << "it follows";
+    }
+    ~Following() { context.TryCancel(); }
+    grpc::ClientContext context;
+    std::unique_ptr<grpc::ClientReader<v1::PrefixCacheUpdate>> reader;
+  };
+  const auto end_of = [](Following& following) {
+    v1::PrefixCacheUpdate update;
+    while (following.reader->Read(&update)) {
+    }
+    return following.reader->Finish();
+  };
+  Following router(*stub_, "router"), other(*stub_, "other");
+  Write(R"({"unknown": "refuse", "tenants": [{"name": "routers"}, {"name": "other"}]})");
+  server_->ReloadFiles();
+  const grpc::Status gone = end_of(router);
+  EXPECT_EQ(gone.error_code(), grpc::StatusCode::UNAUTHENTICATED);
+  EXPECT_THAT(gone.error_message(), HasSubstr("the tenants have changed: no tenant has the name"));
+  EXPECT_EQ(Metric("prefilld_prefix_cache_watchers_revoked_total"), 1);
+  EXPECT_TRUE(Eventually([this] { return Metric("prefilld_prefix_cache_watchers") == 1; }))
+      << "the other one follows on";
+
+  // Strangers are a tenant again, but not one that may follow.
+  Write(R"({"tenants": [{"name": "routers"}]})");
+  server_->ReloadFiles();
+  EXPECT_EQ(end_of(other).error_code(), grpc::StatusCode::PERMISSION_DENIED);
+  EXPECT_EQ(Metric("prefilld_prefix_cache_watchers_revoked_total"), 2);
+  EXPECT_EQ(Refusals("forbidden"), 0) << "no call was refused";
+}
+
 TEST_F(TenantAccess, WhatTheServerRunsIsNoSecret) {
   Start(R"({"unknown": "refuse", "tenants": [{"name": "a"}]})");
   grpc::ClientContext context;
