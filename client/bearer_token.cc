@@ -18,6 +18,7 @@ namespace {
 
 constexpr size_t kMaxFileBytes = 8192;
 constexpr absl::Duration kRest = absl::Seconds(1);
+constexpr absl::Duration kLookEvery = absl::Seconds(1);
 
 absl::StatusOr<std::string> ReadToken(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -45,23 +46,32 @@ bool HasRested(const std::string& path) {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<BearerToken>> BearerToken::Read(const std::string& path) {
-  std::unique_ptr<BearerToken> token(new BearerToken(path));
-  absl::MutexLock lock(&token->mu_);
-  token->version_ = wire::FileVersions({path});
-  PREFILLD_ASSIGN_OR_RETURN(token->token_, ReadToken(path));
-  return token;
+  std::string version = wire::FileVersions({path});
+  PREFILLD_ASSIGN_OR_RETURN(std::string token, ReadToken(path));
+  return std::unique_ptr<BearerToken>(new BearerToken(path, std::move(version), std::move(token)));
 }
 
-std::string BearerToken::Authorization() {
-  absl::MutexLock lock(&mu_);
-  std::string version = wire::FileVersions({path_});
-  if (version != version_ && HasRested(path_)) {
-    if (auto token = ReadToken(path_); token.ok()) {
-      token_ = *std::move(token);
-      version_ = std::move(version);
-    }
+std::string BearerToken::Authorization(absl::Time now) {
+  {
+    absl::MutexLock lock(&mu_);
+    if (looking_ || now < next_look_) return absl::StrCat("Bearer ", token_);
+    looking_ = true;
+    next_look_ = now + kLookEvery;
   }
+  Look();
+  absl::MutexLock lock(&mu_);
+  looking_ = false;
   return absl::StrCat("Bearer ", token_);
+}
+
+void BearerToken::Look() {
+  std::string version = wire::FileVersions({path_});
+  if (version == version_ || !HasRested(path_)) return;
+  auto token = ReadToken(path_);
+  if (!token.ok()) return;
+  version_ = std::move(version);
+  absl::MutexLock lock(&mu_);
+  token_ = *std::move(token);
 }
 
 }  // namespace prefilld::client

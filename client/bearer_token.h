@@ -10,6 +10,8 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 
 namespace prefilld::client {
 
@@ -19,18 +21,25 @@ class BearerToken {
   // INVALID_ARGUMENT names the file: it cannot be read, or holds no token of printable ASCII.
   static absl::StatusOr<std::unique_ptr<BearerToken>> Read(const std::string& path);
 
-  // Returns the value of the metadata `authorization`. The file is read again when it has changed
-  // and has rested for a second, so that nobody reads half of what is being written. A file that
-  // holds no token, or is gone, changes nothing.
-  std::string Authorization();
+  // Returns the value of the metadata `authorization`. Once a second a call looks at the file,
+  // which is read again when it has changed and has rested for a second, so that nobody reads half
+  // of what is being written. A file that holds no token, or is gone, changes nothing. If it hangs,
+  // it holds up the call that looks, and no other.
+  std::string Authorization(absl::Time now = absl::Now());
 
  private:
-  explicit BearerToken(std::string path) : path_(std::move(path)) {}
+  BearerToken(std::string path, std::string version, std::string token)
+      : path_(std::move(path)), version_(std::move(version)), token_(std::move(token)) {}
+
+  void Look();
 
   const std::string path_;
+  std::string version_;  // of the file that was read; of the call that looks
+
   absl::Mutex mu_;
   std::string token_ ABSL_GUARDED_BY(mu_);
-  std::string version_ ABSL_GUARDED_BY(mu_);  // of the file that was looked at last
+  bool looking_ ABSL_GUARDED_BY(mu_) = false;
+  absl::Time next_look_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
 };
 
 }  // namespace prefilld::client

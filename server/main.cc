@@ -13,6 +13,7 @@
 #include "model/checkpoint/ignored.h"
 #include "model/prefill/prefill_engine.h"
 #include "model/prefill/prefix_key.h"
+#include "proto/process/file_watch.h"
 #include "proto/process/log.h"
 #include "proto/process/open_files.h"
 #include "proto/process/openmp_waiting.h"
@@ -169,10 +170,13 @@ int Serve(const process::EndSignals& signals, const ServerOptions& options) {
               {"drain_timeout_s", absl::ToDoubleSeconds(options.drain_timeout)}});
   }
   const bool drained = (*server)->Drain(options.drain_timeout);
-  const bool failed = !(*server)->failure().ok();
-  server->reset();
-  LogEvent(LogLevel::kInfo, "ended", {{"drained", std::string(drained ? "yes" : "no")}});
-  return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+  const int code = (*server)->failure().ok() ? EXIT_SUCCESS : EXIT_FAILURE;
+  const bool files_hang = !(*server)->StopWatchingFiles(process::FileWatch::kEndPatience);
+  if (!files_hang) server->reset();
+  LogEvent(LogLevel::kInfo, "ended",
+           {{"drained", drained ? "yes" : "no"}, {"files_hang", files_hang ? "yes" : "no"}});
+  if (files_hang) process::ExitAtOnce(code);
+  return code;
 }
 
 int Main(int argc, char** argv) {

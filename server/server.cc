@@ -241,7 +241,13 @@ int PrefillServer::metrics_port() const {
   return metrics_endpoint_ == nullptr ? 0 : metrics_endpoint_->port();
 }
 
-void PrefillServer::ReloadFiles() { file_watch_->ReloadNow(); }
+bool PrefillServer::ReloadFiles(absl::Duration patience) {
+  return file_watch_->ReloadNow(patience);
+}
+
+bool PrefillServer::StopWatchingFiles(absl::Duration patience) {
+  return file_watch_->Stop(patience);
+}
 
 void PrefillServer::AwaitScrape(absl::Duration timeout) {
   if (metrics_endpoint_ != nullptr) metrics_endpoint_->AwaitReader(timeout);

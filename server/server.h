@@ -63,8 +63,12 @@ class PrefillServer {
   // last events before the end of the process are seen.
   void AwaitScrape(absl::Duration timeout);
 
-  // Reads the TLS files and the tenants again; otherwise that happens when they change.
-  void ReloadFiles();
+  // Has the TLS files and the tenants read again; otherwise that happens when they change. Waits
+  // for it, but at most for `patience`, and returns whether they were read.
+  bool ReloadFiles(absl::Duration patience = absl::ZeroDuration());
+  // Ends the watch over these files. Returns false, after `patience`, if one of them hangs: this
+  // must not be destroyed then.
+  bool StopWatchingFiles(absl::Duration patience);
 
   // Returns an error once the device has failed. The server accepts nothing then.
   absl::Status failure() const { return scheduler_->failure(); }

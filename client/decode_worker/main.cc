@@ -77,11 +77,14 @@ void LogReady(const wire::Ports& ports, const model::Decoder& decoder, const KvB
 }
 
 void DrainAndStop(wire::Listener& listener, process::Health& health, GenerateService& generate,
-                  absl::Duration timeout) {
+                  process::FileWatch& files, absl::Duration timeout) {
   health.SetReady(false);
   const bool drained = generate.Drain(timeout);
   listener.Shutdown(absl::ZeroDuration());
-  LogEvent(LogLevel::kInfo, "ended", {{"drained", drained ? "yes" : "no"}});
+  const bool files_hang = !files.Stop(process::FileWatch::kEndPatience);
+  LogEvent(LogLevel::kInfo, "ended",
+           {{"drained", drained ? "yes" : "no"}, {"files_hang", files_hang ? "yes" : "no"}});
+  if (files_hang) process::ExitAtOnce(EXIT_SUCCESS);
 }
 
 absl::Status Serve(const process::EndSignals& signals, const WorkerOptions& options) {
@@ -124,7 +127,7 @@ absl::Status Serve(const process::EndSignals& signals, const WorkerOptions& opti
 
   const int signal = signals.Await([] { return false; }, [&files] { files.ReloadNow(); });
   LogEvent(LogLevel::kInfo, "draining", {{"signal", process::SignalName(signal)}});
-  DrainAndStop(*listener, health, generate, options.drain_timeout);
+  DrainAndStop(*listener, health, generate, files, options.drain_timeout);
   return absl::OkStatus();
 }
 

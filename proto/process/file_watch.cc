@@ -17,39 +17,66 @@ FileWatch::FileWatch(std::vector<Subject> subjects) : subjects_(std::move(subjec
   if (!subjects_.empty()) thread_.emplace([this] { Run(); });
 }
 
-FileWatch::~FileWatch() {
-  stop_.Notify();
-  if (thread_.has_value()) thread_->join();
+FileWatch::~FileWatch() { Stop(absl::InfiniteDuration()); }
+
+bool FileWatch::Stop(absl::Duration patience) {
+  if (!thread_.has_value()) return true;
+  {
+    absl::MutexLock lock(&mu_);
+    stop_ = true;
+    if (!mu_.AwaitWithTimeout(absl::Condition(&stopped_), patience)) return false;
+  }
+  thread_->join();
+  thread_.reset();
+  return true;
 }
 
 void FileWatch::Run() {
-  do {
-    Look();
-  } while (!stop_.WaitForNotificationWithTimeout(kPeriod));
+  mu_.Lock();
+  const auto has_to_do = [this]()
+                             ABSL_SHARED_LOCKS_REQUIRED(mu_) { return stop_ || done_ < ordered_; };
+  while (!stop_) {
+    const int64_t ordered = ordered_;
+    const bool is_ordered = done_ < ordered;
+    look_began_ = absl::Now();
+    mu_.Unlock();
+    Look(is_ordered);
+    mu_.Lock();
+    look_began_ = absl::InfiniteFuture();
+    done_ = ordered;
+    mu_.AwaitWithTimeout(absl::Condition(&has_to_do), kPeriod);
+  }
+  stopped_ = true;
+  mu_.Unlock();
 }
 
 // Files that are being written change from one look to the next.
-void FileWatch::Look() {
-  absl::MutexLock lock(&mu_);
+void FileWatch::Look(bool ordered) {
   for (size_t i = 0; i < subjects_.size(); ++i) {
     Subject& subject = subjects_[i];
     std::string now = subject.versions();
-    if (now == seen_[i] && now != subject.read) {
+    if (ordered || (now == seen_[i] && now != subject.read)) {
       subject.read = now;
-      subject.reload(/*ordered=*/false);
+      subject.reload(ordered);
     }
     seen_[i] = std::move(now);
     if (subject.at_each_look != nullptr) subject.at_each_look(absl::Now());
   }
 }
 
-void FileWatch::ReloadNow() {
-  absl::MutexLock lock(&mu_);
-  if (subjects_.empty()) LogEvent(LogLevel::kInfo, "nothing_to_reload", {});
-  for (Subject& subject : subjects_) {
-    subject.read = subject.versions();
-    subject.reload(/*ordered=*/true);
+bool FileWatch::ReloadNow(absl::Duration patience) {
+  if (subjects_.empty()) {
+    LogEvent(LogLevel::kInfo, "nothing_to_reload", {});
+    return true;
   }
+  absl::MutexLock lock(&mu_);
+  const absl::Duration since = absl::Now() - look_began_;
+  if (since > kLong) {
+    LogEvent(LogLevel::kWarning, "files_hang", {{"for_s", absl::ToDoubleSeconds(since)}});
+  }
+  const int64_t mine = ++ordered_;
+  const auto is_done = [this, mine]() ABSL_SHARED_LOCKS_REQUIRED(mu_) { return done_ >= mine; };
+  return mu_.AwaitWithTimeout(absl::Condition(&is_done), patience);
 }
 
 }  // namespace prefilld::process

@@ -2,6 +2,7 @@
 #ifndef PREFILLD_PROTO_PROCESS_FILE_WATCH_H_
 #define PREFILLD_PROTO_PROCESS_FILE_WATCH_H_
 
+#include <cstdint>
 #include <functional>
 #include <optional>
 #include <string>
@@ -10,17 +11,17 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
-#include "absl/synchronization/notification.h"
 #include "absl/time/time.h"
 
 namespace prefilld::process {
 
 // Looks at all files of a process every second, on one thread, and has those read again that have
-// changed and come to rest. Thread-safe.
+// changed and come to rest. A file of a network's file system may hang for as long as its server
+// is away, so nobody else reads files or waits for this thread without a limit. Thread-safe.
 class FileWatch {
  public:
   // Files that are read together. Its functions are called by one thread at a time, and must not
-  // wait for long.
+  // wait for anything but files.
   struct Subject {
     // Returns a text that changes when the files do, as wire::FileVersions.
     std::function<std::string()> versions;
@@ -34,19 +35,32 @@ class FileWatch {
 
   // All that the functions refer to must outlive this. Without subjects this does nothing.
   explicit FileWatch(std::vector<Subject> subjects);
+  // Waits for a look that is under way, however long it takes.
   ~FileWatch();
 
-  // Reads all files now, on an operator's word (SIGHUP).
-  void ReloadNow();
+  // Has all files read again, on an operator's word (SIGHUP), and waits for that, but at most for
+  // `patience`. Returns whether they were. Logs files_hang if a look takes for longer than kLong.
+  bool ReloadNow(absl::Duration patience = absl::ZeroDuration());
+  static constexpr absl::Duration kLong = absl::Seconds(5);
+
+  // Ends the looking; for one thread. Returns false, after `patience`, if a file hangs: the process
+  // had better end then without destroying this and what its functions refer to.
+  bool Stop(absl::Duration patience);
+  static constexpr absl::Duration kEndPatience = absl::Seconds(2);  // of a process that ends
 
  private:
   void Run();
-  void Look() ABSL_LOCKS_EXCLUDED(mu_);
+  void Look(bool ordered);
 
-  absl::Mutex mu_;  // held while files are read
-  std::vector<Subject> subjects_ ABSL_GUARDED_BY(mu_);
-  std::vector<std::string> seen_ ABSL_GUARDED_BY(mu_);  // versions at the latest look
-  absl::Notification stop_;
+  std::vector<Subject> subjects_;  // of the thread
+  std::vector<std::string> seen_;  // versions at the latest look; of the thread
+
+  absl::Mutex mu_;
+  int64_t ordered_ ABSL_GUARDED_BY(mu_) = 0;  // looks that an operator has asked for
+  int64_t done_ ABSL_GUARDED_BY(mu_) = 0;     // up to this one
+  absl::Time look_began_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();  // the one under way
+  bool stop_ ABSL_GUARDED_BY(mu_) = false;
+  bool stopped_ ABSL_GUARDED_BY(mu_) = false;
   std::optional<std::thread> thread_;
 };
 

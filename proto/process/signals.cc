@@ -64,9 +64,13 @@ void ExitOnSignal::Run(const EndSignals& signals, const std::function<void(int)>
     const int signal = sigtimedwait(&signals.set(), nullptr, &kPoll);
     if (signal <= 0) continue;
     on_signal(signal);
-    FlushLog(kFlushTime);
-    _exit(EXIT_SUCCESS);
+    ExitAtOnce(EXIT_SUCCESS);
   }
+}
+
+void ExitAtOnce(int code) {
+  FlushLog(kFlushTime);
+  _exit(code);
 }
 
 const char* SignalName(int signal) { return signal == SIGTERM ? "SIGTERM" : "SIGINT"; }

@@ -48,6 +48,9 @@ class ExitOnSignal {
   std::thread thread_;
 };
 
+// Ends the process with this code once the log is out. It waits for no thread and destroys nothing.
+[[noreturn]] void ExitAtOnce(int code);
+
 // Returns "SIGTERM" or "SIGINT".
 const char* SignalName(int signal);
 

@@ -21,6 +21,19 @@ namespace {
 // How often a channel looks at its files.
 constexpr unsigned kRefreshSeconds = 2;
 
+// Reads a certificate and its key. Both may be renewed between the two reads, and then they are
+// read again.
+absl::Status ReadPair(const ChannelTls& tls, PemText& chain, PemText& key) {
+  constexpr int kAttempts = 3;
+  for (int attempt = 1; attempt <= kAttempts; ++attempt) {
+    const std::string before = FileVersions({tls.cert_file, tls.key_file});
+    PREFILLD_ASSIGN_OR_RETURN(chain.text, ReadPemFile("TLS cert_file", tls.cert_file));
+    PREFILLD_ASSIGN_OR_RETURN(key.text, ReadPemFile("TLS key_file", tls.key_file));
+    if (FileVersions({tls.cert_file, tls.key_file}) == before) break;
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<absl::Time> ChannelCertificateExpiry(const ChannelTls& tls) {
@@ -36,8 +49,7 @@ absl::StatusOr<absl::Time> ChannelCertificateExpiry(const ChannelTls& tls) {
   if (tls.cert_file.empty()) return absl::InfiniteFuture();
   PemText chain = {.name = absl::StrCat("TLS cert_file ", tls.cert_file), .text = ""};
   PemText key = {.name = absl::StrCat("TLS key_file ", tls.key_file), .text = ""};
-  PREFILLD_ASSIGN_OR_RETURN(chain.text, ReadPemFile("TLS cert_file", tls.cert_file));
-  PREFILLD_ASSIGN_OR_RETURN(key.text, ReadPemFile("TLS key_file", tls.key_file));
+  PREFILLD_RETURN_IF_ERROR(ReadPair(tls, chain, key));
   return CheckKeyPair(chain, key, now);
 }
 

@@ -1,11 +1,16 @@
 #include "client/bearer_token.h"
 
+#include <fcntl.h>
 #include <stdlib.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
+#include <atomic>
 #include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "absl/synchronization/mutex.h"
@@ -38,17 +43,49 @@ class BearerTokenTest : public ::testing::Test {
     std::filesystem::rename(fresh, path());
   }
 
+  // Returns what a call shows that is made late enough to look at the file.
+  std::string NextLook(BearerToken& token) {
+    now_ += absl::Seconds(1);
+    return token.Authorization(now_);
+  }
+
   std::string folder_;
+  absl::Time now_ = absl::Now();
 };
 
 TEST_F(BearerTokenTest, OfAChangedFileCountsOnceItHasRested) {
   const auto token = BearerToken::Read(path());
   ASSERT_TRUE(token.ok()) << token.status();
-  EXPECT_EQ((*token)->Authorization(), "Bearer sesame");
+  EXPECT_EQ(NextLook(**token), "Bearer sesame");
   Write("barley", std::chrono::seconds(0));
-  EXPECT_EQ((*token)->Authorization(), "Bearer sesame");
+  EXPECT_EQ(NextLook(**token), "Bearer sesame");
   Write("barley", std::chrono::seconds(10));
-  EXPECT_EQ((*token)->Authorization(), "Bearer barley");
+  EXPECT_EQ((*token)->Authorization(now_), "Bearer sesame") << "one look a second is enough";
+  EXPECT_EQ(NextLook(**token), "Bearer barley");
+}
+
+// Nobody opens the other end of the pipe, so whoever reads it waits.
+TEST_F(BearerTokenTest, InAFileThatHangsHoldsUpOneCallAndNoOther) {
+  const auto token = BearerToken::Read(path());
+  ASSERT_TRUE(token.ok()) << token.status();
+  EXPECT_EQ(NextLook(**token), "Bearer sesame");
+  std::filesystem::remove(path());
+  ASSERT_EQ(mkfifo(path().c_str(), 0600), 0);
+  const timespec long_ago[2] = {{.tv_sec = 1'000'000'000, .tv_nsec = 0},
+                                {.tv_sec = 1'000'000'000, .tv_nsec = 0}};
+  ASSERT_EQ(utimensat(AT_FDCWD, path().c_str(), long_ago, 0), 0);
+  std::atomic<bool> looked = false;
+  std::thread first([&, at = now_ + absl::Seconds(1)] {
+    (*token)->Authorization(at);
+    looked = true;
+  });
+  // Once the other end can be opened without a wait, the first call waits in the file.
+  int writer = -1;
+  while (writer < 0) writer = open(path().c_str(), O_WRONLY | O_NONBLOCK | O_CLOEXEC);
+  EXPECT_EQ((*token)->Authorization(now_ + absl::Seconds(10)), "Bearer sesame");
+  EXPECT_FALSE(looked);
+  close(writer);
+  first.join();
 }
 
 TEST_F(BearerTokenTest, StaysWhenItsFileHoldsNone) {
@@ -57,12 +94,12 @@ TEST_F(BearerTokenTest, StaysWhenItsFileHoldsNone) {
   for (const std::string& content :
        {std::string(), std::string("two words"), std::string("\x01"), std::string(9000, 'x')}) {
     Write(content, std::chrono::seconds(10));
-    EXPECT_EQ((*token)->Authorization(), "Bearer sesame");
+    EXPECT_EQ(NextLook(**token), "Bearer sesame");
     EXPECT_THAT(std::string(BearerToken::Read(path()).status().message()),
                 HasSubstr("holds no token"));
   }
   std::filesystem::remove(path());
-  EXPECT_EQ((*token)->Authorization(), "Bearer sesame");
+  EXPECT_EQ(NextLook(**token), "Bearer sesame");
 }
 
 TEST_F(BearerTokenTest, DoesNotGoInPlainTextUnasked) {

@@ -28,7 +28,7 @@ using ::testing::HasSubstr;
 class WatchedCertificates : public CertificateWatch {
  public:
   using CertificateWatch::CertificateWatch;
-  void ReloadNow() { files_.ReloadNow(); }
+  void ReloadNow() { EXPECT_TRUE(files_.ReloadNow(absl::Seconds(30))); }
 
  private:
   FileWatch files_{Subjects()};

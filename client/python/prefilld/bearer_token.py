@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Sequence
 
+import grpc
+
 _KEY = "authorization"
 _MAX_BYTES = 8192
 _REST_SECONDS = 1.0
+_LOOK_SECONDS = 1.0
 
 
 class BearerToken:
@@ -18,7 +22,8 @@ class BearerToken:
     def __init__(self, path: str | os.PathLike):
         """Raises ValueError if the file holds no token, OSError if it cannot be read."""
         self._path = path
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the one call that looks at the file
+        self._next_look = 0.0
         self._version = self._version_now()
         self._token = self._read()
 
@@ -31,19 +36,25 @@ class BearerToken:
     def token(self) -> str:
         """Returns the token.
 
-        The file is read again when it has changed and has rested for a second, so that nobody reads half of what is
-        being written. A file that holds no token, or is gone, changes nothing.
+        Once a second a call looks at the file, which is read again when it has changed and has rested for a second, so
+        that nobody reads half of what is being written. A file that holds no token, or is gone, changes nothing. If it
+        hangs, it holds up the call that looks, and no other.
         """
-        with self._lock:
+        if time.monotonic() >= self._next_look and self._lock.acquire(blocking=False):
             try:
-                version = self._version_now()
-                age = time.time() - os.stat(self._path).st_mtime  # below 0: another clock wrote it
-                if version != self._version and not 0 <= age < _REST_SECONDS:
-                    self._token = self._read()
-                    self._version = version
-            except (OSError, ValueError):
-                pass
-            return self._token
+                self._next_look = time.monotonic() + _LOOK_SECONDS
+                self._look()
+            finally:
+                self._lock.release()
+        return self._token
+
+    def _look(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            version = self._version_now()
+            age = time.time() - os.stat(self._path).st_mtime  # below 0: another clock wrote it
+            if version != self._version and not 0 <= age < _REST_SECONDS:
+                self._token = self._read()
+                self._version = version
 
     def _version_now(self):
         facts = os.stat(self._path)
@@ -61,8 +72,22 @@ class BearerToken:
         return token.decode("ascii")
 
 
-def check_is_safe(addresses: Sequence[str], has_tls: bool, token_without_tls: bool) -> None:
+# These of gRPC's credentials encrypt. Others may not: those for tests and for one machine send plain text.
+_ENCRYPTING = {"SSLChannelCredentials", "ALTSChannelCredentials", "ComputeEngineChannelCredentials"}
+
+
+def _encrypts(credentials: grpc.ChannelCredentials | None) -> bool:
+    inner = getattr(credentials, "_credentials", None)
+    while type(inner).__name__ == "CompositeChannelCredentials":  # with credentials of calls beside
+        inner = getattr(inner, "_channel_credentials", None)
+    return type(inner).__name__ in _ENCRYPTING
+
+
+def check_is_safe(
+    addresses: Sequence[str], credentials: grpc.ChannelCredentials | None, token_without_tls: bool
+) -> None:
     """Raises ValueError where a token would be everybody's on the way, which nothing takes back."""
+    has_tls = _encrypts(credentials)
     for address in addresses:
         if not (has_tls or token_without_tls or address.startswith("unix:")):
             raise ValueError(

@@ -124,7 +124,7 @@ class Servers:
             raise ValueError("no address of a server")
         self._token = None
         if token_file is not None:
-            check_is_safe(addresses, credentials is not None, token_without_tls)
+            check_is_safe(addresses, credentials, token_without_tls)
             self._token = BearerToken(token_file)
         self._servers = [Server(a, service, open_channel) for a in addresses]
         self._turn = itertools.count()
