@@ -121,7 +121,10 @@ absl::StatusOr<TransferCheck::Arrival> TransferCheck::Check(uint32_t lane,
   const bool is_next = frame.sequence == frames_per_lane_[lane];
   if (resumable_ && !is_next && awaited_again == damaged.end() &&
       frame.sequence < frames_per_lane_[lane]) {
-    return Arrival::kAgain;
+    if (HasArrived(frame)) return Arrival::kAgain;
+    return absl::DataLossError(absl::StrCat(
+        "lane ", lane, ": frame ", frame.sequence, " has arrived, and comes with blocks that have ",
+        "not: layer ", frame.layer, ", blocks from ", frame.first_block));
   }
   if (checksum != frame.checksum) {
     const bool may_be_repaired = resumable_ && (is_next || awaited_again != damaged.end());
@@ -163,6 +166,12 @@ absl::Status TransferCheck::CheckPlace(uint32_t lane, const wire::ReceivedFrame&
                                             frame.num_blocks, " blocks have ", size));
   }
   return absl::OkStatus();
+}
+
+bool TransferCheck::HasArrived(const wire::ReceivedFrame& frame) const {
+  const auto first = arrived_.begin() + static_cast<int64_t>(frame.layer) * layout_.num_blocks() +
+                     frame.first_block;
+  return std::all_of(first, first + frame.num_blocks, [](bool arrived) { return arrived; });
 }
 
 absl::Status TransferCheck::MarkArrived(uint32_t lane, const wire::ReceivedFrame& frame) {

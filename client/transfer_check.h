@@ -55,6 +55,9 @@ class TransferCheck {
 
  private:
   absl::Status CheckPlace(uint32_t lane, const wire::ReceivedFrame& frame) const;
+  // Tells whether all blocks of a frame are here. A frame whose number was damaged on the way looks
+  // like one that comes again, but for its blocks.
+  bool HasArrived(const wire::ReceivedFrame& frame) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status MarkArrived(uint32_t lane, const wire::ReceivedFrame& frame)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 

@@ -111,7 +111,10 @@ absl::StatusOr<int64_t> LaneQueue::Acknowledge(uint64_t received,
     PREFILLD_RETURN_IF_ERROR(retained_.CheckAcknowledged(received));
     released = retained_.Release(received);
     CountAcknowledged(released);
-    for (const uint64_t sequence : damaged) again += retained_.SendAgain(sequence) ? 1 : 0;
+    for (const uint64_t sequence : damaged) {
+      PREFILLD_ASSIGN_OR_RETURN(const bool sent, retained_.SendAgain(sequence));
+      again += sent ? 1 : 0;
+    }
   }
   Pump();
   return again;

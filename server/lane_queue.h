@@ -53,7 +53,8 @@ class LaneQueue {
   absl::StatusOr<int64_t> Resume(Transport* transport, uint64_t received,
                                  std::optional<Message> greeting);
   // Releases the frames before `received`, and sends those of `damaged` that are left once more.
-  // Returns how many that are. OUT_OF_RANGE: that many were not sent.
+  // Returns how many that are. OUT_OF_RANGE: that many were not sent. ABORTED: a frame arrived
+  // damaged too often, and the request had better end.
   absl::StatusOr<int64_t> Acknowledge(uint64_t received, absl::Span<const uint64_t> damaged);
   // For a transport whose peer is gone: it is ended. Returns false, and does nothing, if the queue
   // is not resumable or no transport was attached to it.

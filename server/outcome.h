@@ -18,6 +18,7 @@ enum class Outcome : uint8_t {
   kCancelled,        // cancelled by the caller, or its connection died
   kStalled,          // the consumer took nothing
   kTooSlow,          // the consumer took little while others waited
+  kDamaged,          // copies of one frame arrived damaged again and again
   kNotResumed,       // its connection broke, and nobody came back in time or more waited than may
   kLanesMissing,     // lanes were announced and not attached
   kReceiverFailed,   // the target of a push refused, failed or went away
@@ -26,22 +27,13 @@ enum class Outcome : uint8_t {
   kInternal,         // the model gave no usable logits
 };
 
-inline constexpr std::array<Outcome, 16> kOutcomes = {Outcome::kOk,
-                                                      Outcome::kInvalid,
-                                                      Outcome::kDuplicate,
-                                                      Outcome::kQueueFull,
-                                                      Outcome::kUnauthenticated,
-                                                      Outcome::kUnavailable,
-                                                      Outcome::kDeadline,
-                                                      Outcome::kCancelled,
-                                                      Outcome::kStalled,
-                                                      Outcome::kTooSlow,
-                                                      Outcome::kNotResumed,
-                                                      Outcome::kLanesMissing,
-                                                      Outcome::kReceiverFailed,
-                                                      Outcome::kDeviceFailed,
-                                                      Outcome::kShutDown,
-                                                      Outcome::kInternal};
+inline constexpr std::array<Outcome, 17> kOutcomes = {
+    Outcome::kOk,           Outcome::kInvalid,         Outcome::kDuplicate,
+    Outcome::kQueueFull,    Outcome::kUnauthenticated, Outcome::kUnavailable,
+    Outcome::kDeadline,     Outcome::kCancelled,       Outcome::kStalled,
+    Outcome::kTooSlow,      Outcome::kDamaged,         Outcome::kNotResumed,
+    Outcome::kLanesMissing, Outcome::kReceiverFailed,  Outcome::kDeviceFailed,
+    Outcome::kShutDown,     Outcome::kInternal};
 
 constexpr const char* Name(Outcome outcome) {
   switch (outcome) {
@@ -65,6 +57,8 @@ constexpr const char* Name(Outcome outcome) {
       return "stalled";
     case Outcome::kTooSlow:
       return "too_slow";
+    case Outcome::kDamaged:
+      return "damaged";
     case Outcome::kNotResumed:
       return "not_resumed";
     case Outcome::kLanesMissing:

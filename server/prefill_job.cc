@@ -17,7 +17,8 @@ constexpr absl::Duration kClockSlack = absl::Milliseconds(50);
 // Tells whether the first call's end is one as a receiver, which leaves the others alone.
 bool EndsAlone(Outcome outcome) {
   return outcome == Outcome::kStalled || outcome == Outcome::kTooSlow ||
-         outcome == Outcome::kLanesMissing || outcome == Outcome::kNotResumed;
+         outcome == Outcome::kLanesMissing || outcome == Outcome::kNotResumed ||
+         outcome == Outcome::kDamaged;
 }
 
 }  // namespace

@@ -31,12 +31,18 @@ std::deque<KvFrame> RetainedFrames::Release(uint64_t received) {
   again_.erase(std::remove_if(again_.begin(), again_.end(),
                               [this](uint64_t sequence) { return sequence < first_; }),
                again_.end());
+  absl::erase_if(damaged_copies_, [this](const auto& entry) { return entry.first < first_; });
   return released;
 }
 
-bool RetainedFrames::SendAgain(uint64_t sequence) {
+absl::StatusOr<bool> RetainedFrames::SendAgain(uint64_t sequence) {
   if (sequence < first_ || sequence >= end()) return false;
   if (std::find(again_.begin(), again_.end(), sequence) != again_.end()) return false;
+  if (++damaged_copies_[sequence] > kMaxDamagedCopies) {
+    return absl::AbortedError(absl::StrCat("damaged: ", damaged_copies_[sequence],
+                                           " copies of frame ", sequence, "; at most ",
+                                           kMaxDamagedCopies));
+  }
   again_.push_back(sequence);
   return true;
 }
@@ -55,6 +61,7 @@ std::optional<KvFrame> RetainedFrames::NextAgain() {
 
 std::deque<KvFrame> RetainedFrames::TakeAll() {
   again_.clear();
+  damaged_copies_.clear();
   first_ = end();
   return std::exchange(frames_, {});
 }

@@ -6,7 +6,9 @@
 #include <deque>
 #include <optional>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "server/transport.h"
 
@@ -35,8 +37,12 @@ class RetainedFrames {
   // can let their buffers go without its lock.
   std::deque<KvFrame> Release(uint64_t received);
 
-  // Has a frame sent once more. Returns false when it is not kept, or waits for that already.
-  bool SendAgain(uint64_t sequence);
+  // Has a frame sent once more, because it arrived damaged. Returns false when it is not kept, or
+  // waits for that already. ABORTED: it was sent as often as any frame is.
+  absl::StatusOr<bool> SendAgain(uint64_t sequence);
+  // A way that damages the same frame so often does not become better, and a consumer that says so
+  // of every copy would be sent copies for ever. Our clients give up after three.
+  static constexpr int kMaxDamagedCopies = 16;
   // Has all frames sent once more, in order.
   void SendAllAgain();
   // Returns the next frame to be sent once more.
@@ -51,7 +57,8 @@ class RetainedFrames {
 
   std::deque<KvFrame> frames_;  // with the numbers from first_ on
   uint64_t first_ = 0;
-  std::deque<uint64_t> again_;  // numbers of frames_
+  std::deque<uint64_t> again_;                         // numbers of frames_
+  absl::flat_hash_map<uint64_t, int> damaged_copies_;  // of frames_, those that arrived damaged
 };
 
 }  // namespace prefilld::server

@@ -75,6 +75,11 @@ class ResumableServer final : public ::prefill::v1::PrefillService::Service,
     const auto said = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) { return damaged_[frame] >= times; };
     return mu_.AwaitWithTimeout(absl::Condition(&said), kPatience);
   }
+  bool AwaitResumed() {
+    absl::MutexLock lock(&mu_);
+    const auto came = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) { return !resumed_from_.empty(); };
+    return mu_.AwaitWithTimeout(absl::Condition(&came), kPatience);
+  }
   std::vector<uint64_t> resumed_from() {
     absl::MutexLock lock(&mu_);
     return resumed_from_;
@@ -201,6 +206,36 @@ TEST(ResumableCall, FramesThatComeAgainAreNotStoredTwice) {
   self = &server;
   CountingSink sink;
   EXPECT_TRUE(Receive(server, sink).ok());
+  EXPECT_EQ(sink.frames, (std::map<uint32_t, int>{{0, 1}, {1, 1}, {2, 1}}));
+}
+
+// The number of the last frame has become that of the first, so nothing more comes on this stream.
+TEST(ResumableCall, AFrameWhoseNumberIsDamagedIsAskedForAtOnce) {
+  std::atomic<ResumableServer*> self = nullptr;
+  const auto finish = [&](PrefillWriter& writer) {
+    EXPECT_TRUE(self.load()->AwaitReceived(3));
+    writer.Write(ResultEvent({3}));
+    return grpc::Status::OK;
+  };
+  ResumableServer server(
+      [&](PrefillWriter& writer) {
+        writer.Write(self.load()->Accepted());
+        for (const uint32_t layer : {0, 1}) writer.Write(ResumableServer::Frame(layer));
+        PrefillEvent last = ResumableServer::Frame(2);
+        last.mutable_kv_frame()->set_sequence(0);
+        writer.Write(last);
+        return self.load()->AwaitResumed() ? kBroken : finish(writer);
+      },
+      [&](const ResumeRequest&, PrefillWriter& writer) {
+        writer.Write(self.load()->Accepted());
+        writer.Write(ResumableServer::Frame(2));
+        return finish(writer);
+      });
+  self = &server;
+  CountingSink sink;
+  const absl::Status status = Receive(server, sink);
+  EXPECT_TRUE(status.ok()) << status;
+  EXPECT_THAT(server.resumed_from(), ElementsAre(2));
   EXPECT_EQ(sink.frames, (std::map<uint32_t, int>{{0, 1}, {1, 1}, {2, 1}}));
 }
 

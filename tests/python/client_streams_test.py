@@ -143,6 +143,12 @@ class Streams:
             self.assertEqual((len(blocks), len(other.requests)), (LAYERS, 0))
             self.fails("INVALID_ARGUMENT", "no", [other.address, server.address])
 
+    def test_a_server_that_passes_a_resumable_call_on_is_told_that_it_is_over(self):
+        with PlayedServer(refusing(grpc.StatusCode.UNAVAILABLE, "lost")) as first, PlayedServer(whole) as second:
+            self.receive([first.address, second.address], request_id="passed on", resumable=True)
+            self.assertEqual(first.cancelled.get(timeout=PATIENCE), "passed on")
+            self.assertEqual(len(second.requests), 1)
+
     def test_a_server_that_dies_midway_does_not(self):
         def script(server, context):
             yield server.accepted()
@@ -283,6 +289,16 @@ class Asyncio(Streams, unittest.TestCase):
 
 
 class Messages(unittest.TestCase):
+    def test_a_frame_whose_number_is_damaged_is_not_one_that_came_before(self):
+        check = TransferCheck(layout(), resumable=True)
+        for sequence in (0, 1):
+            self.assertIsNotNone(check.take(frame(sequence, sequence=sequence).kv_frame))
+        self.assertIsNone(check.take(frame(1, sequence=1).kv_frame))
+        for place in (dict(layer=2), dict(layer=LAYERS), dict(layer=1, first_block=1)):
+            with self.assertRaisesRegex(TransferError, "where frame 2 was due"):
+                check.take(frame(**place, sequence=0).kv_frame)
+        self.assertIsNotNone(check.take(frame(2, sequence=2).kv_frame))
+
     def test_frames_are_read_as_protobuf_reads_them(self):
         random = np.random.default_rng(1)
         for size in (0, 1, 127, 128, 70_000):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from concurrent import futures
 
@@ -40,6 +41,7 @@ class PlayedServer:
     def __init__(self, script, lanes=1):
         self.script, self.lanes = script, lanes
         self.requests, self.peers, self.attached = [], set(), []
+        self.cancelled: queue.Queue = queue.Queue()  # ids of requests
         self.ended = threading.Semaphore(0)  # a call that the client ended
         self._server = grpc.server(futures.ThreadPoolExecutor(8))
         handlers = {
@@ -52,8 +54,13 @@ class PlayedServer:
                 ("AttachLane", self._attach, wire.AttachLaneRequest),
             )
         }
-        generic = grpc.method_handlers_generic_handler("prefill.v1.PrefillService", handlers)
-        self._server.add_generic_rpc_handlers((generic,))
+        cancel = grpc.unary_unary_rpc_method_handler(
+            self._cancel, wire.CancelRequest.FromString, lambda response: response.SerializeToString()
+        )
+        self._server.add_generic_rpc_handlers((
+            grpc.method_handlers_generic_handler("prefill.v1.PrefillService", handlers),
+            grpc.method_handlers_generic_handler("prefill.v1.ResumptionService", {"Cancel": cancel}),
+        ))
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
 
     def __enter__(self):
@@ -86,6 +93,10 @@ class PlayedServer:
         self.peers.add(context.peer())
         context.add_callback(lambda: self.ended.release())
         yield from self.script(self, context)
+
+    def _cancel(self, request, context):
+        self.cancelled.put(request.request_id)
+        return wire.CancelResponse()
 
     def _attach(self, request, context):
         self.peers.add(context.peer())

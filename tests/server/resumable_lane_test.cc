@@ -152,6 +152,21 @@ TEST_F(ResumableLane, ADamagedFrameGoesOnceMoreAndBeforeTheOthers) {
   EXPECT_EQ(*queue_.Acknowledge(2, {1}), 0) << "it was acknowledged";
 }
 
+// Each copy has been written when the next is asked for.
+TEST_F(ResumableLane, AFrameThatIsAlwaysDamagedIsNotSentForEver) {
+  queue_.Attach(&first_);
+  PushFrames(2);
+  first_.Take(queue_, 2);
+  for (int copy = 1; copy <= RetainedFrames::kMaxDamagedCopies; ++copy) {
+    EXPECT_EQ(*queue_.Acknowledge(0, {0}), 1) << copy;
+    first_.Take(queue_);
+  }
+  EXPECT_EQ(*queue_.Acknowledge(0, {1}), 1) << "each frame is counted by itself";
+  const absl::Status refused = queue_.Acknowledge(0, {0}).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kAborted);
+  EXPECT_EQ(refused.message(), "damaged: 17 copies of frame 0; at most 16");
+}
+
 TEST_F(ResumableLane, EndsWhenEverythingIsAcknowledged) {
   queue_.Attach(&first_);
   PushFrames(2);

@@ -173,9 +173,10 @@ class AsyncPrefillStream(AcceptedFields, _AsyncStream):
                 except PrefilldError as last:
                     if self._lanes.ask_for_one(last):
                         self._waiting.insert(0, self._server)
-                    elif last.code is not grpc.StatusCode.UNAVAILABLE or not self._waiting:
-                        self._end(whole=False)
-                        raise
+                    else:
+                        self._end(whole=False)  # this server may have heard the request all the same
+                        if last.code is not grpc.StatusCode.UNAVAILABLE or not self._waiting:
+                            raise
                     self._start()
         self._lanes.note_accepted(self._server, self._reception.accepted)
 

@@ -55,8 +55,8 @@ class _Client:
         credentials: grpc.ssl_channel_credentials(...) for TLS, None for plain text. use_proxy: go
         through the proxy that grpc_proxy, https_proxy or http_proxy names; otherwise they are
         ignored. options: more gRPC channel arguments. token_file: a file with a bearer token that is
-        shown with each call and read again when it changes; ValueError in plain text, but for Unix
-        sockets, unless token_without_tls is set.
+        shown with each call and read again within two seconds of a change; ValueError in plain text, which
+        credentials other than TLS may be too, but for Unix sockets, unless token_without_tls is set.
         """
         self._servers = Servers(
             address, self._service, grpc, credentials, use_proxy, options, token_file, token_without_tls
@@ -170,9 +170,10 @@ class PrefillStream(AcceptedFields, _Stream):
                 except PrefilldError as last:
                     if self._lanes.ask_for_one(last):
                         self._waiting.insert(0, self._server)
-                    elif last.code is not grpc.StatusCode.UNAVAILABLE or not self._waiting:
-                        self._end(whole=False)
-                        raise
+                    else:
+                        self._end(whole=False)  # this server may have heard the request all the same
+                        if last.code is not grpc.StatusCode.UNAVAILABLE or not self._waiting:
+                            raise
                     self._start()
         self._lanes.note_accepted(self._server, self._reception.accepted)
 

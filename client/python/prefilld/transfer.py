@@ -121,6 +121,17 @@ class TransferCheck:
         """Returns the number of the lane's first frame that has not arrived undamaged."""
         return min(self._damaged[lane], default=self._frames[lane])
 
+    def _has_arrived(self, frame: Frame) -> bool:
+        """Tells whether all blocks of a frame are here.
+
+        A frame whose number was damaged on the way looks like one that comes again, but for its blocks.
+        """
+        end = frame.first_block + frame.num_blocks
+        if frame.layer >= self._layout.num_layers or frame.num_blocks == 0 or end > self._layout.num_blocks:
+            return False
+        with self._lock:
+            return bool(self._arrived[frame.layer, frame.first_block : end].all())
+
     def take(self, frame: Frame, lane: int = 0) -> KvBlocks | None:
         """Returns what a frame brings, or None if it came before. Raises Damaged of a resumable transfer."""
         where = f"frame {frame.sequence} of lane {lane} (layer {frame.layer}, blocks from {frame.first_block})"
@@ -128,7 +139,7 @@ class TransferCheck:
             raise data_loss(f"{where} says that it is of lane {frame.lane}")
         is_next, damaged = frame.sequence == self._frames[lane], self._damaged[lane]
         if not is_next and frame.sequence not in damaged:
-            if self._resumable and frame.sequence < self._frames[lane]:
+            if self._resumable and frame.sequence < self._frames[lane] and self._has_arrived(frame):
                 return None
             raise data_loss(f"{where} arrived where frame {self._frames[lane]} was due")
         end = frame.first_block + frame.num_blocks
