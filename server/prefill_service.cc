@@ -176,7 +176,7 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
                                            job->OnResultSent();
                                          }
                                        },
-                                   .on_done = [this, job] { OnCallDone(*job); }});
+                                   .on_done = [this, job](const auto&) { OnCallDone(*job); }});
   if (admitted.ok()) {
     AttachFirst(job->delivery().control(), stream);
     if (job->work().num_receivers > 1) receivers_.Retry();
@@ -297,18 +297,22 @@ void PrefillService::AssignTenant(const Arrived& arrived, PrefillWork& work) {
 Stream* PrefillService::AttachLane(grpc::CallbackServerContext* context,
                                    const grpc::ByteBuffer* request_bytes) {
   const auto request = Decode<v1::AttachLaneRequest>(*request_bytes);
-  if (!request.ok()) return RefuseAttachment(request.status());
+  const auto refuse = [&](const absl::Status& status) {
+    NoteRefused("AttachLane", request.ok() ? request->request_id() : "", Arrive(*context).caller,
+                status);
+    return RefuseStream(status);
+  };
+  if (!request.ok()) return refuse(request.status());
   const std::shared_ptr<PrefillJob> job =
       scheduler_.Find(request->request_id(), request->receiver());
   if (job == nullptr || job->work().pushes()) {
-    return RefuseAttachment(absl::NotFoundError("request_id: no such running request with lanes"));
+    return refuse(absl::NotFoundError("request_id: no such running request with lanes"));
   }
   if (!IsSameKey(request->lane_key(), job->work().lane_key)) {
-    return RefuseAttachment(
-        absl::PermissionDeniedError("lane_key: not the one of this request's Accepted"));
+    return refuse(absl::PermissionDeniedError("lane_key: not the one of this request's Accepted"));
   }
   const auto queue = job->delivery().side_lane(request->lane());
-  if (!queue.ok()) return RefuseAttachment(queue.status());
+  if (!queue.ok()) return refuse(queue.status());
   auto stream = std::make_unique<ServerStream>(
       context, *queue, ConnectionOf(*context),
       ServerStream::Events{.on_cancel = [job] { job->OnCallCancelled(); },
@@ -319,11 +323,16 @@ Stream* PrefillService::AttachLane(grpc::CallbackServerContext* context,
                                  } else if (!job->work().resumable()) {
                                    job->OnCallCancelled();  // unless it has ended
                                  }
+                               },
+                           .on_done =
+                               [job, lane = request->lane(), peer = context->peer(),
+                                began = absl::Now()](const absl::Status& status) {
+                                 LogLane(*job, lane, peer, began, std::nullopt, status);
                                }});
   // Tells the consumer that the lane is attached, because its first frame may be long in coming.
   stream->StartSendInitialMetadata();
   if (!(*queue)->Attach(stream.get())) {
-    return RefuseAttachment(
+    return refuse(
         absl::AlreadyExistsError(absl::StrCat("lane ", request->lane(), " is attached already")));
   }
   return stream.release();  // owns itself from here on
@@ -342,21 +351,23 @@ Stream* PrefillService::AttachReceiver(grpc::CallbackServerContext* context,
   if (!work.ok()) {
     const Outcome outcome = OutcomeOfRefusal(work.status().code());
     metrics_.CountReceiver(outcome);
+    metrics_.CountRefusal(work.status());
     LogRefused(request.ok() ? request->request_id() : "", arrived.caller, outcome, work.status());
-    return RefuseAttachment(work.status());
+    return RefuseStream(work.status());
   }
   work->caller = arrived.caller;
   work->deadline = DeadlineOf(*context, clock_);
   auto receiver = std::make_shared<PrefillJob>(*std::move(work), clock_);
-  auto* stream = new ServerStream(context, &receiver->delivery().control(), ConnectionOf(*context),
-                                  {.on_cancel = [receiver] { receiver->OnCallCancelled(); },
-                                   .on_end =
-                                       [receiver](const absl::Status& status) {
-                                         if (status.ok() && !receiver->work().resumable()) {
-                                           receiver->OnResultSent();
-                                         }
-                                       },
-                                   .on_done = [this, receiver] { OnReceiverDone(*receiver); }});
+  auto* stream =
+      new ServerStream(context, &receiver->delivery().control(), ConnectionOf(*context),
+                       {.on_cancel = [receiver] { receiver->OnCallCancelled(); },
+                        .on_end =
+                            [receiver](const absl::Status& status) {
+                              if (status.ok() && !receiver->work().resumable()) {
+                                receiver->OnResultSent();
+                              }
+                            },
+                        .on_done = [this, receiver](const auto&) { OnReceiverDone(*receiver); }});
   receivers_.Bring(std::move(receiver), stream);
   return stream;
 }
@@ -412,7 +423,9 @@ grpc::ServerWriteReactor<v1::PrefixCacheUpdate>* PrefillService::WatchPrefixCach
     return table->all()[tenant].name;
   };
   return cache_watch_.Watch(context, arrived.caller, identity, *request,
-                            [this](const absl::Status& status) { metrics_.CountRefusal(status); });
+                            [&](const absl::Status& status) {
+                              NoteRefused("WatchPrefixCache", "", arrived.caller, status);
+                            });
 }
 
 Stream* PrefillService::Refuse(const std::string& request_id, const Arrived& arrived,
@@ -423,9 +436,10 @@ Stream* PrefillService::Refuse(const std::string& request_id, const Arrived& arr
   return RefuseStream(status);
 }
 
-Stream* PrefillService::RefuseAttachment(const absl::Status& status) {
+void PrefillService::NoteRefused(const char* method, const std::string& request_id,
+                                 const Caller& caller, const absl::Status& status) const {
   metrics_.CountRefusal(status);
-  return RefuseStream(status);
+  LogRefusedCall(method, request_id, caller, status);
 }
 
 }  // namespace prefilld::server

@@ -118,8 +118,9 @@ class PrefillService final : public PrefillServiceBase {
   grpc::ServerWriteReactor<grpc::ByteBuffer>* Refuse(const std::string& request_id,
                                                      const Arrived& arrived,
                                                      const absl::Status& status);
-  // Refuses a call that would attach to a request.
-  grpc::ServerWriteReactor<grpc::ByteBuffer>* RefuseAttachment(const absl::Status& status);
+  // Counts a refused call that is no request, and logs it.
+  void NoteRefused(const char* method, const std::string& request_id, const Caller& caller,
+                   const absl::Status& status) const;
 
   Scheduler& scheduler_;
   PushDialer& push_dialer_;

@@ -43,6 +43,10 @@ const char* Name(RefusalCause cause) {
       return "duplicate";
     case RefusalCause::kUnknown:
       return "unknown";
+    case RefusalCause::kOver:
+      return "over";
+    case RefusalCause::kCancelled:
+      return "cancelled";
     case RefusalCause::kUnavailable:
       return "unavailable";
   }
@@ -75,6 +79,10 @@ RefusalCause CauseOf(const absl::Status& status) {
       return RefusalCause::kDuplicate;
     case absl::StatusCode::kNotFound:
       return RefusalCause::kUnknown;
+    case absl::StatusCode::kAborted:
+      return RefusalCause::kOver;
+    case absl::StatusCode::kCancelled:
+      return RefusalCause::kCancelled;
     case absl::StatusCode::kUnavailable:
       return RefusalCause::kUnavailable;
     default:

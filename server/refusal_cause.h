@@ -28,10 +28,12 @@ enum class RefusalCause : uint8_t {
   kDeadline,
   kDuplicate,
   kUnknown,      // no request is there to attach to
+  kOver,         // nor to resume, acknowledge or cancel, because it has ended
+  kCancelled,    // by the caller, while the request waited for its id
   kUnavailable,  // draining, or the device has failed
 };
 
-inline constexpr std::array<RefusalCause, 18> kRefusalCauses = {
+inline constexpr std::array<RefusalCause, 20> kRefusalCauses = {
     RefusalCause::kInvalid,          RefusalCause::kModel,
     RefusalCause::kUnauthenticated,  RefusalCause::kCertificate,
     RefusalCause::kTenantRequests,   RefusalCause::kTenantQueuedTokens,
@@ -40,7 +42,8 @@ inline constexpr std::array<RefusalCause, 18> kRefusalCauses = {
     RefusalCause::kTenantPushTarget, RefusalCause::kPushTarget,
     RefusalCause::kForbidden,        RefusalCause::kQueueFull,
     RefusalCause::kDeadline,         RefusalCause::kDuplicate,
-    RefusalCause::kUnknown,          RefusalCause::kUnavailable};
+    RefusalCause::kUnknown,          RefusalCause::kOver,
+    RefusalCause::kCancelled,        RefusalCause::kUnavailable};
 
 const char* Name(RefusalCause cause);
 

@@ -36,6 +36,14 @@ void AddSpan(const wire::TraceContext& trace, absl::Duration took, process::LogF
   fields.emplace_back("start_unix_ns", absl::ToUnixNanos(absl::Now() - took));
 }
 
+void AddRefusal(const Caller& caller, const absl::Status& status, process::LogFields& fields) {
+  const absl::Duration took = absl::Now() - caller.arrived_at;
+  fields.emplace_back("total_ms", Milliseconds(took));
+  AddCaller(caller, fields);
+  AddSpan(caller.trace, took, fields);
+  fields.emplace_back("status", Shown(status));
+}
+
 }  // namespace
 
 void LogRequest(PrefillJob& job, absl::Time now) {
@@ -134,6 +142,23 @@ void LogPush(const PrefillWork& work, const wire::TraceContext& span, absl::Dura
                     fields);
 }
 
+void LogLane(PrefillJob& job, uint32_t lane, const std::string& peer, absl::Time began,
+             std::optional<int64_t> from_frame, const absl::Status& end) {
+  const PrefillWork& work = job.work();
+  if (!work.caller.trace.is_recorded()) return;
+  const absl::Duration took = absl::Now() - began;
+  process::LogFields fields = {{"id", wire::ShownId(work.id)},
+                               {"receiver", int64_t{work.receiver}},
+                               {"lane", int64_t{lane}},
+                               {"total_ms", Milliseconds(took)},
+                               {"frames", job.delivery().sent().frames_per_lane[lane]},
+                               {"peer", peer}};
+  if (from_frame.has_value()) fields.emplace_back("from_frame", *from_frame);
+  AddSpan(work.caller.trace.Child(), took, fields);
+  if (!end.ok()) fields.emplace_back("status", Shown(end));
+  process::LogEvent(process::LogLevel::kInfo, "lane", fields);
+}
+
 void LogCacheWatch(const Caller& caller, int64_t updates, const absl::Status& end) {
   const absl::Duration took = absl::Now() - caller.arrived_at;
   process::LogFields fields = {{"updates", updates}, {"total_ms", Milliseconds(took)}};
@@ -148,10 +173,16 @@ void LogRefused(const std::string& request_id, const Caller& caller, Outcome out
   process::LogFields fields = {{"id", wire::ShownId(request_id)},
                                {"outcome", Name(outcome)},
                                {"cause", Name(CauseOf(status))}};
-  AddCaller(caller, fields);
-  AddSpan(caller.trace, absl::ZeroDuration(), fields);
-  fields.emplace_back("status", Shown(status));
+  AddRefusal(caller, status, fields);
   process::LogEvent(process::LogLevel::kWarning, "request", fields);
+}
+
+void LogRefusedCall(const char* method, const std::string& request_id, const Caller& caller,
+                    const absl::Status& status) {
+  process::LogFields fields = {{"method", method}, {"cause", Name(CauseOf(status))}};
+  if (!request_id.empty()) fields.emplace_back("id", wire::ShownId(request_id));
+  AddRefusal(caller, status, fields);
+  process::LogEvent(process::LogLevel::kWarning, "refused", fields);
 }
 
 }  // namespace prefilld::server

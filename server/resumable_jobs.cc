@@ -51,9 +51,11 @@ void ResumableJobs::LookAround() {
 
 void ResumableJobs::BoundWaiting(const std::vector<std::shared_ptr<PrefillJob>>& jobs) {
   std::vector<Waiting> waiting;
+  int64_t retained_frames = 0;
   for (const auto& job : jobs) {
     if (job->ended()) continue;  // its streams are still to end
     const Delivery::ConsumerState consumer = job->delivery().consumer(clock_.Now());
+    retained_frames += consumer.held_frames;
     if (consumer.away <= absl::ZeroDuration()) continue;
     waiting.push_back({job, job->delivery().result_is_out(), consumer.away,
                        consumer.held_frames * static_cast<int64_t>(ring_.buffer_bytes())});
@@ -81,7 +83,7 @@ void ResumableJobs::BoundWaiting(const std::vector<std::shared_ptr<PrefillJob>>&
                      " are kept, ", kMaxWaitingOfTenant, " of a tenant, with at most ",
                      max_bytes >> 20, " MiB of staging memory")));
   }
-  metrics_.SetWaiting(kept, kept_bytes);
+  metrics_.SetWaiting(kept, kept_bytes, retained_frames);
 }
 
 }  // namespace prefilld::server

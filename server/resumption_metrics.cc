@@ -39,7 +39,10 @@ ResumptionMetrics::ResumptionMetrics(prometheus::Registry& registry)
       waiting_(NewGauge(registry, "prefilld_waiting_for_consumer",
                         "Requests whose consumer is away and may come back.")),
       waiting_bytes_(NewGauge(registry, "prefilld_waiting_for_consumer_bytes",
-                              "Staging memory that these hold.")) {}
+                              "Staging memory that these hold.")),
+      retained_frames_(NewGauge(registry, "prefilld_kv_frames_retained",
+                                "KV frames of requests that may be resumed, which wait to be sent "
+                                "or are not acknowledged.")) {}
 
 void ResumptionMetrics::CountResumed(int64_t frames_again) {
   streams_.Increment();
@@ -52,9 +55,10 @@ void ResumptionMetrics::CountDamaged(int64_t frames) {
 
 void ResumptionMetrics::CountRefused() { refused_.Increment(); }
 
-void ResumptionMetrics::SetWaiting(int64_t requests, int64_t held_bytes) {
+void ResumptionMetrics::SetWaiting(int64_t requests, int64_t held_bytes, int64_t retained_frames) {
   waiting_.Set(static_cast<double>(requests));
   waiting_bytes_.Set(static_cast<double>(held_bytes));
+  retained_frames_.Set(static_cast<double>(retained_frames));
 }
 
 }  // namespace prefilld::server

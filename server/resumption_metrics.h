@@ -21,7 +21,8 @@ class ResumptionMetrics {
   void CountResumed(int64_t frames_again);  // a stream, and the frames that it brings once more
   void CountDamaged(int64_t frames);        // sent once more because they arrived damaged
   void CountRefused();                      // a request that may not wait
-  void SetWaiting(int64_t requests, int64_t held_bytes);
+  // Requests whose consumer is away, and the frames of all that may be resumed.
+  void SetWaiting(int64_t requests, int64_t held_bytes, int64_t retained_frames);
 
  private:
   prometheus::Counter& streams_;
@@ -30,6 +31,7 @@ class ResumptionMetrics {
   prometheus::Counter& refused_;
   prometheus::Gauge& waiting_;
   prometheus::Gauge& waiting_bytes_;
+  prometheus::Gauge& retained_frames_;
 };
 
 }  // namespace prefilld::server

@@ -5,14 +5,18 @@
 #include <grpcpp/impl/codegen/proto_utils.h>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "proto/process/log.h"
 #include "proto/status_macros.h"
 #include "proto/wire/connections.h"
 #include "proto/wire/grpc_status.h"
+#include "server/metrics.h"
 #include "server/prefill_job.h"
-#include "server/resumption_metrics.h"
+#include "server/refusal_cause.h"
+#include "server/request_log.h"
 #include "server/scheduler.h"
 #include "server/server_stream.h"
+#include "server/tenant_identity.h"
 
 namespace prefilld::server {
 namespace {
@@ -24,15 +28,11 @@ using Stream = grpc::ServerWriteReactor<grpc::ByteBuffer>;
 // The search for each takes time in proportion to the frames that a request may hold.
 constexpr int kMaxDamaged = 64;
 
-grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context, const absl::Status& status) {
-  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  reactor->Finish(wire::ToGrpc(status));
-  return reactor;
-}
+absl::Status Over(const absl::Status& status) { return Because(RefusalCause::kOver, status); }
 
 }  // namespace
 
-ResumptionService::ResumptionService(Scheduler& scheduler, ResumptionMetrics& metrics,
+ResumptionService::ResumptionService(Scheduler& scheduler, Metrics& metrics,
                                      wire::Arrivals& arrivals)
     : scheduler_(scheduler), metrics_(metrics) {
   using grpc::CallbackServerContext;
@@ -62,7 +62,7 @@ template <typename Message>
 absl::StatusOr<std::shared_ptr<PrefillJob>> ResumptionService::Find(const Message& message) const {
   std::shared_ptr<PrefillJob> job = scheduler_.Find(message.request_id(), message.receiver());
   if (job == nullptr || !job->outlives_call()) {
-    return absl::NotFoundError("request_id: no such resumable request runs");
+    return Over(absl::NotFoundError("request_id: no such resumable request runs"));
   }
   if (!IsSameKey(message.resume_key(), job->work().resume_key)) {
     return absl::PermissionDeniedError("resume_key: not the one of this request");
@@ -70,45 +70,81 @@ absl::StatusOr<std::shared_ptr<PrefillJob>> ResumptionService::Find(const Messag
   return job;
 }
 
+void ResumptionService::NoteRefused(const char* method, const std::string& request_id,
+                                    const grpc::CallbackServerContext& context,
+                                    const absl::Status& status) const {
+  bool trace_ignored = false;
+  const Caller caller = CallerOf(context, &trace_ignored);
+  if (trace_ignored) metrics_.CountIgnoredTrace();
+  metrics_.CountRefusal(status);
+  LogRefusedCall(method, request_id, caller, status);
+}
+
+// Acknowledgements and cancels may cross the end of their request, so those are only counted.
+grpc::ServerUnaryReactor* ResumptionService::Answer(const char* method,
+                                                    const std::string& request_id,
+                                                    grpc::CallbackServerContext* context,
+                                                    const absl::Status& status) const {
+  if (!status.ok() && CauseOf(status) == RefusalCause::kOver) {
+    metrics_.CountRefusal(status);
+  } else if (!status.ok()) {
+    NoteRefused(method, request_id, *context, status);
+  }
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  reactor->Finish(wire::ToGrpc(status));
+  return reactor;
+}
+
 Stream* ResumptionService::Resume(grpc::CallbackServerContext* context,
                                   const grpc::ByteBuffer* request_bytes) {
   v1::ResumeRequest request;
   grpc::ByteBuffer copy(*request_bytes);  // shares the slices; decoding consumes a buffer
+  const auto refuse = [&](const absl::Status& status) {
+    NoteRefused("Resume", request.request_id(), *context, status);
+    return RefuseStream(status);
+  };
   if (!grpc::SerializationTraits<v1::ResumeRequest>::Deserialize(&copy, &request).ok()) {
-    return RefuseStream(absl::InvalidArgumentError("the request is not a valid ResumeRequest"));
+    return refuse(absl::InvalidArgumentError("the request is not a valid ResumeRequest"));
   }
   auto job = Find(request);
-  if (!job.ok()) return RefuseStream(job.status());
+  if (!job.ok()) return refuse(job.status());
   // A request that has ended well is over for its caller, who has said so.
   if ((*job)->ended()) {
     const absl::Status end = (*job)->ending().status;
-    return RefuseStream(end.ok() ? absl::NotFoundError("request_id: its caller has everything")
-                                 : end);
+    return refuse(
+        Over(end.ok() ? absl::NotFoundError("request_id: its caller has everything") : end));
   }
   const auto queue = (*job)->delivery().any_lane(request.lane());
-  if (!queue.ok()) return RefuseStream(queue.status());
+  if (!queue.ok()) return refuse(queue.status());
 
   const wire::Connections* connections = connections_;
   auto stream = std::make_unique<ServerStream>(
       context, *queue, connections == nullptr ? nullptr : connections->Find(context->peer()),
-      ServerStream::Events{.on_cancel = [] {},  // the queue waits for the next stream
-                           .on_end =
-                               [job = *job, lane = request.lane()](const absl::Status& status) {
-                                 if (status.ok() && lane > 0) job->delivery().OnSideLaneDone(lane);
-                               }});
+      ServerStream::Events{
+          .on_cancel = [] {},  // the queue waits for the next stream
+          .on_end =
+              [job = *job, lane = request.lane()](const absl::Status& status) {
+                if (status.ok() && lane > 0) job->delivery().OnSideLaneDone(lane);
+              },
+          .on_done =
+              [job = *job, lane = request.lane(), peer = context->peer(), began = absl::Now(),
+               received = request.received()](const absl::Status& status) {
+                LogLane(*job, lane, peer, began, static_cast<int64_t>(received), status);
+              }});
   // Tells the consumer that the lane is attached, because its first frame may be long in coming.
   stream->StartSendInitialMetadata();
   std::optional<Message> greeting;
   if (request.lane() == 0) greeting = AcceptedEvent((*job)->work(), /*queue_position=*/0);
   const auto again = (*queue)->Resume(stream.get(), request.received(), std::move(greeting));
-  if (!again.ok()) return RefuseStream(again.status());
-  metrics_.CountResumed(*again);
+  if (!again.ok()) return refuse(again.status());
+  metrics_.resumption().CountResumed(*again);
   process::LogEvent(process::LogLevel::kInfo, "stream_resumed",
                     {{"id", (*job)->work().id},
                      {"receiver", int64_t{(*job)->work().receiver}},
                      {"lane", int64_t{request.lane()}},
                      {"received", static_cast<int64_t>(request.received())},
-                     {"frames_again", *again}});
+                     {"frames_again", *again},
+                     {"trace_id", (*job)->work().caller.trace.trace_id}});
   return stream.release();  // owns itself from here on
 }
 
@@ -124,25 +160,27 @@ absl::Status ResumptionService::Take(const v1::AcknowledgeRequest& request) {
       return absl::InvalidArgumentError(
           absl::StrCat("damaged has ", receipt.damaged_size(), " frames; at most ", kMaxDamaged));
     }
-    PREFILLD_ASSIGN_OR_RETURN(const int64_t again, job->delivery().Acknowledge(receipt));
-    if (again > 0) metrics_.CountDamaged(again);
+    const auto again = job->delivery().Acknowledge(receipt);
+    if (absl::IsAborted(again.status())) job->Abort(Outcome::kDamaged, again.status());
+    PREFILLD_RETURN_IF_ERROR(again.status());
+    if (*again > 0) metrics_.resumption().CountDamaged(*again);
   }
-  return request.complete() ? job->Complete() : absl::OkStatus();
+  if (!request.complete()) return absl::OkStatus();
+  return Because(RefusalCause::kInvalid, job->Complete());
 }
 
 grpc::ServerUnaryReactor* ResumptionService::Acknowledge(grpc::CallbackServerContext* context,
                                                          const v1::AcknowledgeRequest* request,
                                                          v1::AcknowledgeResponse*) {
-  return Answer(context, Take(*request));
+  return Answer("Acknowledge", request->request_id(), context, Take(*request));
 }
 
 grpc::ServerUnaryReactor* ResumptionService::Cancel(grpc::CallbackServerContext* context,
                                                     const v1::CancelRequest* request,
                                                     v1::CancelResponse*) {
   const auto job = Find(*request);
-  if (!job.ok()) return Answer(context, job.status());
-  (*job)->OnCallCancelled();  // unless it has ended
-  return Answer(context, absl::OkStatus());
+  if (job.ok()) (*job)->OnCallCancelled();  // unless it has ended
+  return Answer("Cancel", request->request_id(), context, job.status());
 }
 
 }  // namespace prefilld::server

@@ -22,8 +22,8 @@ class Connections;
 
 namespace prefilld::server {
 
+class Metrics;
 class PrefillJob;
-class ResumptionMetrics;
 class Scheduler;
 
 using ResumptionServiceBase =
@@ -36,7 +36,7 @@ using ResumptionServiceBase =
 class ResumptionService final : public ResumptionServiceBase {
  public:
   // All are borrowed. `arrivals` bounds the time that a request may take to arrive.
-  ResumptionService(Scheduler& scheduler, ResumptionMetrics& metrics, wire::Arrivals& arrivals);
+  ResumptionService(Scheduler& scheduler, Metrics& metrics, wire::Arrivals& arrivals);
 
   grpc::ServerWriteReactor<grpc::ByteBuffer>* Resume(grpc::CallbackServerContext* context,
                                                      const grpc::ByteBuffer* request) override;
@@ -55,9 +55,15 @@ class ResumptionService final : public ResumptionServiceBase {
   template <typename Message>
   absl::StatusOr<std::shared_ptr<PrefillJob>> Find(const Message& message) const;
   absl::Status Take(const ::prefill::v1::AcknowledgeRequest& request);
+  // Counts a refused call and logs it.
+  void NoteRefused(const char* method, const std::string& request_id,
+                   const grpc::CallbackServerContext& context, const absl::Status& status) const;
+  grpc::ServerUnaryReactor* Answer(const char* method, const std::string& request_id,
+                                   grpc::CallbackServerContext* context,
+                                   const absl::Status& status) const;
 
   Scheduler& scheduler_;
-  ResumptionMetrics& metrics_;
+  Metrics& metrics_;
   std::atomic<const wire::Connections*> connections_ = nullptr;
 };
 

@@ -181,8 +181,7 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
   service_ = std::make_unique<PrefillService>(
       *scheduler_, *push_dialer_, *metrics_, clock_, std::move(limits), options.tenant_evidence,
       *tenants_, *cache_watch_, *arrivals_, DescribeServer(options, engine, attention), *ring_);
-  resumption_service_ =
-      std::make_unique<ResumptionService>(*scheduler_, metrics_->resumption(), *arrivals_);
+  resumption_service_ = std::make_unique<ResumptionService>(*scheduler_, *metrics_, *arrivals_);
   return absl::OkStatus();
 }
 

@@ -42,6 +42,7 @@ void ServerStream::Send(Message message, bool last) {
 
 void ServerStream::End(const absl::Status& status) {
   events_.on_end(status);
+  end_ = status;
   Finish(wire::ToGrpc(status));
 }
 
@@ -65,7 +66,7 @@ void ServerStream::OnCancel() {
 }
 
 void ServerStream::OnDone() {
-  if (events_.on_done != nullptr) events_.on_done();
+  if (events_.on_done != nullptr) events_.on_done(end_);
   delete this;
 }
 

@@ -29,8 +29,8 @@ class ServerStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>, pu
     absl::AnyInvocable<void()> on_cancel;
     // Called when everything has been sent and this status is about to follow.
     absl::AnyInvocable<void(const absl::Status&)> on_end;
-    // Called when the call is over. May be null.
-    absl::AnyInvocable<void()> on_done = nullptr;
+    // Called when the call is over, with the status by which the queue ended it. May be null.
+    absl::AnyInvocable<void(const absl::Status&)> on_done = nullptr;
   };
 
   // The creator attaches the stream to the queue. `connection` may be null: then nobody knows how
@@ -52,6 +52,7 @@ class ServerStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>, pu
   LaneQueue* const queue_;
   const std::shared_ptr<const wire::Connection> connection_;  // co-owned by its other calls
   Events events_;
+  absl::Status end_;            // written by End; OnDone, which comes later, reads it
   grpc::ByteBuffer under_way_;  // belongs to gRPC from Send to OnWriteDone
 };
 

@@ -29,8 +29,9 @@ using ::prefill::v1::ReceiveResponse;
 class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
  public:
   ReceiveCall(PendingTransfers* transfers, absl::Duration open_timeout, std::string peer,
-              wire::TraceContext trace, grpc::ByteBuffer* response)
-      : transfers_(transfers),
+              wire::TraceContext trace, wire::Arrivals& arrivals, grpc::ByteBuffer* response)
+      : stream_(arrivals, peer),
+        transfers_(transfers),
         response_(response),
         peer_(std::move(peer)),
         trace_(std::move(trace)),
@@ -130,6 +131,7 @@ class ReceiveCall : public grpc::ServerReadReactor<grpc::ByteBuffer> {
                       status.ok() ? "receive" : "receive_refused", fields);
   }
 
+  const wire::Arrivals::Stream stream_;
   PendingTransfers* const transfers_;
   grpc::ByteBuffer* const response_;
   const std::string peer_;
@@ -153,7 +155,7 @@ grpc::ServerReadReactor<grpc::ByteBuffer>* ReceiverService::Receive(
     grpc::CallbackServerContext* context, grpc::ByteBuffer* response) {
   arrivals_->NoteCall(context->peer());
   return new ReceiveCall(transfers_, open_timeout_, context->peer(), TakeTrace(*context, *metrics_),
-                         response);
+                         *arrivals_, response);
 }
 
 }  // namespace prefilld::client

@@ -19,7 +19,7 @@ class ReceiverService : public ::prefill::v1::KvReceiver::WithRawCallbackMethod_
   // All pointers are borrowed. A stream whose ReceiveOpen does not come within `open_timeout` is
   // ended. `arrivals` hears of calls.
   ReceiverService(PendingTransfers* transfers, absl::Duration open_timeout, WorkerMetrics* metrics,
-                  const wire::Arrivals* arrivals)
+                  wire::Arrivals* arrivals)
       : transfers_(transfers),
         open_timeout_(open_timeout),
         metrics_(metrics),
@@ -32,7 +32,7 @@ class ReceiverService : public ::prefill::v1::KvReceiver::WithRawCallbackMethod_
   PendingTransfers* const transfers_;
   const absl::Duration open_timeout_;
   WorkerMetrics* const metrics_;
-  const wire::Arrivals* const arrivals_;
+  wire::Arrivals* const arrivals_;
 };
 
 }  // namespace prefilld::client

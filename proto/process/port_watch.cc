@@ -125,6 +125,11 @@ struct PortWatch::Figures {
         broken_off(NewCounter("prefilld_requests_broken_off_total",
                               "Calls that ended before their request was here: it was too long for "
                               "this server, the caller cancelled, or the connection was lost.")),
+        streams(NewGauge("prefilld_open_streams",
+                         "Calls of this program's services that have begun and are not over.")),
+        most_streams(NewGauge("prefilld_open_streams_of_one_connection",
+                              "The most of them that one connection has; Unix sockets count as "
+                              "one.")),
         fruitless(NewCounter("prefilld_connections_fruitless_total",
                              "Connections that ended without a call though the peer had sent "
                              "something: failed handshakes (an expired or a foreign certificate, "
@@ -139,6 +144,8 @@ struct PortWatch::Figures {
 
   void Update(const wire::Connections::Counts& now, const wire::Arrivals::Counts& requests) {
     arriving.Set(static_cast<double>(requests.open));
+    streams.Set(static_cast<double>(requests.streams));
+    most_streams.Set(static_cast<double>(requests.most_streams));
     late.Increment(static_cast<double>(requests.late - seen_late));
     seen_late = requests.late;
     broken_off.Increment(static_cast<double>(requests.broken_off - seen_broken_off));
@@ -183,6 +190,8 @@ struct PortWatch::Figures {
   prometheus::Gauge& arriving;
   prometheus::Counter& late;
   prometheus::Counter& broken_off;
+  prometheus::Gauge& streams;
+  prometheus::Gauge& most_streams;
   prometheus::Counter& fruitless;
   wire::Connections::Counts seen, logged;
   int64_t seen_late = 0, logged_late = 0, seen_broken_off = 0;

@@ -20,6 +20,12 @@ using grpc::internal::MethodHandler;
 // A machine that is busy may need a while for a request that was sent at once.
 constexpr absl::Duration kLeastLimit = absl::Seconds(5);
 
+// Returns the peer's address as grpc::ServerContext::peer() does.
+std::string PeerOf(grpc_call* call) {
+  const std::unique_ptr<char, decltype(&gpr_free)> peer(grpc_call_get_peer(call), gpr_free);
+  return peer.get();
+}
+
 // One call from its headers to its request. gRPC runs it as the tag of the read, once.
 class Arrival : public grpc_completion_queue_functor {
  public:
@@ -31,6 +37,7 @@ class Arrival : public grpc_completion_queue_functor {
     };
     inlineable = 0;
     number_ = arrivals_.Begin(grpc_call());
+    stream_ = std::make_shared<Arrivals::Stream>(arrivals_, PeerOf(grpc_call()));
   }
 
   void Start() {
@@ -59,15 +66,21 @@ class Arrival : public grpc_completion_queue_functor {
     void* data = nullptr;
     void* request = handler_.Deserialize(grpc_call(), request_, &status, &data);
     if (broken_off) status = grpc::Status::CANCELLED;
+    // gRPC calls this once the call is over, and the server may go as soon as it has heard of it.
+    auto on_over = [stream = std::move(stream_), on_over = call_.call_requester]() mutable {
+      stream.reset();
+      on_over();
+    };
     handler_.RunHandler(
-        {call_.call, call_.server_context, request, std::move(status), data, call_.call_requester});
+        {call_.call, call_.server_context, request, std::move(status), data, on_over});
   }
 
   Arrivals& arrivals_;
   MethodHandler& handler_;
   const MethodHandler::HandlerParameter call_;
   int64_t number_ = 0;
-  grpc_byte_buffer* request_ = nullptr;  // the handler's from Deserialize on
+  std::shared_ptr<Arrivals::Stream> stream_;  // the call's, until it is over
+  grpc_byte_buffer* request_ = nullptr;       // the handler's from Deserialize on
 };
 
 class WatchedHandler final : public MethodHandler {
@@ -134,13 +147,13 @@ std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface> Arrivals:
 }
 
 int64_t Arrivals::Begin(grpc_call* call) {
-  const std::unique_ptr<char, decltype(&gpr_free)> peer(grpc_call_get_peer(call), gpr_free);
-  NoteCall(peer.get());
+  std::string peer = PeerOf(call);
+  NoteCall(peer);
   const absl::Time until = absl::Now() + limit_;
   absl::MutexLock lock(&mu_);
   Entry& entry = open_[++last_];
   entry.call = call;
-  entry.peer = peer.get();
+  entry.peer = std::move(peer);
   entry.until = until;
   return last_;
 }
@@ -273,7 +286,27 @@ void Arrivals::EndLate(absl::Time now) {
 
 Arrivals::Counts Arrivals::counts() const {
   absl::MutexLock lock(&mu_);
-  return {.open = static_cast<int64_t>(open_.size()), .late = late_, .broken_off = broken_off_};
+  int64_t most_streams = 0;
+  for (const auto& [peer, streams] : streams_of_) most_streams = std::max(most_streams, streams);
+  return {.open = static_cast<int64_t>(open_.size()),
+          .late = late_,
+          .broken_off = broken_off_,
+          .streams = streams_,
+          .most_streams = most_streams};
+}
+
+Arrivals::Stream::Stream(Arrivals& arrivals, std::string peer)
+    : arrivals_(arrivals), peer_(std::move(peer)) {
+  absl::MutexLock lock(&arrivals_.mu_);
+  ++arrivals_.streams_;
+  ++arrivals_.streams_of_[peer_];
+}
+
+Arrivals::Stream::~Stream() {
+  absl::MutexLock lock(&arrivals_.mu_);
+  --arrivals_.streams_;
+  const auto of_peer = arrivals_.streams_of_.find(peer_);
+  if (--of_peer->second == 0) arrivals_.streams_of_.erase(of_peer);
 }
 
 }  // namespace prefilld::wire

@@ -23,6 +23,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/btree_set.h"
+#include "absl/container/flat_hash_map.h"
 #include "absl/strings/string_view.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
@@ -43,6 +44,23 @@ class Arrivals {
     // Calls that ended otherwise before their request was here: it is too long for the server, the
     // caller has cancelled, or the connection is gone.
     int64_t broken_off = 0;
+    // Calls that have begun and are not over, and how many of them the connection has that has the
+    // most. gRPC does not tell Unix sockets apart, so theirs count as those of one.
+    int64_t streams = 0;
+    int64_t most_streams = 0;
+  };
+
+  // Counts a call among the streams while it lives.
+  class Stream {
+   public:
+    Stream(Arrivals& arrivals, std::string peer);
+    ~Stream();
+    Stream(const Stream&) = delete;
+    Stream& operator=(const Stream&) = delete;
+
+   private:
+    Arrivals& arrivals_;
+    const std::string peer_;
   };
 
   // The limit of a server whose streams may stall for so long.
@@ -126,6 +144,8 @@ class Arrivals {
   int64_t last_ ABSL_GUARDED_BY(mu_) = 0;
   int64_t late_ ABSL_GUARDED_BY(mu_) = 0;
   int64_t broken_off_ ABSL_GUARDED_BY(mu_) = 0;
+  int64_t streams_ ABSL_GUARDED_BY(mu_) = 0;
+  absl::flat_hash_map<std::string, int64_t> streams_of_ ABSL_GUARDED_BY(mu_);  // by peer
 };
 
 // A service whose methods have one request each that may take a limited time to arrive.

@@ -1,10 +1,16 @@
 #include "proto/wire/socket_use.h"
 
 #include <arpa/inet.h>
+#include <linux/sockios.h>
 #include <linux/tcp.h>
 #include <netinet/in.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 
+#include <cstddef>
+#include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <system_error>
 
@@ -23,6 +29,22 @@ constexpr absl::Duration kSearchInterval = absl::Milliseconds(200);
 uint64_t SocketInode(int fd) {
   struct stat facts = {};
   return fstat(fd, &facts) == 0 && S_ISSOCK(facts.st_mode) ? uint64_t{facts.st_ino} : 0;
+}
+
+// Returns what was written to a socket and is not taken from it.
+int64_t BytesWaiting(int fd) {
+  int unsent = 0;
+  ioctl(fd, SIOCOUTQ, &unsent);
+  return unsent;
+}
+
+// Returns "unix:" and the path at which the socket's peer listens; empty: it does at none.
+std::string UnixPeerName(const sockaddr_storage& address, socklen_t length) {
+  const auto& unix_address = reinterpret_cast<const sockaddr_un&>(address);
+  constexpr size_t kBefore = offsetof(sockaddr_un, sun_path);
+  if (address.ss_family != AF_UNIX || length <= kBefore || unix_address.sun_path[0] == 0) return "";
+  return absl::StrCat("unix:", std::string(unix_address.sun_path,
+                                           strnlen(unix_address.sun_path, length - kBefore)));
 }
 
 // Zeros if the socket is not TCP's.
@@ -64,7 +86,9 @@ absl::Duration UnansweredFor(int fd) {
 
 std::optional<int64_t> SocketsToPeer::BytesTaken(const std::string& peer, absl::Time now) {
   // Before the call has a connection its peer is the target, as it was written.
-  if (!absl::StartsWith(peer, "ipv4:") && !absl::StartsWith(peer, "ipv6:")) return std::nullopt;
+  const bool is_address = absl::StartsWith(peer, "ipv4:") || absl::StartsWith(peer, "ipv6:") ||
+                          absl::StartsWith(peer, "unix:/");
+  if (!is_address) return std::nullopt;
   if (sockets_.empty() && now >= next_search_) {
     next_search_ = now + kSearchInterval;
     Find(peer);
@@ -72,9 +96,10 @@ std::optional<int64_t> SocketsToPeer::BytesTaken(const std::string& peer, absl::
   if (sockets_.empty()) return std::nullopt;
   for (Socket& socket : sockets_) {
     if (SocketInode(socket.fd) != socket.inode) continue;  // closed
-    const int64_t acknowledged = BytesAcknowledged(socket.fd);
-    taken_ += acknowledged - socket.acknowledged;
-    socket.acknowledged = acknowledged;
+    const int64_t now_seen =
+        socket.is_unix ? BytesWaiting(socket.fd) : BytesAcknowledged(socket.fd);
+    taken_ += std::abs(now_seen - socket.seen);
+    socket.seen = now_seen;
   }
   return taken_;
 }
@@ -88,11 +113,14 @@ void SocketsToPeer::Find(const std::string& peer) {
     const uint64_t inode = SocketInode(fd);
     sockaddr_storage address = {};
     socklen_t length = sizeof address;
-    if (inode == 0 || getpeername(fd, reinterpret_cast<sockaddr*>(&address), &length) != 0 ||
-        PeerName(address) != peer) {
+    if (inode == 0 || getpeername(fd, reinterpret_cast<sockaddr*>(&address), &length) != 0)
       continue;
-    }
-    sockets_.push_back({.fd = fd, .inode = inode, .acknowledged = BytesAcknowledged(fd)});
+    const bool is_unix = address.ss_family == AF_UNIX;
+    if ((is_unix ? UnixPeerName(address, length) : PeerName(address)) != peer) continue;
+    sockets_.push_back({.fd = fd,
+                        .inode = inode,
+                        .is_unix = is_unix,
+                        .seen = is_unix ? BytesWaiting(fd) : BytesAcknowledged(fd)});
   }
 }
 

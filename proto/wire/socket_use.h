@@ -30,13 +30,15 @@ int64_t BytesReceived(int fd);
 // socket is asked at intervals that grow to minutes, and answers each time.
 absl::Duration UnansweredFor(int fd);
 
-// The TCP connections of this process to one peer. gRPC does not show the sockets of its channels,
-// so they are looked up among the process's open descriptors. Not thread-safe.
+// The connections of this process to one peer, by TCP or a Unix socket. gRPC does not show the
+// sockets of its channels, so they are looked up among the process's open descriptors. Not
+// thread-safe.
 class SocketsToPeer {
  public:
   // Returns how many bytes the peer has taken since its sockets were found, or nullopt if there are
-  // none yet. `peer` is written as PeerName does. Looks for sockets five times a second until it
-  // finds some.
+  // none yet. `peer` is written as PeerName does, or is unix:/path. Looks for sockets five times a
+  // second until it finds some. Of a Unix socket, whose peer acknowledges nothing, it is by how
+  // much what waits in it has changed from one call to the next.
   std::optional<int64_t> BytesTaken(const std::string& peer, absl::Time now);
 
  private:
@@ -44,7 +46,8 @@ class SocketsToPeer {
   struct Socket {
     int fd;
     uint64_t inode;
-    int64_t acknowledged;
+    bool is_unix;
+    int64_t seen;  // acknowledged, or waiting in a Unix socket
   };
 
   void Find(const std::string& peer);

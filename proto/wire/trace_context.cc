@@ -103,6 +103,11 @@ std::vector<absl::string_view> ValuesOf(const grpc::ServerContextBase& call, con
 
 }  // namespace
 
+// The lowest bit of the flags, and so of their second digit.
+bool TraceContext::is_recorded() const {
+  return absl::string_view("13579bdf").find(flags.back()) != absl::string_view::npos;
+}
+
 TraceContext TraceContext::Child() const {
   TraceContext child = *this;
   child.parent_span_id = span_id;

@@ -24,6 +24,8 @@ struct TraceContext {
   std::string flags = "00";    // as the caller set them; 01: it records the trace
   std::string state;           // tracestate, passed on as it came; empty: none
 
+  // Tells whether the caller says that it records the trace.
+  bool is_recorded() const;
   // Makes a span below this one.
   TraceContext Child() const;
   // Returns "00-<trace_id>-<span_id>-<flags>", which tells others that this is their parent.

@@ -5,6 +5,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <cstring>
@@ -79,6 +80,31 @@ TEST(SocketsToPeer, CountWhatThePeerHasTakenSinceTheyWereFound) {
     absl::SleepFor(absl::Milliseconds(1));
   }
   EXPECT_THAT(sockets.BytesTaken(ends.receiver_name, now), Optional(Eq(3000)));
+}
+
+TEST(SocketsToPeer, OfAUnixSocketCountWhatComesAndGoes) {
+  const std::string path = ::testing::TempDir() + "socket_use." + std::to_string(getpid());
+  sockaddr_un address = {};
+  address.sun_family = AF_UNIX;
+  path.copy(address.sun_path, sizeof address.sun_path - 1);
+  const Descriptor listener(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  ASSERT_EQ(bind(listener.get(), reinterpret_cast<sockaddr*>(&address), sizeof address), 0);
+  listen(listener.get(), 1);
+  const Descriptor sender(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  ASSERT_EQ(connect(sender.get(), reinterpret_cast<sockaddr*>(&address), sizeof address), 0);
+  const Descriptor receiver(accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC));
+  unlink(path.c_str());
+
+  const absl::Time now = absl::Now();
+  SocketsToPeer sockets;
+  EXPECT_THAT(sockets.BytesTaken("unix:" + path, now), Optional(Eq(0)));
+  Write(sender, 50'000);
+  const int64_t waiting = *sockets.BytesTaken("unix:" + path, now);
+  EXPECT_GE(waiting, 50'000);
+  EXPECT_EQ(sockets.BytesTaken("unix:" + path, now), waiting) << "nobody reads";
+  std::string bytes(50'000, ' ');
+  ASSERT_EQ(recv(receiver.get(), bytes.data(), bytes.size(), MSG_WAITALL), 50'000);
+  EXPECT_GE(sockets.BytesTaken("unix:" + path, now), waiting + 50'000);
 }
 
 TEST(SocketsToPeer, LeaveADescriptorAloneThatHasBecomeAnothers) {

@@ -20,6 +20,9 @@ OK, ERROR = 1, 2  # StatusCode
 EVENTS = {
     "request": (SERVER, (("queue", "queue_ms"), ("compute", "compute_ms"), ("send", "tail_ms"))),
     "receiver": (SERVER, ()),
+    "lane": (SERVER, ()),
+    "cache_watch": (SERVER, ()),
+    "refused": (SERVER, ()),
     "push": (CLIENT, ()),
     "generate": (SERVER, (("prefill", "prefill_ms"), ("decode", "decode_ms"))),
     "receive": (SERVER, ()),

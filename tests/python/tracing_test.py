@@ -19,8 +19,9 @@ if live_processes.reason_to_skip():
     print(f"skipped: {live_processes.reason_to_skip()}")
     sys.exit(77)
 
+import grpc  # noqa: E402
 import trace_spans  # noqa: E402
-from prefilld import DecodeClient, Delivery, Layout, PrefillClient  # noqa: E402
+from prefilld import Attention, DecodeClient, Delivery, Layout, PrefillClient, PrefilldError, wire  # noqa: E402
 
 TEXT = "The old fisher carried a lantern to the harbour, and the harbour was quiet. "
 PROMPT = [256, *TEXT.encode() * 10]
@@ -38,8 +39,9 @@ class Tracing(unittest.TestCase):
         cls.programs = cls.enterClassContext(live_processes.Programs())
         flags = ("--metrics_listen=127.0.0.1:0", "--log_format=json")
         cls.server = cls.programs.start(
-            BIN_DIR / "prefilld", live_processes.MODEL, *flags, "--deliver_to_allow=127.0.0.1:*"
-        )
+            BIN_DIR / "prefilld", live_processes.MODEL, *flags, "--deliver_to_allow=127.0.0.1:*",
+            "--prefix_cache_bytes=16777216", "--cache_watchers=all",
+        )  # fmt: skip
         cls.worker = cls.programs.start(
             BIN_DIR / "prefilld-decode-worker", live_processes.MODEL, *flags, f"--prefill_address={cls.server}"
         )
@@ -108,6 +110,54 @@ class Tracing(unittest.TestCase):
         attributes = {entry["key"]: entry["value"] for entry in named["request"]["attributes"]}
         self.assertIn("grpc-python", attributes["user_agent"]["stringValue"])
         self.assertEqual(attributes["tokens"], {"intValue": str(len(PROMPT))})
+
+    def test_lanes_are_parts_of_their_request_if_its_caller_records_the_trace(self):
+        for trace, flags, lanes in (("33" * 16, "01", 2), ("44" * 16, "00", 0)):
+            metadata = [("traceparent", f"00-{trace}-{CALLER}-{flags}")]
+            list(self.prefill.prefill(PROMPT, lanes=3, metadata=metadata))
+            spans = self.spans(trace, 1 + lanes)
+            request = self.check_well_formed(spans)["request"]
+            found = [span for span in spans if span["name"] == "lane"]
+            self.assertEqual(len(found), lanes)
+            for lane in found:
+                self.assertEqual(lane["parentSpanId"], request["spanId"])
+
+    def test_a_stream_in_place_of_a_broken_one_is_a_part_of_its_request(self):
+        trace = "55" * 16
+        stream = self.prefill.submit(
+            PROMPT, resumable=True, metadata=[("traceparent", f"00-{trace}-{CALLER}-01")], attention=Attention("dense")
+        )
+        stream.wait_accepted()
+        stream._lane0.cancel()  # as a broken connection does
+        stream.read_all()
+        stream.close()
+        named = self.check_well_formed(self.spans(trace, 2))
+        self.assertEqual(named["lane"]["parentSpanId"], named["request"]["spanId"])
+        resumed = [line for line in self.log_lines() if line["event"] == "stream_resumed"]
+        self.assertEqual(resumed[-1]["trace_id"], trace)
+
+    def test_whoever_follows_the_cache_has_a_span_from_beginning_to_end(self):
+        trace = "66" * 16
+        with self.prefill.watch_prefix_cache(metadata=[("traceparent", f"00-{trace}-{CALLER}-01")]) as updates:
+            next(updates)
+            time.sleep(0.05)
+        named = self.check_well_formed(self.spans(trace, 1))
+        self.assertEqual(named["cache_watch"]["parentSpanId"], CALLER)
+        watch = named["cache_watch"]
+        self.assertGreater(int(watch["endTimeUnixNano"]) - int(watch["startTimeUnixNano"]), 50_000_000)
+
+    def test_refusals_have_a_span_that_ends_with_them(self):
+        trace = "77" * 16
+        metadata = [("traceparent", f"00-{trace}-{CALLER}-01")]
+        with self.assertRaises(PrefilldError):
+            list(self.prefill.prefill([10**6], metadata=metadata))
+        stub = self.prefill._servers.only().resumption()
+        with self.assertRaises(grpc.RpcError):
+            list(stub.Resume(wire.ResumeRequest(request_id="nobody"), metadata=metadata))
+        named = self.check_well_formed(self.spans(trace, 2))
+        self.assertEqual(set(named), {"request", "refused"})
+        (line,) = [line for line in self.log_lines() if line["event"] == "refused" and line["trace_id"] == trace]
+        self.assertEqual((line["method"], line["id"], line["cause"]), ("Resume", "nobody", "over"))
 
     def test_a_context_that_is_not_valid_is_counted_and_starts_a_new_trace(self):
         before = self.programs.metric(self.server, "prefilld_trace_contexts_ignored_total")

@@ -223,5 +223,30 @@ TEST_F(Arrival, AWatchOfHealthSeesTheDrain) {
   EXPECT_EQ(HealthOf("liveness"), "serving");
 }
 
+class OpenStreams : public ServerFixture {};
+
+TEST_F(OpenStreams, AreCountedOfAllConnectionsAndOfTheOneWithTheMost) {
+  StartServer();
+  engine_->HoldAfter(0);
+  const auto one = NewStub(), other = NewStub();
+  std::vector<std::unique_ptr<OpenStream>> streams;
+  for (int i = 0; i < 3; ++i) streams.push_back(std::make_unique<OpenStream>(*one, PromptOf(10)));
+  streams.push_back(std::make_unique<OpenStream>(*other, PromptOf(10)));
+  for (const auto& stream : streams) stream->ReadUntil(v1::PrefillEvent::kAccepted);
+  const auto counts = [this](double all, double most) {
+    return Eventually([&] {
+      return Metric("prefilld_open_streams") == all &&
+             Metric("prefilld_open_streams_of_one_connection") == most;
+    });
+  };
+  EXPECT_TRUE(counts(4, 3));
+  streams.pop_back();
+  streams.pop_back();
+  EXPECT_TRUE(counts(2, 2));
+  engine_->HoldAfter(-1);
+  for (const auto& stream : streams) EXPECT_TRUE(stream->Rest().status.ok());
+  EXPECT_TRUE(counts(0, 0));
+}
+
 }  // namespace
 }  // namespace prefilld::server

@@ -128,6 +128,25 @@ TEST_F(Overload, AnIdIsFreeAsSoonAsItsCallWasCancelled) {
   EXPECT_TRUE(Eventually([&] { return Metric("prefilld_ended_requests_in_passes") == 0; }));
 }
 
+// Some calls are cancelled before their request is there, and those are nobody's.
+TEST_F(Overload, ARequestThatIsCancelledWhileItWaitsForItsIdIsCountedAsThat) {
+  StartServer();
+  const auto running = RunHeld(PromptOf(10, "again"));
+  const auto refusals = [this](const std::string& cause) {
+    return Metric("prefilld_refusals_total{cause=\"" + cause + "\"}");
+  };
+  EXPECT_TRUE(Eventually([&] {
+    OpenStream next(*stub_, PromptOf(10, "again"));
+    absl::SleepFor(absl::Milliseconds(50));
+    next.Cancel();
+    EXPECT_EQ(next.Rest().status.error_code(), grpc::StatusCode::CANCELLED);
+    return refusals("cancelled") > 0;
+  }));
+  EXPECT_EQ(refusals("invalid"), 0);
+  engine_->HoldAfter(-1);
+  EXPECT_TRUE(running->Rest().status.ok());
+}
+
 // A cancel and the next request of the same caller are heard of in any order.
 TEST_F(Overload, AnIdWhoseCancelIsOnItsWayIsWaitedFor) {
   StartServer();

@@ -1,100 +1,16 @@
 // Tests requests that outlive their connections, over sockets.
-#include <algorithm>
-#include <map>
 #include <memory>
 #include <random>
-#include <set>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include <gmock/gmock.h>
-#include <grpcpp/create_channel.h>
+#include <gtest/gtest.h>
 
-#include "prefill/v1/resumption.grpc.pb.h"
-#include "tests/server/server_fixture.h"
+#include "tests/server/resumption_fixture.h"
 
 namespace prefilld::server {
 namespace {
-
-using ::testing::HasSubstr;
-
-constexpr char kKey[] = "0123456789abcdef0123456789abcdef";
-constexpr char kId[] = "resumed";
-
-v1::PrefillRequest Resumable(int num_tokens, uint32_t num_lanes = 1) {
-  v1::PrefillRequest request = PromptOf(num_tokens, kId);
-  request.set_resume_key(kKey);
-  request.set_num_lanes(num_lanes);
-  return request;
-}
-
-template <typename Message>
-Message Named() {
-  Message message;
-  message.set_request_id(kId);
-  message.set_resume_key(kKey);
-  return message;
-}
-
-class Resumption : public ServerFixture {
- protected:
-  std::unique_ptr<v1::ResumptionService::Stub> NewResumptionStub() const {
-    grpc::ChannelArguments arguments;
-    arguments.SetMaxReceiveMessageSize(-1);
-    arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-    return v1::ResumptionService::NewStub(
-        grpc::CreateCustomChannel(address(), grpc::InsecureChannelCredentials(), arguments));
-  }
-
-  struct Resumed {
-    explicit Resumed(v1::ResumptionService::Stub& stub, const v1::ResumeRequest& request)
-        : reader(stub.Resume(&context, request)) {}
-    ~Resumed() { context.TryCancel(); }
-    StreamContents Rest() {
-      StreamContents contents;
-      v1::PrefillEvent event;
-      while (reader->Read(&event)) contents.events.push_back(event);
-      contents.status = reader->Finish();
-      return contents;
-    }
-    grpc::ClientContext context;
-    std::unique_ptr<grpc::ClientReader<v1::PrefillEvent>> reader;
-  };
-
-  static v1::ResumeRequest From(uint64_t received, uint32_t lane = 0) {
-    auto request = Named<v1::ResumeRequest>();
-    request.set_lane(lane);
-    request.set_received(received);
-    return request;
-  }
-
-  grpc::Status Acknowledge(uint32_t lane, uint64_t received, std::vector<uint64_t> damaged = {},
-                           bool complete = false) const {
-    auto request = Named<v1::AcknowledgeRequest>();
-    v1::LaneReceipt& receipt = *request.add_lanes();
-    receipt.set_lane(lane);
-    receipt.set_received(received);
-    receipt.mutable_damaged()->Assign(damaged.begin(), damaged.end());
-    request.set_complete(complete);
-    grpc::ClientContext context;
-    v1::AcknowledgeResponse response;
-    return NewResumptionStub()->Acknowledge(&context, request, &response);
-  }
-
-  grpc::Status CancelRequest() const {
-    grpc::ClientContext context;
-    v1::CancelResponse response;
-    return NewResumptionStub()->Cancel(&context, Named<v1::CancelRequest>(), &response);
-  }
-
-  bool Waits() {
-    return Eventually([this] { return Metric("prefilld_waiting_for_consumer") == 1; });
-  }
-  double Ended(const std::string& outcome) const {
-    return Metric("prefilld_requests_total{outcome=\"" + outcome + "\"}");
-  }
-};
 
 TEST_F(Resumption, ACutStreamIsCompletedByAnotherAndNothingIsComputedAgain) {
   StartServer();
@@ -187,10 +103,12 @@ TEST_F(Resumption, WhoNeverComesBackIsGivenUpAfterTheWindow) {
   absl::SleepFor(absl::Milliseconds(100));
   EXPECT_EQ(Metric("prefilld_live_requests"), 1);
   EXPECT_GT(Metric("prefilld_waiting_for_consumer_bytes"), 0);
+  EXPECT_GT(Metric("prefilld_kv_frames_retained"), 0);
   clock_.Advance(absl::Seconds(2));
   engine_->HoldAfter(-1);
   EXPECT_TRUE(EverythingIsFree());
   EXPECT_EQ(Ended("not_resumed"), 1);
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_kv_frames_retained") == 0; }));
   const auto stub = NewResumptionStub();
   EXPECT_EQ(Resumed(*stub, From(0)).Rest().status.error_code(), grpc::StatusCode::NOT_FOUND);
 }
@@ -238,92 +156,6 @@ TEST_F(Resumption, TheDeadlineHoldsWhileTheConsumerIsAway) {
   engine_->HoldAfter(-1);
   EXPECT_TRUE(EverythingIsFree());
   EXPECT_EQ(Ended("deadline"), 1);
-}
-
-TEST_F(Resumption, DamagedFramesComeOnceMore) {
-  StartServer();
-  OpenStream stream(*NewStub(), Resumable(20'000));
-  std::map<uint64_t, int> copies;
-  std::vector<v1::KvFrame> frames;
-  v1::KvLayout layout;
-  v1::PrefillEvent event;
-  std::set<uint64_t> missing;
-  uint64_t end = 0;
-  while (stream.Read(&event)) {
-    if (event.has_accepted()) layout = event.accepted().layout();
-    if (!event.has_kv_frame()) continue;
-    const uint64_t sequence = event.kv_frame().sequence();
-    end = std::max(end, sequence + 1);
-    if (++copies[sequence] == 1 && sequence % 5 == 3) {
-      missing.insert(sequence);
-      ASSERT_TRUE(Acknowledge(0, *missing.begin(), {sequence}).ok());
-      continue;
-    }
-    missing.erase(sequence);
-    frames.push_back(event.kv_frame());
-    ASSERT_TRUE(Acknowledge(0, missing.empty() ? end : *missing.begin()).ok());
-  }
-  EXPECT_TRUE(stream.Finish().ok());
-  ExpectWholeCache(frames, layout);
-  double again = 0;
-  for (const auto& [sequence, count] : copies) {
-    EXPECT_EQ(count, sequence % 5 == 3 ? 2 : 1) << "frame " << sequence;
-    again += count - 1;
-  }
-  EXPECT_GT(again, 5);
-  EXPECT_EQ(Metric("prefilld_kv_frames_resent_total{cause=\"damaged\"}"), again);
-}
-
-TEST_F(Resumption, StrangersAndNonsenseAreRefused) {
-  StartServer();
-  engine_->HoldAfter(1);
-  OpenStream stream(*NewStub(), Resumable(20'000));
-  stream.ReadUntil(v1::PrefillEvent::kKvFrame);
-  const auto stub = NewResumptionStub();
-  const auto code_of = [&](const v1::ResumeRequest& request) {
-    return Resumed(*stub, request).Rest().status.error_code();
-  };
-  v1::ResumeRequest stranger = From(0);
-  stranger.set_resume_key("0123456789abcdef0123456789abcdee");
-  EXPECT_EQ(code_of(stranger), grpc::StatusCode::PERMISSION_DENIED);
-  EXPECT_EQ(code_of(From(0, /*lane=*/1)), grpc::StatusCode::INVALID_ARGUMENT);
-  EXPECT_EQ(code_of(From(1'000'000)), grpc::StatusCode::OUT_OF_RANGE);
-  EXPECT_EQ(Acknowledge(0, 1'000'000).error_code(), grpc::StatusCode::OUT_OF_RANGE);
-  EXPECT_EQ(Acknowledge(5, 0).error_code(), grpc::StatusCode::INVALID_ARGUMENT);
-  EXPECT_EQ(Acknowledge(0, 0, std::vector<uint64_t>(65, 0)).error_code(),
-            grpc::StatusCode::INVALID_ARGUMENT);
-  v1::PrefillRequest short_key = PromptOf(10, "other"), nameless = PromptOf(10);
-  short_key.set_resume_key("short");
-  nameless.set_resume_key(kKey);
-  EXPECT_THAT(Prefill(short_key).status.error_message(), HasSubstr("resume_key has 5"));
-  EXPECT_THAT(Prefill(nameless).status.error_message(), HasSubstr("request_id"));
-  EXPECT_TRUE(CancelRequest().ok());
-}
-
-TEST_F(Resumption, BeyondTheirShareOfTheStagingMemoryRequestsDoNotWait) {
-  options_.staging_bytes = 12 << 20;
-  StartServer();
-  // Each may hold up to half of what is free, and half of the ring is for those that wait.
-  std::vector<v1::PrefillRequest> requests;
-  for (const char* id : {"a", "b", "c"}) {
-    requests.push_back(Resumable(20'000));
-    requests.back().set_request_id(id);
-  }
-  {
-    std::vector<std::unique_ptr<OpenStream>> streams;
-    for (const auto& request : requests) {
-      streams.push_back(std::make_unique<OpenStream>(*NewStub(), request));
-      streams.back()->ReadUntil(v1::PrefillEvent::kKvFrame);
-    }
-    EXPECT_TRUE(Eventually([&] { return Metric("prefilld_staged_bytes") >= 8 << 20; }));
-  }
-  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_resume_refused_total") >= 1; }));
-  EXPECT_TRUE(Eventually([&] {
-    return Metric("prefilld_waiting_for_consumer") >= 1 &&
-           Metric("prefilld_waiting_for_consumer_bytes") <= 6 << 20;
-  }));
-  clock_.Advance(absl::Seconds(11));
-  EXPECT_TRUE(EverythingIsFree());
 }
 
 // Reads one lane of a request with streams that break after a few frames, each in one of the ways

@@ -35,19 +35,37 @@ sockaddr_in Loopback(int port) {
   return address;
 }
 
+sockaddr_un UnixSocket(const std::string& path) {
+  sockaddr_un address = {};
+  address.sun_family = AF_UNIX;
+  path.copy(address.sun_path, sizeof address.sun_path - 1);
+  return address;
+}
+
 // Stands between the ends of one connection, and reads from one of them as slowly as it is told.
 class SlowReader {
  public:
   enum class From { kCaller, kCalled };
 
-  // Calls `target`, a sockaddr_in or sockaddr_un, for whoever connects to port().
+  // Calls `target`, a sockaddr_in or sockaddr_un, for whoever connects to port() or, if there is
+  // one, to `path`.
   template <typename Address>
-  explicit SlowReader(const Address& target, From slow = From::kCalled) : slow_(slow) {
+  explicit SlowReader(const Address& target, From slow = From::kCalled,
+                      const std::string& path = "")
+      : slow_(slow) {
     const auto* address_called = reinterpret_cast<const sockaddr*>(&target);
     called_ = socket(address_called->sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
     const int buffer_bytes = 128 << 10;
     setsockopt(called_, SOL_SOCKET, SO_RCVBUF, &buffer_bytes, sizeof buffer_bytes);
     connect(called_, address_called, sizeof target);
+    if (!path.empty()) {
+      listener_ = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+      const sockaddr_un unix_address = UnixSocket(path);
+      bind(listener_, reinterpret_cast<const sockaddr*>(&unix_address), sizeof unix_address);
+      listen(listener_, 1);
+      thread_ = std::thread([this] { Run(); });
+      return;
+    }
     listener_ = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     setsockopt(listener_, SOL_SOCKET, SO_RCVBUF, &buffer_bytes, sizeof buffer_bytes);
     sockaddr_in address = Loopback(0);
@@ -200,10 +218,7 @@ TEST_F(SlowConsumer, OfAUnixSocketThatTakesBytesIsNotStalledEither) {
   options_.stall_timeout = absl::Seconds(5);
   options_.min_consumer_mb_per_s = 0;
   StartServer();
-  sockaddr_un address = {};
-  address.sun_family = AF_UNIX;
-  path.copy(address.sun_path, sizeof address.sun_path - 1);
-  SlowReader reader(address);
+  SlowReader reader(UnixSocket(path));
   reader.set_bytes_per_second(139'000);
   const auto stub = Through(reader);
   OpenStream stream(*stub, PromptOf(4096));
@@ -213,6 +228,31 @@ TEST_F(SlowConsumer, OfAUnixSocketThatTakesBytesIsNotStalledEither) {
   reader.set_bytes_per_second(-1);
   const grpc::Status status = stream.Rest().status;
   EXPECT_TRUE(status.ok()) << status.error_message();
+}
+
+// A frame takes more than twice the stall time-out.
+TEST_F(SlowConsumer, OfAPushToAUnixSocketThatTakesBytesIsNotStalledEither) {
+  const std::string path = absl::StrCat(::testing::TempDir(), "slow_receiver.", getpid());
+  options_.stall_timeout = absl::Seconds(1);
+  options_.min_consumer_mb_per_s = 0;
+  options_.deliver_to_allow = {"unix:" + path};
+  StartServer();
+  Receiver receiver;
+  SlowReader reader(Loopback(receiver.port()), SlowReader::From::kCaller, path);
+  reader.set_bytes_per_second(350'000);
+  v1::PrefillRequest request = PromptOf(4096);
+  request.mutable_deliver_to()->set_address("unix:" + path);
+  request.mutable_deliver_to()->set_transfer_id("t");
+  OpenStream stream(*stub_, request);
+  const absl::Time start = absl::Now();
+  while (receiver.frames() < 1 && absl::Now() - start < kPatience) {
+    absl::SleepFor(absl::Milliseconds(20));
+  }
+  EXPECT_GT(absl::Now() - start, 2 * options_.stall_timeout);
+  reader.set_bytes_per_second(-1);
+  const grpc::Status status = stream.Rest().status;
+  EXPECT_TRUE(status.ok()) << status.error_message();
+  unlink(path.c_str());
 }
 
 // The consumer is a process that is stopped, or one that is busy with other things. The kernel of
