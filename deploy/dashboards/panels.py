@@ -55,7 +55,7 @@ def quantile(q: float, histogram: str, by: str) -> str:
 
 
 TTFT = "prefilld_time_to_first_token_seconds"
-FAILED = 'outcome=~"stalled|too_slow|lanes_missing|receiver_failed|not_resumed|internal|device_failed"'
+FAILED = 'outcome=~"stalled|too_slow|lanes_missing|receiver_failed|damaged|not_resumed|internal|device_failed"'
 
 NOW = Row(
     "Now",
@@ -142,6 +142,31 @@ KV = Row(
     ),
 )  # fmt: skip
 
+RESUMPTION = Row(
+    "Resumption and refusals",
+    (
+        Panel("Consumers away", "Requests whose connection broke and whose consumer may come back (--resume_window_s).", "none",
+              (Query(f"sum({of('prefilld_waiting_for_consumer')})", "away"),)),
+        Panel("Staging memory of those away", "At most half of the staging memory waits for them.", "bytes",
+              (Query(f"sum({of('prefilld_waiting_for_consumer_bytes')})", "away"),
+               Query(f"sum({of('prefilld_staging_capacity_bytes')}) / 2", "limit"))),
+        Panel("Frames retained", "Frames of resumable requests that wait to be sent or acknowledged.", "none",
+              (Query(f"sum({of('prefilld_kv_frames_retained')})", "frames"),)),
+        Panel("Streams resumed", "Streams attached in place of broken ones, and requests that were not kept or not come back for.",
+              "cps",
+              (Query(rate("prefilld_resumed_streams_total"), "resumed"),
+               Query(rate("prefilld_resume_refused_total"), "not kept"),
+               Query(rate("prefilld_requests_total", labels='outcome="not_resumed"'), "ended"))),
+        Panel("Frames sent again", "Because a stream was resumed, or because they arrived damaged.", "cps",
+              (Query(rate("prefilld_kv_frames_resent_total", "cause"), "{{cause}}"),)),
+        Panel("Refusals by cause", "Calls that were refused; causes without any are left out.", "reqps",
+              (Query(f"{rate('prefilld_refusals_total', 'cause')} > 0", "{{cause}}"),), "stacked"),
+        Panel("Open streams", "Calls that are not over, and the most that one connection has.", "none",
+              (Query(f"sum({of('prefilld_open_streams')})", "all"),
+               Query(f"max({of('prefilld_open_streams_of_one_connection')})", "of one connection"))),
+    ),
+)  # fmt: skip
+
 MEMORY = Row(
     "Memory",
     (
@@ -214,4 +239,4 @@ TENANTS = Row(
     ),
 )  # fmt: skip
 
-ROWS = (NOW, FIRST_TOKEN, QUEUE, ATTENTION, KV, MEMORY, ERRORS, PREFIX_CACHE, TENANTS)
+ROWS = (NOW, FIRST_TOKEN, QUEUE, ATTENTION, KV, RESUMPTION, MEMORY, ERRORS, PREFIX_CACHE, TENANTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
 import shutil
@@ -11,10 +12,11 @@ import socket
 import threading
 from pathlib import Path
 
+import grpc
 from alerts_processes import ROOT, Server
 from dashboards_load import make_certificate
 
-from prefilld import Attention, DecodeClient, Layout, PrefillClient, PrefilldError
+from prefilld import Attention, DecodeClient, Layout, PrefillClient, PrefilldError, wire
 
 TEXT = [256, *(ROOT / "deploy" / "README.md").read_bytes()]
 
@@ -130,6 +132,28 @@ def take_nothing(server: Server, stop: threading.Event) -> None:
             stream = client.submit(TEXT[:2048], attention=Attention("dense"))
             stop.wait(3)
             stream.cancel()
+
+
+def call_without_right(server: Server, stop: threading.Event) -> None:
+    """Is a stranger to a server that takes calls of its tenants alone."""
+    with PrefillClient(server.address) as client:
+        while not stop.wait(0.2):
+            send(client, 10)
+
+
+def vanish(server: Server, stop: threading.Event) -> None:
+    """Is many consumers of resumable requests, whose connections break and who do not come back."""
+    with grpc.insecure_channel(server.address, [("grpc.max_receive_message_length", -1)]) as channel:
+        stub = wire.Stub(channel, "PrefillService")
+        for number in itertools.count():
+            call = stub.Prefill(wire.PrefillRequest(
+                request_id=f"away {number}", resume_key="k" * 32, token_ids=TEXT[:2000],
+                layout=wire.KvLayoutRequest(block_tokens=64)))  # fmt: skip
+            with contextlib.suppress(grpc.RpcError):
+                next(call), next(call)
+            call.cancel()
+            if stop.wait(0.5):
+                return
 
 
 def take_slowly(server: Server, stop: threading.Event) -> None:
