@@ -6,13 +6,10 @@ namespace prefilld::process {
 
 void KeepFreedMemory() {
 #if defined(__GLIBC__)
-  // glibc keeps a thread's heap, which has 64 MiB at most, if the one before it could not take in
-  // so much more; from this size on that is never so.
-  constexpr int kHeapBytes = 64 << 20;
-  constexpr int kMappedBytes = 32 << 20;  // the most that glibc accepts
   mallopt(M_TRIM_THRESHOLD, kKeptBytes);
-  mallopt(M_TOP_PAD, kHeapBytes);
-  mallopt(M_MMAP_THRESHOLD, kMappedBytes);
+  // A setting of either ends glibc's own adjustment of the other, which starts at 128 KiB. 32 MiB
+  // is the most that it accepts.
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);
 #endif
 }
 

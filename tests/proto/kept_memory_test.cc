@@ -30,17 +30,19 @@ int64_t PageFaultsOfThisThread() {
   return use.ru_minflt;
 }
 
-// Returns the page faults of receiving `bytes` in pieces as gRPC does, after it has been done
-// before.
-int64_t FaultsOfReceivingAgain(size_t bytes) {
-  constexpr size_t kPiece = 64 << 10;
+constexpr size_t kBytes = size_t{128} << 20;  // more than one heap of a thread
+constexpr int64_t kPages = kBytes >> 12;
+
+// Returns the page faults of allocating kBytes in such pieces and writing them, after it has been
+// done before.
+int64_t FaultsOfReceivingAgain(size_t piece_bytes) {
   int64_t faults = 0;
   for (int round = 0; round < 5; ++round) {
     const int64_t before = PageFaultsOfThisThread();
     std::vector<std::unique_ptr<char[]>> pieces;
-    for (size_t i = 0; i < bytes / kPiece; ++i) {
-      pieces.emplace_back(new char[kPiece]);
-      std::memset(pieces.back().get(), round, kPiece);
+    for (size_t i = 0; i < kBytes / piece_bytes; ++i) {
+      pieces.emplace_back(new char[piece_bytes]);
+      std::memset(pieces.back().get(), round, piece_bytes);
     }
     faults = PageFaultsOfThisThread() - before;
   }
@@ -50,17 +52,18 @@ int64_t FaultsOfReceivingAgain(size_t bytes) {
 // One process cannot go back to glibc's defaults, so both are in one test.
 TEST(KeptMemory, MemoryOfFreedFramesIsThereForTheNext) {
   if (!kIsGlibcsAllocator) GTEST_SKIP() << "a sanitizer's allocator is used";
-  constexpr size_t kBytes = size_t{128} << 20;  // more than one heap of a thread
-  constexpr int64_t kPages = kBytes >> 12;
-  const auto in_a_thread = [] {
+  constexpr size_t kSlice = 64 << 10, kFrame = 2 << 20;
+  const auto in_a_thread = [](size_t piece_bytes) {
     int64_t faults = 0;
-    std::thread([&faults] { faults = FaultsOfReceivingAgain(kBytes); }).join();
+    std::thread([&] { faults = FaultsOfReceivingAgain(piece_bytes); }).join();
     return faults;
   };
-  EXPECT_GT(in_a_thread(), kPages / 4) << "glibc keeps it by itself";
+  EXPECT_GT(in_a_thread(kSlice), kPages / 4) << "glibc keeps it by itself";
   KeepFreedMemory();
-  EXPECT_LT(FaultsOfReceivingAgain(kBytes), kPages / 100);
-  EXPECT_LT(in_a_thread(), kPages / 100);
+  for (const size_t piece_bytes : {kSlice, kFrame}) {
+    EXPECT_LT(FaultsOfReceivingAgain(piece_bytes), kPages / 100) << piece_bytes;
+    EXPECT_LT(in_a_thread(piece_bytes), kPages / 100) << piece_bytes;
+  }
 }
 
 }  // namespace

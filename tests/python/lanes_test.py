@@ -25,7 +25,7 @@ BYTES_PER_TOKEN = 384  # of the played server's layout
 
 class Rule(unittest.TestCase):
     def test_large_kv_gets_four_lanes(self):
-        asked = [lanes.choose_lanes(size) for size in (0, (32 << 20) - 1, 32 << 20, 1 << 40)]
+        asked = [lanes.choose_lanes(size) for size in (0, (8 << 20) - 1, 8 << 20, 1 << 40)]
         self.assertEqual(asked, [1, 1, 4, 4])
 
     def test_kv_is_as_large_as_the_layout_says(self):
@@ -34,7 +34,7 @@ class Rule(unittest.TestCase):
 
     def test_the_rule_is_that_of_the_other_clients(self):
         header = (Path(__file__).resolve().parents[2] / "client" / "lane_choice.h").read_text(encoding="utf-8")
-        self.assertIn("kBytesForManyLanes = uint64_t{32} << 20;", header)
+        self.assertIn("kBytesForManyLanes = uint64_t{8} << 20;", header)
         self.assertIn("kManyLanes = 4;", header)
 
     def test_names_of_several_machines_are_known(self):
@@ -118,10 +118,10 @@ class Asynchronous(Calls, unittest.TestCase):
 
 
 class Choice(unittest.TestCase):
-    """The server that is asked has a MiB of KV for each token."""
+    """The server that is asked has a quarter of a MiB of KV for each token."""
 
     def chosen(self, several=False, **arguments):
-        server = mock.Mock(kv_bytes_per_token=1 << 20)
+        server = mock.Mock(kv_bytes_per_token=256 << 10)
         server.stands_for_several.return_value = several
         call = prefill_call(range(40), **arguments)
         lanes.LaneChoice(call).choose(server)

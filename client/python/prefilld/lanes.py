@@ -11,9 +11,8 @@ from prefilld import wire
 from prefilld.arrays import NUMPY_DTYPES
 from prefilld.errors import PrefilldError
 
-# One lane carries 2 to 3 GB/s. KV of this size or more gets four lanes, which carry three times that; smaller KV is
-# over before further lanes are attached and under way.
-_BYTES_FOR_MANY = 32 << 20
+# One lane carries 2 to 3 GB/s. KV of this size or more gets four lanes, which carry up to three times that.
+_BYTES_FOR_MANY = 8 << 20
 _MANY = 4
 
 _REFUSALS = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.INVALID_ARGUMENT)

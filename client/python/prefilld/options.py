@@ -138,7 +138,7 @@ class PrefillArguments(TypedDict, total=False):
 
     layout, attention, sampling: see Layout, Attention and Sampling.
     lanes: 1 to 16 parallel streams for the KV, each on a connection of its own. One connection carries
-    2 to 3 GB/s at most. "auto": 4 where the KV of the prompt has 32 MiB or more, else 1. What a token's KV takes is
+    2 to 3 GB/s at most. "auto": 4 where the KV of the prompt has 8 MiB or more, else 1. What a token's KV takes is
     known from what the server accepted before, so a client's first call has one. It is one for a name that stands
     for several machines, and where the server or the tenant may not have more.
     deliver_to: pushes the cache elsewhere; iterating then brings nothing, and result comes at the end.
