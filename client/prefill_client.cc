@@ -197,26 +197,30 @@ absl::StatusOr<PrefillResult> PrefillClient::Call(const char* method, const Requ
     return absl::InvalidArgumentError(
         absl::StrCat("num_lanes ", request.num_lanes(), ", allowed: 1 to ", kMaxLanes));
   }
-  if (options.resumable && request.resume_key().empty()) {
-    Request resumable = request;
-    if (resumable.request_id().empty()) resumable.set_request_id(NewSecret());
-    resumable.set_resume_key(NewSecret());
-    return Call(method, resumable, sink, options);
-  }
   PREFILLD_ASSIGN_OR_RETURN(const PrefillCallOptions with_token, WithToken(options));
+  Request asked = request;
+  if (options.resumable && request.request_id().empty()) asked.set_request_id(NewSecret());
+  bool was_accepted = false;
+  // The server may still be about to hear that an attempt before this one is cancelled. What it
+  // hears must not name this one, so that each has a key of its own.
+  const auto ask = [&](ServerChannels& server, uint32_t num_lanes) {
+    asked.set_num_lanes(num_lanes);
+    if (options.resumable && request.resume_key().empty()) asked.set_resume_key(NewSecret());
+    return CallServer(method, asked, sink, with_token, server, was_accepted);
+  };
   absl::StatusOr<PrefillResult> result;
   for (ServerChannels* server : InTurn()) {
-    bool was_accepted = false;
-    Request sized = request;
-    if (request.num_lanes() == 0) sized.set_num_lanes(LanesFor(request, options, *server));
-    result = CallServer(method, sized, sink, with_token, *server, was_accepted);
-    // A server or a tenant that may have fewer lanes was asked for more than the caller named.
-    const bool may_be_the_lanes =
-        request.num_lanes() == 0 && sized.num_lanes() > 1 && !was_accepted &&
-        (absl::IsPermissionDenied(result.status()) || absl::IsInvalidArgument(result.status()));
-    if (may_be_the_lanes) {
-      sized.set_num_lanes(1);
-      result = CallServer(method, sized, sink, with_token, *server, was_accepted);
+    const bool is_our_choice = request.num_lanes() == 0;
+    const uint32_t num_lanes =
+        is_our_choice ? LanesFor(request, options, *server) : request.num_lanes();
+    result = ask(*server, num_lanes);
+    if (is_our_choice && num_lanes > 1) {
+      // The lanes of a request that runs found nobody who knows it: they ended at another server.
+      if (was_accepted && absl::IsNotFound(result.status())) server->NoteSeveral();
+      // A server or a tenant that may have fewer lanes was asked for more than the caller named.
+      const bool may_be_the_lanes = !was_accepted && (absl::IsPermissionDenied(result.status()) ||
+                                                      absl::IsInvalidArgument(result.status()));
+      if (may_be_the_lanes) result = ask(*server, 1);
     }
     if (!absl::IsUnavailable(result.status())) break;
     server->Renew();

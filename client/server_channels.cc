@@ -50,6 +50,11 @@ bool ServerChannels::StandsForSeveral() {
   return several;
 }
 
+void ServerChannels::NoteSeveral() {
+  absl::MutexLock lock(&mu_);
+  stands_for_several_ = true;
+}
+
 void ServerChannels::Renew() {
   absl::MutexLock lock(&mu_);
   stands_for_several_.reset();

@@ -38,6 +38,8 @@ class ServerChannels {
   // Tells whether further connections may end at another server than the first: lane_choice.h. The
   // answer is kept until Renew.
   bool StandsForSeveral();
+  // They did, whatever the name says: behind a balancer, or since it has an address more.
+  void NoteSeveral();
 
   // Replaces channels that have no connection, for later calls. Must be called after a call that
   // found the server unavailable. A channel to a name that could not be resolved waits for up to

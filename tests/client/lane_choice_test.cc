@@ -1,12 +1,15 @@
 #include "client/lane_choice.h"
 
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "client/prefill_client.h"
 #include "grpcpp/server_context.h"
 #include "tests/client/scripted_server.h"
@@ -64,21 +67,28 @@ class LanesAskedFor : public ::testing::Test {
  protected:
   std::vector<uint32_t> Ask(const v1::PrefillRequest& request, uint64_t kv_bytes_per_token) {
     IgnoringSink sink;
-    status_ = client_->Prefill(request, sink, {.kv_bytes_per_token = kv_bytes_per_token}).status();
+    const PrefillCallOptions options = {.resumable = is_resumable_,
+                                        .kv_bytes_per_token = kv_bytes_per_token};
+    status_ = client_->Prefill(request, sink, options).status();
     absl::MutexLock lock(&mu_);
     return std::exchange(asked_, {});
   }
 
-  grpc::Status Serve(const v1::PrefillRequest& request, PrefillWriter& writer) {
+  grpc::Status Serve(grpc::ServerContext& context, const v1::PrefillRequest& request,
+                     PrefillWriter& writer) {
     absl::MutexLock lock(&mu_);
     asked_.push_back(request.num_lanes());
+    keys_.push_back(request.resume_key());
     if (request.num_lanes() > most_) {
       return grpc::Status(grpc::StatusCode::PERMISSION_DENIED, "num_lanes");
     }
     if (request.token_ids_size() != SmallRequest().token_ids_size()) {
       return grpc::Status(grpc::StatusCode::ABORTED, "enough");
     }
-    writer.Write(AcceptedEvent(SmallLayout(), 1));
+    const bool on_lanes = has_lanes_elsewhere_ && request.num_lanes() > 1;
+    writer.Write(
+        AcceptedEvent(SmallLayout(), on_lanes ? static_cast<int>(request.num_lanes()) : 1));
+    if (on_lanes) return AwaitCancel(context);
     for (uint32_t layer = 0; layer < 3; ++layer) {
       writer.Write(FrameEvent(SmallLayout(), 0, layer, layer, 0, 3));
     }
@@ -86,12 +96,24 @@ class LanesAskedFor : public ::testing::Test {
     return grpc::Status::OK;
   }
 
+  static grpc::Status AwaitCancel(grpc::ServerContext& context) {
+    while (!context.IsCancelled()) absl::SleepFor(absl::Milliseconds(2));
+    return grpc::Status::CANCELLED;
+  }
+
   absl::Mutex mu_;
   uint32_t most_ = 16;
+  bool has_lanes_elsewhere_ = false;
+  bool is_resumable_ = false;
   std::vector<uint32_t> asked_;
-  absl::Status status_;  // of the latest call
-  ScriptedServer server_{[this](grpc::ServerContext&, const v1::PrefillRequest& request,
-                                PrefillWriter& writer) { return Serve(request, writer); }};
+  std::vector<std::string> keys_;  // of all calls
+  absl::Status status_;            // of the latest call
+  ScriptedServer server_{[this](grpc::ServerContext& context, const v1::PrefillRequest& request,
+                                PrefillWriter& writer) { return Serve(context, request, writer); },
+                         [](const v1::AttachLaneRequest&, PrefillWriter&) {
+                           return grpc::Status(grpc::StatusCode::NOT_FOUND,
+                                               "no such running request with lanes");
+                         }};
   const std::unique_ptr<PrefillClient> client_ =
       PrefillClient::Create({.address = server_.address()}).value();
 };
@@ -120,6 +142,28 @@ TEST_F(LanesAskedFor, FollowWhatTheServerAcceptedBefore) {
   EXPECT_EQ(Ask(SmallRequest(), 0), std::vector<uint32_t>{1});
   EXPECT_TRUE(status_.ok()) << status_;
   EXPECT_EQ(Ask(Request(num_tokens), 0), std::vector<uint32_t>{4});
+}
+
+TEST_F(LanesAskedFor, AreOneOnceLanesEndedAtAnotherServer) {
+  has_lanes_elsewhere_ = true;
+  EXPECT_EQ(Ask(SmallRequest(), kBytesForManyLanes), std::vector<uint32_t>{4});
+  EXPECT_EQ(status_.code(), absl::StatusCode::kNotFound) << status_;
+  EXPECT_EQ(Ask(SmallRequest(), kBytesForManyLanes), std::vector<uint32_t>{1});
+  EXPECT_TRUE(status_.ok()) << status_;
+}
+
+// A server is told that a resumable request is cancelled once it was refused. That may come when
+// the same request is there again, with fewer lanes.
+TEST_F(LanesAskedFor, AreAskedForWithAKeyOfTheirOwnEachTime) {
+  most_ = 1;
+  is_resumable_ = true;
+  EXPECT_EQ(Ask(SmallRequest(), kBytesForManyLanes), (std::vector<uint32_t>{4, 1}));
+  EXPECT_TRUE(status_.ok()) << status_;
+  absl::MutexLock lock(&mu_);
+  ASSERT_EQ(keys_.size(), 2u);
+  EXPECT_EQ(keys_[0].size(), 32u);
+  EXPECT_EQ(keys_[1].size(), 32u);
+  EXPECT_NE(keys_[0], keys_[1]);
 }
 
 TEST_F(LanesAskedFor, AreOneWhereMoreAreRefusedThatNobodyNamed) {
