@@ -6,6 +6,7 @@ Exits with 77 (skipped, for CTest) without the client's packages.
 import asyncio
 import socket
 import sys
+import threading
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -13,7 +14,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "client" / "python"))
 try:
     import grpc
-    from played_server import LAYERS, TOKENS, PlayedServer, layout, whole
+    from played_server import LAYERS, TOKENS, PlayedServer, layout, silent, whole
     from prefilld import AsyncPrefillClient, Delivery, Layout, PrefillClient, PrefilldError, lanes, wire
     from prefilld.options import prefill_call
 except ImportError as missing:
@@ -63,12 +64,12 @@ class Calls:
         patch.start()
         self.addCleanup(patch.stop)
 
-    def asked(self, script, *calls):
+    def asked(self, script, *calls, kind=PlayedServer):
         def play(server, context):
             server.lanes = server.requests[-1].num_lanes
             yield from script(server, context)
 
-        with PlayedServer(play) as server:
+        with kind(play) as server:
             ends = self.receive(server.address, calls)
             return [request.num_lanes for request in server.requests], ends
 
@@ -86,6 +87,26 @@ class Calls:
         numbers, ends = self.asked(limited, {}, {}, {"lanes": 4})
         self.assertEqual(numbers, [1, 4, 1, 4])
         self.assertEqual(ends, [list(range(LAYERS))] * 2 + ["PERMISSION_DENIED"])
+
+
+    def test_one_is_asked_for_once_lanes_ended_at_another_server(self):
+        def waiting_for_lanes(server, context):
+            if server.lanes == 1:
+                yield from whole(server, context)
+            else:
+                yield server.accepted()
+                yield from silent(server, context)
+
+        numbers, ends = self.asked(waiting_for_lanes, {}, {}, {}, kind=LanesElsewhere)
+        self.assertEqual(numbers, [1, 4, 1])
+        self.assertEqual(ends, [list(range(LAYERS)), "NOT_FOUND", list(range(LAYERS))])
+
+
+class LanesElsewhere(PlayedServer):
+    """A server whose lanes come to another one."""
+
+    def _attach(self, request, context):
+        context.abort(grpc.StatusCode.NOT_FOUND, "request_id: no such running request with lanes")
 
 
 class Blocking(Calls, unittest.TestCase):
@@ -115,6 +136,19 @@ class Asynchronous(Calls, unittest.TestCase):
             return ends
 
         return asyncio.run(receive())
+
+    def test_the_event_loop_waits_for_no_name_server(self):
+        threads = []
+
+        def look_up(address):
+            threads.append(threading.current_thread())
+            return False
+
+        with mock.patch("prefilld.channels.stands_for_several", look_up):
+            numbers, _ = self.asked(whole, {}, {})
+        self.assertEqual(numbers, [1, 4])
+        self.assertEqual(len(threads), 1)
+        self.assertIsNot(threads[0], threading.main_thread())
 
 
 class Choice(unittest.TestCase):

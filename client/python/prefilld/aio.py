@@ -178,6 +178,8 @@ class AsyncPrefillStream(AcceptedFields, _AsyncStream):
                         if last.code is not grpc.StatusCode.UNAVAILABLE or not self._waiting:
                             raise
                     self._start()
+        # A later call may ask for several lanes, and must not wait for a name server in the event loop.
+        await asyncio.to_thread(self._server.stands_for_several)
         self._lanes.note_accepted(self._server, self._reception.accepted)
 
     async def _again(self, lane: int, call, error: PrefilldError):
@@ -237,6 +239,9 @@ class AsyncPrefillStream(AcceptedFields, _AsyncStream):
                         self._call.on_progress(taken)
             self._reception.finish()
             self._whole = True
+        except PrefilldError as error:
+            self._lanes.note_failure(self._server, error)
+            raise
         finally:
             self._end(self._whole)
 

@@ -79,10 +79,17 @@ class Server:
                     self._nameless_since = time.monotonic()
 
     def stands_for_several(self) -> bool:
-        """Tells whether connections may end at different servers, as far as was known when it was first asked."""
+        """Tells whether connections may end at different servers, as far as was known when it was first asked.
+
+        It may wait for a name server then.
+        """
         if self._stands_for_several is None:
             self._stands_for_several = stands_for_several(self.address)
         return self._stands_for_several
+
+    def note_several(self) -> None:
+        """They did, whatever the address says: behind a balancer, or since its name has an address more."""
+        self._stands_for_several = True
 
     def check_lanes(self, lanes: int) -> None:
         """Raises ValueError where the lanes of one call would reach different servers."""

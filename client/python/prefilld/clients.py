@@ -234,6 +234,9 @@ class PrefillStream(AcceptedFields, _Stream):
                     self._call.on_progress(taken)
             self._reception.finish()
             self._whole = True
+        except PrefilldError as error:
+            self._lanes.note_failure(self._server, error)
+            raise
         finally:
             self._end(self._whole)
 

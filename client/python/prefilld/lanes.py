@@ -78,5 +78,10 @@ class LaneChoice:
         self._was_refused = True
         return True
 
+    def note_failure(self, server, failure: PrefilldError) -> None:
+        """Of a call that was accepted: where lanes found nobody who knows it, they ended at another server."""
+        if self._is_open and self._request.num_lanes > 1 and failure.code is grpc.StatusCode.NOT_FOUND:
+            server.note_several()
+
     def note_accepted(self, server, accepted) -> None:
         server.kv_bytes_per_token = kv_bytes_per_token(accepted.layout)
