@@ -178,10 +178,7 @@ class PrefillStream(AcceptedFields, _Stream):
         self._lanes.note_accepted(self._server, self._reception.accepted)
 
     def _again(self, lane: int, call, error: PrefilldError):
-        """Attaches a lane again whose stream has ended with an error. Raises the error if that cannot be.
-
-        Returns None if nothing of the lane is missing.
-        """
+        """Attaches a broken lane again, or returns None if nothing of it is missing. Raises the error if it cannot."""
         call.cancel()
         if self._cancelled or self._reception.receipts is None:
             raise error

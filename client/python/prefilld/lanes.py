@@ -79,7 +79,7 @@ class LaneChoice:
         return True
 
     def note_failure(self, server, failure: PrefilldError) -> None:
-        """Of a call that was accepted: where lanes found nobody who knows it, they ended at another server."""
+        """Takes the end of a call that was accepted. Lanes that found nobody who knows it ended at another server."""
         if self._is_open and self._request.num_lanes > 1 and failure.code is grpc.StatusCode.NOT_FOUND:
             server.note_several()
 
