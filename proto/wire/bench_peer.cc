@@ -30,6 +30,8 @@ namespace {
 constexpr int64_t kSourceBytes = int64_t{64} << 20;
 constexpr int64_t kMaxPieceBytes = kSourceBytes;
 constexpr size_t kMaxConnections = 64;
+// After which it is tried again to accept a connection that there was no descriptor for.
+constexpr int kPauseMs = 100;
 
 // Two integers as they cross the wire.
 using Pair = std::array<uint8_t, 16>;
@@ -78,7 +80,14 @@ absl::Status Unreachable(const std::string& address, absl::string_view reason) {
   return absl::UnavailableError(absl::StrCat(address, ": ", reason));
 }
 
-absl::StatusOr<Descriptor> Connect(const std::string& address) {
+// Has calls on a socket fail for which nothing moves that long.
+void LimitWaiting(int socket, absl::Duration patience) {
+  const timeval limit = absl::ToTimeval(patience);
+  setsockopt(socket, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
+  setsockopt(socket, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
+}
+
+absl::StatusOr<Descriptor> Connect(const std::string& address, absl::Duration patience) {
   const std::optional<HostPort> host_port = ParseHostPort(address);
   if (!host_port.has_value()) return Unreachable(address, "it is not host:port");
   addrinfo hints = {};
@@ -90,15 +99,18 @@ absl::StatusOr<Descriptor> Connect(const std::string& address) {
   const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> list(found, &freeaddrinfo);
   for (const addrinfo* entry = found; entry != nullptr; entry = entry->ai_next) {
     Descriptor fd(socket(entry->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    if (!fd.valid() || connect(fd.get(), entry->ai_addr, entry->ai_addrlen) != 0) continue;
+    if (!fd.valid()) continue;
+    LimitWaiting(fd.get(), patience);
+    if (connect(fd.get(), entry->ai_addr, entry->ai_addrlen) != 0) continue;
     return fd;
   }
   return Unreachable(address, std::strerror(errno));
 }
 
 // Sends an order. What it brings follows.
-absl::StatusOr<Descriptor> Order(const std::string& address, int64_t bytes, int64_t piece_bytes) {
-  PREFILLD_ASSIGN_OR_RETURN(Descriptor fd, Connect(address));
+absl::StatusOr<Descriptor> Order(const std::string& address, int64_t bytes, int64_t piece_bytes,
+                                 absl::Duration patience = kBenchPatience) {
+  PREFILLD_ASSIGN_OR_RETURN(Descriptor fd, Connect(address, patience));
   const Pair order = ToBytes(bytes, piece_bytes);
   if (!SendAll(fd.get(), order.data(), order.size())) {
     return Unreachable(address, std::strerror(errno));
@@ -133,18 +145,21 @@ ProcessUse UseOfThisProcess() {
   return {microseconds(use.ru_utime) + microseconds(use.ru_stime), use.ru_minflt};
 }
 
-absl::StatusOr<std::unique_ptr<BenchPeer>> BenchPeer::Listen(const std::string& address) {
+absl::StatusOr<std::unique_ptr<BenchPeer>> BenchPeer::Listen(const std::string& address,
+                                                             absl::Duration patience) {
   PREFILLD_ASSIGN_OR_RETURN(ListeningSockets listening, ListenOn(address));
   int ends[2];
   if (pipe(ends) != 0) return absl::ErrnoToStatus(errno, "pipe");
   std::unique_ptr<BenchPeer> peer(
-      new BenchPeer(std::move(listening), Descriptor(ends[0]), Descriptor(ends[1])));
+      new BenchPeer(std::move(listening), patience, Descriptor(ends[0]), Descriptor(ends[1])));
   peer->accepting_ = std::thread([peer = peer.get()] { peer->Accept(); });
   return peer;
 }
 
-BenchPeer::BenchPeer(ListeningSockets listening, Descriptor stop_reader, Descriptor stop_writer)
+BenchPeer::BenchPeer(ListeningSockets listening, absl::Duration patience, Descriptor stop_reader,
+                     Descriptor stop_writer)
     : listening_(std::move(listening)),
+      patience_(patience),
       stop_reader_(std::move(stop_reader)),
       stop_writer_(std::move(stop_writer)),
       source_(MakeSource()) {}
@@ -175,7 +190,11 @@ void BenchPeer::Accept() {
     for (size_t i = 1; i < waited.size(); ++i) {
       if (waited[i].revents == 0) continue;
       Descriptor accepted(accept4(waited[i].fd, nullptr, nullptr, SOCK_CLOEXEC));
-      if (accepted.valid()) Start(std::move(accepted));
+      if (accepted.valid()) {
+        Start(std::move(accepted));
+      } else if (errno != EAGAIN) {
+        poll(waited.data(), 1, kPauseMs);  // the socket stays readable; the stop ends the pause
+      }
     }
   }
 }
@@ -202,6 +221,7 @@ void BenchPeer::Start(Descriptor socket) {
 }
 
 void BenchPeer::Serve(int socket) const {
+  LimitWaiting(socket, patience_);
   Pair order;
   if (!ReceiveAll(socket, order.data(), order.size())) return;
   const auto [bytes, piece_bytes] = FromBytes(order);
@@ -245,8 +265,8 @@ absl::StatusOr<double> ReceiveOverTcp(const std::string& address, int64_t total_
   return absl::ToDoubleSeconds(absl::Now() - begin);
 }
 
-absl::StatusOr<ProcessUse> AskUse(const std::string& address) {
-  PREFILLD_ASSIGN_OR_RETURN(const Descriptor fd, Order(address, 0, 0));
+absl::StatusOr<ProcessUse> AskUse(const std::string& address, absl::Duration patience) {
+  PREFILLD_ASSIGN_OR_RETURN(const Descriptor fd, Order(address, 0, 0, patience));
   Pair answer;
   if (!ReceiveAll(fd.get(), answer.data(), answer.size())) {
     return Unreachable(address, "no answer to how much processor time it has used");

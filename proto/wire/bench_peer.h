@@ -17,12 +17,16 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
 #include "proto/wire/listening_sockets.h"
 
 namespace prefilld::wire {
 
 // The model fingerprint of a server that makes its KV up.
 inline constexpr char kKvBenchFingerprint[] = "synthetic";
+
+// Either end gives up once nothing has moved for so long.
+inline constexpr absl::Duration kBenchPatience = absl::Seconds(10);
 
 // The use that a process has made of the machine since its start.
 struct ProcessUse {
@@ -35,7 +39,8 @@ ProcessUse UseOfThisProcess();
 class BenchPeer {
  public:
   // `address` is host:port; port 0 is any free one. UNAVAILABLE: as ListenOn.
-  static absl::StatusOr<std::unique_ptr<BenchPeer>> Listen(const std::string& address);
+  static absl::StatusOr<std::unique_ptr<BenchPeer>> Listen(
+      const std::string& address, absl::Duration patience = kBenchPatience);
   ~BenchPeer();  // breaks off what is under way
 
   int port() const { return listening_.port; }
@@ -47,12 +52,14 @@ class BenchPeer {
     std::thread thread;
   };
 
-  BenchPeer(ListeningSockets listening, Descriptor stop_reader, Descriptor stop_writer);
+  BenchPeer(ListeningSockets listening, absl::Duration patience, Descriptor stop_reader,
+            Descriptor stop_writer);
   void Accept();
   void Serve(int socket) const;
   void Start(Descriptor socket);
 
   const ListeningSockets listening_;
+  const absl::Duration patience_;
   const Descriptor stop_reader_, stop_writer_;  // a pipe; its end wakes the accepting thread
   const std::unique_ptr<const uint8_t[]> source_;
   absl::Mutex mu_;
@@ -66,7 +73,8 @@ class BenchPeer {
 // here and one there. What arrives is dropped.
 absl::StatusOr<double> ReceiveOverTcp(const std::string& address, int64_t total_bytes,
                                       int num_connections, int64_t piece_bytes);
-absl::StatusOr<ProcessUse> AskUse(const std::string& address);
+absl::StatusOr<ProcessUse> AskUse(const std::string& address,
+                                  absl::Duration patience = kBenchPatience);
 
 }  // namespace prefilld::wire
 
