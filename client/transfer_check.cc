@@ -180,14 +180,17 @@ absl::Status TransferCheck::MarkArrived(uint32_t lane, const wire::ReceivedFrame
     return absl::DataLossError(absl::StrCat("lane ", lane, ": frame ", frame.sequence,
                                             " arrived where ", frames_per_lane_[lane], " was due"));
   }
-  const size_t row = size_t{frame.layer} * layout_.num_blocks();
-  for (uint32_t block = frame.first_block; block < frame.first_block + frame.num_blocks; ++block) {
-    if (arrived_[row + block]) {
-      return absl::DataLossError(absl::StrCat("lane ", lane, ", frame ", frame.sequence, ": layer ",
-                                              frame.layer, ", block ", block, " arrived before"));
-    }
-    arrived_[row + block] = true;
+  // Nothing is marked of a frame that is refused, because the right one may come in its place.
+  const auto first = arrived_.begin() + static_cast<int64_t>(frame.layer) * layout_.num_blocks() +
+                     frame.first_block;
+  const auto end = first + frame.num_blocks;
+  const auto before = std::find(first, end, true);
+  if (before != end) {
+    return absl::DataLossError(
+        absl::StrCat("lane ", lane, ", frame ", frame.sequence, ": layer ", frame.layer, ", block ",
+                     frame.first_block + (before - first), " arrived before"));
   }
+  std::fill(first, end, true);
   if (is_next) ++frames_per_lane_[lane];
   damaged_[lane].erase(frame.sequence);
   blocks_missing_ -= frame.num_blocks;

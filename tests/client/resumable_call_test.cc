@@ -239,6 +239,37 @@ TEST(ResumableCall, AFrameWhoseNumberIsDamagedIsAskedForAtOnce) {
   EXPECT_EQ(sink.frames, (std::map<uint32_t, int>{{0, 1}, {1, 1}, {2, 1}}));
 }
 
+// The place of a frame has become one of which half was there before. The other half is still due.
+TEST(ResumableCall, AFrameWhosePlaceIsDamagedLeavesNoTrace) {
+  std::atomic<ResumableServer*> self = nullptr;
+  const PrefillEvent second = FrameEvent(SmallLayout(), 0, 1, 0, 0, 2);
+  ResumableServer server(
+      [&](PrefillWriter& writer) {
+        writer.Write(self.load()->Accepted());
+        writer.Write(FrameEvent(SmallLayout(), 0, 0, 0, 2, 1));
+        PrefillEvent misplaced = second;
+        misplaced.mutable_kv_frame()->set_first_block(1);
+        writer.Write(misplaced);
+        EXPECT_TRUE(self.load()->AwaitResumed());
+        return kBroken;
+      },
+      [&](const ResumeRequest&, PrefillWriter& writer) {
+        writer.Write(self.load()->Accepted());
+        writer.Write(second);
+        for (const uint32_t layer : {1, 2}) {
+          writer.Write(FrameEvent(SmallLayout(), 0, layer + 1, layer, 0, 3));
+        }
+        writer.Write(ResultEvent({4}));
+        return grpc::Status::OK;
+      });
+  self = &server;
+  CountingSink sink;
+  const absl::Status status = Receive(server, sink);
+  EXPECT_TRUE(status.ok()) << status;
+  EXPECT_THAT(server.resumed_from(), ElementsAre(1));
+  EXPECT_EQ(sink.frames, (std::map<uint32_t, int>{{0, 2}, {1, 1}, {2, 1}}));
+}
+
 TEST(ResumableCall, ADamagedFrameIsAskedForAgain) {
   std::atomic<ResumableServer*> self = nullptr;
   ResumableServer server(
