@@ -56,7 +56,7 @@ uint32_t LanesFor(const Request& request, const PrefillCallOptions& options,
       options.kv_bytes_per_token > 0 ? options.kv_bytes_per_token : server.kv_bytes_per_token();
   const uint32_t lanes =
       ChooseLanes(bytes_per_token * TokensToCome(request.layout(), NumTokens(request)));
-  return lanes > 1 && server.StandsForSeveral() ? 1 : lanes;
+  return lanes > 1 && server.HasOneLane() ? 1 : lanes;
 }
 
 absl::Status CheckTokenIsSafe(const ChannelOptions& options,
@@ -216,11 +216,14 @@ absl::StatusOr<PrefillResult> PrefillClient::Call(const char* method, const Requ
     result = ask(*server, num_lanes);
     if (is_our_choice && num_lanes > 1) {
       // The lanes of a request that runs found nobody who knows it: they ended at another server.
-      if (was_accepted && absl::IsNotFound(result.status())) server->NoteSeveral();
+      if (was_accepted && absl::IsNotFound(result.status())) server->NoteOneLane();
       // A server or a tenant that may have fewer lanes was asked for more than the caller named.
       const bool may_be_the_lanes = !was_accepted && (absl::IsPermissionDenied(result.status()) ||
                                                       absl::IsInvalidArgument(result.status()));
-      if (may_be_the_lanes) result = ask(*server, 1);
+      if (may_be_the_lanes) {
+        result = ask(*server, 1);
+        if (was_accepted) server->NoteOneLane();
+      }
     }
     if (!absl::IsUnavailable(result.status())) break;
     server->Renew();

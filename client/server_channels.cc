@@ -39,25 +39,25 @@ bool ServerChannels::MayBeReached() {
 }
 
 // A name server is asked without the lock, because other calls must not wait for it.
-bool ServerChannels::StandsForSeveral() {
+bool ServerChannels::HasOneLane() {
   {
     absl::MutexLock lock(&mu_);
-    if (stands_for_several_.has_value()) return *stands_for_several_;
+    if (has_one_lane_.has_value()) return *has_one_lane_;
   }
   const bool several = client::StandsForSeveral(options_.address);
   absl::MutexLock lock(&mu_);
-  stands_for_several_ = several;
+  has_one_lane_ = several;
   return several;
 }
 
-void ServerChannels::NoteSeveral() {
+void ServerChannels::NoteOneLane() {
   absl::MutexLock lock(&mu_);
-  stands_for_several_ = true;
+  has_one_lane_ = true;
 }
 
 void ServerChannels::Renew() {
   absl::MutexLock lock(&mu_);
-  stands_for_several_.reset();
+  has_one_lane_.reset();
   for (Lane& lane : lanes_) {
     const bool failed = lane.channel->GetState(false) == GRPC_CHANNEL_TRANSIENT_FAILURE;
     if (failed && absl::Now() - lane.opened >= kLeastAge) lane = Open();

@@ -35,11 +35,12 @@ class ServerChannels {
   // The bytes of KV that a token had when this server last accepted a request; 0: it has not yet.
   uint64_t kv_bytes_per_token() const { return kv_bytes_per_token_.load(); }
   void NoteKvBytesPerToken(uint64_t bytes) { kv_bytes_per_token_.store(bytes); }
-  // Tells whether further connections may end at another server than the first: lane_choice.h. The
-  // answer is kept until Renew.
-  bool StandsForSeveral();
-  // They did, whatever the name says: behind a balancer, or since it has an address more.
-  void NoteSeveral();
+  // Tells whether a call may have one lane alone, because further connections may end at another
+  // server than the first (lane_choice.h) or a call has shown it. The answer is kept until Renew.
+  bool HasOneLane();
+  // Must be called once lanes ended at another server, whatever the name says, and once more than
+  // one was refused.
+  void NoteOneLane();
 
   // Replaces channels that have no connection, for later calls. Must be called after a call that
   // found the server unavailable. A channel to a name that could not be resolved waits for up to
@@ -58,7 +59,7 @@ class ServerChannels {
   const std::shared_ptr<grpc::ChannelCredentials> credentials_;
   absl::Mutex mu_;
   std::vector<Lane> lanes_ ABSL_GUARDED_BY(mu_);
-  std::optional<bool> stands_for_several_ ABSL_GUARDED_BY(mu_);
+  std::optional<bool> has_one_lane_ ABSL_GUARDED_BY(mu_);
   std::atomic<uint64_t> kv_bytes_per_token_ = 0;
 };
 

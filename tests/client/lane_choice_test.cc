@@ -159,8 +159,9 @@ TEST_F(LanesAskedFor, AreAskedForWithAKeyOfTheirOwnEachTime) {
   is_resumable_ = true;
   EXPECT_EQ(Ask(SmallRequest(), kBytesForManyLanes), (std::vector<uint32_t>{4, 1}));
   EXPECT_TRUE(status_.ok()) << status_;
+  EXPECT_EQ(Ask(SmallRequest(), kBytesForManyLanes), std::vector<uint32_t>{1}) << "asked again";
   absl::MutexLock lock(&mu_);
-  ASSERT_EQ(keys_.size(), 2u);
+  ASSERT_EQ(keys_.size(), 3u);
   EXPECT_EQ(keys_[0].size(), 32u);
   EXPECT_EQ(keys_[1].size(), 32u);
   EXPECT_NE(keys_[0], keys_[1]);

@@ -84,9 +84,9 @@ class Calls:
                 context.abort(grpc.StatusCode.PERMISSION_DENIED, "num_lanes")
             yield from whole(server, context)
 
-        numbers, ends = self.asked(limited, {}, {}, {"lanes": 4})
-        self.assertEqual(numbers, [1, 4, 1, 4])
-        self.assertEqual(ends, [list(range(LAYERS))] * 2 + ["PERMISSION_DENIED"])
+        numbers, ends = self.asked(limited, {}, {}, {"lanes": 4}, {})
+        self.assertEqual(numbers, [1, 4, 1, 4, 1])
+        self.assertEqual(ends, [list(range(LAYERS))] * 2 + ["PERMISSION_DENIED", list(range(LAYERS))])
 
 
     def test_one_is_asked_for_once_lanes_ended_at_another_server(self):
@@ -156,7 +156,7 @@ class Choice(unittest.TestCase):
 
     def chosen(self, several=False, **arguments):
         server = mock.Mock(kv_bytes_per_token=256 << 10)
-        server.stands_for_several.return_value = several
+        server.has_one_lane.return_value = several
         call = prefill_call(range(40), **arguments)
         lanes.LaneChoice(call).choose(server)
         return call.request.num_lanes

@@ -179,7 +179,7 @@ class AsyncPrefillStream(AcceptedFields, _AsyncStream):
                             raise
                     self._start()
         # A later call may ask for several lanes, and must not wait for a name server in the event loop.
-        await asyncio.to_thread(self._server.stands_for_several)
+        await asyncio.to_thread(self._server.has_one_lane)
         self._lanes.note_accepted(self._server, self._reception.accepted)
 
     async def _again(self, lane: int, call, error: PrefilldError):

@@ -43,7 +43,7 @@ class Server:
         self._channels: list = []
         self._stubs: list[wire.Stub] = []
         self._nameless_since: float | None = None  # the name has no address
-        self._stands_for_several: bool | None = None  # nobody has asked yet
+        self._has_one_lane: bool | None = None  # nobody has asked yet
         self.kv_bytes_per_token = 0  # of the last request that it accepted
 
     def stub(self, lane: int = 0) -> wire.Stub:
@@ -78,18 +78,18 @@ class Server:
                 if self._nameless_since is None:
                     self._nameless_since = time.monotonic()
 
-    def stands_for_several(self) -> bool:
-        """Tells whether connections may end at different servers, as far as was known when it was first asked.
+    def has_one_lane(self) -> bool:
+        """Tells whether a call may have one lane alone: connections may end at different servers, or a call showed it.
 
-        It may wait for a name server then.
+        It may wait for a name server when it is first asked.
         """
-        if self._stands_for_several is None:
-            self._stands_for_several = stands_for_several(self.address)
-        return self._stands_for_several
+        if self._has_one_lane is None:
+            self._has_one_lane = stands_for_several(self.address)
+        return self._has_one_lane
 
-    def note_several(self) -> None:
-        """They did, whatever the address says: behind a balancer, or since its name has an address more."""
-        self._stands_for_several = True
+    def note_one_lane(self) -> None:
+        """Has later calls use one lane: lanes did end at another server, whatever the name says, or were refused."""
+        self._has_one_lane = True
 
     def check_lanes(self, lanes: int) -> None:
         """Raises ValueError where the lanes of one call would reach different servers."""

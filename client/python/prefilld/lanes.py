@@ -69,7 +69,7 @@ class LaneChoice:
         if not self._is_open:
             return
         lanes = 1 if self._was_refused else choose_lanes(self._tokens * server.kv_bytes_per_token)
-        self._request.num_lanes = 1 if lanes > 1 and server.stands_for_several() else lanes
+        self._request.num_lanes = 1 if lanes > 1 and server.has_one_lane() else lanes
 
     def ask_for_one(self, refusal: PrefilldError) -> bool:
         """Tells whether to ask once more: the server, or the caller's tenant, may have fewer lanes than were chosen."""
@@ -81,7 +81,9 @@ class LaneChoice:
     def note_failure(self, server, failure: PrefilldError) -> None:
         """Takes the end of a call that was accepted. Lanes that found nobody who knows it ended at another server."""
         if self._is_open and self._request.num_lanes > 1 and failure.code is grpc.StatusCode.NOT_FOUND:
-            server.note_several()
+            server.note_one_lane()
 
     def note_accepted(self, server, accepted) -> None:
+        if self._was_refused:
+            server.note_one_lane()
         server.kv_bytes_per_token = kv_bytes_per_token(accepted.layout)
