@@ -393,12 +393,12 @@ TEST(PrefillClient, AServerThatIsNotThereIsUnavailable) {
 TEST(PrefillClient, AServerThatDiesMidStreamIsUnavailable) {
   absl::Notification accepted;
   auto server = std::make_unique<ScriptedServer>(SilentUntilCancelled(accepted));
+  auto client = PrefillClient::Create({.address = server->address()});
   std::thread killer([&] {
     accepted.WaitForNotification();
     server.reset();
   });
   RecordingSink sink;
-  auto client = PrefillClient::Create({.address = server->address()});
   const absl::Status status = (*client)->Prefill(SmallRequest(), sink).status();
   killer.join();
   EXPECT_TRUE(absl::IsUnavailable(status)) << status;

@@ -199,7 +199,9 @@ class FakeSequence final : public model::PrefillSequence {
       const auto may_run = [this, part]() ABSL_SHARED_LOCKS_REQUIRED(engine_->mu_) {
         return engine_->hold_logprobs_after_ < 0 || part < engine_->hold_logprobs_after_;
       };
+      ++engine_->stopped_;
       engine_->mu_.Await(absl::Condition(&may_run));
+      --engine_->stopped_;
       if (part == 1 && !engine_->logprobs_error_.ok()) return engine_->logprobs_error_;
       on_layer = engine_->on_layer_;
     }

@@ -79,7 +79,7 @@ class FakeEngine final : public model::PrefillEngine {
   int started() const { return started_; }                // sequences started so far
   int alive() const { return alive_; }                    // sequences that exist now
   int layers_run() const { return layers_run_; }          // over all sequences
-  int stopped() const { return stopped_; }                // sequences that HoldAfter keeps now
+  int stopped() const { return stopped_; }                // sequences that a Hold… keeps now
   int held() const { return held_; }                      // unreleased layers now
   int most_held() const { return most_held_; }            // most unreleased layers at any time
   int logprobs_parts() const { return logprobs_parts_; }  // over all sequences

@@ -18,7 +18,7 @@ class Overload : public ServerFixture {
     engine_->HoldAfter(layers);
     auto call = std::make_unique<OpenStream>(*stub_, request);
     call->ReadUntil(v1::PrefillEvent::kAccepted);
-    EXPECT_TRUE(Eventually([this] { return engine_->alive() == 1; }));
+    EXPECT_TRUE(Eventually([this] { return engine_->alive() == 1 && engine_->stopped() == 1; }));
     return call;
   }
   std::unique_ptr<OpenStream> Queue(const v1::PrefillRequest& request,

@@ -43,7 +43,8 @@ TEST_F(PromptLogprobs, TakeTimeThatResultAndLogTellApart) {
   engine_->HoldLogprobsAfter(1);
   testing::internal::CaptureStderr();
   OpenStream call(*stub_, GradedPromptOf(5));
-  EXPECT_TRUE(Eventually([&] { return engine_->logprobs_parts() == 1; }));
+  EXPECT_TRUE(
+      Eventually([&] { return engine_->logprobs_parts() == 1 && engine_->stopped() == 1; }));
   clock_.Advance(absl::Seconds(7));
   engine_->HoldLogprobsAfter(-1);
   const StreamContents contents = call.Rest();

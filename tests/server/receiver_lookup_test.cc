@@ -1,5 +1,7 @@
 #include "server/receiver_lookup.h"
 
+#include <future>
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -20,17 +22,17 @@ TEST(ReceiverLookup, FindsEveryAddressOfAName) {
 
 TEST(ReceiverLookup, LooksUpNamesAlone) {
   std::vector<std::string> hosts;
-  absl::Notification done;
+  std::promise<void> done;
   ReceiverLookup lookup([&](const std::string& host) {
     hosts.push_back(host);
-    if (hosts.size() == 2) done.Notify();
+    if (hosts.size() == 2) done.set_value();
     return std::vector<std::string>();
   });
   for (const char* receiver :
        {"10.2.3.4:1", "a.pods:1", "[::1]:1", "unix:/run/x", "nonsense", "b.pods:1"}) {
     lookup.Log("r", receiver);
   }
-  ASSERT_TRUE(done.WaitForNotificationWithTimeout(absl::Seconds(10)));
+  ASSERT_EQ(done.get_future().wait_for(std::chrono::seconds(10)), std::future_status::ready);
   EXPECT_THAT(hosts, ElementsAre("a.pods", "b.pods"));
 }
 
