@@ -152,8 +152,7 @@ ABSL_FLAG(int64_t, staging_bytes, int64_t{256} << 20,
           "Host memory for KV on its way to consumers; one request takes at most half.");
 ABSL_FLAG(int64_t, frame_bytes, int64_t{2} << 20, "KV payload of one message, 1 to 4 MiB.");
 ABSL_FLAG(int32_t, pack_threads, 0,
-          "Threads that pack, sum up and send KV. 0: half of the cores, 1 to 8, and no more than "
-          "--max_lanes.");
+          "Threads that pack, sum up and send KV of all requests. 0: half of the cores, 1 to 8.");
 ABSL_FLAG(std::string, kv_bench_listen, "",
           "host:port at which `prefill-cli bench-kv` measures bare TCP. Set: this process serves "
           "made-up KV and has no model. Empty: off.");

@@ -182,7 +182,7 @@ absl::Status Validate(const ServerOptions& o) {
 int PackThreads(const ServerOptions& options, int num_cores) {
   constexpr int kMost = 8;
   if (options.pack_threads > 0) return options.pack_threads;
-  return std::clamp(num_cores / 2, 1, std::min(kMost, options.max_lanes));
+  return std::clamp(num_cores / 2, 1, kMost);
 }
 
 std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o) {

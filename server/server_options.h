@@ -78,9 +78,8 @@ absl::Status Validate(const ServerOptions& options);
 absl::Status CheckTenants(const ServerOptions& options, const Tenants& table);
 
 // Returns the number of threads that pack and send KV on a machine with so many cores: half of
-// them, at most 8 and at most one for each lane that a request may have. More lanes than threads
-// share them. With fewer than lanes ask for, packing holds a transfer up; with more, they take
-// cores from gRPC's threads, which send.
+// them, at most 8. They serve the lanes of all requests. With fewer than lanes ask for, packing
+// holds a transfer up; with more, they take cores from gRPC's threads, which send.
 int PackThreads(const ServerOptions& options, int num_cores);
 
 // Lists the effective configuration as (flag, value) pairs, for the log.

@@ -119,6 +119,9 @@ absl::StatusOr<std::vector<MeasuredLanes>> MeasureKv(PrefillClient& client, cons
   const int64_t block_bytes =
       static_cast<int64_t>(KvBytesPerToken(info, {})) * wire::kDefaultBlockTokens;
   const int64_t most_blocks = info.max_prompt_tokens() / wire::kDefaultBlockTokens;
+  if (block_bytes < 1 || most_blocks < 1) {
+    return absl::FailedPreconditionError("the server has no KV, or no room for a block of it");
+  }
   const int64_t num_blocks = std::clamp<int64_t>(bytes / block_bytes, 1, most_blocks);
   PrefillRequest request;
   request.mutable_token_ids()->Resize(static_cast<int>(num_blocks * wire::kDefaultBlockTokens), 1);
