@@ -21,10 +21,11 @@ Contender Standings::OfPass(const PrefillPass& pass, absl::Time last_step_at,
   Contender contender = shares_.StandingOf(pass.jobs(), now);
   contender.remaining = pass.Remaining(
       costs_.Layer(pass.jobs().front()->work().attention.policy, pass.num_computed_tokens()));
-  contender.waited = now - last_step_at;
   for (const auto& job : pass.jobs()) {
     contender.age = std::max(contender.age, now - job->accepted_at());
   }
+  // That it was started is no step, or else it would wait for the first one all over again.
+  contender.waited = pass.layers_computed() == 0 ? contender.age : now - last_step_at;
   return contender;
 }
 

@@ -261,6 +261,16 @@ TEST_F(SchedulerTest, ALongPromptGoesOnUnderAFloodOfShortOnes) {
   Run();
 }
 
+TEST_F(SchedulerTest, ALongPromptThatIsStartedAtLastComputesAtOnce) {
+  auto long_one = Submit(50'000);
+  bench_.clock.Advance(absl::Hours(1));
+  auto short_one = Submit(2000);
+  for (int i = 0; i < 2; ++i) EXPECT_TRUE(scheduler_.StepOnce());  // starts, and computes a layer
+  EXPECT_EQ(long_one->job->record().stats().layers_computed, 1);
+  EXPECT_FALSE(short_one->job->record().stats().started_at.has_value());
+  Run();
+}
+
 TEST_F(SchedulerTest, PromptsOfOneLengthDoNotAlternate) {
   auto first = Submit(20'000), second = Submit(20'000);
   Run();
