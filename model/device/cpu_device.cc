@@ -111,7 +111,11 @@ class CpuCopies final : public HostCopies {
 
 class CpuDevice final : public Device {
  public:
-  explicit CpuDevice(int num_threads) : ops_(num_threads) {}
+  explicit CpuDevice(int num_threads)
+      : traits_{.name = "cpu",
+                .compute_dtype = kernels::DType::kFp32,
+                .parallel_tiles = num_threads},
+        ops_(num_threads) {}
 
   const DeviceTraits& traits() const override { return traits_; }
   Ops& ops() override { return ops_; }
@@ -173,7 +177,7 @@ class CpuDevice final : public Device {
     return absl::OkStatus();
   }
 
-  const DeviceTraits traits_ = {.name = "cpu", .compute_dtype = kernels::DType::kFp32};
+  const DeviceTraits traits_;
   CpuOps ops_;
   CpuCopies copies_;
   std::array<std::chrono::steady_clock::time_point, kNumMarks> marks_;

@@ -56,8 +56,7 @@ struct DeviceTraits {
   bool asynchronous = false;
   // Repeat records ops and replays them.
   bool records = false;
-  // It computes so many query blocks of attention at a time. 1 where more or fewer of them make no
-  // difference.
+  // It computes so many query blocks of attention at a time: one on each multiprocessor or thread.
   int parallel_tiles = 1;
 };
 

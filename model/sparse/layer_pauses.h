@@ -36,11 +36,11 @@ inline int64_t MostWorkBetweenPauses(const DeviceTraits& device, const LayerPaus
   // They take some 30 ms on a multiprocessor of an H200, which has the fastest kernels, and three
   // times that on one of an A100.
   constexpr int64_t kOfAMultiprocessor = int64_t{18'000} * 128 * 128 * 128;
-  // They take some 0.1 s on two cores.
-  constexpr int64_t kOfACpu = int64_t{9'000'000'000};
+  // They take some 0.1 s on a core.
+  constexpr int64_t kOfAThread = int64_t{4'500'000'000};
   if (pauses == nullptr) return std::numeric_limits<int64_t>::max();
   if (pauses->most_attention_work() > 0) return pauses->most_attention_work();
-  return device.asynchronous ? device.parallel_tiles * kOfAMultiprocessor : kOfACpu;
+  return device.parallel_tiles * (device.asynchronous ? kOfAMultiprocessor : kOfAThread);
 }
 
 // Returns how many heads of such an attention are a part that is worth a pause behind it, and still

@@ -45,14 +45,15 @@ struct Part {
   int64_t pairs = 0;  // of a query block and a key block, of all heads, as if they were dense
 };
 
-std::vector<Part> Divide(int64_t num_queries, int64_t num_keys, bool sparse) {
+std::vector<Part> Divide(int64_t num_queries, int64_t num_keys, bool sparse,
+                         const DeviceTraits& device = H200()) {
   uint32_t pattern = 0;  // its address stands for one; nothing is read
   std::vector<HeadWork> work(kHeads);
   for (int head = 0; head < kHeads; ++head) {
     work[head] = {.head = head, .pattern = sparse ? &pattern : nullptr};
   }
   CountedPauses pauses(/*most_work=*/0);
-  AttentionParts parts(H200(), &pauses,
+  AttentionParts parts(device, &pauses,
                        {.num_queries = num_queries,
                         .num_keys = num_keys,
                         .num_heads = kHeads,
@@ -118,6 +119,21 @@ TEST(AttentionParts, OfShorterPromptsAreWholeGroupsOfHeads) {
 
 TEST(AttentionParts, FewQueriesBehindALongPrefixAreDividedToo) {
   EXPECT_GT(Divide(10'000, 1'000'000, /*sparse=*/false).size(), 5);
+}
+
+TEST(AttentionParts, OnACpuFillAllThreads) {
+  for (const int threads : {2, 64}) {
+    SCOPED_TRACE(threads);
+    const auto device = *CreateDevice(DeviceChoice::kCpu, threads);
+    const std::vector<Part> parts = Divide(131'072, 131'072, /*sparse=*/false, device->traits());
+    EXPECT_GT(parts.size(), kHeads);
+    for (const Part& part : parts) {
+      if (part.first_block > 0) {
+        EXPECT_GT(part.num_heads * part.num_blocks, threads - part.num_heads);
+      }
+      EXPECT_LE(part.pairs, threads * 2146) << "more than some 0.1 s";
+    }
+  }
 }
 
 AttentionOptions Sparse(AttentionPolicy policy, float coverage) {

@@ -37,6 +37,10 @@ TEST(CpuDevice, CountsWhatIsAllocatedAndFreed) {
   EXPECT_EQ(device->allocated_bytes(), 0u);
 }
 
+TEST(CpuDevice, ComputesAsManyTilesAtATimeAsItHasThreads) {
+  EXPECT_EQ(MakeCpuDevice()->traits().parallel_tiles, 2);
+}
+
 TEST(CpuDevice, GivesAnEmptyBufferForNoBytes) {
   const std::unique_ptr<Device> device = MakeCpuDevice();
   const absl::StatusOr<DeviceBuffer> buffer = device->Allocate(0);
