@@ -47,8 +47,8 @@ ABSL_FLAG(
     "Tokens that all prompts under way may have together. Memory for their states is reserved "
     "at start: for one of --max_prompt_tokens, then for short ones, then for more long ones. "
     "At least --max_prompt_tokens and --max_batch_tokens. 0: on a GPU four short ones of 8192 "
-    "tokens and two of the greatest length, or one if no second fits; on the CPU two of 4096 "
-    "and one.");
+    "tokens, two of the greatest length and two of at most 131072, of which all but one only if "
+    "they fit; on the CPU two of 4096 and one of the greatest length.");
 
 ABSL_FLAG(
     int64_t, prefix_cache_bytes, 0,

@@ -81,7 +81,7 @@ def profile(client: PrefillClient, policies: list[str], shortest: int, longest: 
         "places": places(info.device, info.max_prompt_tokens),
         "max_batch_tokens": 0 if on_cpu else 2048,
         "interject_tokens": min(4096, info.max_prompt_tokens),
-        "part_tokens": 512 if on_cpu else 8192,
+        "part_tokens": 2048 if on_cpu else 8192,
         "request_us": statistics.median(request_us),
         "prompts": prompts,
     }
