@@ -35,6 +35,7 @@ PrefillCall::PrefillCall(const char* method, const google::protobuf::MessageLite
                         ? nullptr
                         : std::make_shared<Acknowledger>(std::move(calls), channels_[0], names_)),
       reception_(std::move(reception)),
+      wants_shared_memory_(options.shared_memory),
       streams_(channels_.size()) {
   if (acknowledger_ != nullptr) reception_->AcknowledgeTo(acknowledger_);
 }
@@ -133,13 +134,18 @@ absl::Status PrefillCall::ReadStream(uint32_t lane, const Opening& opening) {
       stream->Cancel();
       return taken;
     }
-    if (lane == 0 && lane_threads_.empty() && accepted() != nullptr) ReadOtherLanes();
+    if (lane == 0 && accepted() != nullptr && !std::exchange(was_accepted_, true)) OnAccepted();
   }
   PREFILLD_RETURN_IF_ERROR(EndOfStream(stream->Finish()));
   if (lane == 0 && !reception_->has_result()) {
     return absl::DataLossError("the stream ended without a result");
   }
   return absl::OkStatus();
+}
+
+void PrefillCall::OnAccepted() {
+  ReadOtherLanes();  // at once, for the server does not wait long for them
+  if (wants_shared_memory_) reception_->AttachSharedMemory();
 }
 
 void PrefillCall::ReadOtherLanes() {

@@ -76,6 +76,7 @@ class PrefillCall {
   bool ReadOn(uint32_t lane, const Opening& first, LanePatience& patience, absl::Status& ended);
   bool IsResumable() const;  // or may be, as long as the server has not said
   bool MayResume() const;
+  void OnAccepted();
   void ReadOtherLanes();
 
   const Opening call_;
@@ -84,6 +85,8 @@ class PrefillCall {
   const std::vector<std::shared_ptr<grpc::Channel>> channels_;  // by lane
   const std::shared_ptr<Acknowledger> acknowledger_;            // null: it was not asked for
   const std::unique_ptr<Reception> reception_;
+  const bool wants_shared_memory_;
+  bool was_accepted_ = false;  // by the stream of lane 0; its thread alone uses it
   std::vector<std::thread> lane_threads_;
 
   absl::Mutex mu_;

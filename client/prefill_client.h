@@ -36,8 +36,12 @@ class KvSink {
   virtual absl::Status OnAccepted(const ::prefill::v1::Accepted& accepted) = 0;
   virtual absl::Status OnProgress(const ::prefill::v1::Progress& progress) = 0;
   // Called with each frame that passed every check, its checksum included. A slow call slows the
-  // sender down.
+  // sender down. The payload must not be used after the call, for it may lie in memory that the
+  // server uses again.
   virtual absl::Status OnFrame(const wire::ReceivedFrame& frame) = 0;
+  // Called after OnAccepted by calls that block: OK if the server's shared memory is attached, so
+  // that frames may lie there, else the reason why all payloads come over gRPC.
+  virtual void OnSharedMemory(const absl::Status& attached) {}
 };
 
 // Keys and values that go with a call, as gRPC headers.
@@ -61,6 +65,9 @@ struct PrefillCallOptions {
   // Chooses the lanes of a request whose num_lanes is 0 (lane_choice.h), for callers that know the
   // model. 0: the client goes by what the server accepted last, and uses one lane before that.
   uint64_t kv_bytes_per_token = 0;
+  // Whether KV is read from the server's shared memory if it can be reached from here, as it can on
+  // one host. Calls that block do that, and others get all KV over gRPC.
+  bool shared_memory = true;
 };
 
 // A prompt that PrefillClient::Start has sent. It may be dropped at any time, and the call goes on.

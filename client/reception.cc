@@ -40,8 +40,8 @@ Reception::Reception(const AttachReceiverRequest& request, KvSink& sink, uint32_
       max_lanes_(max_lanes) {}
 
 absl::Status Reception::Take(uint32_t lane, grpc::ByteBuffer& message) {
-  PREFILLD_ASSIGN_OR_RETURN(const auto frame, wire::ParseFrame(message));
-  if (frame.has_value()) return TakeFrame(lane, *frame);
+  PREFILLD_ASSIGN_OR_RETURN(auto frame, wire::ParseFrame(message));
+  if (frame.has_value()) return TakeFrame(lane, *std::move(frame));
   PrefillEvent event;
   PREFILLD_RETURN_IF_ERROR(wire::ParseMessage(message, event));
   if (event.has_kv_frame()) return TakeFrame(lane, wire::MakeReceivedFrame(event.kv_frame()));
@@ -51,10 +51,30 @@ absl::Status Reception::Take(uint32_t lane, grpc::ByteBuffer& message) {
   return TakeEvent(std::move(event));
 }
 
-absl::Status Reception::TakeFrame(uint32_t lane, const wire::ReceivedFrame& frame) {
+// The server is told at once that frames may lie in the memory, so it must be known here first.
+void Reception::AttachSharedMemory() {
+  auto attached = SharedMemory::Attach(*accepted_);
+  absl::Status status = attached.status();
+  if (status.ok()) {
+    attached_ = *std::move(attached);
+    shared_memory_ = attached_.get();
+    status = attached_->Begin();
+  }
+  if (!status.ok()) shared_memory_ = nullptr;
+  sink_.OnSharedMemory(status);
+}
+
+absl::Status Reception::TakeFrame(uint32_t lane, wire::ReceivedFrame frame) {
   if (check_ == nullptr) return absl::DataLossError("a frame came before Accepted");
   if (delivered_elsewhere_) {
     return absl::DataLossError("a frame came here though the cache is delivered elsewhere");
+  }
+  if (frame.shared_bytes > 0) {
+    const SharedMemory* const memory = shared_memory_;
+    if (memory == nullptr) {
+      return absl::DataLossError("a frame lies in shared memory that is not attached");
+    }
+    PREFILLD_ASSIGN_OR_RETURN(frame.payload, memory->PayloadOf(frame));
   }
   PREFILLD_ASSIGN_OR_RETURN(const TransferCheck::Arrival arrival, check_->Check(lane, frame));
   if (arrival == TransferCheck::Arrival::kDamaged) {
@@ -64,8 +84,17 @@ absl::Status Reception::TakeFrame(uint32_t lane, const wire::ReceivedFrame& fram
   if (arrival == TransferCheck::Arrival::kAgain) return absl::OkStatus();
   PREFILLD_RETURN_IF_ERROR(BySink(sink_.OnFrame(frame)));
   progress_.fetch_add(1, std::memory_order_relaxed);
-  if (acknowledger_ != nullptr) acknowledger_->Note(lane, check_->received(lane));
+  Acknowledge(lane);
   return absl::OkStatus();
+}
+
+// The socket of the shared memory is the shorter way. A resumable request has the other one as
+// well, for a server that does not hear this one.
+void Reception::Acknowledge(uint32_t lane) {
+  const uint64_t received = check_->received(lane);
+  SharedMemory* const memory = shared_memory_;
+  if (memory != nullptr && memory->Acknowledge(lane, received)) return;
+  if (acknowledger_ != nullptr) acknowledger_->Note(lane, received);
 }
 
 absl::Status Reception::BySink(absl::Status status) {

@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "client/acknowledger.h"
 #include "client/prefill_client.h"
+#include "client/shared_memory.h"
 #include "client/transfer_check.h"
 #include "grpcpp/support/byte_buffer.h"
 #include "prefill/v1/prefill.pb.h"
@@ -32,6 +33,10 @@ class Reception {
   void AcknowledgeTo(std::shared_ptr<Acknowledger> acknowledger) {
     acknowledger_ = std::move(acknowledger);
   }
+
+  // Attaches the server's shared memory, if it can be reached, and tells the sink. Must be called
+  // once, after lane 0 has brought Accepted; other lanes may be read meanwhile.
+  void AttachSharedMemory();
 
   // Takes the next message of a lane. An error ends the call: DATA_LOSS or FAILED_PRECONDITION as
   // PrefillClient::Prefill says, or the sink's own. Messages of one lane come one after the other;
@@ -54,7 +59,8 @@ class Reception {
   absl::StatusOr<::prefill::v1::PrefillResult> Finish();
 
  private:
-  absl::Status TakeFrame(uint32_t lane, const wire::ReceivedFrame& frame);
+  absl::Status TakeFrame(uint32_t lane, wire::ReceivedFrame frame);
+  void Acknowledge(uint32_t lane);
   absl::Status TakeEvent(::prefill::v1::PrefillEvent event);
   absl::Status TakeAccepted(const ::prefill::v1::Accepted& accepted);
   absl::Status BySink(absl::Status status);
@@ -74,6 +80,9 @@ class Reception {
   std::optional<::prefill::v1::Accepted> accepted_;
   std::unique_ptr<TransferCheck> check_;
   std::optional<::prefill::v1::PrefillResult> result_;  // lane 0's
+  std::unique_ptr<SharedMemory> attached_;              // null: none was attached
+  // It is set before the server hears that frames may lie there. Null: all payloads come over gRPC.
+  std::atomic<SharedMemory*> shared_memory_ = nullptr;
 };
 
 }  // namespace prefilld::client

@@ -47,6 +47,9 @@ int Delivery::SendFrame(KvFrame frame) {
     lane = NextLane();
     ++sent_.frames_per_lane[lane];
     sent_.bytes += static_cast<int64_t>(frame.payload_bytes);
+    if (frame.payload != nullptr && frame.payload->region() != nullptr) {
+      sent_.shared_bytes += static_cast<int64_t>(frame.payload_bytes);
+    }
   }
   kv_lanes_[lane]->Push(std::move(frame));
   return lane;
@@ -74,6 +77,7 @@ void Delivery::SendResult(v1::PrefillResult result) {
   {
     absl::MutexLock lock(&mu_);
     result.set_kv_bytes(sent_.bytes);
+    result.set_shared_memory_bytes(sent_.shared_bytes);
     for (const int64_t frames : sent_.frames_per_lane) {
       result.add_frames_per_lane(frames);
       result.set_kv_frames(result.kv_frames() + frames);
@@ -91,6 +95,10 @@ void Delivery::SendResult(v1::PrefillResult result) {
   }
   for (const auto& lane : side_lanes_) lane->Close();
   MaybeSendResult();
+}
+
+void Delivery::KeepUntilAcknowledged() {
+  for (LaneQueue* const lane : kv_lanes_) lane->KeepUntilAcknowledged();
 }
 
 void Delivery::OnSideLaneDone(uint32_t lane) {

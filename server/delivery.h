@@ -34,7 +34,8 @@ namespace prefilld::server {
 class Delivery {
  public:
   struct Sent {
-    int64_t bytes = 0;  // payloads
+    int64_t bytes = 0;         // payloads
+    int64_t shared_bytes = 0;  // of them, those that lie in memory that the consumer reads
     std::vector<int64_t> frames_per_lane;
   };
   // The state of the consumer, over all streams.
@@ -58,6 +59,8 @@ class Delivery {
   LaneQueue& control() { return *control_; }
   absl::StatusOr<LaneQueue*> side_lane(uint32_t lane);
   absl::StatusOr<LaneQueue*> any_lane(uint32_t lane);
+  // Has every lane keep its frames until they are acknowledged (LaneQueue::KeepUntilAcknowledged).
+  void KeepUntilAcknowledged();
   // Records that the stream of a side lane has ended well. If a stream fails and the lane cannot be
   // resumed, the request is aborted instead.
   void OnSideLaneDone(uint32_t lane);

@@ -1,6 +1,7 @@
 #include "server/grpc_encoding.h"
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -8,6 +9,7 @@
 
 #include "prefill/v1/receiver.pb.h"
 #include "proto/wire/frame_codec.h"
+#include "server/shared_region.h"
 
 namespace prefilld::server {
 namespace {
@@ -18,6 +20,17 @@ using SharedLease = std::shared_ptr<const StagingRing::Lease>;
 
 void ReturnLease(void* lease) { delete static_cast<SharedLease*>(lease); }
 
+// Says where a frame lies in the memory that its consumer reads. The lane keeps the frame until it
+// is acknowledged.
+std::optional<grpc::ByteBuffer> EncodeReference(const KvFrame& frame) {
+  const SharedRegion* const region = frame.payload->region();
+  if (region == nullptr || !region->is_read()) return std::nullopt;
+  wire::FrameHeader header = frame.header;
+  header.shared_offset = region->OffsetOf(frame.payload->data());
+  header.shared_bytes = static_cast<uint32_t>(frame.payload_bytes);
+  return wire::EncodeFrame(header, grpc::Slice());
+}
+
 }  // namespace
 
 grpc::ByteBuffer EncodeFrame(KvFrame frame) {
@@ -27,7 +40,10 @@ grpc::ByteBuffer EncodeFrame(KvFrame frame) {
 }
 
 grpc::ByteBuffer EncodeEvent(Message message) {
-  if (auto* frame = std::get_if<KvFrame>(&message)) return EncodeFrame(std::move(*frame));
+  if (auto* frame = std::get_if<KvFrame>(&message)) {
+    if (auto reference = EncodeReference(*frame)) return *std::move(reference);
+    return EncodeFrame(std::move(*frame));
+  }
   return wire::EncodeMessage(std::get<v1::PrefillEvent>(message));
 }
 

@@ -15,7 +15,8 @@ namespace prefilld::server {
 // the message.
 grpc::ByteBuffer EncodeFrame(KvFrame frame);
 
-// Encodes a message as a PrefillEvent.
+// Encodes a message as a PrefillEvent. Where a frame's payload lies in memory that the consumer
+// reads, its place there is encoded.
 grpc::ByteBuffer EncodeEvent(Message message);
 // Encodes a message as a ReceiveRequest. Accepted opens the transfer `transfer_id`, frames follow,
 // and the result ends it. No other event may be passed.

@@ -27,7 +27,6 @@ struct Part {
 struct KvPacker::Request {
   std::shared_ptr<PrefillJob> job;
   int prompt = 0;  // of the sequence
-  std::shared_ptr<StagingRing::Credit> credit = std::make_shared<StagingRing::Credit>();
   int open_parts = 0;
   int64_t last_turn = 0;  // value of turns_ at its latest turn
 };
@@ -223,7 +222,7 @@ std::vector<KvPacker::Candidate> KvPacker::NextRequests() const {
         if (listed[i]) continue;
         listed[i] = true;
         const Request& request = source->requests[i];
-        candidates.push_back({older_layers, request.last_turn, request.job, request.credit});
+        candidates.push_back({older_layers, request.last_turn, request.job, request.job->credit()});
       }
       older_layers += has_untaken ? 1 : 0;
     }
@@ -252,9 +251,9 @@ StagingRing::Lease KvPacker::AcquireBuffer(absl::Span<const Candidate> candidate
 // dropped.
 std::optional<KvPacker::Frame> KvPacker::TakeFrame(const StagingRing::Credit* credit) {
   for (State* source : sources_) {
-    const auto owner =
-        std::find_if(source->requests.begin(), source->requests.end(),
-                     [credit](const Request& request) { return request.credit.get() == credit; });
+    const auto owner = std::find_if(
+        source->requests.begin(), source->requests.end(),
+        [credit](const Request& request) { return request.job->credit().get() == credit; });
     if (owner == source->requests.end()) continue;
     const size_t i = owner - source->requests.begin();
     const auto layer =
@@ -301,8 +300,9 @@ absl::Status KvPacker::PackFrame(const Frame& frame, PrefillJob& job, StagingRin
   out.header.checksum = wire::Checksum(buffer.data(), out.payload_bytes);
   out.payload = std::make_shared<StagingRing::Lease>(std::move(buffer));
   const auto payload_bytes = static_cast<int64_t>(out.payload_bytes);
+  const bool is_shared = out.payload->region() != nullptr;
   const int lane = job.delivery().SendFrame(std::move(out));
-  surroundings_.metrics.CountFrame(lane, payload_bytes);
+  surroundings_.metrics.CountFrame(lane, payload_bytes, is_shared);
   surroundings_.progress.Record();
   return absl::OkStatus();
 }

@@ -44,6 +44,13 @@ bool LaneQueue::attached() const {
   return was_attached_;
 }
 
+void LaneQueue::KeepUntilAcknowledged() {
+  absl::MutexLock lock(&mu_);
+  if (std::exchange(keeps_frames_, true)) return;
+  retained_.StartAt(next_sequence_);
+  acknowledged_ = taken_;
+}
+
 absl::StatusOr<int64_t> LaneQueue::Resume(Transport* transport, uint64_t received,
                                           std::optional<Message> greeting) {
   std::optional<Successor> overtaken;  // by this one, before it took its place
@@ -169,6 +176,7 @@ void LaneQueue::Abort(const absl::Status& status) {
 
 void LaneQueue::OnWriteDone(bool ok) {
   std::deque<Message> dropped;
+  std::deque<KvFrame> released;
   {
     absl::MutexLock lock(&mu_);
     writing_ = false;
@@ -181,6 +189,7 @@ void LaneQueue::OnWriteDone(bool ok) {
     } else if (!ok && (!end_.has_value() || end_->ok())) {
       end_ = absl::CancelledError("the stream broke");
       dropped.swap(queue_);
+      released = retained_.TakeAll();
       pending_bytes_ = 0;
     }
   }
@@ -236,7 +245,7 @@ std::optional<Message> LaneQueue::TakeMessage() {
   queue_.pop_front();
   if (auto* frame = std::get_if<KvFrame>(&message)) {
     Stamp(*frame);
-    if (resumable_) {
+    if (keeps_frames_) {
       if (retained_.empty()) acknowledged_at_ = clock_.Now();
       retained_.Add(*frame);
     }
@@ -271,7 +280,7 @@ void LaneQueue::Stamp(KvFrame& frame) {
 
 size_t LaneQueue::pending_bytes() const {
   absl::MutexLock lock(&mu_);
-  return pending_bytes_;
+  return pending_bytes_ + static_cast<size_t>(retained_.bytes());
 }
 
 bool LaneQueue::idle() const {
@@ -330,7 +339,7 @@ void LaneQueue::NoteProgress(absl::Time now) {
 
 LaneQueue::Taken LaneQueue::taken(absl::Time now) const {
   absl::MutexLock lock(&mu_);
-  if (resumable_) {
+  if (keeps_frames_) {
     Taken taken = acknowledged_;
     if (transport_ != nullptr && !retained_.empty()) taken.busy += now - acknowledged_at_;
     return taken;

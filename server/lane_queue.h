@@ -39,11 +39,19 @@ class LaneQueue {
   // `progress` outlives the queue.
   LaneQueue(const Clock& clock, uint32_t lane, const ComputeProgress& progress,
             bool resumable = false)
-      : clock_(clock), lane_(lane), progress_(progress), resumable_(resumable) {}
+      : clock_(clock),
+        lane_(lane),
+        progress_(progress),
+        resumable_(resumable),
+        keeps_frames_(resumable) {}
 
   // Attaches the first transport. Returns false when one was attached before.
   bool Attach(Transport* transport);
   bool attached() const;  // now or before
+
+  // Has the queue keep frames until they are acknowledged, as a resumable one does, because their
+  // consumer reads them where they are. Frames that were sent before need no acknowledgement.
+  void KeepUntilAcknowledged();
 
   // Attaches a transport to a resumable queue in place of the one before, which is ended if it has
   // not ended. It sends `greeting`, then the frames from `received` on that were sent before, then
@@ -70,8 +78,9 @@ class LaneQueue {
 
   void OnWriteDone(bool ok);  // for the transport
 
-  size_t pending_bytes() const;  // payloads of frames, queued or being written
-  bool idle() const;             // nothing queued or being written
+  // Payloads of frames that are queued, being written, or not acknowledged by a consumer that can.
+  size_t pending_bytes() const;
+  bool idle() const;  // nothing queued or being written
   // State of a resumable queue.
   int64_t held_frames() const;    // that are queued or not acknowledged
   bool all_acknowledged() const;  // every frame pushed so far
@@ -93,7 +102,7 @@ class LaneQueue {
     size_t payload_bytes = 0;
     absl::Duration busy;  // time in which a message waited to be taken, or to be acknowledged
   };
-  // Tells how much the transport has taken so far; of a resumable queue, how much was acknowledged.
+  // Tells how much the transport has taken so far; if frames are kept, how much was acknowledged.
   Taken taken(absl::Time now) const;
 
  private:
@@ -135,14 +144,16 @@ class LaneQueue {
   int64_t taken_at_progress_ ABSL_GUARDED_BY(mu_) = 0;
   Taken taken_ ABSL_GUARDED_BY(mu_);  // by the writes that are done
 
+  bool keeps_frames_ ABSL_GUARDED_BY(mu_);  // until they are acknowledged
+  RetainedFrames retained_ ABSL_GUARDED_BY(mu_);
+  absl::Time acknowledged_at_ ABSL_GUARDED_BY(mu_);  // latest, or the first of retained_ was sent
+  Taken acknowledged_ ABSL_GUARDED_BY(mu_);
+
   // Resumable queues alone use these.
   struct Successor {
     Transport* transport;
     std::optional<Message> greeting;
   };
-  RetainedFrames retained_ ABSL_GUARDED_BY(mu_);
-  absl::Time acknowledged_at_ ABSL_GUARDED_BY(mu_);  // latest, or the first of retained_ was sent
-  Taken acknowledged_ ABSL_GUARDED_BY(mu_);
   bool was_excused_ ABSL_GUARDED_BY(mu_) = false;  // for being away, since the latest
   bool lost_ ABSL_GUARDED_BY(mu_) = false;         // transport_ ends as soon as it writes no more
   std::optional<Successor> successor_ ABSL_GUARDED_BY(mu_);  // takes its place then

@@ -207,7 +207,8 @@ Metrics::Metrics(const model::EngineInfo& engine, absl::Span<const Tenant> tenan
       drain_timeout_(NewGauge("prefilld_drain_timeout_seconds",
                               "Time after which a drain ends the requests that are left.")),
       tenants_(*registry_, tenants),
-      resumption_(*registry_) {
+      resumption_(*registry_),
+      shared_memory_(*registry_) {
   prometheus::BuildGauge()
       .Name("prefilld_build_info")
       .Help("Constant 1; what runs here.")
@@ -333,7 +334,8 @@ void Metrics::CountLayer(const model::LayerReport& report, int num_prompts, int6
   recall_audit_time_.Increment(static_cast<double>(report.audit_us) * 1e-6);
 }
 
-void Metrics::CountFrame(int lane, int64_t payload_bytes) {
+void Metrics::CountFrame(int lane, int64_t payload_bytes, bool is_shared) {
+  shared_memory_.CountFrame(payload_bytes, is_shared);
   const size_t index = std::min(lane, kLanes - 1);
   lane_bytes_[index]->Increment(static_cast<double>(payload_bytes));
   lane_frames_[index]->Increment();

@@ -23,6 +23,7 @@
 #include "server/prefix_cache_metrics.h"
 #include "server/refusal_cause.h"
 #include "server/resumption_metrics.h"
+#include "server/shared_memory_metrics.h"
 #include "server/tenant_metrics.h"
 #include "server/tenants.h"
 
@@ -72,7 +73,7 @@ class Metrics {
   void CountPass(int num_prompts);
   // `num_tokens` counts the tokens that are computed, of all prompts of the pass.
   void CountLayer(const model::LayerReport& report, int num_prompts, int64_t num_tokens);
-  void CountFrame(int lane, int64_t payload_bytes);
+  void CountFrame(int lane, int64_t payload_bytes, bool is_shared);
   void CountStall(absl::Duration stalled);
   void CountDeviceError();
   void Set(const ResourceUse& use);
@@ -81,6 +82,7 @@ class Metrics {
 
   TenantMetrics& tenants() { return tenants_; }
   ResumptionMetrics& resumption() { return resumption_; }
+  SharedMemoryMetrics& shared_memory() { return shared_memory_; }
 
   const std::shared_ptr<prometheus::Registry>& registry() const { return registry_; }
 
@@ -149,6 +151,7 @@ class Metrics {
 
   TenantMetrics tenants_;
   ResumptionMetrics resumption_;
+  SharedMemoryMetrics shared_memory_;
 };
 
 }  // namespace prefilld::server

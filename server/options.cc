@@ -150,6 +150,15 @@ ABSL_FLAG(std::string, tenants, "",
 ABSL_FLAG(int32_t, max_lanes, 16, "Parallel KV streams one request may use, 1 to 16.");
 ABSL_FLAG(int64_t, staging_bytes, int64_t{256} << 20,
           "Host memory for KV on its way to consumers; one request takes at most half.");
+ABSL_FLAG(
+    int64_t, shared_memory_bytes, int64_t{1} << 30,
+    "Shared memory in which consumers of this host read their KV in place, over all requests; "
+    "a request takes up to four frames for each lane and four more, and goes over gRPC when "
+    "that is not left. 0: all KV goes over gRPC.");
+ABSL_FLAG(
+    std::string, shared_memory_dir, "",
+    "Folder in which a socket hands that memory to consumers in other pods of the node, which have "
+    "the folder at the same path. Empty: processes of the same pod, or network namespace, alone.");
 ABSL_FLAG(int64_t, frame_bytes, int64_t{2} << 20, "KV payload of one message, 1 to 4 MiB.");
 ABSL_FLAG(int32_t, pack_threads, 0,
           "Threads that pack, sum up and send KV of all requests. 0: half of the cores, 1 to 8.");
@@ -298,6 +307,8 @@ ServerOptions ReadPlainValues() {
   options.max_queued_tokens = absl::GetFlag(FLAGS_max_queued_tokens);
   options.max_lanes = absl::GetFlag(FLAGS_max_lanes);
   options.staging_bytes = absl::GetFlag(FLAGS_staging_bytes);
+  options.shared_memory_bytes = absl::GetFlag(FLAGS_shared_memory_bytes);
+  options.shared_memory_dir = absl::GetFlag(FLAGS_shared_memory_dir);
   options.pack_threads = absl::GetFlag(FLAGS_pack_threads);
   options.frame_bytes = absl::GetFlag(FLAGS_frame_bytes);
   options.kv_bench_listen = absl::GetFlag(FLAGS_kv_bench_listen);
@@ -348,8 +359,8 @@ process::ProgramHelp Help() {
            {"max_connections", "queue_capacity", "max_queued_tokens", "scheduling"}},
           {"Tenants", {"tenant_from", "tenant_metadata_key", "tenants"}},
           {"KV delivery",
-           {"max_lanes", "staging_bytes", "frame_bytes", "pack_threads", "kv_bench_listen",
-            "deliver_to_allow", "use_proxy"}},
+           {"max_lanes", "staging_bytes", "shared_memory_bytes", "shared_memory_dir", "frame_bytes",
+            "pack_threads", "kv_bench_listen", "deliver_to_allow", "use_proxy"}},
           {"Time-outs",
            {"stall_timeout_s", "min_consumer_mb_per_s", "resume_window_s", "wedge_timeout_s",
             "drain_timeout_s"}}}};

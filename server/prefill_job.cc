@@ -46,6 +46,9 @@ v1::PrefillEvent AcceptedEvent(const PrefillWork& work, int64_t queue_position) 
   event.mutable_accepted()->set_receiver(static_cast<uint32_t>(work.receiver));
   event.mutable_accepted()->set_resume_window_ms(
       static_cast<uint32_t>(absl::ToInt64Milliseconds(work.resume_window)));
+  if (!work.shared_memory.key().empty()) {
+    *event.mutable_accepted()->mutable_shared_memory() = work.shared_memory;
+  }
   return event;
 }
 

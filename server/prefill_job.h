@@ -18,6 +18,7 @@
 #include "server/outcome.h"
 #include "server/prefill_work.h"
 #include "server/request_record.h"
+#include "server/staging_ring.h"
 
 namespace prefilld::server {
 
@@ -65,6 +66,10 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
   // another thread sees the job.
   void set_expected_cached_tokens(int64_t tokens) { expected_cached_tokens_ = tokens; }
   int64_t expected_cached_tokens() const { return expected_cached_tokens_; }
+  // Counts the staging buffers that its frames hold.
+  const std::shared_ptr<StagingRing::Credit>& credit() const { return credit_; }
+  // Tells whether this is the first time that its consumer attaches shared memory.
+  bool ClaimSharedMemory() { return !has_shared_memory_.exchange(true); }
   RequestRecord& record() { return record_; }
   const RequestRecord& record() const { return record_; }
 
@@ -136,6 +141,9 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
   int64_t expected_cached_tokens_ = 0;
   bool finished_ = false;  // belongs to the compute thread
 
+  // Co-owned by the buffers on loan.
+  const std::shared_ptr<StagingRing::Credit> credit_ = std::make_shared<StagingRing::Credit>();
+  std::atomic<bool> has_shared_memory_ = false;
   RequestRecord record_;
   Delivery delivery_;
   std::atomic<bool> ended_ = false;

@@ -185,6 +185,16 @@ absl::Status ResolveResumption(const std::string& request_id, const std::string&
   return absl::OkStatus();
 }
 
+// Only who takes frames on the streams of the call itself can take them from memory.
+void OfferSharedMemory(const RequestLimits& limits, PrefillWork& work) {
+  if (!work.takes_kv || work.pushes() || work.num_sent_blocks() == 0) return;
+  if (limits.shared_memory_sockets.empty()) return;
+  for (const std::string& socket : limits.shared_memory_sockets) {
+    work.shared_memory.add_sockets(socket);
+  }
+  work.shared_memory.set_key(NewKey());
+}
+
 absl::Status CheckPriority(const v1::PrefillRequest& request) {
   if (request.priority() >= -kMaxPriority && request.priority() <= kMaxPriority) {
     return absl::OkStatus();
@@ -323,6 +333,7 @@ absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
   PREFILLD_RETURN_IF_ERROR(
       ResolveResumption(request.request_id(), request.resume_key(), limits, work));
   PREFILLD_RETURN_IF_ERROR(AddPushes(request, engine, work));
+  OfferSharedMemory(limits, work);
   return work;
 }
 
@@ -354,6 +365,7 @@ absl::StatusOr<PrefillWork> ValidateReceiver(const v1::AttachReceiverRequest& re
   if (work.num_lanes > 1) work.lane_key = NewKey();
   PREFILLD_RETURN_IF_ERROR(
       ResolveResumption(request.request_id(), request.resume_key(), limits, work));
+  OfferSharedMemory(limits, work);
   return work;
 }
 

@@ -31,6 +31,7 @@ struct PrefillWork {
   int receiver = 0;          // its number; those from 1 on have no tokens
   std::string resume_key;    // what a consumer shows that comes back; empty: it cannot
   absl::Duration resume_window = absl::ZeroDuration();  // how long it may be away
+  ::prefill::v1::SharedMemoryOffer shared_memory;       // its key is empty if there is none
   bool layer_stats = false;
   bool prompt_logprobs = false;
   bool use_prefix_cache = true;
@@ -64,6 +65,7 @@ struct RequestLimits {
   std::vector<std::string> deliver_to_allow;
   int max_lanes = 1;
   absl::Duration resume_window = absl::ZeroDuration();  // 0: no request is resumable
+  std::vector<std::string> shared_memory_sockets;       // empty: there is no shared memory
 };
 
 // Validates a request. An empty request_id is replaced by a new one. Errors:

@@ -93,6 +93,7 @@ void LogRequest(PrefillJob& job, absl::Time now) {
   }
   fields.emplace_back("total_ms", Milliseconds(now - stats.accepted_at));
   fields.emplace_back("kv_bytes", sent.bytes);
+  if (sent.shared_bytes > 0) fields.emplace_back("shared_memory_bytes", sent.shared_bytes);
   fields.emplace_back("lanes", static_cast<int64_t>(work.num_lanes));
   if (work.num_receivers > 1) fields.emplace_back("receivers", int64_t{work.num_receivers});
   AddCaller(work.caller, fields);
@@ -114,6 +115,7 @@ void LogReceiver(PrefillJob& receiver, absl::Time now) {
                                {"outcome", Name(ending.outcome)},
                                {"total_ms", Milliseconds(total)},
                                {"kv_bytes", receiver.delivery().sent().bytes},
+                               {"shared_memory_bytes", receiver.delivery().sent().shared_bytes},
                                {"first_head", static_cast<int64_t>(work.layout.first_head())},
                                {"heads", static_cast<int64_t>(work.layout.num_heads())},
                                {"lanes", static_cast<int64_t>(work.num_lanes)}};

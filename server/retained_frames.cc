@@ -7,7 +7,10 @@
 
 namespace prefilld::server {
 
-void RetainedFrames::Add(KvFrame frame) { frames_.push_back(std::move(frame)); }
+void RetainedFrames::Add(KvFrame frame) {
+  bytes_ += static_cast<int64_t>(frame.payload_bytes);
+  frames_.push_back(std::move(frame));
+}
 
 absl::Status RetainedFrames::CheckAcknowledged(uint64_t received) const {
   if (received <= end()) return absl::OkStatus();
@@ -24,6 +27,7 @@ absl::Status RetainedFrames::CheckResumable(uint64_t received) const {
 std::deque<KvFrame> RetainedFrames::Release(uint64_t received) {
   std::deque<KvFrame> released;
   while (first_ < received && !frames_.empty()) {
+    bytes_ -= static_cast<int64_t>(frames_.front().payload_bytes);
     released.push_back(std::move(frames_.front()));
     frames_.pop_front();
     ++first_;
@@ -63,6 +67,7 @@ std::deque<KvFrame> RetainedFrames::TakeAll() {
   again_.clear();
   damaged_copies_.clear();
   first_ = end();
+  bytes_ = 0;
   return std::exchange(frames_, {});
 }
 

@@ -27,6 +27,7 @@
 #include "server/prefill_service.h"
 #include "server/push_stream.h"
 #include "server/resumption_service.h"
+#include "server/shared_memory_host.h"
 #include "server/tenant_directory.h"
 #include "server/version.h"
 #include "server/watchdog.h"
@@ -100,6 +101,7 @@ absl::StatusOr<std::unique_ptr<PrefillServer>> PrefillServer::Create(const Serve
   server->metrics_ = std::make_unique<Metrics>(engine.info(), options.tenants.all());
   PREFILLD_RETURN_IF_ERROR(server->CreateStaging(options));
   server->CreateScheduler(options);
+  PREFILLD_RETURN_IF_ERROR(server->CreateSharedMemory(options));
   PREFILLD_RETURN_IF_ERROR(server->CreateService(options));
   PREFILLD_RETURN_IF_ERROR(server->StartListening(options));
   PREFILLD_RETURN_IF_ERROR(server->StartMetrics(options));
@@ -148,6 +150,23 @@ void PrefillServer::CreateScheduler(const ServerOptions& options) {
   compute_thread_ = std::make_unique<ComputeThread>(*scheduler_, wake_);
 }
 
+absl::Status PrefillServer::CreateSharedMemory(const ServerOptions& options) {
+  metrics_->shared_memory().SetLimit(options.shared_memory_bytes);
+  if (options.shared_memory_bytes == 0) return absl::OkStatus();
+  auto host = SharedMemoryHost::Create(
+      {.max_bytes = options.shared_memory_bytes, .folder = options.shared_memory_dir},
+      {.engine = engine_,
+       .ring = *ring_,
+       .scheduler = *scheduler_,
+       .metrics = metrics_->shared_memory()});
+  if (!host.ok()) {
+    return wire::WithPrefix(absl::StrCat("--shared_memory_dir=", options.shared_memory_dir, ": "),
+                            host.status());
+  }
+  shared_memory_ = *std::move(host);
+  return absl::OkStatus();
+}
+
 absl::Status PrefillServer::CreateService(const ServerOptions& options) {
   PREFILLD_ASSIGN_OR_RETURN(auto push_credentials, MakePushCredentials(options.tls));
   const model::EngineInfo& engine = engine_.info();
@@ -165,6 +184,7 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
   limits.deliver_to_allow = options.deliver_to_allow;
   limits.max_lanes = options.max_lanes;
   limits.resume_window = options.resume_window;
+  if (shared_memory_ != nullptr) limits.shared_memory_sockets = shared_memory_->sockets();
   push_dialer_ = std::make_unique<PushDialer>(std::move(push_credentials), options.use_proxy,
                                               clock_, options.stall_timeout);
   arrivals_ = std::make_unique<wire::Arrivals>(wire::Arrivals::LimitFor(options.stall_timeout));
@@ -271,6 +291,7 @@ PrefillServer::~PrefillServer() {
   if (listener_ != nullptr) listener_->Shutdown(kShutdownTime);
   if (push_dialer_ != nullptr) push_dialer_->AwaitIdle();
   watchdog_.reset();
+  shared_memory_.reset();
   // The transport may hold on to the last frames for a moment. If it takes too long, the memory is
   // leaked rather than freed while a socket uses it.
   if (ring_ != nullptr && !ring_->AwaitIdle(kShutdownTime)) {

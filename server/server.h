@@ -36,6 +36,7 @@ class CacheWatch;
 class PrefillService;
 class PushDialer;
 class ResumptionService;
+class SharedMemoryHost;
 class TenantDirectory;
 class Watchdog;
 
@@ -78,6 +79,7 @@ class PrefillServer {
 
   absl::Status CreateStaging(const ServerOptions& options);
   void CreateScheduler(const ServerOptions& options);
+  absl::Status CreateSharedMemory(const ServerOptions& options);
   absl::Status CreateService(const ServerOptions& options);
   absl::Status StartListening(const ServerOptions& options);
   absl::Status StartMetrics(const ServerOptions& options);
@@ -95,6 +97,7 @@ class PrefillServer {
   std::unique_ptr<KvPacker> packer_;
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<ComputeThread> compute_thread_;
+  std::unique_ptr<SharedMemoryHost> shared_memory_;  // null: there is none
   std::unique_ptr<PushDialer> push_dialer_;
   std::unique_ptr<wire::Arrivals> arrivals_;
   std::unique_ptr<CacheWatch> cache_watch_;

@@ -160,6 +160,10 @@ absl::Status Validate(const ServerOptions& o) {
   CheckRange("--frame_bytes", o.frame_bytes, kMiB, 4 * kMiB, problems);
   CheckRange("--pack_threads", o.pack_threads, 0, 64, problems);
   CheckRange("--staging_bytes", o.staging_bytes, 4 * o.frame_bytes, int64_t{1} << 40, problems);
+  CheckRange("--shared_memory_bytes", o.shared_memory_bytes, 0, int64_t{1} << 40, problems);
+  if (!o.shared_memory_dir.empty() && o.shared_memory_bytes == 0) {
+    problems.push_back("--shared_memory_dir needs --shared_memory_bytes");
+  }
   CheckSeconds("--stall_timeout_s", o.stall_timeout, 3600, problems);
   if (o.resume_window != absl::ZeroDuration()) {
     CheckSeconds("--resume_window_s", o.resume_window, 600, problems);
@@ -220,6 +224,8 @@ std::vector<std::pair<std::string, std::string>> Describe(const ServerOptions& o
           {"tenants", absl::StrCat(o.tenants.all().size())},
           {"max_lanes", absl::StrCat(o.max_lanes)},
           {"staging_bytes", absl::StrCat(o.staging_bytes)},
+          {"shared_memory_bytes", absl::StrCat(o.shared_memory_bytes)},
+          {"shared_memory_dir", o.shared_memory_dir},
           {"pack_threads", absl::StrCat(o.pack_threads)},
           {"frame_bytes", absl::StrCat(o.frame_bytes)},
           {"kv_bench_listen", o.kv_bench_listen},

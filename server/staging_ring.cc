@@ -5,18 +5,20 @@
 
 #include "model/prefill/prefill_engine.h"
 #include "proto/status_macros.h"
+#include "server/shared_region.h"
 
 namespace prefilld::server {
 
 StagingRing::Lease& StagingRing::Lease::operator=(Lease&& other) noexcept {
   std::swap(ring_, other.ring_);
   std::swap(credit_, other.credit_);
+  std::swap(region_, other.region_);
   std::swap(data_, other.data_);
   return *this;
 }
 
 StagingRing::Lease::~Lease() {
-  if (ring_ != nullptr) ring_->Return(*credit_, data_);
+  if (ring_ != nullptr) ring_->Return(*this);
 }
 
 absl::StatusOr<std::unique_ptr<StagingRing>> StagingRing::Create(model::PrefillEngine& engine,
@@ -43,8 +45,11 @@ StagingRing::StagingRing(model::DeviceBuffer memory, int num_buffers, size_t buf
 StagingRing::Lease StagingRing::Acquire(absl::Span<const std::shared_ptr<Credit>> credits,
                                         absl::FunctionRef<bool()> give_up) {
   absl::MutexLock lock(&mu_);
-  const auto has_room = [this](const std::shared_ptr<Credit>& credit) ABSL_SHARED_LOCKS_REQUIRED(
-                            mu_) { return credit->held_ < static_cast<int64_t>(free_.size()); };
+  const auto has_room = [this](const std::shared_ptr<Credit>& credit)
+                            ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+                              if (credit->region_ != nullptr) return !credit->free_.empty();
+                              return credit->held_ < static_cast<int64_t>(free_.size());
+                            };
   const auto may_go_on = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
     return std::any_of(credits.begin(), credits.end(), has_room) || give_up();
   };
@@ -52,19 +57,40 @@ StagingRing::Lease StagingRing::Acquire(absl::Span<const std::shared_ptr<Credit>
   }
   const auto credit = std::find_if(credits.begin(), credits.end(), has_room);
   if (credit == credits.end()) return Lease();
-  std::byte* data = free_.back();
-  free_.pop_back();
-  ++(*credit)->held_;
-  return Lease(this, *credit, data);
+  Credit& charged = **credit;
+  std::vector<std::byte*>& free = charged.region_ != nullptr ? charged.free_ : free_;
+  std::byte* const data = free.back();
+  free.pop_back();
+  ++(charged.region_ != nullptr ? lent_buffers_ : charged.held_);
+  return Lease(this, *credit, charged.region_, data);
 }
 
 // Taking and releasing the lock is enough: absl evaluates all waiting conditions on release.
 void StagingRing::AskAgain() { absl::MutexLock lock(&mu_); }
 
-void StagingRing::Return(Credit& credit, std::byte* data) {
+void StagingRing::Lend(Credit& credit, std::shared_ptr<SharedRegion> region) {
   absl::MutexLock lock(&mu_);
-  --credit.held_;
-  free_.push_back(data);
+  credit.free_ = region->buffers();
+  credit.region_ = std::move(region);
+}
+
+void StagingRing::TakeBack(Credit& credit) {
+  std::shared_ptr<SharedRegion> region;  // let go after the lock
+  absl::MutexLock lock(&mu_);
+  region.swap(credit.region_);
+  credit.free_.clear();
+}
+
+void StagingRing::Return(Lease& lease) {
+  absl::MutexLock lock(&mu_);
+  Credit& credit = *lease.credit_;
+  if (lease.region_ == nullptr) {
+    --credit.held_;
+    free_.push_back(lease.data_);
+    return;
+  }
+  --lent_buffers_;
+  if (credit.region_ == lease.region_) credit.free_.push_back(lease.data_);
 }
 
 int64_t StagingRing::staged_bytes() const {
@@ -75,7 +101,7 @@ int64_t StagingRing::staged_bytes() const {
 bool StagingRing::AwaitIdle(absl::Duration timeout) {
   absl::MutexLock lock(&mu_);
   const auto idle = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
-    return free_.size() == static_cast<size_t>(num_buffers_);
+    return free_.size() == static_cast<size_t>(num_buffers_) && lent_buffers_ == 0;
   };
   return mu_.AwaitWithTimeout(absl::Condition(&idle), timeout);
 }

@@ -24,6 +24,8 @@ class PrefillEngine;
 
 namespace prefilld::server {
 
+class SharedRegion;
+
 // Thread-safe. Must outlive its leases (AwaitIdle).
 class StagingRing {
  public:
@@ -31,7 +33,10 @@ class StagingRing {
   class Credit {
    private:
     friend class StagingRing;
-    int held_ = 0;
+    int held_ = 0;  // of the ring
+    // The request has buffers of its own, and is not charged to the ring's.
+    std::shared_ptr<SharedRegion> region_;
+    std::vector<std::byte*> free_;  // of region_
   };
 
   // One buffer on loan, given back on destruction. Move-only.
@@ -45,14 +50,18 @@ class StagingRing {
     explicit operator bool() const { return ring_ != nullptr; }
     std::byte* data() const { return data_; }
     const Credit* credit() const { return credit_.get(); }
+    // The request's own memory, in which the buffer lies; null: it is the ring's.
+    const SharedRegion* region() const { return region_.get(); }
 
    private:
     friend class StagingRing;
-    Lease(StagingRing* ring, std::shared_ptr<Credit> credit, std::byte* data)
-        : ring_(ring), credit_(std::move(credit)), data_(data) {}
+    Lease(StagingRing* ring, std::shared_ptr<Credit> credit, std::shared_ptr<SharedRegion> region,
+          std::byte* data)
+        : ring_(ring), credit_(std::move(credit)), region_(std::move(region)), data_(data) {}
 
     StagingRing* ring_ = nullptr;
     std::shared_ptr<Credit> credit_;  // co-owned by the request, which may end first
+    std::shared_ptr<SharedRegion> region_;
     std::byte* data_ = nullptr;
   };
 
@@ -67,6 +76,8 @@ class StagingRing {
   // holds fewer buffers than are free. So one request can hold half the ring, or two a third each
   // with a third left for others.
   //
+  // A request to which memory was lent gets buffers of that alone, each of which holds its frames.
+  //
   // Returns an empty lease when `give_up` returned true. It is asked under the ring's lock: at
   // once, whenever a buffer comes back, at AskAgain and every `patience`.
   Lease Acquire(absl::Span<const std::shared_ptr<Credit>> credits,
@@ -74,17 +85,23 @@ class StagingRing {
   // Makes those who wait in Acquire ask again whether to give up.
   void AskAgain();
 
+  // Gives a request memory of its own, and takes it away again. Buffers that are on loan then stay
+  // so until they come back.
+  void Lend(Credit& credit, std::shared_ptr<SharedRegion> region);
+  void TakeBack(Credit& credit);
+
   size_t buffer_bytes() const { return buffer_bytes_; }
   int64_t capacity_bytes() const { return int64_t{num_buffers_} * buffer_bytes_; }
-  int64_t staged_bytes() const;  // bytes of the buffers on loan
+  int64_t staged_bytes() const;  // bytes of its own buffers on loan
 
-  // Waits until every buffer is back. Returns false when the time ran out.
+  // Waits until every buffer is back, those of requests' own memory included. Returns false when
+  // the time ran out.
   bool AwaitIdle(absl::Duration timeout);
 
  private:
   StagingRing(model::DeviceBuffer memory, int num_buffers, size_t buffer_bytes,
               absl::Duration patience);
-  void Return(Credit& credit, std::byte* data);
+  void Return(Lease& lease);
 
   const model::DeviceBuffer memory_;
   const int num_buffers_;
@@ -93,6 +110,7 @@ class StagingRing {
 
   mutable absl::Mutex mu_;
   std::vector<std::byte*> free_ ABSL_GUARDED_BY(mu_);
+  int lent_buffers_ ABSL_GUARDED_BY(mu_) = 0;  // on loan, of requests' own memory
 };
 
 }  // namespace prefilld::server

@@ -38,6 +38,7 @@ class Pool : public KvSink {
     return absl::InternalError(absl::StrCat("a pool of ", keys_.size(), " bytes for ", bytes));
   }
   absl::Status OnProgress(const ::prefill::v1::Progress&) override { return absl::OkStatus(); }
+  void OnSharedMemory(const absl::Status& attached) override { is_shared_ = attached.ok(); }
   absl::Status OnFrame(const wire::ReceivedFrame& frame) override {
     const size_t place = (frame.layer * num_blocks_ + frame.first_block) * block_bytes_;
     const size_t bytes = frame.payload.size() / 2;
@@ -45,6 +46,8 @@ class Pool : public KvSink {
     Copy(frame.payload.Part(bytes, bytes), values_.data() + place);
     return absl::OkStatus();
   }
+  // Whether the latest transfer came in shared memory.
+  bool is_shared() const { return is_shared_; }
 
  private:
   static void Copy(const std::vector<absl::Span<const uint8_t>>& pieces, uint8_t* place) {
@@ -57,6 +60,7 @@ class Pool : public KvSink {
   std::vector<uint8_t> keys_, values_;
   size_t block_bytes_ = 0;
   size_t num_blocks_ = 0;
+  bool is_shared_ = false;
 };
 
 // Measures what `transfer` does; it returns the bytes that came, and perhaps how long they took.
@@ -127,9 +131,10 @@ absl::StatusOr<std::vector<MeasuredLanes>> MeasureKv(PrefillClient& client, cons
   request.mutable_token_ids()->Resize(static_cast<int>(num_blocks * wire::kDefaultBlockTokens), 1);
   Pool pool(num_blocks * block_bytes);
 
+  PrefillCallOptions call = options;
   const auto fetch_kv = [&]() -> absl::StatusOr<MeasuredTransfer> {
     const absl::Time begin = absl::Now();
-    PREFILLD_ASSIGN_OR_RETURN(const PrefillResult result, client.Prefill(request, pool, options));
+    PREFILLD_ASSIGN_OR_RETURN(const PrefillResult result, client.Prefill(request, pool, call));
     return MeasuredTransfer{.bytes = static_cast<int64_t>(result.kv_bytes()),
                             .seconds = absl::ToDoubleSeconds(absl::Now() - begin)};
   };
@@ -140,13 +145,21 @@ absl::StatusOr<std::vector<MeasuredLanes>> MeasureKv(PrefillClient& client, cons
         wire::ReceiveOverTcp(peer, num_blocks * block_bytes, connections, kTcpPieceBytes));
     return MeasuredTransfer{.bytes = num_blocks * block_bytes, .seconds = seconds};
   };
+  PREFILLD_RETURN_IF_ERROR(fetch_kv().status());  // tells whether shared memory can be reached
   std::vector<MeasuredLanes> rows;
   for (const uint32_t number : lanes) rows.push_back({.lanes = number, .transport = "grpc"});
+  for (const uint32_t number : pool.is_shared() ? lanes : std::vector<uint32_t>()) {
+    rows.push_back({.lanes = number, .transport = "shared"});
+  }
   for (int run = -1; run < runs; ++run) {
     for (MeasuredLanes& row : rows) {
       request.set_num_lanes(row.lanes);
+      call.shared_memory = row.transport == "shared";
       PREFILLD_ASSIGN_OR_RETURN(const MeasuredTransfer kv, Measure(peer, fetch_kv));
       PREFILLD_ASSIGN_OR_RETURN(const MeasuredTransfer tcp, Measure(peer, fetch_bare));
+      if (call.shared_memory && !pool.is_shared()) {
+        return absl::UnavailableError("a transfer did not get its shared memory");
+      }
       if (run < 0) continue;  // connections and memory are new
       row.kv.push_back(kv);
       row.tcp.push_back(tcp);

@@ -24,15 +24,16 @@ struct MeasuredTransfer {
 // All transfers over a number of lanes, and as many of the same size over so many bare connections.
 struct MeasuredLanes {
   uint32_t lanes = 0;
-  std::string transport;
+  std::string transport;  // "grpc", or "shared" for shared memory
   std::vector<MeasuredTransfer> kv = {};
   std::vector<MeasuredTransfer> tcp = {};
 };
 
-// Fetches KV of about `bytes` over each number of lanes `runs` times, in turns with bare TCP to
-// `peer`, after one transfer each that does not count. Each frame is verified, and its blocks are
-// copied to places of their own in memory, as a decode worker does. FAILED_PRECONDITION: the server
-// has a model, so that its computation would be measured.
+// Fetches KV of about `bytes` over each number of lanes `runs` times, in shared memory as well
+// where that can be reached, in turns with bare TCP to `peer`, after one transfer each that does
+// not count. Each frame is verified, and its blocks are copied to places of their own in memory, as
+// a decode worker does. FAILED_PRECONDITION: the server has a model, so that its computation would
+// be measured.
 absl::StatusOr<std::vector<MeasuredLanes>> MeasureKv(PrefillClient& client, const std::string& peer,
                                                      int64_t bytes, int runs,
                                                      const std::vector<uint32_t>& lanes,

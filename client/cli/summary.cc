@@ -100,6 +100,13 @@ std::string LikelihoodLine(const PrefillResult& prefill) {
                               std::exp(-sum / count), CountText(count), 100.0 * likeliest / count));
 }
 
+// Frames that were packed before the memory was attached come over gRPC.
+const char* TransportText(const PrefillResult& prefill) {
+  if (prefill.shared_memory_bytes() == 0) return "";
+  return prefill.shared_memory_bytes() < prefill.kv_bytes() ? ", some in shared memory,"
+                                                            : " in shared memory";
+}
+
 // The transfer lasts about as long as the compute that hides it, and that sets its rate.
 std::string KvLine(const PrefillResult& prefill, uint64_t transfer_us, double overlap,
                    uint64_t first_frame_us, uint32_t layers_computed, uint32_t num_layers) {
@@ -108,13 +115,14 @@ std::string KvLine(const PrefillResult& prefill, uint64_t transfer_us, double ov
     return Line("KV", absl::StrFormat("%s in %s frames, pushed", BytesText(prefill.kv_bytes()),
                                       CountText(prefill.kv_frames())));
   }
-  return Line("KV",
-              absl::StrFormat(
-                  "%s in %s frames within %s (%s/s); %.0f %% left before the last layer was "
-                  "done; layer 0 here after %s, with %u of %u layers computed",
-                  BytesText(prefill.kv_bytes()), CountText(prefill.kv_frames()),
-                  DurationText(transfer_us), BytesText(PerSecond(prefill.kv_bytes(), transfer_us)),
-                  100 * overlap, DurationText(first_frame_us), layers_computed, num_layers));
+  return Line(
+      "KV",
+      absl::StrFormat("%s in %s frames%s within %s (%s/s); %.0f %% left before the last layer was "
+                      "done; layer 0 here after %s, with %u of %u layers computed",
+                      BytesText(prefill.kv_bytes()), CountText(prefill.kv_frames()),
+                      TransportText(prefill), DurationText(transfer_us),
+                      BytesText(PerSecond(prefill.kv_bytes(), transfer_us)), 100 * overlap,
+                      DurationText(first_frame_us), layers_computed, num_layers));
 }
 
 std::string LowestRecallText(const LayerStats& layer) {
@@ -191,6 +199,7 @@ json ToJson(const PrefillResult& result) {
   object["prompt_tokens"] = result.num_tokens();
   object["cached_tokens"] = result.cached_tokens();
   object["kv_bytes"] = result.kv_bytes();
+  object["shared_memory_bytes"] = result.shared_memory_bytes();
   object["kv_frames"] = result.kv_frames();
   for (const LayerStats& layer : result.layers()) {
     object["layers"].push_back(ToJson(layer));

@@ -138,6 +138,9 @@ class Generation : public KvSink {
     return cache_.CheckShape(accepted.layout());
   }
   absl::Status OnFrame(const wire::ReceivedFrame& frame) override { return cache_.Write(frame); }
+  void OnSharedMemory(const absl::Status& attached) override {
+    worker_.metrics->CountPull(attached);
+  }
   absl::Status OnProgress(const Progress& progress) override {
     GenerateEvent event;
     *event.mutable_progress()->mutable_progress() = progress;

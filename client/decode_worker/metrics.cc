@@ -1,9 +1,13 @@
 #include "client/decode_worker/metrics.h"
 
+#include <set>
+#include <string>
 #include <utility>
 #include <vector>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
+#include "absl/synchronization/mutex.h"
 #include "prometheus/counter.h"
 #include "prometheus/gauge.h"
 #include "prometheus/histogram.h"
@@ -69,6 +73,15 @@ struct WorkerMetrics::Families {
           .Name("prefilld_decode_kv_transfers_total")
           .Help("KV transfers that ended, by gRPC status.")
           .Register(*registry);
+  prometheus::Family<prometheus::Counter>& pulls =
+      prometheus::BuildCounter()
+          .Name("prefilld_decode_kv_pulls_total")
+          .Help("KV transfers that prefilld accepted, by the transport of their payloads.")
+          .Register(*registry);
+  prometheus::Counter& shared_pulls = pulls.Add({{"transport", "shared_memory"}});
+  prometheus::Counter& grpc_pulls = pulls.Add({{"transport", "grpc"}});
+  absl::Mutex mu;
+  std::set<std::string> known_reasons ABSL_GUARDED_BY(mu);  // why pulls went over gRPC
   prometheus::Counter& kv_bytes = prometheus::BuildCounter()
                                       .Name("prefilld_decode_kv_received_bytes_total")
                                       .Help("KV bytes verified and stored.")
@@ -113,6 +126,17 @@ void WorkerMetrics::RequestEnded(const absl::Status& status) {
 void WorkerMetrics::CountTransfer(uint64_t kv_bytes, const absl::Status& status) {
   families_->kv_bytes.Increment(static_cast<double>(kv_bytes));
   families_->transfers.Add({{"status", absl::StatusCodeToString(status.code())}}).Increment();
+}
+
+void WorkerMetrics::CountPull(const absl::Status& shared_memory) {
+  if (shared_memory.ok()) return families_->shared_pulls.Increment();
+  families_->grpc_pulls.Increment();
+  constexpr size_t kMaxReasons = 64;
+  const std::string reason(shared_memory.message());
+  absl::MutexLock lock(&families_->mu);
+  if (families_->known_reasons.size() >= kMaxReasons) return;
+  if (!families_->known_reasons.insert(reason).second) return;
+  process::LogEvent(process::LogLevel::kInfo, "kv_over_grpc", {{"reason", reason}});
 }
 
 void WorkerMetrics::CountIgnoredTrace() { families_->ignored_traces.Increment(); }

@@ -26,6 +26,8 @@ class WorkerMetrics {
   void RequestStarted();
   void RequestEnded(const absl::Status& status);
   void CountTransfer(uint64_t kv_bytes, const absl::Status& status);
+  // Counts a pull by its transport, and logs why it is gRPC, once for each reason.
+  void CountPull(const absl::Status& shared_memory);
   void CountToken();
   void CountIgnoredTrace();
   void ObserveTimeToFirstToken(absl::Duration ttft);

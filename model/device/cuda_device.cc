@@ -34,6 +34,7 @@ class CudaDevice final : public Device {
 
   absl::StatusOr<DeviceBuffer> Allocate(size_t bytes) override;
   absl::StatusOr<DeviceBuffer> AllocateStaging(size_t bytes) override;
+  absl::StatusOr<DeviceBuffer> AdoptStaging(void* data, size_t bytes) override;
 
   absl::Status Upload(void* dst, const void* src, size_t bytes) override;
   absl::Status Download(void* dst, const void* src, size_t bytes) override;
@@ -154,7 +155,26 @@ absl::StatusOr<DeviceBuffer> CudaDevice::AllocateStaging(size_t bytes) {
   return DeviceBuffer(this, MemoryKind::kStaging, data, bytes);
 }
 
+// A system may refuse to pin memory, which is no fault of the device.
+absl::StatusOr<DeviceBuffer> CudaDevice::AdoptStaging(void* data, size_t bytes) {
+  PREFILLD_RETURN_IF_ERROR(fault_.status());
+  const cudaError_t error =
+      cudaHostRegister(data, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
+  if (error == cudaErrorMemoryAllocation || error == cudaErrorNotSupported ||
+      error == cudaErrorNotPermitted || error == cudaErrorInvalidValue) {
+    cudaGetLastError();
+    return absl::ResourceExhaustedError(
+        absl::StrCat("no ", bytes, " bytes of memory were pinned: ", cudaGetErrorString(error)));
+  }
+  PREFILLD_RETURN_IF_ERROR(fault_.Check(error, "cudaHostRegister"));
+  return DeviceBuffer(this, MemoryKind::kAdopted, data, bytes);
+}
+
 void CudaDevice::Free(MemoryKind kind, void* data, size_t bytes) {
+  if (kind == MemoryKind::kAdopted) {
+    fault_.Check(cudaHostUnregister(data), "cudaHostUnregister").IgnoreError();
+    return;
+  }
   if (kind == MemoryKind::kStaging) {
     fault_.Check(cudaFreeHost(data), "cudaFreeHost").IgnoreError();
     return;

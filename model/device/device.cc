@@ -27,6 +27,8 @@ DeviceBuffer::~DeviceBuffer() {
   if (data_ != nullptr) device_->Free(kind_, data_, bytes_);
 }
 
+absl::StatusOr<DeviceBuffer> Device::AdoptStaging(void*, size_t) { return DeviceBuffer(); }
+
 absl::Status Device::Repeat(const RecordingKey&, absl::FunctionRef<absl::Status()> ops) {
   return ops();
 }

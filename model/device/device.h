@@ -20,7 +20,7 @@ namespace prefilld::model {
 
 class Device;
 
-enum class MemoryKind : uint8_t { kDevice, kStaging };
+enum class MemoryKind : uint8_t { kDevice, kStaging, kAdopted };
 
 // Memory of a device, freed on destruction. Move-only. It must not outlive the device.
 class DeviceBuffer {
@@ -63,7 +63,7 @@ struct DeviceTraits {
 // One device. Its ops and the copies below are ordered among themselves, in the order of the calls
 // of one thread. The methods marked thread-safe may be called from any thread beside it.
 //
-// It has sixteen methods, because a device has four concerns that share one order of execution:
+// It has seventeen methods, because a device has four concerns that share one order of execution:
 // memory, copies, points on its time line, and recordings.
 class Device {
  public:
@@ -77,6 +77,10 @@ class Device {
   virtual absl::StatusOr<DeviceBuffer> Allocate(size_t bytes) = 0;
   // Host memory that the device can write to fast (pinned for CUDA). Thread-safe.
   virtual absl::StatusOr<DeviceBuffer> AllocateStaging(size_t bytes) = 0;
+  // Makes memory of the caller's, whole pages, like that of AllocateStaging for as long as the
+  // result lives. An empty result: nothing has to be done for that. RESOURCE_EXHAUSTED: the system
+  // does not allow it. Thread-safe.
+  virtual absl::StatusOr<DeviceBuffer> AdoptStaging(void* data, size_t bytes);
   virtual size_t allocated_bytes() const = 0;  // device memory; thread-safe
 
   // Copies host memory to the device, ordered after earlier ops; `src` may be reused on return.

@@ -24,6 +24,9 @@ class Engine final : public PrefillEngine {
   absl::StatusOr<DeviceBuffer> AllocateStaging(size_t bytes) override {
     return parts_->device->AllocateStaging(bytes);
   }
+  absl::StatusOr<DeviceBuffer> AdoptStaging(void* data, size_t bytes) override {
+    return parts_->device->AdoptStaging(data, bytes);
+  }
   PrefixCacheUse prefix_cache() const override {
     if (parts_->prefixes == nullptr) return {};
     return {.counts = parts_->prefixes->index().counts(),

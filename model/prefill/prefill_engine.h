@@ -186,6 +186,10 @@ class PrefillEngine {
   }
 
   virtual absl::StatusOr<DeviceBuffer> AllocateStaging(size_t bytes) = 0;
+  // As Device::AdoptStaging. Thread-safe.
+  virtual absl::StatusOr<DeviceBuffer> AdoptStaging(void* data, size_t bytes) {
+    return DeviceBuffer();
+  }
 };
 
 // The limit of EngineOptions.max_batch_tokens. A batch's pattern grows with the square: here it

@@ -86,7 +86,9 @@ constexpr std::tuple kFields = {
     Fixed64(KvFrame::kChecksumFieldNumber, &FrameHeader::checksum, &KvFrame::checksum),
     Varint(KvFrame::kSentAtUsFieldNumber, &FrameHeader::sent_at_us, &KvFrame::sent_at_us),
     Varint(KvFrame::kLayersComputedFieldNumber, &FrameHeader::layers_computed,
-           &KvFrame::layers_computed)};
+           &KvFrame::layers_computed),
+    Varint(KvFrame::kSharedOffsetFieldNumber, &FrameHeader::shared_offset, &KvFrame::shared_offset),
+    Varint(KvFrame::kSharedBytesFieldNumber, &FrameHeader::shared_bytes, &KvFrame::shared_bytes)};
 
 // Tags below 16 take one byte, a varint ten at most; the payload's tag and length come last.
 constexpr size_t kMaxFieldsBytes = (std::tuple_size_v<decltype(kFields)> + 1) * (1 + 10);

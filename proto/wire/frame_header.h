@@ -18,6 +18,8 @@ struct FrameHeader {
   uint64_t checksum = 0;
   uint64_t sent_at_us = 0;
   uint32_t layers_computed = 0;
+  uint64_t shared_offset = 0;
+  uint32_t shared_bytes = 0;
 };
 
 // XXH3 with 64 bits and seed 0, as KvFrame.checksum has it.

@@ -169,10 +169,6 @@ absl::StatusOr<ListeningSockets> ListenOnPath(const std::string& path) {
 
 }  // namespace
 
-Descriptor::~Descriptor() {
-  if (fd_ >= 0) close(fd_);
-}
-
 absl::StatusOr<ListeningSockets> ListenOn(const std::string& addresses) {
   ListeningSockets all;
   for (const std::string& address : SplitAddresses(addresses)) {

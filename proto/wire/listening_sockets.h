@@ -3,32 +3,12 @@
 #define PREFILLD_PROTO_WIRE_LISTENING_SOCKETS_H_
 
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "proto/wire/descriptor.h"
 
 namespace prefilld::wire {
-
-// A file descriptor, closed on destruction. Move-only.
-class Descriptor {
- public:
-  Descriptor() = default;
-  explicit Descriptor(int fd) : fd_(fd) {}
-  Descriptor(Descriptor&& other) noexcept { *this = std::move(other); }
-  Descriptor& operator=(Descriptor&& other) noexcept {
-    std::swap(fd_, other.fd_);
-    return *this;
-  }
-  ~Descriptor();
-
-  int get() const { return fd_; }
-  bool valid() const { return fd_ >= 0; }
-  int release() { return std::exchange(fd_, -1); }
-
- private:
-  int fd_ = -1;
-};
 
 struct ListeningSockets {
   std::vector<Descriptor> sockets;  // non-blocking

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# How fast KV comes from a prefilld to a consumer, two processes of this machine, verified and copied
-# to its place, beside bare TCP: prefill-cli bench-kv with a prefilld that makes its KV up.
+# How fast KV comes from a prefilld to a consumer, two processes of this machine, over gRPC and in
+# shared memory, verified and copied to its place, beside bare TCP: prefill-cli bench-kv with a prefilld that makes its KV up.
 #   tests/bench/kv_stream.sh BIN_FOLDER [flags of prefill-cli bench-kv...]
 # SERVER_FLAGS has flags for prefilld, such as --frame_bytes or --pack_threads.
 set -euo pipefail

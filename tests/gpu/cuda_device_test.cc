@@ -1,5 +1,8 @@
 #include "model/device/device.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstring>
 #include <numeric>
 #include <thread>
@@ -12,6 +15,24 @@ namespace prefilld::model {
 namespace {
 
 using kernels::testing::Bf16;
+
+// Memory that another process could map, as consumers of the server's host do.
+class SharedPages {
+ public:
+  explicit SharedPages(size_t bytes) : bytes_((bytes + 4095) / 4096 * 4096) {
+    const int fd = memfd_create("pages", MFD_CLOEXEC);
+    EXPECT_EQ(ftruncate(fd, static_cast<off_t>(bytes_)), 0);
+    data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    close(fd);
+  }
+  ~SharedPages() { munmap(data_, bytes_); }
+  void* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  const size_t bytes_;
+  void* data_ = nullptr;
+};
 
 class CudaDevice : public kernels::testing::GpuTest {
  protected:
@@ -238,6 +259,13 @@ TEST_F(CudaDevice, PacksFromSeveralThreadsBesideOps) {
       const absl::Status status = device_->PackKv(mine);
       EXPECT_TRUE(status.ok()) << status;
       EXPECT_EQ(std::memcmp(staging->data(), expected.data(), bytes), 0);
+
+      const SharedPages pages(bytes);
+      absl::StatusOr<DeviceBuffer> adopted = device_->AdoptStaging(pages.data(), pages.bytes());
+      ASSERT_TRUE(adopted.ok()) << adopted.status();
+      mine.dst = pages.data();
+      EXPECT_TRUE(device_->PackKv(mine).ok());
+      EXPECT_EQ(std::memcmp(pages.data(), expected.data(), bytes), 0);
     });
   }
   const DeviceBuffer y = Allocate(device_k.bytes());

@@ -204,5 +204,29 @@ TEST_F(LaneQueueTest, AStreamThatIsPassedByTheOthersOfItsConnectionIsStalled) {
   EXPECT_EQ(stalled, absl::Seconds(9));
 }
 
+// As with a consumer that reads frames where they are.
+TEST_F(LaneQueueTest, FramesThatAreKeptHoldUpTheEndAndStallUntilTheyAreAcknowledged) {
+  queue_.Attach(&transport_);
+  queue_.Push(Frame('a', 10));
+  queue_.OnWriteDone(true);
+  queue_.KeepUntilAcknowledged();
+  queue_.Push(Frame('b', 20));
+  queue_.OnWriteDone(true);
+  queue_.Close(Event("last"));
+  queue_.OnWriteDone(true);
+  EXPECT_EQ(transport_.sent, Strings({"a", "b", "last"}));
+  EXPECT_TRUE(transport_.ends.empty()) << "its consumer may still be reading";
+  EXPECT_EQ(queue_.held_frames(), 1) << "the first was sent before";
+  EXPECT_EQ(queue_.taken(clock_.now).payload_bytes, 10);
+  clock_.now += absl::Seconds(31);
+  EXPECT_EQ(queue_.StalledFor(clock_.now), absl::Seconds(31));
+  EXPECT_TRUE(absl::IsOutOfRange(queue_.Acknowledge(3, {}).status()));
+  EXPECT_TRUE(transport_.ends.empty());
+  EXPECT_TRUE(queue_.Acknowledge(2, {}).ok());
+  EXPECT_EQ(queue_.taken(clock_.now).payload_bytes, 30);
+  ASSERT_EQ(transport_.ends.size(), 1);
+  EXPECT_TRUE(transport_.ends[0].ok());
+}
+
 }  // namespace
 }  // namespace prefilld::server

@@ -1,0 +1,106 @@
+#include "client/shared_memory.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include <cerrno>
+#include <cstring>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/time.h"
+#include "grpcpp/support/slice.h"
+#include "prefill/v1/shared_memory.pb.h"
+#include "proto/status_macros.h"
+#include "proto/wire/descriptor.h"
+
+namespace prefilld::client {
+namespace {
+
+using ::prefill::v1::Accepted;
+using ::prefill::v1::SharedMemoryAttached;
+using ::prefill::v1::SharedMemoryRequest;
+
+// A server that says nothing for so long is not waited for: its KV comes over gRPC.
+constexpr absl::Duration kServerPatience = absl::Seconds(1);
+
+absl::StatusOr<wire::PacketSocket> ConnectToAny(const Accepted& accepted) {
+  absl::Status reason = absl::NotFoundError("the server offers no shared memory");
+  for (const std::string& address : accepted.shared_memory().sockets()) {
+    auto socket = wire::PacketSocket::Connect(address);
+    if (socket.ok()) return socket;
+    reason = absl::UnavailableError(absl::StrCat(address, ": ", socket.status().message()));
+  }
+  return reason;
+}
+
+// Memory that could shrink would end this process when it is read behind its end.
+absl::Status CheckMemory(const wire::Descriptor& memory, uint64_t bytes) {
+  struct stat facts = {};
+  if (fstat(memory.get(), &facts) != 0 || bytes == 0 ||
+      static_cast<uint64_t>(facts.st_size) < bytes) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("the shared memory has no ", bytes, " bytes"));
+  }
+  const int seals = fcntl(memory.get(), F_GET_SEALS);
+  if (seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
+    return absl::FailedPreconditionError("the shared memory could shrink");
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<SharedMemory>> SharedMemory::Attach(const Accepted& accepted) {
+  PREFILLD_ASSIGN_OR_RETURN(wire::PacketSocket socket, ConnectToAny(accepted));
+  SharedMemoryRequest request;
+  request.mutable_attach()->set_request_id(accepted.request_id());
+  request.mutable_attach()->set_receiver(accepted.receiver());
+  request.mutable_attach()->set_key(accepted.shared_memory().key());
+  PREFILLD_RETURN_IF_ERROR(socket.Send(request, kServerPatience));
+  SharedMemoryAttached answer;
+  wire::Descriptor memory;
+  PREFILLD_RETURN_IF_ERROR(socket.Receive(answer, kServerPatience, &memory));
+  if (answer.code() != 0) {
+    return absl::Status(static_cast<absl::StatusCode>(answer.code()), answer.message());
+  }
+  PREFILLD_RETURN_IF_ERROR(CheckMemory(memory, answer.bytes()));
+  void* const data = mmap(nullptr, answer.bytes(), PROT_READ, MAP_SHARED | MAP_POPULATE,
+                          memory.get(), /*offset=*/0);
+  if (data == MAP_FAILED) {
+    return absl::ResourceExhaustedError(absl::StrCat("mmap: ", std::strerror(errno)));
+  }
+  return std::unique_ptr<SharedMemory>(
+      new SharedMemory(std::move(socket), static_cast<const uint8_t*>(data), answer.bytes()));
+}
+
+SharedMemory::~SharedMemory() { munmap(const_cast<uint8_t*>(data_), bytes_); }
+
+absl::Status SharedMemory::Begin() {
+  SharedMemoryRequest request;
+  request.mutable_mapped();
+  return socket_.Send(request, kServerPatience);
+}
+
+absl::StatusOr<wire::FramePayload> SharedMemory::PayloadOf(const wire::FrameHeader& frame) const {
+  if (frame.shared_bytes > bytes_ || frame.shared_offset > bytes_ - frame.shared_bytes) {
+    return absl::DataLossError(absl::StrCat("lane ", frame.lane, ", frame ", frame.sequence, ": ",
+                                            frame.shared_bytes, " bytes at ", frame.shared_offset,
+                                            " of shared memory that has ", bytes_));
+  }
+  grpc::Slice slice(data_ + frame.shared_offset, frame.shared_bytes, grpc::Slice::STATIC_SLICE);
+  return wire::FramePayload({std::move(slice)}, 0, frame.shared_bytes);
+}
+
+bool SharedMemory::Acknowledge(uint32_t lane, uint64_t received) {
+  if (!is_heard_.load(std::memory_order_relaxed)) return false;
+  SharedMemoryRequest request;
+  request.mutable_receipt()->set_lane(lane);
+  request.mutable_receipt()->set_received(received);
+  if (socket_.Send(request, kServerPatience).ok()) return true;
+  is_heard_.store(false, std::memory_order_relaxed);
+  return false;
+}
+
+}  // namespace prefilld::client
