@@ -1,13 +1,16 @@
 #include "client/shared_memory.h"
 
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 
 #include <cerrno>
 #include <cstring>
 #include <string>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
 #include "grpcpp/support/slice.h"
@@ -28,6 +31,12 @@ constexpr absl::Duration kServerPatience = absl::Seconds(1);
 absl::StatusOr<wire::PacketSocket> ConnectToAny(const Accepted& accepted) {
   absl::Status reason = absl::NotFoundError("the server offers no shared memory");
   for (const std::string& address : accepted.shared_memory().sockets()) {
+    if (absl::StartsWith(address, "unix-abstract:") &&
+        (accepted.shared_memory().network().empty() ||
+         accepted.shared_memory().network() != wire::NetworkOfThisProcess())) {
+      reason = absl::UnavailableError(absl::StrCat(address, ": of another network namespace"));
+      continue;
+    }
     auto socket = wire::PacketSocket::Connect(address);
     if (socket.ok()) return socket;
     reason = absl::UnavailableError(absl::StrCat(address, ": ", socket.status().message()));
@@ -35,13 +44,20 @@ absl::StatusOr<wire::PacketSocket> ConnectToAny(const Accepted& accepted) {
   return reason;
 }
 
-// Memory that could shrink would end this process when it is read behind its end.
+// More than a request with 16 lanes and frames of 4 MiB has. A larger memory is not of prefilld.
+constexpr uint64_t kMaxBytes = uint64_t{1} << 30;
+
+// Memory that could shrink would end this process when it is read behind its end, and pages that
+// are not there yet would be made, and count as this process's.
 absl::Status CheckMemory(const wire::Descriptor& memory, uint64_t bytes) {
   struct stat facts = {};
-  if (fstat(memory.get(), &facts) != 0 || bytes == 0 ||
-      static_cast<uint64_t>(facts.st_size) < bytes) {
+  struct statfs system = {};
+  if (fstat(memory.get(), &facts) != 0 || fstatfs(memory.get(), &system) != 0 ||
+      system.f_type != TMPFS_MAGIC || bytes == 0 || bytes > kMaxBytes ||
+      static_cast<uint64_t>(facts.st_size) < bytes ||
+      static_cast<uint64_t>(facts.st_blocks) * 512 < bytes) {
     return absl::FailedPreconditionError(
-        absl::StrCat("the shared memory has no ", bytes, " bytes"));
+        absl::StrCat("the shared memory has no ", bytes, " bytes, or more than ", kMaxBytes));
   }
   const int seals = fcntl(memory.get(), F_GET_SEALS);
   if (seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
@@ -80,7 +96,10 @@ SharedMemory::~SharedMemory() { munmap(const_cast<uint8_t*>(data_), bytes_); }
 absl::Status SharedMemory::Begin() {
   SharedMemoryRequest request;
   request.mutable_mapped();
-  return socket_.Send(request, kServerPatience);
+  absl::MutexLock lock(&begin_mu_);
+  PREFILLD_RETURN_IF_ERROR(socket_.Send(request, kServerPatience));
+  has_begun_ = true;
+  return absl::OkStatus();
 }
 
 absl::StatusOr<wire::FramePayload> SharedMemory::PayloadOf(const wire::FrameHeader& frame) const {
@@ -95,6 +114,10 @@ absl::StatusOr<wire::FramePayload> SharedMemory::PayloadOf(const wire::FrameHead
 
 bool SharedMemory::Acknowledge(uint32_t lane, uint64_t received) {
   if (!is_heard_.load(std::memory_order_relaxed)) return false;
+  {
+    absl::ReaderMutexLock lock(&begin_mu_);
+    if (!has_begun_) return false;
+  }
   SharedMemoryRequest request;
   request.mutable_receipt()->set_lane(lane);
   request.mutable_receipt()->set_received(received);

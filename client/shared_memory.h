@@ -9,8 +9,10 @@
 #include <memory>
 #include <utility>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
 #include "prefill/v1/prefill.pb.h"
 #include "proto/wire/frame_codec.h"
 #include "proto/wire/packet_socket.h"
@@ -36,7 +38,7 @@ class SharedMemory {
   // DATA_LOSS: the frame is not inside the memory.
   absl::StatusOr<wire::FramePayload> PayloadOf(const wire::FrameHeader& frame) const;
   // Tells the server that every frame of the lane before `received` is stored. Returns false if it
-  // does not hear it.
+  // does not hear it, as before Begin.
   bool Acknowledge(uint32_t lane, uint64_t received);
 
  private:
@@ -47,6 +49,8 @@ class SharedMemory {
   const uint8_t* const data_;
   const size_t bytes_;
   std::atomic<bool> is_heard_ = true;
+  absl::Mutex begin_mu_;
+  bool has_begun_ ABSL_GUARDED_BY(begin_mu_) = false;
 };
 
 }  // namespace prefilld::client

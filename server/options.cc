@@ -151,9 +151,10 @@ ABSL_FLAG(int32_t, max_lanes, 16, "Parallel KV streams one request may use, 1 to
 ABSL_FLAG(int64_t, staging_bytes, int64_t{256} << 20,
           "Host memory for KV on its way to consumers; one request takes at most half.");
 ABSL_FLAG(
-    int64_t, shared_memory_bytes, int64_t{1} << 30,
-    "Shared memory in which consumers of this host read their KV in place, over all requests; "
-    "a request takes up to four frames for each lane and four more, and goes over gRPC when "
+    int64_t, shared_memory_bytes, 0,
+    "Shared memory in which consumers of this host read their KV in place, over all requests. They "
+    "must be trusted to let go of it: what they keep counts as this server's and not here. "
+    "A request takes up to four frames for each lane and four more, and goes over gRPC when "
     "that is not left. 0: all KV goes over gRPC.");
 ABSL_FLAG(
     std::string, shared_memory_dir, "",

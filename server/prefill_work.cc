@@ -14,6 +14,7 @@
 #include "proto/wire/grpc_status.h"
 #include "proto/wire/host_port.h"
 #include "proto/wire/kv_layout.h"
+#include "proto/wire/packet_socket.h"
 #include "proto/wire/request_id.h"
 #include "server/fair_shares.h"
 #include "server/refusal_cause.h"
@@ -193,6 +194,7 @@ void OfferSharedMemory(const RequestLimits& limits, PrefillWork& work) {
     work.shared_memory.add_sockets(socket);
   }
   work.shared_memory.set_key(NewKey());
+  work.shared_memory.set_network(wire::NetworkOfThisProcess());
 }
 
 absl::Status CheckPriority(const v1::PrefillRequest& request) {

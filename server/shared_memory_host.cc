@@ -183,11 +183,17 @@ void SharedMemoryHost::Admit(wire::Descriptor connection) {
     return;
   }
   Visit& visit = visits_.emplace_back(wire::PacketSocket(std::move(connection)));
-  visit.thread = std::thread([this, &visit] {
-    Serve(visit);
-    visit.socket.Shutdown();
-    visit.is_over = true;
-  });
+  try {
+    visit.thread = std::thread([this, &visit] {
+      Serve(visit);
+      visit.socket.Shutdown();
+      visit.is_over = true;
+    });
+  } catch (const std::system_error&) {
+    // No more threads may be made. The consumer gets its KV over gRPC.
+    visits_.pop_back();
+    surroundings_.metrics.Count(Visitor::kTooMany);
+  }
 }
 
 bool SharedMemoryHost::ForgetPast() {

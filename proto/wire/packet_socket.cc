@@ -3,11 +3,13 @@
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <unistd.h>
 
 #include <array>
 #include <cerrno>
 #include <cstddef>
 #include <cstring>
+#include <fstream>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
@@ -165,6 +167,18 @@ absl::StatusOr<Descriptor> ListenForPackets(const std::string& address) {
   if (bind(fd.get(), own.get(), own.length) != 0) return SystemError("bind");
   if (listen(fd.get(), SOMAXCONN) != 0) return SystemError("listen");
   return fd;
+}
+
+const std::string& NetworkOfThisProcess() {
+  static const std::string& name = *new std::string([] {
+    std::string boot;
+    std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
+    std::array<char, 64> space = {};
+    const ssize_t length = readlink("/proc/self/ns/net", space.data(), space.size());
+    if (boot.empty() || length <= 0) return std::string();
+    return absl::StrCat(boot, "/", absl::string_view(space.data(), static_cast<size_t>(length)));
+  }());
+  return name;
 }
 
 }  // namespace prefilld::wire

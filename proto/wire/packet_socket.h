@@ -43,6 +43,10 @@ class PacketSocket {
   Descriptor fd_;
 };
 
+// Returns what names the boot and the network namespace of this process, of which abstract names
+// are. Empty: they cannot be told.
+const std::string& NetworkOfThisProcess();
+
 // Listens on an address of such sockets. Nobody may have bound it. UNAVAILABLE: says why not.
 absl::StatusOr<Descriptor> ListenForPackets(const std::string& address);
 

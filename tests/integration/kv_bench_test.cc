@@ -16,7 +16,8 @@ using ::nlohmann::json;
 using ::testing::HasSubstr;
 
 TEST(KvBench, TellsWhatEachNumberOfLanesBringsAndCostsBesideBareTcp) {
-  ServerProcess server("prefilld", {"--kv_bench_listen=127.0.0.1:0", "--staging_bytes=16777216"});
+  ServerProcess server("prefilld", {"--kv_bench_listen=127.0.0.1:0", "--staging_bytes=16777216",
+                                    "--shared_memory_bytes=268435456"});
   ChildProcess cli("prefill-cli", {"bench-kv", "--server=" + server.address(),
                                    "--peer=" + server.kv_bench_address(), "--lanes=1,3",
                                    "--transfer_mb=40", "--runs=3", "--json"});

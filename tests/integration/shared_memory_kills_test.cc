@@ -146,6 +146,7 @@ class SharedMemoryKills : public ::testing::Test {
         "prefilld",
         std::vector<std::string>{"--model=" + checkpoint_.dir(), "--device=cpu", "--cpu_threads=2",
                                  absl::StrCat("--resume_window_s=", resume_window_s),
+                                 "--shared_memory_bytes=1073741824",
                                  "--shared_memory_dir=" + folder_, "--frame_bytes=1048576"});
   }
   static std::unique_ptr<client::PrefillClient> NewClient(const ServerProcess& server) {

@@ -12,6 +12,7 @@
 
 #include "absl/synchronization/mutex.h"
 #include "client/prefill_client.h"
+#include "client/shared_memory.h"
 #include "prefill/v1/shared_memory.pb.h"
 #include "proto/wire/packet_socket.h"
 #include "server/shared_memory_host.h"
@@ -98,7 +99,10 @@ struct Visitor {
 
 class SharedMemoryTest : public ServerFixture {
  protected:
-  SharedMemoryTest() { engine_options_.num_layers = 6; }
+  SharedMemoryTest() {
+    engine_options_.num_layers = 6;
+    options_.shared_memory_bytes = int64_t{1} << 30;
+  }
 
   void MakeClient() {
     auto client = client::PrefillClient::Create({.address = address()});
@@ -191,6 +195,34 @@ TEST_F(SharedMemoryTest, AServerWithoutItOffersNone) {
   const auto result = client_->Prefill(PromptOf(kTokens), sink);
   ASSERT_TRUE(result.ok()) << result.status();
   EXPECT_TRUE(absl::IsNotFound(sink.attached)) << sink.attached;
+}
+
+// There the name may be bound by somebody who waits for keys.
+TEST_F(SharedMemoryTest, AnAbstractNameOfAnotherNetworkIsNotTried) {
+  StartServer();
+  v1::Accepted accepted;
+  const auto stream = Open(accepted);
+  accepted.mutable_shared_memory()->set_network("elsewhere");
+  const auto attached = client::SharedMemory::Attach(accepted);
+  EXPECT_TRUE(absl::IsUnavailable(attached.status())) << attached.status();
+  EXPECT_THAT(attached.status().message(), HasSubstr("network namespace"));
+  EXPECT_EQ(Visitors("attached"), 0);
+  engine_->HoldAfter(-1);
+  EXPECT_TRUE(stream->Rest().status.ok());
+}
+
+// The server closes the connection of a consumer that sends a receipt before it says `mapped`.
+TEST_F(SharedMemoryTest, NoReceiptGoesOutBeforeTheMemoryIsInUse) {
+  StartServer();
+  v1::Accepted accepted;
+  const auto stream = Open(accepted);
+  const auto attached = client::SharedMemory::Attach(accepted);
+  ASSERT_TRUE(attached.ok()) << attached.status();
+  EXPECT_FALSE((*attached)->Acknowledge(/*lane=*/0, /*received=*/1));
+  EXPECT_TRUE((*attached)->Begin().ok());
+  EXPECT_TRUE(Eventually([this] { return Visitors("attached") == 1; }));
+  EXPECT_EQ(Visitors("broken_off"), 0);
+  stream->Cancel();
 }
 
 TEST_F(SharedMemoryTest, TheSocketInAFolderServesAndIsRemoved) {
