@@ -193,7 +193,8 @@ TEST_F(TenantAccess, ANewFileHoldsAtOnceAndKeepsWhatIsCounted) {
   for (const auto& [tenant, requests] : {std::pair("a", 1), {"b", 2}, {"c", 1}}) {
     const std::string series =
         absl::StrCat("prefilld_tenant_requests_total{tenant=\"", tenant, "\"}");
-    EXPECT_TRUE(Eventually([&] { return Metric(series) == requests; })) << series;
+    EXPECT_TRUE(Eventually([&, requests = requests] { return Metric(series) == requests; }))
+        << series;
   }
   EXPECT_EQ(Metric("prefilld_tenants"), 2);
   EXPECT_EQ(Metric("prefilld_tenants_reloads_total{result=\"ok\"}"), 1);
