@@ -186,7 +186,7 @@ class PrefillEngine {
   }
 
   virtual absl::StatusOr<DeviceBuffer> AllocateStaging(size_t bytes) = 0;
-  // As Device::AdoptStaging. Thread-safe.
+  // Makes pinned staging memory of the caller's, as Device::AdoptStaging says. Thread-safe.
   virtual absl::StatusOr<DeviceBuffer> AdoptStaging(void* data, size_t bytes) {
     return DeviceBuffer();
   }

@@ -204,7 +204,7 @@ TEST_F(LaneQueueTest, AStreamThatIsPassedByTheOthersOfItsConnectionIsStalled) {
   EXPECT_EQ(stalled, absl::Seconds(9));
 }
 
-// As with a consumer that reads frames where they are.
+// A consumer in shared memory reads frames where they are, so they are kept until it has them.
 TEST_F(LaneQueueTest, FramesThatAreKeptHoldUpTheEndAndStallUntilTheyAreAcknowledged) {
   queue_.Attach(&transport_);
   queue_.Push(Frame('a', 10));
