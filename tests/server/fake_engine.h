@@ -83,15 +83,21 @@ class FakeEngine final : public model::PrefillEngine {
   int held() const { return held_; }                      // unreleased layers now
   int most_held() const { return most_held_; }            // most unreleased layers at any time
   int logprobs_parts() const { return logprobs_parts_; }  // over all sequences
-  std::vector<std::vector<int64_t>> lengths() const;      // for every sequence so far
-  std::string last_salt() const;                          // of the latest sequence's first prompt
-  std::vector<uint32_t> last_tokens() const;              // for the latest sequence's first prompt
-  model::AttentionOptions last_attention() const;         // for the latest sequence's first prompt
+  int asked_for_gauges() const {
+    return asked_for_gauges_;
+  }                                                   // once in each of the watchdog's rounds
+  std::vector<std::vector<int64_t>> lengths() const;  // for every sequence so far
+  std::string last_salt() const;                      // of the latest sequence's first prompt
+  std::vector<uint32_t> last_tokens() const;          // for the latest sequence's first prompt
+  model::AttentionOptions last_attention() const;     // for the latest sequence's first prompt
 
   const model::EngineInfo& info() const override { return info_; }
   int kv_slots() const override { return options_.kv_slots; }
   size_t allocated_bytes() const override { return 12345; }
-  model::ResidentTokens resident_tokens() const override { return {.used = 678, .limit = 9000}; }
+  model::ResidentTokens resident_tokens() const override {
+    ++asked_for_gauges_;
+    return {.used = 678, .limit = 9000};
+  }
   int64_t max_batch_tokens() const override { return options_.max_batch_tokens; }
   int64_t BatchTokens(int64_t num_tokens, const model::AttentionOptions& options) const override;
   bool MayInterject(int64_t num_tokens, const model::AttentionOptions& options) const override;
@@ -117,6 +123,7 @@ class FakeEngine final : public model::PrefillEngine {
   std::atomic<int> started_ = 0, alive_ = 0, layers_run_ = 0, held_ = 0, most_held_ = 0;
   std::atomic<int> stopped_ = 0;
   std::atomic<int> logprobs_parts_ = 0;
+  mutable std::atomic<int> asked_for_gauges_ = 0;
   std::atomic<bool> logits_are_nan_ = false;
   std::atomic<bool> refuses_batches_ = false;
   mutable absl::Mutex mu_;

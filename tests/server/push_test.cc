@@ -94,14 +94,8 @@ class Push : public ServerFixture {
  protected:
   Push() { options_.deliver_to_allow = {"127.0.0.1:*"}; }
 
-  // Lets stall time-outs pass until nothing runs. What the receiver's machine took before the first
-  // may be noticed after it, and counts as progress then.
   void PassStallTimeouts() {
-    EXPECT_TRUE(Eventually([&] {
-      clock_.Advance(options_.stall_timeout + absl::Seconds(1));
-      absl::SleepFor(absl::Milliseconds(100));
-      return Metric("prefilld_live_requests") == 0;
-    }));
+    EXPECT_TRUE(PassStallTimeoutsUntil([&] { return Metric("prefilld_live_requests") == 0; }));
   }
 
   v1::PrefillRequest PromptTo(const FakeReceiver& receiver, int num_tokens) {
@@ -313,9 +307,15 @@ TEST_F(SeveralPushes, OneThatReadsNothingEndsAlone) {
   StartServer();
   receivers_[1].behaviour = FakeReceiver::Behaviour::kReadNothing;
   OpenStream call(*stub_, PromptToBoth(40'000));
-  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_staged_bytes") >= 4 << 20; }));
-  absl::SleepFor(absl::Milliseconds(300));
-  clock_.Advance(options_.stall_timeout + absl::Seconds(1));
+  // Every slot holds a layer for the one that reads nothing, and the other one has taken all
+  // frames of these layers, so that nothing of its own is under way while time passes.
+  constexpr int kFramesOfALayer = 10;  // 10.24 MB
+  EXPECT_TRUE(Eventually([&] {
+    return engine_->held() == engine_options_.kv_slots &&
+           receivers_[0].frames_seen == kFramesOfALayer * engine_->layers_run();
+  }));
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_staged_bytes") == 4 << 20; }));
+  EXPECT_TRUE(PassStallTimeoutsUntil([&] { return ReceiversThatEnded("stalled") == 1; }));
   const StreamContents rest = call.Rest();
   ASSERT_NE(rest.result(), nullptr) << rest.status.error_message();
   EXPECT_EQ(rest.result()->pushes(0).code(), 0);

@@ -76,7 +76,7 @@ StreamContents OpenStream::Rest() {
 }
 
 bool Eventually(absl::FunctionRef<bool()> condition) {
-  const absl::Time give_up = absl::Now() + absl::Seconds(10);
+  const absl::Time give_up = absl::Now() + absl::Seconds(30);
   while (!condition()) {
     if (absl::Now() > give_up) return false;
     absl::SleepFor(absl::Milliseconds(2));
@@ -159,13 +159,44 @@ std::string ServerFixture::HealthOf(const std::string& service) const {
   return bytes.size() == 2 && bytes.begin()[1] == 1 ? "serving" : "not_serving";
 }
 
+// The engine is asked near the end of a round. Two times later the round under way is over, and
+// three times later the one after it has set its gauges.
+void ServerFixture::AwaitWatchdog() {
+  const int asked = engine_->asked_for_gauges();
+  EXPECT_TRUE(Eventually([&] { return engine_->asked_for_gauges() >= asked + 3; }));
+}
+
 bool ServerFixture::EverythingIsFree() {
-  absl::SleepFor(absl::Milliseconds(40));  // gauges are as old as the watchdog's latest round
+  AwaitWatchdog();
   return Eventually([this] {
     return engine_->alive() == 0 && Metric("prefilld_live_requests") == 0 &&
            Metric("prefilld_queued_requests") == 0 && Metric("prefilld_queued_tokens") == 0 &&
            Metric("prefilld_running_requests") == 0 && Metric("prefilld_staged_bytes") == 0;
   });
+}
+
+bool ServerFixture::PassStallTimeoutsUntil(absl::FunctionRef<bool()> ended) {
+  return Eventually([&] {
+    clock_.Advance(options_.stall_timeout + absl::Seconds(1));
+    const absl::Time next = absl::Now() + absl::Seconds(3);
+    while (!ended() && absl::Now() < next) absl::SleepFor(absl::Milliseconds(2));
+    return ended();
+  });
+}
+
+bool ServerFixture::TakeUntilNoticed(OpenStream& stream) {
+  const auto packed = [this] { return Metric("prefilld_kv_bytes_total{lane=\"0\"}"); };
+  const double before = packed();
+  v1::PrefillEvent event;
+  while (stream.Read(&event)) {
+    // The sockets may hold several frames before the server notices that one was taken.
+    const absl::Time next = absl::Now() + absl::Milliseconds(100);
+    while (absl::Now() < next) {
+      if (packed() > before) return true;
+      absl::SleepFor(absl::Milliseconds(2));
+    }
+  }
+  return false;
 }
 
 void ExpectWholeCache(const std::vector<v1::KvFrame>& frames, const v1::KvLayout& layout) {

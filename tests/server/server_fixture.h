@@ -75,7 +75,7 @@ class OpenStream {
   std::unique_ptr<grpc::ClientReader<v1::PrefillEvent>> reader_;
 };
 
-// Returns true as soon as `condition` holds, and false after ten seconds.
+// Returns true as soon as `condition` holds, and false after half a minute.
 bool Eventually(absl::FunctionRef<bool()> condition);
 
 class ServerFixture : public ::testing::Test {
@@ -99,8 +99,18 @@ class ServerFixture : public ::testing::Test {
   // Makes one grpc.health.v1.Health/Check and returns "serving", "not_serving", or the call's
   // error.
   std::string HealthOf(const std::string& service) const;
+  // Waits until the watchdog has made a whole round: it has checked all timers by the clock of now,
+  // and the gauges are not older than this call.
+  void AwaitWatchdog();
   // Tells whether everything that requests hold has come back.
   bool EverythingIsFree();
+  // Lets stall time-outs pass until `ended` holds; returns false if it never does. One may not be
+  // enough: what a consumer's machine took before it may be noticed after it, and is progress then.
+  // Nothing else should be on its way meanwhile, because time passes for it too.
+  bool PassStallTimeoutsUntil(absl::FunctionRef<bool()> ended);
+  // Reads from a stream that has much to bring, until the server has noticed that something was
+  // taken and has packed more. Returns false when the stream ends before.
+  bool TakeUntilNoticed(OpenStream& stream);
 
   ShiftedClock clock_;
   std::unique_ptr<FakeEngine> engine_;
