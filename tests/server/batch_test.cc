@@ -260,14 +260,7 @@ TEST_F(BatchWithALargePrompt, CutsOffASlowConsumerForTheOthersWait) {
   EXPECT_TRUE(Eventually([&] { return Metric("prefilld_staged_bytes") >= 4 << 20; }));
   // The consumer is never at a standstill, and far below 50 MB/s.
   const auto cut_off = [&] { return Metric("prefilld_requests_total{outcome=\"too_slow\"}") == 1; };
-  for (int i = 0; i < 10 && !cut_off(); ++i) {
-    for (int j = 0; j < 2; ++j) {
-      v1::PrefillEvent event;
-      calls[0]->Read(&event);
-    }
-    absl::SleepFor(absl::Milliseconds(50));
-    clock_.Advance(absl::Seconds(5));
-  }
+  for (int i = 0; i < 10 && TakeUntilNoticed(*calls[0]); ++i) clock_.Advance(absl::Seconds(5));
   EXPECT_TRUE(Eventually(cut_off));
   EXPECT_NE(calls[1]->Rest().result(), nullptr);
   EXPECT_EQ(calls[0]->Rest().status.error_code(), grpc::StatusCode::ABORTED);
@@ -280,11 +273,7 @@ TEST_F(BatchWithALargePrompt, BearsASlowConsumerOnceTheOthersHaveEnded) {
   calls[1]->Cancel();
   EXPECT_TRUE(Eventually([&] { return Cancelled() == 2; }));
   for (int i = 0; i < 10; ++i) {
-    for (int j = 0; j < 2; ++j) {
-      v1::PrefillEvent event;
-      calls[0]->Read(&event);
-    }
-    absl::SleepFor(absl::Milliseconds(50));
+    EXPECT_TRUE(TakeUntilNoticed(*calls[0]));
     clock_.Advance(absl::Seconds(5));
   }
   const StreamContents contents = calls[0]->Rest();
@@ -293,22 +282,22 @@ TEST_F(BatchWithALargePrompt, BearsASlowConsumerOnceTheOthersHaveEnded) {
 
 TEST_F(Batch, IsReachedInTimeByAShortPromptThatOvertakesTheQueue) {
   StartServer();
-  engine_->set_layer_time(absl::Milliseconds(25));
+  engine_->set_on_layer([this](int64_t) { clock_.Advance(absl::Seconds(1)); });
   const v1::PrefillRequest long_one = PromptOf(1500);
   for (int i = 0; i < PromptSpeed::kMinSamples; ++i) {
-    EXPECT_TRUE(Prefill(long_one).status.ok());  // 100 ms
+    EXPECT_TRUE(Prefill(long_one).status.ok());  // 4 s
   }
-  engine_->set_layer_time(absl::ZeroDuration());
+  engine_->set_on_layer(nullptr);
   engine_->HoldAfter(0);
   const auto holder = Submit(long_one);
   EXPECT_TRUE(Eventually([&] { return engine_->alive() == 1; }));
   Calls queue;
   queue.push_back(Submit(DensePromptOf(10)));
-  for (int i = 0; i < 20; ++i) queue.push_back(Submit(long_one));  // 2 s
+  for (int i = 0; i < 20; ++i) queue.push_back(Submit(long_one));  // 80 s
   const auto in_time = [](absl::Duration time) { return absl::Now() + time; };
-  OpenStream refused(*NewStub(), long_one, in_time(absl::Milliseconds(900)));
+  OpenStream refused(*NewStub(), long_one, in_time(absl::Seconds(36)));
   EXPECT_THAT(refused.Rest().status.error_message(), HasSubstr("the queue takes"));
-  OpenStream joins(*NewStub(), DensePromptOf(20), in_time(absl::Milliseconds(900)));
+  OpenStream joins(*NewStub(), DensePromptOf(20), in_time(absl::Seconds(36)));
   joins.ReadUntil(v1::PrefillEvent::kAccepted);
   engine_->HoldAfter(-1);
   const StreamContents contents = joins.Rest();

@@ -157,9 +157,8 @@ TEST_F(Lanes, AStalledOneEndsTheRequestThoughTheOthersFlow) {
   StreamContents rest;
   std::thread reader([&] { rest = control.Rest(); });
   // The request's share of staging fills up, and its consumer takes no more.
-  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_staged_bytes") >= 1 << 20; }));
-  absl::SleepFor(absl::Milliseconds(300));
-  clock_.Advance(options_.stall_timeout + absl::Seconds(1));
+  EXPECT_TRUE(Eventually([&] { return Metric("prefilld_staged_bytes") == 4 << 20; }));
+  EXPECT_TRUE(PassStallTimeoutsUntil([&] { return Metric("prefilld_live_requests") == 0; }));
   reader.join();
   EXPECT_EQ(rest.status.error_code(), grpc::StatusCode::ABORTED);
   EXPECT_TRUE(EverythingIsFree());

@@ -257,40 +257,40 @@ TEST_F(Overload, RefusesADeadlineThatIsOutOfReachOnceItKnowsItsSpeed) {
   };
   const auto refused = [&] { return Metric("prefilld_requests_total{outcome=\"deadline\"}"); };
   // No speed is known yet, so the request is tried.
-  engine_->set_layer_time(absl::Milliseconds(100));
-  EXPECT_EQ(with_deadline(20'000, absl::Milliseconds(300)).status.error_code(),
+  engine_->set_on_layer([this](int64_t) { clock_.Advance(absl::Seconds(4)); });
+  EXPECT_EQ(with_deadline(20'000, absl::Seconds(12)).status.error_code(),
             grpc::StatusCode::DEADLINE_EXCEEDED);
   EXPECT_EQ(engine_->started(), 1);
   EXPECT_TRUE(Eventually([&] { return refused() == 1; }));
   EXPECT_TRUE(EverythingIsFree());
-  engine_->set_layer_time(absl::Milliseconds(25));
+  engine_->set_on_layer([this](int64_t) { clock_.Advance(absl::Seconds(1)); });
   for (int i = 0; i < PromptSpeed::kMinSamples; ++i) {
-    EXPECT_TRUE(Prefill(PromptOf(2000)).status.ok());  // 100 ms
+    EXPECT_TRUE(Prefill(PromptOf(2000)).status.ok());  // 4 s
   }
   const int started = engine_->started();
-  const grpc::Status status = with_deadline(20'000, absl::Milliseconds(400)).status;
+  const grpc::Status status = with_deadline(20'000, absl::Seconds(16)).status;
   EXPECT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
   EXPECT_THAT(status.error_message(), HasSubstr("at the best speed of late the queue takes 0 and"));
   EXPECT_EQ(refused(), 2);
   EXPECT_EQ(engine_->started(), started);
   // The deadline can be met. The speed of shorter prompts is unknown, so the next request is tried.
-  EXPECT_TRUE(with_deadline(2000, absl::Seconds(10)).status.ok());
-  EXPECT_EQ(with_deadline(1500, absl::Milliseconds(80)).status.error_code(),
+  EXPECT_TRUE(with_deadline(2000, absl::Hours(1)).status.ok());
+  EXPECT_EQ(with_deadline(1500, absl::Milliseconds(3200)).status.error_code(),
             grpc::StatusCode::DEADLINE_EXCEEDED);
   EXPECT_TRUE(Eventually([&] { return engine_->started() == started + 2; }));
 }
 
 TEST_F(Overload, ADeadlineCoversTheQueueToo) {
   StartServer();
-  engine_->set_layer_time(absl::Milliseconds(25));
+  engine_->set_on_layer([this](int64_t) { clock_.Advance(absl::Seconds(1)); });
   for (int i = 0; i < PromptSpeed::kMinSamples; ++i) {
-    EXPECT_TRUE(Prefill(PromptOf(2000)).status.ok());  // 100 ms
+    EXPECT_TRUE(Prefill(PromptOf(2000)).status.ok());  // 4 s
   }
   const auto running = RunHeld(PromptOf(2000));
   std::vector<std::unique_ptr<OpenStream>> queued;
-  for (int i = 0; i < 20; ++i) queued.push_back(Queue(PromptOf(2000)));  // 2 s
+  for (int i = 0; i < 20; ++i) queued.push_back(Queue(PromptOf(2000)));  // 80 s
   const grpc::Status status =
-      OpenStream(*stub_, PromptOf(2000), absl::Now() + absl::Milliseconds(500)).Rest().status;
+      OpenStream(*stub_, PromptOf(2000), absl::Now() + absl::Seconds(20)).Rest().status;
   EXPECT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
   EXPECT_THAT(status.error_message(), HasSubstr("the queue takes"));
   engine_->HoldAfter(-1);
@@ -306,7 +306,7 @@ TEST_F(Overload, ASystemClockThatWasPutBackIsNoTimeOut) {
 TEST_F(Overload, CountsADeadlineThatGrpcNoticesFirst) {
   StartServer();
   engine_->HoldAfter(1);
-  OpenStream call(*stub_, PromptOf(10), absl::Now() + absl::Milliseconds(100));
+  OpenStream call(*stub_, PromptOf(10), absl::Now() + absl::Seconds(2));
   EXPECT_EQ(call.Rest().status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
   EXPECT_TRUE(
       Eventually([&] { return Metric("prefilld_requests_total{outcome=\"deadline\"}") == 1; }));

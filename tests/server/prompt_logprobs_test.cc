@@ -132,10 +132,10 @@ TEST_F(PromptLogprobs, AreProgressPartByPart) {
   graded.ReadUntil(v1::PrefillEvent::kKvFrame);
   for (int part = 1; part <= 3; ++part) {
     engine_->HoldLogprobsAfter(part);
-    ASSERT_TRUE(Eventually([&] { return engine_->logprobs_parts() == part; }));
-    absl::SleepFor(absl::Milliseconds(20));  // to the next part's beginning
+    ASSERT_TRUE(
+        Eventually([&] { return engine_->logprobs_parts() == part && engine_->stopped() == 1; }));
     clock_.Advance(options_.wedge_timeout * 0.6);
-    absl::SleepFor(absl::Milliseconds(60));
+    AwaitWatchdog();
     EXPECT_EQ(HealthOf("liveness"), "serving") << part;
   }
   clock_.Advance(options_.wedge_timeout * 1.1);

@@ -15,6 +15,11 @@ using ::testing::HasSubstr;
 constexpr char kKey[] = "0123456789abcdef0123456789abcdef";
 constexpr int kTokens = 20'000;
 
+// The KV of a layer is more than a receiver's share of the staging memory and its sockets hold.
+constexpr int kLargePrompt = 40'000;
+constexpr int kFirstCallFrames = 10;  // a layer of it: 10.24 MB
+constexpr int kReceiverFrames = 20;   // 20.48 MB, because its elements are larger
+
 // The fake engine's model has two KV heads: the first call takes head 0, and receiver 1 head 1.
 v1::PrefillRequest FirstCall(int num_tokens = kTokens, uint32_t num_receivers = 2) {
   v1::PrefillRequest request = PromptOf(num_tokens, "shared");
@@ -38,44 +43,21 @@ v1::AttachReceiverRequest Receiver(uint32_t number = 1, int num_tokens = kTokens
   return request;
 }
 
-// A call whose stream is read by a thread of its own.
-class ReadCall {
- public:
-  template <typename Request>
-  ReadCall(std::unique_ptr<v1::PrefillService::Stub> stub, const Request& request)
-      : stub_(std::move(stub)),
-        stream_(*stub_, request),
-        thread_([this] { contents_ = stream_.Rest(); }) {}
-  ~ReadCall() {
-    if (thread_.joinable()) Contents();
-  }
-
-  const StreamContents& Contents() {
-    if (thread_.joinable()) thread_.join();
-    return contents_;
-  }
-  void Cancel() { stream_.Cancel(); }
-
- private:
-  const std::unique_ptr<v1::PrefillService::Stub> stub_;
-  OpenStream stream_;
-  StreamContents contents_;
-  std::thread thread_;
-};
-
 class Receivers : public ServerFixture {
  protected:
   template <typename Request>
   std::unique_ptr<ReadCall> Read(const Request& request) {
     return std::make_unique<ReadCall>(NewStub(), request);
   }
-  // Waits until a receiver's share of the staging memory is full and nothing has moved for a while.
-  void AwaitStandstill(double before = 0) {
+  // Waits until every slot holds a layer of kLargePrompt for a receiver that reads nothing, its
+  // share of the staging memory is full, and the one that reads has taken all frames of these
+  // layers. Then nothing is under way.
+  void AwaitStandstill(const ReadCall& reads, int frames_of_a_layer) {
     EXPECT_TRUE(Eventually([&] {
-      absl::SleepFor(absl::Milliseconds(300));
-      const double earlier = std::exchange(before, Metric("prefilld_staged_bytes"));
-      return earlier == before && before >= 1 << 20;
+      return engine_->held() == engine_options_.kv_slots &&
+             reads.frames_so_far() == frames_of_a_layer * engine_->layers_run();
     }));
+    EXPECT_TRUE(Eventually([&] { return Metric("prefilld_staged_bytes") == 4 << 20; }));
   }
   // Checks that a receiver got everything, and that a result counts it.
   static void ExpectWhole(const StreamContents& contents) {
@@ -200,11 +182,11 @@ TEST_F(Receivers, OneThatTakesNothingEndsAlone) {
   StartServer();
   engine_->set_layer_time(absl::Milliseconds(10));
   const auto stub = NewStub();
-  OpenStream never_read(*stub, Receiver(1, 40'000));
-  const auto first = Read(FirstCall(40'000));
-  AwaitStandstill();
+  OpenStream never_read(*stub, Receiver(1, kLargePrompt));
+  const auto first = Read(FirstCall(kLargePrompt));
+  AwaitStandstill(*first, kFirstCallFrames);
   EXPECT_LT(engine_->layers_run(), 4);
-  clock_.Advance(options_.stall_timeout + absl::Seconds(1));
+  EXPECT_TRUE(PassStallTimeoutsUntil([&] { return ReceiversThatEnded("stalled") == 1; }));
   ExpectWhole(first->Contents());
   const grpc::Status status = never_read.Rest().status;
   EXPECT_EQ(status.error_code(), grpc::StatusCode::ABORTED);
@@ -218,10 +200,10 @@ TEST_F(Receivers, GoOnWhenTheFirstCallTakesNothing) {
   StartServer();
   engine_->set_layer_time(absl::Milliseconds(10));
   const auto stub = NewStub();
-  OpenStream never_read(*stub, FirstCall(40'000));
-  const auto other = Read(Receiver(1, 40'000));
-  AwaitStandstill();
-  clock_.Advance(options_.stall_timeout + absl::Seconds(1));
+  OpenStream never_read(*stub, FirstCall(kLargePrompt));
+  const auto other = Read(Receiver(1, kLargePrompt));
+  AwaitStandstill(*other, kReceiverFrames);
+  EXPECT_TRUE(PassStallTimeoutsUntil([&] { return RequestsThatEnded("stalled") == 1; }));
   ExpectWhole(other->Contents());
   EXPECT_EQ(never_read.Rest().status.error_code(), grpc::StatusCode::ABORTED);
   EXPECT_EQ(engine_->layers_run(), 4);

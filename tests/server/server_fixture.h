@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include <grpcpp/client_context.h>
@@ -73,6 +74,40 @@ class OpenStream {
  private:
   std::unique_ptr<grpc::ClientContext> context_;
   std::unique_ptr<grpc::ClientReader<v1::PrefillEvent>> reader_;
+};
+
+// A call whose stream is read by a thread of its own.
+class ReadCall {
+ public:
+  template <typename Request>
+  ReadCall(std::unique_ptr<v1::PrefillService::Stub> stub, const Request& request)
+      : stub_(std::move(stub)), stream_(*stub_, request), thread_([this] { Run(); }) {}
+  ~ReadCall() {
+    if (thread_.joinable()) Contents();
+  }
+
+  const StreamContents& Contents() {
+    if (thread_.joinable()) thread_.join();
+    return contents_;
+  }
+  void Cancel() { stream_.Cancel(); }
+  int frames_so_far() const { return frames_; }
+
+ private:
+  void Run() {
+    v1::PrefillEvent event;
+    while (stream_.Read(&event)) {
+      contents_.events.push_back(event);
+      if (event.has_kv_frame()) ++frames_;
+    }
+    contents_.status = stream_.Finish();
+  }
+
+  const std::unique_ptr<v1::PrefillService::Stub> stub_;
+  OpenStream stream_;
+  StreamContents contents_;
+  std::atomic<int> frames_ = 0;
+  std::thread thread_;
 };
 
 // Returns true as soon as `condition` holds, and false after half a minute.

@@ -95,7 +95,7 @@ class SlowReader {
     const int caller = accept4(listener_, nullptr, nullptr, SOCK_CLOEXEC);
     const int fast_end = slow_ == From::kCaller ? called_ : caller;
     const int slow_end = slow_ == From::kCaller ? caller : called_;
-    std::vector<char> bytes(8 << 10);
+    std::vector<char> bytes(32 << 10);  // few turns, because each may wait for a busy machine
     while (!stop_ && !broken_) {
       const int64_t rate = rate_;
       pollfd ends[2] = {
