@@ -9,25 +9,28 @@
 #include "server/metrics.h"
 
 namespace prefilld::server {
-namespace {
 
-// The blocks of one prompt in a finished layer.
-struct Part {
-  int64_t next_block;  // the first that no thread has taken
-  int64_t end_block;
+// The blocks of one prompt in a finished layer, or those of all layers that are in the prefix
+// cache.
+struct KvPacker::Part {
+  int64_t next_block = 0;  // the first that no thread has taken
+  int64_t end_block = 0;
   int frames_underway = 0;  // taken, not done
 
   bool untaken() const { return next_block < end_block; }
   bool open() const { return untaken() || frames_underway > 0; }
 };
 
-}  // namespace
-
 // One receiver of a prompt, over all layers.
 struct KvPacker::Request {
   std::shared_ptr<PrefillJob> job;
   int prompt = 0;  // of the sequence
-  int open_parts = 0;
+  // Its blocks of the prefix cache, layer after layer: block first_cached + i of layer l is number
+  // l * cached_per_layer + i.
+  Part cached = {};
+  int64_t first_cached = 0;
+  int64_t cached_per_layer = 0;
+  int open_parts = 0;     // `cached` included
   int64_t last_turn = 0;  // value of turns_ at its latest turn
 };
 
@@ -45,6 +48,7 @@ struct KvPacker::State {
   model::PrefillSequence& sequence;
   std::vector<std::shared_ptr<PrefillJob>> jobs;  // [prompts]
   std::vector<Request> requests;                  // the jobs' own, then those that have joined them
+  int64_t cached_tokens = 0;                      // whose KV comes from the prefix cache
   bool awaits_receivers = false;                  // no layer is released
   std::deque<Layer> layers;                       // finished and not released, oldest first
   int frames_underway = 0;
@@ -59,6 +63,8 @@ KvPacker::Source::Source(KvPacker& packer, std::unique_ptr<State> state)
 KvPacker::Source::~Source() { Close().IgnoreError(); }
 
 absl::Status KvPacker::Source::Close() { return packer_.Remove(*state_); }
+
+void KvPacker::Source::StartCached() { packer_.StartCached(*state_); }
 
 void KvPacker::Source::LayerDone(int layer) { packer_.AddLayer(*state_, layer); }
 
@@ -114,21 +120,40 @@ absl::Status KvPacker::Remove(State& source) {
   return source.status;
 }
 
+void KvPacker::StartCached(State& source) {
+  absl::MutexLock lock(&mu_);
+  source.cached_tokens = source.sequence.cached_tokens();
+  for (Request& request : source.requests) AddCached(source, request);
+  NoteChange();
+}
+
+void KvPacker::AddCached(const State& source, Request& request) {
+  const PrefillWork& work = request.job->work();
+  const int64_t end = source.cached_tokens / work.layout.block_tokens();
+  request.first_cached = work.layout.first_block();
+  request.cached_per_layer = work.takes_kv ? std::max<int64_t>(0, end - request.first_cached) : 0;
+  request.cached = {0, request.cached_per_layer * work.layout.num_layers()};
+  if (!request.cached.open()) return;
+  ++request.open_parts;
+  ++untaken_parts_;
+}
+
 // Allocates a few words per request.
 void KvPacker::AddLayer(State& source, int layer) {
   absl::MutexLock lock(&mu_);
   Layer& done = source.layers.emplace_back(Layer{.index = layer, .parts = {}});
-  for (Request& request : source.requests) AddPart(done, request);
+  for (Request& request : source.requests) AddPart(source, done, request);
   NoteChange();
   ReleaseLayers(source);
 }
 
-void KvPacker::AddPart(Layer& layer, Request& request) {
+void KvPacker::AddPart(const State& source, Layer& layer, Request& request) {
   const auto& layout = request.job->work().layout;
   const int64_t first =
-      request.job->work().takes_kv ? layout.first_block() : int64_t{layout.num_blocks()};
-  const Part& part = layer.parts.emplace_back(Part{first, layout.num_blocks()});
-  if (!part.open()) return;  // the consumer has every block already
+      std::max<int64_t>(layout.first_block(), source.cached_tokens / layout.block_tokens());
+  const Part& part = layer.parts.emplace_back(
+      request.job->work().takes_kv ? Part{first, layout.num_blocks()} : Part{});
+  if (!part.open()) return;  // the consumer has every block already, or gets it from the cache
   ++layer.open_parts;
   ++request.open_parts;
   ++untaken_parts_;
@@ -139,7 +164,8 @@ void KvPacker::AddRequest(State& source, std::shared_ptr<PrefillJob> receiver, i
   Request& request = source.requests.emplace_back();
   request.job = std::move(receiver);
   request.prompt = prompt;
-  for (Layer& layer : source.layers) AddPart(layer, request);
+  AddCached(source, request);
+  for (Layer& layer : source.layers) AddPart(source, layer, request);
 }
 
 void KvPacker::AdmitReceivers() {
@@ -208,7 +234,7 @@ bool KvPacker::PackNext(bool wait) {
 }
 
 // Lists the requests that may go next, first choice first. The oldest layer of each source comes
-// first, and among those requests the one that has waited longest for a turn.
+// first and cached KV last, and among those requests the one that has waited longest for a turn.
 std::vector<KvPacker::Candidate> KvPacker::NextRequests() const {
   std::vector<Candidate> candidates;
   for (const State* source : sources_) {
@@ -225,6 +251,11 @@ std::vector<KvPacker::Candidate> KvPacker::NextRequests() const {
         candidates.push_back({older_layers, request.last_turn, request.job, request.job->credit()});
       }
       older_layers += has_untaken ? 1 : 0;
+    }
+    for (size_t i = 0; i < source->requests.size(); ++i) {
+      const Request& request = source->requests[i];
+      if (listed[i] || !request.cached.untaken()) continue;
+      candidates.push_back({older_layers, request.last_turn, request.job, request.job->credit()});
     }
   }
   std::stable_sort(
@@ -256,32 +287,45 @@ std::optional<KvPacker::Frame> KvPacker::TakeFrame(const StagingRing::Credit* cr
         [credit](const Request& request) { return request.job->credit().get() == credit; });
     if (owner == source->requests.end()) continue;
     const size_t i = owner - source->requests.begin();
+    Frame frame = {.source = source, .request = i, .prompt = owner->prompt};
     const auto layer =
         std::find_if(source->layers.begin(), source->layers.end(),
                      [i](const Layer& candidate) { return candidate.parts[i].untaken(); });
-    if (layer == source->layers.end()) return std::nullopt;
-    const int64_t blocks_per_frame =
-        std::max<int64_t>(1, static_cast<int64_t>(surroundings_.ring.buffer_bytes()) /
-                                 wire::KvPairBytes(owner->job->work().layout));
-    Part& part = layer->parts[i];
-    const Frame frame = {
-        .source = source,
-        .request = i,
-        .prompt = owner->prompt,
-        .layer = layer->index,
-        .first_block = part.next_block,
-        .num_blocks = std::min(blocks_per_frame, part.end_block - part.next_block)};
-    part.next_block += frame.num_blocks;
-    ++part.frames_underway;
-    ++source->frames_underway;
-    owner->last_turn = ++turns_;
-    if (!part.untaken()) {
-      --untaken_parts_;
-      NoteChange();
+    if (layer != source->layers.end()) {
+      Part& part = layer->parts[i];
+      frame.layer = layer->index;
+      frame.first_block = part.next_block;
+      frame.num_blocks = part.end_block - part.next_block;
+      return Take(part, frame);
     }
-    return frame;
+    if (!owner->cached.untaken()) return std::nullopt;
+    const int64_t blocks_before = owner->cached.next_block % owner->cached_per_layer;
+    frame.layer = static_cast<int>(owner->cached.next_block / owner->cached_per_layer);
+    frame.first_block = owner->first_cached + blocks_before;
+    frame.num_blocks = owner->cached_per_layer - blocks_before;
+    frame.is_cached = true;
+    return Take(owner->cached, frame);
   }
   return std::nullopt;
+}
+
+// Takes as much of the frame, which holds all that the part has left in its layer, as fits into a
+// buffer.
+KvPacker::Frame KvPacker::Take(Part& part, Frame frame) {
+  Request& request = frame.source->requests[frame.request];
+  const int64_t blocks_per_frame =
+      std::max<int64_t>(1, static_cast<int64_t>(surroundings_.ring.buffer_bytes()) /
+                               wire::KvPairBytes(request.job->work().layout));
+  frame.num_blocks = std::min(blocks_per_frame, frame.num_blocks);
+  part.next_block += frame.num_blocks;
+  ++part.frames_underway;
+  ++frame.source->frames_underway;
+  request.last_turn = ++turns_;
+  if (!part.untaken()) {
+    --untaken_parts_;
+    NoteChange();
+  }
+  return frame;
 }
 
 // Returns OK without packing when the request has ended or packing has failed.
@@ -290,7 +334,10 @@ absl::Status KvPacker::PackFrame(const Frame& frame, PrefillJob& job, StagingRin
   const auto& layout = job.work().layout;
   model::KvSelection selection = SelectBlocks(layout, frame.first_block, frame.num_blocks);
   selection.prompt = frame.prompt;
-  PREFILLD_RETURN_IF_ERROR(frame.source->sequence.PackKv(frame.layer, selection, buffer.data()));
+  model::PrefillSequence& sequence = frame.source->sequence;
+  PREFILLD_RETURN_IF_ERROR(frame.is_cached
+                               ? sequence.PackCachedKv(frame.layer, selection, buffer.data())
+                               : sequence.PackKv(frame.layer, selection, buffer.data()));
 
   KvFrame out;
   out.payload_bytes = frame.num_blocks * wire::KvPairBytes(layout);
@@ -307,37 +354,45 @@ absl::Status KvPacker::PackFrame(const Frame& frame, PrefillJob& job, StagingRin
   return absl::OkStatus();
 }
 
+KvPacker::Layer& KvPacker::LayerOf(State& source, int index) {
+  return *std::find_if(source.layers.begin(), source.layers.end(),
+                       [index](const Layer& layer) { return layer.index == index; });
+}
+
 void KvPacker::FinishFrame(const Frame& frame, const absl::Status& status) {
   State& source = *frame.source;
   --source.frames_underway;
   source.status.Update(status);
   if (!source.status.ok() && !source.failed.exchange(true)) surroundings_.wake.Notify();
-  Layer& layer =
-      *std::find_if(source.layers.begin(), source.layers.end(),
-                    [&](const Layer& candidate) { return candidate.index == frame.layer; });
-  Part& part = layer.parts[frame.request];
+  Request& request = source.requests[frame.request];
+  Layer* const layer = frame.is_cached ? nullptr : &LayerOf(source, frame.layer);
+  Part& part = layer == nullptr ? request.cached : layer->parts[frame.request];
   --part.frames_underway;
   if (part.open()) return;
-  --layer.open_parts;
-  if (--source.requests[frame.request].open_parts == 0) surroundings_.wake.Notify();
+  if (--request.open_parts == 0) surroundings_.wake.Notify();
+  if (layer == nullptr) return;
+  --layer->open_parts;
   ReleaseLayers(source);
 }
 
 void KvPacker::DropUntaken(State& source, bool all) {
   bool dropped = false;
+  // Returns whether the part is closed by it.
+  const auto drop = [&](Part& part, Request& request) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    if (!part.untaken() || !(all || source.failed || request.job->ended())) return false;
+    part.next_block = part.end_block;
+    --untaken_parts_;
+    dropped = true;
+    if (part.open()) return false;
+    --request.open_parts;
+    return true;
+  };
   for (Layer& layer : source.layers) {
     for (size_t i = 0; i < layer.parts.size(); ++i) {
-      Part& part = layer.parts[i];
-      Request& request = source.requests[i];
-      if (!part.untaken() || !(all || source.failed || request.job->ended())) continue;
-      part.next_block = part.end_block;
-      --untaken_parts_;
-      dropped = true;
-      if (part.open()) continue;
-      --layer.open_parts;
-      --request.open_parts;
+      if (drop(layer.parts[i], source.requests[i])) --layer.open_parts;
     }
   }
+  for (Request& request : source.requests) drop(request.cached, request);
   if (!dropped) return;
   NoteChange();
   surroundings_.wake.Notify();

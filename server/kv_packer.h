@@ -34,7 +34,9 @@ class Metrics;
 // lane is idle, the same thread also writes the frame to it.
 //
 // The requests of all sources take turns, frame by frame. Within a source the oldest layer goes
-// first, because its KV slot is the one that the compute waits for.
+// first, because its KV slot is the one that the compute waits for. KV that came from the prefix
+// cache needs no layer to be done: that of all layers goes from the start on, out of the cache's
+// memory, whenever no finished layer of its source has a frame to take.
 //
 // A request whose consumer is slow uses up its credit of staging memory, and then only its own
 // frames wait. Its layers keep their KV slots meanwhile, so its source, and no other, runs out of
@@ -45,6 +47,7 @@ class Metrics;
 //
 // Thread-safe.
 class KvPacker {
+  struct Part;
   struct Request;
   struct Layer;
   struct State;
@@ -66,6 +69,9 @@ class KvPacker {
     // nobody uses the sequence. It fails if the device has failed to pack, with the last frames
     // too.
     absl::Status Close();
+    // Hands over the KV of all layers that came from the prefix cache, if there is any. The frames
+    // of finished layers then begin behind it. Must be called before the first of those.
+    void StartCached();
     // Hands over a finished layer, oldest first.
     void LayerDone(int layer);
     // Tells whether the sequence may compute one more layer, that is, whether fewer than kv_slots
@@ -105,13 +111,14 @@ class KvPacker {
     State* source;
     size_t request;
     int prompt;
-    int layer;
-    int64_t first_block;
-    int64_t num_blocks;
+    int layer = 0;
+    int64_t first_block = 0;
+    int64_t num_blocks = 0;
+    bool is_cached = false;  // its KV comes from the prefix cache
   };
   // A request that has frames to take.
   struct Candidate {
-    int older_layers;  // of its source that have frames to take, too
+    int older_layers;  // of its source that have frames to take, too; cached KV comes behind all
     int64_t last_turn;
     std::shared_ptr<PrefillJob> job;
     std::shared_ptr<StagingRing::Credit> credit;
@@ -131,9 +138,14 @@ class KvPacker {
   void AddLayer(State& source, int layer);
   void AddRequest(State& source, std::shared_ptr<PrefillJob> receiver, int prompt)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void AddPart(Layer& layer, Request& request) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void AddPart(const State& source, Layer& layer, Request& request)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void StartCached(State& source);
+  void AddCached(const State& source, Request& request) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void AdmitReceivers(State& source) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status Remove(State& source);
+  Frame Take(Part& part, Frame frame) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  static Layer& LayerOf(State& source, int index);
   // Drops the frames that no thread has taken yet: all, or those of requests that have ended.
   void DropUntaken(State& source, bool all) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void ReleaseLayers(State& source) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);

@@ -25,6 +25,8 @@ PrefillPass::PrefillPass(const PassResources& resources,
       job->Start(sequence_->policy(), static_cast<int>(jobs_.size()), sequence_->cached_tokens());
     }
   }
+  // Frames may leave only now that the jobs have started.
+  if (sequence_->cached_tokens() > 0) source_->StartCached();
   resources_.metrics.CountPass(static_cast<int>(jobs_.size()));
 }
 

@@ -111,7 +111,7 @@ const char* TransportText(const PrefillResult& prefill) {
 std::string KvLine(const PrefillResult& prefill, uint64_t transfer_us, double overlap,
                    uint64_t first_frame_us, uint32_t layers_computed, uint32_t num_layers) {
   if (prefill.kv_bytes() == 0) return Line("KV", "none");
-  if (layers_computed == 0) {  // no frame came here, where times are taken
+  if (first_frame_us == 0) {  // no frame came here, where times are taken
     return Line("KV", absl::StrFormat("%s in %s frames, pushed", BytesText(prefill.kv_bytes()),
                                       CountText(prefill.kv_frames())));
   }

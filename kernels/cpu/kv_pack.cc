@@ -66,6 +66,17 @@ HWY_INLINE void ConvertRow(const float* HWY_RESTRICT from, size_t n, uint16_t* H
   }
 }
 
+// Widens bf16 to fp32, n as above.
+HWY_INLINE void WidenRow(const uint16_t* HWY_RESTRICT from, size_t n, float* HWY_RESTRICT to) {
+  const F32 d;
+  const U16 d16;
+  const U32 d32;
+  for (size_t i = 0; i < n; i += hn::Lanes(d)) {
+    const auto bits = hn::PromoteTo(d32, hn::LoadU(d16, from + i));
+    hn::StoreU(hn::BitCast(d, hn::ShiftLeft<16>(bits)), d, to + i);
+  }
+}
+
 // Packs one head of one block of K or V. Its tokens are stride_bytes apart.
 void PackHead(const PackKvParams& p, const float* from, int64_t stride_bytes, uint8_t* to,
               int64_t num_tokens) {
@@ -85,6 +96,61 @@ void PackHead(const PackKvParams& p, const float* from, int64_t stride_bytes, ui
   }
   for (int64_t t = num_tokens; t < p.block_tokens; ++t, to += stride_bytes) {
     std::memset(to, 0, n * SizeOf(p.dst_dtype));
+  }
+}
+
+// Packs a row of bf16.
+void PackBf16Row(const uint16_t* from, size_t n, DType dtype, uint8_t* to) {
+  if (dtype == DType::kBf16) {
+    std::memcpy(to, from, n * sizeof(uint16_t));
+  } else if (dtype == DType::kFp32) {
+    WidenRow(from, n, reinterpret_cast<float*>(to));
+  } else {
+    constexpr size_t kPart = 64;
+    float wide[kPart];
+    for (size_t i = 0; i < n; i += kPart) {
+      const size_t count = std::min(kPart, n - i);
+      WidenRow(from + i, count, wide);
+      ConvertRow<false>(wide, count, reinterpret_cast<uint16_t*>(to) + i);
+    }
+  }
+}
+
+// Packs one head of one whole block of K or V, of bf16.
+void PackBf16Head(const PackKvParams& p, const uint16_t* from, int64_t stride_bytes, uint8_t* to) {
+  const auto n = static_cast<size_t>(p.head_dim);
+  const size_t row_bytes = n * sizeof(uint16_t);
+  if (p.dst_dtype == DType::kBf16 && stride_bytes == static_cast<int64_t>(row_bytes)) {
+    std::memcpy(to, from, static_cast<size_t>(p.block_tokens) * row_bytes);
+    return;
+  }
+  for (int t = 0; t < p.block_tokens; ++t, from += n, to += stride_bytes) {
+    PackBf16Row(from, n, p.dst_dtype, to);
+  }
+}
+
+void PackPagedBlocks(const PackKvParams& p, const KvPages& pages) {
+  const auto bytes = static_cast<int64_t>(SizeOf(p.dst_dtype));
+  const PackedStrides strides = StridesOf(p);
+  uint8_t* tensor = static_cast<uint8_t*>(p.dst);
+  for (const void* src : {p.k, p.v}) {
+    for (int64_t b = 0; b < p.num_blocks; ++b) {
+      const int64_t first_token = (p.first_block + b) * p.block_tokens;
+      const int64_t row =
+          int64_t{pages.pages[first_token / pages.page_tokens]} * pages.page_tokens +
+          first_token % pages.page_tokens;
+      for (int64_t h = 0; h < p.num_heads; ++h) {
+        const int64_t first = (p.first_head + h) * p.kv_head_stride + row * p.head_dim;
+        uint8_t* to = tensor + (b * strides.block + h * strides.head) * bytes;
+        if (pages.dtype == DType::kBf16) {
+          PackBf16Head(p, static_cast<const uint16_t*>(src) + first, strides.token * bytes, to);
+        } else {
+          PackHead(p, static_cast<const float*>(src) + first, strides.token * bytes, to,
+                   p.block_tokens);
+        }
+      }
+    }
+    tensor += strides.tensor * bytes;
   }
 }
 
@@ -115,8 +181,13 @@ HWY_AFTER_NAMESPACE();
 namespace prefilld::kernels::cpu {
 
 HWY_EXPORT(PackBlocks);
+HWY_EXPORT(PackPagedBlocks);
 
 void PackKv(const PackKvParams& params) { HWY_DYNAMIC_DISPATCH(PackBlocks)(params); }
+
+void PackPagedKv(const PackKvParams& params, const KvPages& pages) {
+  HWY_DYNAMIC_DISPATCH(PackPagedBlocks)(params, pages);
+}
 
 }  // namespace prefilld::kernels::cpu
 #endif

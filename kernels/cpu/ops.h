@@ -1,8 +1,8 @@
 // The ops of kernels/*.h over fp32: the reference of the other devices, and the way where there is
 // no GPU.
 //
-// An op runs on the threads of kernels/cpu/threads.h and returns when it is done. PackKv alone runs
-// on the calling thread, so that it can run beside the others.
+// An op runs on the threads of kernels/cpu/threads.h and returns when it is done. PackKv and
+// PackPagedKv alone run on the calling thread, so that they can run beside the others.
 #ifndef PREFILLD_KERNELS_CPU_OPS_H_
 #define PREFILLD_KERNELS_CPU_OPS_H_
 
@@ -41,6 +41,18 @@ void AntidiagonalScores(const AntidiagonalScoresParams& params);
 void PooledMass(const PooledMassParams& params);
 
 void PackKv(const PackKvParams& params);
+
+// Where the tokens of KV lie that is kept in pages. Token t is row t % page_tokens of page
+// pages[t / page_tokens]; the pages of a head lie one behind another, each [page_tokens, head_dim].
+struct KvPages {
+  const int* pages = nullptr;  // of all tokens that are packed
+  int page_tokens = 0;         // a multiple of PackKvParams::block_tokens
+  DType dtype = DType::kFp32;  // of k and v: bf16 or fp32
+};
+
+// Packs whole blocks of KV that lies in pages of host memory. k and v of `params` are page 0 of
+// head 0. The blocks hold no token from num_tokens on.
+void PackPagedKv(const PackKvParams& params, const KvPages& pages);
 
 }  // namespace prefilld::kernels::cpu
 

@@ -4,6 +4,8 @@
 
 #include <utility>
 
+#include "kernels/cpu/ops.h"
+
 namespace prefilld::model {
 
 #ifndef PREFILLD_HAVE_CUDA
@@ -28,6 +30,12 @@ DeviceBuffer::~DeviceBuffer() {
 }
 
 absl::StatusOr<DeviceBuffer> Device::AdoptStaging(void*, size_t) { return DeviceBuffer(); }
+
+void Device::PackHostKv(const kernels::PackKvParams& params, absl::Span<const int> pages,
+                        int page_tokens) const {
+  kernels::cpu::PackPagedKv(
+      params, {.pages = pages.data(), .page_tokens = page_tokens, .dtype = traits().compute_dtype});
+}
 
 absl::Status Device::Repeat(const RecordingKey&, absl::FunctionRef<absl::Status()> ops) {
   return ops();

@@ -11,6 +11,7 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "kernels/dtype.h"
 #include "kernels/kv_pack.h"
 #include "model/device/host_copies.h"
@@ -63,7 +64,7 @@ struct DeviceTraits {
 // One device. Its ops and the copies below are ordered among themselves, in the order of the calls
 // of one thread. The methods marked thread-safe may be called from any thread beside it.
 //
-// It has seventeen methods, because a device has four concerns that share one order of execution:
+// It has eighteen methods, because a device has four concerns that share one order of execution:
 // memory, copies, points on its time line, and recordings.
 class Device {
  public:
@@ -97,6 +98,11 @@ class Device {
   // returned since) into host memory from AllocateStaging; returns when the bytes are there.
   // Thread-safe: it runs beside ops, on a stream of its own.
   virtual absl::Status PackKv(const kernels::PackKvParams& params) = 0;
+  // Packs whole blocks of KV in the compute dtype that lies in host memory: token t of a head is
+  // row t % page_tokens of page pages[t / page_tokens], and k and v of `params` are page 0 of head
+  // 0. It runs on the calling thread and asks nothing of the device. Thread-safe.
+  void PackHostKv(const kernels::PackKvParams& params, absl::Span<const int> pages,
+                  int page_tokens) const;
   // Waits for all earlier ops.
   virtual absl::Status Synchronize() = 0;
 

@@ -68,8 +68,8 @@ struct EngineInfo {
 // A prompt, or a batch of them packed into one sequence, on its way through the layers. Its memory
 // belongs to the engine; destroying the sequence gives it back. Several sequences may exist. Their
 // RunLayer, FinalLogits and Logprobs belong to one compute thread, which may call those of any of
-// them in any order: each sequence gives, bit for bit, what it gives alone. PackKv and ReleaseKv
-// may be called by other threads beside them and each other.
+// them in any order: each sequence gives, bit for bit, what it gives alone. PackKv, ReleaseKv
+// and PackCachedKv may be called by other threads beside them and each other.
 class PrefillSequence {
  public:
   virtual ~PrefillSequence() = default;
@@ -92,6 +92,12 @@ class PrefillSequence {
   // Writes PackedBytes() of a finished layer to `dst`, memory from AllocateStaging.
   virtual absl::Status PackKv(int layer, const KvSelection& selection, void* dst) = 0;
   virtual void ReleaseKv(int layer) = 0;  // of all prompts
+  // Does what PackKv does for blocks that lie within cached_tokens(), from the prefix cache's
+  // memory: of any layer, computed or not, at any time, without the device. Such blocks may be
+  // packed in either way, with the same bytes. Thread-safe.
+  virtual absl::Status PackCachedKv(int layer, const KvSelection& selection, void* dst) {
+    return absl::FailedPreconditionError("no KV of this prompt is cached");
+  }
 
   // Returns the logits of every prompt's last position, [num_prompts][vocab_size]. Must be called
   // after the last layer.
@@ -106,7 +112,7 @@ class PrefillSequence {
   // Returns the policy that runs, with kAuto resolved. It is dense for several prompts, and where
   // at most two blocks of patterns are computed behind a cached prefix.
   virtual AttentionPolicy policy() const = 0;
-  // Returns how many tokens at the prompt's beginning came from the prefix cache.
+  // Returns how many tokens at the prompt's beginning came from the prefix cache. Thread-safe.
   virtual int64_t cached_tokens() const { return 0; }
   // Returns how long the device has computed for this sequence, in microseconds by its own clock:
   // what it computed for others at the points of a layer does not count. A layer counts when

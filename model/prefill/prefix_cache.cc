@@ -222,11 +222,17 @@ void PrefixCache::Publish(const PrefixQuery& query, const Blocks& found, PrefixK
     parent = Store(query, last, parent, index++, &slot);
     if (parent == nullptr) break;
   }
+  ReturnSlots(slots);
+  slots.clear();
 }
 
 void PrefixCache::Return(const Blocks& found, const std::vector<int>& slots) {
   absl::MutexLock lock(&mu_);
   for (Block* block : found) LetGo(block);
+  ReturnSlots(slots);
+}
+
+void PrefixCache::ReturnSlots(const std::vector<int>& slots) {
   for (const int slot : slots) {
     if (slot >= 0) free_slots_.insert(slot);
   }

@@ -117,6 +117,7 @@ class PrefixCache {
   void Publish(const PrefixQuery& query, const Blocks& found, PrefixKey last,
                std::vector<int>& slots);
   void Return(const Blocks& found, const std::vector<int>& slots);
+  void ReturnSlots(const std::vector<int>& slots) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Makes one block visible and returns it; null if another block has its key. A slot that is not
   // needed stays in `slot`, otherwise -1 does.
   Block* Store(const PrefixQuery& query, const PrefixKey& key, Block* parent, int64_t index,
@@ -142,7 +143,8 @@ class PrefixCache {
 };
 
 // A prompt's hold on blocks of the cache and on slots that it fills. Destroying it gives everything
-// back; what was not published is forgotten. Not thread-safe.
+// back; what was not published is forgotten. Not thread-safe, but other threads may read found()
+// and what lies in its slots beside Publish, until Reset or destruction.
 class PrefixLease {
  public:
   PrefixLease() = default;  // of nothing
@@ -162,7 +164,8 @@ class PrefixLease {
   absl::Span<const int> added() const { return added_; }
   int64_t first_new_block() const { return static_cast<int64_t>(found_slots_.size()); }
 
-  // Makes the blocks of added() visible. All of their KV must be in its slots.
+  // Makes the blocks of added() visible, and gives the slots back that others have filled already,
+  // so that it adds nothing more. All of their KV must be in its slots. What was found stays held.
   void Publish();
 
  private:

@@ -8,7 +8,8 @@ namespace prefilld::model {
 
 PrefixStore::PrefixStore(Device* device, const ModelConfig& config, int64_t num_slots,
                          PrefixReuseRule rule, int64_t num_events)
-    : copies_(device->host_copies()),
+    : device_(*device),
+      copies_(device->host_copies()),
       num_layers_(config.num_layers),
       num_kv_heads_(config.num_kv_heads),
       row_bytes_(RowBytes(*device, config)),
@@ -79,6 +80,14 @@ absl::Status PrefixStore::StartSave(const PrefixLease& lease, int layer, const K
                                     int64_t kv_head_stride) {
   return copies_.StartSaves(Copies(lease.added(), lease.first_new_block(), layer, slot,
                                    kv_head_stride, /*to_device=*/false));
+}
+
+void PrefixStore::PackFound(const PrefixLease& lease, int layer,
+                            kernels::PackKvParams params) const {
+  params.k = HostAddress(layer, 0, 0);
+  params.v = HostAddress(layer, 1, 0);
+  params.kv_head_stride = num_slots_ * kPrefixBlockTokens * head_dim_;
+  device_.PackHostKv(params, lease.found(), static_cast<int>(kPrefixBlockTokens));
 }
 
 }  // namespace prefilld::model

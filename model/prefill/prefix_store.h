@@ -9,6 +9,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "kernels/kv_pack.h"
 #include "model/checkpoint/config.h"
 #include "model/device/device.h"
 #include "model/device/host_copies.h"
@@ -42,6 +43,10 @@ class PrefixStore {
   absl::Status StartSave(const PrefixLease& lease, int layer, const KvSlot& slot,
                          int64_t kv_head_stride);
 
+  // Packs whole blocks that `lease` found, as `params` says but for k, v and kv_head_stride, which
+  // it fills in. It reads host memory alone. Thread-safe, and beside StartLoad and StartSave.
+  void PackFound(const PrefixLease& lease, int layer, kernels::PackKvParams params) const;
+
  private:
   PrefixStore(Device* device, const ModelConfig& config, int64_t num_slots, PrefixReuseRule rule,
               int64_t num_events);
@@ -53,6 +58,7 @@ class PrefixStore {
   std::vector<RowCopy> Copies(absl::Span<const int> slots, int64_t first_block, int layer,
                               const KvSlot& slot, int64_t kv_head_stride, bool to_device) const;
 
+  const Device& device_;
   HostCopies& copies_;
   const int64_t num_layers_;
   const int64_t num_kv_heads_;

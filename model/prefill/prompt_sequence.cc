@@ -223,19 +223,41 @@ absl::Status PromptSequence::PackKv(int layer, const KvSelection& selection, voi
   PREFILLD_RETURN_IF_ERROR(CheckSelection(selection));
   const PromptPlace& place = state_.prompts.places()[selection.prompt];
   const int64_t first_byte = place.first * token_bytes();
-  return parts_.device->PackKv({.k = static_cast<const char*>(slot.k) + first_byte,
-                                .v = static_cast<const char*>(slot.v) + first_byte,
-                                .kv_head_stride = kv_head_stride(),
-                                .num_tokens = place.count,
-                                .first_block = selection.first_block,
-                                .num_blocks = selection.num_blocks,
-                                .block_tokens = selection.block_tokens,
-                                .first_head = selection.first_head,
-                                .num_heads = selection.num_heads,
-                                .head_dim = config().head_dim,
-                                .order = selection.order,
-                                .dst_dtype = selection.dtype,
-                                .dst = dst});
+  kernels::PackKvParams params = ParamsOf(selection, dst);
+  params.k = static_cast<const char*>(slot.k) + first_byte;
+  params.v = static_cast<const char*>(slot.v) + first_byte;
+  params.kv_head_stride = kv_head_stride();
+  return parts_.device->PackKv(params);
+}
+
+// The lease holds the blocks, so nobody evicts them or writes to them.
+absl::Status PromptSequence::PackCachedKv(int layer, const KvSelection& selection, void* dst) {
+  if (layer < 0 || layer >= config().num_layers) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("layer ", layer, " is outside the model's ", config().num_layers));
+  }
+  PREFILLD_RETURN_IF_ERROR(CheckSelection(selection));
+  const int64_t end = selection.first_block + selection.num_blocks;
+  if (end * selection.block_tokens > num_cached_) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("kv block ", end - 1, " of ", selection.block_tokens, " tokens ends behind ",
+                     num_cached_, " cached tokens"));
+  }
+  parts_.prefixes->PackFound(state_.prefix, layer, ParamsOf(selection, dst));
+  return absl::OkStatus();
+}
+
+kernels::PackKvParams PromptSequence::ParamsOf(const KvSelection& selection, void* dst) const {
+  return {.num_tokens = state_.prompts.places()[selection.prompt].count,
+          .first_block = selection.first_block,
+          .num_blocks = selection.num_blocks,
+          .block_tokens = selection.block_tokens,
+          .first_head = selection.first_head,
+          .num_heads = selection.num_heads,
+          .head_dim = config().head_dim,
+          .order = selection.order,
+          .dst_dtype = selection.dtype,
+          .dst = dst};
 }
 
 absl::StatusOr<std::vector<std::vector<float>>> PromptSequence::FinalLogits() {
@@ -266,7 +288,6 @@ absl::Status PromptSequence::PublishSaved() {
   if (!saves_) return absl::OkStatus();
   PREFILLD_RETURN_IF_ERROR(parts_.device->host_copies().FinishSaves());
   state_.prefix.Publish();
-  state_.prefix.Reset();
   return absl::OkStatus();
 }
 

@@ -27,6 +27,7 @@ class PromptSequence final : public PrefillSequence {
   bool may_interject() const override { return &step_ == parts_.short_step.get(); }
   absl::Status PackKv(int layer, const KvSelection& selection, void* dst) override;
   void ReleaseKv(int layer) override;
+  absl::Status PackCachedKv(int layer, const KvSelection& selection, void* dst) override;
   absl::StatusOr<std::vector<std::vector<float>>> FinalLogits() override;
   absl::StatusOr<PromptLogprobs> Logprobs(int prompt, int64_t first) override;
   AttentionPolicy policy() const override { return state_.options.policy; }
@@ -58,7 +59,8 @@ class PromptSequence final : public PrefillSequence {
   // Lets the layer wait for its cached KV, and starts to load that of the next one.
   absl::Status LoadCached(int layer, const KvSlot& slot);
   absl::Status SaveComputed(int layer);
-  // Makes what was saved visible to other prompts.
+  // Makes what was saved visible to other prompts. What was found stays held until the end, since
+  // packing threads may still read it.
   absl::Status PublishSaved();
   // Queues a layer's work, and the embedding before the first: the layer that is waited for, or the
   // one behind it. `report` gets what attention finds on the way.
@@ -76,6 +78,8 @@ class PromptSequence final : public PrefillSequence {
   absl::Status CheckFinished() const;
   absl::Status CheckPrompt(int prompt) const;
   absl::Status CheckSelection(const KvSelection& selection) const;
+  // Describes the packing of a prompt's blocks, but for where their KV lies.
+  kernels::PackKvParams ParamsOf(const KvSelection& selection, void* dst) const;
 
   EngineParts& parts_;
   PromptState& state_;
@@ -83,10 +87,8 @@ class PromptSequence final : public PrefillSequence {
   // Unless logprobs will be asked for, only the last token of a prompt alone goes through all of
   // the last layer.
   const bool all_of_last_layer_;
-  // Constant, because packing threads and the prompt's last calls ask for them after the lease has
-  // been given back.
-  const int64_t num_cached_;
-  const bool saves_;        // the layers go to the prefix cache
+  const int64_t num_cached_;  // packing threads ask for it
+  const bool saves_;          // the layers go to the prefix cache
   double device_us_ = 0.0;  // of the layers that have been waited for, and of what came after them
 };
 

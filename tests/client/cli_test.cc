@@ -153,6 +153,7 @@ TEST(Summary, TellsWhatAGenerationDid) {
   result.set_decode_us(40'000);
   result.set_kv_transfer_us(100'000);
   result.set_kv_overlap(0.875);
+  result.set_first_frame_us(70'000);
   result.set_layers_computed_at_first_frame(1);
   result.mutable_prefill()->set_num_tokens(8192);
   result.mutable_prefill()->set_policy(::prefill::v1::ATTENTION_POLICY_SHARE);

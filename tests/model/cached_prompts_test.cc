@@ -157,6 +157,91 @@ TEST_F(CachedPrompts, AnswersDoNotChangeFromHitToHit) {
   EXPECT_TRUE(once.logits == twice.logits);
 }
 
+// Packs blocks of a layer out of the prefix cache.
+std::vector<uint8_t> PackCached(PrefillEngine& engine, PrefillSequence& sequence, int layer,
+                                const KvSelection& selection, const ModelConfig& config) {
+  const int64_t bytes = 2 * selection.num_blocks * selection.block_tokens * selection.num_heads *
+                        config.head_dim * static_cast<int64_t>(kernels::SizeOf(selection.dtype));
+  const auto buffer = engine.AllocateStaging(static_cast<size_t>(bytes));
+  EXPECT_TRUE(buffer.ok()) << buffer.status();
+  EXPECT_TRUE(sequence.PackCachedKv(layer, selection, buffer->data()).ok());
+  const auto* begin = static_cast<const uint8_t*>(buffer->data());
+  return {begin, begin + bytes};
+}
+
+// The KV of every layer is there before the first one is computed, in every form that is sent.
+TEST_F(CachedPrompts, GiveTheirKvOutOfHostMemoryWithTheSameBytes) {
+  const ModelConfig& config = checkpoint_.config();
+  const auto engine = NewEngine(Options(kEnough));
+  const Tokens prompt = Random(1000, 1);
+  RunPrompt(*engine, Continue(prompt, 300, 700), DenseAttention());
+  RunPrompt(*engine, prompt, DenseAttention());  // its blocks do not lie in one row
+  auto sequence = engine->Start(prompt, DenseAttention());
+  ASSERT_TRUE(sequence.ok()) << sequence.status();
+  ASSERT_EQ((*sequence)->cached_tokens(), 896);
+  struct Form {
+    KvSelection selection;
+    std::vector<std::vector<uint8_t>> of_layers;
+  };
+  std::vector<Form> forms;
+  for (const auto order : {kernels::KvOrder::kNhd, kernels::KvOrder::kHnd, kernels::KvOrder::kNh2d,
+                           kernels::KvOrder::kHn2d}) {
+    for (const auto dtype : {kernels::DType::kFp32, kernels::DType::kBf16, kernels::DType::kFp16}) {
+      for (const int block_tokens : {16, 128}) {
+        Form& form = forms.emplace_back();
+        form.selection = WholeLayer(config, 896, block_tokens, order, dtype);
+        form.selection.first_block = 1;
+        form.selection.num_blocks -= 1;
+        form.selection.first_head = config.num_kv_heads - 1;
+        form.selection.num_heads = 1;
+        for (int layer = 0; layer < config.num_layers; ++layer) {
+          form.of_layers.push_back(PackCached(*engine, **sequence, layer, form.selection, config));
+        }
+      }
+    }
+  }
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    ASSERT_TRUE((*sequence)->RunLayer().ok());
+    for (const Form& form : forms) {
+      EXPECT_TRUE(PackLayer(*engine, **sequence, layer, form.selection) ==
+                  form.of_layers[static_cast<size_t>(layer)])
+          << "layer " << layer << ", order " << static_cast<int>(form.selection.order) << ", "
+          << kernels::Name(form.selection.dtype);
+    }
+    (*sequence)->ReleaseKv(layer);
+  }
+  // It stays there until the sequence ends.
+  ASSERT_TRUE((*sequence)->FinalLogits().ok());
+  EXPECT_TRUE(PackCached(*engine, **sequence, 0, forms[0].selection, config) ==
+              forms[0].of_layers[0]);
+  KvSelection beyond = WholeLayer(config, 1000, 128, kernels::KvOrder::kNhd, kernels::DType::kBf16);
+  const absl::Status status = (*sequence)->PackCachedKv(0, beyond, nullptr);
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(status.message(), HasSubstr("896 cached tokens"));
+}
+
+// Blocks that are still to be packed are evicted for nobody.
+TEST_F(CachedPrompts, HoldTheirBlocksUntilTheSequenceEnds) {
+  const ModelConfig& config = checkpoint_.config();
+  const int64_t block_bytes = 2 * config.num_layers * config.num_kv_heads * 128 * config.head_dim *
+                              (DeviceFlag() == DeviceChoice::kCpu ? 4 : 2);
+  const auto engine = NewEngine(Options(7 * block_bytes));
+  const Tokens prompt = Random(900, 1);
+  RunPrompt(*engine, prompt, DenseAttention());
+  auto sequence = RunLayers(*engine, prompt, DenseAttention(), /*logprobs=*/false);
+  ASSERT_EQ(sequence->cached_tokens(), 896);
+  const KvSelection all =
+      WholeLayer(config, 896, 128, kernels::KvOrder::kHnd, kernels::DType::kFp32);
+  const auto before = PackCached(*engine, *sequence, 1, all, config);
+  ASSERT_TRUE(sequence->FinalLogits().ok());
+  RunPrompt(*engine, Random(900, 2), DenseAttention());
+  EXPECT_EQ(engine->prefix_cache().counts.evicted_blocks, 0);
+  EXPECT_TRUE(PackCached(*engine, *sequence, 1, all, config) == before);
+  sequence.reset();
+  RunPrompt(*engine, Random(900, 2), DenseAttention());
+  EXPECT_EQ(engine->prefix_cache().counts.evicted_blocks, 7);
+}
+
 // At gamma 1 every block that has mass is kept, so sparse policies give what dense gives.
 TEST_F(CachedPrompts, SparsePoliciesComputeQueriesBehindCachedKeys) {
   for (const int block_tokens : {64, 128}) {

@@ -27,9 +27,91 @@ TEST_F(PrefixCacheTest, ResultSaysHowManyTokensWereCached) {
   ASSERT_TRUE(cached.status.ok()) << cached.status.error_message();
   EXPECT_EQ(cached.result()->cached_tokens(), 512);
   EXPECT_EQ(cached.result()->num_tokens(), 600);
-  ExpectWholeCache(cached.frames(), cached.events.front().accepted().layout());
+  ExpectWholeCache(cached.frames(), cached.events.front().accepted().layout(), 512);
   EXPECT_EQ(Prefill(PromptOf(300)).result()->cached_tokens(), 0);
   EXPECT_TRUE(EverythingIsFree());
+}
+
+// Returns how many blocks of all layers these frames hold.
+int64_t BlocksOf(const std::vector<v1::KvFrame>& frames) {
+  int64_t blocks = 0;
+  for (const v1::KvFrame& frame : frames) blocks += frame.num_blocks();
+  return blocks;
+}
+
+TEST_F(PrefixCacheTest, CachedKvOfAllLayersLeavesBeforeALayerIsDone) {
+  StartServer();
+  engine_->HoldAfter(0);
+  grpc::ClientContext context;
+  const auto call = stub_->Prefill(&context, PromptOf(600));
+  std::vector<v1::KvFrame> frames;
+  v1::KvLayout layout;
+  v1::PrefillEvent event;
+  while (BlocksOf(frames) < 4 * 512 / 16 && call->Read(&event)) {
+    if (event.has_accepted()) layout = event.accepted().layout();
+    if (event.has_kv_frame()) frames.push_back(event.kv_frame());
+  }
+  EXPECT_EQ(engine_->layers_run(), 0);
+  for (const v1::KvFrame& frame : frames) {
+    EXPECT_EQ(frame.layers_computed(), 0);
+    EXPECT_LE((frame.first_block() + frame.num_blocks()) * 16, 512);
+  }
+  engine_->HoldAfter(-1);
+  while (call->Read(&event)) {
+    if (event.has_kv_frame()) frames.push_back(event.kv_frame());
+  }
+  EXPECT_TRUE(call->Finish().ok());
+  ExpectWholeCache(frames, layout, 512);
+  EXPECT_TRUE(EverythingIsFree());
+}
+
+TEST_F(PrefixCacheTest, ARequestThatIsCancelledWhileItsCachedKvStreamsLeavesNothing) {
+  StartServer();
+  engine_->HoldAfter(0);
+  grpc::ClientContext context;
+  const auto call = stub_->Prefill(&context, PromptOf(600));
+  v1::PrefillEvent event;
+  while (!event.has_kv_frame() && call->Read(&event)) {
+  }
+  EXPECT_TRUE(event.has_kv_frame());
+  context.TryCancel();
+  while (call->Read(&event)) {
+  }
+  EXPECT_EQ(call->Finish().error_code(), grpc::StatusCode::CANCELLED);
+  engine_->HoldAfter(-1);
+  EXPECT_TRUE(EverythingIsFree());
+}
+
+// The consumer holds the first 512 tokens. If the server has them too, nobody computes them;
+// otherwise they are computed and not sent.
+TEST_F(PrefixCacheTest, WhatTheConsumerHoldsAndTheServerHasIsNeitherComputedNorPackedNorSent) {
+  StartServer();
+  v1::PrefillRequest request = PromptOf(600);
+  request.mutable_layout()->set_first_block(512 / 16);
+  const auto expect_the_rest = [&](int64_t cached_tokens) {
+    const StreamContents contents = Prefill(request);
+    ASSERT_TRUE(contents.status.ok()) << contents.status.error_message();
+    EXPECT_EQ(contents.result()->cached_tokens(), cached_tokens);
+    EXPECT_EQ(BlocksOf(contents.frames()), 4 * 6);
+    ExpectWholeCache(contents.frames(), contents.events.front().accepted().layout());
+    EXPECT_EQ(engine_->cached_packs(), 0);
+  };
+  expect_the_rest(512);
+  EXPECT_EQ(Metric("prefilld_step_tokens_total"), 4 * (600 - 512));
+  request.mutable_prefix_cache()->set_bypass(true);
+  expect_the_rest(0);
+  EXPECT_EQ(Metric("prefilld_step_tokens_total"), 4 * (600 - 512) + 4 * 600);
+}
+
+// The consumer gets those of the cached blocks that it does not hold.
+TEST_F(PrefixCacheTest, CachedKvBeginsBehindWhatTheConsumerHolds) {
+  StartServer();
+  v1::PrefillRequest request = PromptOf(600);
+  request.mutable_layout()->set_first_block(300 / 16);
+  const StreamContents contents = Prefill(request);
+  ASSERT_TRUE(contents.status.ok()) << contents.status.error_message();
+  ExpectWholeCache(contents.frames(), contents.events.front().accepted().layout(), 512);
+  EXPECT_GT(engine_->cached_packs(), 0);
 }
 
 TEST_F(PrefixCacheTest, ARequestMayBypassItAndHasASalt) {

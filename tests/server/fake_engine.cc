@@ -154,6 +154,13 @@ class FakeSequence final : public model::PrefillSequence {
     return report;
   }
 
+  absl::Status PackCachedKv(int layer, const model::KvSelection& selection, void* dst) override {
+    const int64_t end = selection.first_block + selection.num_blocks;
+    if (end * selection.block_tokens > cached_tokens_) return absl::InternalError("not cached");
+    ++engine_->cached_packs_;
+    return PackKv(layer, selection, dst);
+  }
+
   absl::Status PackKv(int layer, const model::KvSelection& selection, void* dst) override {
     std::function<void()> on_pack;
     {

@@ -82,6 +82,7 @@ class FakeEngine final : public model::PrefillEngine {
   int stopped() const { return stopped_; }                // sequences that a Hold… keeps now
   int held() const { return held_; }                      // unreleased layers now
   int most_held() const { return most_held_; }            // most unreleased layers at any time
+  int cached_packs() const { return cached_packs_; }      // frames packed by PackCachedKv
   int logprobs_parts() const { return logprobs_parts_; }  // over all sequences
   int asked_for_gauges() const {
     return asked_for_gauges_;
@@ -121,7 +122,7 @@ class FakeEngine final : public model::PrefillEngine {
   FakeSequence* interrupted_ = nullptr;  // at a point of its layer; the compute thread's
 
   std::atomic<int> started_ = 0, alive_ = 0, layers_run_ = 0, held_ = 0, most_held_ = 0;
-  std::atomic<int> stopped_ = 0;
+  std::atomic<int> stopped_ = 0, cached_packs_ = 0;
   std::atomic<int> logprobs_parts_ = 0;
   mutable std::atomic<int> asked_for_gauges_ = 0;
   std::atomic<bool> logits_are_nan_ = false;

@@ -47,6 +47,22 @@ struct Layers {
   int next_layer = 0;
 };
 
+// Checks that a receiver got one frame for each layer and block, with its heads.
+void ExpectFrames(const Consumer& consumer, const PrefillJob& receiver, size_t layers) {
+  const auto& layout = receiver.work().layout;
+  std::set<std::pair<uint32_t, uint32_t>> places;
+  for (const ::prefill::v1::KvFrame& frame : consumer.frames()) {
+    EXPECT_EQ(frame.payload(),
+              ExpectedPayload(static_cast<int>(frame.layer()),
+                              SelectBlocks(layout, frame.first_block(), frame.num_blocks()),
+                              layout.num_tokens(), static_cast<int>(layout.head_dim())));
+    for (uint32_t i = 0; i < frame.num_blocks(); ++i) {
+      EXPECT_TRUE(places.insert({frame.layer(), frame.first_block() + i}).second);
+    }
+  }
+  EXPECT_EQ(places.size(), layers * layout.num_blocks());
+}
+
 TEST(KvPacker, KeepsALayersSlotUntilItsLastFrameHasLeft) {
   Bench bench({.kv_slots = 2});
   const auto job = bench.NewJob(2 * kBlockTokens);
@@ -138,6 +154,83 @@ TEST(KvPacker, DropsTheFramesOfARequestThatHasEnded) {
   EXPECT_EQ(consumer.frames().size(), 1u);
 }
 
+TEST(KvPacker, CachedKvNeedsNoLayerAndStandsBackBehindFinishedOnes) {
+  Bench bench({.num_layers = 2, .kv_slots = 2, .cached_tokens = 2 * kBlockTokens});
+  const auto job = bench.NewJob(3 * kBlockTokens);
+  Consumer consumer(job);
+  Layers layers(bench, {job});
+  layers.source->StartCached();
+  const auto place_of_next = [&] {
+    EXPECT_TRUE(bench.packer.PackOne());
+    const ::prefill::v1::KvFrame frame = consumer.frames().back();
+    return std::pair(frame.layer(), frame.first_block());
+  };
+  EXPECT_THAT(place_of_next(), Pair(0, 0));
+  layers.Compute(1);
+  EXPECT_THAT(place_of_next(), Pair(0, 2)) << "the layer's slot is waited for";
+  EXPECT_EQ(bench.engine.held(), 0) << "and free, although cached KV of the layer is to come";
+  EXPECT_THAT(place_of_next(), Pair(0, 1));
+  EXPECT_THAT(place_of_next(), Pair(1, 0));
+  EXPECT_FALSE(layers.source->HasLeft(*job));
+  layers.Compute(1);
+  EXPECT_THAT(place_of_next(), Pair(1, 2));
+  EXPECT_FALSE(layers.source->HasLeft(*job));
+  EXPECT_THAT(place_of_next(), Pair(1, 1));
+  EXPECT_TRUE(layers.source->HasLeft(*job));
+  EXPECT_FALSE(bench.packer.PackOne());
+  ExpectFrames(consumer, *job, 2);
+  EXPECT_EQ(bench.engine.cached_packs(), 4);
+}
+
+TEST(KvPacker, CachedKvOfARequestThatHasEndedIsDropped) {
+  Bench bench({.cached_tokens = 8 * kBlockTokens});
+  const auto job = bench.NewJob(9 * kBlockTokens);
+  Consumer consumer(job);
+  Layers layers(bench, {job});
+  layers.source->StartCached();
+  EXPECT_TRUE(bench.packer.PackOne());
+  job->Abort(Outcome::kCancelled, absl::CancelledError("enough"));
+  EXPECT_FALSE(bench.packer.PackOne());
+  EXPECT_TRUE(layers.source->HasLeft(*job));
+  EXPECT_EQ(consumer.frames().size(), 1u);
+}
+
+// Two requests whose cached KV streams share the ring as any two do.
+TEST(KvPacker, CachedKvStaysWithinItsRequestsCreditAndTakesTurns) {
+  Bench bench({.cached_tokens = 8 * kBlockTokens}, /*num_buffers=*/8);
+  const auto slow = bench.NewJob(9 * kBlockTokens), fast = bench.NewJob(9 * kBlockTokens);
+  Consumer to_slow(slow), to_fast(fast);
+  to_slow.HoldStill();
+  Layers of_slow(bench, {slow}), of_fast(bench, {fast});
+  of_slow.source->StartCached();
+  bench.PackAll();
+  EXPECT_EQ(bench.ring->staged_bytes(), bench.ring->capacity_bytes() / 2) << "all of its credit";
+  of_fast.source->StartCached();
+  bench.PackAll();
+  EXPECT_EQ(to_fast.frames().size(), 4u * 8);
+  slow->Abort(Outcome::kStalled, absl::AbortedError("it took nothing"));
+  to_slow.TakeOne();
+}
+
+TEST(KvPacker, AReceiverThatComesLateGetsCachedKvToo) {
+  Bench bench({.kv_slots = 4, .cached_tokens = 2 * kBlockTokens});
+  const auto [first, other] = bench.NewShared(3 * kBlockTokens);
+  Consumer to_first(first);
+  Layers layers(bench, {first});
+  layers.source->StartCached();
+  layers.Compute(2);
+  bench.PackAll();
+  ASSERT_TRUE(first->Join(other).ok());
+  Consumer to_other(other);
+  bench.packer.AdmitReceivers();
+  bench.PackAll();
+  layers.Compute(2);
+  bench.PackAll();
+  EXPECT_TRUE(layers.source->HasLeft(*other));
+  ExpectFrames(to_first, *first, 4);
+  ExpectFrames(to_other, *other, 4);
+}
+
 TEST(KvPacker, ASourceThatIsDestroyedLetsGoOfItsSequence) {
   Bench bench;
   const auto job = bench.NewJob(4 * kBlockTokens);
@@ -148,22 +241,6 @@ TEST(KvPacker, ASourceThatIsDestroyedLetsGoOfItsSequence) {
   layers.source.reset();
   EXPECT_EQ(bench.engine.held(), 0);
   EXPECT_FALSE(bench.packer.PackOne());
-}
-
-// Checks that a receiver got one frame for each layer and block, with its heads.
-void ExpectFrames(const Consumer& consumer, const PrefillJob& receiver, size_t layers) {
-  const auto& layout = receiver.work().layout;
-  std::set<std::pair<uint32_t, uint32_t>> places;
-  for (const ::prefill::v1::KvFrame& frame : consumer.frames()) {
-    EXPECT_EQ(frame.payload(),
-              ExpectedPayload(static_cast<int>(frame.layer()),
-                              SelectBlocks(layout, frame.first_block(), frame.num_blocks()),
-                              layout.num_tokens(), static_cast<int>(layout.head_dim())));
-    for (uint32_t i = 0; i < frame.num_blocks(); ++i) {
-      EXPECT_TRUE(places.insert({frame.layer(), frame.first_block() + i}).second);
-    }
-  }
-  EXPECT_EQ(places.size(), layers * layout.num_blocks());
 }
 
 TEST(KvPacker, KeepsEveryLayerForAReceiverThatIsAwaited) {

@@ -154,7 +154,8 @@ class ServerFixture : public ::testing::Test {
 };
 
 // Checks numbering, checksums, payloads and completeness of one request's frames over all lanes.
-void ExpectWholeCache(const std::vector<v1::KvFrame>& frames, const v1::KvLayout& layout);
+void ExpectWholeCache(const std::vector<v1::KvFrame>& frames, const v1::KvLayout& layout,
+                      int64_t cached_tokens = 0);
 
 }  // namespace prefilld::server
 
