@@ -271,30 +271,33 @@ void Scheduler::NoteClaimants() {
 }
 
 // Returns the prompt of the queue that should be started before the others. There is none while the
-// engine has no place for any of them.
+// engine has no place for any of them. It sorts nothing, since it is called at every point.
 std::shared_ptr<PrefillJob> Scheduler::BestWaiting(bool must_interject, Contender* best) {
-  Jobs jobs;
-  std::vector<Contender> contenders;
+  std::shared_ptr<PrefillJob> found;
+  std::optional<Contender> first;  // of those that may or may not find a place
+  bool place_is_wanted = false;
+  const absl::Time now = resources_.clock.Now();
   absl::MutexLock lock(&mu_);
   TakeOverWeights();
   for (const auto& entry : queue_) {
     const PrefillJob& job = *entry;
     if (job.ended()) continue;
     if (must_interject && !engine_.MayInterject(NumTokens(job), job.work().attention)) continue;
-    jobs.push_back(entry);
-    contenders.push_back(standings_.OfWaiting(entry, resources_.clock.Now()));
-  }
-  if (!must_interject) place_is_wanted_ = false;
-  for (const size_t i : standings_.Order(contenders)) {
-    const PrefillJob& job = *jobs[i];
+    const Contender contender = standings_.OfWaiting(entry, now);
+    if (found != nullptr && !standings_.GoesBefore(contender, *best)) continue;
     const bool in_a_batch = BatchTokens(job) > 0;
-    if (engine_.CanStart(in_a_batch ? engine_.max_batch_tokens() : NumTokens(job))) {
-      *best = contenders[i];
-      return jobs[i];
+    const bool has_place =
+        engine_.CanStart(in_a_batch ? engine_.max_batch_tokens() : NumTokens(job));
+    if (!first.has_value() || standings_.GoesBefore(contender, *first)) {
+      first = contender;
+      place_is_wanted = !has_place;
     }
-    place_is_wanted_ = true;
+    if (!has_place) continue;
+    *best = contender;
+    found = entry;
   }
-  return nullptr;
+  place_is_wanted_ = place_is_wanted || (must_interject && place_is_wanted_);
+  return found;
 }
 
 // Takes `head` and what shares its pass out of the queue. Returns none if it was retired meanwhile.

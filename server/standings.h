@@ -34,6 +34,9 @@ class Standings {
 
   Contender OfPass(const PrefillPass& pass, absl::Time last_step_at, absl::Time now) const;
   Contender OfWaiting(const std::shared_ptr<PrefillJob>& job, absl::Time now) const;
+  bool GoesBefore(const Contender& a, const Contender& b) const {
+    return server::GoesBefore(scheduling_, a, b);
+  }
   // Returns the positions of the contenders, the next one first.
   std::vector<size_t> Order(absl::Span<const Contender> contenders) const {
     return OrderOf(scheduling_, contenders);

@@ -42,6 +42,10 @@ std::vector<size_t> OrderOfTurns(absl::Span<const Contender> contenders) {
   return Sorted(contenders, GoesFirst);
 }
 
+bool GoesBefore(Scheduling scheduling, const Contender& a, const Contender& b) {
+  return scheduling == Scheduling::kFifo ? IsOlder(a, b) : GoesFirst(a, b);
+}
+
 std::vector<size_t> OrderOf(Scheduling scheduling, absl::Span<const Contender> contenders) {
   return Sorted(contenders, scheduling == Scheduling::kFifo ? IsOlder : GoesFirst);
 }

@@ -61,6 +61,8 @@ inline constexpr absl::Duration kClassPatience = absl::Seconds(5);
 // those that would be done soon; tests/bench/throughput_at_p99.py tells how much that is.
 std::vector<size_t> OrderOfTurns(absl::Span<const Contender> contenders);
 
+// Tells whether `a` comes before `b` in the order that the rule wants.
+bool GoesBefore(Scheduling scheduling, const Contender& a, const Contender& b);
 // Returns the positions in the order that the rule wants.
 std::vector<size_t> OrderOf(Scheduling scheduling, absl::Span<const Contender> contenders);
 

@@ -62,6 +62,28 @@ TEST(OrderOf, FifoPutsTheOldestFirstWhateverElseItIs) {
   EXPECT_THAT(OrderOf(Scheduling::kTurns, contenders), ElementsAre(0, 1, 2));
 }
 
+TEST(GoesBefore, FindsTheFirstOfTheOrderWithoutSorting) {
+  std::mt19937 random(1);
+  for (int i = 0; i < 1000; ++i) {
+    std::vector<Contender> contenders(1 + random() % 20);
+    for (Contender& contender : contenders) {
+      contender = {.priority = static_cast<int>(random() % 2),
+                   .class_waited = absl::Seconds(random() % 3 * 4),
+                   .tenant_time = absl::Seconds(random() % 2),
+                   .remaining = absl::Seconds(random() % 5),
+                   .waited = absl::Seconds(random() % 5),
+                   .age = absl::Seconds(random() % 5)};
+    }
+    for (const Scheduling scheduling : {Scheduling::kTurns, Scheduling::kFifo}) {
+      size_t first = 0;
+      for (size_t j = 1; j < contenders.size(); ++j) {
+        if (GoesBefore(scheduling, contenders[j], contenders[first])) first = j;
+      }
+      EXPECT_EQ(first, OrderOf(scheduling, contenders).front());
+    }
+  }
+}
+
 // Who has waited for so many times its remaining time is the next, but for others who have.
 constexpr double kLongest = 1 / kAgeing;
 
