@@ -82,6 +82,8 @@ def profile(client: PrefillClient, policies: list[str], shortest: int, longest: 
         "max_batch_tokens": 0 if on_cpu else 2048,
         "interject_tokens": min(4096, info.max_prompt_tokens),
         "part_tokens": 2048 if on_cpu else 8192,
+        "attention_part_us": 100_000 if on_cpu else 30_000,
+        "queues_ahead": not on_cpu,
         "request_us": statistics.median(request_us),
         "prompts": prompts,
     }

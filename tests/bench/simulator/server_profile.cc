@@ -34,6 +34,12 @@ class Fields {
     Complain(absl::StrCat(name, " is no whole number of at least ", least));
     return least;
   }
+  bool Truth(const char* name) {
+    const auto at = object_.find(name);
+    if (at != object_.end() && at->is_boolean()) return at->get<bool>();
+    Complain(absl::StrCat(name, " is neither true nor false"));
+    return false;
+  }
   void Complain(const std::string& what) {
     if (problem_.empty()) problem_ = absl::StrCat(where_, what);
   }
@@ -78,6 +84,8 @@ absl::StatusOr<ServerProfile> ParseProfile(const std::string& text) {
   profile.max_batch_tokens = fields.Count("max_batch_tokens", 0);
   profile.interject_tokens = fields.Count("interject_tokens", 0);
   profile.part_tokens = fields.Count("part_tokens", 1);
+  profile.attention_part_us = fields.Number("attention_part_us", 1);
+  profile.queues_ahead = fields.Truth("queues_ahead");
   profile.request_us = fields.Number("request_us", 0);
   const json places = object.value("places", json::array());
   for (size_t i = 0; places.is_array() && i < places.size(); ++i) {

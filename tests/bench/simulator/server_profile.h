@@ -28,8 +28,14 @@ struct ServerProfile {
   std::vector<int64_t> places;    // the tokens of each prompt that may be under way
   int64_t max_batch_tokens = 0;   // as model::EngineOptions, which also explains the next one
   int64_t interject_tokens = 0;
-  int64_t part_tokens = 0;  // a layer has three points for each so many tokens
-  double request_us = 0;    // of a request, beside its queue and its computation
+  // A layer of a long prompt has points between its parts: tiles of so many tokens before and
+  // behind attention, and pieces of attention that take at most so long.
+  int64_t part_tokens = 0;
+  double attention_part_us = 0;
+  // The device computes a part while the host is at the point before it, so whoever goes first
+  // there waits for that part.
+  bool queues_ahead = false;
+  double request_us = 0;  // of a request, beside its queue and its computation
   std::vector<MeasuredPrompt> prompts;
 };
 

@@ -22,6 +22,7 @@ ServerProfile Profile() {
   profile.places = {100'000, 4096};
   profile.interject_tokens = 1000;
   profile.part_tokens = 1000;
+  profile.attention_part_us = 1000;
   profile.request_us = 2000;
   for (const int64_t num_tokens : {1000, 10'000, 100'000}) {
     const double layer_us = 10.0 * static_cast<double>(num_tokens);
@@ -48,20 +49,38 @@ TEST(Simulation, APromptAloneTakesItsLayersAndItsFirstToken) {
   EXPECT_NEAR(FirstTokenMs(*ends, 2000), 3 * 20 + 10 + 1 + 2, 0.01);
 }
 
-// A layer of the long prompt takes 500 ms, in parts of 3.3 ms.
+// A layer of the long prompt takes 500 ms, in parts of 2 and 8 ms.
 TEST(Simulation, AShortPromptGoesFirstInsideALayerUnlessFirstComeIsFirstServed) {
   const std::vector<LoadRequest> requests = {
       {.num_tokens = 50'000}, {.arrival = absl::Milliseconds(700), .num_tokens = 800}};
   const double alone = 3.5 * 8 + 1 + 2;
   const auto turns = Simulate(Profile(), requests, {});
   ASSERT_TRUE(turns.ok()) << turns.status();
-  EXPECT_NEAR(FirstTokenMs(*turns, 800), alone, 3.4);
+  EXPECT_NEAR(FirstTokenMs(*turns, 800), alone, 8.1);
   EXPECT_NEAR(FirstTokenMs(*turns, 50'000), 3.5 * 500 + 1 + 2 + alone - 2, 0.5);
 
   const auto fifo = Simulate(Profile(), requests, {.scheduling = server::Scheduling::kFifo});
   ASSERT_TRUE(fifo.ok()) << fifo.status();
   EXPECT_NEAR(FirstTokenMs(*fifo, 50'000), 3.5 * 500 + 1 + 2, 0.01);
   EXPECT_NEAR(FirstTokenMs(*fifo, 800), 3.5 * 500 + 1 - 700 + alone, 0.01);
+}
+
+// At a point of a device that works ahead of the host, the next part is under way.
+TEST(Simulation, WhoGoesFirstInsideALayerWaitsForThePartThatIsQueued) {
+  ServerProfile profile = Profile();
+  // The long prompt's layer is one part before attention of 100 ms, and one behind it of 400 ms.
+  profile.part_tokens = 50'000;
+  const std::vector<LoadRequest> requests = {
+      {.num_tokens = 50'000}, {.arrival = absl::Milliseconds(50), .num_tokens = 800}};
+  const double alone = 3.5 * 8 + 1 + 2;
+  const auto idle = Simulate(profile, requests, {});
+  ASSERT_TRUE(idle.ok()) << idle.status();
+  EXPECT_NEAR(FirstTokenMs(*idle, 800), alone + 50, 0.1);
+  profile.queues_ahead = true;
+  const auto ahead = Simulate(profile, requests, {});
+  ASSERT_TRUE(ahead.ok()) << ahead.status();
+  EXPECT_NEAR(FirstTokenMs(*ahead, 800), alone + 450, 0.1);
+  EXPECT_NEAR(FirstTokenMs(*ahead, 50'000), FirstTokenMs(*idle, 50'000), 0.1);
 }
 
 TEST(Simulation, ACachedBeginningIsNotComputed) {
@@ -114,14 +133,14 @@ TEST(Simulation, ShortPromptsThatWaitShareAPass) {
   const auto ends = Simulate(profile, requests, {});
   ASSERT_TRUE(ends.ok()) << ends.status();
   // All four layers of both are whole, because each prompt's last query is another row.
-  EXPECT_NEAR(FirstTokenMs(*ends, 128), 4 * 3.84 + 1 + 2, 3.4);
+  EXPECT_NEAR(FirstTokenMs(*ends, 128), 4 * 3.84 + 1 + 2, 8.1);
   EXPECT_DOUBLE_EQ(FirstTokenMs(*ends, 128), FirstTokenMs(*ends, 256));
 }
 
 TEST(ServerProfile, NamesTheFieldThatIsWrong) {
   const std::string text = R"({"num_layers": 8, "max_tokens": 1000, "crossover_tokens": 500,
     "cache_block_bytes": 0, "places": [1000], "max_batch_tokens": 0, "interject_tokens": 10,
-    "part_tokens": 512, "request_us": 100.5, "prompts": [{"policy": "dense", "num_tokens": 64,
+    "part_tokens": 512, "attention_part_us": 1000, "queues_ahead": true, "request_us": 100.5, "prompts": [{"policy": "dense", "num_tokens": 64,
     "layer_us": 10, "last_layer_us": 5, "first_token_us": 1}]})";
   const auto profile = ParseProfile(text);
   ASSERT_TRUE(profile.ok()) << profile.status();

@@ -1,6 +1,7 @@
 #include "tests/bench/simulator/timed_engine.h"
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "model/prefill/packed_prompts.h"
@@ -9,7 +10,9 @@ namespace prefilld::bench {
 namespace {
 
 constexpr int kBlockTokens = 128;  // of attention patterns
-constexpr int kPointsPerPart = 3;  // projections before and after attention, and attention
+// The share of the token-wise work that comes before attention: its projections, beside those
+// behind it and the MLP.
+constexpr double kBeforeAttention = 0.2;
 
 }  // namespace
 
@@ -32,12 +35,17 @@ class TimedSequence final : public model::PrefillSequence {
     const int64_t num_computed = num_tokens_ - num_cached_;
     const bool is_last = layer_ + 1 == engine_.profile_.num_layers && num_prompts_ == 1;
     const absl::Duration time = engine_.LayerTime(policy_, num_computed, num_cached_, is_last);
-    const int64_t tiles =
-        (num_computed + engine_.profile_.part_tokens - 1) / engine_.profile_.part_tokens;
-    const int64_t parts = may_interject() ? 1 : kPointsPerPart * tiles;
-    for (int64_t part = 0; part < parts; ++part) {
-      Pass(time / parts);
-      if (!may_interject() && !at_point()) return absl::CancelledError("stopped inside a layer");
+    engine_.FinishPart();
+    if (may_interject()) {
+      Pass(time);
+    } else {
+      for (const absl::Duration part : engine_.PartsOf(time, num_computed)) {
+        engine_.queued_ = [this, part] { Pass(part); };
+        if (!engine_.profile_.queues_ahead) engine_.FinishPart();
+        const bool goes_on = at_point();
+        engine_.FinishPart();
+        if (!goes_on) return absl::CancelledError("stopped inside a layer");
+      }
     }
     model::LayerReport report;
     report.layer = layer_++;
@@ -57,6 +65,7 @@ class TimedSequence final : public model::PrefillSequence {
   void ReleaseKv(int) override {}
 
   absl::StatusOr<std::vector<std::vector<float>>> FinalLogits() override {
+    engine_.FinishPart();
     Pass(engine_.FirstTokenTime());
     lease_.Publish();
     lease_.Reset();
@@ -112,6 +121,10 @@ TimedEngine::TimedEngine(const ServerProfile& profile, int64_t prefix_cache_byte
     first_token_ += absl::Microseconds(prompt.first_token_us) / profile.prompts.size();
     info_.layer_times.push_back({prompt.policy, prompt.num_tokens, prompt.layer_us});
   }
+  per_token_ = absl::InfiniteDuration();
+  for (const MeasuredPrompt& prompt : profile.prompts) {
+    per_token_ = std::min(per_token_, absl::Microseconds(prompt.layer_us) / prompt.num_tokens);
+  }
   const int64_t slots =
       profile.cache_block_bytes > 0 ? prefix_cache_bytes / profile.cache_block_bytes : 0;
   if (slots > 0) {
@@ -128,6 +141,24 @@ absl::Duration TimedEngine::LayerTime(model::AttentionPolicy policy, int64_t num
   // would have taken.
   return std::max(own,
                   costs.Layer(policy, num_computed + num_cached) - costs.Layer(policy, num_cached));
+}
+
+std::vector<absl::Duration> TimedEngine::PartsOf(absl::Duration layer, int64_t num_computed) const {
+  const absl::Duration by_token = std::min(layer, num_computed * per_token_);
+  const int64_t tiles = kernels::CeilDiv(num_computed, profile_.part_tokens);
+  const auto pieces = static_cast<int64_t>(std::ceil(
+      absl::FDivDuration(layer - by_token, absl::Microseconds(profile_.attention_part_us))));
+  std::vector<absl::Duration> parts(static_cast<size_t>(tiles),
+                                    kBeforeAttention * by_token / tiles);
+  parts.insert(parts.end(), static_cast<size_t>(pieces),
+               pieces > 0 ? (layer - by_token) / pieces : absl::ZeroDuration());
+  parts.insert(parts.end(), static_cast<size_t>(tiles),
+               (1.0 - kBeforeAttention) * by_token / tiles);
+  return parts;
+}
+
+void TimedEngine::FinishPart() {
+  if (const auto part = std::exchange(queued_, nullptr)) part();
 }
 
 model::PrefixQuery TimedEngine::QueryOf(const model::PromptInput& prompt) const {

@@ -49,12 +49,19 @@ class TimedEngine final : public model::PrefillEngine {
   absl::Duration LayerTime(model::AttentionPolicy policy, int64_t num_computed, int64_t num_cached,
                            bool is_last) const;
   absl::Duration FirstTokenTime() const { return first_token_; }
+  // Returns the times of a layer's parts, behind each of which there is a point.
+  std::vector<absl::Duration> PartsOf(absl::Duration layer, int64_t num_computed) const;
+  // Lets the time pass of the part that is queued, if there is one.
+  void FinishPart();
 
   const ServerProfile profile_;
   const std::function<void(absl::Duration)> pass_;
   model::EngineInfo info_;
   server::StepCost layers_, last_layers_;
   absl::Duration first_token_;  // the mean
+  absl::Duration per_token_;    // of a layer, without attention
+  // The part of an interrupted layer that the device computes while the host is at a point.
+  std::function<void()> queued_;
   std::unique_ptr<model::Device> memory_;
   std::unique_ptr<model::PrefixCache> prefixes_;
   std::vector<bool> taken_;  // [places]
