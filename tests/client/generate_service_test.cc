@@ -204,7 +204,7 @@ TEST_F(WorkerServices, CancellingTheCallCancelsThePrefillAndFreesTheBlocks) {
   EXPECT_EQ(pool_.free_blocks(), pool_.num_blocks() - 3);
   called.WaitForNotification();
   context.TryCancel();
-  EXPECT_TRUE(cancelled.WaitForNotificationWithTimeout(absl::Seconds(5)));
+  EXPECT_TRUE(cancelled.WaitForNotificationWithTimeout(absl::Seconds(30)));
   stream->Finish();
   ExpectPoolFree();
 }
@@ -284,7 +284,7 @@ TEST_F(WorkerServices, ADrainingWorkerTakesNothingNewAndFinishesWhatRuns) {
   EXPECT_FALSE(service_->Drain(absl::Milliseconds(10)));
   EXPECT_EQ(Generate(Request()).status.error_code(), grpc::StatusCode::UNAVAILABLE);
   release.Notify();
-  EXPECT_TRUE(service_->Drain(absl::Seconds(5)));
+  EXPECT_TRUE(service_->Drain(absl::Seconds(30)));
   caller.join();
   EXPECT_TRUE(running.status.ok());
 }

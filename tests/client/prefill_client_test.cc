@@ -291,7 +291,7 @@ TEST_F(TwoLanes, ALaneThatCannotBeAttachedEndsTheCall) {
       });
   const auto result = Call(server, sink_, Request());
   EXPECT_EQ(result.status().code(), absl::StatusCode::kNotFound);
-  EXPECT_TRUE(cancelled.WaitForNotificationWithTimeout(absl::Seconds(5)));
+  EXPECT_TRUE(cancelled.WaitForNotificationWithTimeout(absl::Seconds(30)));
 }
 
 // Plays a server that sends Accepted and then says nothing until the client is gone.

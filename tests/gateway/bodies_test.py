@@ -93,7 +93,7 @@ class Bodies(PlayedGateway):
         writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n")
         self.assertEqual((await read_reply(reader)).status, 200)
         for half in (b"x" * 5, b"x" * 5):
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.05)
             writer.write(half)
         await asyncio.sleep(1.5)
         writer.write(post(json.dumps(request(4)).encode()))

@@ -109,6 +109,15 @@ bool ChildProcess::AwaitBlocked(int signal, absl::Duration timeout) const {
 
 std::string ChildProcess::stderr_text() const { return ReadFile(folder_ + "/stderr"); }
 
+bool ChildProcess::AwaitStderr(const std::string& text, absl::Duration timeout) const {
+  const absl::Time deadline = absl::Now() + timeout;
+  while (!absl::StrContains(stderr_text(), text)) {
+    if (absl::Now() > deadline) return false;
+    absl::SleepFor(kPoll);
+  }
+  return true;
+}
+
 ServerProcess::ServerProcess(const std::string& program, std::vector<std::string> args,
                              int error_descriptor)
     : ServerProcess(program, std::move(args), MakeFolder() + "/ports", error_descriptor) {}

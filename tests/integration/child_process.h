@@ -35,6 +35,9 @@ class ChildProcess {
 
   std::string stdout_text() const;
   std::string stderr_text() const;
+  // Waits until `text` is among what the program wrote to its standard error. Returns false when
+  // that takes longer than `timeout`.
+  bool AwaitStderr(const std::string& text, absl::Duration timeout) const;
 
  private:
   const std::string folder_;

@@ -61,12 +61,7 @@ class Operation : public ::testing::Test {
   }
 
   static bool Logs(const ChildProcess& process, const std::string& text) {
-    const absl::Time deadline = absl::Now() + absl::Seconds(10);
-    while (process.stderr_text().find(text) == std::string::npos) {
-      if (absl::Now() > deadline) return false;
-      absl::SleepFor(absl::Milliseconds(10));
-    }
-    return true;
+    return process.AwaitStderr(text, absl::Seconds(30));
   }
 
   // Makes one grpc.health.v1.Health/Check and returns the status of the service: 1 serving, 2 not

@@ -160,14 +160,15 @@ TEST_F(OverlapAndDrain, ASecondSignalEndsTheDecodeWorkerAtOnce) {
                         "--prefill_address=" + prefilld_.address(), "--kv_pool_tokens=8192",
                         "--drain_timeout_s=3600"});
   bool told = false;
-  const Generation running = Generate(worker.address(), DenseRequest(prompt_, 4000),
-                                      [&](const GenerateEvent& event, auto&) {
-                                        if (!event.has_progress() || told) return;
-                                        worker.Signal(SIGTERM);
-                                        absl::SleepFor(absl::Milliseconds(100));
-                                        worker.Signal(SIGTERM);
-                                        told = true;
-                                      });
+  const Generation running = Generate(
+      worker.address(), DenseRequest(prompt_, 4000), [&](const GenerateEvent& event, auto&) {
+        if (!event.has_progress() || told) return;
+        worker.Signal(SIGTERM);
+        // Before the first one was taken, a second one is the same to the system.
+        EXPECT_TRUE(worker.AwaitStderr("draining", absl::Seconds(60))) << worker.stderr_text();
+        worker.Signal(SIGTERM);
+        told = true;
+      });
   EXPECT_FALSE(running.status.ok());
   EXPECT_EQ(worker.Wait(absl::Seconds(20)), 1) << worker.stderr_text();
 }
