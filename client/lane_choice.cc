@@ -17,8 +17,6 @@ using ::prefill::v1::KvLayout;
 using ::prefill::v1::KvLayoutRequest;
 using ::prefill::v1::ServerInfo;
 
-uint32_t ChooseLanes(uint64_t kv_bytes) { return kv_bytes < kBytesForManyLanes ? 1 : kManyLanes; }
-
 uint64_t KvBytesPerToken(const ServerInfo& server, const KvLayoutRequest& wish) {
   const uint32_t heads = wish.num_heads() > 0 ? wish.num_heads() : server.num_kv_heads();
   const auto dtype = wish.dtype() != DTYPE_UNSPECIFIED ? wish.dtype() : server.native_dtype();

@@ -69,7 +69,7 @@ absl::Status PrefillCall::status() {
 // Reads a lane to its end, on one stream after the other if the request is resumable.
 void PrefillCall::ReadLane(uint32_t lane, const Opening& first) {
   absl::Status ended = ReadStream(lane, first);
-  LanePatience patience;
+  wire::LanePatience patience;
   while (!ended.ok() && MayResume()) {
     if (!ReadOn(lane, first, patience, ended)) break;
   }
@@ -89,12 +89,13 @@ bool PrefillCall::MayResume() const {
 
 // Attaches a lane again that has broken, and reads on. Returns false when there is no more to do:
 // `ended` is the reason then.
-bool PrefillCall::ReadOn(uint32_t lane, const Opening& first, LanePatience& patience,
+bool PrefillCall::ReadOn(uint32_t lane, const Opening& first, wire::LanePatience& patience,
                          absl::Status& ended) {
-  LanePatience::State state{.accepted = accepted() != nullptr, .progress = reception_->progress()};
+  wire::LanePatience::State state{.accepted = accepted() != nullptr,
+                                  .progress = reception_->progress()};
   if (state.accepted) state.window = absl::Milliseconds(accepted()->resume_window_ms());
-  const LanePatience::Next next = patience.OnBroken(ended, state, absl::Now());
-  if (next == LanePatience::Next::kGiveUp) {
+  const wire::LanePatience::Next next = patience.OnBroken(ended, state, absl::Now());
+  if (next == wire::LanePatience::Next::kGiveUp) {
     ended = patience.reason();
     return false;
   }
@@ -103,7 +104,7 @@ bool PrefillCall::ReadOn(uint32_t lane, const Opening& first, LanePatience& pati
     const auto failed = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) { return !status_.ok(); };
     if (mu_.AwaitWithTimeout(absl::Condition(&failed), patience.pause())) return false;
   }
-  if (next == LanePatience::Next::kStartAnew) {
+  if (next == wire::LanePatience::Next::kStartAnew) {
     ended = ReadStream(lane, first);
     return true;
   }

@@ -14,12 +14,12 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "client/acknowledger.h"
-#include "client/lane_patience.h"
 #include "client/prefill_client.h"
 #include "client/raw_stream.h"
 #include "client/reception.h"
 #include "google/protobuf/message_lite.h"
 #include "prefill/v1/prefill.pb.h"
+#include "proto/wire/lane_patience.h"
 
 namespace prefilld::client {
 
@@ -73,7 +73,8 @@ class PrefillCall {
   absl::Status status();
   void ReadLane(uint32_t lane, const Opening& first);
   absl::Status ReadStream(uint32_t lane, const Opening& opening);
-  bool ReadOn(uint32_t lane, const Opening& first, LanePatience& patience, absl::Status& ended);
+  bool ReadOn(uint32_t lane, const Opening& first, wire::LanePatience& patience,
+              absl::Status& ended);
   bool IsResumable() const;  // or may be, as long as the server has not said
   bool MayResume() const;
   void OnAccepted();

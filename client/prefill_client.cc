@@ -51,7 +51,7 @@ bool ComesHere(const AttachReceiverRequest&) { return true; }
 template <typename Request>
 uint32_t LanesFor(const Request& request, const PrefillCallOptions& options,
                   ServerChannels& server) {
-  if (!ComesHere(request)) return 1;
+  if (!ComesHere(request)) return 0;  // the server chooses
   const uint64_t bytes_per_token =
       options.kv_bytes_per_token > 0 ? options.kv_bytes_per_token : server.kv_bytes_per_token();
   const uint32_t lanes =
@@ -238,8 +238,8 @@ absl::StatusOr<PrefillResult> PrefillClient::CallServer(const char* method, cons
                                                         const PrefillCallOptions& options,
                                                         ServerChannels& server,
                                                         bool& was_accepted) {
-  PrefillCall call(method, request, sink, options, server.OfLanes(request.num_lanes()),
-                   small_calls_);
+  const uint32_t lanes_here = ComesHere(request) ? request.num_lanes() : 1;
+  PrefillCall call(method, request, sink, options, server.OfLanes(lanes_here), small_calls_);
   absl::StatusOr<PrefillResult> result;
   {
     CancelHook hook(options.cancellation,

@@ -10,18 +10,19 @@ namespace prefilld::server {
 
 namespace v1 = ::prefill::v1;
 
-Delivery::Delivery(int num_lanes, bool pushes, const Clock& clock, bool resumable)
+Delivery::Delivery(int num_lanes, bool pushes, const Clock& clock, Resumability resumable)
     : pushes_(pushes),
-      resumable_(resumable),
-      control_(std::make_unique<LaneQueue>(clock, /*lane=*/0, progress_, resumable)) {
+      resumable_(resumable.control),
+      control_(std::make_unique<LaneQueue>(clock, /*lane=*/0, progress_, resumable.control)) {
   if (!pushes) kv_lanes_.push_back(control_.get());
   while (kv_lanes_.size() < static_cast<size_t>(num_lanes)) {
     const auto lane = static_cast<uint32_t>(kv_lanes_.size());
-    side_lanes_.push_back(
-        std::make_unique<LaneQueue>(clock, lane, progress_, resumable && !pushes));
+    side_lanes_.push_back(std::make_unique<LaneQueue>(clock, lane, progress_,
+                                                      pushes ? resumable.push : resumable.control));
     kv_lanes_.push_back(side_lanes_.back().get());
-    open_side_lanes_.push_back(lane);
+    if (!pushes || lane == 0) open_side_lanes_.push_back(lane);
   }
+  if (pushes) KeepUntilAcknowledged();
   sent_.frames_per_lane.assign(kv_lanes_.size(), 0);
 }
 
@@ -35,7 +36,8 @@ absl::StatusOr<LaneQueue*> Delivery::side_lane(uint32_t lane) {
 
 absl::StatusOr<LaneQueue*> Delivery::any_lane(uint32_t lane) {
   if (lane == 0) return control_.get();
-  return side_lane(lane);
+  if (!pushes_) return side_lane(lane);
+  return absl::InvalidArgumentError(absl::StrCat("lane ", lane, "; the KV is pushed"));
 }
 
 void Delivery::Send(v1::PrefillEvent event) { control_->Push(std::move(event)); }
@@ -84,17 +86,29 @@ void Delivery::SendResult(v1::PrefillResult result) {
     }
     result_ = result;
   }
-  if (pushes_) {
-    // The receiver continues from the cache. The log-probabilities go to the caller, who asked for
-    // them.
-    result.clear_prompt_logprobs();
-    result.clear_best_logprobs();
-    v1::PrefillEvent last;
-    *last.mutable_result() = std::move(result);
-    side_lanes_[0]->Close(std::move(last));
-  }
+  if (pushes_) return MaybePushResult();
   for (const auto& lane : side_lanes_) lane->Close();
   MaybeSendResult();
+}
+
+// The receiver continues from the cache. The log-probabilities go to the caller, who asked for
+// them.
+void Delivery::MaybePushResult() {
+  v1::PrefillEvent last;
+  {
+    absl::MutexLock lock(&mu_);
+    if (!result_.has_value() || pushed_result_) return;
+    if (acknowledges_push_ &&
+        !std::all_of(side_lanes_.begin(), side_lanes_.end(),
+                     [](const auto& lane) { return lane->all_acknowledged(); })) {
+      return;
+    }
+    pushed_result_ = true;
+    *last.mutable_result() = *result_;
+  }
+  last.mutable_result()->clear_prompt_logprobs();
+  last.mutable_result()->clear_best_logprobs();
+  side_lanes_[0]->Close(std::move(last));
 }
 
 void Delivery::KeepUntilAcknowledged() {
@@ -108,6 +122,9 @@ void Delivery::OnSideLaneDone(uint32_t lane) {
     open_side_lanes_.erase(std::remove(open_side_lanes_.begin(), open_side_lanes_.end(), lane),
                            open_side_lanes_.end());
   }
+  for (size_t i = 1; pushes_ && i < side_lanes_.size(); ++i) {
+    side_lanes_[i]->Abort(absl::CancelledError("the push is complete"));
+  }
   MaybeSendResult();
 }
 
@@ -117,6 +134,36 @@ absl::StatusOr<int64_t> Delivery::Acknowledge(const v1::LaneReceipt& receipt) {
   PREFILLD_ASSIGN_OR_RETURN(const int64_t again, lane->Acknowledge(receipt.received(), damaged));
   MaybeSendResult();
   return again;
+}
+
+absl::StatusOr<int64_t> Delivery::AcknowledgePush(uint32_t lane, const v1::ReceiveReceipt& receipt,
+                                                  bool goes_on) {
+  PREFILLD_ASSIGN_OR_RETURN(LaneQueue* const queue, side_lane(lane));
+  int64_t again = 0;
+  if (goes_on) {
+    PREFILLD_ASSIGN_OR_RETURN(again, queue->GoOnFrom(receipt.received()));
+  }
+  const std::vector<uint64_t> damaged(receipt.damaged().begin(), receipt.damaged().end());
+  PREFILLD_ASSIGN_OR_RETURN(const int64_t repaired,
+                            queue->Acknowledge(receipt.received(), damaged));
+  MaybePushResult();
+  return goes_on ? again : repaired;
+}
+
+bool Delivery::result_was_pushed() const {
+  absl::MutexLock lock(&mu_);
+  return pushed_result_;
+}
+
+void Delivery::FallBackToPlainPush() {
+  {
+    absl::MutexLock lock(&mu_);
+    acknowledges_push_ = false;
+    sent_.frames_per_lane.resize(1);
+    if (result_.has_value()) result_->mutable_frames_per_lane()->Truncate(1);
+  }
+  side_lanes_[0]->ForgoResumption();
+  MaybePushResult();
 }
 
 void Delivery::MaybeSendResult() {
@@ -143,10 +190,11 @@ Delivery::ConsumerState Delivery::consumer(absl::Time now) {
   state.control_idle = control_->idle();
   state.stalled = control_->StalledFor(now);
   state.away = control_->AwayFor(now);
+  absl::Duration& lanes_away = pushes_ ? state.receiver_away : state.away;
   state.held_frames = control_->held_frames();
   for (const auto& lane : side_lanes_) {
     state.stalled = std::max(state.stalled, lane->StalledFor(now));
-    state.away = std::max(state.away, lane->AwayFor(now));
+    lanes_away = std::max(lanes_away, lane->AwayFor(now));
     state.held_frames += lane->held_frames();
   }
   for (const LaneQueue* lane : kv_lanes_) {

@@ -14,6 +14,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "prefill/v1/prefill.pb.h"
+#include "prefill/v1/receiver.pb.h"
 #include "prefill/v1/resumption.pb.h"
 #include "proto/wire/frame_header.h"
 #include "server/clock.h"
@@ -22,13 +23,21 @@
 
 namespace prefilld::server {
 
+// The streams of a delivery that outlive their connections.
+struct Resumability {
+  bool control = false;  // and, of a pull, the other lanes
+  bool push = false;     // its lanes
+};
+
 // The *control* stream is the Prefill call. *KV lanes* carry frames: lane 0 is the control stream
-// and the others are attached later (pull), or lane 0 is the call to the receiver (push). KV lanes
-// other than the control stream are *side lanes*. The result goes out on the control stream when
-// every frame has been handed over and every side lane has ended well.
+// and the others are attached later (pull), or all are calls to the receiver (push). KV lanes other
+// than the control stream are *side lanes*. The result goes out on the control stream when every
+// frame has been handed over and every side lane has ended well.
 //
-// A delivery may be resumable. Then its queues are (LaneQueue), that of a push excepted, and the
-// result waits until every frame is acknowledged.
+// A delivery may be resumable. Then its queues are (LaneQueue), and the result waits until every
+// frame is acknowledged. Of a push the control stream and the lanes are so each for themselves. The
+// lanes keep their frames until they are acknowledged in any case, lane 0 carries the result once
+// all are, and with that the push has ended.
 //
 // Thread-safe.
 class Delivery {
@@ -46,16 +55,19 @@ class Delivery {
     absl::Duration stalled;
     // The KV that all lanes have taken, and the longest time that one of them was busy with it.
     LaneQueue::Taken kv_taken;
-    // The longest time that the consumer has been away from a lane, which it may resume.
+    // The longest time that the consumer has been away from a stream, which it may resume, and that
+    // the receiver of a push has been away from a lane.
     absl::Duration away;
+    absl::Duration receiver_away;
     // Frames that wait to be sent, or are not acknowledged by a consumer that can.
     int64_t held_frames = 0;
   };
 
-  Delivery(int num_lanes, bool pushes, const Clock& clock, bool resumable = false);
+  Delivery(int num_lanes, bool pushes, const Clock& clock, Resumability resumable = {});
 
   // The queues that streams are attached to. side_lane fails with INVALID_ARGUMENT when the request
-  // has no such lane, and so does any_lane, which includes the control stream.
+  // has no such lane, and so does any_lane, which has those of the caller: the control stream and
+  // the lanes of a pull.
   LaneQueue& control() { return *control_; }
   absl::StatusOr<LaneQueue*> side_lane(uint32_t lane);
   absl::StatusOr<LaneQueue*> any_lane(uint32_t lane);
@@ -67,6 +79,15 @@ class Delivery {
   // Takes what a consumer says of a lane (LaneQueue::Acknowledge). INVALID_ARGUMENT: there is no
   // such lane.
   absl::StatusOr<int64_t> Acknowledge(const ::prefill::v1::LaneReceipt& receipt);
+  // The same, of the receiver of a push. `goes_on`: of a new stream (LaneQueue::GoOnFrom).
+  absl::StatusOr<int64_t> AcknowledgePush(uint32_t lane,
+                                          const ::prefill::v1::ReceiveReceipt& receipt,
+                                          bool goes_on);
+  // Tells whether the result has been handed to lane 0 of a push.
+  bool result_was_pushed() const;
+  // The receiver of a push, to which nothing was sent, acknowledges nothing: lane 0 carries
+  // everything, and ends with its stream.
+  void FallBackToPlainPush();
 
   // The progress that frames report; the request keeps it up to date.
   ComputeProgress& progress() { return progress_; }
@@ -92,9 +113,10 @@ class Delivery {
  private:
   int NextLane() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void MaybeSendResult();
+  void MaybePushResult();
 
   const bool pushes_;
-  const bool resumable_;
+  const bool resumable_;  // the control stream
   ComputeProgress progress_;
 
   std::unique_ptr<LaneQueue> control_;
@@ -108,6 +130,8 @@ class Delivery {
   int last_lane_ ABSL_GUARDED_BY(mu_) = 0;
   std::vector<uint32_t> open_side_lanes_ ABSL_GUARDED_BY(mu_);
   std::optional<::prefill::v1::PrefillResult> result_ ABSL_GUARDED_BY(mu_);
+  bool acknowledges_push_ ABSL_GUARDED_BY(mu_) = true;  // the receiver
+  bool pushed_result_ ABSL_GUARDED_BY(mu_) = false;
 };
 
 }  // namespace prefilld::server

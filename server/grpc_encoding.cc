@@ -2,12 +2,10 @@
 
 #include <memory>
 #include <optional>
-#include <string>
 #include <utility>
 
 #include <grpcpp/support/slice.h>
 
-#include "prefill/v1/receiver.pb.h"
 #include "proto/wire/frame_codec.h"
 #include "server/shared_region.h"
 
@@ -47,14 +45,12 @@ grpc::ByteBuffer EncodeEvent(Message message) {
   return wire::EncodeMessage(std::get<v1::PrefillEvent>(message));
 }
 
-grpc::ByteBuffer EncodeReceiveRequest(Message message, const std::string& transfer_id) {
+grpc::ByteBuffer EncodeReceiveRequest(Message message, const v1::ReceiveOpen& open) {
   if (auto* frame = std::get_if<KvFrame>(&message)) return EncodeFrame(std::move(*frame));
   auto& event = std::get<v1::PrefillEvent>(message);
   v1::ReceiveRequest request;
   if (event.has_accepted()) {
-    request.mutable_open()->set_transfer_id(transfer_id);
-    *request.mutable_open()->mutable_layout() =
-        std::move(*event.mutable_accepted()->mutable_layout());
+    *request.mutable_open() = open;
   } else {
     *request.mutable_result() = std::move(*event.mutable_result());
   }

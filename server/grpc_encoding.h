@@ -2,10 +2,9 @@
 #ifndef PREFILLD_SERVER_GRPC_ENCODING_H_
 #define PREFILLD_SERVER_GRPC_ENCODING_H_
 
-#include <string>
-
 #include <grpcpp/support/byte_buffer.h>
 
+#include "prefill/v1/receiver.pb.h"
 #include "server/transport.h"
 
 namespace prefilld::server {
@@ -18,9 +17,9 @@ grpc::ByteBuffer EncodeFrame(KvFrame frame);
 // Encodes a message as a PrefillEvent. Where a frame's payload lies in memory that the consumer
 // reads, its place there is encoded.
 grpc::ByteBuffer EncodeEvent(Message message);
-// Encodes a message as a ReceiveRequest. Accepted opens the transfer `transfer_id`, frames follow,
-// and the result ends it. No other event may be passed.
-grpc::ByteBuffer EncodeReceiveRequest(Message message, const std::string& transfer_id);
+// Encodes a message as a ReceiveRequest. In place of Accepted goes `open`, frames follow, and the
+// result ends it. No other event may be passed.
+grpc::ByteBuffer EncodeReceiveRequest(Message message, const ::prefill::v1::ReceiveOpen& open);
 
 }  // namespace prefilld::server
 

@@ -51,7 +51,7 @@ void LaneQueue::KeepUntilAcknowledged() {
   acknowledged_ = taken_;
 }
 
-absl::StatusOr<int64_t> LaneQueue::Resume(Transport* transport, uint64_t received,
+absl::StatusOr<int64_t> LaneQueue::Resume(Transport* transport, std::optional<uint64_t> received,
                                           std::optional<Message> greeting) {
   std::optional<Successor> overtaken;  // by this one, before it took its place
   std::deque<KvFrame> released;        // destroyed after the lock: buffers go back to their ring
@@ -59,11 +59,14 @@ absl::StatusOr<int64_t> LaneQueue::Resume(Transport* transport, uint64_t receive
   {
     absl::MutexLock lock(&mu_);
     if (end_.has_value() && !end_->ok()) return *end_;
-    PREFILLD_RETURN_IF_ERROR(retained_.CheckResumable(received));
-    released = retained_.Release(received);
-    CountAcknowledged(released);
+    if (received.has_value()) {
+      PREFILLD_RETURN_IF_ERROR(retained_.CheckResumable(*received));
+      released = retained_.Release(*received);
+      CountAcknowledged(released);
+    }
     again = retained_.size();
-    overtaken = std::exchange(successor_, Successor{transport, std::move(greeting)});
+    overtaken =
+        std::exchange(successor_, Successor{transport, std::move(greeting), received.has_value()});
     was_attached_ = true;
     if (transport_ == nullptr) {
       SeatSuccessor();
@@ -77,16 +80,38 @@ absl::StatusOr<int64_t> LaneQueue::Resume(Transport* transport, uint64_t receive
   return again;
 }
 
+absl::StatusOr<int64_t> LaneQueue::GoOnFrom(uint64_t received) {
+  std::deque<KvFrame> released;  // destroyed after the lock
+  absl::MutexLock lock(&mu_);
+  if (end_.has_value() && !end_->ok()) return *end_;
+  PREFILLD_RETURN_IF_ERROR(retained_.CheckResumable(received));
+  OnConsumerBack();
+  released = retained_.Release(received);
+  CountAcknowledged(released);
+  return retained_.size();
+}
+
+void LaneQueue::ForgoResumption() {
+  absl::MutexLock lock(&mu_);
+  resumable_ = keeps_frames_ = false;
+  away_since_.reset();
+}
+
 // The new transport brings all that may have been lost with the one before: its greeting is for an
 // Accepted that was not sent.
 void LaneQueue::SeatSuccessor() {
   transport_ = successor_->transport;
   greeting_ = std::move(successor_->greeting);
+  const bool is_back = successor_->is_back;
   successor_.reset();
   if (!queue_.empty() && HasAccepted(queue_.front())) queue_.pop_front();
   if (result_.has_value()) queue_.push_back(*std::exchange(result_, std::nullopt));
   retained_.SendAllAgain();
-  // The time away is no stall, but for a consumer who comes and goes and takes nothing.
+  if (is_back) OnConsumerBack();
+}
+
+// The time away is no stall, but for a consumer who comes and goes and takes nothing.
+void LaneQueue::OnConsumerBack() {
   if (away_since_.has_value() && !std::exchange(was_excused_, true)) {
     acknowledged_at_ += clock_.Now() - *away_since_;
   }
@@ -265,7 +290,7 @@ Transport* LaneQueue::Detach() {
   greeting_.reset();
   if (successor_.has_value()) {
     SeatSuccessor();
-  } else if (!all_is_said) {
+  } else if (!all_is_said && !away_since_.has_value()) {
     away_since_ = clock_.Now();
   }
   return transport;

@@ -58,8 +58,14 @@ class LaneQueue {
   // what is queued. Returns the number of the former. If it fails, the transport is not used:
   // - OUT_OF_RANGE: as RetainedFrames::CheckResumable.
   // - the status of Abort.
-  absl::StatusOr<int64_t> Resume(Transport* transport, uint64_t received,
+  //
+  // Nullopt: the peer has still to say what it has received, and so the consumer counts as away.
+  // GoOnFrom says it before the greeting is done.
+  absl::StatusOr<int64_t> Resume(Transport* transport, std::optional<uint64_t> received,
                                  std::optional<Message> greeting);
+  absl::StatusOr<int64_t> GoOnFrom(uint64_t received);
+  // Makes the queue one that is not resumable and keeps no frames. It must have sent no frame.
+  void ForgoResumption();
   // Releases the frames before `received`, and sends those of `damaged` that are left once more.
   // Returns how many that are. OUT_OF_RANGE: that many were not sent. ABORTED: a frame arrived
   // damaged too often, and the request had better end.
@@ -118,6 +124,7 @@ class LaneQueue {
   std::optional<Message> TakeMessage() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   Transport* Detach() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void SeatSuccessor() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void OnConsumerBack() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void CountAcknowledged(const std::deque<KvFrame>& released) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void StartClock() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void NoteProgress(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -126,9 +133,9 @@ class LaneQueue {
   const Clock& clock_;
   const uint32_t lane_;
   const ComputeProgress& progress_;
-  const bool resumable_;
 
   mutable absl::Mutex mu_;
+  bool resumable_ ABSL_GUARDED_BY(mu_);
   Transport* transport_ ABSL_GUARDED_BY(mu_) = nullptr;  // null once End is due
   bool was_attached_ ABSL_GUARDED_BY(mu_) = false;
   std::deque<Message> queue_ ABSL_GUARDED_BY(mu_);
@@ -153,6 +160,7 @@ class LaneQueue {
   struct Successor {
     Transport* transport;
     std::optional<Message> greeting;
+    bool is_back;  // the consumer, which has said what it has received
   };
   bool was_excused_ ABSL_GUARDED_BY(mu_) = false;  // for being away, since the latest
   bool lost_ ABSL_GUARDED_BY(mu_) = false;         // transport_ ends as soon as it writes no more

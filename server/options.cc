@@ -181,10 +181,12 @@ ABSL_FLAG(
     "A consumer that is slower, measured while it has KV to take and beyond its first "
     "--stall_timeout_s, is cut off when other requests wait for its memory. Lower it on links "
     "below 400 Mbit/s. 0: as slow as it likes.");
-ABSL_FLAG(double, resume_window_s, 10,
-          "A request whose caller asked for it (resume_key) waits for so long when its connection "
-          "breaks, and keeps what was sent and is not acknowledged in staging memory; up to 64 "
-          "requests in half of --staging_bytes. 0: it ends at once.");
+ABSL_FLAG(
+    double, resume_window_s, 10,
+    "A request whose caller asked for it (resume_key) waits for so long when its connection "
+    "breaks, and keeps what was sent and is not acknowledged in staging memory; up to 64 "
+    "requests in half of --staging_bytes. 0: it ends at once. A push does so for its receiver, "
+    "unasked.");
 ABSL_FLAG(double, wedge_timeout_s, 300,
           "Liveness fails when no layer and no frame gets done for so long though work waits. "
           "More than the longest layer takes, and more than --stall_timeout_s.");

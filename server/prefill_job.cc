@@ -29,7 +29,8 @@ PrefillJob::PrefillJob(PrefillWork work, const Clock& clock, Dial dial)
       dial_(std::move(dial)),
       accepted_at_(clock.Now()),
       record_(accepted_at_),
-      delivery_(work_.num_lanes, work_.pushes(), clock, work_.resumable()),
+      delivery_(work_.num_lanes, work_.pushes(), clock,
+                {.control = work_.resumable(), .push = work_.resume_window > absl::ZeroDuration()}),
       others_(work_.num_receivers - 1),
       last_event_at_(accepted_at_) {}
 
@@ -37,15 +38,17 @@ v1::PrefillEvent AcceptedEvent(const PrefillWork& work, int64_t queue_position) 
   v1::PrefillEvent event;
   event.mutable_accepted()->set_request_id(work.id);
   *event.mutable_accepted()->mutable_layout() = work.layout;
-  event.mutable_accepted()->set_num_lanes(work.num_lanes);
+  event.mutable_accepted()->set_num_lanes(work.pushes() ? 1 : work.num_lanes);
   event.mutable_accepted()->set_queue_position(queue_position);
   event.mutable_accepted()->set_lane_key(work.lane_key);
   event.mutable_accepted()->set_priority(work.priority);
   if (work.receiver == 0 && work.takes_kv)
     event.mutable_accepted()->set_receiver_key(work.receiver_key);
   event.mutable_accepted()->set_receiver(static_cast<uint32_t>(work.receiver));
-  event.mutable_accepted()->set_resume_window_ms(
-      static_cast<uint32_t>(absl::ToInt64Milliseconds(work.resume_window)));
+  if (work.resumable()) {
+    event.mutable_accepted()->set_resume_window_ms(
+        static_cast<uint32_t>(absl::ToInt64Milliseconds(work.resume_window)));
+  }
   if (!work.shared_memory.key().empty()) {
     *event.mutable_accepted()->mutable_shared_memory() = work.shared_memory;
   }

@@ -14,7 +14,7 @@
 #include "server/cache_watch.h"
 #include "server/metrics.h"
 #include "server/prefill_job.h"
-#include "server/push_stream.h"
+#include "server/push_dialer.h"
 #include "server/request_log.h"
 #include "server/scheduler.h"
 #include "server/server_stream.h"
@@ -189,14 +189,13 @@ Stream* PrefillService::Prefill(grpc::CallbackServerContext* context,
 
 std::shared_ptr<PrefillJob> PrefillService::NewJob(PrefillWork work) {
   std::vector<PrefillWork> pushes = std::exchange(work.further_pushes, {});
-  for (PrefillWork& push : pushes) {
-    push.deadline = work.deadline;
-    push.caller = work.caller;
-  }
   auto job = std::make_shared<PrefillJob>(
       std::move(work), clock_,
       [this](std::shared_ptr<PrefillJob> self) { push_dialer_.Start(std::move(self)); });
   for (PrefillWork& push : pushes) {
+    push.deadline = job->work().deadline;
+    push.caller = job->work().caller;
+    push.tenant = job->work().tenant;
     const auto dial = [this](const std::shared_ptr<PrefillJob>& self) {
       push_dialer_.Start(self, [this, self] { OnReceiverDone(*self); });
     };
@@ -209,8 +208,12 @@ std::shared_ptr<PrefillJob> PrefillService::NewJob(PrefillWork work) {
 absl::Status PrefillService::Submit(const std::shared_ptr<PrefillJob>& job) {
   const Scheduler::Admission admission = scheduler_.Submit(job);
   if (admission.status.ok() && job->work().resumable()) resumable_.Add(job);
+  if (admission.status.ok() && job->work().pushes()) resumable_.AddPush(job);
   if (admission.status.ok() && !job->work().takes_kv) {
-    for (const auto& receiver : job->others().jobs) scheduler_.Adopt(receiver);
+    for (const auto& receiver : job->others().jobs) {
+      scheduler_.Adopt(receiver);
+      resumable_.AddPush(receiver);
+    }
   }
   return admission.retry_after.has_value()
              ? wire::WithRetryDelay(admission.status, *admission.retry_after)
@@ -292,6 +295,7 @@ void PrefillService::AssignTenant(const Arrived& arrived, PrefillWork& work) {
     work.cache_salt = absl::StrCat(work.caller.tenant, "\n", work.cache_salt);
   }
   work.priority = std::min(work.priority, arrived.tenant->max_priority);
+  LowerChosenLanes(*arrived.tenant, work);
 }
 
 Stream* PrefillService::AttachLane(grpc::CallbackServerContext* context,

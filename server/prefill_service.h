@@ -113,7 +113,8 @@ class PrefillService final : public PrefillServiceBase {
   void AwaitName(Waiting waiting, const absl::Status& taken);
   std::shared_ptr<const wire::Connection> ConnectionOf(
       const grpc::CallbackServerContext& context) const;
-  // Says whose request it is, and lowers its class to what this tenant may have.
+  // Says whose request it is, and lowers its class, and lanes that the server chose, to what this
+  // tenant may have.
   static void AssignTenant(const Arrived& arrived, PrefillWork& work);
   grpc::ServerWriteReactor<grpc::ByteBuffer>* Refuse(const std::string& request_id,
                                                      const Arrived& arrived,

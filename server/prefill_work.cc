@@ -14,6 +14,7 @@
 #include "proto/wire/grpc_status.h"
 #include "proto/wire/host_port.h"
 #include "proto/wire/kv_layout.h"
+#include "proto/wire/lane_count.h"
 #include "proto/wire/packet_socket.h"
 #include "proto/wire/request_id.h"
 #include "server/fair_shares.h"
@@ -142,6 +143,19 @@ absl::Status CheckLanes(uint32_t num_lanes, const RequestLimits& limits) {
   return absl::OkStatus();
 }
 
+// Fills in what a push has that no other delivery has. `num_lanes` is what was asked for.
+void ResolvePush(uint32_t num_lanes, const RequestLimits& limits, PrefillWork& work) {
+  const int64_t kv_bytes =
+      work.num_sent_blocks() * work.layout.num_layers() * wire::KvPairBytes(work.layout);
+  work.lanes_are_chosen = num_lanes == 0;
+  work.num_lanes = static_cast<int>(num_lanes);
+  if (work.lanes_are_chosen) {
+    work.num_lanes = std::min(static_cast<int>(wire::ChooseLanes(kv_bytes)), limits.max_lanes);
+  }
+  work.transfer_key = NewKey();
+  work.resume_window = limits.resume_window;
+}
+
 absl::Status CheckFingerprint(const std::string& wanted, const model::EngineInfo& engine) {
   if (wanted.empty() || wanted == engine.fingerprint) return absl::OkStatus();
   return absl::FailedPreconditionError(absl::StrCat("model_fingerprint ",
@@ -239,11 +253,13 @@ absl::Status CheckTarget(const std::string& field, const v1::DeliverTo& target,
 absl::Status CheckDelivery(const v1::PrefillRequest& request, const RequestLimits& limits) {
   if (!request.has_deliver_to() && request.pushes().empty()) return absl::OkStatus();
   const char* const delivery = request.has_deliver_to() ? "deliver_to" : "pushes";
-  for (const auto& [field, count] : {std::pair("num_lanes", request.num_lanes()),
-                                     std::pair("num_receivers", request.num_receivers())}) {
-    if (count <= 1) continue;
+  if (request.num_receivers() > 1) {
     return absl::InvalidArgumentError(
-        absl::StrCat(field, " ", count, "; with ", delivery, " at most 1"));
+        absl::StrCat("num_receivers ", request.num_receivers(), "; with ", delivery, " at most 1"));
+  }
+  if (request.num_lanes() > 1 && !request.has_deliver_to()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "num_lanes ", request.num_lanes(), "; with pushes, which have their own, at most 1"));
   }
   if (request.has_deliver_to()) {
     if (!request.pushes().empty()) {
@@ -277,21 +293,26 @@ kernels::KvOrder OrderOf(v1::KvOrder order) {
 
 // Makes the further receivers of a request that are called. They are as many as its places, and
 // only they know the key.
-absl::Status AddPushes(const v1::PrefillRequest& request, const model::EngineInfo& engine,
+absl::Status AddPushes(const v1::PrefillRequest& request, const RequestLimits& limits,
                        PrefillWork& work) {
   if (request.pushes().empty()) return absl::OkStatus();
+  const model::EngineInfo& engine = *limits.engine;
   work.takes_kv = false;
   work.num_receivers = 1 + request.pushes_size();
   work.receiver_key = NewKey();
   for (int i = 0; i < request.pushes_size(); ++i) {
     PrefillWork& push = work.further_pushes.emplace_back();
     auto layout = ResolveLayout(request.pushes(i).layout(), request.token_ids_size(), engine);
-    if (!layout.ok()) return wire::WithPrefix(absl::StrCat("pushes[", i, "]."), layout.status());
+    const std::string field = absl::StrCat("pushes[", i, "].");
+    if (!layout.ok()) return wire::WithPrefix(field, layout.status());
+    const absl::Status lanes = CheckLanes(request.pushes(i).num_lanes(), limits);
+    if (!lanes.ok()) return wire::WithPrefix(field, lanes);
     push.layout = *std::move(layout);
     push.id = work.id;
     push.receiver = i + 1;
     push.receiver_key = work.receiver_key;
     push.deliver_to = request.pushes(i).deliver_to();
+    ResolvePush(request.pushes(i).num_lanes(), limits, push);
   }
   return absl::OkStatus();
 }
@@ -322,7 +343,7 @@ absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
   work.id = request.request_id().empty() ? NewRequestId() : request.request_id();
   work.tokens.assign(request.token_ids().begin(), request.token_ids().end());
   work.num_lanes = request.num_lanes() == 0 ? 1 : static_cast<int>(request.num_lanes());
-  if (work.num_lanes > 1) work.lane_key = NewKey();
+  if (work.num_lanes > 1 && !request.has_deliver_to()) work.lane_key = NewKey();
   work.num_receivers = std::max(1, static_cast<int>(request.num_receivers()));
   work.receiver_key = request.receiver_key();
   if (work.num_receivers > 1 && work.receiver_key.empty()) work.receiver_key = NewKey();
@@ -334,7 +355,8 @@ absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
   work.priority = request.priority();
   PREFILLD_RETURN_IF_ERROR(
       ResolveResumption(request.request_id(), request.resume_key(), limits, work));
-  PREFILLD_RETURN_IF_ERROR(AddPushes(request, engine, work));
+  if (work.pushes()) ResolvePush(request.num_lanes(), limits, work);
+  PREFILLD_RETURN_IF_ERROR(AddPushes(request, limits, work));
   OfferSharedMemory(limits, work);
   return work;
 }
@@ -373,13 +395,6 @@ absl::StatusOr<PrefillWork> ValidateReceiver(const v1::AttachReceiverRequest& re
 
 std::string PrefillWork::NameOf(const std::string& id, uint32_t receiver) {
   return receiver == 0 ? id : absl::StrCat(id, "\n", receiver);
-}
-
-bool IsSameKey(absl::string_view shown, absl::string_view key) {
-  if (shown.size() != key.size()) return false;
-  int difference = 0;
-  for (size_t i = 0; i < key.size(); ++i) difference |= shown[i] ^ key[i];
-  return difference == 0;
 }
 
 model::PromptInput InputOf(const PrefillWork& work) {

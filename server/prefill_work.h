@@ -8,11 +8,11 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "model/decode/sampling.h"
 #include "model/prefill/prefill_engine.h"
 #include "prefill/v1/prefill.pb.h"
+#include "proto/wire/same_key.h"
 #include "server/attention_request.h"
 #include "server/caller.h"
 
@@ -25,18 +25,21 @@ struct PrefillWork {
   model::SamplingOptions sampling;
   ::prefill::v1::KvLayout layout;  // every default resolved
   int num_lanes = 1;
-  std::string lane_key;      // what attached lanes must show; empty if there are none
-  int num_receivers = 1;     // of what is computed, this call included
-  std::string receiver_key;  // what other receivers must show, and what such a receiver shows
-  int receiver = 0;          // its number; those from 1 on have no tokens
-  std::string resume_key;    // what a consumer shows that comes back; empty: it cannot
-  absl::Duration resume_window = absl::ZeroDuration();  // how long it may be away
-  ::prefill::v1::SharedMemoryOffer shared_memory;       // its key is empty if there is none
+  bool lanes_are_chosen = false;  // by the server: the tenant's limit lowers them
+  std::string lane_key;           // what attached lanes must show; empty if there are none
+  int num_receivers = 1;          // of what is computed, this call included
+  std::string receiver_key;       // what other receivers must show, and what such a receiver shows
+  int receiver = 0;               // its number; those from 1 on have no tokens
+  std::string resume_key;         // what a consumer shows that comes back; empty: it cannot
+  // How long a consumer that can come back may be away, or the receiver of a push.
+  absl::Duration resume_window = absl::ZeroDuration();
+  ::prefill::v1::SharedMemoryOffer shared_memory;  // its key is empty if there is none
   bool layer_stats = false;
   bool prompt_logprobs = false;
   bool use_prefix_cache = true;
   std::string cache_salt;
   ::prefill::v1::DeliverTo deliver_to;  // address empty: the KV goes back on the call's streams
+  std::string transfer_key;             // what later streams of the push show to the receiver
   absl::Time deadline = absl::InfiniteFuture();  // by the server's clock
   Caller caller;
   int tenant = 0;    // its position in the operator's table
@@ -64,7 +67,7 @@ struct RequestLimits {
   AttentionLimits attention;
   std::vector<std::string> deliver_to_allow;
   int max_lanes = 1;
-  absl::Duration resume_window = absl::ZeroDuration();  // 0: no request is resumable
+  absl::Duration resume_window = absl::ZeroDuration();  // 0: no request or push is resumable
   std::vector<std::string> shared_memory_sockets;       // empty: there is no shared memory
 };
 
@@ -81,9 +84,7 @@ absl::StatusOr<PrefillWork> ValidateRequest(const ::prefill::v1::PrefillRequest&
 absl::StatusOr<PrefillWork> ValidateReceiver(const ::prefill::v1::AttachReceiverRequest& request,
                                              const RequestLimits& limits);
 
-// Compares a secret with what a caller shows. It takes the same time for all keys of one length, so
-// that a key cannot be found digit by digit.
-bool IsSameKey(absl::string_view shown, absl::string_view key);
+using wire::IsSameKey;
 
 // Describes a prompt to the engine. The work is borrowed.
 model::PromptInput InputOf(const PrefillWork& work);

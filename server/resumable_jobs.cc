@@ -36,6 +36,12 @@ void ResumableJobs::Add(std::shared_ptr<PrefillJob> job) {
   jobs_.push_back(std::move(job));
 }
 
+void ResumableJobs::AddPush(std::shared_ptr<PrefillJob> push) {
+  if (push->outlives_call()) return;  // it was taken in by Add
+  absl::MutexLock lock(&mu_);
+  pushes_.push_back(std::move(push));
+}
+
 void ResumableJobs::LookAround() {
   std::vector<std::shared_ptr<PrefillJob>> going_on, over;
   {
@@ -44,6 +50,10 @@ void ResumableJobs::LookAround() {
       (IsOver(*job, job->delivery().control()) ? over : going_on).push_back(std::move(job));
     }
     jobs_ = going_on;
+    pushes_.erase(std::remove_if(pushes_.begin(), pushes_.end(),
+                                 [](const auto& push) { return push->ended(); }),
+                  pushes_.end());
+    going_on.insert(going_on.end(), pushes_.begin(), pushes_.end());
   }
   for (const auto& job : over) on_over_(*job);
   BoundWaiting(going_on);
@@ -56,8 +66,9 @@ void ResumableJobs::BoundWaiting(const std::vector<std::shared_ptr<PrefillJob>>&
     if (job->ended()) continue;  // its streams are still to end
     const Delivery::ConsumerState consumer = job->delivery().consumer(clock_.Now());
     retained_frames += consumer.held_frames;
-    if (consumer.away <= absl::ZeroDuration()) continue;
-    waiting.push_back({job, job->delivery().result_is_out(), consumer.away,
+    const absl::Duration away = std::max(consumer.away, consumer.receiver_away);
+    if (away <= absl::ZeroDuration()) continue;
+    waiting.push_back({job, job->delivery().result_is_out(), away,
                        consumer.held_frames * static_cast<int64_t>(ring_.buffer_bytes())});
   }
   std::stable_sort(waiting.begin(), waiting.end(), [](const Waiting& a, const Waiting& b) {

@@ -25,7 +25,8 @@ class StagingRing;
 // It also bounds what those hold whose consumers are away: beyond kMaxWaiting of them, beyond
 // kMaxWaitingOfTenant of one tenant, or beyond half of the staging memory, those that have waited
 // for the shortest time are ended, and before them those whose result is out. The result of
-// one that waits may have log-probabilities, at most 2 MiB.
+// one that waits may have log-probabilities, at most 2 MiB. A push whose receiver is away counts as
+// such a request; it ends with its call.
 //
 // Thread-safe.
 class ResumableJobs {
@@ -40,6 +41,8 @@ class ResumableJobs {
 
   // Takes in a request that was admitted. Must be called before its stream is attached.
   void Add(std::shared_ptr<PrefillJob> job);
+  // Takes in a push, or a request that is pushed, which was admitted.
+  void AddPush(std::shared_ptr<PrefillJob> push);
 
   // Must be called every few milliseconds, by one thread, until the last request is over.
   void LookAround();
@@ -54,6 +57,7 @@ class ResumableJobs {
 
   absl::Mutex mu_;
   std::vector<std::shared_ptr<PrefillJob>> jobs_ ABSL_GUARDED_BY(mu_);
+  std::vector<std::shared_ptr<PrefillJob>> pushes_ ABSL_GUARDED_BY(mu_);  // not in jobs_
 };
 
 }  // namespace prefilld::server

@@ -36,6 +36,9 @@ ResumptionMetrics::ResumptionMetrics(prometheus::Registry& registry)
       refused_(NewCounter(registry, "prefilld_resume_refused_total",
                           "Requests that ended when their connection broke, because too many "
                           "others waited for their consumers, or held too much memory.")),
+      plain_pushes_(NewCounter(registry, "prefilld_plain_pushes_total",
+                               "Pushes to receivers without ReceiveLane: one lane, which ends with "
+                               "its connection.")),
       waiting_(NewGauge(registry, "prefilld_waiting_for_consumer",
                         "Requests whose consumer is away and may come back.")),
       waiting_bytes_(NewGauge(registry, "prefilld_waiting_for_consumer_bytes",
@@ -54,6 +57,8 @@ void ResumptionMetrics::CountDamaged(int64_t frames) {
 }
 
 void ResumptionMetrics::CountRefused() { refused_.Increment(); }
+
+void ResumptionMetrics::CountPlainPush() { plain_pushes_.Increment(); }
 
 void ResumptionMetrics::SetWaiting(int64_t requests, int64_t held_bytes, int64_t retained_frames) {
   waiting_.Set(static_cast<double>(requests));

@@ -25,7 +25,7 @@
 #include "proto/wire/tls.h"
 #include "server/cache_watch.h"
 #include "server/prefill_service.h"
-#include "server/push_stream.h"
+#include "server/push_dialer.h"
 #include "server/resumption_service.h"
 #include "server/shared_memory_host.h"
 #include "server/tenant_directory.h"
@@ -185,8 +185,9 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
   limits.max_lanes = options.max_lanes;
   limits.resume_window = options.resume_window;
   if (shared_memory_ != nullptr) limits.shared_memory_sockets = shared_memory_->sockets();
-  push_dialer_ = std::make_unique<PushDialer>(std::move(push_credentials), options.use_proxy,
-                                              clock_, options.stall_timeout);
+  push_dialer_ =
+      std::make_unique<PushDialer>(std::move(push_credentials), options.use_proxy, clock_,
+                                   options.stall_timeout, metrics_->resumption());
   arrivals_ = std::make_unique<wire::Arrivals>(wire::Arrivals::LimitFor(options.stall_timeout));
   cache_watch_ = std::make_unique<CacheWatch>(engine_.prefix_index(), options.cache_watch,
                                               engine.fingerprint, *metrics_->registry());

@@ -13,6 +13,16 @@
 namespace prefilld::server {
 namespace {
 
+absl::Status CheckLanes(const Tenant& tenant, const std::string& field, const PrefillWork& work) {
+  if (tenant.max_lanes == 0 || work.num_lanes <= tenant.max_lanes || work.lanes_are_chosen) {
+    return absl::OkStatus();
+  }
+  return Because(RefusalCause::kTenantLanes,
+                 absl::PermissionDeniedError(absl::StrCat(field, " ", work.num_lanes, "; tenant ",
+                                                          tenant.name, " may use at most ",
+                                                          tenant.max_lanes, " (max_lanes)")));
+}
+
 // `field` is the receiver's name in the request.
 absl::Status CheckPush(const Tenant& tenant, const std::string& field, const std::string& address) {
   if (!tenant.pushes) {
@@ -37,6 +47,12 @@ absl::Status CheckPush(const Tenant& tenant, const std::string& field, const std
 
 }  // namespace
 
+void LowerChosenLanes(const Tenant& tenant, PrefillWork& work) {
+  if (tenant.max_lanes == 0) return;
+  if (work.lanes_are_chosen) work.num_lanes = std::min(work.num_lanes, tenant.max_lanes);
+  for (PrefillWork& push : work.further_pushes) LowerChosenLanes(tenant, push);
+}
+
 absl::Status CheckTenantRules(const Tenant& tenant, const PrefillWork& work) {
   const bool computes = work.receiver == 0;
   const auto& policies = tenant.policies;
@@ -47,18 +63,15 @@ absl::Status CheckTenantRules(const Tenant& tenant, const PrefillWork& work) {
                        "attention.policy ", model::Name(work.attention.policy), "; tenant ",
                        tenant.name, " may ask for ", model::PolicyNames(policies), " (policies)")));
   }
-  if (tenant.max_lanes > 0 && work.num_lanes > tenant.max_lanes) {
-    return Because(RefusalCause::kTenantLanes,
-                   absl::PermissionDeniedError(
-                       absl::StrCat("num_lanes ", work.num_lanes, "; tenant ", tenant.name,
-                                    " may use at most ", tenant.max_lanes, " (max_lanes)")));
-  }
+  PREFILLD_RETURN_IF_ERROR(CheckLanes(tenant, "num_lanes", work));
   if (work.pushes()) {
     PREFILLD_RETURN_IF_ERROR(CheckPush(tenant, "deliver_to.address", work.deliver_to.address()));
   }
   for (size_t i = 0; i < work.further_pushes.size(); ++i) {
+    const PrefillWork& push = work.further_pushes[i];
+    PREFILLD_RETURN_IF_ERROR(CheckLanes(tenant, absl::StrCat("pushes[", i, "].num_lanes"), push));
     PREFILLD_RETURN_IF_ERROR(CheckPush(tenant, absl::StrCat("pushes[", i, "].deliver_to.address"),
-                                       work.further_pushes[i].deliver_to.address()));
+                                       push.deliver_to.address()));
   }
   return absl::OkStatus();
 }

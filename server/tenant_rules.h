@@ -14,6 +14,9 @@ struct Tenant;
 // lanes, that KV is pushed, or to whom.
 absl::Status CheckTenantRules(const Tenant& tenant, const PrefillWork& work);
 
+// Lowers lanes that the server chose for pushes to what the tenant may have.
+void LowerChosenLanes(const Tenant& tenant, PrefillWork& work);
+
 }  // namespace prefilld::server
 
 #endif  // PREFILLD_SERVER_TENANT_RULES_H_

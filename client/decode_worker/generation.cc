@@ -190,7 +190,7 @@ class Generation : public KvSink {
     const auto transfer = std::make_shared<PendingTransfer>(
         ExpectedTransfer{layout_, static_cast<uint32_t>(request_.token_ids_size()),
                          worker_.decoder->fingerprint()},
-        &cache_);
+        &cache_, worker_.options->push_resume_window);
     PREFILLD_RETURN_IF_ERROR(worker_.transfers->Register(id, transfer));
     CancelHook hook(&cancellation_,
                     [&transfer] { transfer->Abandon(absl::CancelledError("cancelled")); });
@@ -201,7 +201,7 @@ class Generation : public KvSink {
             ? transfer->Await(worker_.options->transfer_timeout, [this] { return ReportPush(); })
             : status;
     transfer->Abandon(absl::CancelledError("the request that waited for this cache has ended"));
-    worker_.transfers->Unregister(id);
+    worker_.transfers->Unregister(id, worker_.options->push_resume_window);
     return result;
   }
 

@@ -105,7 +105,10 @@ absl::Status Serve(const process::EndSignals& signals, const WorkerOptions& opti
                             .transfers = &transfers,
                             .metrics = &metrics},
                            arrivals);
-  ReceiverService receiver(&transfers, options.stall_timeout, &metrics, &arrivals);
+  ReceiverService receiver({.transfers = &transfers,
+                            .open_timeout = options.stall_timeout,
+                            .metrics = &metrics,
+                            .arrivals = &arrivals});
 
   wire::Ports ports;
   PREFILLD_ASSIGN_OR_RETURN(const auto listener, StartWorkerServer(options, decoder->config(),

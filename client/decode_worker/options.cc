@@ -74,6 +74,10 @@ ABSL_FLAG(int32_t, max_requests, 64, "Requests at once, those waiting for prefil
 ABSL_FLAG(double, transfer_timeout_s, 120,
           "A request that waits for a pushed cache ends when nothing came for so long.");
 ABSL_FLAG(
+    double, push_resume_window_s, 10,
+    "A pushed cache whose sender lost a connection is kept for so long, for the sender to come "
+    "back. At least as long as prefilld's --resume_window_s. 0: the push ends.");
+ABSL_FLAG(
     double, stall_timeout_s, 30,
     "A caller that takes nothing, or opens a push and sends nothing, for so long is cut off.");
 ABSL_FLAG(double, drain_timeout_s, 25,
@@ -103,7 +107,7 @@ process::ProgramHelp Help() {
                    "log_format"}},
                  {"Limits and time-outs",
                   {"max_connections", "max_new_tokens_limit", "max_requests", "transfer_timeout_s",
-                   "stall_timeout_s", "drain_timeout_s"}}};
+                   "push_resume_window_s", "stall_timeout_s", "drain_timeout_s"}}};
   return help;
 }
 
@@ -222,6 +226,11 @@ absl::StatusOr<WorkerOptions> OptionsFromCommandLine(int argc, char** argv) {
   CheckRange("--max_requests", options.max_requests, 1, 4096, problems);
   options.transfer_timeout =
       ReadSeconds("--transfer_timeout_s", absl::GetFlag(FLAGS_transfer_timeout_s), problems);
+  if (const double window = absl::GetFlag(FLAGS_push_resume_window_s); window != 0) {
+    options.push_resume_window = ReadSeconds("--push_resume_window_s", window, problems);
+  } else {
+    options.push_resume_window = absl::ZeroDuration();
+  }
   options.stall_timeout =
       ReadSeconds("--stall_timeout_s", absl::GetFlag(FLAGS_stall_timeout_s), problems);
   options.drain_timeout =
@@ -249,6 +258,7 @@ std::vector<std::pair<std::string, std::string>> Describe(const WorkerOptions& o
           {"max_new_tokens_limit", absl::StrCat(o.max_new_tokens_limit)},
           {"max_requests", absl::StrCat(o.max_requests)},
           {"transfer_timeout", absl::FormatDuration(o.transfer_timeout)},
+          {"push_resume_window", absl::FormatDuration(o.push_resume_window)},
           {"stall_timeout", absl::FormatDuration(o.stall_timeout)},
           {"drain_timeout", absl::FormatDuration(o.drain_timeout)}};
 }

@@ -35,6 +35,7 @@ struct WorkerOptions {
   int64_t max_new_tokens_limit = 4096;
   int max_requests = 64;  // at once, those waiting for their prefill included
   absl::Duration transfer_timeout = absl::Seconds(120);
+  absl::Duration push_resume_window = absl::Seconds(10);  // 0: a push ends with its connection
   absl::Duration stall_timeout = absl::Seconds(30);
   absl::Duration drain_timeout = absl::Seconds(25);
 };

@@ -9,13 +9,13 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
-#include "client/lane_patience.h"
 #include "client/prefill_client.h"
 #include "gmock/gmock.h"
 #include "grpcpp/server.h"
 #include "grpcpp/server_builder.h"
 #include "gtest/gtest.h"
 #include "prefill/v1/resumption.grpc.pb.h"
+#include "proto/wire/lane_patience.h"
 #include "tests/client/scripted_server.h"
 
 namespace prefilld::client {
@@ -26,6 +26,7 @@ using ::prefill::v1::PrefillEvent;
 using ::prefill::v1::PrefillRequest;
 using ::prefill::v1::ResumeRequest;
 using ::testing::ElementsAre;
+using wire::LanePatience;
 
 constexpr absl::Duration kPatience = absl::Seconds(20);
 

@@ -63,7 +63,10 @@ class WorkerServices : public ::testing::Test {
                                                                .transfers = &transfers_,
                                                                .metrics = &metrics_},
                                                  arrivals_);
-    receiver_ = std::make_unique<ReceiverService>(&transfers_, kOpenTimeout, &metrics_, &arrivals_);
+    receiver_ = std::make_unique<ReceiverService>(PushSurroundings{.transfers = &transfers_,
+                                                                   .open_timeout = kOpenTimeout,
+                                                                   .metrics = &metrics_,
+                                                                   .arrivals = &arrivals_});
     listener_ = *StartWorkerServer(options_, decoder_.config(), *service_, *receiver_, arrivals_);
     channel_ = grpc::CreateChannel(absl::StrCat("127.0.0.1:", listener_->port()),
                                    grpc::InsecureChannelCredentials());

@@ -34,7 +34,7 @@ class Rule(unittest.TestCase):
         self.assertEqual(lanes.kv_bytes_per_token(layout(dtype=wire.enum_value("DType", "bf16"))), BYTES_PER_TOKEN // 2)
 
     def test_the_rule_is_that_of_the_other_clients(self):
-        header = (Path(__file__).resolve().parents[2] / "client" / "lane_choice.h").read_text(encoding="utf-8")
+        header = (Path(__file__).resolve().parents[2] / "proto" / "wire" / "lane_count.h").read_text(encoding="utf-8")
         self.assertIn("kBytesForManyLanes = uint64_t{8} << 20;", header)
         self.assertIn("kManyLanes = 4;", header)
 

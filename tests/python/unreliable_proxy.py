@@ -1,4 +1,4 @@
-"""A TCP proxy that breaks connections and flips bits of what the server sends, as a test wants it."""
+"""A TCP proxy that breaks connections and flips bits of what one side sends, as a test wants it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _PREFACE = 9  # bytes before the payload of an HTTP/2 frame
 class DataFrames:
     """Finds the bytes of large HTTP/2 DATA frames in a stream that comes in pieces: KV, but for a few bytes."""
 
-    def __init__(self, least: int):
+    def __init__(self, least: int, skip: int = 0):
         self._least = least
-        self._left = 0  # bytes of the frame that are still to come
+        self._left = skip  # bytes of the frame that are still to come
         self._head = b""
 
     def middles(self, piece: bytes) -> Iterable[int]:
@@ -44,9 +44,13 @@ class DataFrames:
 
 
 class UnreliableProxy:
-    """Passes connections on to `target`. address: where it listens. Thread-safe."""
+    """Passes connections on to `target`. address: where it listens. Thread-safe.
 
-    def __init__(self, target: str):
+    What the server sends suffers, or with `upwards` what the client sends.
+    """
+
+    def __init__(self, target: str, upwards: bool = False):
+        self._upwards = upwards
         host, _, port = target.rpartition(":")
         self._target = (host, int(port))
         self._lock = threading.Lock()
@@ -68,7 +72,7 @@ class UnreliableProxy:
         self.cut_all()
 
     def cut_after(self, budgets: Iterable[int]) -> None:
-        """Cuts the next connections, each after the server has sent so many bytes on it; later ones stay."""
+        """Cuts the next connections, each after so many bytes of the suffering side; later ones stay."""
         with self._lock:
             self._cuts = list(budgets)
 
@@ -100,35 +104,37 @@ class UnreliableProxy:
             with self._lock:
                 budget = self._cuts.pop(0) if self._cuts else None
                 self._open += [client, server]
-            threading.Thread(target=self._up, args=(client, server), daemon=True).start()
-            threading.Thread(target=self._down, args=(server, client, budget), daemon=True).start()
+            ways = ((client, server), (server, client)) if self._upwards else ((server, client), (client, server))
+            threading.Thread(target=self._pass_unreliably, args=(*ways[0], budget), daemon=True).start()
+            threading.Thread(target=self._pass, args=ways[1], daemon=True).start()
 
-    def _up(self, client: socket.socket, server: socket.socket) -> None:
+    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
         try:
-            while piece := client.recv(1 << 16):
-                server.sendall(piece)
-            server.shutdown(socket.SHUT_WR)
+            while piece := source.recv(1 << 16):
+                sink.sendall(piece)
+            sink.shutdown(socket.SHUT_WR)
         except OSError:
-            _reset(server)
+            _reset(sink)
 
-    def _down(self, server: socket.socket, client: socket.socket, budget: int | None) -> None:
-        frames = DataFrames(least=4096)
+    def _pass_unreliably(self, source: socket.socket, sink: socket.socket, budget: int | None) -> None:
+        # A client's stream begins with the 24 bytes of HTTP/2's preface.
+        frames = DataFrames(least=4096, skip=24 if self._upwards else 0)
         try:
-            while piece := server.recv(1 << 16):
+            while piece := source.recv(1 << 16):
                 if self._flip_every:
                     piece = self._flip(piece, frames)
                 if budget is not None and len(piece) >= budget:
-                    client.sendall(piece[:budget])
+                    sink.sendall(piece[:budget])
                     with self._lock:
                         self.cuts += 1
-                    _reset(client)
-                    _reset(server)
+                    _reset(sink)
+                    _reset(source)
                     return
                 budget = None if budget is None else budget - len(piece)
-                client.sendall(piece)
-            client.shutdown(socket.SHUT_WR)
+                sink.sendall(piece)
+            sink.shutdown(socket.SHUT_WR)
         except OSError:
-            _reset(client)
+            _reset(sink)
 
     def _flip(self, piece: bytes, frames: DataFrames) -> bytes:
         damaged = bytearray(piece)

@@ -174,12 +174,12 @@ INSTANTIATE_TEST_SUITE_P(
         BadRequest{"PushWithoutTransferId",
                    [](Request& r) { r.mutable_deliver_to()->set_address("worker-1.pods:7000"); },
                    kInvalid, {"deliver_to.transfer_id", "empty"}},
-        BadRequest{"PushOverLanes",
+        BadRequest{"PushesAndLanes",
                    [](Request& r) {
-                     r.mutable_deliver_to()->set_address("worker-1.pods:7000");
+                     r.add_pushes();
                      r.set_num_lanes(2);
                    },
-                   kInvalid, {"num_lanes", "2", "deliver_to"}},
+                   kInvalid, {"num_lanes", "2", "pushes"}},
         BadRequest{"PushesAndAPush",
                    [](Request& r) {
                      r.mutable_deliver_to()->set_address("worker-1.pods:7000");

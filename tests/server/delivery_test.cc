@@ -91,6 +91,37 @@ TEST_F(DeliveryTest, TheResultWaitsForEverySideLane) {
   EXPECT_EQ(control.ends.size(), 1);
 }
 
+TEST_F(DeliveryTest, TheResultOfAPushWaitsForEveryAcknowledgementAndThenForTheReceiver) {
+  Delivery delivery(/*num_lanes=*/2, /*pushes=*/true, Clock::Real());
+  FastTransport control(&delivery.control());
+  FastTransport lane_0(*delivery.side_lane(0)), lane_1(*delivery.side_lane(1));
+  delivery.control().Attach(&control);
+  (*delivery.side_lane(0))->Attach(&lane_0);
+  (*delivery.side_lane(1))->Attach(&lane_1);
+  for (int i = 0; i < 2; ++i) SendFrame(delivery);
+  delivery.SendResult(v1::PrefillResult());
+  v1::ReceiveReceipt receipt;
+  receipt.set_received(1);
+  ASSERT_TRUE(delivery.AcknowledgePush(1, receipt, /*goes_on=*/false).ok());
+  EXPECT_FALSE(delivery.result_was_pushed());
+  ASSERT_TRUE(delivery.AcknowledgePush(0, receipt, /*goes_on=*/false).ok());
+  EXPECT_TRUE(delivery.result_was_pushed());
+  ASSERT_EQ(lane_0.events.size(), 1);
+  EXPECT_TRUE(lane_0.events[0].has_result());
+  EXPECT_TRUE(control.events.empty());
+  EXPECT_TRUE(lane_1.ends.empty());
+  delivery.OnSideLaneDone(0);
+  EXPECT_EQ(lane_1.ends.size(), 1);
+  ASSERT_EQ(control.events.size(), 1);
+  EXPECT_TRUE(control.events[0].has_result());
+}
+
+TEST_F(DeliveryTest, NobodyButTheServerResumesTheLanesOfAPush) {
+  Delivery push(/*num_lanes=*/2, /*pushes=*/true, Clock::Real(), {.control = true, .push = true});
+  EXPECT_TRUE(push.any_lane(0).ok());
+  EXPECT_FALSE(push.any_lane(1).ok());
+}
+
 TEST_F(DeliveryTest, LaneZeroOfAPullAndUnknownLanesCannotBeAttached) {
   Delivery pull(/*num_lanes=*/2, /*pushes=*/false, Clock::Real());
   EXPECT_FALSE(pull.side_lane(0).ok());

@@ -56,20 +56,21 @@ TEST_F(GrpcEncodingTest, AFrameBorrowsTheStagingBufferUntilTheMessageGoes) {
 
 TEST_F(GrpcEncodingTest, AFrameIsTheSameOnBothStreams) {
   const auto event = Decode<v1::PrefillEvent>(EncodeEvent(NewFrame()));
-  const auto request = Decode<v1::ReceiveRequest>(EncodeReceiveRequest(NewFrame(), "transfer"));
+  const auto request = Decode<v1::ReceiveRequest>(EncodeReceiveRequest(NewFrame(), {}));
   EXPECT_EQ(event.kv_frame().layer(), 7u);
   EXPECT_EQ(event.kv_frame().payload(), std::string(100, 'k'));
   EXPECT_EQ(request.kv_frame().SerializeAsString(), event.kv_frame().SerializeAsString());
 }
 
-TEST_F(GrpcEncodingTest, OfAPushAcceptedOpensTheTransferAndTheResultEndsIt) {
+TEST_F(GrpcEncodingTest, APushIsOpenedInPlaceOfAcceptedAndEndedByTheResult) {
   v1::PrefillEvent accepted, last;
-  accepted.mutable_accepted()->mutable_layout()->set_block_tokens(64);
+  accepted.mutable_accepted();
+  v1::ReceiveOpen opening;
+  opening.set_transfer_id("transfer");
   last.mutable_result()->set_num_tokens(9);
-  const auto open = Decode<v1::ReceiveRequest>(EncodeReceiveRequest(accepted, "transfer"));
+  const auto open = Decode<v1::ReceiveRequest>(EncodeReceiveRequest(accepted, opening));
   EXPECT_EQ(open.open().transfer_id(), "transfer");
-  EXPECT_EQ(open.open().layout().block_tokens(), 64u);
-  const auto end = Decode<v1::ReceiveRequest>(EncodeReceiveRequest(last, "transfer"));
+  const auto end = Decode<v1::ReceiveRequest>(EncodeReceiveRequest(last, opening));
   EXPECT_EQ(end.result().num_tokens(), 9u);
 }
 

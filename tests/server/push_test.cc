@@ -133,6 +133,21 @@ TEST_F(Push, BringsOpenFramesAndResultToTheReceiverAndProgressToTheCaller) {
   EXPECT_TRUE(EverythingIsFree());
 }
 
+// This receiver knows Receive alone.
+TEST_F(Push, HasOneLaneThatEndsWithItsStreamWhereNobodyAcknowledges) {
+  StartServer();
+  FakeReceiver receiver;
+  v1::PrefillRequest request = PromptTo(receiver, 5000);
+  request.set_num_lanes(4);
+  const StreamContents contents = Prefill(request);
+  ASSERT_TRUE(contents.status.ok()) << contents.status.error_message();
+  EXPECT_EQ(contents.result()->frames_per_lane_size(), 1);
+  EXPECT_EQ(receiver.messages().front().open().transfer_key(), "");
+  EXPECT_EQ(Metric("prefilld_plain_pushes_total"), 1);
+  EXPECT_EQ(Metric("prefilld_kv_frames_retained"), 0);
+  EXPECT_TRUE(EverythingIsFree());
+}
+
 TEST_F(Push, TellsLogprobsToTheCallerAlone) {
   StartServer();
   FakeReceiver receiver;

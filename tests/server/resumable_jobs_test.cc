@@ -47,6 +47,32 @@ class ResumableJobsTest : public ::testing::Test {
                       [this](PrefillJob& job) { over_.insert(job.work().id); }};
 };
 
+TEST_F(ResumableJobsTest, APushWhoseReceiverIsAwayCountsAsOneThatWaits) {
+  std::vector<std::shared_ptr<PrefillJob>> pushes;
+  std::vector<NoTransport> lanes(ResumableJobs::kMaxWaitingOfTenant + 1);
+  for (NoTransport& lane : lanes) {
+    PrefillWork work = WorkOf(bench_.engine, 10, absl::StrCat("p", pushes.size()));
+    work.deliver_to.set_address("decode:1");
+    work.resume_window = absl::Seconds(10);
+    pushes.push_back(std::make_shared<PrefillJob>(std::move(work), bench_.clock));
+    jobs_.AddPush(pushes.back());
+    LaneQueue& queue = **pushes.back()->delivery().side_lane(0);
+    queue.Attach(&lane);
+    queue.OnPeerGone(&lane);
+    bench_.clock.Advance(absl::Milliseconds(1));
+  }
+  jobs_.LookAround();
+  EXPECT_EQ(pushes.back()->ending().outcome, Outcome::kNotResumed);
+  EXPECT_EQ(pushes.back()->ending().status.code(), absl::StatusCode::kResourceExhausted);
+  pushes.pop_back();
+  for (const auto& push : pushes) EXPECT_FALSE(push->ended());
+  // The dialer, and not the watchdog, knows when to give up.
+  bench_.clock.Advance(absl::Seconds(11));
+  pushes.front()->CheckTimers({}, 0, false);
+  EXPECT_FALSE(pushes.front()->ended());
+  for (const auto& push : pushes) push->Abort(Outcome::kCancelled, absl::CancelledError("over"));
+}
+
 TEST_F(ResumableJobsTest, AJobIsOverWhenItHasEndedAndItsStreamToo) {
   const auto job = AddJob("a");
   EXPECT_TRUE(job->outlives_call());

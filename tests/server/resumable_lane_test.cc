@@ -115,6 +115,44 @@ TEST_F(ResumableLane, AStreamInPlaceOfABrokenOneBringsWhatIsNotAcknowledgedAndTh
   EXPECT_EQ(second_.sent, Strings({"accepted", "3", "4"}));
 }
 
+TEST_F(ResumableLane, TheConsumerIsAwayUntilTheNewStreamHasSaidWhereToGoOn) {
+  queue_.Attach(&first_);
+  PushFrames(5);
+  first_.Take(queue_, 3);
+  first_.cancelled = true;
+  first_.Take(queue_);
+  clock_.Advance(absl::Seconds(3));
+  ASSERT_TRUE(queue_.Resume(&second_, std::nullopt, Accepted()).ok());
+  EXPECT_EQ(second_.sent, Strings({"accepted"}));
+  EXPECT_EQ(queue_.AwayFor(clock_.Now()), absl::Seconds(3));
+  second_.cancelled = true;  // it breaks before it has said anything
+  second_.Take(queue_);
+  ASSERT_TRUE(second_.end.has_value());
+  clock_.Advance(absl::Seconds(2));
+  EXPECT_EQ(queue_.AwayFor(clock_.Now()), absl::Seconds(5));
+  ASSERT_TRUE(queue_.Resume(&third_, std::nullopt, Accepted()).ok());
+  EXPECT_EQ(*queue_.GoOnFrom(2), 2);
+  EXPECT_EQ(queue_.AwayFor(clock_.Now()), absl::ZeroDuration());
+  third_.Take(queue_, 3);
+  EXPECT_EQ(third_.sent, Strings({"accepted", "2", "3", "4"}));
+  EXPECT_EQ(queue_.StalledFor(clock_.Now()), absl::ZeroDuration());
+  EXPECT_EQ(queue_.GoOnFrom(1).status().code(), absl::StatusCode::kOutOfRange);
+}
+
+TEST_F(ResumableLane, ThatForgoesResumptionKeepsNothing) {
+  PushFrames(2);
+  ASSERT_TRUE(queue_.Resume(&first_, std::nullopt, Accepted()).ok());
+  first_.cancelled = true;
+  first_.Take(queue_);
+  queue_.ForgoResumption();
+  EXPECT_EQ(queue_.AwayFor(clock_.Now()), absl::ZeroDuration());
+  ASSERT_TRUE(queue_.Resume(&second_, 0, Accepted()).ok());
+  second_.Take(queue_, 3);
+  EXPECT_EQ(second_.sent, Strings({"accepted", "0", "1"}));
+  EXPECT_EQ(buffers_on_loan(), 0);
+  EXPECT_FALSE(queue_.OnPeerGone(&second_));
+}
+
 TEST_F(ResumableLane, ASecondStreamTakesThePlaceOfOneThatStillWrites) {
   queue_.Attach(&first_);
   PushFrames(2);

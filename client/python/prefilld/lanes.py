@@ -1,4 +1,4 @@
-"""How many lanes a call asks for when its caller has not said: the rule of client/lane_choice.h."""
+"""How many lanes a call asks for when its caller has not said: the rule of proto/wire/lane_count.h."""
 
 from __future__ import annotations
 

@@ -122,15 +122,19 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Push:
-    """One of several receivers to which the KV cache is pushed, each in a layout of its own: see Delivery."""
+    """One of several receivers to which the KV cache is pushed, each in a layout of its own: see Delivery.
+
+    lanes: as in PrefillArguments; "auto" is chosen by the server.
+    """
 
     address: str
     transfer_id: str
     layout: Layout = Layout()
+    lanes: Lanes = "auto"
 
     def to_wire(self):
         target = wire.DeliverTo(address=self.address, transfer_id=self.transfer_id)
-        return wire.Push(deliver_to=target, layout=self.layout.to_wire())
+        return wire.Push(deliver_to=target, layout=self.layout.to_wire(), num_lanes=_num_lanes(self.lanes))
 
 
 class PrefillArguments(TypedDict, total=False):

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import hmac
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -22,11 +23,13 @@ from prefilld import wire
 from prefilld.errors import Cancelled, PrefilldError, data_loss
 from prefilld.frames import Frame, read_event
 from prefilld.mailbox import Mailbox
-from prefilld.options import Layout
-from prefilld.transfer import KvBlocks, TransferCheck, check_layout
+from prefilld.options import MAX_LANES, Layout
+from prefilld.transfer import Damaged, KvBlocks, TransferCheck, check_layout
 
-_METHOD = "/prefill.v1.KvReceiver/Receive"
+_SERVICE = "prefill.v1.KvReceiver"
 _ROOM = 4  # frames of a cache that wait to be taken; the sender waits for more
+_MAX_COMPLETE = 64  # complete caches that are remembered for senders whose connection broke at the end
+_MIN_KEY = 32  # characters
 _Code = grpc.StatusCode
 
 
@@ -37,12 +40,13 @@ class ExpectedCache:
     log-probabilities of the prompt, at the end. Leaving the `with` block ends the transfer.
     """
 
-    def __init__(self, forget, request, timeout: float | None):
+    def __init__(self, forget, request, timeout: float | None, resume_window: float):
         self._forget = forget
         self._request = request  # a PrefillRequest with tokens, layout and fingerprint
+        self._lanes = _Lanes(resume_window, self._fail)
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._mailbox = Mailbox(_ROOM)
-        self._taken = threading.Lock()  # by the one stream that brings the cache
+        self._taken = threading.Lock()  # by the one stream that brings the cache, or by the first of its lanes
         self._ended = threading.Event()
         self._items = self._receive()
         self.layout: Any = None
@@ -58,6 +62,7 @@ class ExpectedCache:
         self._forget()
         self._mailbox.close()
         self._ended.set()
+        self._lanes.close(cancel=self.result is None)
 
     def __iter__(self) -> Iterator[KvBlocks]:
         return self._items
@@ -117,6 +122,133 @@ class ExpectedCache:
         return size, frames
 
 
+    def _fail(self, error: PrefilldError) -> None:
+        self._mailbox.put(error)
+
+    def _take_lane(self, opened, messages: Iterator[bytes], context) -> Iterator:
+        """Yields the receipts of one stream of a lane, in the stream's thread. Its end is not the transfer's."""
+        lane, lanes = opened.lane, self._lanes
+        with lanes.lock:
+            if lanes.check is None:
+                if not self._taken.acquire(blocking=False):
+                    raise PrefilldError(_Code.NOT_FOUND, "the cache comes on another stream")
+                try:
+                    request = self._request
+                    check_layout(opened.layout, request.layout, len(request.token_ids), request.model_fingerprint)
+                except PrefilldError as error:
+                    self._fail(error)
+                    raise
+                self.layout = opened.layout
+            if opened.layout != self.layout:
+                raise PrefilldError(_Code.INVALID_ARGUMENT, "layout: not the one of the transfer's first stream")
+            lanes.open(opened, context)
+        try:
+            yield lanes.receipt(lane, complete=self.result is not None)
+            for data in messages:
+                event = read_event(data, wire.ReceiveRequest)
+                if isinstance(event, Frame):
+                    blocks, damaged = lanes.take(event, lane, context)
+                    if blocks is not None and not self._mailbox.put(blocks):
+                        raise Cancelled("the receiver no longer wants the cache")
+                    yield lanes.receipt(lane, damaged)
+                elif event.HasField("result"):
+                    self._finish(event.result)
+                    yield lanes.receipt(lane, complete=True)
+                    return
+        finally:
+            lanes.leave(lane, context)
+
+    def _finish(self, result) -> None:
+        """Returns once the iteration has ended well."""
+        try:
+            self._lanes.check.finish(result)
+        except PrefilldError as error:
+            self._fail(error)
+            raise
+        if self.result is None and self._mailbox.put(result):
+            self._ended.wait()
+        if self.result is None:
+            raise Cancelled("the receiver no longer wants the cache")
+
+
+class _Lanes:
+    """The lanes of one pushed cache. A lane whose stream has broken waits `window` seconds for the next."""
+
+    def __init__(self, window: float, fail):
+        self._window = window
+        self._fail = fail  # called with the error when nobody comes back
+        self.lock = threading.Lock()  # of what follows
+        self.key: str | None = None  # of the first stream
+        self.check: TransferCheck | None = None
+        self._streams: list[Any] = []  # the context of each lane's stream, if it has one
+        self._timers: list[threading.Timer | None] = []
+        self._locks: list[threading.Lock] = []  # of frames, one a lane
+        self._is_over = False
+
+    def open(self, opened, context) -> None:
+        """Takes a stream in, in place of the one before. Called with the lock."""
+        if not 1 <= opened.num_lanes <= MAX_LANES:
+            raise PrefilldError(_Code.INVALID_ARGUMENT, f"num_lanes {opened.num_lanes}; from 1 to {MAX_LANES}")
+        if self.check is None:
+            self.check = TransferCheck(opened.layout, num_lanes=opened.num_lanes, resumable=True)
+            self._streams = [None] * opened.num_lanes
+            self._timers = [None] * opened.num_lanes
+            self._locks = [threading.Lock() for _ in self._streams]
+        if opened.num_lanes != len(self._streams):
+            raise PrefilldError(
+                _Code.INVALID_ARGUMENT, f"num_lanes {opened.num_lanes}; the transfer has {len(self._streams)}"
+            )
+        if opened.lane >= opened.num_lanes:
+            raise PrefilldError(_Code.INVALID_ARGUMENT, f"lane {opened.lane}; num_lanes is {opened.num_lanes}")
+        with self._locks[opened.lane]:
+            before, self._streams[opened.lane] = self._streams[opened.lane], context
+        timer, self._timers[opened.lane] = self._timers[opened.lane], None
+        if timer is not None:
+            timer.cancel()
+        if before is not None:
+            before.cancel()
+
+    def take(self, frame: Frame, lane: int, context) -> tuple[KvBlocks | None, tuple[int, ...]]:
+        """Returns what a frame brings, and its number if it is damaged."""
+        with self._locks[lane]:
+            if self._streams[lane] is not context:
+                raise PrefilldError(_Code.ABORTED, "another stream has taken this one's place")
+            try:
+                return self.check.take(frame, lane), ()
+            except Damaged:
+                return None, (frame.sequence,)
+
+    def receipt(self, lane: int, damaged: tuple[int, ...] = (), complete: bool = False):
+        with self._locks[lane]:
+            received = self.check.received(lane)
+        return wire.ReceiveReceipt(received=received, damaged=damaged, complete=complete)
+
+    def leave(self, lane: int, context) -> None:
+        """Takes the end of a stream."""
+        gone = PrefilldError(
+            _Code.UNAVAILABLE, f"the sender ended the transfer and did not come back in {self._window} s"
+        )
+        with self.lock:
+            if self._streams[lane] is not context or self._is_over:
+                return
+            self._streams[lane] = None
+            timer = self._timers[lane] = threading.Timer(self._window, self._fail, (gone,))
+            timer.daemon = True
+            timer.start()
+
+    def close(self, cancel: bool) -> None:
+        """Ends the waits for senders, and the streams too if they are of no use."""
+        with self.lock:
+            self._is_over = True
+            timers, streams = list(self._timers), list(self._streams)
+        for timer in timers:
+            if timer is not None:
+                timer.cancel()
+        for stream in streams:
+            if cancel and stream is not None:
+                stream.cancel()
+
+
 class KvReceiver:
     """Takes the caches that were announced with expect(), and no others. Thread-safe."""
 
@@ -127,22 +259,30 @@ class KvReceiver:
         credentials: grpc.ServerCredentials | None = None,
         max_transfers: int = 16,
         open_timeout: float = 30,
+        resume_window: float = 10,
     ):
         """Listens at once. Raises RuntimeError if the address is taken.
 
         listen: host:port; port 0 is any free one, which `address` tells. max_transfers: caches that are received at
-        once; more wait. open_timeout: seconds after which a stream that names no transfer is ended.
+        once, with 16 lanes each; more wait. open_timeout: seconds after which a stream that names no transfer is
+        ended. resume_window: seconds that what has come is kept for a sender that lost its connection.
         """
         self._expected: dict[str, ExpectedCache] = {}
         self._lock = threading.Lock()
+        self._complete: dict[str, ExpectedCache] = {}  # by transfer key; the oldest first
         self._open_timeout = open_timeout
+        self._resume_window = resume_window
         options = (("grpc.max_receive_message_length", 64 << 20), ("grpc.http2.lookahead_bytes", 8 << 20))
-        self._server = grpc.server(ThreadPoolExecutor(max_transfers, "prefilld-receive"), options=options)
-        handler = grpc.stream_unary_rpc_method_handler(
-            self._handle, response_serializer=wire.ReceiveResponse.SerializeToString
-        )
-        _, service, method = _METHOD.split("/")
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+        self._server = grpc.server(ThreadPoolExecutor(max_transfers * MAX_LANES, "prefilld-receive"), options=options)
+        handlers = {
+            "Receive": grpc.stream_unary_rpc_method_handler(
+                self._handle, response_serializer=wire.ReceiveResponse.SerializeToString
+            ),
+            "ReceiveLane": grpc.stream_stream_rpc_method_handler(
+                self._handle_lane, response_serializer=wire.ReceiveReceipt.SerializeToString
+            ),
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
         if credentials is None:
             port = self._server.add_insecure_port(listen)
         else:
@@ -187,30 +327,61 @@ class KvReceiver:
             with self._lock:
                 if self._expected.get(transfer_id) is cache:
                     del self._expected[transfer_id]
+                    if cache.result is not None and cache._lanes.key is not None:
+                        self._complete[cache._lanes.key] = cache
+                        while len(self._complete) > _MAX_COMPLETE:
+                            del self._complete[next(iter(self._complete))]
 
-        cache = ExpectedCache(forget, request, timeout)
+        cache = ExpectedCache(forget, request, timeout, self._resume_window)
         with self._lock:
             if transfer_id in self._expected:
                 raise ValueError(f"transfer_id {transfer_id!r} is already expected")
             self._expected[transfer_id] = cache
         return cache
 
-    def _handle(self, messages: Iterator[bytes], context: grpc.ServicerContext):
+    def _read_open(self, messages: Iterator[bytes], context: grpc.ServicerContext):
+        """Returns the ReceiveOpen with which a stream begins."""
         slow = threading.Timer(self._open_timeout, context.cancel)
         slow.start()
         try:
-            try:
-                first = next(messages, None)
-            finally:
-                slow.cancel()
-            opened = None if first is None else read_event(first, wire.ReceiveRequest)
-            if opened is None or isinstance(opened, Frame) or not opened.HasField("open"):
-                raise data_loss("the stream does not begin with ReceiveOpen")
-            with self._lock:
-                cache = self._expected.get(opened.open.transfer_id)
+            first = next(messages, None)
+        finally:
+            slow.cancel()
+        opened = None if first is None else read_event(first, wire.ReceiveRequest)
+        if opened is None or isinstance(opened, Frame) or not opened.HasField("open"):
+            raise data_loss("the stream does not begin with ReceiveOpen")
+        return opened.open
+
+    def _cache(self, opened, key: str = "") -> ExpectedCache:
+        """Returns the cache that a stream brings. A lane shows the key of the first stream."""
+        with self._lock:
+            cache = self._expected.get(opened.transfer_id) or self._complete.get(key)
             if cache is None:
-                raise PrefilldError(_Code.NOT_FOUND, f"nobody waits for transfer_id {opened.open.transfer_id!r}")
-            size, frames = cache._take_stream(opened.open.layout, messages)
+                raise PrefilldError(_Code.NOT_FOUND, f"nobody waits for transfer_id {opened.transfer_id!r}")
+            if key and cache._lanes.key is None:
+                cache._lanes.key = key
+            if key and not hmac.compare_digest(key, cache._lanes.key):
+                raise PrefilldError(_Code.PERMISSION_DENIED, "transfer_key: not the one of this transfer")
+        return cache
+
+    def _handle(self, messages: Iterator[bytes], context: grpc.ServicerContext):
+        try:
+            opened = self._read_open(messages, context)
+            size, frames = self._cache(opened)._take_stream(opened.layout, messages)
         except PrefilldError as error:
             context.abort(error.code, error.details)
         return wire.ReceiveResponse(kv_bytes=size, kv_frames=frames)
+
+    def _handle_lane(self, messages: Iterator[bytes], context: grpc.ServicerContext):
+        try:
+            opened = self._read_open(messages, context)
+            key = opened.transfer_key
+            if len(key) < _MIN_KEY or not key.isascii():
+                raise PrefilldError(
+                    _Code.INVALID_ARGUMENT, f"transfer_key has {len(key)} characters; at least {_MIN_KEY}, of ASCII"
+                )
+            yield from self._cache(opened, key)._take_lane(opened, messages, context)
+        except PrefilldError as error:
+            context.abort(error.code, error.details)
+        except grpc.RpcError:
+            return  # the sender, or its connection, is gone

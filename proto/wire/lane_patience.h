@@ -1,6 +1,6 @@
-// The decision of a client whose stream of a resumable request has broken.
-#ifndef PREFILLD_CLIENT_LANE_PATIENCE_H_
-#define PREFILLD_CLIENT_LANE_PATIENCE_H_
+// The decision when a stream of a resumable transfer has broken.
+#ifndef PREFILLD_PROTO_WIRE_LANE_PATIENCE_H_
+#define PREFILLD_PROTO_WIRE_LANE_PATIENCE_H_
 
 #include <cstdint>
 #include <optional>
@@ -8,10 +8,11 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 
-namespace prefilld::client {
+namespace prefilld::wire {
 
-// Belongs to one lane. A client goes on attaching again until the server's window has passed
-// without anything new having arrived. Thread-compatible.
+// Belongs to one lane, at the end that opens its streams: the client that pulls, the server that
+// pushes. That end goes on opening streams until the window of the transfer has passed without
+// anything new having arrived. Thread-compatible.
 class LanePatience {
  public:
   enum class Next : uint8_t {
@@ -20,9 +21,9 @@ class LanePatience {
     kGiveUp,     // with reason()
   };
 
-  struct State {  // of the request
-    bool accepted = false;
-    absl::Duration window = absl::ZeroDuration();  // of Accepted
+  struct State {                                   // of the transfer
+    bool accepted = false;                         // by the other end
+    absl::Duration window = absl::ZeroDuration();  // known once it is accepted
     uint64_t progress = 0;                         // grows with everything new that arrives
   };
 
@@ -40,6 +41,6 @@ class LanePatience {
   absl::Status reason_;
 };
 
-}  // namespace prefilld::client
+}  // namespace prefilld::wire
 
-#endif  // PREFILLD_CLIENT_LANE_PATIENCE_H_
+#endif  // PREFILLD_PROTO_WIRE_LANE_PATIENCE_H_

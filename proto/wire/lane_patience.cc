@@ -1,8 +1,8 @@
-#include "client/lane_patience.h"
+#include "proto/wire/lane_patience.h"
 
 #include <algorithm>
 
-namespace prefilld::client {
+namespace prefilld::wire {
 namespace {
 
 // Before a request is accepted its window is not known, and another server may take it.
@@ -65,4 +65,4 @@ absl::Duration LanePatience::pause() const {
   return std::min(kFirstPause * (1 << std::min(attempts_ - 2, 10)), kLongestPause);
 }
 
-}  // namespace prefilld::client
+}  // namespace prefilld::wire
