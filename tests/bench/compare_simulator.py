@@ -6,9 +6,9 @@
 For each rule of --scheduling a server is started, `prefill-cli bench` sends it the trace, and the simulator gets the
 same trace. The server is measured (measure_layers.py) before and after the trace, and the simulator takes the mean
 of both. No KV is asked for, since the simulator knows none. It prints the times to the first token of both, what the
-simulated ones are of the measured ones, and what the second measurement took of the first: where that is far from 1,
-something else used the machine, and the comparison says little. Requests that were refused are counted, and stand
-behind all others (first_tokens.py).
+simulated ones are of the measured ones (of all requests, and of every group of lengths), and what the second
+measurement took of the first: where that is far from 1, something else used the machine, and the comparison says
+little. Requests that were refused are counted, and stand behind all others (first_tokens.py).
 """
 
 import argparse
@@ -93,10 +93,15 @@ def compare(args: argparse.Namespace, scheduling: str) -> dict:
             [args.bin_dir / "prefill-simulator", f"--profile={file.name}", f"--scheduling={scheduling}",
              f"--queue_capacity={args.queue_capacity}", *load]  # fmt: skip
         )
+    lengths = {
+        group: shares(times(simulated["by_length"][group]), times(of_group)) | {"requests": of_group["requests"]}
+        for group, of_group in measured["by_length"].items()
+    }
     return {
         "measured_ms": {name: shown(value) for name, value in times(measured).items()},
         "simulated_ms": {name: shown(value) for name, value in times(simulated).items()},
         "simulated_of_measured": shares(times(simulated), times(measured)),
+        "simulated_of_measured_by_length": lengths,
         "refused": {"measured": refused_of_report(measured), "simulated": refused_of_report(simulated)},
         "layers_after_of_before": round(layer_us(after) / layer_us(before), 3),
         "ends": {"measured": measured["ends"], "simulated": simulated["ends"]},
