@@ -26,7 +26,8 @@ const Metadata kNoMetadata;
 PrefillCall::PrefillCall(const char* method, const google::protobuf::MessageLite& request,
                          ResumableRequest names, const PrefillCallOptions& options,
                          std::vector<std::shared_ptr<grpc::Channel>> channels,
-                         std::shared_ptr<SmallCalls> calls, std::unique_ptr<Reception> reception)
+                         SharedMemoryPool& memories, std::shared_ptr<SmallCalls> calls,
+                         std::unique_ptr<Reception> reception)
     : call_{method, request, options.metadata},
       names_(std::move(names)),
       deadline_(options.deadline),
@@ -35,7 +36,7 @@ PrefillCall::PrefillCall(const char* method, const google::protobuf::MessageLite
                         ? nullptr
                         : std::make_shared<Acknowledger>(std::move(calls), channels_[0], names_)),
       reception_(std::move(reception)),
-      wants_shared_memory_(options.shared_memory),
+      memories_(options.shared_memory ? &memories : nullptr),
       streams_(channels_.size()) {
   if (acknowledger_ != nullptr) reception_->AcknowledgeTo(acknowledger_);
 }
@@ -48,6 +49,9 @@ absl::StatusOr<PrefillResult> PrefillCall::Run() {
       ended.ok() ? reception_->Finish() : absl::StatusOr<PrefillResult>(ended);
   if (IsResumable()) {
     result.ok() ? acknowledger_->Complete() : acknowledger_->Cancel();
+  }
+  if (result.ok() && memories_ != nullptr) {
+    if (auto memory = reception_->TakeSharedMemory()) memories_->Keep(std::move(memory));
   }
   return result;
 }
@@ -114,7 +118,7 @@ bool PrefillCall::ReadOn(uint32_t lane, const Opening& first, wire::LanePatience
   resume.set_receiver(names_.receiver);
   resume.set_lane(lane);
   resume.set_received(reception_->received(lane));
-  ended = ReadStream(lane, {kResumeMethod, resume, kNoMetadata});
+  ended = ReadStream(lane, {kResumeMethod, resume, kNoMetadata, /*resumes=*/true});
   return true;
 }
 
@@ -130,7 +134,10 @@ absl::Status PrefillCall::ReadStream(uint32_t lane, const Opening& opening) {
   next.reset();  // the stream before; waits for its end
   stream->Start(opening.method, opening.request, deadline_, opening.metadata);
   grpc::ByteBuffer message;
+  bool is_first = true;
   while (stream->Read(message)) {
+    // The first message shows that the server knows who has resumed.
+    if (std::exchange(is_first, false) && opening.resumes) reception_->UseSharedMemoryAgain();
     if (absl::Status taken = reception_->Take(lane, message); !taken.ok()) {
       stream->Cancel();
       return taken;
@@ -146,7 +153,7 @@ absl::Status PrefillCall::ReadStream(uint32_t lane, const Opening& opening) {
 
 void PrefillCall::OnAccepted() {
   ReadOtherLanes();  // at once, for the server does not wait long for them
-  if (wants_shared_memory_) reception_->AttachSharedMemory();
+  if (memories_ != nullptr) reception_->AttachSharedMemory(*memories_);
 }
 
 void PrefillCall::ReadOtherLanes() {

@@ -17,6 +17,7 @@
 #include "client/prefill_client.h"
 #include "client/raw_stream.h"
 #include "client/reception.h"
+#include "client/shared_memory_pool.h"
 #include "google/protobuf/message_lite.h"
 #include "prefill/v1/prefill.pb.h"
 #include "proto/wire/lane_patience.h"
@@ -30,14 +31,15 @@ class PrefillCall {
  public:
   // `method` is the path of the call, whose request is a PrefillRequest or an
   // AttachReceiverRequest. Everything but `calls` is borrowed. A lane has a channel of its own.
+  // `memories` has shared memory of the server that the channels lead to.
   template <typename Request>
   PrefillCall(const char* method, const Request& request, KvSink& sink,
               const PrefillCallOptions& options,
               const std::vector<std::shared_ptr<grpc::Channel>>& channels,
-              std::shared_ptr<SmallCalls> calls)
+              SharedMemoryPool& memories, std::shared_ptr<SmallCalls> calls)
       : PrefillCall(
             method, request, {request.request_id(), request.resume_key(), ReceiverOf(request)},
-            options, channels, std::move(calls),
+            options, channels, memories, std::move(calls),
             std::make_unique<Reception>(request, sink, static_cast<uint32_t>(channels.size()))) {}
 
   // Makes the call and returns its end. May be called once.
@@ -55,7 +57,7 @@ class PrefillCall {
  private:
   PrefillCall(const char* method, const google::protobuf::MessageLite& request,
               ResumableRequest names, const PrefillCallOptions& options,
-              std::vector<std::shared_ptr<grpc::Channel>> channels,
+              std::vector<std::shared_ptr<grpc::Channel>> channels, SharedMemoryPool& memories,
               std::shared_ptr<SmallCalls> calls, std::unique_ptr<Reception> reception);
 
   static uint32_t ReceiverOf(const ::prefill::v1::PrefillRequest&) { return 0; }
@@ -68,6 +70,7 @@ class PrefillCall {
     const char* method;
     const google::protobuf::MessageLite& request;
     const Metadata& metadata;
+    bool resumes = false;  // in place of a stream that broke
   };
 
   absl::Status status();
@@ -86,8 +89,8 @@ class PrefillCall {
   const std::vector<std::shared_ptr<grpc::Channel>> channels_;  // by lane
   const std::shared_ptr<Acknowledger> acknowledger_;            // null: it was not asked for
   const std::unique_ptr<Reception> reception_;
-  const bool wants_shared_memory_;
-  bool was_accepted_ = false;  // by the stream of lane 0; its thread alone uses it
+  SharedMemoryPool* const memories_;  // null: shared memory is not wanted
+  bool was_accepted_ = false;         // by the stream of lane 0; its thread alone uses it
   std::vector<std::thread> lane_threads_;
 
   absl::Mutex mu_;

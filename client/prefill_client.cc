@@ -239,7 +239,8 @@ absl::StatusOr<PrefillResult> PrefillClient::CallServer(const char* method, cons
                                                         ServerChannels& server,
                                                         bool& was_accepted) {
   const uint32_t lanes_here = ComesHere(request) ? request.num_lanes() : 1;
-  PrefillCall call(method, request, sink, options, server.OfLanes(lanes_here), small_calls_);
+  PrefillCall call(method, request, sink, options, server.OfLanes(lanes_here), server.memories(),
+                   small_calls_);
   absl::StatusOr<PrefillResult> result;
   {
     CancelHook hook(options.cancellation,

@@ -52,8 +52,8 @@ absl::Status Reception::Take(uint32_t lane, grpc::ByteBuffer& message) {
 }
 
 // The server is told at once that frames may lie in the memory, so it must be known here first.
-void Reception::AttachSharedMemory() {
-  auto attached = SharedMemory::Attach(*accepted_);
+void Reception::AttachSharedMemory(SharedMemoryPool& pool) {
+  auto attached = pool.Attach(*accepted_);
   absl::Status status = attached.status();
   if (status.ok()) {
     attached_ = *std::move(attached);
@@ -62,6 +62,12 @@ void Reception::AttachSharedMemory() {
   }
   if (!status.ok()) shared_memory_ = nullptr;
   sink_.OnSharedMemory(status);
+}
+
+// If the server does not hear it, payloads come over gRPC.
+void Reception::UseSharedMemoryAgain() {
+  SharedMemory* const memory = shared_memory_;
+  if (memory != nullptr) memory->Begin().IgnoreError();
 }
 
 absl::Status Reception::TakeFrame(uint32_t lane, wire::ReceivedFrame frame) {

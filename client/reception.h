@@ -13,6 +13,7 @@
 #include "client/acknowledger.h"
 #include "client/prefill_client.h"
 #include "client/shared_memory.h"
+#include "client/shared_memory_pool.h"
 #include "client/transfer_check.h"
 #include "grpcpp/support/byte_buffer.h"
 #include "prefill/v1/prefill.pb.h"
@@ -34,9 +35,13 @@ class Reception {
     acknowledger_ = std::move(acknowledger);
   }
 
-  // Attaches the server's shared memory, if it can be reached, and tells the sink. Must be called
+  // Attaches shared memory of the pool, if the server takes it, and tells the sink. Must be called
   // once, after lane 0 has brought Accepted; other lanes may be read meanwhile.
-  void AttachSharedMemory();
+  void AttachSharedMemory(SharedMemoryPool& pool);
+  // Tells the server that frames of a lane that was resumed may lie there, as those before.
+  void UseSharedMemoryAgain();
+  // Returns the memory when everything has come; null: none was attached. Nothing must follow.
+  std::unique_ptr<SharedMemory> TakeSharedMemory() { return std::move(attached_); }
 
   // Takes the next message of a lane. An error ends the call: DATA_LOSS or FAILED_PRECONDITION as
   // PrefillClient::Prefill says, or the sink's own. Messages of one lane come one after the other;

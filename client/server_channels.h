@@ -11,6 +11,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "client/shared_memory_pool.h"
 #include "proto/wire/channel.h"
 
 namespace grpc {
@@ -28,6 +29,9 @@ class ServerChannels {
 
   // Returns the channels of lanes 0 to num_lanes - 1.
   std::vector<std::shared_ptr<grpc::Channel>> OfLanes(uint32_t num_lanes);
+
+  // Returns the shared memory of calls to this server.
+  SharedMemoryPool& memories() { return memories_; }
 
   // Tells whether lane 0 is connected, or has yet to be, rather than known to be without a server.
   bool MayBeReached();
@@ -61,6 +65,7 @@ class ServerChannels {
   std::vector<Lane> lanes_ ABSL_GUARDED_BY(mu_);
   std::optional<bool> has_one_lane_ ABSL_GUARDED_BY(mu_);
   std::atomic<uint64_t> kv_bytes_per_token_ = 0;
+  SharedMemoryPool memories_;
 };
 
 }  // namespace prefilld::client

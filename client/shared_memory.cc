@@ -1,14 +1,12 @@
 #include "client/shared_memory.h"
 
-#include <fcntl.h>
-#include <linux/magic.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/vfs.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <string>
+#include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -16,104 +14,149 @@
 #include "grpcpp/support/slice.h"
 #include "prefill/v1/shared_memory.pb.h"
 #include "proto/status_macros.h"
-#include "proto/wire/descriptor.h"
+#include "proto/wire/host_port.h"
+#include "proto/wire/memory_socket_name.h"
 
 namespace prefilld::client {
 namespace {
 
 using ::prefill::v1::Accepted;
 using ::prefill::v1::SharedMemoryAttached;
+using ::prefill::v1::SharedMemoryOffer;
 using ::prefill::v1::SharedMemoryRequest;
 
 // A server that says nothing for so long is not waited for: its KV comes over gRPC.
-constexpr absl::Duration kServerPatience = absl::Seconds(1);
+constexpr absl::Duration kServerPatience = absl::Seconds(3);
+// A server has two; nobody is called at more, whatever an offer says.
+constexpr int kMostSockets = 4;
+// More than a request with 16 lanes and frames of 4 MiB can use, and no more of this process's
+// memory than that for a server.
+constexpr uint64_t kMostBytes = uint64_t{1} << 29;
 
-absl::StatusOr<wire::PacketSocket> ConnectToAny(const Accepted& accepted) {
+struct Connection {
+  std::string address;
+  wire::PacketSocket socket;
+};
+
+// Only a socket of a server of this machine is called, and no other program's.
+absl::Status CheckAddress(const std::string& address, const SharedMemoryOffer& offer) {
+  if (!wire::IsMemorySocketAddress(address)) {
+    return absl::UnavailableError(
+        absl::StrCat("an address that no server's socket has: ", address.substr(0, 128)));
+  }
+  if (!wire::IsOfThisBoot(offer.network())) {
+    return absl::UnavailableError(absl::StrCat(address, ": of another machine"));
+  }
+  if (absl::StartsWith(address, "unix-abstract:") &&
+      offer.network() != wire::NetworkOfThisProcess()) {
+    return absl::UnavailableError(absl::StrCat(address, ": of another network namespace"));
+  }
+  return absl::OkStatus();
+}
+
+// Returns the addresses that are there, in the order of the offer, or why there are none.
+absl::StatusOr<std::vector<std::string>> AddressesHere(const SharedMemoryOffer& offer) {
   absl::Status reason = absl::NotFoundError("the server offers no shared memory");
-  for (const std::string& address : accepted.shared_memory().sockets()) {
-    if (absl::StartsWith(address, "unix-abstract:") &&
-        (accepted.shared_memory().network().empty() ||
-         accepted.shared_memory().network() != wire::NetworkOfThisProcess())) {
-      reason = absl::UnavailableError(absl::StrCat(address, ": of another network namespace"));
-      continue;
+  if (offer.bytes() == 0) return reason;
+  std::vector<std::string> addresses;
+  for (int i = 0; i < std::min(offer.sockets_size(), kMostSockets); ++i) {
+    const std::string& address = offer.sockets(i);
+    absl::Status status = CheckAddress(address, offer);
+    const auto path = wire::UnixSocketPath(address);
+    if (status.ok() && path.has_value() && access(path->c_str(), F_OK) != 0) {
+      status = absl::UnavailableError(absl::StrCat(address, ": ", std::strerror(errno)));
     }
+    if (status.ok()) {
+      addresses.push_back(address);
+    } else {
+      reason = std::move(status);
+    }
+  }
+  if (addresses.empty()) return reason;
+  return addresses;
+}
+
+absl::StatusOr<Connection> ConnectToAny(const std::vector<std::string>& addresses) {
+  absl::Status reason;
+  for (const std::string& address : addresses) {
     auto socket = wire::PacketSocket::Connect(address);
-    if (socket.ok()) return socket;
+    if (socket.ok()) return Connection{address, *std::move(socket)};
     reason = absl::UnavailableError(absl::StrCat(address, ": ", socket.status().message()));
   }
   return reason;
 }
 
-// More than a request with 16 lanes and frames of 4 MiB has. A larger memory is not of prefilld.
-constexpr uint64_t kMaxBytes = uint64_t{1} << 30;
-
-// Memory that could shrink would end this process when it is read behind its end, and pages that
-// are not there yet would be made, and count as this process's.
-absl::Status CheckMemory(const wire::Descriptor& memory, uint64_t bytes) {
-  struct stat facts = {};
-  struct statfs system = {};
-  if (fstat(memory.get(), &facts) != 0 || fstatfs(memory.get(), &system) != 0 ||
-      system.f_type != TMPFS_MAGIC || bytes == 0 || bytes > kMaxBytes ||
-      static_cast<uint64_t>(facts.st_size) < bytes ||
-      static_cast<uint64_t>(facts.st_blocks) * 512 < bytes) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("the shared memory has no ", bytes, " bytes, or more than ", kMaxBytes));
-  }
-  const int seals = fcntl(memory.get(), F_GET_SEALS);
-  if (seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
-    return absl::FailedPreconditionError("the shared memory could shrink");
-  }
-  return absl::OkStatus();
-}
-
 }  // namespace
 
+// The memory is made first, because a server does not wait long for one that has connected.
 absl::StatusOr<std::unique_ptr<SharedMemory>> SharedMemory::Attach(const Accepted& accepted) {
-  PREFILLD_ASSIGN_OR_RETURN(wire::PacketSocket socket, ConnectToAny(accepted));
+  const SharedMemoryOffer& offer = accepted.shared_memory();
+  PREFILLD_ASSIGN_OR_RETURN(const auto addresses, AddressesHere(offer));
+  const auto bytes = static_cast<size_t>(std::min(offer.bytes(), kMostBytes));
+  PREFILLD_ASSIGN_OR_RETURN(const wire::Descriptor memory, wire::MakeSealedMemory(bytes));
+  PREFILLD_ASSIGN_OR_RETURN(wire::Mapping mapping, wire::Mapping::Map(memory, bytes, PROT_READ));
+#ifdef MADV_POPULATE_READ
+  // Frames are read without a page fault then. Where it is unknown, each page has one.
+  madvise(mapping.data(), bytes, MADV_POPULATE_READ);
+#endif
+  PREFILLD_ASSIGN_OR_RETURN(Connection connection, ConnectToAny(addresses));
+  std::unique_ptr<SharedMemory> attached(new SharedMemory(
+      std::move(connection.address), std::move(connection.socket), std::move(mapping)));
+  PREFILLD_RETURN_IF_ERROR(attached->Introduce(accepted, &memory));
+  return attached;
+}
+
+absl::Status SharedMemory::AttachAgain(const Accepted& accepted) {
+  {
+    absl::MutexLock lock(&begin_mu_);
+    has_begun_ = false;
+  }
+  return Introduce(accepted, nullptr);
+}
+
+absl::Status SharedMemory::Introduce(const Accepted& accepted, const wire::Descriptor* memory) {
   SharedMemoryRequest request;
   request.mutable_attach()->set_request_id(accepted.request_id());
   request.mutable_attach()->set_receiver(accepted.receiver());
   request.mutable_attach()->set_key(accepted.shared_memory().key());
-  PREFILLD_RETURN_IF_ERROR(socket.Send(request, kServerPatience));
+  request.mutable_attach()->set_bytes(mapping_.bytes());
+  PREFILLD_RETURN_IF_ERROR(
+      socket_.Send(request, kServerPatience, memory == nullptr ? -1 : memory->get()));
   SharedMemoryAttached answer;
-  wire::Descriptor memory;
-  PREFILLD_RETURN_IF_ERROR(socket.Receive(answer, kServerPatience, &memory));
-  if (answer.code() != 0) {
-    return absl::Status(static_cast<absl::StatusCode>(answer.code()), answer.message());
-  }
-  PREFILLD_RETURN_IF_ERROR(CheckMemory(memory, answer.bytes()));
-  void* const data = mmap(nullptr, answer.bytes(), PROT_READ, MAP_SHARED | MAP_POPULATE,
-                          memory.get(), /*offset=*/0);
-  if (data == MAP_FAILED) {
-    return absl::ResourceExhaustedError(absl::StrCat("mmap: ", std::strerror(errno)));
-  }
-  return std::unique_ptr<SharedMemory>(
-      new SharedMemory(std::move(socket), static_cast<const uint8_t*>(data), answer.bytes()));
+  PREFILLD_RETURN_IF_ERROR(socket_.Receive(answer, kServerPatience));
+  return absl::Status(static_cast<absl::StatusCode>(answer.code()), answer.message());
 }
 
-SharedMemory::~SharedMemory() { munmap(const_cast<uint8_t*>(data_), bytes_); }
+bool SharedMemory::Suits(const SharedMemoryOffer& offer) const {
+  return is_heard() && mapping_.bytes() >= std::min(offer.bytes(), kMostBytes) &&
+         std::find(offer.sockets().begin(), offer.sockets().end(), address_) !=
+             offer.sockets().end();
+}
 
 absl::Status SharedMemory::Begin() {
   SharedMemoryRequest request;
   request.mutable_mapped();
   absl::MutexLock lock(&begin_mu_);
-  PREFILLD_RETURN_IF_ERROR(socket_.Send(request, kServerPatience));
-  has_begun_ = true;
-  return absl::OkStatus();
+  const absl::Status sent = socket_.Send(request, kServerPatience);
+  has_begun_ = sent.ok();
+  if (!sent.ok()) is_heard_.store(false, std::memory_order_relaxed);
+  return sent;
 }
 
 absl::StatusOr<wire::FramePayload> SharedMemory::PayloadOf(const wire::FrameHeader& frame) const {
-  if (frame.shared_bytes > bytes_ || frame.shared_offset > bytes_ - frame.shared_bytes) {
+  const size_t bytes = mapping_.bytes();
+  if (frame.shared_bytes > bytes || frame.shared_offset > bytes - frame.shared_bytes) {
     return absl::DataLossError(absl::StrCat("lane ", frame.lane, ", frame ", frame.sequence, ": ",
                                             frame.shared_bytes, " bytes at ", frame.shared_offset,
-                                            " of shared memory that has ", bytes_));
+                                            " of shared memory that has ", bytes));
   }
-  grpc::Slice slice(data_ + frame.shared_offset, frame.shared_bytes, grpc::Slice::STATIC_SLICE);
+  grpc::Slice slice(mapping_.data() + frame.shared_offset, frame.shared_bytes,
+                    grpc::Slice::STATIC_SLICE);
   return wire::FramePayload({std::move(slice)}, 0, frame.shared_bytes);
 }
 
 bool SharedMemory::Acknowledge(uint32_t lane, uint64_t received) {
-  if (!is_heard_.load(std::memory_order_relaxed)) return false;
+  if (!is_heard()) return false;
   {
     absl::ReaderMutexLock lock(&begin_mu_);
     if (!has_begun_) return false;

@@ -1,4 +1,4 @@
-// The memory in which a server on the same host puts the payloads of a call
+// The memory in which a server on the same host puts the payloads of calls
 // (prefill/v1/shared_memory.proto).
 #ifndef PREFILLD_CLIENT_SHARED_MEMORY_H_
 #define PREFILLD_CLIENT_SHARED_MEMORY_H_
@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <utility>
 
 #include "absl/base/thread_annotations.h"
@@ -14,25 +15,37 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "prefill/v1/prefill.pb.h"
+#include "proto/wire/descriptor.h"
 #include "proto/wire/frame_codec.h"
 #include "proto/wire/packet_socket.h"
+#include "proto/wire/sealed_memory.h"
 
 namespace prefilld::client {
 
-// Thread-safe.
+// A memory of this process, attached to a server for one call after the other. Thread-safe, but for
+// AttachAgain.
 class SharedMemory {
  public:
-  // Connects to the server that has accepted a request, and maps the request's memory. It takes
-  // milliseconds. NOT_FOUND: the server offers none; UNAVAILABLE: its sockets are not reachable
-  // from here; others: the server's reason, or what is wrong with the memory.
+  // Makes a memory of the size that the server can use and hands it over. It takes milliseconds.
+  // NOT_FOUND: the server offers none; UNAVAILABLE: its sockets are not reachable from here, or are
+  // none that a server of this host has; RESOURCE_EXHAUSTED: there is no memory; others: the
+  // server's reason.
   static absl::StatusOr<std::unique_ptr<SharedMemory>> Attach(
       const ::prefill::v1::Accepted& accepted);
-  // Unmaps the memory, which no payload may refer to any more.
-  ~SharedMemory();
   SharedMemory(const SharedMemory&) = delete;
   SharedMemory& operator=(const SharedMemory&) = delete;
 
-  // Tells the server that frames may lie there from now on.
+  // Attaches the same memory to another call. Everything of the one before must have come.
+  // UNAVAILABLE: the server has let go of it; others: the server's reason. After an error it is of
+  // no use any more.
+  absl::Status AttachAgain(const ::prefill::v1::Accepted& accepted);
+  // Tells whether the server hears it, as far as is known here.
+  bool is_heard() const { return is_heard_.load(std::memory_order_relaxed); }
+  // Tells whether it can serve the call as well as a new one.
+  bool Suits(const ::prefill::v1::SharedMemoryOffer& offer) const;
+
+  // Tells the server that frames may lie there from now on. Must be said once more when a stream
+  // was resumed.
   absl::Status Begin();
   // Returns the payload of a frame that lies there. It may be used until the frame is acknowledged.
   // DATA_LOSS: the frame is not inside the memory.
@@ -42,12 +55,15 @@ class SharedMemory {
   bool Acknowledge(uint32_t lane, uint64_t received);
 
  private:
-  SharedMemory(wire::PacketSocket socket, const uint8_t* data, size_t bytes)
-      : socket_(std::move(socket)), data_(data), bytes_(bytes) {}
+  SharedMemory(std::string address, wire::PacketSocket socket, wire::Mapping mapping)
+      : address_(std::move(address)), socket_(std::move(socket)), mapping_(std::move(mapping)) {}
 
+  // `memory` goes with the message, unless it is null.
+  absl::Status Introduce(const ::prefill::v1::Accepted& accepted, const wire::Descriptor* memory);
+
+  const std::string address_;  // of the server's socket
   wire::PacketSocket socket_;
-  const uint8_t* const data_;
-  const size_t bytes_;
+  const wire::Mapping mapping_;
   std::atomic<bool> is_heard_ = true;
   absl::Mutex begin_mu_;
   bool has_begun_ ABSL_GUARDED_BY(begin_mu_) = false;

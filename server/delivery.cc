@@ -178,6 +178,12 @@ void Delivery::MaybeSendResult() {
   control_->Close(std::move(event));
 }
 
+bool Delivery::HasDelivered(int64_t bytes) const {
+  return sent().bytes == bytes &&
+         std::all_of(kv_lanes_.begin(), kv_lanes_.end(),
+                     [](const LaneQueue* lane) { return lane->held_frames() == 0; });
+}
+
 void Delivery::Abort(const absl::Status& status) {
   for (const auto& lane : side_lanes_) lane->Abort(status);
   control_->Abort(status);

@@ -101,6 +101,10 @@ class Delivery {
   // frames_per_lane to it.
   void SendResult(::prefill::v1::PrefillResult result);
 
+  // Tells whether payloads of so many bytes were sent in all, and the consumer has every frame that
+  // it acknowledges.
+  bool HasDelivered(int64_t bytes) const;
+
   // Tells whether the result has been handed to the control stream.
   bool result_is_out() const { return result_is_out_.load(std::memory_order_acquire); }
 

@@ -22,7 +22,7 @@ void ReturnLease(void* lease) { delete static_cast<SharedLease*>(lease); }
 // is acknowledged.
 std::optional<grpc::ByteBuffer> EncodeReference(const KvFrame& frame) {
   const SharedRegion* const region = frame.payload->region();
-  if (region == nullptr || !region->is_read()) return std::nullopt;
+  if (region == nullptr || !frame.payload->credit()->is_read_in_place()) return std::nullopt;
   wire::FrameHeader header = frame.header;
   header.shared_offset = region->OffsetOf(frame.payload->data());
   header.shared_bytes = static_cast<uint32_t>(frame.payload_bytes);

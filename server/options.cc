@@ -151,15 +151,15 @@ ABSL_FLAG(int32_t, max_lanes, 16, "Parallel KV streams one request may use, 1 to
 ABSL_FLAG(int64_t, staging_bytes, int64_t{256} << 20,
           "Host memory for KV on its way to consumers; one request takes at most half.");
 ABSL_FLAG(
-    int64_t, shared_memory_bytes, 0,
-    "Shared memory in which consumers of this host read their KV in place, over all requests. They "
-    "must be trusted to let go of it: what they keep counts as this server's and not here. "
-    "A request takes up to four frames for each lane and four more, and goes over gRPC when "
-    "that is not left. 0: all KV goes over gRPC.");
+    int64_t, shared_memory_bytes, int64_t{4} << 30,
+    "Memory that consumers of this host bring for their KV and that is mapped here, and pinned for "
+    "a GPU, at once. It counts as theirs, so this bounds address space and what cannot be swapped. "
+    "One with four lanes brings 40 MiB; beyond the limit KV goes over gRPC. 0: all of it does.");
 ABSL_FLAG(
     std::string, shared_memory_dir, "",
-    "Folder in which a socket hands that memory to consumers in other pods of the node, which have "
-    "the folder at the same path. Empty: processes of the same pod, or network namespace, alone.");
+    "Folder with a socket for consumers in other pods of the node, which have the folder at the "
+    "same path; nobody else may write there. Empty: processes of the same pod, or network "
+    "namespace, alone.");
 ABSL_FLAG(int64_t, frame_bytes, int64_t{2} << 20, "KV payload of one message, 1 to 4 MiB.");
 ABSL_FLAG(int32_t, pack_threads, 0,
           "Threads that pack, sum up and send KV of all requests. 0: half of the cores, 1 to 8.");

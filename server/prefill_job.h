@@ -68,7 +68,9 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
   int64_t expected_cached_tokens() const { return expected_cached_tokens_; }
   // Counts the staging buffers that its frames hold.
   const std::shared_ptr<StagingRing::Credit>& credit() const { return credit_; }
-  // Tells whether this is the first time that its consumer attaches shared memory.
+  // Tells whether its consumer has attached shared memory. ClaimSharedMemory notes that, and
+  // returns false if it was noted before.
+  bool has_shared_memory() const { return has_shared_memory_.load(); }
   bool ClaimSharedMemory() { return !has_shared_memory_.exchange(true); }
   RequestRecord& record() { return record_; }
   const RequestRecord& record() const { return record_; }

@@ -15,7 +15,6 @@
 #include "proto/wire/host_port.h"
 #include "proto/wire/kv_layout.h"
 #include "proto/wire/lane_count.h"
-#include "proto/wire/packet_socket.h"
 #include "proto/wire/request_id.h"
 #include "server/fair_shares.h"
 #include "server/refusal_cause.h"
@@ -200,17 +199,6 @@ absl::Status ResolveResumption(const std::string& request_id, const std::string&
   return absl::OkStatus();
 }
 
-// Only who takes frames on the streams of the call itself can take them from memory.
-void OfferSharedMemory(const RequestLimits& limits, PrefillWork& work) {
-  if (!work.takes_kv || work.pushes() || work.num_sent_blocks() == 0) return;
-  if (limits.shared_memory_sockets.empty()) return;
-  for (const std::string& socket : limits.shared_memory_sockets) {
-    work.shared_memory.add_sockets(socket);
-  }
-  work.shared_memory.set_key(NewKey());
-  work.shared_memory.set_network(wire::NetworkOfThisProcess());
-}
-
 absl::Status CheckPriority(const v1::PrefillRequest& request) {
   if (request.priority() >= -kMaxPriority && request.priority() <= kMaxPriority) {
     return absl::OkStatus();
@@ -357,7 +345,7 @@ absl::StatusOr<PrefillWork> ValidateRequest(const v1::PrefillRequest& request,
       ResolveResumption(request.request_id(), request.resume_key(), limits, work));
   if (work.pushes()) ResolvePush(request.num_lanes(), limits, work);
   PREFILLD_RETURN_IF_ERROR(AddPushes(request, limits, work));
-  OfferSharedMemory(limits, work);
+  work.shared_memory = OfferSharedMemory(limits.shared_memory, work, NewKey());
   return work;
 }
 
@@ -389,8 +377,12 @@ absl::StatusOr<PrefillWork> ValidateReceiver(const v1::AttachReceiverRequest& re
   if (work.num_lanes > 1) work.lane_key = NewKey();
   PREFILLD_RETURN_IF_ERROR(
       ResolveResumption(request.request_id(), request.resume_key(), limits, work));
-  OfferSharedMemory(limits, work);
+  work.shared_memory = OfferSharedMemory(limits.shared_memory, work, NewKey());
   return work;
+}
+
+int64_t PrefillWork::kv_bytes() const {
+  return layout.num_layers() * num_sent_blocks() * wire::KvPairBytes(layout);
 }
 
 std::string PrefillWork::NameOf(const std::string& id, uint32_t receiver) {

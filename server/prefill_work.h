@@ -15,6 +15,7 @@
 #include "proto/wire/same_key.h"
 #include "server/attention_request.h"
 #include "server/caller.h"
+#include "server/shared_memory_offer.h"
 
 namespace prefilld::server {
 
@@ -59,6 +60,7 @@ struct PrefillWork {
   static std::string NameOf(const std::string& id, uint32_t receiver);
   // The number of blocks to send per layer.
   int64_t num_sent_blocks() const { return layout.num_blocks() - layout.first_block(); }
+  int64_t kv_bytes() const;  // of all payloads
 };
 
 // The limits that requests must keep; fixed at start.
@@ -68,7 +70,7 @@ struct RequestLimits {
   std::vector<std::string> deliver_to_allow;
   int max_lanes = 1;
   absl::Duration resume_window = absl::ZeroDuration();  // 0: no request or push is resumable
-  std::vector<std::string> shared_memory_sockets;       // empty: there is no shared memory
+  SharedMemoryTerms shared_memory;
 };
 
 // Validates a request. An empty request_id is replaced by a new one. Errors:

@@ -135,6 +135,9 @@ Stream* ResumptionService::Resume(grpc::CallbackServerContext* context,
   stream->StartSendInitialMetadata();
   std::optional<Message> greeting;
   if (request.lane() == 0) greeting = AcceptedEvent((*job)->work(), /*queue_position=*/0);
+  // Whoever resumes may be another process than the one that has attached the memory. If it is the
+  // same, it says so once more over its socket.
+  (*job)->credit()->set_is_read_in_place(false);
   const auto again = (*queue)->Resume(stream.get(), request.received(), std::move(greeting));
   if (!again.ok()) return refuse(again.status());
   metrics_.resumption().CountResumed(*again);

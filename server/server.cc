@@ -154,7 +154,10 @@ absl::Status PrefillServer::CreateSharedMemory(const ServerOptions& options) {
   metrics_->shared_memory().SetLimit(options.shared_memory_bytes);
   if (options.shared_memory_bytes == 0) return absl::OkStatus();
   auto host = SharedMemoryHost::Create(
-      {.max_bytes = options.shared_memory_bytes, .folder = options.shared_memory_dir},
+      {.max_bytes = options.shared_memory_bytes,
+       .folder = options.shared_memory_dir,
+       .max_lanes = options.max_lanes,
+       .is_shared_by_tenants = options.tenant_evidence.source != TenantSource::kNone},
       {.engine = engine_,
        .ring = *ring_,
        .scheduler = *scheduler_,
@@ -184,7 +187,7 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
   limits.deliver_to_allow = options.deliver_to_allow;
   limits.max_lanes = options.max_lanes;
   limits.resume_window = options.resume_window;
-  if (shared_memory_ != nullptr) limits.shared_memory_sockets = shared_memory_->sockets();
+  if (shared_memory_ != nullptr) limits.shared_memory = shared_memory_->terms();
   push_dialer_ =
       std::make_unique<PushDialer>(std::move(push_credentials), options.use_proxy, clock_,
                                    options.stall_timeout, metrics_->resumption());

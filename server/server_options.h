@@ -56,7 +56,8 @@ struct ServerOptions {
   int max_lanes = 16;
   int64_t staging_bytes = int64_t{256} << 20;
   int64_t frame_bytes = int64_t{2} << 20;
-  int64_t shared_memory_bytes = 0;  // for consumers of this host that are trusted; 0: none
+  // Memory of consumers of this host that is mapped in all; 0: KV goes over gRPC alone.
+  int64_t shared_memory_bytes = int64_t{4} << 30;
   std::string shared_memory_dir;  // has a socket for those of other pods; empty: none
   int pack_threads = 0;           // that pack and send KV; 0: as PackThreads says
   std::string kv_bench_listen;    // host:port; set: made-up KV is served, without a model

@@ -1,4 +1,4 @@
-// Serves the sockets at which consumers of this host get the memory of their requests
+// Serves the sockets at which consumers of this host hand over the memory for their KV
 // (prefill/v1/shared_memory.proto).
 #ifndef PREFILLD_SERVER_SHARED_MEMORY_HOST_H_
 #define PREFILLD_SERVER_SHARED_MEMORY_HOST_H_
@@ -10,56 +10,32 @@
 #include <memory>
 #include <string>
 #include <thread>
-#include <vector>
+#include <utility>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
-#include "prefill/v1/shared_memory.pb.h"
 #include "proto/wire/descriptor.h"
 #include "proto/wire/packet_socket.h"
-#include "server/shared_region.h"
-
-namespace prefilld::model {
-class PrefillEngine;
-}
+#include "server/shared_memory_offer.h"
+#include "server/shared_memory_use.h"
+#include "server/shared_memory_visit.h"
+#include "server/socket_file.h"
 
 namespace prefilld::server {
 
-class PrefillJob;
-class Scheduler;
-class SharedMemoryMetrics;
-class StagingRing;
-
-// A socket file that was listened on before it had its name, so that whoever finds it is answered.
-// Removed on destruction.
-class SocketFile {
- public:
-  // Makes a socket of a new name in the folder, and removes those there that nobody serves any
-  // more. UNAVAILABLE: says why it cannot.
-  static absl::StatusOr<std::unique_ptr<SocketFile>> Create(const std::string& folder);
-  ~SocketFile();
-
-  const std::string& path() const { return path_; }
-  const wire::Descriptor& listener() const { return listener_; }
-
- private:
-  SocketFile(std::string path, wire::Descriptor listener);
-
-  const std::string path_;
-  const wire::Descriptor listener_;
-};
-
-// Each consumer that connects has a thread, which waits for what it says. A consumer is known by
-// the key of its request; of those that have not shown one yet, few may be there, and not for long.
+// Each consumer that connects has a thread, which waits for what it says. Of those that have not
+// shown a key yet, few may be there, and not for long; of the others as many as may be attached.
 // Thread-safe.
 class SharedMemoryHost {
  public:
   struct Settings {
-    int64_t max_bytes = 0;  // of all regions; at least 1
-    std::string folder;     // for consumers outside this network namespace; empty: there are none
+    int64_t max_bytes = 0;              // of all memories; at least 1
+    std::string folder;                 // for consumers outside this network namespace; empty: none
+    int max_lanes = 1;                  // of a request
+    bool is_shared_by_tenants = false;  // so that none takes all
   };
   struct Surroundings {
     model::PrefillEngine& engine;
@@ -68,51 +44,45 @@ class SharedMemoryHost {
     SharedMemoryMetrics& metrics;
   };
 
-  // UNAVAILABLE: there can be no socket in the folder.
+  // UNAVAILABLE: there can be no socket in the folder. What else this system lacks is logged, and
+  // nothing is offered then.
   static absl::StatusOr<std::unique_ptr<SharedMemoryHost>> Create(const Settings& settings,
                                                                   const Surroundings& surroundings);
   // Lets all consumers go, and waits until their memory is gone, for `kLastMemory` at most.
   ~SharedMemoryHost();
 
-  // The addresses of SharedMemoryOffer. Empty: this system has no memory that can be shared so.
-  const std::vector<std::string>& sockets() const { return sockets_; }
-  int64_t used_bytes() const { return use_->used; }
+  // Returns what requests may be offered.
+  const SharedMemoryTerms& terms() const { return terms_; }
 
-  static constexpr size_t kMaxUnknown = 64;  // connections that have shown no key
-  static constexpr absl::Duration kHandshake = absl::Seconds(1);
+  static constexpr size_t kMaxUnknown = 64;        // connections that have shown no key
+  static constexpr int64_t kMaxAttachments = 256;  // each has a thread
   static constexpr absl::Duration kLastMemory = absl::Seconds(5);
 
  private:
   struct Visit {
-    explicit Visit(wire::PacketSocket socket) : socket(std::move(socket)) {}
+    Visit(wire::PacketSocket socket, const SharedMemorySurroundings& surroundings)
+        : consumer(std::move(socket), surroundings) {}
 
-    wire::PacketSocket socket;
-    std::atomic<bool> is_known = false;
+    SharedMemoryVisit consumer;
     std::atomic<bool> is_over = false;
     std::thread thread;
-  };
-  struct Attachment {
-    std::shared_ptr<PrefillJob> job;
-    std::shared_ptr<SharedRegion> region;
   };
 
   SharedMemoryHost(const Settings& settings, const Surroundings& surroundings);
 
+  absl::Status CheckSystem() const;
   absl::Status Listen(const std::string& folder);
   void AcceptAll();
+  // Accepts one. Returns false when the system can give no more connections now.
+  bool Accept(int listener);
   void Admit(wire::Descriptor connection);
   // Lets go of the visits that are over. Returns false when there is nothing left to wait for.
   bool ForgetPast();
-  void Serve(Visit& visit);
-  absl::StatusOr<Attachment> Attach(const ::prefill::v1::AttachSharedMemory& request);
-  absl::Status TakeReceipts(Visit& visit, PrefillJob& job);
-  void End(const Attachment& attachment, const absl::Status& reason);
 
-  const Surroundings surroundings_;
-  const std::shared_ptr<SharedMemoryUse> use_;  // co-owned by the regions
+  const SharedMemorySurroundings surroundings_;
+  SharedMemoryTerms terms_;
   std::unique_ptr<SocketFile> file_;
   wire::Descriptor abstract_;
-  std::vector<std::string> sockets_;
   wire::Descriptor stop_event_;
   std::atomic<bool> stops_ = false;
 

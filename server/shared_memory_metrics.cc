@@ -7,8 +7,8 @@
 namespace prefilld::server {
 namespace {
 
-constexpr std::array<const char*, 5> kVisitors = {"attached", "refused", "no_memory", "broken_off",
-                                                  "too_many"};
+constexpr std::array<const char*, 7> kVisitors = {"attached",  "attached_again", "refused", "unfit",
+                                                  "no_memory", "broken_off",     "too_many"};
 
 prometheus::Gauge& NewSharedMemoryGauge(prometheus::Registry& registry, const std::string& name,
                                         const std::string& help) {
@@ -19,13 +19,15 @@ prometheus::Gauge& NewSharedMemoryGauge(prometheus::Registry& registry, const st
 
 SharedMemoryMetrics::SharedMemoryMetrics(prometheus::Registry& registry)
     : use_(NewSharedMemoryGauge(registry, "prefilld_shared_memory_bytes",
-                                "Shared memory of the requests that have some.")),
+                                "Memory of consumers of this host that is mapped for their KV.")),
+      attachments_(NewSharedMemoryGauge(registry, "prefilld_shared_memory_attachments",
+                                        "Memories of consumers that are mapped.")),
       limit_(NewSharedMemoryGauge(registry, "prefilld_shared_memory_limit_bytes",
-                                  "Shared memory that all requests may have together; 0: it is "
+                                  "Memory of consumers that may be mapped in all; 0: it is "
                                   "off.")) {
   auto& visitors = prometheus::BuildCounter()
                        .Name("prefilld_shared_memory_connections_total")
-                       .Help("Connections to the sockets of shared memory, by how they went.")
+                       .Help("Consumers that came for shared memory, by how that went.")
                        .Register(registry);
   for (size_t i = 0; i < kVisitors.size(); ++i) {
     visitors_[i] = &visitors.Add({{"result", kVisitors[i]}});

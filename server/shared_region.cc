@@ -1,14 +1,16 @@
 #include "server/shared_region.h"
 
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
 #include <utility>
 
-#include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "model/prefill/prefill_engine.h"
 #include "proto/status_macros.h"
@@ -16,68 +18,95 @@
 namespace prefilld::server {
 namespace {
 
-size_t RoundToPages(size_t bytes) {
-  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  return (bytes + page - 1) / page * page;
+absl::Status Unfit(absl::string_view reason) {
+  return absl::InvalidArgumentError(absl::StrCat("descriptor: ", reason));
+}
+
+// The seals are asked for first: the kernel answers that for its own memory alone, and calls no
+// file system, which could be a consumer's and not answer.
+absl::Status CheckKind(const wire::Descriptor& memory, uint64_t bytes) {
+  const int seals = fcntl(memory.get(), F_GET_SEALS);
+  if (seals < 0) return Unfit(absl::StrCat("no memfd: F_GET_SEALS: ", std::strerror(errno)));
+  constexpr int kNeeded = F_SEAL_SHRINK | F_SEAL_GROW;
+  constexpr int kForbidden = F_SEAL_WRITE | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL;
+  if ((seals & kNeeded) != kNeeded || (seals & kForbidden) != 0) {
+    return Unfit(absl::StrCat("seals 0x", absl::Hex(seals),
+                              "; F_SEAL_SHRINK and F_SEAL_GROW, and no F_SEAL_WRITE, ",
+                              "F_SEAL_FUTURE_WRITE or F_SEAL_SEAL"));
+  }
+  if ((fcntl(memory.get(), F_GETFL) & O_ACCMODE) != O_RDWR) {
+    return Unfit("not open for reading and writing");
+  }
+  struct stat facts = {};
+  struct statfs system = {};
+  if (fstat(memory.get(), &facts) != 0 || fstatfs(memory.get(), &system) != 0) {
+    return Unfit(std::strerror(errno));
+  }
+  if (system.f_type != TMPFS_MAGIC || !S_ISREG(facts.st_mode)) {
+    return Unfit("no memfd of ordinary pages");
+  }
+  if (static_cast<uint64_t>(facts.st_size) != bytes) {
+    return Unfit(absl::StrCat("has ", facts.st_size, " bytes; attach says ", bytes));
+  }
+  return absl::OkStatus();
+}
+
+// Once the seal is there, no page can be taken away, so those that are counted then stay. Pages may
+// also have been allocated behind the end, and would count for holes before it: they are dropped,
+// and come back no more, since the memory may not grow. Without the seal (a kernel before 5.1) a
+// consumer could have pages made that count as the server's, so that system has no shared memory.
+absl::Status SealPages(const wire::Descriptor& memory, uint64_t bytes) {
+  if (fcntl(memory.get(), F_ADD_SEALS, F_SEAL_FUTURE_WRITE) != 0) {
+    return Unfit(absl::StrCat("cannot be sealed with F_SEAL_FUTURE_WRITE: ", std::strerror(errno)));
+  }
+  if (ftruncate(memory.get(), static_cast<off_t>(bytes)) != 0) {
+    return Unfit(absl::StrCat("ftruncate to its size: ", std::strerror(errno)));
+  }
+  struct stat facts = {};
+  if (fstat(memory.get(), &facts) != 0) return Unfit(std::strerror(errno));
+  constexpr uint64_t kUnit = 512;
+  const uint64_t allocated = static_cast<uint64_t>(facts.st_blocks) * kUnit;
+  if (allocated >= bytes) return absl::OkStatus();
+  return Unfit(absl::StrCat("of ", bytes, " bytes ", allocated, " are allocated; all must be"));
 }
 
 }  // namespace
 
-SharedRegion::SharedRegion(std::shared_ptr<SharedMemoryUse> use, size_t buffer_bytes,
-                           int num_buffers)
-    : use_(std::move(use)),
-      buffer_bytes_(RoundToPages(buffer_bytes)),
-      bytes_(buffer_bytes_ * num_buffers) {}
+size_t SharedRegion::RoundToPages(size_t bytes) {
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return (bytes + page - 1) / page * page;
+}
 
-absl::StatusOr<std::shared_ptr<SharedRegion>> SharedRegion::Create(
-    model::PrefillEngine& engine, std::shared_ptr<SharedMemoryUse> use, size_t buffer_bytes,
-    int num_buffers) {
-  std::shared_ptr<SharedRegion> region(new SharedRegion(std::move(use), buffer_bytes, num_buffers));
-  const auto bytes = static_cast<int64_t>(region->bytes_);
-  // The destructor gives the bytes back, whatever fails from here on.
-  if (region->use_->used.fetch_add(bytes) + bytes > region->use_->limit) {
-    return absl::ResourceExhaustedError(absl::StrCat(
-        "shared memory for ", bytes, " bytes more; at most ", region->use_->limit, " in all"));
+SharedRegion::SharedRegion(SharedMemoryUse::Share share, wire::Mapping mapping, size_t buffer_bytes)
+    : share_(std::move(share)),
+      mapping_(std::move(mapping)),
+      num_buffers_(mapping_.bytes() / buffer_bytes) {
+  for (size_t i = 0; i < num_buffers_; ++i) free_.push_back(mapping_.data() + i * buffer_bytes);
+}
+
+absl::StatusOr<std::shared_ptr<SharedRegion>> SharedRegion::Map(model::PrefillEngine& engine,
+                                                                SharedMemoryUse::Share share,
+                                                                wire::Descriptor memory,
+                                                                uint64_t bytes,
+                                                                size_t buffer_bytes) {
+  if (bytes < buffer_bytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("bytes ", bytes, "; a frame of this server takes ", buffer_bytes));
   }
-  region->descriptor_ =
-      wire::Descriptor(memfd_create("prefilld-kv", MFD_CLOEXEC | MFD_ALLOW_SEALING));
-  if (!region->descriptor_.valid()) {
-    return absl::FailedPreconditionError(absl::StrCat("memfd_create: ", std::strerror(errno)));
-  }
-  // All pages are taken here, where a lack of memory is an error. A page that is first taken by a
-  // write ends the process if there is none.
-  if (fallocate(region->descriptor(), 0, 0, bytes) != 0) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("no ", bytes, " bytes of shared memory: ", std::strerror(errno)));
-  }
-  void* const memory = mmap(nullptr, region->bytes_, PROT_READ | PROT_WRITE,
-                            MAP_SHARED | MAP_POPULATE, region->descriptor(), 0);
-  if (memory == MAP_FAILED) {
-    return absl::ResourceExhaustedError(absl::StrCat("mmap: ", std::strerror(errno)));
-  }
-  region->memory_ = static_cast<std::byte*>(memory);
-  // The mapping above stays writable, and no other can be made so.
-  if (fcntl(region->descriptor(), F_ADD_SEALS,
-            F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL) != 0) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("memory cannot be sealed: ", std::strerror(errno)));
-  }
-  PREFILLD_ASSIGN_OR_RETURN(region->pinned_, engine.AdoptStaging(memory, region->bytes_));
+  PREFILLD_RETURN_IF_ERROR(CheckKind(memory, bytes));
+  PREFILLD_ASSIGN_OR_RETURN(wire::Mapping mapping,
+                            wire::Mapping::Map(memory, bytes, PROT_READ | PROT_WRITE));
+  PREFILLD_RETURN_IF_ERROR(SealPages(memory, bytes));
+#ifdef MADV_POPULATE_WRITE
+  // All pages are there, so that this makes none. Where it is unknown, writes find them one by one.
+  madvise(mapping.data(), bytes, MADV_POPULATE_WRITE);
+#endif
+  std::shared_ptr<SharedRegion> region(
+      new SharedRegion(std::move(share), std::move(mapping), buffer_bytes));
+  PREFILLD_ASSIGN_OR_RETURN(
+      region->pinned_,
+      engine.AdoptStaging(region->mapping_.data(), region->num_buffers_ * buffer_bytes));
   return region;
-}
-
-SharedRegion::~SharedRegion() {
-  pinned_ = model::DeviceBuffer();
-  if (memory_ != nullptr) munmap(memory_, bytes_);
-  use_->used.fetch_sub(static_cast<int64_t>(bytes_));
-}
-
-std::vector<std::byte*> SharedRegion::buffers() const {
-  std::vector<std::byte*> buffers;
-  for (size_t offset = 0; offset < bytes_; offset += buffer_bytes_) {
-    buffers.push_back(memory_ + offset);
-  }
-  return buffers;
 }
 
 }  // namespace prefilld::server

@@ -1,16 +1,18 @@
-// Memory that the server writes and one consumer reads.
+// A consumer's memory, as the server has mapped it.
 #ifndef PREFILLD_SERVER_SHARED_REGION_H_
 #define PREFILLD_SERVER_SHARED_REGION_H_
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "model/device/device.h"
 #include "proto/wire/descriptor.h"
+#include "proto/wire/sealed_memory.h"
+#include "server/shared_memory_use.h"
 
 namespace prefilld::model {
 class PrefillEngine;
@@ -18,51 +20,51 @@ class PrefillEngine;
 
 namespace prefilld::server {
 
-// The bytes of all regions together. Thread-safe.
-struct SharedMemoryUse {
-  explicit SharedMemoryUse(int64_t limit) : limit(limit) {}
-
-  const int64_t limit;
-  std::atomic<int64_t> used = 0;
-};
-
-// The staging buffers of one request, in a memfd that a consumer maps. The memory cannot be resized
-// by anybody, and from Create on it can be mapped by others for reading alone. So nothing that a
-// consumer does with its descriptor reaches the server. It is gone when its last owner, its last
-// descriptor and its last mapping are. Thread-safe.
+// Staging buffers that lie in a memfd of a consumer's, one request after the other. The consumer
+// made all of its pages, so they count as the consumer's, and from Map on it can neither take pages
+// away nor resize it: so the server never makes a page there, and no write of it fails.
+//
+// The consumer may write there at any time. So the server takes nothing from it but the checksum of
+// what it has put there, and payloads for that same consumer. It is unmapped when its last owner is
+// gone. Thread-safe.
 class SharedRegion {
  public:
-  // RESOURCE_EXHAUSTED: the limit of `use` is reached, or the system has no memory.
-  // FAILED_PRECONDITION: the system cannot seal memory. The region must not outlive `engine`.
-  static absl::StatusOr<std::shared_ptr<SharedRegion>> Create(model::PrefillEngine& engine,
-                                                              std::shared_ptr<SharedMemoryUse> use,
-                                                              size_t buffer_bytes, int num_buffers);
-  ~SharedRegion();
+  // Maps the memory for writing, pins it if the device wants that, and closes the descriptor.
+  // `buffer_bytes` is that of RoundToPages. Errors:
+  // - INVALID_ARGUMENT: the descriptor is not what the contract wants; says in which point.
+  // - RESOURCE_EXHAUSTED: it cannot be mapped or pinned.
+  // The region must not outlive `engine`.
+  static absl::StatusOr<std::shared_ptr<SharedRegion>> Map(model::PrefillEngine& engine,
+                                                           SharedMemoryUse::Share share,
+                                                           wire::Descriptor memory, uint64_t bytes,
+                                                           size_t buffer_bytes);
+  // Unpins the memory before it is unmapped.
+  ~SharedRegion() { pinned_ = model::DeviceBuffer(); }
   SharedRegion(const SharedRegion&) = delete;
   SharedRegion& operator=(const SharedRegion&) = delete;
 
-  int descriptor() const { return descriptor_.get(); }
-  size_t bytes() const { return bytes_; }
-  std::vector<std::byte*> buffers() const;
-  uint64_t OffsetOf(const std::byte* buffer) const {
-    return static_cast<uint64_t>(buffer - memory_);
-  }
+  static size_t RoundToPages(size_t bytes);
 
-  // Whether the consumer is there and has mapped the memory. While it is not, frames that lie in
-  // it are sent with their payload.
-  bool is_read() const { return is_read_.load(std::memory_order_acquire); }
-  void set_is_read(bool is_read) { is_read_.store(is_read, std::memory_order_release); }
+  size_t bytes() const { return mapping_.bytes(); }
+  uint64_t OffsetOf(const std::byte* buffer) const {
+    return static_cast<uint64_t>(buffer - mapping_.data());
+  }
+  // Charges it to the tenant of the consumer's next request (SharedMemoryUse::Share::MoveTo). Calls
+  // may not run at once.
+  absl::Status ChargeTo(int tenant) { return share_.MoveTo(tenant); }
 
  private:
-  SharedRegion(std::shared_ptr<SharedMemoryUse> use, size_t buffer_bytes, int num_buffers);
+  friend class StagingRing;
 
-  const std::shared_ptr<SharedMemoryUse> use_;
-  const size_t buffer_bytes_;
-  const size_t bytes_;
-  wire::Descriptor descriptor_;
-  std::byte* memory_ = nullptr;
+  SharedRegion(SharedMemoryUse::Share share, wire::Mapping mapping, size_t buffer_bytes);
+
+  SharedMemoryUse::Share share_;
+  const wire::Mapping mapping_;
   model::DeviceBuffer pinned_;  // makes the device write to it fast
-  std::atomic<bool> is_read_ = false;
+
+  // The staging ring lends the buffers, and its lock guards these.
+  std::vector<std::byte*> free_;
+  const size_t num_buffers_;
 };
 
 }  // namespace prefilld::server

@@ -47,7 +47,8 @@ StagingRing::Lease StagingRing::Acquire(absl::Span<const std::shared_ptr<Credit>
   absl::MutexLock lock(&mu_);
   const auto has_room = [this](const std::shared_ptr<Credit>& credit)
                             ABSL_SHARED_LOCKS_REQUIRED(mu_) {
-                              if (credit->region_ != nullptr) return !credit->free_.empty();
+                              if (credit->region_ != nullptr)
+                                return !credit->region_->free_.empty();
                               return credit->held_ < static_cast<int64_t>(free_.size());
                             };
   const auto may_go_on = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
@@ -58,7 +59,7 @@ StagingRing::Lease StagingRing::Acquire(absl::Span<const std::shared_ptr<Credit>
   const auto credit = std::find_if(credits.begin(), credits.end(), has_room);
   if (credit == credits.end()) return Lease();
   Credit& charged = **credit;
-  std::vector<std::byte*>& free = charged.region_ != nullptr ? charged.free_ : free_;
+  std::vector<std::byte*>& free = charged.region_ != nullptr ? charged.region_->free_ : free_;
   std::byte* const data = free.back();
   free.pop_back();
   ++(charged.region_ != nullptr ? lent_buffers_ : charged.held_);
@@ -70,7 +71,6 @@ void StagingRing::AskAgain() { absl::MutexLock lock(&mu_); }
 
 void StagingRing::Lend(Credit& credit, std::shared_ptr<SharedRegion> region) {
   absl::MutexLock lock(&mu_);
-  credit.free_ = region->buffers();
   credit.region_ = std::move(region);
 }
 
@@ -78,19 +78,23 @@ void StagingRing::TakeBack(Credit& credit) {
   std::shared_ptr<SharedRegion> region;  // let go after the lock
   absl::MutexLock lock(&mu_);
   region.swap(credit.region_);
-  credit.free_.clear();
+}
+
+bool StagingRing::AwaitBack(const SharedRegion& region, absl::Duration timeout) {
+  absl::MutexLock lock(&mu_);
+  const auto are_back = [&region] { return region.free_.size() == region.num_buffers_; };
+  return mu_.AwaitWithTimeout(absl::Condition(&are_back), timeout);
 }
 
 void StagingRing::Return(Lease& lease) {
   absl::MutexLock lock(&mu_);
-  Credit& credit = *lease.credit_;
   if (lease.region_ == nullptr) {
-    --credit.held_;
+    --lease.credit_->held_;
     free_.push_back(lease.data_);
     return;
   }
   --lent_buffers_;
-  if (credit.region_ == lease.region_) credit.free_.push_back(lease.data_);
+  lease.region_->free_.push_back(lease.data_);
 }
 
 int64_t StagingRing::staged_bytes() const {

@@ -5,6 +5,7 @@
 #ifndef PREFILLD_SERVER_STAGING_RING_H_
 #define PREFILLD_SERVER_STAGING_RING_H_
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -29,14 +30,23 @@ class SharedRegion;
 // Thread-safe. Must outlive its leases (AwaitIdle).
 class StagingRing {
  public:
-  // Counts the buffers that one request holds. The ring's lock guards it.
+  // Counts the buffers that one request holds.
   class Credit {
+   public:
+    // Tells whether the consumer reads the memory that was lent to the request. While it does not,
+    // frames that lie there are sent with their payload.
+    bool is_read_in_place() const { return is_read_in_place_.load(std::memory_order_acquire); }
+    void set_is_read_in_place(bool is_read) {
+      is_read_in_place_.store(is_read, std::memory_order_release);
+    }
+
    private:
     friend class StagingRing;
+    std::atomic<bool> is_read_in_place_ = false;
+    // The ring's lock guards these.
     int held_ = 0;  // of the ring
     // The request has buffers of its own, and is not charged to the ring's.
     std::shared_ptr<SharedRegion> region_;
-    std::vector<std::byte*> free_;  // of region_
   };
 
   // One buffer on loan, given back on destruction. Move-only.
@@ -86,9 +96,11 @@ class StagingRing {
   void AskAgain();
 
   // Gives a request memory of its own, and takes it away again. Buffers that are on loan then stay
-  // so until they come back.
+  // so until they come back to the memory, which one request has at a time.
   void Lend(Credit& credit, std::shared_ptr<SharedRegion> region);
   void TakeBack(Credit& credit);
+  // Waits until every buffer of a memory is back. Returns false when the time ran out.
+  bool AwaitBack(const SharedRegion& region, absl::Duration timeout);
 
   size_t buffer_bytes() const { return buffer_bytes_; }
   int64_t capacity_bytes() const { return int64_t{num_buffers_} * buffer_bytes_; }

@@ -139,6 +139,13 @@ KV = Row(
                      f" + {rate('prefilld_step_time_seconds_sum')})", "stalled"),), top=1),
         Panel("Transfers of decode workers", "By gRPC status.", "reqps",
               (Query(f"sum by (status) (rate(prefilld_decode_kv_transfers_total{RATE})) > 0", "{{status}}"),)),
+        Panel("KV by transport", "Payload over gRPC, and in the memory of consumers on the server's host.", "Bps",
+              (Query(rate("prefilld_kv_transport_bytes_total", "transport"), "{{transport}}"),), "stacked"),
+        Panel("Memory of consumers", "Mapped for their KV; it counts as theirs (--shared_memory_bytes).", "bytes",
+              (Query(f"sum({of('prefilld_shared_memory_bytes')})", "mapped"),
+               Query(f"sum({of('prefilld_shared_memory_limit_bytes')})", "limit"))),
+        Panel("Consumers that came for shared memory", "All but attached and attached_again get their KV over gRPC.", "cps",
+              (Query(rate("prefilld_shared_memory_connections_total", "result") + " > 0", "{{result}}"),), "stacked"),
     ),
 )  # fmt: skip
 

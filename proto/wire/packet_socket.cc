@@ -57,15 +57,15 @@ absl::StatusOr<Descriptor> NewPacketSocket() {
   return fd;
 }
 
-// Room for the one descriptor that goes with a message.
+// Room for so many descriptors. The system closes those that find none.
+template <size_t descriptors>
 union ControlBuffer {
   cmsghdr header;
-  std::array<char, CMSG_SPACE(sizeof(int))> bytes;
+  std::array<char, CMSG_SPACE(descriptors * sizeof(int))> bytes;
 };
 
-// Closes the descriptors that came with a packet, but for the first, which is returned.
-Descriptor TakeDescriptor(msghdr& packet) {
-  Descriptor taken;
+std::vector<Descriptor> TakeDescriptors(msghdr& packet) {
+  std::vector<Descriptor> taken;
   for (cmsghdr* header = CMSG_FIRSTHDR(&packet); header != nullptr;
        header = CMSG_NXTHDR(&packet, header)) {
     if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
@@ -73,8 +73,7 @@ Descriptor TakeDescriptor(msghdr& packet) {
     for (size_t i = 0; i < count; ++i) {
       int fd = -1;
       std::memcpy(&fd, CMSG_DATA(header) + i * sizeof fd, sizeof fd);
-      Descriptor next(fd);
-      if (!taken.valid()) taken = std::move(next);
+      taken.emplace_back(fd);
     }
   }
   return taken;
@@ -110,7 +109,7 @@ absl::Status PacketSocket::Send(const google::protobuf::MessageLite& message,
   msghdr packet = {};
   packet.msg_iov = &piece;
   packet.msg_iovlen = 1;
-  ControlBuffer control = {};
+  ControlBuffer<1> control = {};
   if (descriptor >= 0) {
     packet.msg_control = control.bytes.data();
     packet.msg_controllen = control.bytes.size();
@@ -129,15 +128,14 @@ absl::Status PacketSocket::Send(const google::protobuf::MessageLite& message,
 }
 
 absl::Status PacketSocket::Receive(google::protobuf::MessageLite& message, absl::Duration timeout,
-                                   Descriptor* descriptor) {
+                                   std::vector<Descriptor>* descriptors) {
   std::array<char, kMaxPacketBytes> bytes;
   iovec piece = {.iov_base = bytes.data(), .iov_len = bytes.size()};
   msghdr packet = {};
   packet.msg_iov = &piece;
   packet.msg_iovlen = 1;
-  ControlBuffer control = {};
-  // Without room for them the system closes descriptors that come.
-  if (descriptor != nullptr) {
+  ControlBuffer<kMaxDescriptors> control = {};
+  if (descriptors != nullptr) {
     packet.msg_control = control.bytes.data();
     packet.msg_controllen = control.bytes.size();
   }
@@ -147,7 +145,7 @@ absl::Status PacketSocket::Receive(google::protobuf::MessageLite& message, absl:
     if (errno != EAGAIN) return SystemError("recvmsg");
     PREFILLD_RETURN_IF_ERROR(Await(POLLIN, timeout));
   }
-  if (descriptor != nullptr) *descriptor = TakeDescriptor(packet);
+  if (descriptors != nullptr) *descriptors = TakeDescriptors(packet);
   if (size == 0) return absl::UnavailableError("the peer has closed the connection");
   if ((packet.msg_flags & MSG_TRUNC) != 0) {
     return absl::InvalidArgumentError(
@@ -160,6 +158,12 @@ absl::Status PacketSocket::Receive(google::protobuf::MessageLite& message, absl:
 }
 
 void PacketSocket::Shutdown() { shutdown(fd_.get(), SHUT_RDWR); }
+
+bool IsOfThisBoot(absl::string_view network) {
+  const absl::string_view own = NetworkOfThisProcess();
+  const absl::string_view boot = own.substr(0, own.find('/'));
+  return !boot.empty() && network.substr(0, network.find('/')) == boot;
+}
 
 absl::StatusOr<Descriptor> ListenForPackets(const std::string& address) {
   PREFILLD_ASSIGN_OR_RETURN(const PacketAddress own, ParsePacketAddress(address));

@@ -8,7 +8,7 @@ bin=$1
 shift
 folder=$(mktemp -d)
 # shellcheck disable=SC2086  # several flags
-"$bin/prefilld" --kv_bench_listen=127.0.0.1:0 --listen=127.0.0.1:0 --metrics_listen= --shared_memory_bytes=1073741824 \
+"$bin/prefilld" --kv_bench_listen=127.0.0.1:0 --listen=127.0.0.1:0 --metrics_listen= \
   --port_file="$folder/ports" ${SERVER_FLAGS:-} 2>"$folder/log" &
 server=$!
 trap 'kill "$server" && wait "$server" || true; rm -rf "$folder"' EXIT

@@ -71,14 +71,25 @@ int64_t CountOurs(const std::string& folder) {
   return count;
 }
 
+int64_t SharedKilobytes(const std::string& status_path) {
+  std::ifstream file(status_path);
+  for (std::string name; file >> name;) {
+    int64_t kilobytes = 0;
+    if (name == "RssShmem:" && file >> kilobytes) return kilobytes;
+  }
+  return 0;
+}
+
 // All that a process, or the machine, could be left with.
 struct Leftovers {
   explicit Leftovers(const std::string& process)
       : descriptors(CountEntries("/proc/" + process + "/fd")),
-        mappings(CountLines("/proc/" + process + "/maps", "prefilld-kv")) {}
+        mappings(CountLines("/proc/" + process + "/maps", "prefilld-kv")),
+        shared_kb(SharedKilobytes("/proc/" + process + "/status")) {}
 
   bool IsNoMoreThan(const Leftovers& other) const {
-    return descriptors <= other.descriptors && mappings <= other.mappings && shared <= other.shared;
+    return descriptors <= other.descriptors && mappings <= other.mappings &&
+           shared_kb <= other.shared_kb && shared <= other.shared;
   }
   // Waits for that, because connections of gRPC take a moment to close.
   static testing::AssertionResult BecomeNoMoreThan(const Leftovers& other,
@@ -94,11 +105,12 @@ struct Leftovers {
   }
   friend std::ostream& operator<<(std::ostream& out, const Leftovers& left) {
     return out << left.descriptors << " descriptors, " << left.mappings << " mappings, "
-               << left.shared << " files in /dev/shm";
+               << left.shared_kb << " kB of shared memory, " << left.shared << " files in /dev/shm";
   }
 
   int64_t descriptors;
   int64_t mappings;
+  int64_t shared_kb;
   int64_t shared = CountOurs("/dev/shm");
 };
 
@@ -146,7 +158,6 @@ class SharedMemoryKills : public ::testing::Test {
         "prefilld",
         std::vector<std::string>{"--model=" + checkpoint_.dir(), "--device=cpu", "--cpu_threads=2",
                                  absl::StrCat("--resume_window_s=", resume_window_s),
-                                 "--shared_memory_bytes=1073741824",
                                  "--shared_memory_dir=" + folder_, "--frame_bytes=1048576"});
   }
   static std::unique_ptr<client::PrefillClient> NewClient(const ServerProcess& server) {
@@ -182,7 +193,7 @@ TEST_F(SharedMemoryKills, ACutConnectionIsResumedAndTheMemoryGoesOn) {
   Sink whole;
   ASSERT_TRUE(NewClient(*server)->Prefill(request_, whole, {.shared_memory = false}).ok());
   TcpProxy proxy(server->address());
-  const auto client = *client::PrefillClient::Create({.address = proxy.address()});
+  auto client = *client::PrefillClient::Create({.address = proxy.address()});
   request_.set_num_lanes(2);
   Sink sink;
   sink.harm = [&proxy] { proxy.Cut(); };
@@ -191,6 +202,7 @@ TEST_F(SharedMemoryKills, ACutConnectionIsResumedAndTheMemoryGoesOn) {
   EXPECT_EQ(sink.harm, nullptr) << "no frame came in shared memory";
   EXPECT_EQ(sink.payloads, whole.payloads);
   EXPECT_GT(result->shared_memory_bytes(), 0);
+  client.reset();  // keeps the memory for its next call until then
   EXPECT_TRUE(WaitForMetrics(server->metrics_address(), kPatience, [](const MetricsPage& page) {
     return page.Value("prefilld_resumed_streams_total") >= 1 &&
            page.Value("prefilld_shared_memory_bytes") == 0;
@@ -214,6 +226,7 @@ TEST_F(SharedMemoryKills, AConsumerThatIsKilledLeavesNothingBehind) {
     ASSERT_TRUE(WaitForMetrics(metrics, kPatience, [](const auto& page) {
       return page.Value("prefilld_live_requests") == 0 &&
              page.Value("prefilld_shared_memory_bytes") == 0 &&
+             page.Value("prefilld_shared_memory_attachments") == 0 &&
              page.Value("prefilld_staged_bytes") == 0;
     })) << MetricsPage(metrics).text();
     const std::string pid = absl::StrCat(server->pid());

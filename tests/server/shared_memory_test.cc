@@ -1,136 +1,29 @@
 // Tests KV in shared memory over sockets: what arrives, who is refused, and what a consumer can do
 // that does not keep the rules.
+#include <sys/socket.h>
+
+#include <cstddef>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <memory>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include <gmock/gmock.h>
 
-#include "absl/synchronization/mutex.h"
-#include "client/prefill_client.h"
 #include "client/shared_memory.h"
-#include "prefill/v1/shared_memory.pb.h"
-#include "proto/wire/packet_socket.h"
+#include "proto/wire/frame_codec.h"
 #include "server/shared_memory_host.h"
-#include "tests/server/server_fixture.h"
+#include "tests/server/shared_memory_fixture.h"
 
 namespace prefilld::server {
 namespace {
 
 using ::testing::HasSubstr;
-using wire::PacketSocket;
 
-constexpr absl::Duration kPatience = absl::Seconds(10);
-constexpr int kTokens = 4000;
-
-// Keeps what arrives as messages, payloads included.
-class KeepingSink final : public client::KvSink {
- public:
-  absl::Status OnAccepted(const v1::Accepted& accepted) override {
-    layout = accepted.layout();
-    return absl::OkStatus();
-  }
-  absl::Status OnProgress(const v1::Progress&) override { return absl::OkStatus(); }
-  void OnSharedMemory(const absl::Status& status) override { attached = status; }
-  absl::Status OnFrame(const wire::ReceivedFrame& frame) override {
-    v1::KvFrame kept;
-    kept.set_lane(frame.lane);
-    kept.set_sequence(frame.sequence);
-    kept.set_layer(frame.layer);
-    kept.set_first_block(frame.first_block);
-    kept.set_num_blocks(frame.num_blocks);
-    kept.set_checksum(frame.checksum);
-    kept.set_layers_computed(frame.layers_computed);
-    kept.mutable_payload()->resize(frame.payload.size());
-    frame.payload.CopyTo(reinterpret_cast<uint8_t*>(kept.mutable_payload()->data()));
-    absl::MutexLock lock(&mu);
-    frames.push_back(std::move(kept));
-    return absl::OkStatus();
-  }
-
-  v1::KvLayout layout;
-  absl::Status attached = absl::UnknownError("not told");
-  absl::Mutex mu;
-  std::vector<v1::KvFrame> frames;  // guarded by mu while the call runs
-};
-
-// A consumer that speaks for itself, without the client library.
-struct Visitor {
-  explicit Visitor(const v1::Accepted& accepted, size_t address = 0)
-      : socket(
-            *PacketSocket::Connect(accepted.shared_memory().sockets(static_cast<int>(address)))) {}
-
-  v1::SharedMemoryAttached Attach(const v1::Accepted& accepted, const std::string& key) {
-    v1::SharedMemoryRequest request;
-    request.mutable_attach()->set_request_id(accepted.request_id());
-    request.mutable_attach()->set_key(key);
-    EXPECT_TRUE(socket.Send(request, kPatience).ok());
-    v1::SharedMemoryAttached answer;
-    const absl::Status received = socket.Receive(answer, kPatience, &memory);
-    EXPECT_TRUE(received.ok()) << received;
-    return answer;
-  }
-  v1::SharedMemoryAttached Attach(const v1::Accepted& accepted) {
-    return Attach(accepted, accepted.shared_memory().key());
-  }
-  void Map() {
-    v1::SharedMemoryRequest request;
-    request.mutable_mapped();
-    EXPECT_TRUE(socket.Send(request, kPatience).ok());
-  }
-  void Acknowledge(uint32_t lane, uint64_t received) {
-    v1::SharedMemoryRequest request;
-    request.mutable_receipt()->set_lane(lane);
-    request.mutable_receipt()->set_received(received);
-    socket.Send(request, kPatience).IgnoreError();  // the server may have gone first
-  }
-  bool IsClosed() {
-    v1::SharedMemoryAttached nothing;
-    return absl::IsUnavailable(socket.Receive(nothing, kPatience));
-  }
-
-  PacketSocket socket;
-  wire::Descriptor memory;
-};
-
-class SharedMemoryTest : public ServerFixture {
- protected:
-  SharedMemoryTest() {
-    engine_options_.num_layers = 6;
-    options_.shared_memory_bytes = int64_t{1} << 30;
-  }
-
-  void MakeClient() {
-    auto client = client::PrefillClient::Create({.address = address()});
-    ASSERT_TRUE(client.ok()) << client.status();
-    client_ = *std::move(client);
-  }
-  double Visitors(const std::string& result) const {
-    return Metric("prefilld_shared_memory_connections_total{result=\"" + result + "\"}");
-  }
-  double Bytes(const std::string& transport) const {
-    return Metric("prefilld_kv_transport_bytes_total{transport=\"" + transport + "\"}");
-  }
-  double Ended(const std::string& outcome) const {
-    return Metric("prefilld_requests_total{outcome=\"" + outcome + "\"}");
-  }
-  bool MemoryIsFree() {
-    return Eventually([this] { return Metric("prefilld_shared_memory_bytes") == 0; });
-  }
-  // Opens a call that computes no layer before the test says so.
-  std::unique_ptr<OpenStream> Open(v1::Accepted& accepted) {
-    engine_->HoldAfter(0);
-    auto stream = std::make_unique<OpenStream>(*stub_, PromptOf(kTokens, "shared"));
-    accepted = stream->ReadUntil(v1::PrefillEvent::kAccepted).accepted();
-    return stream;
-  }
-
-  std::unique_ptr<client::PrefillClient> client_;
-};
+class SharedMemoryTest : public SharedMemoryServer<ServerFixture> {};
 
 // The parameters are lanes, and whether the request is resumable.
 class Arrival : public SharedMemoryTest,
@@ -141,20 +34,15 @@ TEST_P(Arrival, BringsTheWholeCache) {
   MakeClient();
   v1::PrefillRequest request = PromptOf(kTokens);
   request.set_num_lanes(GetParam().first);
-  engine_->HoldAfter(0);  // so that no frame is packed before the memory is there
   KeepingSink sink;
-  absl::StatusOr<v1::PrefillResult> result;
-  std::thread caller(
-      [&] { result = client_->Prefill(request, sink, {.resumable = GetParam().second}); });
-  EXPECT_TRUE(Eventually([this] { return Visitors("attached") == 1; }));
-  engine_->HoldAfter(-1);
-  caller.join();
+  const auto result = PrefillOnceAttached(request, sink, {.resumable = GetParam().second});
   ASSERT_TRUE(result.ok()) << result.status();
   EXPECT_TRUE(sink.attached.ok()) << sink.attached;
   ExpectWholeCache(sink.frames, sink.layout);
   EXPECT_EQ(result->shared_memory_bytes(), result->kv_bytes());
   EXPECT_EQ(Bytes("shared_memory"), static_cast<double>(result->kv_bytes()));
   EXPECT_EQ(Bytes("grpc"), 0);
+  client_.reset();  // keeps the memory for its next call until then
   EXPECT_TRUE(MemoryIsFree());
   EXPECT_TRUE(EverythingIsFree());
 }
@@ -179,7 +67,7 @@ TEST_F(SharedMemoryTest, WithoutRoomInTheLimitKvComesOverGrpc) {
   StartServer();
   MakeClient();
   KeepingSink sink;
-  const auto result = client_->Prefill(PromptOf(kTokens), sink);
+  const auto result = PrefillOnceAttached(PromptOf(kTokens), sink);
   ASSERT_TRUE(result.ok()) << result.status();
   EXPECT_TRUE(absl::IsResourceExhausted(sink.attached)) << sink.attached;
   ExpectWholeCache(sink.frames, sink.layout);
@@ -197,15 +85,46 @@ TEST_F(SharedMemoryTest, AServerWithoutItOffersNone) {
   EXPECT_TRUE(absl::IsNotFound(sink.attached)) << sink.attached;
 }
 
-// There the name may be bound by somebody who waits for keys.
-TEST_F(SharedMemoryTest, AnAbstractNameOfAnotherNetworkIsNotTried) {
+TEST_F(SharedMemoryTest, LittleKvIsNotOfferedAny) {
+  StartServer();
+  MakeClient();
+  for (const int tokens : {1000, kTokens}) {
+    KeepingSink sink;
+    const auto result = PrefillOnceAttached(PromptOf(tokens), sink);
+    ASSERT_TRUE(result.ok()) << result.status();
+    const bool is_little = result->kv_bytes() < (8 << 20);
+    EXPECT_EQ(is_little, tokens == 1000) << result->kv_bytes();
+    EXPECT_EQ(absl::IsNotFound(sink.attached), is_little) << sink.attached;
+  }
+  EXPECT_EQ(Visitors("attached"), 1);
+}
+
+// In another namespace the name may be bound by somebody who waits for keys; a server elsewhere
+// could have its consumers call whom it likes.
+TEST_F(SharedMemoryTest, NobodyButASocketOfAServerHereIsCalled) {
   StartServer();
   v1::Accepted accepted;
   const auto stream = Open(accepted);
-  accepted.mutable_shared_memory()->set_network("elsewhere");
-  const auto attached = client::SharedMemory::Attach(accepted);
-  EXPECT_TRUE(absl::IsUnavailable(attached.status())) << attached.status();
-  EXPECT_THAT(attached.status().message(), HasSubstr("network namespace"));
+  const std::string network = accepted.shared_memory().network();
+  const std::string boot = network.substr(0, network.find('/'));
+  const std::string abstract = accepted.shared_memory().sockets(0);
+  const auto listener = *wire::ListenForPackets("unix-abstract:somebody-else");
+  struct Case {
+    std::string network, address, reason;
+  };
+  for (const Case& c : {Case{boot + "/net:[1]", abstract, "network namespace"},
+                        Case{"elsewhere/net:[1]", abstract, "another machine"},
+                        Case{"", abstract, "another machine"},
+                        Case{network, "unix-abstract:somebody-else", "no server's socket has"},
+                        Case{network, "unix:/run/docker.sock", "no server's socket has"}}) {
+    v1::Accepted other = accepted;
+    other.mutable_shared_memory()->set_network(c.network);
+    other.mutable_shared_memory()->set_sockets(0, c.address);
+    const auto attached = client::SharedMemory::Attach(other);
+    EXPECT_TRUE(absl::IsUnavailable(attached.status())) << attached.status();
+    EXPECT_THAT(attached.status().message(), HasSubstr(c.reason));
+  }
+  EXPECT_EQ(accept(listener.get(), nullptr, nullptr), -1) << "somebody else was called";
   EXPECT_EQ(Visitors("attached"), 0);
   engine_->HoldAfter(-1);
   EXPECT_TRUE(stream->Rest().status.ok());
@@ -264,9 +183,8 @@ TEST_F(SharedMemoryTest, OnlyTheKeyOfTheRequestOpensItsMemoryAndOnlyOnce) {
 
   Visitor visitor(accepted), late(accepted);
   EXPECT_EQ(visitor.Attach(accepted).code(), 0);
-  EXPECT_TRUE(visitor.memory.valid());
   EXPECT_EQ(late.Attach(accepted).code(), static_cast<int>(absl::StatusCode::kAlreadyExists));
-  EXPECT_FALSE(late.memory.valid());
+  EXPECT_TRUE(late.IsClosed());
 }
 
 TEST_F(SharedMemoryTest, WhoMapsNothingGetsPayloads) {
@@ -368,6 +286,35 @@ TEST_F(SharedMemoryTest, AConsumerThatAcknowledgesNothingStallsAloneAndIsEnded) 
   EXPECT_TRUE(Eventually([this] { return Ended("stalled") == 1; }));
   EXPECT_TRUE(visitor.IsClosed());
   EXPECT_TRUE(MemoryIsFree());
+}
+
+// The server trusts nothing that lies there: it goes on, and the consumer alone has what it wrote.
+TEST_F(SharedMemoryTest, AConsumerThatWritesThereFindsAWrongChecksumAndHarmsNobody) {
+  StartServer();
+  v1::Accepted accepted;
+  auto stream = Open(accepted);
+  Visitor visitor(accepted);
+  ASSERT_EQ(visitor.Attach(accepted).code(), 0);
+  visitor.Map();
+  EXPECT_TRUE(Eventually([this] { return Visitors("attached") == 1; }));
+  engine_->HoldAfter(-1);
+  const v1::KvFrame frame = stream->ReadUntil(v1::PrefillEvent::kKvFrame).kv_frame();
+  ASSERT_GT(frame.shared_bytes(), 0);
+  const auto sum = [&] {
+    const std::string payload = visitor.Whole(frame).payload();
+    return wire::Checksum(payload.data(), payload.size());
+  };
+  EXPECT_EQ(sum(), frame.checksum());
+  visitor.mapping.data()[frame.shared_offset() + 100] ^= std::byte{1};
+  EXPECT_NE(sum(), frame.checksum());
+  std::memset(visitor.mapping.data(), 0xff, visitor.mapping.bytes());
+  visitor.Acknowledge(0, 1);
+  ReadAll(*stream, visitor);
+  EXPECT_TRUE(stream->Finish().ok());
+  KeepingSink sink;
+  MakeClient();
+  EXPECT_TRUE(client_->Prefill(PromptOf(kTokens), sink).ok());
+  ExpectWholeCache(sink.frames, sink.layout);
 }
 
 TEST_F(SharedMemoryTest, AConsumerWhoseSocketClosesIsGone) {

@@ -1,0 +1,48 @@
+#include "proto/wire/sealed_memory.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+
+namespace prefilld::wire {
+
+// The pages are taken by fallocate, where a lack of memory is an error. A page that is first taken
+// by a write ends the process that writes if there is none.
+absl::StatusOr<Descriptor> MakeSealedMemory(size_t bytes) {
+  Descriptor memory(memfd_create("prefilld-kv", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!memory.valid()) {
+    return absl::FailedPreconditionError(absl::StrCat("memfd_create: ", std::strerror(errno)));
+  }
+  int result = 0;
+  do {
+    result = fallocate(memory.get(), /*mode=*/0, /*offset=*/0, static_cast<off_t>(bytes));
+  } while (result != 0 && errno == EINTR);
+  if (result != 0) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("no ", bytes, " bytes of shared memory: ", std::strerror(errno)));
+  }
+  if (fcntl(memory.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) != 0) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("memory cannot be sealed: ", std::strerror(errno)));
+  }
+  return memory;
+}
+
+absl::StatusOr<Mapping> Mapping::Map(const Descriptor& memory, size_t bytes, int protection) {
+  void* const data = mmap(nullptr, bytes, protection, MAP_SHARED, memory.get(), /*offset=*/0);
+  if (data == MAP_FAILED) {
+    return absl::ResourceExhaustedError(absl::StrCat("mmap: ", std::strerror(errno)));
+  }
+  return Mapping(static_cast<std::byte*>(data), bytes);
+}
+
+Mapping::~Mapping() {
+  if (data_ != nullptr) munmap(data_, bytes_);
+}
+
+}  // namespace prefilld::wire
