@@ -29,9 +29,16 @@ using ::prefill::v1::SharedMemoryRequest;
 constexpr absl::Duration kServerPatience = absl::Seconds(3);
 // A server has two; nobody is called at more, whatever an offer says.
 constexpr int kMostSockets = 4;
-// More than a request with 16 lanes and frames of 4 MiB can use, and no more of this process's
-// memory than that for a server.
-constexpr uint64_t kMostBytes = uint64_t{1} << 29;
+
+MemoryBudget& BudgetOfProcess() {
+  static MemoryBudget& budget = *new MemoryBudget(SharedMemory::kMostBytes);
+  return budget;
+}
+
+// Returns what a call can use, and no more than there can be.
+size_t UsefulBytes(const SharedMemoryOffer& offer) {
+  return static_cast<size_t>(std::min<uint64_t>(offer.bytes(), SharedMemory::kMostBytes));
+}
 
 struct Connection {
   std::string address;
@@ -92,7 +99,8 @@ absl::StatusOr<Connection> ConnectToAny(const std::vector<std::string>& addresse
 absl::StatusOr<std::unique_ptr<SharedMemory>> SharedMemory::Attach(const Accepted& accepted) {
   const SharedMemoryOffer& offer = accepted.shared_memory();
   PREFILLD_ASSIGN_OR_RETURN(const auto addresses, AddressesHere(offer));
-  const auto bytes = static_cast<size_t>(std::min(offer.bytes(), kMostBytes));
+  const size_t bytes = UsefulBytes(offer);
+  PREFILLD_ASSIGN_OR_RETURN(MemoryBudget::Share share, BudgetOfProcess().Take(bytes));
   PREFILLD_ASSIGN_OR_RETURN(const wire::Descriptor memory, wire::MakeSealedMemory(bytes));
   PREFILLD_ASSIGN_OR_RETURN(wire::Mapping mapping, wire::Mapping::Map(memory, bytes, PROT_READ));
 #ifdef MADV_POPULATE_READ
@@ -100,8 +108,9 @@ absl::StatusOr<std::unique_ptr<SharedMemory>> SharedMemory::Attach(const Accepte
   madvise(mapping.data(), bytes, MADV_POPULATE_READ);
 #endif
   PREFILLD_ASSIGN_OR_RETURN(Connection connection, ConnectToAny(addresses));
-  std::unique_ptr<SharedMemory> attached(new SharedMemory(
-      std::move(connection.address), std::move(connection.socket), std::move(mapping)));
+  std::unique_ptr<SharedMemory> attached(new SharedMemory(std::move(connection.address),
+                                                          std::move(connection.socket),
+                                                          std::move(share), std::move(mapping)));
   PREFILLD_RETURN_IF_ERROR(attached->Introduce(accepted, &memory));
   return attached;
 }
@@ -128,7 +137,7 @@ absl::Status SharedMemory::Introduce(const Accepted& accepted, const wire::Descr
 }
 
 bool SharedMemory::Suits(const SharedMemoryOffer& offer) const {
-  return is_heard() && mapping_.bytes() >= std::min(offer.bytes(), kMostBytes) &&
+  return is_heard() && mapping_.bytes() >= UsefulBytes(offer) &&
          std::find(offer.sockets().begin(), offer.sockets().end(), address_) !=
              offer.sockets().end();
 }

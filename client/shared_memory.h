@@ -14,6 +14,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
+#include "client/memory_budget.h"
 #include "prefill/v1/prefill.pb.h"
 #include "proto/wire/descriptor.h"
 #include "proto/wire/frame_codec.h"
@@ -26,10 +27,14 @@ namespace prefilld::client {
 // AttachAgain.
 class SharedMemory {
  public:
+  // All memories of this process together, whatever its servers say: those of a dozen calls with
+  // four lanes. One call can use 272 MiB at most, with 16 lanes and frames of 4 MiB.
+  static constexpr size_t kMostBytes = size_t{512} << 20;
+
   // Makes a memory of the size that the server can use and hands it over. It takes milliseconds.
   // NOT_FOUND: the server offers none; UNAVAILABLE: its sockets are not reachable from here, or are
-  // none that a server of this host has; RESOURCE_EXHAUSTED: there is no memory; others: the
-  // server's reason.
+  // none that a server of this host has; RESOURCE_EXHAUSTED: there is no memory, or this
+  // process has as much attached as it may (kMostBytes); others: the server's reason.
   static absl::StatusOr<std::unique_ptr<SharedMemory>> Attach(
       const ::prefill::v1::Accepted& accepted);
   SharedMemory(const SharedMemory&) = delete;
@@ -55,14 +60,19 @@ class SharedMemory {
   bool Acknowledge(uint32_t lane, uint64_t received);
 
  private:
-  SharedMemory(std::string address, wire::PacketSocket socket, wire::Mapping mapping)
-      : address_(std::move(address)), socket_(std::move(socket)), mapping_(std::move(mapping)) {}
+  SharedMemory(std::string address, wire::PacketSocket socket, MemoryBudget::Share share,
+               wire::Mapping mapping)
+      : address_(std::move(address)),
+        socket_(std::move(socket)),
+        share_(std::move(share)),
+        mapping_(std::move(mapping)) {}
 
   // `memory` goes with the message, unless it is null.
   absl::Status Introduce(const ::prefill::v1::Accepted& accepted, const wire::Descriptor* memory);
 
   const std::string address_;  // of the server's socket
   wire::PacketSocket socket_;
+  const MemoryBudget::Share share_;  // of what this process may make
   const wire::Mapping mapping_;
   std::atomic<bool> is_heard_ = true;
   absl::Mutex begin_mu_;

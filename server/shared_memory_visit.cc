@@ -1,9 +1,11 @@
 #include "server/shared_memory_visit.h"
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "proto/process/log.h"
 #include "proto/status_macros.h"
 #include "server/prefill_job.h"
@@ -41,11 +43,19 @@ void SharedMemoryVisit::Run() {
   socket_.Shutdown();
 }
 
+// What the consumer said of the request before, when it did not know yet that it was over, is
+// passed over. The time is that of all messages together.
 std::optional<SharedMemoryVisit::Attach> SharedMemoryVisit::NextAttach() {
   if (next_.has_value()) return std::exchange(next_, std::nullopt);
   v1::SharedMemoryRequest request;
   const bool is_first = region_ == nullptr;
-  const absl::Status received = socket_.Receive(request, is_first ? kHandshake : kIdle, &brought_);
+  const absl::Time give_up = absl::Now() + (is_first ? kHandshake : kIdle);
+  absl::Status received;
+  do {
+    const absl::Duration left = std::max(give_up - absl::Now(), absl::ZeroDuration());
+    received = socket_.Receive(request, left, &brought_);
+  } while (received.ok() && !is_first && (request.has_receipt() || request.has_mapped()) &&
+           absl::Now() < give_up);
   if (received.ok() && request.has_attach()) return std::move(*request.mutable_attach());
   if (is_first) surroundings_.metrics.Count(Visitor::kBrokenOff);
   return std::nullopt;

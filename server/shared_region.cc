@@ -51,16 +51,15 @@ absl::Status CheckKind(const wire::Descriptor& memory, uint64_t bytes) {
   return absl::OkStatus();
 }
 
-// Once the seal is there, no page can be taken away, so those that are counted then stay. Pages may
-// also have been allocated behind the end, and would count for holes before it: they are dropped,
-// and come back no more, since the memory may not grow. Without the seal (a kernel before 5.1) a
-// consumer could have pages made that count as the server's, so that system has no shared memory.
+// Pages behind the end are counted too, and a consumer can have made some before it sealed the
+// size. A truncation to the same size takes them away. Once the last seal is there, no page can be
+// taken away any more, so those that are counted then are all in the memory, and stay.
 absl::Status SealPages(const wire::Descriptor& memory, uint64_t bytes) {
+  if (ftruncate(memory.get(), static_cast<off_t>(bytes)) != 0) {
+    return Unfit(absl::StrCat("pages behind its end cannot be dropped: ", std::strerror(errno)));
+  }
   if (fcntl(memory.get(), F_ADD_SEALS, F_SEAL_FUTURE_WRITE) != 0) {
     return Unfit(absl::StrCat("cannot be sealed with F_SEAL_FUTURE_WRITE: ", std::strerror(errno)));
-  }
-  if (ftruncate(memory.get(), static_cast<off_t>(bytes)) != 0) {
-    return Unfit(absl::StrCat("ftruncate to its size: ", std::strerror(errno)));
   }
   struct stat facts = {};
   if (fstat(memory.get(), &facts) != 0) return Unfit(std::strerror(errno));

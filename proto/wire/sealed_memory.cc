@@ -11,8 +11,8 @@
 
 namespace prefilld::wire {
 
-// The pages are taken by fallocate, where a lack of memory is an error. A page that is first taken
-// by a write ends the process that writes if there is none.
+// The pages are taken by fallocate, where a system that has none left says so. A container at its
+// limit does not: there a process is ended, be the page taken here or by a write.
 absl::StatusOr<Descriptor> MakeSealedMemory(size_t bytes) {
   Descriptor memory(memfd_create("prefilld-kv", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!memory.valid()) {

@@ -8,6 +8,7 @@
 
 #include <gmock/gmock.h>
 
+#include "client/shared_memory.h"
 #include "client/shared_memory_pool.h"
 #include "tests/server/resumption_fixture.h"
 #include "tests/server/shared_memory_fixture.h"
@@ -98,6 +99,30 @@ TEST_F(SharedMemoryReuse, AMemoryThatNobodyUsesIsDropped) {
   EXPECT_TRUE(MemoryIsFree());
 }
 
+// More calls at once than the process may make memory for get their KV over gRPC.
+TEST_F(SharedMemoryReuse, AProcessMakesNoMoreThanItMay) {
+  StartServer();
+  constexpr size_t kLarge = client::SharedMemory::kMostBytes / 8;
+  std::vector<std::unique_ptr<OpenStream>> streams;
+  const auto attach = [&] {
+    v1::Accepted accepted;
+    streams.push_back(Open(accepted));
+    accepted.mutable_shared_memory()->set_bytes(kLarge);
+    return client::SharedMemory::Attach(accepted);
+  };
+  std::vector<std::unique_ptr<client::SharedMemory>> memories;
+  for (int memory = 0; memory < 8; ++memory) {
+    auto attached = attach();
+    ASSERT_TRUE(attached.ok()) << attached.status();
+    memories.push_back(*std::move(attached));
+  }
+  const auto one_more = attach();
+  EXPECT_TRUE(absl::IsResourceExhausted(one_more.status())) << one_more.status();
+  EXPECT_THAT(one_more.status().message(), HasSubstr("that this process makes for servers"));
+  memories.pop_back();
+  EXPECT_TRUE(attach().ok());
+}
+
 TEST_F(SharedMemoryReuse, AServerThatIsNewAtTheAddressGetsANewMemory) {
   StartServer();
   v1::Accepted accepted;
@@ -139,6 +164,31 @@ TEST_F(SharedMemoryReuse, ASecondDescriptorIsRefusedAndSoIsARequestThatDoesNotRu
     engine_->HoldAfter(-1);
     EXPECT_TRUE(EverythingIsFree());
   }
+}
+
+// As of frames that came before the memory was in use, of which the server needs no receipt.
+TEST_F(SharedMemoryReuse, ReceiptsOfARequestThatIsOverLeaveTheMemoryAttached) {
+  StartServer();
+  v1::Accepted accepted, next_accepted;
+  const auto stream = Open(accepted);
+  Visitor visitor(accepted);
+  ASSERT_EQ(visitor.Attach(accepted).code(), 0);
+  visitor.Map();
+  EXPECT_TRUE(Eventually([this] { return Visitors("attached") == 1; }));
+  engine_->HoldAfter(-1);
+  const size_t frames = ReadAll(*stream, visitor).size();
+  EXPECT_TRUE(stream->Finish().ok());
+  EXPECT_TRUE(Eventually([this] { return Ended("ok") == 1; }));
+  // The first of them may still be taken for the request's, and the others are not then.
+  for (int receipt = 0; receipt < 3; ++receipt) visitor.Acknowledge(0, frames);
+  visitor.Map();
+  const auto next = Open(next_accepted, PromptOf(kTokens, "next"));
+  EXPECT_EQ(visitor.AttachAgain(next_accepted).code(), 0);
+  visitor.Map();
+  EXPECT_TRUE(Eventually([this] { return Visitors("attached_again") == 1; }));
+  engine_->HoldAfter(-1);
+  ExpectWholeCache(ReadAll(*next, visitor), next_accepted.layout());
+  EXPECT_TRUE(next->Finish().ok());
 }
 
 TEST_F(SharedMemoryReuse, WhoGoesOnToTheNextRequestTooEarlyHasCancelledTheFirst) {

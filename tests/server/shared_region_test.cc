@@ -95,9 +95,12 @@ TEST_F(SharedRegionTest, MemoryThatCouldHarmTheServerIsRefused) {
     ExpectRefused(std::move(holed), "61440 are allocated");
   }
   {
-    wire::Descriptor behind = Memfd();  // as many pages as it needs, all of them behind its end
+    wire::Descriptor behind = Memfd();
     ASSERT_EQ(ftruncate(behind.get(), kBytes), 0);
     ASSERT_EQ(fallocate(behind.get(), FALLOC_FL_KEEP_SIZE, kBytes, kBytes), 0);
+    struct stat facts = {};
+    ASSERT_EQ(fstat(behind.get(), &facts), 0);
+    ASSERT_EQ(facts.st_blocks * 512, static_cast<int64_t>(kBytes)) << "no page lies behind the end";
     Seal(behind);
     ExpectRefused(std::move(behind), "of 65536 bytes 0 are allocated");
   }
