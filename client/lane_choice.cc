@@ -18,15 +18,20 @@ using ::prefill::v1::KvLayoutRequest;
 using ::prefill::v1::ServerInfo;
 
 uint64_t KvBytesPerToken(const ServerInfo& server, const KvLayoutRequest& wish) {
-  const uint32_t heads = wish.num_heads() > 0 ? wish.num_heads() : server.num_kv_heads();
-  const auto dtype = wish.dtype() != DTYPE_UNSPECIFIED ? wish.dtype() : server.native_dtype();
-  return uint64_t{2} * server.num_layers() * heads * server.head_dim() *
-         wire::BytesPerElement(dtype);
+  KvLayout layout;
+  layout.set_num_layers(server.num_layers());
+  layout.set_num_heads(wish.num_heads() > 0 ? wish.num_heads() : server.num_kv_heads());
+  layout.set_head_dim(server.head_dim());
+  layout.set_dtype(wish.dtype() != DTYPE_UNSPECIFIED ? wish.dtype() : server.native_dtype());
+  layout.set_block_tokens(wish.block_tokens() > 0 ? wish.block_tokens()
+                                                  : wire::kDefaultBlockTokens);
+  layout.set_scales(wish.scales());
+  return KvBytesPerToken(layout);
 }
 
 uint64_t KvBytesPerToken(const KvLayout& layout) {
-  return uint64_t{2} * layout.num_layers() * layout.num_heads() * layout.head_dim() *
-         wire::BytesPerElement(layout.dtype());
+  return layout.num_layers() * static_cast<uint64_t>(wire::KvPairBytes(layout)) /
+         layout.block_tokens();
 }
 
 uint64_t TokensToCome(const KvLayoutRequest& wish, uint64_t num_tokens) {

@@ -37,7 +37,8 @@ class KvSink {
   virtual absl::Status OnProgress(const ::prefill::v1::Progress& progress) = 0;
   // Called with each frame that passed every check, its checksum included. A slow call slows the
   // sender down. The payload must not be used after the call, for it may lie in memory that the
-  // server uses again.
+  // server uses again. wire::StridesOf says where in it an element lies, and in DTYPE_FP8_E4M3
+  // wire::ScalesOffset and ScaleStridesOf where its scale does; wire::E4m3Value reads an element.
   virtual absl::Status OnFrame(const wire::ReceivedFrame& frame) = 0;
   // Called after OnAccepted by calls that block: OK if the server's shared memory is attached, so
   // that frames may lie there, else the reason why all payloads come over gRPC.

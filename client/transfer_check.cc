@@ -15,6 +15,7 @@ using ::prefill::v1::DType;
 using ::prefill::v1::KvLayout;
 using ::prefill::v1::KvLayoutRequest;
 using ::prefill::v1::KvOrder;
+using ::prefill::v1::KvScales;
 using ::prefill::v1::PrefillResult;
 
 // No model comes near this limit. It keeps the memory that a transfer takes in proportion to its
@@ -39,7 +40,15 @@ absl::Status CheckConsistent(const KvLayout& layout) {
         absl::StrCat("KV layout: ", field, " is ", value, ", allowed: ", allowed));
   };
   if (wire::BytesPerElement(layout.dtype()) == 0) {
-    return refuse("dtype", layout.dtype(), "BF16, FP16, FP32");
+    return refuse("dtype", layout.dtype(), wire::kKvDTypesList);
+  }
+  if (wire::HasScales(layout.dtype())) {
+    if (!wire::IsKvScales(layout.scales())) {
+      return refuse("scales", layout.scales(), wire::kKvScalesList);
+    }
+  } else if (layout.scales() != KvScales::KV_SCALES_UNSPECIFIED) {
+    return refuse("scales", layout.scales(),
+                  absl::StrCat("none in dtype ", DType_Name(layout.dtype())));
   }
   if (!wire::IsKvOrder(layout.order())) {
     return refuse("order", layout.order(), wire::kKvOrdersList);
@@ -93,6 +102,13 @@ absl::Status CheckLayout(const KvLayout& layout, const ExpectedTransfer& expecte
   PREFILLD_RETURN_IF_ERROR(Expect("order", KvOrder_Name(layout.order()), KvOrder_Name(order)));
   if (wish.dtype() != DType::DTYPE_UNSPECIFIED) {
     PREFILLD_RETURN_IF_ERROR(Expect("dtype", DType_Name(layout.dtype()), DType_Name(wish.dtype())));
+  }
+  if (wire::HasScales(layout.dtype())) {
+    const KvScales scales = wish.scales() == KvScales::KV_SCALES_UNSPECIFIED
+                                ? KvScales::KV_SCALES_PER_TOKEN
+                                : wish.scales();
+    PREFILLD_RETURN_IF_ERROR(
+        Expect("scales", KvScales_Name(layout.scales()), KvScales_Name(scales)));
   }
   PREFILLD_RETURN_IF_ERROR(Expect("first_head", layout.first_head(), wish.first_head()));
   PREFILLD_RETURN_IF_ERROR(

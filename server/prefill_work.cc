@@ -60,6 +60,20 @@ absl::Status CheckTokens(const v1::PrefillRequest& request, const model::EngineI
   return absl::OkStatus();
 }
 
+absl::StatusOr<v1::KvScales> ResolveScales(v1::KvScales request, v1::DType dtype) {
+  if (!v1::KvScales_IsValid(request)) {
+    return absl::InvalidArgumentError(absl::StrCat("layout.scales ", static_cast<int>(request),
+                                                   " unknown; one of ", wire::kKvScalesList));
+  }
+  if (wire::HasScales(dtype)) {
+    return request == v1::KV_SCALES_UNSPECIFIED ? v1::KV_SCALES_PER_TOKEN : request;
+  }
+  if (request == v1::KV_SCALES_UNSPECIFIED) return request;
+  return absl::InvalidArgumentError(absl::StrCat("layout.scales ", v1::KvScales_Name(request),
+                                                 " with layout.dtype ", v1::DType_Name(dtype),
+                                                 ", which has none; allowed with DTYPE_FP8_E4M3"));
+}
+
 absl::StatusOr<v1::KvLayout> ResolveLayout(const v1::KvLayoutRequest& request, int64_t num_tokens,
                                            const model::EngineInfo& engine) {
   v1::KvLayout layout;
@@ -87,11 +101,15 @@ absl::StatusOr<v1::KvLayout> ResolveLayout(const v1::KvLayoutRequest& request, i
                                                    " unknown; one of ", wire::kKvOrdersList));
   }
   if (!v1::DType_IsValid(request.dtype())) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "layout.dtype ", static_cast<int>(request.dtype()), " unknown; BF16, FP16 or FP32"));
+    return absl::InvalidArgumentError(absl::StrCat("layout.dtype ",
+                                                   static_cast<int>(request.dtype()),
+                                                   " unknown; one of ", wire::kKvDTypesList));
   }
   layout.set_dtype(request.dtype() == v1::DTYPE_UNSPECIFIED ? ToProto(engine.native_dtype)
                                                             : request.dtype());
+  PREFILLD_ASSIGN_OR_RETURN(const v1::KvScales scales,
+                            ResolveScales(request.scales(), layout.dtype()));
+  layout.set_scales(scales);
 
   const uint32_t num_kv_heads = engine.config.num_kv_heads;
   if (request.first_head() >= num_kv_heads) {
@@ -409,6 +427,10 @@ model::KvSelection SelectBlocks(const v1::KvLayout& layout, int64_t first_block,
   selection.dtype = layout.dtype() == v1::DTYPE_FP32   ? kernels::DType::kFp32
                     : layout.dtype() == v1::DTYPE_FP16 ? kernels::DType::kFp16
                                                        : kernels::DType::kBf16;
+  if (wire::HasScales(layout.dtype())) {
+    selection.scales = layout.scales() == v1::KV_SCALES_PER_BLOCK ? kernels::KvScales::kPerBlock
+                                                                  : kernels::KvScales::kPerToken;
+  }
   return selection;
 }
 

@@ -5,6 +5,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "proto/process/log.h"
+#include "proto/wire/enum_names.h"
+#include "proto/wire/kv_layout.h"
 #include "proto/wire/request_id.h"
 #include "server/refusal_cause.h"
 
@@ -42,6 +44,14 @@ void AddRefusal(const Caller& caller, const absl::Status& status, process::LogFi
   AddCaller(caller, fields);
   AddSpan(caller.trace, took, fields);
   fields.emplace_back("status", Shown(status));
+}
+
+// Names the type in which the KV is sent.
+void AddKvType(const ::prefill::v1::KvLayout& layout, process::LogFields& fields) {
+  fields.emplace_back("kv_dtype", wire::EnumName(layout.dtype()));
+  if (wire::HasScales(layout.dtype())) {
+    fields.emplace_back("kv_scales", wire::EnumName(layout.scales()));
+  }
 }
 
 }  // namespace
@@ -94,6 +104,7 @@ void LogRequest(PrefillJob& job, absl::Time now) {
   fields.emplace_back("total_ms", Milliseconds(now - stats.accepted_at));
   fields.emplace_back("kv_bytes", sent.bytes);
   if (sent.shared_bytes > 0) fields.emplace_back("shared_memory_bytes", sent.shared_bytes);
+  AddKvType(work.layout, fields);
   fields.emplace_back("lanes", static_cast<int64_t>(work.num_lanes));
   if (work.num_receivers > 1) fields.emplace_back("receivers", int64_t{work.num_receivers});
   AddCaller(work.caller, fields);
@@ -119,6 +130,7 @@ void LogReceiver(PrefillJob& receiver, absl::Time now) {
                                {"first_head", static_cast<int64_t>(work.layout.first_head())},
                                {"heads", static_cast<int64_t>(work.layout.num_heads())},
                                {"lanes", static_cast<int64_t>(work.num_lanes)}};
+  AddKvType(work.layout, fields);
   AddCaller(work.caller, fields);
   if (work.pushes()) {
     // Its caller is that of the request, and its span stands in the line of the push.

@@ -28,8 +28,7 @@ class SyntheticSequence : public model::PrefillSequence {
   }
 
   absl::Status PackKv(int layer, const model::KvSelection& selection, void* dst) override {
-    const size_t bytes = 2 * static_cast<size_t>(selection.num_blocks) * selection.block_tokens *
-                         selection.num_heads * config_.head_dim * SizeOf(selection.dtype);
+    const auto bytes = static_cast<size_t>(model::PackedBytes(selection, config_.head_dim));
     // Each copy starts at another place of the buffer, so that its source is not in a cache.
     size_t offset = offset_.fetch_add(bytes) % kv_.size();
     for (size_t done = 0; done < bytes;) {

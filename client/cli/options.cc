@@ -119,7 +119,10 @@ ABSL_FLAG(
     std::string, kv_order, "nhd",
     "prefill: order of the axes in a KV block: nhd, hnd, or with K and V of each head together "
     "nh2d, hn2d.");
-ABSL_FLAG(std::string, kv_dtype, "", "prefill: bf16, fp16 or fp32. Empty: the server's own.");
+ABSL_FLAG(std::string, kv_dtype, "",
+          "prefill: bf16, fp16, fp32 or fp8_e4m3. Empty: the server's own.");
+ABSL_FLAG(std::string, kv_scales, "",
+          "prefill with --kv_dtype=fp8_e4m3: per_token or per_block. Empty: per_token.");
 ABSL_FLAG(uint32_t, first_head, 0, "prefill: first KV head wanted.");
 ABSL_FLAG(uint32_t, num_heads, 0, "prefill: number of KV heads wanted. 0: the rest.");
 ABSL_FLAG(uint32_t, first_block, 0, "prefill: first KV block wanted.");
@@ -294,6 +297,8 @@ PromptSource ReadPrompt(Command command, Problems& problems) {
       ReadEnum<::prefill::v1::KvOrder>("--kv_order", absl::GetFlag(FLAGS_kv_order), problems));
   layout.set_dtype(
       ReadEnum<::prefill::v1::DType>("--kv_dtype", absl::GetFlag(FLAGS_kv_dtype), problems));
+  layout.set_scales(
+      ReadEnum<::prefill::v1::KvScales>("--kv_scales", absl::GetFlag(FLAGS_kv_scales), problems));
   layout.set_first_head(absl::GetFlag(FLAGS_first_head));
   layout.set_num_heads(absl::GetFlag(FLAGS_num_heads));
   layout.set_first_block(absl::GetFlag(FLAGS_first_block));
@@ -353,25 +358,25 @@ std::vector<const char*> AttentionFlags() {
 }
 
 process::ProgramHelp Help() {
-  return {
-      .usage = kUsage,
-      .groups = {{"Connection",
-                  {"worker", "server", "use_proxy", "tls", "tls_ca", "tls_cert", "tls_key",
-                   "tls_name", "timeout_s", "service"}},
-                 {"Output", {"json", "quiet"}},
-                 {"Prompt",
-                  {"text", "text_file", "token_ids", "token_ids_file", "model", "python", "bos",
-                   "request_id", "priority"}},
-                 {"Generation",
-                  {"max_new_tokens", "stop_token_ids", "ignore_eos", "temperature", "top_k",
-                   "top_p", "seed", "top_logprobs", "pushed_transfer_id"}},
-                 {"Attention", AttentionFlags()},
-                 {"Prefill and its KV",
-                  {"block_tokens", "kv_order", "kv_dtype", "first_head", "num_heads", "first_block",
-                   "lanes", "layer_stats", "prompt_logprobs", "bypass_prefix_cache", "cache_salt",
-                   "metadata", "token_file", "token_without_tls", "deliver_to", "transfer_id"}},
-                 {"Load of bench", LoadFlags()},
-                 {"Transfers of bench-kv", KvBenchFlags()}}};
+  return {.usage = kUsage,
+          .groups = {{"Connection",
+                      {"worker", "server", "use_proxy", "tls", "tls_ca", "tls_cert", "tls_key",
+                       "tls_name", "timeout_s", "service"}},
+                     {"Output", {"json", "quiet"}},
+                     {"Prompt",
+                      {"text", "text_file", "token_ids", "token_ids_file", "model", "python", "bos",
+                       "request_id", "priority"}},
+                     {"Generation",
+                      {"max_new_tokens", "stop_token_ids", "ignore_eos", "temperature", "top_k",
+                       "top_p", "seed", "top_logprobs", "pushed_transfer_id"}},
+                     {"Attention", AttentionFlags()},
+                     {"Prefill and its KV",
+                      {"block_tokens", "kv_order", "kv_dtype", "kv_scales", "first_head",
+                       "num_heads", "first_block", "lanes", "layer_stats", "prompt_logprobs",
+                       "bypass_prefix_cache", "cache_salt", "metadata", "token_file",
+                       "token_without_tls", "deliver_to", "transfer_id"}},
+                     {"Load of bench", LoadFlags()},
+                     {"Transfers of bench-kv", KvBenchFlags()}}};
 }
 
 }  // namespace

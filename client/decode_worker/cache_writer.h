@@ -26,12 +26,16 @@ struct TransferReport {
   uint32_t layers_computed_at_first_frame = 0;
 };
 
-// Writes verified frames into the decoder's pool, at the blocks reserved for the sequence.
-// Thread-safe: calls of Write run in parallel.
+// The type in which a cache is sent.
+enum class WireKv : uint8_t { kAsCached, kFp8PerToken, kFp8PerBlock };
+
+// Writes verified frames into the decoder's pool, at the blocks reserved for the sequence. Frames
+// in fp8 become the pool's type here. Thread-safe: calls of Write run in parallel.
 class CacheWriter {
  public:
-  // `block_table` is borrowed. Frames must come in the layout that LayoutFor(decoder) asks for.
-  CacheWriter(model::Decoder* decoder, absl::Span<const int32_t> block_table);
+  // `block_table` is borrowed. Frames must come in `layout`, which is one of LayoutFor(decoder).
+  CacheWriter(model::Decoder* decoder, absl::Span<const int32_t> block_table,
+              const ::prefill::v1::KvLayoutRequest& layout);
 
   // Checks that a cache fits the decoder. FAILED_PRECONDITION, with field, value and expectation:
   // it is not of the decoder's model, whatever its fingerprint says. Frames may be written only
@@ -39,16 +43,21 @@ class CacheWriter {
   absl::Status CheckShape(const ::prefill::v1::KvLayout& layout) const;
   absl::Status Write(const wire::ReceivedFrame& frame);
   TransferReport report() const;
+  // Returns the bytes that a token has in frames, over all layers.
+  uint64_t bytes_per_token() const;
 
-  // The layout in which this decoder's pool holds blocks.
+  // The layout in which this decoder's pool holds blocks, or the same in fp8.
   static ::prefill::v1::KvLayoutRequest LayoutFor(const model::Decoder& decoder, int block_tokens,
-                                                  kernels::KvOrder order);
+                                                  kernels::KvOrder order, WireKv wire_kv);
 
  private:
+  absl::Status Store(const wire::ReceivedFrame& frame, absl::Span<const int32_t> blocks);
+  absl::Status StoreScaled(const wire::ReceivedFrame& frame, absl::Span<const int32_t> blocks);
   void Count(const wire::ReceivedFrame& frame, absl::Time now);
 
   model::Decoder* const decoder_;
   const absl::Span<const int32_t> block_table_;
+  const ::prefill::v1::KvLayout layout_;  // what it takes to know of one to read a payload
 
   mutable absl::Mutex mu_;
   TransferReport report_ ABSL_GUARDED_BY(mu_);

@@ -116,11 +116,11 @@ class Generation : public KvSink {
         request_(request),
         facts_(facts),
         layout_(CacheWriter::LayoutFor(*worker.decoder, worker.options->decoder.block_tokens,
-                                       worker.options->decoder.order)),
+                                       worker.options->decoder.order, worker.options->wire_kv)),
         cancellation_(cancellation),
         writer_(writer),
         reservation_(std::move(reservation)),
-        cache_(worker.decoder, reservation_.blocks()) {}
+        cache_(worker.decoder, reservation_.blocks(), layout_) {}
 
   absl::Status Run() {
     absl::StatusOr<PrefillResult> prefill =
@@ -177,12 +177,7 @@ class Generation : public KvSink {
                                      .cancellation = &cancellation_,
                                      .metadata = facts_.trace.Metadata(),
                                      .resumable = true,
-                                     .kv_bytes_per_token = KvBytesPerToken()});
-  }
-
-  uint64_t KvBytesPerToken() const {
-    const model::Decoder& decoder = *worker_.decoder;
-    return 2 * decoder.config().num_layers * decoder.block_bytes() / layout_.block_tokens();
+                                     .kv_bytes_per_token = cache_.bytes_per_token()});
   }
 
   absl::StatusOr<PrefillResult> AwaitPush() {

@@ -24,6 +24,14 @@ ABSL_FLAG(std::string, device, "auto", "auto, cpu or cuda.");
 ABSL_FLAG(int32_t, cpu_threads, 0, "Compute threads of the CPU device. 0: all cores.");
 ABSL_FLAG(int32_t, kv_block_tokens, 16, "Tokens per KV block: 16, 32, 64 or 128.");
 ABSL_FLAG(std::string, kv_order, "nhd", "Order of the axes in a KV block: nhd or hnd.");
+ABSL_FLAG(
+    std::string, kv_dtype, "native",
+    "What the cache is sent in. native: what the pool holds, bf16 on a GPU and fp32 on a CPU. "
+    "fp8_e4m3: about half the bytes of bf16; it becomes the pool's type here, rounded.");
+ABSL_FLAG(
+    std::string, kv_scales, "per_token",
+    "Scales of --kv_dtype=fp8_e4m3: one for each token and head (per_token), or for each block "
+    "and head (per_block), which is less exact.");
 ABSL_FLAG(int64_t, kv_pool_tokens, 32768,
           "Tokens whose KV fits in memory, over all requests; reserved at start.");
 
@@ -101,7 +109,7 @@ process::ProgramHelp Help() {
                  {"prefilld",
                   {"prefill_address", "use_proxy", "prefill_tls", "prefill_tls_ca",
                    "prefill_tls_cert", "prefill_tls_key", "prefill_tls_name", "prefill_token_file",
-                   "prefill_token_without_tls", "lanes"}},
+                   "prefill_token_without_tls", "lanes", "kv_dtype", "kv_scales"}},
                  {"Addresses, TLS and log",
                   {"listen", "metrics_listen", "port_file", "tls_cert", "tls_key", "tls_client_ca",
                    "log_format"}},
@@ -137,6 +145,35 @@ uint32_t ReadLanes(Problems& problems) {
     problems.push_back(absl::StrCat("--lanes=", text, " is neither auto nor 1 to ", kMaxLanes));
   }
   return lanes;
+}
+
+WireKv ReadWireKv(Problems& problems) {
+  const std::string dtype = absl::GetFlag(FLAGS_kv_dtype);
+  const std::string scales = absl::GetFlag(FLAGS_kv_scales);
+  const bool is_fp8 = dtype == "fp8_e4m3";
+  if (!is_fp8 && dtype != "native") {
+    problems.push_back(absl::StrCat("--kv_dtype=", dtype, " is not one of native, fp8_e4m3"));
+  }
+  if (scales != "per_token" && scales != "per_block") {
+    problems.push_back(absl::StrCat("--kv_scales=", scales, " is not one of per_token, per_block"));
+  } else if (scales == "per_block" && !is_fp8) {
+    problems.push_back("--kv_scales=per_block needs --kv_dtype=fp8_e4m3");
+  }
+  if (!is_fp8) return WireKv::kAsCached;
+  return scales == "per_block" ? WireKv::kFp8PerBlock : WireKv::kFp8PerToken;
+}
+
+// Returns the flags that say so.
+std::pair<std::string, std::string> FlagsOf(WireKv wire_kv) {
+  switch (wire_kv) {
+    case WireKv::kFp8PerToken:
+      return {"fp8_e4m3", "per_token"};
+    case WireKv::kFp8PerBlock:
+      return {"fp8_e4m3", "per_block"};
+    case WireKv::kAsCached:
+      break;
+  }
+  return {"native", "none"};
 }
 
 model::DecoderOptions ReadDecoder(Problems& problems) {
@@ -217,6 +254,7 @@ absl::StatusOr<WorkerOptions> OptionsFromCommandLine(int argc, char** argv) {
   options.prefill = ReadPrefill(problems);
   options.prefill_addresses = absl::GetFlag(FLAGS_prefill_address);
   options.lanes = ReadLanes(problems);
+  options.wire_kv = ReadWireKv(problems);
   options.max_connections = absl::GetFlag(FLAGS_max_connections);
   CheckRange("--max_connections", options.max_connections, 1, 1 << 20, problems);
   options.max_new_tokens_limit = absl::GetFlag(FLAGS_max_new_tokens_limit);
@@ -251,6 +289,8 @@ std::vector<std::pair<std::string, std::string>> Describe(const WorkerOptions& o
           {"prefill_tls", o.prefill.tls ? "on" : "off"},
           {"prefill_token_file", o.prefill.token_file},
           {"lanes", o.lanes == 0 ? "auto" : absl::StrCat(o.lanes)},
+          {"kv_dtype", FlagsOf(o.wire_kv).first},
+          {"kv_scales", FlagsOf(o.wire_kv).second},
           {"kv_block_tokens", absl::StrCat(o.decoder.block_tokens)},
           {"kv_order", o.decoder.order == kernels::KvOrder::kNhd ? "nhd" : "hnd"},
           {"kv_pool_tokens", absl::StrCat(o.decoder.pool_tokens)},

@@ -10,6 +10,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "client/decode_worker/cache_writer.h"
 #include "model/decode/decoder.h"
 #include "proto/process/log.h"
 #include "proto/wire/channel.h"
@@ -30,6 +31,7 @@ struct WorkerOptions {
   std::vector<std::string> prefill_addresses;  // they take turns; empty: only pushed caches
   wire::ChannelOptions prefill;                // what is common to all of them
   uint32_t lanes = 0;                          // 0: by the size of the prompt's KV
+  WireKv wire_kv = WireKv::kAsCached;
 
   int64_t max_connections = 1024;  // open at once; more are refused
   int64_t max_new_tokens_limit = 4096;

@@ -47,7 +47,6 @@ void PackKv(const PackKvParams& params);
 struct KvPages {
   const int* pages = nullptr;  // of all tokens that are packed
   int page_tokens = 0;         // a multiple of PackKvParams::block_tokens
-  DType dtype = DType::kFp32;  // of k and v: bf16 or fp32
 };
 
 // Packs whole blocks of KV that lies in pages of host memory. k and v of `params` are page 0 of

@@ -103,7 +103,6 @@ absl::Status CudaDevice::Initialize() {
     PREFILLD_RETURN_IF_ERROR(fault_.Check(cudaEventCreate(&mark), "cudaEventCreate"));
   }
   PREFILLD_RETURN_IF_ERROR(fault_.Check(pack_lanes_.Reserve(), "reserving memory to pack KV"));
-  allocated_bytes_ += CudaPackLanes::kReservedBytes;
   ops_ = std::make_unique<CudaOps>(this, stream_, &fault_, &recordings_);
   PREFILLD_RETURN_IF_ERROR(ops_->Initialize());
   host_copies_ = std::make_unique<CudaHostCopies>(stream_, &fault_);

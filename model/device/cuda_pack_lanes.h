@@ -13,25 +13,25 @@
 
 namespace prefilld::model {
 
-// A few streams with device memory to convert into. KV that is wanted as it is, in bf16, needs only
-// the copy engines. Thread-safe: a caller takes a free lane or waits for one.
+// A few streams with pinned memory to convert from. Packing takes no SM (kernels/cuda/kv_pack.h
+// says why): copy engines bring the bytes, and the calling thread converts them if they are not
+// wanted in bf16. Thread-safe: a caller takes a free lane or waits for one.
 class CudaPackLanes {
  public:
-  // Two lanes keep the copy engine busy while other threads checksum and send.
-  static constexpr int kLanes = 2;
-  // The size makes the packing kernel's time small beside the copy's. K and V of one block of 64
-  // heads of 128 in fp32 fill it. A lane grows if a block of a larger model needs more.
-  static constexpr size_t kPieceBytes = size_t{8} << 20;
-  static constexpr size_t kReservedBytes = kLanes * kPieceBytes;
+  // Two lanes keep the copy engine busy while other threads checksum and send. With four, two of
+  // them may convert meanwhile.
+  static constexpr int kLanes = 4;
+  // The bf16 of a frame of 2 MiB in fp8. A lane grows, and stays so, if a frame needs more: at most
+  // to twice the largest frame.
+  static constexpr size_t kSourceBytes = size_t{4} << 20;
 
   CudaPackLanes() = default;
   CudaPackLanes(const CudaPackLanes&) = delete;
   CudaPackLanes& operator=(const CudaPackLanes&) = delete;
   ~CudaPackLanes();
 
-  // Allocates kReservedBytes of device memory, so that later, when the device may be full, only
-  // blocks larger than a piece need more. Must be called before the first Pack, by the thread whose
-  // current device is the one that packs.
+  // Allocates kSourceBytes of pinned memory for each lane. Must be called before the first Pack, by
+  // the thread whose current device is the one that packs.
   cudaError_t Reserve();
 
   // Packs into params.dst in pinned host memory. Returns when the bytes are there.
@@ -40,7 +40,7 @@ class CudaPackLanes {
  private:
   struct Lane {
     cudaStream_t stream = nullptr;
-    void* device = nullptr;
+    void* source = nullptr;
     size_t bytes = 0;
     bool busy = false;
   };

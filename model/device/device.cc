@@ -33,8 +33,9 @@ absl::StatusOr<DeviceBuffer> Device::AdoptStaging(void*, size_t) { return Device
 
 void Device::PackHostKv(const kernels::PackKvParams& params, absl::Span<const int> pages,
                         int page_tokens) const {
-  kernels::cpu::PackPagedKv(
-      params, {.pages = pages.data(), .page_tokens = page_tokens, .dtype = traits().compute_dtype});
+  kernels::PackKvParams on_host = params;
+  on_host.src_dtype = traits().compute_dtype;
+  kernels::cpu::PackPagedKv(on_host, {.pages = pages.data(), .page_tokens = page_tokens});
 }
 
 absl::Status Device::Repeat(const RecordingKey&, absl::FunctionRef<absl::Status()> ops) {

@@ -39,8 +39,19 @@ struct KvSelection {
   int first_head = 0;
   int num_heads = 0;
   kernels::KvOrder order = kernels::KvOrder::kNhd;
-  kernels::DType dtype = kernels::DType::kBf16;
+  kernels::DType dtype = kernels::DType::kBf16;  // of the elements; not read if they have scales
+  kernels::KvScales scales = kernels::KvScales::kNone;
 };
+
+// Returns the bytes of a part of a layer when it is packed.
+inline int64_t PackedBytes(const KvSelection& selection, int head_dim) {
+  return kernels::PackedBytes({.num_blocks = selection.num_blocks,
+                               .block_tokens = selection.block_tokens,
+                               .num_heads = selection.num_heads,
+                               .head_dim = head_dim,
+                               .dst_dtype = selection.dtype,
+                               .scales = selection.scales});
+}
 
 // The time of one layer of a prompt of its own.
 struct LayerTime {
@@ -89,7 +100,8 @@ class PrefillSequence {
   }
   virtual bool may_interject() const = 0;
 
-  // Writes PackedBytes() of a finished layer to `dst`, memory from AllocateStaging.
+  // Writes a part of a finished layer, as PackKvParams says, to `dst`: memory from AllocateStaging,
+  // as long as PackedBytes() says.
   virtual absl::Status PackKv(int layer, const KvSelection& selection, void* dst) = 0;
   virtual void ReleaseKv(int layer) = 0;  // of all prompts
   // Does what PackKv does for blocks that lie within cached_tokens(), from the prefix cache's

@@ -257,6 +257,8 @@ kernels::PackKvParams PromptSequence::ParamsOf(const KvSelection& selection, voi
           .head_dim = config().head_dim,
           .order = selection.order,
           .dst_dtype = selection.dtype,
+          .scales = selection.scales,
+          .src_dtype = parts_.info.native_dtype,
           .dst = dst};
 }
 

@@ -1,7 +1,8 @@
 // Sizes and orders of the KV cache on the wire, as prefill/v1/kv.proto defines them.
 //
 // A layer has two tensors, K and V. One block of a layer therefore takes twice KvTensorBytes, in
-// every order. Frames, whose payload holds both, count in KvPairBytes.
+// every order. Frames, whose payload holds both, count in KvPairBytes. Both include the scales,
+// which lie behind the elements of all blocks of a frame.
 #ifndef PREFILLD_PROTO_WIRE_KV_LAYOUT_H_
 #define PREFILLD_PROTO_WIRE_KV_LAYOUT_H_
 
@@ -27,8 +28,15 @@ constexpr bool IsBlockTokens(int64_t num_tokens) {
 inline constexpr char kKvOrdersList[] = "NHD, HND, NH2D, HN2D";
 bool IsKvOrder(::prefill::v1::KvOrder order);
 
-// The distances between neighbours along each axis of a frame's payload, in elements. Those along
-// head_dim are next to each other in every order.
+// The types of elements and the scales that this version knows, as messages list them.
+inline constexpr char kKvDTypesList[] = "BF16, FP16, FP32, FP8_E4M3";
+inline constexpr char kKvScalesList[] = "PER_TOKEN, PER_BLOCK";
+// Tells whether elements of this type stand for themselves times a scale.
+bool HasScales(::prefill::v1::DType dtype);
+bool IsKvScales(::prefill::v1::KvScales scales);
+
+// The distances between neighbours along each axis of a frame's elements, or of its scales, counted
+// in these. Elements along head_dim are next to each other in every order.
 struct PayloadStrides {
   int64_t tensor = 0;  // from K to V
   int64_t block = 0;
@@ -37,6 +45,10 @@ struct PayloadStrides {
 };
 // `num_blocks` is that of the frame. The layout's order must be known.
 PayloadStrides StridesOf(const ::prefill::v1::KvLayout& layout, int64_t num_blocks);
+// Returns the strides of the scales. That of a token is 0 where its block has one scale.
+PayloadStrides ScaleStridesOf(const ::prefill::v1::KvLayout& layout, int64_t num_blocks);
+// Returns where in the payload of a frame its scales begin, in bytes: its end if it has none.
+int64_t ScalesOffset(const ::prefill::v1::KvLayout& layout, int64_t num_blocks);
 
 // Returns 0 for a type that this version does not know.
 int64_t BytesPerElement(::prefill::v1::DType dtype);

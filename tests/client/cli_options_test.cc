@@ -61,6 +61,8 @@ TEST(CliOptions, ValuesReachTheRequest) {
   EXPECT_TRUE(options->attention.has_same_layer_sharing());
   EXPECT_FALSE(options->attention.same_layer_sharing());
   EXPECT_EQ(Call("kv_dtype=fp16")->layout.dtype(), v1::DTYPE_FP16);
+  EXPECT_EQ(Call("kv_dtype=fp8_e4m3")->layout.dtype(), v1::DTYPE_FP8_E4M3);
+  EXPECT_EQ(Call("kv_scales=per_block")->layout.scales(), v1::KV_SCALES_PER_BLOCK);
 }
 
 TEST(CliOptions, LanesAreChosenUnlessTheyAreNamed) {

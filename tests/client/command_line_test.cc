@@ -48,6 +48,15 @@ TEST(WorkerCommandLine, EveryProblemIsListed) {
                             HasSubstr("--max_requests=0"), HasSubstr("--model is required")));
 }
 
+TEST(WorkerCommandLine, KvInFp8HasScales) {
+  const auto [status, output] = RunProgram(WORKER_BINARY, "--kv_dtype=fp16 --kv_scales=none");
+  EXPECT_EQ(status, 2);
+  EXPECT_THAT(output, AllOf(HasSubstr("--kv_dtype=fp16 is not one of native, fp8_e4m3"),
+                            HasSubstr("--kv_scales=none is not one of per_token, per_block")));
+  EXPECT_THAT(RunProgram(WORKER_BINARY, "--kv_scales=per_block").second,
+              HasSubstr("--kv_scales=per_block needs --kv_dtype=fp8_e4m3"));
+}
+
 TEST(CliCommandLine, LanesAreAutoOrNumbers) {
   for (const char* lanes : {"0", "17", "four", "1,4"}) {
     const auto [status, output] =

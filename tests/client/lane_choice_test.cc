@@ -38,6 +38,10 @@ TEST(LaneChoice, KvIsAsLargeAsTheModelAndTheWishSay) {
   EXPECT_EQ(KvBytesPerToken(info, wish), 32768u);
   wish.set_dtype(v1::DTYPE_FP32);
   EXPECT_EQ(KvBytesPerToken(info, wish), 65536u);
+  wish.set_dtype(v1::DTYPE_FP8_E4M3);
+  EXPECT_EQ(KvBytesPerToken(info, wish), 16384u + 2 * 32 * 2 * 4) << "a scale for each head";
+  wish.set_scales(v1::KV_SCALES_PER_BLOCK);
+  EXPECT_EQ(KvBytesPerToken(info, wish), 16384u + 2 * 32 * 2 * 4 / 16) << "for each block of 16";
 
   EXPECT_EQ(TokensToCome({}, 1000), 1000u);
   wish.set_first_block(2);

@@ -61,6 +61,11 @@ void CheckWork(const PrefillWork& work, const RequestLimits& limits) {
               wire::KvPairBytes(layout) <=
                   wire::MaxKvPairBytes(engine.config.num_kv_heads, engine.config.head_dim),
           "a block has the room that was set aside for the largest");
+  Require(wire::HasScales(layout.dtype()) == wire::IsKvScales(layout.scales()),
+          "fp8 has scales, and no other type has");
+  Require(model::PackedBytes(SelectBlocks(layout, 0, 1), engine.config.head_dim) ==
+              wire::KvPairBytes(layout),
+          "what packs a frame and what describes it agree on its size");
   Require(work.num_lanes >= 1 && work.num_lanes <= limits.max_lanes, "the lanes are allowed");
   Require(model::Validate(work.attention).ok(), "the thresholds are in range");
   Require(model::Validate(work.sampling).ok(), "the sampling options are in range");

@@ -208,8 +208,14 @@ TEST_F(CudaDevice, AttentionWithinWhatWasReservedAllocatesNothing) {
   EXPECT_TRUE(device_->Synchronize().ok());
 }
 
+kernels::KvScales ScalesFor(kernels::KvOrder order) {
+  return order == kernels::KvOrder::kHnd    ? kernels::KvScales::kPerBlock
+         : order == kernels::KvOrder::kHn2d ? kernels::KvScales::kPerToken
+                                            : kernels::KvScales::kNone;
+}
+
 TEST_F(CudaDevice, PacksFromSeveralThreadsBesideOps) {
-  // The tensors are 2 x 20 MB in fp32, which is more than one piece of the packing buffer.
+  // Their 20 MB of bf16 are more than a packing lane has room for at first.
   constexpr int64_t kTokens = 20000;
   constexpr int kHeads = 4;
   constexpr int kHeadDim = 64;
@@ -232,7 +238,7 @@ TEST_F(CudaDevice, PacksFromSeveralThreadsBesideOps) {
   params.head_dim = kHeadDim;
   params.dst_dtype = kernels::DType::kFp32;
   const auto bytes = static_cast<size_t>(kernels::PackedBytes(params));
-  // Each thread packs in another order.
+  // Each thread packs in another order, and two of them with scales.
   constexpr kernels::KvOrder kOrders[] = {kernels::KvOrder::kNhd, kernels::KvOrder::kHnd,
                                           kernels::KvOrder::kNh2d, kernels::KvOrder::kHn2d};
   std::vector<std::vector<char>> expected;
@@ -241,6 +247,7 @@ TEST_F(CudaDevice, PacksFromSeveralThreadsBesideOps) {
     on_host.k = k.data();
     on_host.v = v.data();
     on_host.order = order;
+    on_host.scales = ScalesFor(order);
     on_host.dst = expected.emplace_back(bytes).data();
     kernels::reference::PackKv(on_host);
   }
@@ -255,17 +262,19 @@ TEST_F(CudaDevice, PacksFromSeveralThreadsBesideOps) {
       std::memset(staging->data(), 0xff, bytes);
       kernels::PackKvParams mine = params;
       mine.order = order;
+      mine.scales = ScalesFor(order);
       mine.dst = staging->data();
+      const auto packed = static_cast<size_t>(kernels::PackedBytes(mine));
       const absl::Status status = device_->PackKv(mine);
       EXPECT_TRUE(status.ok()) << status;
-      EXPECT_EQ(std::memcmp(staging->data(), expected.data(), bytes), 0);
+      EXPECT_EQ(std::memcmp(staging->data(), expected.data(), packed), 0);
 
       const SharedPages pages(bytes);
       absl::StatusOr<DeviceBuffer> adopted = device_->AdoptStaging(pages.data(), pages.bytes());
       ASSERT_TRUE(adopted.ok()) << adopted.status();
       mine.dst = pages.data();
       EXPECT_TRUE(device_->PackKv(mine).ok());
-      EXPECT_EQ(std::memcmp(pages.data(), expected.data(), bytes), 0);
+      EXPECT_EQ(std::memcmp(pages.data(), expected.data(), packed), 0);
     });
   }
   const DeviceBuffer y = Allocate(device_k.bytes());

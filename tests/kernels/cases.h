@@ -183,6 +183,8 @@ inline const std::vector<PackCase>& PackCases() {
       {"TwoHeadsOfFour", 250, 0, 8, 32, 4, 1, 2, 64},
       {"BlocksPastTheEnd", 20, 0, 3, 16, 1, 0, 1, 64},
       {"EndsInTheMiddleOfManyHeads", 75, 1, 4, 16, 5, 1, 3, 64},
+      {"OneLessThanABlock", 127, 0, 1, 128, 2, 0, 2, 128},
+      {"OneMoreThanABlock", 33, 0, 2, 32, 1, 0, 1, 128},
   };
   return cases;
 }

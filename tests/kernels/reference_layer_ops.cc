@@ -148,30 +148,72 @@ uint16_t ToFp16(float x) {
 
 namespace {
 
-// Walks the destination in its order. `tensors` are those of one block: K and then V where a block
-// holds both, or one of them.
-void PackBlock(const PackKvParams& p, int64_t block, std::initializer_list<const void*> tensors,
-               int64_t& at) {
+// Converts to fp8 e4m3, up to its largest number, 448. NaN and infinities become NaN.
+uint8_t ToE4m3(float x) {
+  const auto sign = static_cast<uint8_t>(std::signbit(x) ? 0x80 : 0);
+  if (!std::isfinite(x)) return sign | 0x7f;
+  // As in ToFp16, but 8 to 16 units, of 2^-9 at the least.
+  const double abs = std::fabs(static_cast<double>(x));
+  const int exponent = std::max(abs > 0.0 ? std::ilogb(abs) : -6, -6);
+  const auto units = static_cast<int>(std::nearbyint(std::ldexp(abs, 3 - exponent)));
+  return static_cast<uint8_t>(sign | (((exponent + 6) << 3) + units));
+}
+
+float Source(const PackKvParams& p, const void* tensor, int64_t head, int64_t token, int64_t i) {
+  if (token >= p.num_tokens) return 0.0f;
+  const int64_t at = (p.first_head + head) * p.kv_head_stride + token * p.head_dim + i;
+  if (p.src_dtype == DType::kFp32) return static_cast<const float*>(tensor)[at];
+  return std::bit_cast<float>(uint32_t{static_cast<const uint16_t*>(tensor)[at]} << 16);
+}
+
+// Returns the scale of the vector that holds a token.
+float ScaleOf(const PackKvParams& p, const void* tensor, int64_t head, int64_t token) {
+  const bool per_block = p.scales == KvScales::kPerBlock;
+  const int64_t first = per_block ? token / p.block_tokens * p.block_tokens : token;
+  const int64_t end = per_block ? first + p.block_tokens : token + 1;
+  float largest = 0.0f;
+  for (int64_t t = first; t < end; ++t) {
+    for (int64_t i = 0; i < p.head_dim; ++i) {
+      const float abs = std::fabs(Source(p, tensor, head, t, i));
+      if (std::isfinite(abs)) largest = std::max(largest, abs);
+    }
+  }
+  return largest == 0.0f ? 0.0f : std::max(largest / 448.0f, std::ldexp(1.0f, -126));
+}
+
+void PackElement(const PackKvParams& p, float x, float scale, int64_t at) {
+  if (p.scales != KvScales::kNone) {
+    const float scaled = std::isfinite(x) && scale > 0.0f ? x * (1.0f / scale) : x;
+    static_cast<uint8_t*>(p.dst)[at] = ToE4m3(scaled);
+  } else if (p.dst_dtype == DType::kFp32) {
+    static_cast<float*>(p.dst)[at] = x;
+  } else {
+    static_cast<uint16_t*>(p.dst)[at] = p.dst_dtype == DType::kBf16 ? ToBf16(x) : ToFp16(x);
+  }
+}
+
+// Calls visit(tensor, head, token) in the order of the wire, where a block has so many tokens, for
+// tokens that are `tokens_apart`.
+template <typename Visit>
+void Walk(const PackKvParams& p, int tokens, int tokens_apart, Visit visit) {
   const bool by_token = p.order == KvOrder::kNhd || p.order == KvOrder::kNh2d;
-  const int64_t outer = by_token ? p.block_tokens : p.num_heads;
-  const int64_t inner = by_token ? p.num_heads : p.block_tokens;
-  for (int64_t a = 0; a < outer; ++a) {
-    for (int64_t b = 0; b < inner; ++b) {
-      const int64_t token = block * p.block_tokens + (by_token ? a : b);
-      const int64_t head = p.first_head + (by_token ? b : a);
-      for (const void* tensor : tensors) {
-        for (int64_t i = 0; i < p.head_dim; ++i, ++at) {
-          const float x = token < p.num_tokens
-                              ? In(tensor)[head * p.kv_head_stride + token * p.head_dim + i]
-                              : 0.0f;
-          if (p.dst_dtype == DType::kFp32) {
-            static_cast<float*>(p.dst)[at] = x;
-          } else {
-            static_cast<uint16_t*>(p.dst)[at] = p.dst_dtype == DType::kBf16 ? ToBf16(x) : ToFp16(x);
-          }
+  const auto walk_block = [&](int64_t block, std::initializer_list<const void*> tensors) {
+    for (int64_t a = 0; a < (by_token ? tokens : p.num_heads); ++a) {
+      for (int64_t b = 0; b < (by_token ? p.num_heads : tokens); ++b) {
+        for (const void* tensor : tensors) {
+          visit(tensor, by_token ? b : a,
+                block * p.block_tokens + (by_token ? a : b) * tokens_apart);
         }
       }
     }
+  };
+  const int64_t end = p.first_block + p.num_blocks;
+  if (IsInterleaved(p.order)) {
+    for (int64_t block = p.first_block; block < end; ++block) walk_block(block, {p.k, p.v});
+    return;
+  }
+  for (const void* tensor : {p.k, p.v}) {
+    for (int64_t block = p.first_block; block < end; ++block) walk_block(block, {tensor});
   }
 }
 
@@ -179,14 +221,22 @@ void PackBlock(const PackKvParams& p, int64_t block, std::initializer_list<const
 
 void PackKv(const PackKvParams& p) {
   int64_t at = 0;
-  const int64_t end = p.first_block + p.num_blocks;
-  if (p.order == KvOrder::kNh2d || p.order == KvOrder::kHn2d) {
-    for (int64_t block = p.first_block; block < end; ++block) PackBlock(p, block, {p.k, p.v}, at);
-    return;
-  }
-  for (const void* tensor : {p.k, p.v}) {
-    for (int64_t block = p.first_block; block < end; ++block) PackBlock(p, block, {tensor}, at);
-  }
+  Walk(p, p.block_tokens, 1, [&](const void* tensor, int64_t head, int64_t token) {
+    const float scale = p.scales == KvScales::kNone ? 0.0f : ScaleOf(p, tensor, head, token);
+    for (int64_t i = 0; i < p.head_dim; ++i, ++at) {
+      PackElement(p, Source(p, tensor, head, token, i), scale, at);
+    }
+  });
+  if (p.scales == KvScales::kNone) return;
+  // Behind the elements, one byte each, come the scales.
+  auto* scale = static_cast<char*>(p.dst) + at;
+  const bool per_block = p.scales == KvScales::kPerBlock;
+  Walk(p, per_block ? 1 : p.block_tokens, per_block ? p.block_tokens : 1,
+       [&](const void* tensor, int64_t head, int64_t token) {
+         const float value = ScaleOf(p, tensor, head, token);
+         std::memcpy(scale, &value, sizeof(value));
+         scale += sizeof(value);
+       });
 }
 
 }  // namespace prefilld::kernels::reference

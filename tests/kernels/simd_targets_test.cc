@@ -122,6 +122,25 @@ TEST_P(EveryInstructionSet, PackKv) {
     };
     EXPECT_EQ(run(cpu::PackKv), run(reference::PackKv));
   }
+  std::vector<uint16_t> bf16_k;
+  for (const float x : k) bf16_k.push_back(reference::ToBf16(x));
+  for (const KvScales scales : {KvScales::kPerToken, KvScales::kPerBlock}) {
+    for (const bool is_bf16 : {false, true}) {
+      const auto run = [&](void (*op)(const PackKvParams&)) {
+        PackKvParams p{k.data(), k.data(), 50 * 32, 50, 0, 4, 16, 0, 2, 32};
+        p.scales = scales;
+        if (is_bf16) {
+          p.src_dtype = DType::kBf16;
+          p.k = p.v = bf16_k.data();
+        }
+        std::vector<uint8_t> packed(static_cast<size_t>(PackedBytes(p)));
+        p.dst = packed.data();
+        op(p);
+        return packed;
+      };
+      EXPECT_EQ(run(cpu::PackKv), run(reference::PackKv));
+    }
+  }
 }
 
 std::string TargetName(const ::testing::TestParamInfo<int64_t>& info) {

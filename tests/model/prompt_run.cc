@@ -62,8 +62,7 @@ KvSelection WholeLayer(const ModelConfig& config, int64_t num_tokens, int block_
 
 std::vector<uint8_t> PackLayer(PrefillEngine& engine, PrefillSequence& sequence, int layer,
                                const KvSelection& selection) {
-  const size_t bytes = 2 * selection.num_blocks * selection.block_tokens * selection.num_heads *
-                       engine.info().config.head_dim * kernels::SizeOf(selection.dtype);
+  const auto bytes = static_cast<size_t>(PackedBytes(selection, engine.info().config.head_dim));
   DeviceBuffer staging = OrDie(engine.AllocateStaging(bytes));
   OrDie(sequence.PackKv(layer, selection, staging.data()));
   std::vector<uint8_t> packed(bytes);

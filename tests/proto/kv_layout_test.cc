@@ -1,5 +1,6 @@
 #include "proto/wire/kv_layout.h"
 
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -7,6 +8,7 @@
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_join.h"
+#include "proto/wire/e4m3.h"
 #include "proto/wire/enum_names.h"
 
 namespace prefilld::wire {
@@ -29,6 +31,20 @@ TEST(KvLayout, APairIsTwoTensorsOfTheHeadsThatAreSent) {
   EXPECT_EQ(KvTensorBytes(Layout(::prefill::v1::DTYPE_FP16)), KvTensorBytes(layout));
   EXPECT_EQ(KvTensorBytes(Layout(::prefill::v1::DTYPE_FP32)), 2 * KvTensorBytes(layout));
   EXPECT_EQ(BytesPerElement(::prefill::v1::DTYPE_UNSPECIFIED), 0);
+}
+
+TEST(KvLayout, Fp8HasScalesBehindItsElements) {
+  auto layout = Layout(::prefill::v1::DTYPE_FP8_E4M3);
+  layout.set_scales(::prefill::v1::KV_SCALES_PER_TOKEN);
+  EXPECT_EQ(KvTensorBytes(layout), 32 * 3 * (64 + 4));
+  EXPECT_EQ(ScalesOffset(layout, 5), 5 * 2 * 32 * 3 * 64);
+  layout.set_scales(::prefill::v1::KV_SCALES_PER_BLOCK);
+  EXPECT_EQ(KvTensorBytes(layout), 32 * 3 * 64 + 3 * 4);
+  EXPECT_EQ(KvPairBytes(layout), 2 * KvTensorBytes(layout));
+  EXPECT_EQ(ScalesOffset(layout, 5), 5 * 2 * 32 * 3 * 64);
+  EXPECT_EQ(ScalesOffset(Layout(::prefill::v1::DTYPE_BF16), 5),
+            5 * KvPairBytes(Layout(::prefill::v1::DTYPE_BF16)));
+  EXPECT_FALSE(HasScales(::prefill::v1::DTYPE_BF16));
 }
 
 TEST(KvLayout, SizesDoNotOverflow) {
@@ -85,6 +101,64 @@ TEST(KvOrders, EachElementHasItsPlace) {
                   head * strides.head,
               place)
         << KvOrder_Name(order);
+
+    // A scale lies where an element of a head of one element would, in a block of one token if it
+    // is for a block.
+    for (const auto scales :
+         {::prefill::v1::KV_SCALES_PER_TOKEN, ::prefill::v1::KV_SCALES_PER_BLOCK}) {
+      layout.set_scales(scales);
+      auto of_scales = layout;
+      of_scales.set_head_dim(1);
+      const bool per_block = scales == ::prefill::v1::KV_SCALES_PER_BLOCK;
+      if (per_block) of_scales.set_block_tokens(1);
+      const PayloadStrides expected = StridesOf(of_scales, kBlocks);
+      const PayloadStrides actual = ScaleStridesOf(layout, kBlocks);
+      EXPECT_EQ(actual.tensor, expected.tensor);
+      EXPECT_EQ(actual.block, expected.block);
+      EXPECT_EQ(actual.token, per_block ? 0 : expected.token);
+      EXPECT_EQ(actual.head, expected.head);
+      if (per_block) continue;
+      EXPECT_EQ(actual.tensor * kDim, strides.tensor);
+      EXPECT_EQ(actual.block * kDim, strides.block);
+      EXPECT_EQ(actual.token * kDim, strides.token);
+      EXPECT_EQ(actual.head * kDim, strides.head);
+    }
+  }
+}
+
+TEST(KvScales, TheListNamesThoseThatAreKnown) {
+  using ::prefill::v1::KvScales;
+  std::vector<std::string> known;
+  for (int i = 0; i <= ::prefill::v1::KvScales_MAX; ++i) {
+    const auto scales = static_cast<KvScales>(i);
+    if (IsKvScales(scales)) known.push_back(absl::AsciiStrToUpper(EnumName(scales)));
+  }
+  EXPECT_EQ(absl::StrJoin(known, ", "), kKvScalesList);
+}
+
+TEST(KvDTypes, TheListNamesThoseThatHaveASize) {
+  using ::prefill::v1::DType;
+  std::vector<std::string> known;
+  for (int i = 0; i <= ::prefill::v1::DType_MAX; ++i) {
+    const auto dtype = static_cast<DType>(i);
+    if (BytesPerElement(dtype) > 0) known.push_back(absl::AsciiStrToUpper(EnumName(dtype)));
+  }
+  EXPECT_EQ(absl::StrJoin(known, ", "), kKvDTypesList);
+}
+
+TEST(E4m3, EveryByteHasItsNumber) {
+  EXPECT_EQ(E4m3Value(0x00), 0.0f);
+  EXPECT_EQ(E4m3Value(0x01), 0x1p-9f);
+  EXPECT_EQ(E4m3Value(0x07), 7 * 0x1p-9f);
+  EXPECT_EQ(E4m3Value(0x08), 0x1p-6f);
+  EXPECT_EQ(E4m3Value(0x38), 1.0f);
+  EXPECT_EQ(E4m3Value(0xc1), -2.25f);
+  EXPECT_EQ(E4m3Value(0x7e), 448.0f);
+  EXPECT_EQ(E4m3Value(0xfe), -448.0f);
+  EXPECT_TRUE(std::isnan(E4m3Value(0x7f)) && std::isnan(E4m3Value(0xff)));
+  for (int bits = 1; bits < 0x7f; ++bits) {
+    EXPECT_GT(kE4m3Values[bits], kE4m3Values[bits - 1]) << bits;
+    EXPECT_EQ(kE4m3Values[bits | 0x80], -kE4m3Values[bits]) << bits;
   }
 }
 

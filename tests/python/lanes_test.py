@@ -32,6 +32,10 @@ class Rule(unittest.TestCase):
     def test_kv_is_as_large_as_the_layout_says(self):
         self.assertEqual(lanes.kv_bytes_per_token(layout()), BYTES_PER_TOKEN)
         self.assertEqual(lanes.kv_bytes_per_token(layout(dtype=wire.enum_value("DType", "bf16"))), BYTES_PER_TOKEN // 2)
+        fp8 = {"dtype": wire.enum_value("DType", "fp8_e4m3"), "scales": wire.enum_value("KvScales", "per_token")}
+        self.assertEqual(lanes.kv_bytes_per_token(layout(**fp8)), BYTES_PER_TOKEN // 4 + 2 * 6 * 2 * 4)
+        fp8["scales"] = wire.enum_value("KvScales", "per_block")
+        self.assertEqual(lanes.kv_bytes_per_token(layout(**fp8)), BYTES_PER_TOKEN // 4 + 2 * 6 * 2 * 4 // 16)
 
     def test_the_rule_is_that_of_the_other_clients(self):
         header = (Path(__file__).resolve().parents[2] / "proto" / "wire" / "lane_count.h").read_text(encoding="utf-8")

@@ -62,8 +62,8 @@ class Adapter(unittest.TestCase):
         cls.server = programs.start(BIN_DIR / "prefilld", live_processes.MODEL, "--metrics_listen=")
         cls.client = cls.enterClassContext(PrefillClient(cls.server))
 
-    def fill(self, model, *inputs):
-        return prefill_cache(self.client, model, *inputs, attention=Attention("dense")).layers
+    def fill(self, model, *inputs, **options):
+        return prefill_cache(self.client, model, *inputs, attention=Attention("dense"), **options).layers
 
     def expected(self, tokens, dtype="fp32"):
         """Returns [layers, 2, heads, tokens - 1, head_dim]."""
@@ -96,6 +96,22 @@ class Adapter(unittest.TestCase):
         self.assertEqual([k.device.type for k, _ in layers], ["cpu"] * 5 + ["meta"] + ["cpu"] * 2)
         self.assertEqual({k.dtype for k, _ in layers}, {torch.bfloat16})
         np.testing.assert_array_equal(layers[3][1][0].float().numpy(), self.expected(TEXT[:40], "bf16")[3, 1])
+
+    def test_a_cache_may_come_in_fp8(self):
+        exact = self.expected(TEXT[:300])
+        for scales in ("per_token", "per_block"):
+            layout = Layout(block_tokens=64, dtype="fp8_e4m3", scales=scales)
+            layers = self.fill(Model(), torch.tensor([TEXT[:300]]), layout=layout)
+            found = np.stack([[k[0].numpy(), v[0].numpy()] for k, v in layers])
+            error, largest = np.abs(found - exact), np.abs(exact).max()
+            self.assertTrue(error.any())
+            # Half a step of the largest numbers, or of the smallest of a scale.
+            self.assertTrue((error <= np.maximum(np.abs(exact) * 2.0**-4, largest / 448 * 2.0**-10) * 1.00001).all())
+
+    def test_a_layout_that_cannot_be_filled_is_refused(self):
+        for layout in (Layout(order="hnd"), Layout(first_head=1), Layout(num_heads=1), Layout(first_block=1)):
+            with self.assertRaisesRegex(ValueError, "order nhd with all heads"):
+                self.fill(Model(), torch.tensor([TEXT[:40]]), layout=layout)
 
     def test_a_model_that_cannot_be_filled_is_refused(self):
         for text, model in (

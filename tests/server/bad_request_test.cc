@@ -83,7 +83,22 @@ INSTANTIATE_TEST_SUITE_P(
                    kInvalid, {"layout.order", "9", "NHD", "HN2D"}},
         BadRequest{"DType",
                    [](Request& r) { r.mutable_layout()->set_dtype(static_cast<v1::DType>(-1)); },
-                   kInvalid, {"layout.dtype", "-1", "BF16"}},
+                   kInvalid, {"layout.dtype", "-1", "BF16", "FP8_E4M3"}},
+        BadRequest{"Scales",
+                   [](Request& r) {
+                     r.mutable_layout()->set_dtype(v1::DTYPE_FP8_E4M3);
+                     r.mutable_layout()->set_scales(static_cast<v1::KvScales>(3));
+                   },
+                   kInvalid, {"layout.scales", "3", "PER_TOKEN", "PER_BLOCK"}},
+        BadRequest{"ScalesOfAnotherType",
+                   [](Request& r) {
+                     r.mutable_layout()->set_dtype(v1::DTYPE_FP16);
+                     r.mutable_layout()->set_scales(v1::KV_SCALES_PER_BLOCK);
+                   },
+                   kInvalid, {"layout.scales", "PER_BLOCK", "DTYPE_FP16", "DTYPE_FP8_E4M3"}},
+        BadRequest{"ScalesOfTheServersType",
+                   [](Request& r) { r.mutable_layout()->set_scales(v1::KV_SCALES_PER_TOKEN); },
+                   kInvalid, {"layout.scales", "PER_TOKEN", "DTYPE_BF16"}},
         BadRequest{"FirstHead", [](Request& r) { r.mutable_layout()->set_first_head(2); }, kInvalid,
                    {"layout.first_head", "2"}},
         BadRequest{"NumHeads", [](Request& r) { r.mutable_layout()->set_num_heads(3); }, kInvalid,

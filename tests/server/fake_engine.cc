@@ -21,7 +21,7 @@ uint32_t Element(int layer, bool is_value, int64_t token, int head, int element)
 // Packs the blocks [first, end) of `tensors`: false is K and true is V.
 char* PackBlocks(int layer, const model::KvSelection& s, int64_t first, int64_t end,
                  std::initializer_list<bool> tensors, int64_t num_tokens, int head_dim, char* dst) {
-  const size_t bytes = kernels::SizeOf(s.dtype);
+  const size_t bytes = s.scales == kernels::KvScales::kNone ? kernels::SizeOf(s.dtype) : 1;
   const bool by_token = s.order == kernels::KvOrder::kNhd || s.order == kernels::KvOrder::kNh2d;
   const int outer = by_token ? s.block_tokens : s.num_heads;
   const int inner = by_token ? s.num_heads : s.block_tokens;
@@ -43,14 +43,27 @@ char* PackBlocks(int layer, const model::KvSelection& s, int64_t first, int64_t 
   return dst;
 }
 
-void Pack(int layer, const model::KvSelection& s, int64_t num_tokens, int head_dim, char* dst) {
+char* PackArray(int layer, const model::KvSelection& s, int64_t num_tokens, int head_dim,
+                char* dst) {
   const int64_t end = s.first_block + s.num_blocks;
   if (kernels::IsInterleaved(s.order)) {
-    PackBlocks(layer, s, s.first_block, end, {false, true}, num_tokens, head_dim, dst);
-    return;
+    return PackBlocks(layer, s, s.first_block, end, {false, true}, num_tokens, head_dim, dst);
   }
   dst = PackBlocks(layer, s, s.first_block, end, {false}, num_tokens, head_dim, dst);
-  PackBlocks(layer, s, s.first_block, end, {true}, num_tokens, head_dim, dst);
+  return PackBlocks(layer, s, s.first_block, end, {true}, num_tokens, head_dim, dst);
+}
+
+void Pack(int layer, const model::KvSelection& s, int64_t num_tokens, int head_dim, char* dst) {
+  dst = PackArray(layer, s, num_tokens, head_dim, dst);
+  if (s.scales == kernels::KvScales::kNone) return;
+  model::KvSelection scales = s;
+  scales.scales = kernels::KvScales::kNone;
+  scales.dtype = kernels::DType::kFp32;
+  if (s.scales == kernels::KvScales::kPerBlock) {
+    scales.block_tokens = 1;
+    num_tokens = (num_tokens + s.block_tokens - 1) / s.block_tokens;
+  }
+  PackArray(layer, scales, num_tokens, /*head_dim=*/1, dst);
 }
 
 model::AttentionPolicy Resolve(const model::AttentionOptions& options, int64_t num_tokens) {
@@ -389,9 +402,7 @@ absl::StatusOr<model::DeviceBuffer> FakeEngine::AllocateStaging(size_t bytes) {
 
 std::string ExpectedPayload(int layer, const model::KvSelection& selection, int64_t num_tokens,
                             int head_dim) {
-  std::string payload(2 * selection.num_blocks * selection.block_tokens * selection.num_heads *
-                          head_dim * kernels::SizeOf(selection.dtype),
-                      '\0');
+  std::string payload(static_cast<size_t>(model::PackedBytes(selection, head_dim)), '\0');
   Pack(layer, selection, num_tokens, head_dim, payload.data());
   return payload;
 }

@@ -106,6 +106,7 @@ class MalformedRequests : public ServerFixture {
     layout.set_block_tokens(Number());
     layout.set_order(static_cast<v1::KvOrder>(Number()));
     layout.set_dtype(static_cast<v1::DType>(Number()));
+    layout.set_scales(static_cast<v1::KvScales>(Number()));
     layout.set_first_head(Number());
     layout.set_num_heads(Number());
     layout.set_first_block(Number());

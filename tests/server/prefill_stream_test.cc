@@ -73,6 +73,7 @@ struct LayoutCase {
   v1::DType dtype;
   uint32_t first_head, num_heads, first_block;
   int num_tokens;
+  v1::KvScales scales = v1::KV_SCALES_UNSPECIFIED;
 };
 
 class EveryLayout : public PrefillStream, public ::testing::WithParamInterface<LayoutCase> {};
@@ -87,12 +88,16 @@ TEST_P(EveryLayout, ArrivesWholeAndAsAskedFor) {
   request.mutable_layout()->set_first_head(c.first_head);
   request.mutable_layout()->set_num_heads(c.num_heads);
   request.mutable_layout()->set_first_block(c.first_block);
+  request.mutable_layout()->set_scales(c.scales);
   const StreamContents contents = Prefill(request);
   ASSERT_TRUE(contents.status.ok()) << contents.status.error_message();
   const v1::KvLayout& layout = contents.events.front().accepted().layout();
   EXPECT_EQ(layout.block_tokens(), c.block_tokens);
   EXPECT_EQ(layout.order(), c.order);
   EXPECT_EQ(layout.dtype(), c.dtype);
+  EXPECT_EQ(layout.scales(), c.dtype == v1::DTYPE_FP8_E4M3 && c.scales == v1::KV_SCALES_UNSPECIFIED
+                                 ? v1::KV_SCALES_PER_TOKEN
+                                 : c.scales);
   EXPECT_EQ(layout.first_head(), c.first_head);
   EXPECT_EQ(layout.num_heads(), c.num_heads == 0 ? 2 - c.first_head : c.num_heads);
   ExpectWholeCache(contents.frames(), layout);
@@ -109,7 +114,16 @@ INSTANTIATE_TEST_SUITE_P(
                       LayoutCase{16, v1::KV_ORDER_NH2D, v1::DTYPE_BF16, 0, 0, 1, 333},
                       LayoutCase{64, v1::KV_ORDER_HN2D, v1::DTYPE_FP16, 1, 1, 0, 1000},
                       // The consumer holds every block already, so it gets a result and no KV.
-                      LayoutCase{16, v1::KV_ORDER_NHD, v1::DTYPE_BF16, 0, 0, 7, 100}));
+                      LayoutCase{16, v1::KV_ORDER_NHD, v1::DTYPE_BF16, 0, 0, 7, 100},
+                      LayoutCase{16, v1::KV_ORDER_NHD, v1::DTYPE_FP8_E4M3, 0, 0, 0, 1},
+                      LayoutCase{64, v1::KV_ORDER_HND, v1::DTYPE_FP8_E4M3, 1, 1, 3, 1000,
+                                 v1::KV_SCALES_PER_TOKEN},
+                      LayoutCase{128, v1::KV_ORDER_HND, v1::DTYPE_FP8_E4M3, 0, 0, 0, 5000,
+                                 v1::KV_SCALES_PER_BLOCK},
+                      LayoutCase{16, v1::KV_ORDER_NH2D, v1::DTYPE_FP8_E4M3, 0, 1, 2, 333,
+                                 v1::KV_SCALES_PER_BLOCK},
+                      LayoutCase{32, v1::KV_ORDER_HN2D, v1::DTYPE_FP8_E4M3, 0, 0, 1, 3000,
+                                 v1::KV_SCALES_PER_TOKEN}));
 
 TEST_F(PrefillStream, CutsALayerIntoFramesOfTheConfiguredSize) {
   StartServer();

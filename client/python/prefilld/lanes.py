@@ -25,8 +25,10 @@ def choose_lanes(kv_bytes: int) -> int:
 
 def kv_bytes_per_token(layout) -> int:
     """Returns the bytes of KV that a token has in a transfer of this layout, over all layers."""
-    element = NUMPY_DTYPES[wire.enum_name("DType", layout.dtype)].itemsize
-    return 2 * layout.num_layers * layout.num_heads * layout.head_dim * element
+    vectors = 2 * layout.num_layers * layout.num_heads
+    elements = vectors * layout.head_dim * NUMPY_DTYPES[wire.enum_name("DType", layout.dtype)].itemsize
+    scales = {"per_token": 4 * vectors, "per_block": 4 * vectors // max(1, layout.block_tokens)}
+    return elements + (scales[wire.enum_name("KvScales", layout.scales)] if layout.scales else 0)
 
 
 def stands_for_several(address: str) -> bool:

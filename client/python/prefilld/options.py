@@ -20,7 +20,8 @@ class Layout:
     block_tokens: 16, 32, 64 or 128.
     order: of a block's axes: "nhd" [block_tokens, num_heads, head_dim], "hnd" [num_heads, block_tokens, head_dim], or
     with K and V in one block "nh2d" [block_tokens, num_heads, 2, head_dim], "hn2d" [num_heads, block_tokens, 2, head_dim].
-    dtype: "bf16", "fp16", "fp32"; None is the one the server computes in.
+    dtype: "bf16", "fp16", "fp32" or "fp8_e4m3"; None is the one the server computes in.
+    scales: of "fp8_e4m3", "per_token" (and head; None is this) or "per_block" (and head).
     first_head, num_heads: a range of KV heads; num_heads 0 is all from first_head on.
     first_block: blocks before it are not sent; equal to the number of blocks of the prompt, no KV is.
     """
@@ -31,6 +32,7 @@ class Layout:
     first_head: int = 0
     num_heads: int = 0
     first_block: int = 0
+    scales: str | None = None
 
     @classmethod
     def from_wire(cls, message) -> Layout:
@@ -42,6 +44,7 @@ class Layout:
             first_head=message.first_head,
             num_heads=message.num_heads,
             first_block=message.first_block,
+            scales=wire.enum_name("KvScales", message.scales) if message.scales else None,
         )
 
     def to_wire(self):
@@ -52,6 +55,7 @@ class Layout:
             first_head=self.first_head,
             num_heads=self.num_heads,
             first_block=self.first_block,
+            scales=wire.enum_value("KvScales", self.scales or "unspecified"),
         )
 
 

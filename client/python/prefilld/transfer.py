@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from prefilld import wire
-from prefilld.arrays import NUMPY_DTYPES, to_torch
+from prefilld.arrays import NUMPY_DTYPES, to_float32, to_torch
 from prefilld.errors import TransferError, data_loss
 from prefilld.frames import Frame, read_event
 from prefilld.options import Call
@@ -42,6 +42,19 @@ def element_type(layout) -> np.dtype:
     return NUMPY_DTYPES[wire.enum_name("DType", layout.dtype)]
 
 
+def has_scales(layout) -> bool:
+    return wire.enum_name("DType", layout.dtype) == "fp8_e4m3"
+
+
+def scales_shape(layout) -> tuple[int, int, int]:
+    """Returns the shape of one block's scales of K or V: block_shape with 1 for the axes that share a scale."""
+    first, second, _ = block_shape(layout)
+    if wire.enum_name("KvScales", layout.scales) == "per_block":
+        by_token = wire.enum_name("KvOrder", layout.order) in ("nhd", "nh2d")
+        first, second = (1, second) if by_token else (first, 1)
+    return first, second, 1
+
+
 @dataclass(frozen=True)
 class KvBlocks:
     """A run of consecutive blocks of one layer, verified.
@@ -49,7 +62,10 @@ class KvBlocks:
     keys, values: [num_blocks, *block_shape(layout)], read-only views of the received bytes. Keys
     are rotated. Positions past the end of the prompt are zero.
     array: all of the received bytes: [2 (K, V), num_blocks, *block_shape(layout)], or of interleaved orders
-    [num_blocks, *block_shape(layout)[:2], 2 (K, V), head_dim], so that a block of both is one copy.
+    [num_blocks, *block_shape(layout)[:2], 2 (K, V), head_dim], so that a block of both is one copy. Of fp8 it has
+    the elements, and not the scales, which come behind them.
+    key_scales, value_scales: float32, of fp8 alone: [num_blocks, *scales_shape(layout)], so that elements times
+    scales is what they stand for.
     layers_computed: layers that were finished when the server sent this.
     """
 
@@ -59,10 +75,25 @@ class KvBlocks:
     values: np.ndarray
     array: np.ndarray
     layers_computed: int
+    key_scales: np.ndarray | None = None
+    value_scales: np.ndarray | None = None
 
     def torch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns keys and values as tensors of the same memory, which must not be written."""
+        """Returns keys and values as tensors of the same memory, which must not be written.
+
+        fp8 is torch.float8_e4m3fn, and ValueError where torch has none (before 2.1); see torch_scales().
+        """
         return to_torch(self.keys), to_torch(self.values)
+
+    def torch_scales(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Returns the scales of keys and values as tensors of the same memory, or None: only fp8 has them."""
+        if self.key_scales is None or self.value_scales is None:
+            return None
+        return to_torch(self.key_scales), to_torch(self.value_scales)
+
+    def float32(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what keys and values stand for, whatever they came in; fp8 is multiplied by its scales."""
+        return to_float32(self.keys, self.key_scales), to_float32(self.values, self.value_scales)
 
 
 def check_layout(layout, wished, num_tokens: int, fingerprint: str) -> None:
@@ -82,6 +113,10 @@ def check_layout(layout, wished, num_tokens: int, fingerprint: str) -> None:
     dtype = wire.enum_name("DType", layout.dtype)
     expect("dtype", dtype, wire.enum_name("DType", wished.dtype) if wished.dtype else dtype)
     expect("known dtype", dtype in NUMPY_DTYPES, True)
+    scales = 0
+    if has_scales(layout):
+        scales = wished.scales or wire.enum_value("KvScales", "per_token")
+    expect("scales", layout.scales, scales)
     expect("first_head", layout.first_head, wished.first_head)
     expect("num_heads", layout.num_heads, wished.num_heads or layout.num_kv_heads - layout.first_head)
     expect("first_block", layout.first_block, wished.first_block)
@@ -112,6 +147,7 @@ class TransferCheck:
         self._shape = block_shape(layout)
         self._interleaved = is_interleaved(layout)
         self._dtype = element_type(layout)
+        self._scales_shape = scales_shape(layout) if has_scales(layout) else None
         self._arrived = np.zeros((layout.num_layers, layout.num_blocks), bool)
         self._arrived[:, : layout.first_block] = True
         self._frames = [0] * num_lanes
@@ -145,10 +181,11 @@ class TransferCheck:
         end = frame.first_block + frame.num_blocks
         if frame.layer >= self._layout.num_layers or frame.num_blocks == 0 or end > self._layout.num_blocks:
             raise data_loss(f"{where} with {frame.num_blocks} blocks lies outside the layout")
-        shape = (2, frame.num_blocks, *self._shape)
-        if self._interleaved:
-            shape = (frame.num_blocks, *self._shape[:2], 2, self._shape[2])
-        size = int(np.prod(shape)) * self._dtype.itemsize
+        shape = self._payload_shape(frame, self._shape)
+        num_elements, num_scales = int(np.prod(shape)), 0
+        if self._scales_shape:
+            num_scales = int(np.prod(self._payload_shape(frame, self._scales_shape)))
+        size = num_elements * self._dtype.itemsize + num_scales * 4
         if len(frame.payload) != size:
             raise data_loss(f"{where} has a payload of {len(frame.payload)} bytes; {size} are due")
         checksum = xxhash.xxh3_64_intdigest(frame.payload)
@@ -165,12 +202,22 @@ class TransferCheck:
             arrived[:] = True
         self._frames[lane] += is_next
         damaged.pop(frame.sequence, None)
-        array = np.frombuffer(frame.payload, self._dtype)
-        if not array.flags.aligned:  # the payload stands where its message's other fields end
-            array = np.frombuffer(bytes(frame.payload), self._dtype)
-        array = array.reshape(shape)
+        array = _view(frame.payload, self._dtype, 0, num_elements).reshape(shape)
+        keys, values = self._keys_and_values(array)
+        scales: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+        if self._scales_shape:
+            flat = _view(frame.payload, np.dtype("<f4"), num_elements, num_scales)
+            scales = self._keys_and_values(flat.reshape(self._payload_shape(frame, self._scales_shape)))
+        return KvBlocks(frame.layer, frame.first_block, keys, values, array, frame.layers_computed, *scales)
+
+    def _payload_shape(self, frame: Frame, block: tuple[int, int, int]) -> tuple[int, ...]:
+        if self._interleaved:
+            return (frame.num_blocks, *block[:2], 2, block[2])
+        return (2, frame.num_blocks, *block)
+
+    def _keys_and_values(self, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         keys, values = np.moveaxis(array, 3, 0) if self._interleaved else array
-        return KvBlocks(frame.layer, frame.first_block, keys, values, array, frame.layers_computed)
+        return keys, values
 
     def finish(self, result) -> None:
         sent = list(result.frames_per_lane)
@@ -182,6 +229,13 @@ class TransferCheck:
         for name in ("prompt_logprobs", "best_logprobs"):
             if len(getattr(result, name)) != self._num_logprobs:
                 raise data_loss(f"{len(getattr(result, name))} {name} arrived; {self._num_logprobs} are due")
+
+
+def _view(payload, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
+    array = np.frombuffer(payload, dtype, count, offset)
+    if not array.flags.aligned:  # the payload stands where its message's other fields end
+        array = np.frombuffer(bytes(payload[offset : offset + count * dtype.itemsize]), dtype)
+    return array
 
 
 class Reception:
@@ -299,15 +353,16 @@ class WholeCache:
     """Puts blocks into one array: [num_layers, 2 (K, V), num_blocks, *block_shape(layout)], writable.
 
     num_blocks counts from layout.first_block. K and V lie apart here in every order. With NHD or NH2D and all blocks, `.reshape(layers, 2, -1, heads,
-    head_dim)[:, :, :num_tokens]` is the cache by token.
+    head_dim)[:, :, :num_tokens]` is the cache by token. fp8 becomes float32 here, times its scales.
     """
 
     def __init__(self, layout):
         self._first = layout.first_block
         shape = (layout.num_layers, 2, layout.num_blocks - layout.first_block, *block_shape(layout))
-        self.array = np.empty(shape, element_type(layout))
+        self.array = np.empty(shape, np.float32 if has_scales(layout) else element_type(layout))
 
     def store(self, blocks: KvBlocks) -> None:
         begin = blocks.first_block - self._first
-        self.array[blocks.layer, 0, begin : begin + len(blocks.keys)] = blocks.keys
-        self.array[blocks.layer, 1, begin : begin + len(blocks.keys)] = blocks.values
+        keys, values = (blocks.keys, blocks.values) if blocks.key_scales is None else blocks.float32()
+        self.array[blocks.layer, 0, begin : begin + len(keys)] = keys
+        self.array[blocks.layer, 1, begin : begin + len(keys)] = values

@@ -20,6 +20,7 @@ import torch
 
 from prefilld.clients import PrefillClient
 from prefilld.options import Layout, PrefillArguments
+from prefilld.transfer import KvBlocks
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -38,11 +39,14 @@ def prefill_cache(
     """Returns a cache of input_ids[:, :-1], in the model's dtype and on the devices of its layers.
 
     input_ids: [batch, tokens]; attention_mask, of the same shape, is 0 where a shorter prompt is padded, on the
-    left. arguments: those of PrefillClient.prefill, except layout. Each prompt is prefilled by a call of its own.
+    left. arguments: those of PrefillClient.prefill. Each prompt is prefilled by a call of its own. The layout is
+    chosen here unless it is named, which then has order "nhd" and all heads and blocks: dtype "fp8_e4m3" sends a
+    quarter of the bytes of float32, and half of bfloat16's, and becomes the model's dtype here.
     Each byte of the cache is copied once, from the received message into the cache.
 
     Raises PrefilldError as PrefillClient.prefill does; ValueError when the server's model has other layers than
-    this one, when the model keeps another kind of cache, or when model.to(dtype) has rounded its RoPE frequencies.
+    this one, when the model keeps another kind of cache, when the layout cannot be filled, or when model.to(dtype) has
+    rounded its RoPE frequencies.
     """
     from transformers import DynamicCache
 
@@ -60,7 +64,9 @@ def prefill_cache(
                 f"the model's RoPE frequencies are {buffer.dtype}, rounded by model.to(dtype); "
                 "load it with from_pretrained(..., dtype=...)"
             )
-    layout = Layout(block_tokens=128, dtype=_WIRE_DTYPES[model.dtype])
+    layout = arguments.pop("layout", None) or Layout(block_tokens=128, dtype=_WIRE_DTYPES[model.dtype])
+    if (layout.order, layout.first_head, layout.num_heads, layout.first_block) != ("nhd", 0, 0, 0):
+        raise ValueError(f"{layout}: only order nhd with all heads and blocks can be filled")
     width = input_ids.shape[1] - 1  # positions that are filled
     devices = _devices(model)
     layers: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -71,7 +77,7 @@ def prefill_cache(
                 shape = (len(rows), stream.layout.num_heads, width, stream.layout.head_dim)
                 layers = [tuple(torch.zeros(shape, dtype=model.dtype, device=d) for _ in "kv") for d in devices]
             for blocks in stream:
-                for place, received in zip(layers[blocks.layer], blocks.torch(), strict=True):
+                for place, received in zip(layers[blocks.layer], _received(blocks), strict=True):
                     # Received are [blocks, block_tokens, heads, head_dim]; the last block ends with zeros.
                     by_token = received.flatten(0, 1)
                     begin = blocks.first_block * layout.block_tokens
@@ -82,6 +88,14 @@ def prefill_cache(
     for layer, (keys, values) in enumerate(layers):
         cache.update(keys, values, layer)
     return cache
+
+
+def _received(blocks: KvBlocks) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns keys and values as numbers that a cache can take."""
+    if blocks.key_scales is None:
+        return blocks.torch()
+    keys, values = blocks.float32()
+    return torch.from_numpy(keys), torch.from_numpy(values)
 
 
 def _rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[Sequence[int]]:

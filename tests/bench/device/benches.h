@@ -27,6 +27,11 @@ absl::Status BenchAttention(model::Device& device, const AttentionData& data,
 absl::Status BenchScores(model::Device& device, const AttentionData& data, int stride, int runs,
                          Report* report);
 
+// Measures the packing of K and V of one layer into frames of 2 MiB of 16-token blocks, as every
+// type of the wire, by so many threads at once: alone, and while dense attention over `data` runs.
+absl::Status BenchPack(model::Device& device, const AttentionData& data,
+                       const std::vector<int64_t>& threads, int runs, Report* report);
+
 // Measures all that pattern sharing does for one layer, from the estimate to the output: a layer
 // that makes its pivots, and a later one whose pivots exist, both on `data`. `clusters_path` names
 // heads of layers 0 and 1. `error` is ||out - dense|| / ||dense|| over all heads.

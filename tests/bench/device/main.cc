@@ -2,6 +2,7 @@
 //
 //   prefill-bench --mode=attention [--tokens=…] [--qkv=FOLDER [--clusters=FILE]]
 //   prefill-bench --mode=scores [--tokens=…] [--stride=8]
+//   prefill-bench --mode=pack [--tokens=…] [--threads=…]
 //   prefill-bench --mode=layer [--tokens=…]
 //   prefill-bench --mode=linears [--tokens=…] [--layers=28]
 //   prefill-bench --mode=prefill --model=FOLDER --prompt=TOKENS.json [--policies=dense,share]
@@ -22,7 +23,8 @@
 #include "proto/process/openmp_waiting.h"
 #include "tests/bench/device/benches.h"
 
-ABSL_FLAG(std::string, mode, "attention", "attention, scores, layer, linears, prefill or batch.");
+ABSL_FLAG(std::string, mode, "attention",
+          "attention, scores, pack, layer, linears, prefill or batch.");
 ABSL_FLAG(std::string, device, "auto", "auto, cpu or cuda.");
 ABSL_FLAG(std::vector<std::string>, tokens, {"8192"}, "Prompt lengths, comma-separated.");
 ABSL_FLAG(int32_t, heads, 28, "Query heads, for modes attention, scores and layer.");
@@ -43,6 +45,8 @@ ABSL_FLAG(int64_t, most_attention_work, 0,
           "go first, in products of Q K^T. 0: what takes some 30 ms.");
 ABSL_FLAG(std::vector<std::string>, densities, (std::vector<std::string>{"5", "10", "20", "40"}),
           "Percentages of random patterns, for mode attention.");
+ABSL_FLAG(std::vector<std::string>, threads, (std::vector<std::string>{"1", "4", "8"}),
+          "Numbers of packing threads, for mode pack.");
 ABSL_FLAG(int32_t, stride, 8, "Tokens of a fold, for mode scores.");
 ABSL_FLAG(std::string, qkv, "",
           "Folder with model.safetensors of q [1, N, H, d], k and v [1, N, H_kv, d], bf16, instead "
@@ -140,6 +144,22 @@ absl::Status RunScores(model::Device& device, Report* report) {
     if (!data.ok()) return data.status();
     absl::Status status =
         BenchScores(device, *data, absl::GetFlag(FLAGS_stride), absl::GetFlag(FLAGS_runs), report);
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status RunPack(model::Device& device, Report* report) {
+  absl::StatusOr<std::vector<int64_t>> lengths = Numbers(absl::GetFlag(FLAGS_tokens));
+  if (!lengths.ok()) return lengths.status();
+  absl::StatusOr<std::vector<int64_t>> threads = Numbers(absl::GetFlag(FLAGS_threads));
+  if (!threads.ok()) return threads.status();
+  for (int64_t length : *lengths) {
+    absl::StatusOr<AttentionData> data =
+        RandomAttentionData(device, length, absl::GetFlag(FLAGS_heads),
+                            absl::GetFlag(FLAGS_kv_heads), absl::GetFlag(FLAGS_head_dim));
+    if (!data.ok()) return data.status();
+    absl::Status status = BenchPack(device, *data, *threads, absl::GetFlag(FLAGS_runs), report);
     if (!status.ok()) return status;
   }
   return absl::OkStatus();
@@ -261,7 +281,8 @@ absl::Status Run() {
     absl::StatusOr<std::vector<int64_t>> batches = Numbers(absl::GetFlag(FLAGS_batches));
     if (!batches.ok()) return batches.status();
     status = RunEngine(*choice, *batches, &report);
-  } else if (mode == "attention" || mode == "scores" || mode == "layer" || mode == "linears") {
+  } else if (mode == "attention" || mode == "scores" || mode == "pack" || mode == "layer" ||
+             mode == "linears") {
     absl::StatusOr<std::unique_ptr<model::Device>> device = model::CreateDevice(*choice, 0);
     if (!device.ok()) return device.status();
     report.Fact("device", (*device)->traits().name);
@@ -269,6 +290,8 @@ absl::Status Run() {
       status = RunAttention(**device, &report);
     } else if (mode == "scores") {
       status = RunScores(**device, &report);
+    } else if (mode == "pack") {
+      status = RunPack(**device, &report);
     } else if (mode == "layer") {
       status = RunLayer(**device, &report);
     } else {
@@ -292,7 +315,7 @@ int main(int argc, char** argv) {
       argc, argv,
       {.usage = "How fast a device runs the parts of a prefill, and the whole.",
        .groups = {
-           {"What runs", {"mode", "device", "runs", "warm_up"}},
+           {"What runs", {"mode", "device", "runs", "warm_up", "threads"}},
            {"Shapes",
             {"tokens", "heads", "kv_heads", "head_dim", "hidden", "intermediate", "layers",
              "tile_tokens", "max_graph_tokens", "most_attention_work", "batches"}},
