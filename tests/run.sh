@@ -6,7 +6,8 @@
 #                          also checks which lock guards what (-Wthread-safety)
 #   tests/run.sh --tsan    with clang, under the thread sanitizer: the tests of what has threads
 #   tests/run.sh --fuzz    each fuzz target for 30 s, from the inputs kept in tests/fuzz/corpus
-#   ... --folder NAME      after one of these: only the C++ tests of tests/NAME; may be repeated
+#   ... --folder NAME      after one of these: only the C++ tests of tests/NAME, or the soak; may be
+#                          repeated
 #   ... -R REGEX           further arguments go to ctest
 # Where a CUDA compiler is found the CUDA code is compiled and linked too, GPU or not, but not under
 # the sanitizers. --asan and --fuzz share a build tree.
