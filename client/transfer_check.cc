@@ -143,7 +143,11 @@ absl::StatusOr<TransferCheck::Arrival> TransferCheck::Check(uint32_t lane,
         "not: layer ", frame.layer, ", blocks from ", frame.first_block));
   }
   if (checksum != frame.checksum) {
-    const bool may_be_repaired = resumable_ && (is_next || awaited_again != damaged.end());
+    // Each brings a block that is missing, so no more of them are awaited than blocks are.
+    uint64_t num_damaged = 0;
+    for (const auto& of_lane : damaged_) num_damaged += of_lane.size();
+    const bool may_be_repaired = resumable_ && (awaited_again != damaged.end() ||
+                                                (is_next && num_damaged < blocks_missing_));
     if (may_be_repaired && ++damaged[frame.sequence] <= kMaxDamagedCopies) {
       if (is_next) ++frames_per_lane_[lane];
       return Arrival::kDamaged;

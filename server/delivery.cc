@@ -122,8 +122,10 @@ void Delivery::OnSideLaneDone(uint32_t lane) {
     open_side_lanes_.erase(std::remove(open_side_lanes_.begin(), open_side_lanes_.end(), lane),
                            open_side_lanes_.end());
   }
-  for (size_t i = 1; pushes_ && i < side_lanes_.size(); ++i) {
-    side_lanes_[i]->Abort(absl::CancelledError("the push is complete"));
+  if (pushes_) {
+    for (const auto& lane_queue : side_lanes_) {
+      lane_queue->Abort(absl::CancelledError("the push is complete"));
+    }
   }
   MaybeSendResult();
 }

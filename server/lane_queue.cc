@@ -192,6 +192,7 @@ void LaneQueue::Abort(const absl::Status& status) {
     released = retained_.TakeAll();
     greeting_.reset();
     result_.reset();
+    away_since_.reset();
     pending_bytes_ = in_flight_bytes_;
     // This runs under the lock, so that End cannot come between and take the transport away.
     if (writing_) transport_->Cancel(status);
@@ -281,11 +282,12 @@ std::optional<Message> LaneQueue::TakeMessage() {
 }
 
 // Takes the transport away, to be ended. A consumer to whom nothing is left to be said is not
-// missed, but one whose result was sent may have to come back for it.
+// missed, nor one that was aborted, but one whose result was sent may have to come back for it.
 Transport* LaneQueue::Detach() {
   Transport* const transport = std::exchange(transport_, nullptr);
   if (!resumable_) return transport;
-  const bool all_is_said = !lost_ && !result_.has_value();
+  const bool is_aborted = end_.has_value() && !end_->ok();
+  const bool all_is_said = is_aborted || (!lost_ && !result_.has_value());
   lost_ = false;
   greeting_.reset();
   if (successor_.has_value()) {

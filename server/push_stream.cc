@@ -44,13 +44,14 @@ void PushStream::Start(LaneQueue* queue, Call call, Events events) {
   // The queue writes from threads other than gRPC's reactions. This hold delays OnDone until End.
   stream->AddHold();
   stream->StartRead(&stream->response_);
-  stream->StartCall();
 
   v1::PrefillEvent opening;  // Send puts ReceiveOpen in its place
   opening.mutable_accepted();
   const auto attached =
       queue->Resume(stream, has_receipts ? std::nullopt : std::optional<uint64_t>(0), opening);
   if (!attached.ok()) stream->End(attached.status());
+  // gRPC keeps what was started before. The call may end at once, and the queue must know it then.
+  stream->StartCall();
 }
 
 void PushStream::Send(Message message, bool last) {

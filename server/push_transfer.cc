@@ -1,5 +1,6 @@
 #include "server/push_transfer.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -85,7 +86,7 @@ absl::Status PushTransfer::OnReceipt(uint32_t lane, const v1::ReceiveReceipt& re
   const auto again = job_->delivery().AcknowledgePush(lane, receipt, /*goes_on=*/first);
   if (absl::IsAborted(again.status())) job_->Abort(Outcome::kDamaged, again.status());
   PREFILLD_RETURN_IF_ERROR(again.status());
-  lanes_[lane].received = receipt.received();
+  lanes_[lane].received = std::max(lanes_[lane].received, receipt.received());
   if (first) OnFirstReceipt(lane, *again);
   if (!first && *again > 0) dialer_.metrics_.CountDamaged(*again);
   if (!receipt.complete()) return absl::OkStatus();
@@ -170,10 +171,12 @@ bool PushTransfer::CallAgain(uint32_t lane, const absl::Status& broken, absl::St
     reason = state.patience.reason();
     return false;
   }
-  // A new one for each pause, because the one before may still be going off.
+  // A new one for each pause, because the one before may still be going off. It keeps its function
+  // afterwards, and this keeps it, so the function lets go of this.
   state.pause = std::make_unique<grpc::Alarm>();
   state.pause->Set(absl::ToChronoTime(absl::Now() + state.patience.pause()),
-                   [self = shared_from_this(), lane](bool) {
+                   [owner = shared_from_this(), lane](bool) mutable {
+                     const std::shared_ptr<PushTransfer> self = std::move(owner);
                      if (self->is_concluded_.load() || self->job_->ended()) return self->Leave();
                      self->Call(lane);
                    });

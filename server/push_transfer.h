@@ -42,7 +42,7 @@ class PushTransfer : public std::enable_shared_from_this<PushTransfer> {
   // Belongs to its call, or to the pause before the next.
   struct Lane {
     bool was_heard = false;  // a receipt of it has come
-    uint64_t received = 0;   // of the latest receipt
+    uint64_t received = 0;   // the greatest of a receipt
     wire::LanePatience patience;
     std::unique_ptr<grpc::Alarm> pause;
   };

@@ -43,8 +43,8 @@ void SharedMemoryVisit::Run() {
   socket_.Shutdown();
 }
 
-// What the consumer said of the request before, when it did not know yet that it was over, is
-// passed over. The time is that of all messages together.
+// Passes over what the consumer said of the request before when it did not know yet that it was
+// over. The time is that of all messages together.
 std::optional<SharedMemoryVisit::Attach> SharedMemoryVisit::NextAttach() {
   if (next_.has_value()) return std::exchange(next_, std::nullopt);
   v1::SharedMemoryRequest request;

@@ -205,16 +205,13 @@ void PendingTransfers::Unregister(const std::string& id, absl::Duration resume_w
 absl::StatusOr<std::shared_ptr<PendingTransfer>> PendingTransfers::Claim(const std::string& id,
                                                                          const std::string& key) {
   absl::MutexLock lock(&mu_);
-  Entry* entry = nullptr;
-  if (const auto waiting = entries_.find(id); waiting != entries_.end()) {
-    entry = &waiting->second;
-  } else {
-    const absl::Time now = absl::Now();
-    const auto complete =
-        std::find_if(complete_.rbegin(), complete_.rend(), [&](const Remembered& remembered) {
-          return remembered.id == id && remembered.until >= now;
-        });
-    if (complete != complete_.rend()) entry = &complete->entry;
+  // A transfer that is complete is known by its key where another one with its id is waited for.
+  const auto waiting = entries_.find(id);
+  Entry* entry = waiting == entries_.end() ? nullptr : &waiting->second;
+  const absl::Time now = absl::Now();
+  for (Remembered& complete : complete_) {
+    if (complete.id != id || complete.until < now) continue;
+    if (entry == nullptr || wire::IsSameKey(key, *complete.entry.key)) entry = &complete.entry;
   }
   const bool is_claimed = entry != nullptr && entry->key.has_value();
   // A cache that comes by Receive comes on one stream, and nothing else can bring it.

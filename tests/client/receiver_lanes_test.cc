@@ -265,6 +265,45 @@ TEST_F(ReceiverLanes, ASenderWhoComesBackToACompleteTransferIsTold) {
   EXPECT_EQ(Open(0, 1, kOtherKey)->End().error_code(), grpc::StatusCode::PERMISSION_DENIED);
 }
 
+// A router may use an id again at once.
+TEST_F(ReceiverLanes, ASenderWhoComesBackTakesNoOtherTransferWithItsId) {
+  const auto send_all = [&](const char* key) {
+    const auto lane = Open(0, 1, key);
+    for (uint32_t i = 0; i < 3; ++i) lane->Send(FrameOf(0, i, i));
+    EXPECT_TRUE(lane->AwaitReceived(3));
+    lane->SendResult({3});
+    EXPECT_TRUE(lane->AwaitComplete());
+  };
+  ExpectOk(GenerateWithPush([&] { send_all(kKey); }));
+  ExpectOk(GenerateWithPush([&] {
+    EXPECT_TRUE(Open()->AwaitComplete());
+    send_all(kOtherKey);
+  }));
+}
+
+// Each of them has to come again, and would be remembered until then.
+TEST_F(ReceiverLanes, NoMoreDamagedFramesAreAwaitedThanBlocksAreMissing) {
+  options_.push_resume_window = absl::Milliseconds(300);
+  const Reply reply = GenerateWithPush([&] {
+    const auto lane = Open();
+    const uint64_t blocks = 9;
+    for (uint64_t i = 0; i <= blocks; ++i) {
+      KvFrame damaged = FrameOf(0, i, 0);
+      damaged.set_checksum(damaged.checksum() + 1);
+      lane->Send(damaged);
+    }
+    ReceiveReceipt receipt;
+    int named = 0;
+    while (lane->stream->Read(&receipt)) named += receipt.damaged_size();
+    EXPECT_LE(named, blocks);
+    const grpc::Status end = lane->stream->Finish();
+    EXPECT_EQ(end.error_code(), grpc::StatusCode::DATA_LOSS);
+    EXPECT_THAT(end.error_message(), HasSubstr("frame 9"));
+  });
+  EXPECT_EQ(reply.status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  ExpectPoolFree();
+}
+
 TEST_F(ReceiverLanes, CancellingTheWaitEndsEveryLane) {
   GenerateRequest request = Request();
   request.set_pushed_transfer_id("t1");

@@ -244,6 +244,7 @@ class Played(unittest.TestCase):
             with self.assertRaisesRegex(Cancelled, "closed"):
                 list(cache)
 
+
 KEY = "0123456789abcdef0123456789abcdef"
 
 
@@ -334,9 +335,13 @@ class Lanes(unittest.TestCase):
         second.send_result(LAYERS)
         self.assertTrue(second.receipt().complete)
         self.expect_whole()
-        # The connection may break under that receipt.
-        again = PlayedLane(self.channel).receipt()
-        self.assertEqual((again.received, again.complete), (LAYERS, True))
+        # The connection may break under that receipt, even when the id is expected again.
+        for expected in (False, True):
+            with self.subTest(expected=expected):
+                if expected:
+                    self.enterContext(self.receiver.expect("t", TOKENS))
+                again = PlayedLane(self.channel).receipt()
+                self.assertEqual((again.received, again.complete), (LAYERS, True))
 
     def test_a_stream_takes_the_place_of_one_that_seems_alive_and_a_stranger_does_not(self):
         first = PlayedLane(self.channel)
@@ -344,6 +349,7 @@ class Lanes(unittest.TestCase):
         first.until(1)
         self.assertEqual(PlayedLane(self.channel, key=KEY[::-1]).end()[0], grpc.StatusCode.PERMISSION_DENIED)
         self.assertEqual(PlayedLane(self.channel, key="short").end()[0], grpc.StatusCode.INVALID_ARGUMENT)
+        self.assertEqual(PlayedLane(self.channel, key="k" * 129).end()[0], grpc.StatusCode.INVALID_ARGUMENT)
         self.assertEqual(PlayedLane(self.channel, num_lanes=3).end()[0], grpc.StatusCode.INVALID_ARGUMENT)
         second = PlayedLane(self.channel)
         self.assertEqual(second.receipt().received, 1)
@@ -367,6 +373,25 @@ class Lanes(unittest.TestCase):
         lane.send_result(LAYERS)
         self.assertTrue(lane.receipt().complete)
         self.expect_whole()
+
+    def test_no_more_damaged_frames_are_awaited_than_blocks_are_missing(self):
+        lane = PlayedLane(self.channel)
+        for sequence in range(LAYERS * BLOCKS + 1):
+            lane.send(sequence, 0, damaged=True)
+        code, details = lane.end()
+        self.assertEqual(code, grpc.StatusCode.DATA_LOSS)
+        self.assertIn(f"frame {LAYERS * BLOCKS} of", details)
+        self.cache.close()
+        self.reader.join(PATIENCE)
+
+    def test_an_opening_that_makes_no_sense_keeps_nobody_out(self):
+        for lane, num_lanes in ((0, 0), (0, 17), (2, 2)):
+            code, details = PlayedLane(self.channel, lane, num_lanes).end()
+            self.assertEqual(code, grpc.StatusCode.INVALID_ARGUMENT)
+            self.assertIn(f"num_lanes {'is ' * (lane > 0)}{num_lanes}", details)
+        self.assertEqual(PlayedLane(self.channel).receipt().received, 0)
+        self.cache.close()
+        self.reader.join(PATIENCE)
 
     def test_a_sender_that_stays_away_is_told_to_the_one_who_waits(self):
         with KvReceiver(resume_window=0.2) as receiver, grpc.insecure_channel(receiver.address) as channel:

@@ -114,6 +114,8 @@ TEST_F(DeliveryTest, TheResultOfAPushWaitsForEveryAcknowledgementAndThenForTheRe
   EXPECT_EQ(lane_1.ends.size(), 1);
   ASSERT_EQ(control.events.size(), 1);
   EXPECT_TRUE(control.events[0].has_result());
+  // A receiver that has everything is not missed.
+  EXPECT_EQ(delivery.consumer(absl::Now() + absl::Hours(1)).receiver_away, absl::ZeroDuration());
 }
 
 TEST_F(DeliveryTest, NobodyButTheServerResumesTheLanesOfAPush) {

@@ -5,13 +5,10 @@
 #include <utility>
 
 #include <gmock/gmock.h>
-#include <grpcpp/server.h>
-#include <grpcpp/server_builder.h>
 
-#include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
-#include "prefill/v1/receiver.grpc.pb.h"
+#include "tests/server/lane_receiver.h"
 #include "tests/server/server_fixture.h"
 
 namespace prefilld::server {
@@ -19,113 +16,6 @@ namespace {
 
 using ::testing::HasSubstr;
 using ::testing::SizeIs;
-
-// A receiver that keeps what it takes beyond its streams, and does with each frame as told.
-class LaneReceiver final : public v1::KvReceiver::Service {
- public:
-  enum class Answer {
-    kTake,     // and acknowledge
-    kSilence,  // take, and say nothing
-    kDamaged,  // say that it is damaged
-    kBreak     // end the stream as a broken connection does
-  };
-  using Script = std::function<Answer(const v1::KvFrame&)>;
-  using Opening = std::function<grpc::Status(const v1::ReceiveOpen&, int opened_before)>;
-
-  explicit LaneReceiver(
-      Script script = [](const v1::KvFrame&) { return Answer::kTake; },
-      Opening opening = [](const v1::ReceiveOpen&, int) { return grpc::Status::OK; })
-      : script_(std::move(script)), opening_(std::move(opening)) {
-    grpc::ServerBuilder builder;
-    builder.SetMaxReceiveMessageSize(-1);
-    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port_);
-    builder.RegisterService(this);
-    server_ = builder.BuildAndStart();
-  }
-  ~LaneReceiver() override { Stop(); }
-  void Stop() { server_->Shutdown(std::chrono::system_clock::now()); }
-
-  std::string address() const { return absl::StrCat("127.0.0.1:", port_); }
-  std::atomic<int> running = 0, arrivals = 0;
-  std::atomic<bool> answers_opening = true;
-
-  std::vector<v1::ReceiveOpen> opens() {
-    absl::MutexLock lock(&mu_);
-    return opens_;
-  }
-  std::vector<v1::KvFrame> frames() {
-    absl::MutexLock lock(&mu_);
-    std::vector<v1::KvFrame> frames;
-    for (const auto& [place, frame] : frames_) frames.push_back(frame);
-    return frames;
-  }
-  std::optional<v1::PrefillResult> result() {
-    absl::MutexLock lock(&mu_);
-    return result_;
-  }
-
- private:
-  using Stream = grpc::ServerReaderWriter<v1::ReceiveReceipt, v1::ReceiveRequest>;
-
-  grpc::Status ReceiveLane(grpc::ServerContext* context, Stream* stream) override {
-    ++running;
-    const auto ended = absl::MakeCleanup([this] { --running; });
-    v1::ReceiveRequest message;
-    if (!stream->Read(&message) || !message.has_open()) return grpc::Status::CANCELLED;
-    const v1::ReceiveOpen open = message.open();
-    int before = 0;
-    {
-      absl::MutexLock lock(&mu_);
-      before = static_cast<int>(opens_.size());
-      opens_.push_back(open);
-    }
-    if (const grpc::Status opened = opening_(open, before); !opened.ok()) return opened;
-    while (!answers_opening && !context->IsCancelled()) absl::SleepFor(absl::Milliseconds(5));
-    stream->Write(ReceiptOf(open.lane()));
-    while (stream->Read(&message)) {
-      v1::ReceiveReceipt receipt;
-      if (message.has_kv_frame()) {
-        ++arrivals;
-        const Answer answer = script_(message.kv_frame());
-        if (answer == Answer::kBreak) return {grpc::StatusCode::UNAVAILABLE, "it broke"};
-        if (answer != Answer::kDamaged) Keep(message.kv_frame());
-        if (answer == Answer::kSilence) continue;
-        receipt = ReceiptOf(open.lane());
-        if (answer == Answer::kDamaged) receipt.add_damaged(message.kv_frame().sequence());
-      } else {
-        receipt = ReceiptOf(open.lane());
-        receipt.set_complete(true);
-        absl::MutexLock lock(&mu_);
-        result_ = message.result();
-      }
-      stream->Write(receipt);
-      if (receipt.complete()) return grpc::Status::OK;
-    }
-    return {grpc::StatusCode::UNAVAILABLE, "it broke"};
-  }
-
-  void Keep(const v1::KvFrame& frame) {
-    absl::MutexLock lock(&mu_);
-    frames_[{frame.lane(), frame.sequence()}] = frame;
-  }
-  v1::ReceiveReceipt ReceiptOf(uint32_t lane) {
-    absl::MutexLock lock(&mu_);
-    v1::ReceiveReceipt receipt;
-    while (frames_.count({lane, receipt.received()}) > 0) {
-      receipt.set_received(receipt.received() + 1);
-    }
-    return receipt;
-  }
-
-  const Script script_;
-  const Opening opening_;
-  int port_ = 0;
-  absl::Mutex mu_;
-  std::vector<v1::ReceiveOpen> opens_ ABSL_GUARDED_BY(mu_);
-  std::map<std::pair<uint32_t, uint64_t>, v1::KvFrame> frames_ ABSL_GUARDED_BY(mu_);
-  std::optional<v1::PrefillResult> result_ ABSL_GUARDED_BY(mu_);
-  std::unique_ptr<grpc::Server> server_;
-};
 
 using Answer = LaneReceiver::Answer;
 

@@ -148,6 +148,16 @@ TEST_F(Push, HasOneLaneThatEndsWithItsStreamWhereNobodyAcknowledges) {
   EXPECT_TRUE(EverythingIsFree());
 }
 
+TEST_F(Push, GoesToSuchAReceiverWhereTheOperatorWantsNoWindow) {
+  options_.resume_window = absl::ZeroDuration();
+  StartServer();
+  FakeReceiver receiver;
+  const StreamContents contents = Prefill(PromptTo(receiver, 5000));
+  EXPECT_TRUE(contents.status.ok()) << contents.status.error_message();
+  EXPECT_TRUE(receiver.took_result());
+  EXPECT_TRUE(EverythingIsFree());
+}
+
 TEST_F(Push, TellsLogprobsToTheCallerAlone) {
   StartServer();
   FakeReceiver receiver;

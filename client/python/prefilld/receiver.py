@@ -29,7 +29,7 @@ from prefilld.transfer import Damaged, KvBlocks, TransferCheck, check_layout
 _SERVICE = "prefill.v1.KvReceiver"
 _ROOM = 4  # frames of a cache that wait to be taken; the sender waits for more
 _MAX_COMPLETE = 64  # complete caches that are remembered for senders whose connection broke at the end
-_MIN_KEY = 32  # characters
+_KEY_LENGTHS = range(32, 129)  # characters
 _Code = grpc.StatusCode
 
 
@@ -121,13 +121,13 @@ class ExpectedCache:
             raise Cancelled("the receiver no longer wants the cache")
         return size, frames
 
-
     def _fail(self, error: PrefilldError) -> None:
         self._mailbox.put(error)
 
     def _take_lane(self, opened, messages: Iterator[bytes], context) -> Iterator:
         """Yields the receipts of one stream of a lane, in the stream's thread. Its end is not the transfer's."""
         lane, lanes = opened.lane, self._lanes
+        _check_lanes(opened)
         with lanes.lock:
             if lanes.check is None:
                 if not self._taken.acquire(blocking=False):
@@ -171,6 +171,13 @@ class ExpectedCache:
             raise Cancelled("the receiver no longer wants the cache")
 
 
+def _check_lanes(opened) -> None:
+    if not 1 <= opened.num_lanes <= MAX_LANES:
+        raise PrefilldError(_Code.INVALID_ARGUMENT, f"num_lanes {opened.num_lanes}; from 1 to {MAX_LANES}")
+    if opened.lane >= opened.num_lanes:
+        raise PrefilldError(_Code.INVALID_ARGUMENT, f"lane {opened.lane}; num_lanes is {opened.num_lanes}")
+
+
 class _Lanes:
     """The lanes of one pushed cache. A lane whose stream has broken waits `window` seconds for the next."""
 
@@ -187,8 +194,6 @@ class _Lanes:
 
     def open(self, opened, context) -> None:
         """Takes a stream in, in place of the one before. Called with the lock."""
-        if not 1 <= opened.num_lanes <= MAX_LANES:
-            raise PrefilldError(_Code.INVALID_ARGUMENT, f"num_lanes {opened.num_lanes}; from 1 to {MAX_LANES}")
         if self.check is None:
             self.check = TransferCheck(opened.layout, num_lanes=opened.num_lanes, resumable=True)
             self._streams = [None] * opened.num_lanes
@@ -198,8 +203,6 @@ class _Lanes:
             raise PrefilldError(
                 _Code.INVALID_ARGUMENT, f"num_lanes {opened.num_lanes}; the transfer has {len(self._streams)}"
             )
-        if opened.lane >= opened.num_lanes:
-            raise PrefilldError(_Code.INVALID_ARGUMENT, f"lane {opened.lane}; num_lanes is {opened.num_lanes}")
         with self._locks[opened.lane]:
             before, self._streams[opened.lane] = self._streams[opened.lane], context
         timer, self._timers[opened.lane] = self._timers[opened.lane], None
@@ -269,7 +272,7 @@ class KvReceiver:
         """
         self._expected: dict[str, ExpectedCache] = {}
         self._lock = threading.Lock()
-        self._complete: dict[str, ExpectedCache] = {}  # by transfer key; the oldest first
+        self._complete: dict[tuple[str, str], ExpectedCache] = {}  # by transfer id and key; the oldest first
         self._open_timeout = open_timeout
         self._resume_window = resume_window
         options = (("grpc.max_receive_message_length", 64 << 20), ("grpc.http2.lookahead_bytes", 8 << 20))
@@ -328,7 +331,7 @@ class KvReceiver:
                 if self._expected.get(transfer_id) is cache:
                     del self._expected[transfer_id]
                     if cache.result is not None and cache._lanes.key is not None:
-                        self._complete[cache._lanes.key] = cache
+                        self._complete[transfer_id, cache._lanes.key] = cache
                         while len(self._complete) > _MAX_COMPLETE:
                             del self._complete[next(iter(self._complete))]
 
@@ -355,7 +358,9 @@ class KvReceiver:
     def _cache(self, opened, key: str = "") -> ExpectedCache:
         """Returns the cache that a stream brings. A lane shows the key of the first stream."""
         with self._lock:
-            cache = self._expected.get(opened.transfer_id) or self._complete.get(key)
+            # The id of a cache that is complete may be expected again.
+            complete = self._complete.get((opened.transfer_id, key))
+            cache = complete or self._expected.get(opened.transfer_id)
             if cache is None:
                 raise PrefilldError(_Code.NOT_FOUND, f"nobody waits for transfer_id {opened.transfer_id!r}")
             if key and cache._lanes.key is None:
@@ -376,9 +381,9 @@ class KvReceiver:
         try:
             opened = self._read_open(messages, context)
             key = opened.transfer_key
-            if len(key) < _MIN_KEY or not key.isascii():
+            if len(key) not in _KEY_LENGTHS or not key.isascii():
                 raise PrefilldError(
-                    _Code.INVALID_ARGUMENT, f"transfer_key has {len(key)} characters; at least {_MIN_KEY}, of ASCII"
+                    _Code.INVALID_ARGUMENT, f"transfer_key has {len(key)} characters; 32 to 128, of ASCII"
                 )
             yield from self._cache(opened, key)._take_lane(opened, messages, context)
         except PrefilldError as error:

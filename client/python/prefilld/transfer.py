@@ -190,8 +190,8 @@ class TransferCheck:
             raise data_loss(f"{where} has a payload of {len(frame.payload)} bytes; {size} are due")
         checksum = xxhash.xxh3_64_intdigest(frame.payload)
         if checksum != frame.checksum:
-            damaged[frame.sequence] = damaged.get(frame.sequence, 0) + 1
-            if self._resumable and damaged[frame.sequence] <= _MAX_DAMAGED_COPIES:
+            if self._resumable and self._may_be_repaired(frame.sequence, damaged):
+                damaged[frame.sequence] = damaged.get(frame.sequence, 0) + 1
                 self._frames[lane] += is_next
                 raise Damaged
             raise data_loss(f"{where}: checksum of the payload is {checksum:016x}, sent was {frame.checksum:016x}")
@@ -218,6 +218,13 @@ class TransferCheck:
     def _keys_and_values(self, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         keys, values = np.moveaxis(array, 3, 0) if self._interleaved else array
         return keys, values
+
+    def _may_be_repaired(self, sequence: int, damaged: dict[int, int]) -> bool:
+        """Each frame brings a block that is missing, so no more of them are awaited than blocks are."""
+        if sequence in damaged:
+            return damaged[sequence] < _MAX_DAMAGED_COPIES
+        with self._lock:
+            return sum(len(frames) for frames in self._damaged) < int((~self._arrived).sum())
 
     def finish(self, result) -> None:
         sent = list(result.frames_per_lane)
