@@ -17,7 +17,9 @@ using ::prefill::v1::KvLayout;
 using ::prefill::v1::KvLayoutRequest;
 using ::prefill::v1::ServerInfo;
 
+// A server may say anything of itself, and sizes must not overflow.
 uint64_t KvBytesPerToken(const ServerInfo& server, const KvLayoutRequest& wish) {
+  constexpr uint32_t kMaxHeads = 1024, kMaxHeadDim = 1024;  // no model comes near these limits
   KvLayout layout;
   layout.set_num_layers(server.num_layers());
   layout.set_num_heads(wish.num_heads() > 0 ? wish.num_heads() : server.num_kv_heads());
@@ -26,6 +28,10 @@ uint64_t KvBytesPerToken(const ServerInfo& server, const KvLayoutRequest& wish) 
   layout.set_block_tokens(wish.block_tokens() > 0 ? wish.block_tokens()
                                                   : wire::kDefaultBlockTokens);
   layout.set_scales(wish.scales());
+  if (layout.num_heads() > kMaxHeads || layout.head_dim() > kMaxHeadDim ||
+      !wire::IsBlockTokens(layout.block_tokens())) {
+    return 0;
+  }
   return KvBytesPerToken(layout);
 }
 

@@ -17,7 +17,8 @@ using wire::kManyLanes;
 using wire::kMaxLanes;
 
 // Return the bytes of KV that a token has, over all layers: at a server that is asked for that
-// layout, or in a transfer.
+// layout, 0 if no model is so or the server would refuse it; or in a transfer, whose layout has
+// been checked (CheckLayout).
 uint64_t KvBytesPerToken(const ::prefill::v1::ServerInfo& server,
                          const ::prefill::v1::KvLayoutRequest& wish);
 uint64_t KvBytesPerToken(const ::prefill::v1::KvLayout& layout);

@@ -47,7 +47,7 @@ struct PackKvParams {
   DType dst_dtype = DType::kBf16;  // of the elements; not read if they have scales
   KvScales scales = KvScales::kNone;
   DType src_dtype = DType::kFp32;  // fp32 or bf16: what the device computes in
-  void* dst = nullptr;             // PackedBytes() long
+  void* dst = nullptr;             // PackedBytes() long, aligned for fp32
 };
 
 constexpr size_t ElementBytes(const PackKvParams& p) {

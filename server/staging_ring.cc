@@ -8,6 +8,11 @@
 #include "server/shared_region.h"
 
 namespace prefilld::server {
+namespace {
+
+constexpr size_t kCacheLineBytes = 64;
+
+}  // namespace
 
 StagingRing::Lease& StagingRing::Lease::operator=(Lease&& other) noexcept {
   std::swap(ring_, other.ring_);
@@ -25,6 +30,7 @@ absl::StatusOr<std::unique_ptr<StagingRing>> StagingRing::Create(model::PrefillE
                                                                  int num_buffers,
                                                                  size_t buffer_bytes,
                                                                  absl::Duration patience) {
+  buffer_bytes = (buffer_bytes + kCacheLineBytes - 1) / kCacheLineBytes * kCacheLineBytes;
   PREFILLD_ASSIGN_OR_RETURN(model::DeviceBuffer memory,
                             engine.AllocateStaging(num_buffers * buffer_bytes));
   return std::unique_ptr<StagingRing>(

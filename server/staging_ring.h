@@ -75,7 +75,8 @@ class StagingRing {
     std::byte* data_ = nullptr;
   };
 
-  // Allocates num_buffers (at least 2) of buffer_bytes in the engine's staging memory. While
+  // Allocates num_buffers (at least 2) of buffer_bytes, rounded up to whole cache lines, in the
+  // engine's staging memory, so that numbers of every type may begin where a buffer does. While
   // Acquire waits, it asks every `patience` whether to give up, because any thread may end a
   // request without bringing a buffer back.
   static absl::StatusOr<std::unique_ptr<StagingRing>> Create(

@@ -160,8 +160,9 @@ void ScaleHead(const PackKvParams& p, const From* from, int64_t stride, uint8_t*
   const size_t n = static_cast<size_t>(p.head_dim);
   const int64_t vector_tokens = scale_stride == 0 ? num_tokens : 1;
   for (int64_t t = 0; t < num_tokens; t += vector_tokens, scales += scale_stride) {
-    *scales = ScaleOf(Largest(from, n * static_cast<size_t>(vector_tokens)));
-    const float inverse = *scales == 0.0f ? 0.0f : 1.0f / *scales;
+    const float scale = ScaleOf(Largest(from, n * static_cast<size_t>(vector_tokens)));
+    const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+    *scales = scale;
     for (int64_t i = 0; i < vector_tokens; ++i, from += n, to += stride) {
       ScaleRow(from, n, inverse, to);
     }

@@ -43,6 +43,15 @@ TEST(LaneChoice, KvIsAsLargeAsTheModelAndTheWishSay) {
   wish.set_scales(v1::KV_SCALES_PER_BLOCK);
   EXPECT_EQ(KvBytesPerToken(info, wish), 16384u + 2 * 32 * 2 * 4 / 16) << "for each block of 16";
 
+  info.set_num_kv_heads(0xffffffff);
+  info.set_head_dim(0xffffffff);
+  EXPECT_EQ(KvBytesPerToken(info, {}), 0u) << "no model is so";
+  info.set_num_kv_heads(8);
+  info.set_head_dim(128);
+  wish.set_block_tokens(0xffffffff);
+  EXPECT_EQ(KvBytesPerToken(info, wish), 0u) << "the server refuses such blocks";
+  wish.clear_block_tokens();
+
   EXPECT_EQ(TokensToCome({}, 1000), 1000u);
   wish.set_first_block(2);
   EXPECT_EQ(TokensToCome(wish, 1000), 968u);

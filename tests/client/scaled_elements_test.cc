@@ -94,5 +94,27 @@ TEST(Unscale, ANanStaysOne) {
   EXPECT_EQ(bf16[7], 0);
 }
 
+// No sender of ours has such scales.
+TEST(Unscale, AScaleThatIsNotFiniteMakesNoFiniteNumber) {
+  KvLayout layout;
+  layout.set_dtype(::prefill::v1::DTYPE_FP8_E4M3);
+  layout.set_order(::prefill::v1::KV_ORDER_NHD);
+  layout.set_scales(::prefill::v1::KV_SCALES_PER_BLOCK);
+  layout.set_block_tokens(kTokens);
+  layout.set_num_heads(1);
+  layout.set_head_dim(kDim);
+  std::vector<uint8_t> payload(wire::KvPairBytes(layout));
+  payload[1] = 0x7e;
+  for (const float scale :
+       {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
+    std::memcpy(&payload[wire::ScalesOffset(layout, 1)], &scale, sizeof(scale));
+    std::vector<uint16_t> bf16(kTokens * kDim);
+    Unscale(layout, 1, false, payload.data(), kernels::DType::kBf16,
+            reinterpret_cast<uint8_t*>(bf16.data()));
+    EXPECT_GT(bf16[0] & 0x7fff, 0x7f80) << "0 times " << scale;
+    EXPECT_GE(bf16[1] & 0x7fff, 0x7f80) << "448 times " << scale;
+  }
+}
+
 }  // namespace
 }  // namespace prefilld::client

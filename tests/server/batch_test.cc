@@ -317,16 +317,16 @@ TEST_F(Batch, IsNoLargerThanTheDeadlinesOfItsPromptsAllow) {
     engine_->HoldAfter(1);
     pair.front()->ReadUntil(v1::PrefillEvent::kKvFrame);
     EXPECT_TRUE(Eventually([&] { return engine_->stopped() == 1; }));
-    clock_.Advance(absl::Seconds(10));
+    clock_.Advance(absl::Seconds(25));
     engine_->HoldAfter(-1);
     for (const auto& call : pair) EXPECT_EQ(call->Rest().result()->batch_prompts(), 2);
     EXPECT_TRUE(EverythingIsFree());
   }
   const size_t before = engine_->lengths().size();
   const auto holder = HoldEngine();
-  OpenStream hasty(*NewStub(), DensePromptOf(1000), absl::Now() + absl::Seconds(5));
+  OpenStream hasty(*NewStub(), DensePromptOf(1000), absl::Now() + absl::Seconds(12.5));
   hasty.ReadUntil(v1::PrefillEvent::kAccepted);
-  // At the best recent speed 3900 tokens take 9.75 seconds, and 1100 take 2.75.
+  // At the best recent speed 3900 tokens take 24.4 seconds, and 1100 take 6.9.
   const auto large = Submit(DensePromptOf(2900)), small = Submit(DensePromptOf(100));
   engine_->HoldAfter(-1);
   for (OpenStream* call : {&hasty, large.get(), small.get()}) {

@@ -108,6 +108,22 @@ TEST_F(Receivers, EachTakeTheirHeadsOfOneComputation) {
   EXPECT_EQ(ReceiversThatEnded("ok"), 1);
 }
 
+TEST_F(Receivers, EachMayHaveATypeOfItsOwn) {
+  StartServer();
+  const auto first = Read(FirstCall(kTokens, 3));
+  v1::AttachReceiverRequest per_token = Receiver(1), per_block = Receiver(2);
+  for (v1::AttachReceiverRequest* request : {&per_token, &per_block}) {
+    request->mutable_layout()->set_dtype(v1::DTYPE_FP8_E4M3);
+  }
+  per_block.mutable_layout()->set_scales(v1::KV_SCALES_PER_BLOCK);
+  const auto second = Read(per_token), third = Read(per_block);
+  ExpectWhole(first->Contents());
+  ExpectWhole(second->Contents());
+  ExpectWhole(third->Contents());
+  EXPECT_GT(first->Contents().result()->kv_bytes(), second->Contents().result()->kv_bytes());
+  EXPECT_GT(second->Contents().result()->kv_bytes(), third->Contents().result()->kv_bytes());
+}
+
 TEST_F(Receivers, MayCallBeforeTheFirstCall) {
   StartServer();
   const auto other = Read(Receiver());

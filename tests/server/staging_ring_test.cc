@@ -1,6 +1,7 @@
 #include "server/staging_ring.h"
 
 #include <atomic>
+#include <cstdint>
 #include <set>
 #include <thread>
 #include <vector>
@@ -30,6 +31,17 @@ class StagingRingTest : public ::testing::Test {
 
   FakeEngine engine_{FakeEngineOptions()};
 };
+
+TEST_F(StagingRingTest, NumbersOfEveryTypeMayBeginWhereABufferDoes) {
+  const auto ring = *StagingRing::Create(engine_, 4, 4097);
+  EXPECT_EQ(ring->buffer_bytes(), 4160u);
+  EXPECT_EQ(ring->capacity_bytes(), 4 * 4160);
+  std::vector<StagingRing::Lease> leases;
+  for (int i = 0; i < 4; ++i) {
+    leases.push_back(ring->Acquire({NewCredit()}, kNever));
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(leases.back().data()) % alignof(float), 0u);
+  }
+}
 
 TEST_F(StagingRingTest, LendsDistinctBuffersAndTakesThemBack) {
   const auto ring = NewRing(4);

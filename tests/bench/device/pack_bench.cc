@@ -32,6 +32,7 @@ absl::StatusOr<double> PackLayer(model::Device& device, const kernels::PackKvPar
   kernels::PackKvParams one_block = layer;
   one_block.num_blocks = 1;
   const int64_t frame_blocks = kFrameBytes / kernels::PackedBytes(one_block);
+  if (frame_blocks == 0) return absl::InvalidArgumentError("a block has more bytes than a frame");
   std::atomic<int64_t> next_block = 0;
   std::vector<absl::Status> statuses(buffers.size());
   const auto begin = std::chrono::steady_clock::now();
