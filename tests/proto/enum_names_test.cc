@@ -13,7 +13,7 @@ namespace v1 = ::prefill::v1;
 TEST(EnumNames, AreThoseOfTheContractWithoutPrefixAndInSmallLetters) {
   EXPECT_EQ(EnumName(v1::ATTENTION_POLICY_VERTICAL_SLASH), "vertical_slash");
   EXPECT_EQ(EnumName(v1::DTYPE_BF16), "bf16");
-  EXPECT_EQ(EnumNames<v1::DType>(), "bf16, fp16, fp32");
+  EXPECT_EQ(EnumNames<v1::DType>(), "bf16, fp16, fp32, fp8_e4m3");
 }
 
 TEST(EnumNames, AreReadBack) {
