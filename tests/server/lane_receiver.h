@@ -17,6 +17,8 @@
 #include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "prefill/v1/receiver.grpc.pb.h"
 
 namespace prefilld::server {
@@ -51,6 +53,7 @@ class LaneReceiver final : public ::prefill::v1::KvReceiver::Service {
   ~LaneReceiver() override { Stop(); }
   void Stop() { server_->Shutdown(std::chrono::system_clock::now()); }
 
+  int port() const { return port_; }
   std::string address() const { return absl::StrCat("127.0.0.1:", port_); }
   std::atomic<int> running = 0, arrivals = 0;
   std::atomic<bool> answers_opening = true;

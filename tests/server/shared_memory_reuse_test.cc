@@ -8,6 +8,7 @@
 
 #include <gmock/gmock.h>
 
+#include "absl/strings/str_cat.h"
 #include "client/shared_memory.h"
 #include "client/shared_memory_pool.h"
 #include "tests/server/resumption_fixture.h"
@@ -106,7 +107,8 @@ TEST_F(SharedMemoryReuse, AProcessMakesNoMoreThanItMay) {
   std::vector<std::unique_ptr<OpenStream>> streams;
   const auto attach = [&] {
     v1::Accepted accepted;
-    streams.push_back(Open(accepted));
+    const std::string id = absl::StrCat("shared-", streams.size());
+    streams.push_back(Open(accepted, PromptOf(kTokens, id)));
     accepted.mutable_shared_memory()->set_bytes(kLarge);
     return client::SharedMemory::Attach(accepted);
   };

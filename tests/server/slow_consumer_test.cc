@@ -13,11 +13,9 @@
 #include <gmock/gmock.h>
 #include <grpcpp/create_channel.h>
 #include <grpcpp/security/credentials.h>
-#include <grpcpp/server.h>
-#include <grpcpp/server_builder.h>
 
 #include "absl/strings/str_cat.h"
-#include "prefill/v1/receiver.grpc.pb.h"
+#include "tests/server/lane_receiver.h"
 #include "tests/server/server_fixture.h"
 
 namespace prefilld::server {
@@ -139,37 +137,6 @@ class SlowConsumer : public ServerFixture {
   }
 };
 
-// Counts the frames that are pushed to it.
-class Receiver final : public v1::KvReceiver::Service {
- public:
-  Receiver() {
-    grpc::ServerBuilder builder;
-    builder.SetMaxReceiveMessageSize(-1);
-    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port_);
-    builder.RegisterService(this);
-    server_ = builder.BuildAndStart();
-  }
-
-  grpc::Status Receive(grpc::ServerContext*, grpc::ServerReader<v1::ReceiveRequest>* reader,
-                       v1::ReceiveResponse* response) override {
-    v1::ReceiveRequest message;
-    while (reader->Read(&message)) {
-      if (!message.has_kv_frame()) continue;
-      response->set_kv_bytes(response->kv_bytes() + message.kv_frame().payload().size());
-      ++frames_;
-    }
-    return grpc::Status::OK;
-  }
-
-  int port() const { return port_; }
-  int frames() const { return frames_; }
-
- private:
-  int port_ = 0;
-  std::atomic<int> frames_ = 0;
-  std::unique_ptr<grpc::Server> server_;
-};
-
 // A frame of 2 MiB takes five times the stall time-out.
 TEST_F(SlowConsumer, ThatTakesBytesIsNotStalledHoweverLongAFrameTakes) {
   options_.stall_timeout = absl::Seconds(1);
@@ -194,15 +161,16 @@ TEST_F(SlowConsumer, OfAPushThatTakesBytesIsNotStalledEither) {
   options_.min_consumer_mb_per_s = 0;
   options_.deliver_to_allow = {"127.0.0.1:*"};
   StartServer();
-  Receiver receiver;
+  LaneReceiver receiver;
   SlowReader reader(Loopback(receiver.port()), SlowReader::From::kCaller);
   reader.set_bytes_per_second(400'000);
   v1::PrefillRequest request = PromptOf(4096);
   request.mutable_deliver_to()->set_address(absl::StrCat("127.0.0.1:", reader.port()));
   request.mutable_deliver_to()->set_transfer_id("t");
+  request.set_num_lanes(1);
   OpenStream stream(*stub_, request);
   const absl::Time start = absl::Now();
-  while (receiver.frames() < 2 && absl::Now() - start < kPatience) {
+  while (receiver.arrivals < 2 && absl::Now() - start < kPatience) {
     absl::SleepFor(absl::Milliseconds(20));
   }
   EXPECT_GT(absl::Now() - start, 4 * options_.stall_timeout);
@@ -237,15 +205,16 @@ TEST_F(SlowConsumer, OfAPushToAUnixSocketThatTakesBytesIsNotStalledEither) {
   options_.min_consumer_mb_per_s = 0;
   options_.deliver_to_allow = {"unix:" + path};
   StartServer();
-  Receiver receiver;
+  LaneReceiver receiver;
   SlowReader reader(Loopback(receiver.port()), SlowReader::From::kCaller, path);
   reader.set_bytes_per_second(350'000);
   v1::PrefillRequest request = PromptOf(4096);
   request.mutable_deliver_to()->set_address("unix:" + path);
   request.mutable_deliver_to()->set_transfer_id("t");
+  request.set_num_lanes(1);
   OpenStream stream(*stub_, request);
   const absl::Time start = absl::Now();
-  while (receiver.frames() < 1 && absl::Now() - start < kPatience) {
+  while (receiver.arrivals < 1 && absl::Now() - start < kPatience) {
     absl::SleepFor(absl::Milliseconds(20));
   }
   EXPECT_GT(absl::Now() - start, 2 * options_.stall_timeout);
