@@ -145,7 +145,7 @@ KV = Row(
               (Query(f"sum({of('prefilld_shared_memory_bytes')})", "mapped"),
                Query(f"sum({of('prefilld_shared_memory_limit_bytes')})", "limit"))),
         Panel("Consumers that came for shared memory", "All but attached and attached_again get their KV over gRPC.", "cps",
-              (Query(rate("prefilld_shared_memory_connections_total", "result") + " > 0", "{{result}}"),), "stacked"),
+              (Query(rate("prefilld_shared_memory_connections_total", "result"), "{{result}}"),), "stacked"),
     ),
 )  # fmt: skip
 

@@ -58,8 +58,10 @@ class BrokenConnections(unittest.TestCase):
 
     @classmethod
     def start_server(cls, *flags):
-        # One frame a 128 blocks and little staging memory, so that a stream has many frames.
-        flags = ("--metrics_listen=127.0.0.1:0", "--frame_bytes=1048576", "--staging_bytes=16777216", *flags)
+        # One frame a 128 blocks and little staging memory, so that a stream has many frames. All of them go
+        # through the proxy, and none around it in shared memory.
+        frames = ("--frame_bytes=1048576", "--staging_bytes=16777216", "--shared_memory_bytes=0")
+        flags = ("--metrics_listen=127.0.0.1:0", *frames, *flags)
         return cls.programs.start(BIN_DIR / "prefilld", live_processes.MODEL, *flags)
 
     def setUp(self):
