@@ -133,7 +133,7 @@ TEST_F(Access, AMessageOfAGibibyteIsRefusedAndItsMemoryComesBack) {
   EXPECT_EQ(SendGibibyte().error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
   EXPECT_EQ(CallAsOurs(), absl::OkStatus());
   const absl::Time deadline = absl::Now() + absl::Seconds(10);
-  // What the allocator keeps goes back to the system as the server goes on working.
+  // The allocator gives back what it keeps while the server goes on working.
   while (MemoryMb("VmRSS") > before + 200 && absl::Now() < deadline) {
     EXPECT_EQ(CallAsOurs(), absl::OkStatus());
     absl::SleepFor(absl::Milliseconds(50));
