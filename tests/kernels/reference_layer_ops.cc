@@ -152,7 +152,7 @@ namespace {
 uint8_t ToE4m3(float x) {
   const auto sign = static_cast<uint8_t>(std::signbit(x) ? 0x80 : 0);
   if (!std::isfinite(x)) return sign | 0x7f;
-  // As in ToFp16, but 8 to 16 units, of 2^-9 at the least.
+  // A number is 8 to 16 units of its power of two; a unit is never below 2^-9.
   const double abs = std::fabs(static_cast<double>(x));
   const int exponent = std::max(abs > 0.0 ? std::ilogb(abs) : -6, -6);
   const auto units = static_cast<int>(std::nearbyint(std::ldexp(abs, 3 - exponent)));

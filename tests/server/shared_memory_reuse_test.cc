@@ -168,7 +168,7 @@ TEST_F(SharedMemoryReuse, ASecondDescriptorIsRefusedAndSoIsARequestThatDoesNotRu
   }
 }
 
-// As of frames that came before the memory was in use, of which the server needs no receipt.
+// These receipts are for frames from before the memory was in use. The server needs none of them.
 TEST_F(SharedMemoryReuse, ReceiptsOfARequestThatIsOverLeaveTheMemoryAttached) {
   StartServer();
   v1::Accepted accepted, next_accepted;
