@@ -20,9 +20,11 @@ if live_processes.reason_to_skip():
 
 import compare_simulator  # noqa: E402
 
-# Other tests use the machine beside this one. compare_simulator.py prints how near the times are on
-# a quiet one.
+# compare_simulator.py prints how near the times are on a quiet machine.
 FACTOR = 2.5
+# Whatever else uses the machine during one of the measurements moves the times apart. A simulator
+# that is wrong is wrong every time.
+ATTEMPTS = 3
 
 
 class SimulatorTest(unittest.TestCase):
@@ -33,14 +35,15 @@ class SimulatorTest(unittest.TestCase):
              "--server_flags=--max_prompt_tokens=4096"]  # fmt: skip
         )
         for scheduling in ("turns", "fifo"):
-            report = compare_simulator.compare(args, scheduling)
-            print(scheduling, report)
-            self.assertEqual(report["ends"]["measured"], {"OK": 24})
-            self.assertEqual(report["ends"]["simulated"], {"OK": 24})
-            for name in ("mean", "p90"):
-                share = report["simulated_of_measured"][name]
-                self.assertGreater(share, 1 / FACTOR, (scheduling, name, report))
-                self.assertLess(share, FACTOR, (scheduling, name, report))
+            for attempt in range(1, ATTEMPTS + 1):
+                report = compare_simulator.compare(args, scheduling)
+                print(scheduling, report)
+                self.assertEqual(report["ends"]["measured"], {"OK": 24})
+                self.assertEqual(report["ends"]["simulated"], {"OK": 24})
+                shares = [report["simulated_of_measured"][name] for name in ("mean", "p90")]
+                if all(1 / FACTOR < share < FACTOR for share in shares):
+                    break
+                self.assertLess(attempt, ATTEMPTS, (scheduling, report))
 
 
 if __name__ == "__main__":
