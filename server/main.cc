@@ -100,7 +100,7 @@ void LogConfiguration(const ServerOptions& options, const model::EngineInfo& eng
   LogCalibratedLoss(engine);
 }
 
-// Says what was reserved at the start; deploy/sizing.md has the formulas.
+// Says what was reserved at the start; deploy/guide/README.md has the formulas.
 void LogMemory(const ServerOptions& options, const model::PrefillEngine& engine) {
   const int64_t cached_block_bytes = engine.prefix_cache().block_bytes;
   const int64_t cached_blocks =

@@ -200,8 +200,6 @@ Metrics::Metrics(const model::EngineInfo& engine, absl::Span<const Tenant> tenan
                      "0 when work waits and nothing progresses, or no new "
                      "caller gets in.")),
       progressing_(NewGauge("prefilld_progressing", "0 when work waits and nothing progresses.")),
-      reachable_(NewGauge("prefilld_reachable",
-                          "0 when new connections to the own addresses are not answered.")),
       drain_time_(
           NewGauge("prefilld_drain_seconds", "Time since the drain began; 0 while there is none.")),
       drain_timeout_(NewGauge("prefilld_drain_timeout_seconds",
@@ -367,7 +365,6 @@ void Metrics::Set(const ResourceUse& use) {
   ready_.Set(use.ready ? 1 : 0);
   live_.Set(use.live ? 1 : 0);
   progressing_.Set(use.progressing ? 1 : 0);
-  reachable_.Set(use.reachable ? 1 : 0);
   drain_time_.Set(absl::ToDoubleSeconds(use.draining));
 }
 

@@ -50,7 +50,6 @@ struct ResourceUse {
   bool ready = false;
   bool live = false;
   bool progressing = false;                // work does not wait in vain
-  bool reachable = false;                  // a new connection is answered
   absl::Duration draining;                 // since when the server drains; zero: it does not
   std::vector<int64_t> queued_of_tenants;  // requests; [tenants]
 };
@@ -145,7 +144,6 @@ class Metrics {
   prometheus::Gauge& ready_;
   prometheus::Gauge& live_;
   prometheus::Gauge& progressing_;
-  prometheus::Gauge& reachable_;
   prometheus::Gauge& drain_time_;
   prometheus::Gauge& drain_timeout_;
 

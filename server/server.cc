@@ -241,7 +241,8 @@ absl::Status PrefillServer::StartMetrics(const ServerOptions& options) {
       metrics_endpoint_,
       process::MetricsEndpoint::Create(options.metrics_listen,
                                        {metrics_->registry(), process::LogMetrics(),
-                                        process::ProcessMetrics(), certificate_watch_->metrics()}));
+                                        process::ProcessMetrics(), certificate_watch_->metrics()},
+                                       health_->live_flag()));
   return absl::OkStatus();
 }
 

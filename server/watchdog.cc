@@ -73,7 +73,6 @@ void Watchdog::LookAround() {
                          .ready = watched_.health->ready(),
                          .live = watched_.health->live(),
                          .progressing = watched_.health->progressing(),
-                         .reachable = watched_.health->reachable(),
                          .draining = drain_began == 0
                                          ? absl::ZeroDuration()
                                          : clock_.Now() - absl::FromUnixMicros(drain_began),

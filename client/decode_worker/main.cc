@@ -117,11 +117,12 @@ absl::Status Serve(const process::EndSignals& signals, const WorkerOptions& opti
                                                                 ? std::nullopt
                                                                 : options.prefill.tls);
   process::FileWatch files(watch.Subjects());
-  PREFILLD_ASSIGN_OR_RETURN(ports.metrics, metrics.Serve(options.metrics_listen, watch.metrics()));
-  ports.grpc = listener->port();
   process::Health health(listener->server().GetHealthCheckService(),
                          {::prefill::v1::DecodeService::service_full_name(),
                           ::prefill::v1::KvReceiver::service_full_name()});
+  PREFILLD_ASSIGN_OR_RETURN(
+      ports.metrics, metrics.Serve(options.metrics_listen, watch.metrics(), health.live_flag()));
+  ports.grpc = listener->port();
   const process::PortWatch port_watch(listener->connections(), &arrivals, health,
                                       metrics.registry(), process::PortWatch::Timing());
   health.SetReady(true);

@@ -156,13 +156,15 @@ const std::shared_ptr<prometheus::Registry>& WorkerMetrics::registry() const {
 }
 
 absl::StatusOr<int> WorkerMetrics::Serve(const std::string& address,
-                                         std::shared_ptr<prometheus::Collectable> more) {
+                                         std::shared_ptr<prometheus::Collectable> more,
+                                         std::shared_ptr<const std::atomic<bool>> live) {
   if (address.empty()) return 0;
   std::vector<std::shared_ptr<prometheus::Collectable>> collectables = {
       families_->registry, process::LogMetrics(), process::ProcessMetrics(), std::move(more)};
   if (families_->pool != nullptr) collectables.push_back(families_->pool);
-  PREFILLD_ASSIGN_OR_RETURN(families_->endpoint,
-                            process::MetricsEndpoint::Create(address, std::move(collectables)));
+  PREFILLD_ASSIGN_OR_RETURN(
+      families_->endpoint,
+      process::MetricsEndpoint::Create(address, std::move(collectables), std::move(live)));
   return families_->endpoint->port();
 }
 

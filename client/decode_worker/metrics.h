@@ -1,6 +1,7 @@
 #ifndef PREFILLD_CLIENT_DECODE_WORKER_METRICS_H_
 #define PREFILLD_CLIENT_DECODE_WORKER_METRICS_H_
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -36,10 +37,11 @@ class WorkerMetrics {
 
   const std::shared_ptr<prometheus::Registry>& registry() const;
 
-  // Serves /metrics, `more` included, on host:port and returns the port; 0 without an address.
-  // UNAVAILABLE: the address cannot be bound.
+  // Serves /metrics, `more` included, and /live (MetricsEndpoint) on host:port and returns the
+  // port; 0 without an address. UNAVAILABLE: the address cannot be bound.
   absl::StatusOr<int> Serve(const std::string& address,
-                            std::shared_ptr<prometheus::Collectable> more);
+                            std::shared_ptr<prometheus::Collectable> more,
+                            std::shared_ptr<const std::atomic<bool>> live);
 
  private:
   struct Families;

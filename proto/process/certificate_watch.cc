@@ -30,36 +30,44 @@ class CertificateWatch::Metrics final : public prometheus::Collectable {
  public:
   void SetExpiry(absl::Time expiry) { expiry_s_ = absl::ToUnixSeconds(expiry); }
   void SetClientExpiry(absl::Time expiry) { client_expiry_s_ = absl::ToUnixSeconds(expiry); }
-  void Count(bool refused) { ++(refused ? refused_ : reloaded_); }
+  void CountReload() { ++reloaded_; }
+  void CountRefusal() { ++refused_; }
+  void SetServerRefused(bool refused) { server_refused_ = refused; }
+  void SetClientRefused(bool refused) { client_refused_ = refused; }
 
   std::vector<prometheus::MetricFamily> Collect() const override {
     std::vector<prometheus::MetricFamily> families;
     if (expiry_s_ != kNone) {
-      families.push_back(Expiry("prefilld_certificate_expiry_timestamp_seconds",
-                                "When the first certificate of --tls_cert expires, in seconds "
-                                "since 1970.",
-                                expiry_s_));
+      families.push_back(Gauge("prefilld_certificate_expiry_timestamp_seconds",
+                               "When the first certificate of --tls_cert expires, in seconds "
+                               "since 1970.",
+                               expiry_s_));
     }
     if (client_expiry_s_ != kNone) {
-      families.push_back(Expiry("prefilld_client_certificate_expiry_timestamp_seconds",
-                                "When the certificate expires that is shown to prefilld, in "
-                                "seconds since 1970.",
-                                client_expiry_s_));
+      families.push_back(Gauge("prefilld_client_certificate_expiry_timestamp_seconds",
+                               "When the certificate expires that is shown to prefilld, in "
+                               "seconds since 1970.",
+                               client_expiry_s_));
     }
-    if (!families.empty()) families.push_back(Reloads());
+    if (families.empty()) return families;
+    families.push_back(Reloads());
+    families.push_back(Gauge("prefilld_certificates_refused",
+                             "1 while the TLS files of this server, or those of calls that go "
+                             "out, are not valid.",
+                             server_refused_ || client_refused_ ? 1 : 0));
     return families;
   }
 
  private:
   static constexpr int64_t kNone = -1;
 
-  static prometheus::MetricFamily Expiry(const char* name, const char* help, int64_t expiry_s) {
-    prometheus::MetricFamily expiry;
-    expiry.name = name;
-    expiry.help = help;
-    expiry.type = prometheus::MetricType::Gauge;
-    expiry.metric.emplace_back().gauge.value = static_cast<double>(expiry_s);
-    return expiry;
+  static prometheus::MetricFamily Gauge(const char* name, const char* help, int64_t value) {
+    prometheus::MetricFamily gauge;
+    gauge.name = name;
+    gauge.help = help;
+    gauge.type = prometheus::MetricType::Gauge;
+    gauge.metric.emplace_back().gauge.value = static_cast<double>(value);
+    return gauge;
   }
 
   prometheus::MetricFamily Reloads() const {
@@ -79,6 +87,8 @@ class CertificateWatch::Metrics final : public prometheus::Collectable {
   std::atomic<int64_t> client_expiry_s_ = kNone;
   std::atomic<int64_t> reloaded_ = 0;
   std::atomic<int64_t> refused_ = 0;
+  std::atomic<bool> server_refused_ = false;
+  std::atomic<bool> client_refused_ = false;
 };
 
 CertificateWatch::CertificateWatch(wire::ServerCertificates* certificates,
@@ -88,7 +98,8 @@ CertificateWatch::CertificateWatch(wire::ServerCertificates* certificates,
   if (certificates_ != nullptr) metrics_->SetExpiry(certificates_->expiry());
   // The versions are older than what was read, so that a change between the two is seen.
   if (certificates_ != nullptr) read_ = certificates_->loaded_versions();
-  read_ += ClientVersions();
+  client_read_ = ClientVersions();
+  read_ += client_read_;
   if (client_.has_value()) ReadClient();
 }
 
@@ -119,12 +130,13 @@ std::string CertificateWatch::ClientVersions() const {
 
 void CertificateWatch::ReloadServer(bool say_unchanged) {
   const absl::StatusOr<bool> changed = certificates_->Reload();
+  metrics_->SetServerRefused(!changed.ok());
   if (!changed.ok()) {
-    metrics_->Count(/*refused=*/true);
+    metrics_->CountRefusal();
     LogEvent(LogLevel::kError, "certificates_refused",
              {{"status", std::string(changed.status().message())}});
   } else if (*changed) {
-    metrics_->Count(/*refused=*/false);
+    metrics_->CountReload();
     metrics_->SetExpiry(certificates_->expiry());
     LogEvent(LogLevel::kInfo, "certificates_reloaded",
              ExpiryFields("--tls_cert", certificates_->expiry()));
@@ -136,15 +148,21 @@ void CertificateWatch::ReloadServer(bool say_unchanged) {
 
 // The channels read the files themselves (MakeChannelCredentials); this is for the operator.
 void CertificateWatch::ReadClient() {
+  std::string versions = ClientVersions();  // older than what is read
   const absl::StatusOr<absl::Time> expiry = wire::ChannelCertificateExpiry(*client_);
+  metrics_->SetClientRefused(!expiry.ok());
   if (!expiry.ok()) {
-    metrics_->Count(/*refused=*/true);
+    metrics_->CountRefusal();
     LogEvent(LogLevel::kError, "certificates_refused",
              {{"status", std::string(expiry.status().message())}});
     return;
   }
   client_expiry_ = absl::ToUnixSeconds(*expiry);
   metrics_->SetClientExpiry(*expiry);
+  if (versions == client_read_) return;
+  client_read_ = std::move(versions);
+  metrics_->CountReload();
+  LogEvent(LogLevel::kInfo, "certificates_reloaded", ExpiryFields(client_->cert_file, *expiry));
 }
 
 void CertificateWatch::WarnOfExpiry(absl::Time now) {

@@ -23,8 +23,8 @@ namespace prefilld::process {
 
 // Reads the files again when a FileWatch says so. Logs
 //
-//   certificates_reloaded        new connections are shown the new ones
-//   certificates_refused         the new ones are not valid; the old ones are shown on
+//   certificates_reloaded        new connections show the new ones
+//   certificates_refused         the new ones are not valid; those to this server show the old ones
 //   certificate_expires_soon     less than 14 days are left; once a day
 //   certificate_expired          callers refuse it; once a day
 class CertificateWatch {
@@ -40,8 +40,9 @@ class CertificateWatch {
   std::vector<FileWatch::Subject> Subjects();
 
   // Returns prefilld_certificate_expiry_timestamp_seconds,
-  // prefilld_client_certificate_expiry_timestamp_seconds and
-  // prefilld_certificate_reloads_total{result}, which may outlive this; none without TLS.
+  // prefilld_client_certificate_expiry_timestamp_seconds,
+  // prefilld_certificate_reloads_total{result} and prefilld_certificates_refused, which may outlive
+  // this; none without TLS.
   std::shared_ptr<prometheus::Collectable> metrics() const;
 
  private:
@@ -58,7 +59,8 @@ class CertificateWatch {
   std::optional<wire::ChannelTls> client_;  // constant after construction
   std::atomic<int64_t> client_expiry_ = 0;  // seconds since 1970
   const std::shared_ptr<Metrics> metrics_;
-  std::string read_;  // versions of the files, as they were read first
+  std::string client_read_;  // versions of the client's files when they were last valid
+  std::string read_;         // versions of the files, as they were read first
   absl::Time next_warning_ = absl::InfinitePast();  // of the watching thread
 };
 

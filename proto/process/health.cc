@@ -42,14 +42,9 @@ bool Health::progressing() const {
   return progressing_;
 }
 
-bool Health::reachable() const {
-  absl::MutexLock lock(&mu_);
-  return reachable_;
-}
-
 void Health::UpdateLive() {
   const bool live = progressing_ && reachable_;
-  if (live_.exchange(live) != live) service_->SetServingStatus(kLiveness, live);
+  if (live_->exchange(live) != live) service_->SetServingStatus(kLiveness, live);
 }
 
 }  // namespace prefilld::process

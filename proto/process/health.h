@@ -8,6 +8,7 @@
 #define PREFILLD_PROTO_PROCESS_HEALTH_H_
 
 #include <atomic>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -31,9 +32,10 @@ class Health {
   void SetProgressing(bool progressing);  // work does not wait in vain
   void SetReachable(bool reachable);      // a new connection is answered
   bool ready() const { return ready_; }
-  bool live() const { return live_; }
+  bool live() const { return *live_; }
+  // Returns what live() reads, for those who may outlive this.
+  std::shared_ptr<const std::atomic<bool>> live_flag() const { return live_; }
   bool progressing() const;
-  bool reachable() const;
 
  private:
   void UpdateLive() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -41,7 +43,7 @@ class Health {
   grpc::HealthCheckServiceInterface* const service_;
   const std::vector<std::string> names_;
   std::atomic<bool> ready_ = false;
-  std::atomic<bool> live_ = true;
+  const std::shared_ptr<std::atomic<bool>> live_ = std::make_shared<std::atomic<bool>>(true);
 
   mutable absl::Mutex mu_;
   bool progressing_ ABSL_GUARDED_BY(mu_) = true;

@@ -73,12 +73,12 @@ class MetricsEndpoint::Connections {
 };
 
 absl::StatusOr<std::unique_ptr<MetricsEndpoint>> MetricsEndpoint::Create(
-    const std::string& address,
-    std::vector<std::shared_ptr<prometheus::Collectable>> collectables) {
+    const std::string& address, std::vector<std::shared_ptr<prometheus::Collectable>> collectables,
+    std::shared_ptr<const std::atomic<bool>> live) {
   absl::StatusOr<wire::ListeningSockets> listening = wire::ListenOn(address);
   if (!listening.ok()) return CannotBind(address, listening.status().message());
   std::unique_ptr<MetricsEndpoint> endpoint(
-      new MetricsEndpoint(std::move(collectables), listening->port));
+      new MetricsEndpoint(std::move(collectables), std::move(live), listening->port));
   // A name may have several addresses; the first one is served.
   if (absl::Status started = endpoint->Start(listening->sockets.front().release()); !started.ok()) {
     return CannotBind(address, started.message());
@@ -87,8 +87,9 @@ absl::StatusOr<std::unique_ptr<MetricsEndpoint>> MetricsEndpoint::Create(
 }
 
 MetricsEndpoint::MetricsEndpoint(std::vector<std::shared_ptr<prometheus::Collectable>> collectables,
-                                 int port)
+                                 std::shared_ptr<const std::atomic<bool>> live, int port)
     : collectables_(std::move(collectables)),
+      live_(std::move(live)),
       port_(port),
       connections_(std::make_unique<Connections>()) {}
 
@@ -101,13 +102,19 @@ absl::Status MetricsEndpoint::Start(int socket) {
                           const char* method, const char*, const char*, size_t*, void** page) {
     constexpr char kPlain[] = "text/plain; charset=utf-8";
     const absl::string_view asked = method;
-    if (absl::string_view(path) != "/metrics") {
-      return Answer(connection, MHD_HTTP_NOT_FOUND, kPlain, "only /metrics is here\n");
+    auto* const endpoint = static_cast<MetricsEndpoint*>(self);
+    const bool asks_liveness = absl::string_view(path) == "/live" && endpoint->live_ != nullptr;
+    if (absl::string_view(path) != "/metrics" && !asks_liveness) {
+      return Answer(connection, MHD_HTTP_NOT_FOUND, kPlain, "only /metrics and /live are here\n");
     }
     if (asked != MHD_HTTP_METHOD_GET && asked != MHD_HTTP_METHOD_HEAD) {
       return Answer(connection, MHD_HTTP_METHOD_NOT_ALLOWED, kPlain, "GET and HEAD alone\n");
     }
-    auto* const endpoint = static_cast<MetricsEndpoint*>(self);
+    if (asks_liveness) {
+      return *endpoint->live_
+                 ? Answer(connection, MHD_HTTP_OK, kPlain, "live\n")
+                 : Answer(connection, MHD_HTTP_SERVICE_UNAVAILABLE, kPlain, "not live\n");
+    }
     if (asked == MHD_HTTP_METHOD_GET) {
       absl::MutexLock lock(&endpoint->mu_);
       *page = reinterpret_cast<void*>(++endpoint->pages_made_);

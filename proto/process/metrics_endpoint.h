@@ -2,6 +2,7 @@
 #ifndef PREFILLD_PROTO_PROCESS_METRICS_ENDPOINT_H_
 #define PREFILLD_PROTO_PROCESS_METRICS_ENDPOINT_H_
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -21,6 +22,8 @@ class Collectable;
 namespace prefilld::process {
 
 // Serves the collectables at http://<address>/metrics while it lives. It is one of their owners.
+// At /live it says what Health's service "liveness" says, to those whom TLS would keep from asking
+// that: an orchestrator must not end a process because its certificate has expired.
 //
 // One thread serves all connections and waits for none of them, so callers that say nothing, stop
 // in the middle of a request or do not read the answer delay nobody. A connection is closed after 5
@@ -28,12 +31,13 @@ namespace prefilld::process {
 // caller always gets in.
 class MetricsEndpoint {
  public:
-  // Starts the endpoint. The address is host:port with a name, an IPv4 address or an IPv6 address
-  // in brackets; [::] takes IPv4 callers too. UNAVAILABLE, with the flag's name, when the address
-  // cannot be bound.
+  // Starts the endpoint. `live` is that of Health; null: there is no /live. The address is
+  // host:port with a name, an IPv4 address or an IPv6 address in brackets; [::] takes IPv4 callers
+  // too. UNAVAILABLE, with the flag's name, when the address cannot be bound.
   static absl::StatusOr<std::unique_ptr<MetricsEndpoint>> Create(
       const std::string& address,
-      std::vector<std::shared_ptr<prometheus::Collectable>> collectables);
+      std::vector<std::shared_ptr<prometheus::Collectable>> collectables,
+      std::shared_ptr<const std::atomic<bool>> live = nullptr);
   ~MetricsEndpoint();
 
   int port() const { return port_; }
@@ -45,7 +49,8 @@ class MetricsEndpoint {
  private:
   class Connections;
 
-  MetricsEndpoint(std::vector<std::shared_ptr<prometheus::Collectable>> collectables, int port);
+  MetricsEndpoint(std::vector<std::shared_ptr<prometheus::Collectable>> collectables,
+                  std::shared_ptr<const std::atomic<bool>> live, int port);
 
   // Takes over the listening socket.
   absl::Status Start(int socket);
@@ -53,6 +58,7 @@ class MetricsEndpoint {
   void PageWasRead(int64_t number);
 
   const std::vector<std::shared_ptr<prometheus::Collectable>> collectables_;
+  const std::shared_ptr<const std::atomic<bool>> live_;
   const int port_;
   const std::unique_ptr<Connections> connections_;
   MHD_Daemon* daemon_ = nullptr;

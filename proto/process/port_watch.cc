@@ -133,7 +133,11 @@ struct PortWatch::Figures {
         fruitless(NewCounter("prefilld_connections_fruitless_total",
                              "Connections that ended without a call though the peer had sent "
                              "something: failed handshakes (an expired or a foreign certificate, "
-                             "plain text on a port with TLS) and other protocols.")) {}
+                             "plain text on a port with TLS) and other protocols.")),
+        reachable(NewGauge("prefilld_reachable",
+                           "0 when new connections to the own addresses are not answered.")) {
+    reachable.Set(1);  // until the first connections tell otherwise
+  }
 
   prometheus::Gauge& NewGauge(const std::string& name, const std::string& help) {
     return prometheus::BuildGauge().Name(name).Help(help).Register(*registry).Add({});
@@ -193,6 +197,7 @@ struct PortWatch::Figures {
   prometheus::Gauge& streams;
   prometheus::Gauge& most_streams;
   prometheus::Counter& fruitless;
+  prometheus::Gauge& reachable;
   wire::Connections::Counts seen, logged;
   int64_t seen_late = 0, logged_late = 0, seen_broken_off = 0;
   absl::Time next_log = absl::InfinitePast();
@@ -233,6 +238,7 @@ void PortWatch::Dial() {
   failures_ = silent.empty() ? 0 : failures_ + 1;
   const bool deaf = failures_ >= timing_.failures;
   health_.SetReachable(!deaf);
+  figures_->reachable.Set(deaf ? 0 : 1);
   if (deaf == was_deaf) return;
   LogEvent(deaf ? LogLevel::kError : LogLevel::kInfo, deaf ? "deaf" : "answers_again",
            {{"address", deaf ? silent : absl::StrJoin(connections_.own_addresses(), ",")},

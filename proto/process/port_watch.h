@@ -28,8 +28,9 @@ class Health;
 bool Answers(const std::string& address, absl::Duration timeout);
 
 // Dials the server's own addresses again and again. A process that lets no new caller in is not
-// live, however well the connections that it has are served. It also keeps the metrics of
-// connections and of requests on their way, and logs when some were refused or ended.
+// live, however well the connections that it has are served. It also keeps prefilld_reachable and
+// the metrics of connections and of requests on their way, and logs when some were refused or
+// ended.
 class PortWatch {
  public:
   struct Timing {

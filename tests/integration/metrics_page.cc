@@ -10,9 +10,9 @@
 
 namespace prefilld::integration {
 
-MetricsPage::MetricsPage(const std::string& address) {
+MetricsPage::MetricsPage(const std::string& address, const std::string& path) {
   const TcpSocket socket = TcpSocket::Connect(address);
-  const std::string request = "GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n";
+  const std::string request = "GET " + path + " HTTP/1.0\r\nHost: localhost\r\n\r\n";
   send(socket.descriptor(), request.data(), request.size(), MSG_NOSIGNAL);
   char buffer[4096];
   ssize_t size;

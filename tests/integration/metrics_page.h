@@ -8,10 +8,10 @@
 
 namespace prefilld::integration {
 
-// One scrape of a Prometheus endpoint ("host:port") over plain HTTP.
+// One scrape of a Prometheus endpoint ("host:port") over plain HTTP, or another page of it.
 class MetricsPage {
  public:
-  explicit MetricsPage(const std::string& address);
+  explicit MetricsPage(const std::string& address, const std::string& path = "/metrics");
 
   // Returns the value of the sample written exactly so, with its labels. Aborts when there is none.
   double Value(const std::string& sample) const;

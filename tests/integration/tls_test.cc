@@ -10,6 +10,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/integration/child_process.h"
+#include "tests/integration/metrics_page.h"
 #include "tests/model/random_checkpoint.h"
 #include "tests/proto/test_certificate.h"
 
@@ -17,6 +18,7 @@ namespace prefilld::integration {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::StartsWith;
 
 class Tls : public ::testing::Test {
  protected:
@@ -123,6 +125,30 @@ TEST_F(Tls, RenewedCertificatesAreServedWithoutARestart) {
   while (exit_code != 0 && absl::Now() < deadline) exit_code = generate();
   EXPECT_EQ(exit_code, 0) << worker_.stderr_text();
   EXPECT_THAT(prefilld_.stderr_text(), HasSubstr("certificates_reloaded"));
+}
+
+// Otherwise an orchestrator would end all servers at one moment, with the requests that go on.
+TEST(TlsExpiry, EndsReadinessAndNotLiveness) {
+  const TestCertificate brief(-absl::Hours(1), absl::Seconds(15));
+  const model::RandomCheckpoint checkpoint;
+  const std::vector<std::string> flags = {
+      "--model=" + checkpoint.dir(), "--device=cpu", "--tls_cert=" + brief.cert_file(),
+      "--tls_key=" + brief.key_file(), "--tls_client_ca=" + brief.cert_file()};
+  const ServerProcess prefilld("prefilld", flags), worker("prefilld-decode-worker", flags);
+  for (const ServerProcess* server : {&prefilld, &worker}) {
+    const auto health = [&] {
+      ChildProcess cli("prefill-cli",
+                       {"health", "--server=" + server->address(), "--service=liveness", "--tls",
+                        "--tls_ca=" + brief.cert_file(), "--tls_cert=" + brief.cert_file(),
+                        "--tls_key=" + brief.key_file()});
+      return cli.Wait(absl::Seconds(30)).value_or(-1);
+    };
+    const absl::Time deadline = absl::Now() + absl::Seconds(60);
+    while (health() == 0 && absl::Now() < deadline) absl::SleepFor(absl::Milliseconds(200));
+    EXPECT_NE(health(), 0) << "it has expired";
+    EXPECT_THAT(MetricsPage(server->metrics_address(), "/live").text(),
+                StartsWith("HTTP/1.1 200 OK"));
+  }
 }
 
 TEST(TlsStart, AnExpiredCertificateIsRefusedByName) {

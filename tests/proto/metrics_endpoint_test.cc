@@ -5,6 +5,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <thread>
@@ -131,6 +132,26 @@ TEST_F(Endpoint, HasOnePageAndNoOtherMethods) {
   EXPECT_THAT(answer("GET / HTTP/1.0\r\n\r\n"), StartsWith("HTTP/1.1 404"));
   EXPECT_THAT(answer("POST /metrics HTTP/1.0\r\nContent-Length: 4\r\n\r\nbody"),
               StartsWith("HTTP/1.1 405"));
+}
+
+TEST_F(Endpoint, TellsWhetherTheProcessIsLiveToThoseWhoAreToKnow) {
+  const auto live = std::make_shared<std::atomic<bool>>(true);
+  const auto endpoint = MetricsEndpoint::Create("127.0.0.1:0", {registry_}, live);
+  const auto ask = [&](const char* request) {
+    return Caller("127.0.0.1", (*endpoint)->port(), request).ReadToTheEnd();
+  };
+  constexpr char kAsk[] = "GET /live HTTP/1.0\r\n\r\n";
+  EXPECT_THAT(ask(kAsk), StartsWith("HTTP/1.1 200"));
+  *live = false;
+  EXPECT_THAT(ask(kAsk), StartsWith("HTTP/1.1 503"));
+  EXPECT_THAT(ask(kScrape), StartsWith("HTTP/1.1 200"));
+  *live = true;
+  EXPECT_THAT(ask("HEAD /live HTTP/1.0\r\n\r\n"), StartsWith("HTTP/1.1 200"));
+  EXPECT_THAT(ask("POST /live HTTP/1.0\r\nContent-Length: 4\r\n\r\nbody"),
+              StartsWith("HTTP/1.1 405"));
+  const auto without = Create("127.0.0.1:0");
+  EXPECT_THAT(Caller("127.0.0.1", (*without)->port(), kAsk).ReadToTheEnd(),
+              StartsWith("HTTP/1.1 404"));
 }
 
 // Callers that occupy the endpoint in each way there is: they say nothing, stop in the middle of a

@@ -6,6 +6,7 @@
 
 #include <grpcpp/health_check_service_interface.h>
 #include <gtest/gtest.h>
+#include <prometheus/metric_family.h>
 #include <prometheus/registry.h>
 
 #include "absl/functional/function_ref.h"
@@ -31,6 +32,14 @@ bool Eventually(absl::FunctionRef<bool()> condition) {
   return condition();
 }
 
+// Returns the gauge that alerts look at; -1: there is none.
+double ReachableOf(const prometheus::Registry& registry) {
+  for (const prometheus::MetricFamily& family : registry.Collect()) {
+    if (family.name == "prefilld_reachable") return family.metric.front().gauge.value;
+  }
+  return -1;
+}
+
 TEST(PortWatch, AServerThatAcceptsNobodyIsNotLiveUntilItAcceptsAgain) {
   auto serving = wire::Listener::Create(
       {.address = "127.0.0.1:0", .tls = {}, .max_request_bytes = 1 << 20, .max_streams = 4}, {});
@@ -40,14 +49,17 @@ TEST(PortWatch, AServerThatAcceptsNobodyIsNotLiveUntilItAcceptsAgain) {
   const auto deaf = wire::Connections::Bind("127.0.0.1:0", {});
   ASSERT_TRUE(deaf.ok()) << deaf.status();
   {
-    const PortWatch watch(**deaf, nullptr, health, std::make_shared<prometheus::Registry>(),
-                          kQuick);
+    const auto registry = std::make_shared<prometheus::Registry>();
+    const PortWatch watch(**deaf, nullptr, health, registry, kQuick);
     EXPECT_TRUE(health.live());
     EXPECT_TRUE(Eventually([&] { return !health.live(); }));
+    EXPECT_TRUE(Eventually([&] { return ReachableOf(*registry) == 0; }));
   }
-  const PortWatch watch((*serving)->connections(), nullptr, health,
-                        std::make_shared<prometheus::Registry>(), kQuick);
+  const auto registry = std::make_shared<prometheus::Registry>();
+  const PortWatch watch((*serving)->connections(), nullptr, health, registry, kQuick);
+  EXPECT_EQ(ReachableOf(*registry), 1);
   EXPECT_TRUE(Eventually([&] { return health.live(); }));
+  EXPECT_EQ(ReachableOf(*registry), 1);
 }
 
 // Somebody tidies the folder up, and no new caller finds the socket.
