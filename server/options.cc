@@ -329,7 +329,8 @@ void ReadTenants(ServerOptions& options, std::vector<std::string>& problems) {
   options.tenant_evidence.metadata_key = absl::GetFlag(FLAGS_tenant_metadata_key);
   options.tenants_file = absl::GetFlag(FLAGS_tenants);
   if (options.tenants_file.empty()) return;
-  if (auto table = Tenants::Read(options.tenants_file); table.ok()) {
+  if (auto table = Tenants::Read(options.tenants_file, StrangersOf(options.tenant_evidence.source));
+      table.ok()) {
     options.tenants = *std::move(table);
   } else {
     problems.push_back(absl::StrCat("--tenants: ", table.status().message()));

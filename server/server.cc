@@ -195,7 +195,7 @@ absl::Status PrefillServer::CreateService(const ServerOptions& options) {
   cache_watch_ = std::make_unique<CacheWatch>(engine_.prefix_index(), options.cache_watch,
                                               engine.fingerprint, *metrics_->registry());
   tenants_ = std::make_unique<TenantDirectory>(
-      options.tenants_file, options.tenants,
+      options.tenants_file, StrangersOf(options.tenant_evidence.source), options.tenants,
       [options](const Tenants& table) { return CheckTenants(options, table); },
       [this](const Tenants& table) {
         metrics_->tenants().SetTenants(table.all());

@@ -100,9 +100,6 @@ void CheckTable(const ServerOptions& o, const Tenants& table, process::Problems&
   if (o.tenant_evidence.source == TenantSource::kNone && table.all().size() > 1) {
     problems.push_back("--tenants names more than the default tenant; --tenant_from is needed");
   }
-  if (o.tenant_evidence.source == TenantSource::kToken && !table.has_tokens()) {
-    problems.push_back("--tenant_from=token needs a token_sha256 in --tenants");
-  }
   for (const Tenant& tenant : table.all()) CheckLimitsOfTenant(o, tenant, problems);
 }
 
@@ -110,6 +107,10 @@ void CheckEvidence(const ServerOptions& o, process::Problems& problems) {
   const TenantSource source = o.tenant_evidence.source;
   if (source != TenantSource::kNone && o.tenants_file.empty()) {
     problems.push_back(absl::StrCat("--tenant_from=", Name(source), " needs --tenants"));
+  }
+  // This holds at the start alone: the last token may be revoked while the server runs.
+  if (source == TenantSource::kToken && !o.tenants.has_tokens()) {
+    problems.push_back("--tenant_from=token needs a token_sha256 in --tenants");
   }
   if (source == TenantSource::kCertificate && o.tls.client_ca_file.empty()) {
     problems.push_back("--tenant_from=certificate needs --tls_client_ca");

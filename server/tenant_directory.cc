@@ -32,9 +32,10 @@ prometheus::Family<prometheus::Counter>& Reloads(prometheus::Registry& registry)
 
 }  // namespace
 
-TenantDirectory::TenantDirectory(std::string path, Tenants table, Check check, Apply apply,
-                                 OnChange on_change, prometheus::Registry& registry)
+TenantDirectory::TenantDirectory(std::string path, Strangers strangers, Tenants table, Check check,
+                                 Apply apply, OnChange on_change, prometheus::Registry& registry)
     : path_(std::move(path)),
+      strangers_(strangers),
       check_(std::move(check)),
       apply_(std::move(apply)),
       on_change_(std::move(on_change)),
@@ -45,6 +46,11 @@ TenantDirectory::TenantDirectory(std::string path, Tenants table, Check check, A
                        .Add({})),
       reloaded_(Reloads(registry).Add({{"result", "ok"}})),
       refused_(Reloads(registry).Add({{"result", "refused"}})),
+      is_refused_(prometheus::BuildGauge()
+                      .Name("prefilld_tenants_refused")
+                      .Help("1 while the file of tenants is not valid and an older one holds.")
+                      .Register(registry)
+                      .Add({})),
       table_(std::make_shared<const Tenants>(std::move(table))) {
   num_tenants_.Set(static_cast<double>(NumPresent(*current())));
 }
@@ -52,18 +58,20 @@ TenantDirectory::TenantDirectory(std::string path, Tenants table, Check check, A
 void TenantDirectory::Reload() {
   if (const absl::Status read = ReadFile(); !read.ok()) {
     refused_.Increment();
+    is_refused_.Set(1);
     return LogEvent(LogLevel::kError, "tenants_refused",
                     {{"file", path_}, {"status", std::string(read.message())}});
   }
   on_change_();
   const int64_t present = NumPresent(*current());
   reloaded_.Increment();
+  is_refused_.Set(0);
   num_tenants_.Set(static_cast<double>(present));
   LogEvent(LogLevel::kInfo, "tenants_reloaded", {{"file", path_}, {"tenants", present}});
 }
 
 absl::Status TenantDirectory::ReadFile() {
-  PREFILLD_ASSIGN_OR_RETURN(const Tenants read, Tenants::Read(path_));
+  PREFILLD_ASSIGN_OR_RETURN(const Tenants read, Tenants::Read(path_, strangers_));
   PREFILLD_RETURN_IF_ERROR(check_(read));
   PREFILLD_ASSIGN_OR_RETURN(Tenants moved, read.InPositionsOf(*current()));
   auto table = std::make_shared<const Tenants>(std::move(moved));

@@ -34,10 +34,11 @@ class TenantDirectory {
   // Called once a new table holds, for calls that are under way.
   using OnChange = std::function<void()>;
 
-  // `path` is the file that `table` was read from; empty: there is none. Adds
-  // prefilld_tenants and prefilld_tenants_reloads_total{result} to the registry.
-  TenantDirectory(std::string path, Tenants table, Check check, Apply apply, OnChange on_change,
-                  prometheus::Registry& registry);
+  // `path` is the file that `table` was read from; empty: there is none. `strangers` is what
+  // becomes of those where the file does not say. Adds prefilld_tenants,
+  // prefilld_tenants_reloads_total{result} and prefilld_tenants_refused to the registry.
+  TenantDirectory(std::string path, Strangers strangers, Tenants table, Check check, Apply apply,
+                  OnChange on_change, prometheus::Registry& registry);
 
   // Returns the table that holds now. A call uses one table from its beginning to its end.
   std::shared_ptr<const Tenants> current() const {
@@ -56,12 +57,14 @@ class TenantDirectory {
   absl::Status ReadFile();
 
   const std::string path_;
+  const Strangers strangers_;
   const Check check_;
   const Apply apply_;
   const OnChange on_change_;
   prometheus::Gauge& num_tenants_;
   prometheus::Counter& reloaded_;
   prometheus::Counter& refused_;
+  prometheus::Gauge& is_refused_;  // the file as it is now
 
   mutable absl::Mutex mu_;
   std::shared_ptr<const Tenants> table_ ABSL_GUARDED_BY(mu_);

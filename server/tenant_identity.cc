@@ -89,6 +89,10 @@ std::optional<TenantSource> ParseTenantSource(absl::string_view name) {
   return std::nullopt;
 }
 
+Strangers StrangersOf(TenantSource source) {
+  return source == TenantSource::kToken ? Strangers::kRefused : Strangers::kDefaultTenant;
+}
+
 absl::StatusOr<size_t> TenantOf(const TenantEvidence& evidence, const Tenants& table,
                                 const grpc::ServerContextBase& context) {
   switch (evidence.source) {

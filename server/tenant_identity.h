@@ -30,6 +30,10 @@ enum class TenantSource : uint8_t {
 const char* Name(TenantSource source);
 std::optional<TenantSource> ParseTenantSource(absl::string_view name);
 
+// Returns what becomes of strangers where the file of tenants does not say. Whoever hands out
+// tokens means that nobody gets in without one.
+Strangers StrangersOf(TenantSource source);
+
 // The operator's choice of how tenants are told apart.
 struct TenantEvidence {
   TenantSource source = TenantSource::kNone;

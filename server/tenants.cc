@@ -176,12 +176,13 @@ static_assert(Tenants::kMaxNameBytes == wire::kMaxIdBytes, "names are checked as
 
 Tenants::Tenants() : all_(1), default_(0) { by_name_[all_[0].name] = 0; }
 
-absl::StatusOr<Tenants> Tenants::Parse(absl::string_view text) {
+absl::StatusOr<Tenants> Tenants::Parse(absl::string_view text, Strangers unless_said) {
   const json file = json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!file.is_object()) return absl::InvalidArgumentError("the file is not a JSON object");
   process::Problems problems;
   FieldReader top("the file", file, problems);
-  const std::string unknown = top.Text("unknown", "default");
+  const std::string unknown =
+      top.Text("unknown", unless_said == Strangers::kRefused ? "refuse" : "default");
   if (unknown != "default" && unknown != "refuse") {
     top.Add(absl::StrCat("unknown is ", Shown(unknown), "; default or refuse"));
   }
@@ -210,6 +211,8 @@ absl::StatusOr<Tenants> Tenants::Parse(absl::string_view text) {
       if (!IsSha256Hex(hash)) {
         fields.Add(
             absl::StrCat("a token_sha256 is not of ", kSha256HexDigits, " hexadecimal digits"));
+      } else if (absl::AsciiStrToLower(hash) == Sha256Hex("")) {
+        fields.Add("a token_sha256 is that of an empty token");
       } else if (!tenants.by_token_.emplace(absl::AsciiStrToLower(hash), i).second) {
         fields.Add("a token_sha256 is there twice");
       }
@@ -233,7 +236,7 @@ absl::StatusOr<Tenants> Tenants::Parse(absl::string_view text) {
   return tenants;
 }
 
-absl::StatusOr<Tenants> Tenants::Read(const std::string& path) {
+absl::StatusOr<Tenants> Tenants::Read(const std::string& path, Strangers unless_said) {
   // The version is older than what is read, so that a change between the two is seen.
   std::string version = wire::FileVersions({path});
   std::ifstream file(path, std::ios::binary);
@@ -245,7 +248,7 @@ absl::StatusOr<Tenants> Tenants::Read(const std::string& path) {
     return absl::InvalidArgumentError(
         absl::StrCat(path, " has more than ", kMaxFileBytes, " bytes"));
   }
-  auto tenants = Parse(text);
+  auto tenants = Parse(text, unless_said);
   if (tenants.ok()) {
     tenants->file_version_ = std::move(version);
     return tenants;
@@ -288,6 +291,7 @@ std::optional<size_t> Tenants::ByName(absl::string_view name) const {
 }
 
 std::optional<size_t> Tenants::ByToken(absl::string_view token) const {
+  if (token.empty()) return default_;
   const auto found = by_token_.find(Sha256Hex(token));
   return found == by_token_.end() ? default_ : found->second;
 }

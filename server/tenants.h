@@ -44,6 +44,12 @@ struct Tenant {
   bool is_gone = false;
 };
 
+// The fate of a caller who is none of the tenants.
+enum class Strangers : uint8_t {
+  kDefaultTenant,  // all of them together are one tenant
+  kRefused,
+};
+
 // The tenants of one version of the operator's file, each with a position. Immutable.
 class Tenants {
  public:
@@ -55,11 +61,13 @@ class Tenants {
   // Makes a table of the default tenant alone, without limits.
   Tenants();
 
-  // Reads a table from JSON. deploy/README.md describes the format. INVALID_ARGUMENT names the
-  // tenant, the field, the value and the limit of everything that is wrong with it.
-  static absl::StatusOr<Tenants> Parse(absl::string_view json);
+  // Reads a table from JSON. deploy/README.md describes the format. `unless_said` holds where the
+  // JSON does not say what strangers get. INVALID_ARGUMENT names the tenant, the field, the value
+  // and the limit of everything that is wrong with it.
+  static absl::StatusOr<Tenants> Parse(absl::string_view json,
+                                       Strangers unless_said = Strangers::kDefaultTenant);
   // Reads the file. NOT_FOUND: it cannot be read. Otherwise as Parse.
-  static absl::StatusOr<Tenants> Read(const std::string& path);
+  static absl::StatusOr<Tenants> Read(const std::string& path, Strangers unless_said);
 
   // Returns this table with every tenant of `before` at the position that it has there; those that
   // this file has no more are gone, and new ones follow. So what is counted by position goes on.
@@ -68,7 +76,7 @@ class Tenants {
 
   absl::Span<const Tenant> all() const { return all_; }
   // Returns the position of the tenant with that name, or that shows this bearer token. Somebody
-  // else is the default tenant; nullopt if the operator wants those to be refused.
+  // else is the default tenant; nullopt if those are refused. No text at all is nobody's token.
   std::optional<size_t> ByName(absl::string_view name) const;
   std::optional<size_t> ByToken(absl::string_view token) const;
 

@@ -16,6 +16,7 @@
 #include "gtest/gtest.h"
 #include "prefill/v1/prefill.grpc.pb.h"
 #include "tests/integration/access_server.h"
+#include "tests/integration/metrics_page.h"
 
 namespace prefilld::integration {
 namespace {
@@ -107,6 +108,17 @@ TEST_F(Access, ATokenCountsBesideTheCertificateOfItsTenantAlone) {
   EXPECT_THAT(log, HasSubstr("\"certificate\":\"localhost\",\"user_agent\":\"grpc"));
   EXPECT_THAT(log, HasSubstr("\"tenant\":\"ours\""));
   EXPECT_EQ(log.find("sesam"), std::string::npos) << "no token is in the log";
+}
+
+TEST_F(Access, ThePageOfMetricsHasTenantsAndNoTokens) {
+  EXPECT_EQ(CallAsOurs(), absl::OkStatus());
+  EXPECT_EQ(server_->CallWithToken("sesam").code(), absl::StatusCode::kUnauthenticated);
+  EXPECT_TRUE(server_->SoonAtLeast("prefilld_tenant_requests_total{tenant=\"ours\"}", 1));
+  const std::string page = MetricsPage(server_->process().metrics_address()).text();
+  EXPECT_THAT(page, HasSubstr("tenant=\"ours\""));
+  for (const char* secret : {"sesam", "bearer", "Bearer", kSesameHash}) {
+    EXPECT_EQ(page.find(secret), std::string::npos) << secret;
+  }
 }
 
 TEST_F(Access, AnExpiredCertificateAndPlainTextGetNoConnectionAndAreCounted) {

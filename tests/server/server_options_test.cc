@@ -99,6 +99,8 @@ TEST(ServerOptions, RefusesTenantsThatNobodyCanTellApart) {
   EXPECT_THAT(problems(options), HasSubstr("--tenant_from=certificate needs --tls_client_ca"));
   options.tenant_evidence.source = TenantSource::kToken;
   EXPECT_THAT(problems(options), HasSubstr("needs a token_sha256 in --tenants"));
+  EXPECT_TRUE(CheckTenants(options, options.tenants).ok())
+      << "while the server runs, the last token may be revoked";
 }
 
 TEST(ServerOptions, WatchersOfTheCacheAreTenantsOrAll) {

@@ -34,7 +34,8 @@ class TenantAccess : public ServerFixture {
   void Write(const std::string& json) const { std::ofstream(options_.tenants_file) << json; }
   void Start(const std::string& json) {
     Write(json);
-    const auto tenants = Tenants::Read(options_.tenants_file);
+    const auto tenants =
+        Tenants::Read(options_.tenants_file, StrangersOf(options_.tenant_evidence.source));
     ASSERT_TRUE(tenants.ok()) << tenants.status();
     options_.tenants = *tenants;
     StartServer();
@@ -256,12 +257,65 @@ TEST_F(TenantAccess, ABrokenFileIsRefusedAndTheOldOneStays) {
     Reload();
     EXPECT_TRUE(As("a", PromptOf(10)).ok());
     EXPECT_EQ(As("b", PromptOf(10)).error_code(), grpc::StatusCode::UNAUTHENTICATED);
+    EXPECT_EQ(Metric("prefilld_tenants_refused"), 1);
   }
   std::filesystem::remove(options_.tenants_file);
   Reload();
   EXPECT_TRUE(As("a", PromptOf(10)).ok());
   EXPECT_EQ(Metric("prefilld_tenants_reloads_total{result=\"refused\"}"), 4);
   EXPECT_EQ(Metric("prefilld_tenants_reloads_total{result=\"ok\"}"), 0);
+  EXPECT_EQ(Metric("prefilld_tenants_refused"), 1);
+  Write(R"({"unknown": "refuse", "tenants": [{"name": "a"}]})");
+  Reload();
+  EXPECT_EQ(Metric("prefilld_tenants_refused"), 0);
+}
+
+// One of them may be a caller's own beside that of the gateway, in whatever order.
+TEST_F(TenantAccess, ANameThatComesTwiceIsNone) {
+  Start(R"({"unknown": "refuse", "tenants": [{"name": "a"}, {"name": "b"}]})");
+  EXPECT_EQ(As("a", PromptOf(10)).error_code(), grpc::StatusCode::OK);
+  for (const char* own : {"a", "b", "stranger", ""}) {
+    EXPECT_EQ(As("a", PromptOf(10), {{"x-tenant", own}}).error_code(),
+              grpc::StatusCode::UNAUTHENTICATED)
+        << own;
+  }
+}
+
+// The file says nothing about strangers.
+TEST_F(TenantAccess, WithoutATokenNobodyGetsInAndTheLastOneCanBeRevoked) {
+  const auto file_with = [](const std::string& tokens) {
+    return absl::StrCat(R"({"tenants": [{"name": "a", "token_sha256": [)", tokens,
+                        R"(]}, {"name": "default"}]})");
+  };
+  const auto with = [this](const std::string& value) {
+    return As("a", PromptOf(10), {{"authorization", value}}).error_code();
+  };
+  options_.tenant_evidence.source = TenantSource::kToken;
+  Start(file_with(R"("ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")"));
+  EXPECT_EQ(with("Bearer abc"), grpc::StatusCode::OK);
+  EXPECT_EQ(As("a", PromptOf(10)).error_code(), grpc::StatusCode::UNAUTHENTICATED);
+  for (const char* wrong : {"Bearer abd", "Bearer ", "Bearer", "Basic abc", "abc", ""}) {
+    EXPECT_EQ(with(wrong), grpc::StatusCode::UNAUTHENTICATED) << wrong;
+  }
+  EXPECT_EQ(Refusals("unauthenticated"), 7);
+
+  // The hash of no text would let everybody in who shows no token.
+  Write(file_with(R"("e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855")"));
+  Reload();
+  EXPECT_EQ(Metric("prefilld_tenants_refused"), 1);
+  EXPECT_EQ(with("Bearer abc"), grpc::StatusCode::OK) << "the old file holds";
+  EXPECT_EQ(with("Bearer "), grpc::StatusCode::UNAUTHENTICATED);
+
+  Write(file_with(""));
+  Reload();
+  EXPECT_EQ(Metric("prefilld_tenants_refused"), 0);
+  EXPECT_EQ(with("Bearer abc"), grpc::StatusCode::UNAUTHENTICATED);
+  EXPECT_EQ(As("a", PromptOf(10)).error_code(), grpc::StatusCode::UNAUTHENTICATED);
+
+  Write(R"({"unknown": "default", "tenants": [{"name": "a"}]})");
+  Reload();
+  EXPECT_EQ(with("Bearer abd"), grpc::StatusCode::OK) << "the operator wants that";
+  EXPECT_EQ(As("a", PromptOf(10)).error_code(), grpc::StatusCode::OK);
 }
 
 TEST_F(TenantAccess, TenantsComeAndGoWhileAllCompute) {

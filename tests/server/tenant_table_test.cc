@@ -73,6 +73,24 @@ TEST(Tenants, TheFileMaySayWhatStrangersGet) {
   EXPECT_EQ(refusing->ByToken(""), std::nullopt);
 }
 
+TEST(Tenants, AFileThatSaysNothingOfStrangersLeavesThemToTheServer) {
+  constexpr char kSaysNothing[] = R"({"tenants": [{"name": "a"}, {"name": "default"}]})";
+  EXPECT_EQ(Tenants::Parse(kSaysNothing, Strangers::kRefused)->ByName("nobody"), std::nullopt);
+  EXPECT_EQ(Tenants::Parse(kSaysNothing, Strangers::kDefaultTenant)->ByName("nobody"), 1);
+  const auto says =
+      Tenants::Parse(R"({"unknown": "default", "tenants": [{"name": "a"}]})", Strangers::kRefused);
+  EXPECT_EQ(says->ByName("nobody"), 1);
+}
+
+TEST(Tenants, AnEmptyTokenIsNobodys) {
+  constexpr char kHashOfNothing[] =
+      "E3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+  EXPECT_THAT(ProblemsOf(absl::StrCat(R"({"tenants": [{"name": "a", "token_sha256": [")",
+                                      kHashOfNothing, R"("]}]})")),
+              HasSubstr("tenant \"a\": a token_sha256 is that of an empty token"));
+  EXPECT_EQ(Tenants::Parse(R"({"tenants": [{"name": "a"}]})")->ByToken(""), 1);
+}
+
 TEST(Tenants, EveryProblemIsListedByNameAndLimit) {
   EXPECT_THAT(
       ProblemsOf(R"({"unknown": "drop", "limits": {}, "tenants": [
@@ -111,7 +129,7 @@ TEST(Tenants, AreBoundedInNumberAndNames) {
 
 TEST(Tenants, WhatIsNoJsonIsRefused) {
   EXPECT_THAT(ProblemsOf("tenants: []"), HasSubstr("not a JSON object"));
-  EXPECT_EQ(Tenants::Read("/no/such/file").status(),
+  EXPECT_EQ(Tenants::Read("/no/such/file", Strangers::kDefaultTenant).status(),
             absl::NotFoundError("/no/such/file cannot be read"));
 }
 

@@ -71,7 +71,7 @@ absl::StatusOr<SimulationOptions> ReadOptions() {
   if (!(absl::GetFlag(FLAGS_speedup) > 0)) problems.push_back("--speedup must be above 0");
   if (const std::string path = absl::GetFlag(FLAGS_tenants); !path.empty()) {
     options.has_tenants = true;
-    auto tenants = server::Tenants::Read(path);
+    auto tenants = server::Tenants::Read(path, server::Strangers::kDefaultTenant);
     if (tenants.ok()) {
       options.tenants = *std::move(tenants);
     } else {
