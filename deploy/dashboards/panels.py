@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 RATE = "[$__rate_interval]"
+# Other programs have metrics of these names too, and the variable may choose all instances.
+OURS = 'job=~"prefilld|prefilld-decode-worker"'
+SERVERS = 'job="prefilld"'
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,14 @@ NOW = Row(
         Panel("Failing", "Share of the requests that end by a fault of consumers, streams or the device.", "percentunit",
               (Query(f"{rate('prefilld_requests_total', labels=FAILED)} / {rate('prefilld_requests_total')}", "failing"),),
               "number", 4),
-        Panel("Queue", "Time that the waiting tokens take at the speed of the latest prompt; the longest queue.", "s",
-              (Query(f"max({of('prefilld_queued_tokens')} / ({of('prefilld_prompt_tokens_per_second')} > 0))", "queue"),),
+        Panel("Queue", "Time that the waiting tokens take at the speed of the last five minutes; the longest queue.", "s",
+              (Query(f"max({of('prefilld_queued_tokens')} / clamp_min(rate({of('prefilld_prompt_tokens_sum')}[5m]), 1))", "queue"),),
               "number", 4),
-        Panel("Next certificate to expire", "Only where TLS is on.", "s",
-              (Query(f"min({of('prefilld_certificate_expiry_timestamp_seconds')}) - time()", "left"),), "number", 4),
+        # Without the label, `or` would drop the second certificate of a process that has both.
+        Panel("Next certificate to expire", "Servers' certificates, and those that are shown to them. Only where TLS is on.", "s",
+              (Query(f"min({of('prefilld_certificate_expiry_timestamp_seconds')} or"
+                     f" label_replace({of('prefilld_client_certificate_expiry_timestamp_seconds')},"
+                     ' "certificate", "client", "", "")) - time()', "left"),), "number", 4),
     ),
 )  # fmt: skip
 
@@ -179,7 +185,7 @@ MEMORY = Row(
     (
         Panel("Memory", "Device memory is allocated at the start; on a CPU it is a part of the process's.", "bytes",
               (Query(f"sum({of('prefilld_device_memory_bytes')})", "device"),
-               Query(f"sum({of('process_resident_memory_bytes')})", "process"))),
+               Query(f"sum({of('process_resident_memory_bytes', SERVERS)})", "process"))),
         Panel("KV in staging", "KV that waits for its consumer, in host memory.", "bytes",
               (Query(f"sum({of('prefilld_staged_bytes')})", "staged"),
                Query(f"sum({of('prefilld_staging_capacity_bytes')})", "capacity"))),
@@ -207,7 +213,7 @@ ERRORS = Row(
                Query(f"min({of('prefilld_reachable')})", "reachable")), top=1),
         Panel("Connections and descriptors", "Shares of the limits.", "percentunit",
               (Query(f"max({of('prefilld_connections')} / {of('prefilld_connections_limit')})", "connections"),
-               Query(f"max({of('process_open_fds')} / {of('process_max_fds')})", "descriptors"))),
+               Query(f"max({of('process_open_fds', OURS)} / {of('process_max_fds', OURS)})", "descriptors"))),
         Panel("Drain", "Time since a drain began, and the time after which it cuts off what is left.", "s",
               (Query(f"max({of('prefilld_drain_seconds')})", "drain"),
                Query(f"max({of('prefilld_drain_timeout_seconds')})", "--drain_timeout_s"))),

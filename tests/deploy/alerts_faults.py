@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import itertools
 import os
@@ -10,6 +11,8 @@ import shutil
 import signal
 import socket
 import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -118,9 +121,7 @@ def drain_slowly(server: Server, stop: threading.Event, faults: Path) -> None:
 
 def be_slow(server: Server, stop: threading.Event, faults: Path) -> None:
     """Lets prompts come faster than the server computes them."""
-    with PrefillClient(server.address) as client:
-        set_fault(faults, "slow_ms", "20")
-        send(client, 256)  # tells the server its speed
+    set_fault(faults, "slow_ms", "20")
     send_many(server, stop, tokens=256, pause=0.15)
     (faults / "slow_ms").unlink()
 
@@ -141,6 +142,14 @@ def call_without_right(server: Server, stop: threading.Event) -> None:
             send(client, 10)
 
 
+def have_a_wrong_file(server: Server, stop: threading.Event, file: Path) -> None:
+    """Lets somebody's slip get into the file of tenants."""
+    right = file.read_text()
+    file.write_text(right.replace("name", "nmae"))
+    stop.wait()
+    file.write_text(right)
+
+
 def vanish(server: Server, stop: threading.Event) -> None:
     """Is many consumers of resumable requests, whose connections break and who do not come back."""
     with grpc.insecure_channel(server.address, [("grpc.max_receive_message_length", -1)]) as channel:
@@ -157,19 +166,19 @@ def vanish(server: Server, stop: threading.Event) -> None:
 
 
 def take_slowly(server: Server, stop: threading.Event) -> None:
-    """Is a consumer that takes a megabyte in two seconds, and gives the server little room for more.
+    """Is two consumers behind a network that carries less than the server computes, however busy the machine is."""
+    with SlowProxy(server.address) as proxy, PrefillClient(proxy.address) as client:
 
-    The server has the prompt in its prefix cache, so that there is little to compute, however busy the machine is.
-    """
-    layout = Layout(block_tokens=128)
-    little = [("grpc.http2.lookahead_bytes", 65536), ("grpc.http2.bdp_probe", 0)]
-    with PrefillClient(server.address, options=little) as client:
-        send(client, 4096)
-        while not stop.is_set():
-            with client.prefill(TEXT[:4096], layout=layout, attention=Attention("dense")) as stream:
-                for _ in stream:
-                    if stop.wait(2):
-                        break
+        def take() -> None:
+            while not stop.is_set():
+                with client.submit(TEXT[:2048], attention=Attention("dense")) as stream:
+                    for _ in stream:
+                        if stop.is_set():
+                            break
+
+        with concurrent.futures.ThreadPoolExecutor() as consumers:
+            for consumer in [consumers.submit(take) for _ in range(2)]:
+                consumer.result()
 
 
 def let_certificate_expire(server: Server, stop: threading.Event, folder: Path) -> None:
@@ -194,10 +203,8 @@ def receive_damaged(worker: Server, stop: threading.Event) -> None:
                 list(client.generate(TEXT[:1000], max_new_tokens=2))
 
 
-class DamagingProxy:
-    """Forwards TCP to `target`, and changes a byte of what comes back, one in more than DISTANCE."""
-
-    DISTANCE = 300_000
+class Proxy:
+    """Forwards TCP to `target`, and does something to what comes back."""
 
     def __init__(self, target: str):
         host, port = target.rsplit(":", 1)
@@ -206,35 +213,71 @@ class DamagingProxy:
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def __enter__(self) -> DamagingProxy:
+    def __enter__(self):
         return self
 
     def __exit__(self, *_) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
+    def _connect(self) -> socket.socket:
+        return socket.create_connection(self._target)
+
+    def _answers(self, server: socket.socket):
+        """Yields what comes back, until the end."""
+        raise NotImplementedError
+
     def _accept(self) -> None:
         while True:
             try:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(self._target)
+                server = self._connect()
             except OSError:
                 return
-            threading.Thread(target=self._forward, args=(client, server, False), daemon=True).start()
-            threading.Thread(target=self._forward, args=(server, client, True), daemon=True).start()
+            asked = iter(partial(client.recv, 65536), b"")
+            threading.Thread(target=self._forward, args=(asked, client, server), daemon=True).start()
+            threading.Thread(target=self._forward, args=(self._answers(server), server, client), daemon=True).start()
 
-    def _forward(self, source: socket.socket, sink: socket.socket, damages: bool) -> None:
-        left = self.DISTANCE
+    @staticmethod
+    def _forward(what, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                if damages and len(data) > left:
-                    changed = bytearray(data)
-                    changed[left] ^= 1
-                    data, left = bytes(changed), self.DISTANCE
-                else:
-                    left -= len(data)
+            for data in what:
                 sink.sendall(data)
         for opened in (source, sink):
             with contextlib.suppress(OSError):
                 opened.shutdown(socket.SHUT_RDWR)
             opened.close()
+
+
+class DamagingProxy(Proxy):
+    """Changes a byte of what comes back, one in more than DISTANCE."""
+
+    DISTANCE = 300_000
+
+    def _answers(self, server: socket.socket):
+        left = self.DISTANCE
+        while data := server.recv(65536):
+            if len(data) > left:
+                changed = bytearray(data)
+                changed[left] ^= 1
+                data, left = bytes(changed), self.DISTANCE
+            else:
+                left -= len(data)
+            yield data
+
+
+class SlowProxy(Proxy):
+    """Brings back three quarters of a megabyte a second on each connection, and lets little wait in the sockets."""
+
+    PIECE, PAUSE_S = 16384, 1 / 48
+
+    def _connect(self) -> socket.socket:
+        server = socket.socket()
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * self.PIECE)  # before the connection
+        server.connect(self._target)
+        return server
+
+    def _answers(self, server: socket.socket):
+        while data := server.recv(self.PIECE):
+            yield data
+            time.sleep(self.PAUSE_S)

@@ -56,27 +56,40 @@ class Cases:
         more = {"PrefilldOutOfDescriptors", "PrefilldDeaf"}
         self.add("no_descriptors", none_left, {"PrefilldScrapeMissing"}, also=more)
         self.add_faulty("deaf", faults.be_deaf, {"PrefilldDeaf", "PrefilldOutOfDescriptors"})
-        self.add_faulty("wedged", faults.stand_still, {"PrefilldWedged"}, ("--stall_timeout_s=1", "--wedge_timeout_s=3"))
+        soon = ("--stall_timeout_s=1", "--resume_window_s=1", "--wedge_timeout_s=3")
+        self.add_faulty("wedged", faults.stand_still, {"PrefilldWedged"}, soon)
         self.add_faulty("device", faults.fail_device, {"PrefilldDeviceFailed"}, also=gone)
         self.add_faulty("drain", faults.drain_slowly, {"PrefilldDrainTooLong"}, ("--drain_timeout_s=8",), gone)
         self.add_faulty("queue", faults.be_slow, {"PrefilldQueueGrows"}, ("--queue_capacity=5000", "--max_queued_tokens=9999999"))
         self.add_faulty("refuses", faults.be_slow, {"PrefilldRefuses"}, ("--queue_capacity=2",))
         little = ("--staging_bytes=8388608", "--frame_bytes=1048576")
         self.add("stalled", faults.take_nothing, {"PrefilldRequestsFail"}, (*little, "--stall_timeout_s=1"))
-        (folder / "tenants.json").write_text('{"unknown": "refuse", "tenants": [{"name": "ours"}]}')
-        tenants = ("--tenant_from=metadata", f"--tenants={folder}/tenants.json")
-        self.add("strangers", faults.call_without_right, {"PrefilldStrangers"}, tenants)
+        for case, trouble, expected in (
+            ("strangers", faults.call_without_right, "PrefilldStrangers"),
+            ("files", partial(faults.have_a_wrong_file, file=folder / "files.json"), "PrefilldFilesRefused"),
+        ):
+            (folder / f"{case}.json").write_text('{"unknown": "refuse", "tenants": [{"name": "ours"}]}')
+            tenants = ("--tenant_from=metadata", f"--tenants={folder}/{case}.json")
+            self.add(case, trouble, {expected}, tenants)
         self.add("vanished", faults.vanish, {"PrefilldConsumersLost"}, little, {"PrefilldRequestsFail", "PrefilldStalls"})
-        self.add("slow_consumer", faults.take_slowly, {"PrefilldStalls"}, (*little, "--max_prompt_tokens=4096", "--prefix_cache_bytes=100000000"))
+        less = ("--staging_bytes=4194304", "--frame_bytes=1048576", "--min_consumer_mb_per_s=0")
+        self.add("slow_consumer", faults.take_slowly, {"PrefilldStalls"}, less)
         self.add("recall", faults.load, {"PrefilldRecallLow"}, ("--recall_audit_fraction=1", "--gamma=0.05"))
         certificate, key = make_certificate(folder, days=7)
         expires = {"PrefilldCertificateExpires", "PrefilldCertificateExpiresNow"}
         trouble = partial(faults.let_certificate_expire, folder=folder)
-        self.add("certificate", trouble, expires, (f"--tls_cert={certificate}", f"--tls_key={key}"))
+        # The key comes after the certificate: for a moment they do not match.
+        between = {"PrefilldFilesRefused"}
+        self.add("certificate", trouble, expires, (f"--tls_cert={certificate}", f"--tls_key={key}"), between)
         source = self.add("source", faults.send_again, {"PrefilldKvDamaged"})
         self.proxy = faults.DamagingProxy(source.address)
-        worker = Server(bin_dir / "prefilld-decode-worker", "damaged", folder, f"--prefill_address={self.proxy.address}")
-        self.cases.append(Case(worker, faults.receive_damaged, {"PrefilldKvDamaged", "PrefilldTransfersFail"}))
+        worker = partial(Server, bin_dir / "prefilld-decode-worker")
+        damaged = worker("damaged", folder, f"--prefill_address={self.proxy.address}")
+        self.cases.append(Case(damaged, faults.receive_damaged, {"PrefilldKvDamaged", "PrefilldTransfersFail"}))
+        place, environment = self.faults_of("deaf_worker")
+        deaf = worker("deaf_worker", folder, environment=environment)
+        trouble = partial(faults.be_deaf, faults=place)
+        self.cases.append(Case(deaf, trouble, {"PrefilldDeaf", "PrefilldOutOfDescriptors"}))
 
     def add(self, name: str, trouble, expected: set[str], flags=(), also=frozenset(), environment=None) -> Server:
         server = Server(self._bin_dir / "prefilld", name, self._folder, "--max_prompt_tokens=2048",
@@ -86,10 +99,14 @@ class Cases:
 
     def add_faulty(self, name: str, trouble, expected: set[str], flags=(), also=frozenset()) -> None:
         """The trouble is a fault of the process itself."""
+        folder, environment = self.faults_of(name)
+        self.add(name, partial(trouble, faults=folder), expected, flags, also, environment)
+
+    def faults_of(self, name: str) -> tuple[Path, dict]:
+        """Returns a folder that faults are put into, and the environment of a process that has them."""
         folder = self._folder / f"{name}.faults"
         folder.mkdir()
-        environment = {"LD_PRELOAD": str(self._preloaded), "PREFILLD_TEST_FAULTS": str(folder)}
-        self.add(name, partial(trouble, faults=folder), expected, flags, also, environment)
+        return folder, {"LD_PRELOAD": str(self._preloaded), "PREFILLD_TEST_FAULTS": str(folder)}
 
 
 class Alerts(unittest.TestCase):

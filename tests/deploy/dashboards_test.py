@@ -40,8 +40,7 @@ def rules(kind: str) -> list[dict]:
 
 def described_metrics() -> set[str]:
     """Returns the metrics in the table of deploy/README.md."""
-    text = (ROOT / "deploy" / "README.md").read_text()
-    return set(re.findall(r"\b(?:prefilld|process)_[a-z_]+", text))
+    return metric_names.in_table((ROOT / "deploy" / "README.md").read_text())
 
 
 class Dashboard(unittest.TestCase):
@@ -52,6 +51,13 @@ class Dashboard(unittest.TestCase):
         named = metric_names.of_dashboard(json.loads(make_dashboard.DASHBOARD.read_text()))
         self.assertGreater(len(named), 40)
         self.assertEqual(named - described_metrics(), set())
+
+    def test_what_other_programs_export_too_is_taken_of_ours_alone(self):
+        queries = metric_names.queries_of_dashboard(json.loads(make_dashboard.DASHBOARD.read_text()))
+        selectors = [found for _, expr, _ in queries for found in re.findall(r"\bprocess_[a-z_]+(?:{[^}]*})?", expr)]
+        self.assertGreaterEqual(len(selectors), 3)
+        for selector in selectors:
+            self.assertRegex(selector, r"{.*\bjob=~?\"prefilld")
 
     def test_no_panels_overlap(self):
         taken = set()

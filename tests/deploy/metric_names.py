@@ -29,6 +29,12 @@ def of_rules(rules: dict) -> set[str]:
     return set().union(*(of_query(rule["expr"]) for group in rules["groups"] for rule in group["rules"]))
 
 
+def in_table(page: str) -> set[str]:
+    """Returns the metrics that the section Metrics of deploy/README.md describes."""
+    section = re.search(r"^## Metrics\n(.*?)^## ", page, re.M | re.S)[1]
+    return set(re.findall(r"`((?:prefilld|process)_[a-z_]+)(?:{[a-z,]*})?`", section))
+
+
 def on_page(page: str) -> set[str]:
     """Returns the names of the families on a page of metrics."""
     return set(re.findall(r"^# TYPE (\S+)", page, re.MULTILINE))

@@ -14,12 +14,12 @@ def scaled_duration(duration: str, factor: float) -> str:
 
 
 def scaled(rules: dict, factor: float) -> dict:
-    """Returns the rules with every window and every `for` times the factor. Thresholds stay."""
+    """Returns the rules with every window, every offset and every `for` times the factor. Thresholds stay."""
     rules = copy.deepcopy(rules)
     for group in rules["groups"]:
         for rule in group["rules"]:
-            windows = r"\[(\d+[smhd])\]"
-            rule["expr"] = re.sub(windows, lambda m: f"[{scaled_duration(m[1], factor)}]", rule["expr"])
+            times = r"(\[|\boffset )(\d+[smhd])\b"
+            rule["expr"] = re.sub(times, lambda m: m[1] + scaled_duration(m[2], factor), rule["expr"])
             if "for" in rule:
                 rule["for"] = scaled_duration(rule["for"], factor)
     return rules
