@@ -20,10 +20,11 @@ def some(items: dict) -> dict:
 
 
 SPECS = {
-    ("monitoring.coreos.com/v1", "ServiceMonitor"): of(
-        "selector endpoints",
+    ("monitoring.coreos.com/v1", "PodMonitor"): of(
+        "selector podMetricsEndpoints",
+        jobLabel=TEXT,
         selector=of("matchLabels", matchLabels=LABELS),
-        endpoints=some(of("port", port=TEXT, path=TEXT, interval=TEXT, scrapeTimeout=TEXT, scheme=TEXT)),
+        podMetricsEndpoints=some(of("port", port=TEXT, path=TEXT, interval=TEXT, scrapeTimeout=TEXT, scheme=TEXT)),
     ),
     ("keda.sh/v1alpha1", "ScaledObject"): of(
         "scaleTargetRef triggers",

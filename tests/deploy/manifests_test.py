@@ -23,6 +23,10 @@ KUBERNETES_VERSIONS = ["1.30.0", "1.33.0", "1.37.0"]  # the oldest we say we nee
 OVERLAYS = {folder.name: folder for folder in KUSTOMIZATIONS}
 INVALID = (kubernetes_validate.ValidationError, jsonschema.ValidationError)
 SECONDS = {"s": 1, "h": 3600}
+RULES = KUBERNETES.parent / "alerts" / "prefilld.rules.yaml"
+# A program may take so long after a drain that ran out. prefilld's are 5 s for requests that are cut off, 5 s each
+# for connections and the memory of frames, 2 s for files that hang, and a little.
+LAST_S = {"prefilld": 20, "prefilld-decode-worker": 10, "prefilld-gateway": 10}
 
 
 def validate(resource):
@@ -126,7 +130,7 @@ class Validity(unittest.TestCase):
 
     def test_a_misspelt_field_is_refused(self):
         kinds = {r["kind"]: r for folder in KUSTOMIZATIONS for r in render(folder)}
-        self.assertGreaterEqual(set(kinds), {"ServiceMonitor", "ScaledObject", "Certificate", "InferencePool"})
+        self.assertGreaterEqual(set(kinds), {"PodMonitor", "ScaledObject", "Certificate", "InferencePool"})
         for kind, resource in kinds.items():
             misspelt = copy.deepcopy(resource)
             misspelt["data" if kind == "ConfigMap" else "spec"]["selectr"] = {}
@@ -154,8 +158,10 @@ class Agreement(unittest.TestCase):
     def test_services_budgets_and_policies_select_a_deployment(self, resources, deployments):
         for service in of_kind(resources, "Service"):
             (target,) = [d for d in deployments if selects(service["spec"]["selector"], d)]
-            names = {p["name"] for c in containers_of(target) for p in c["ports"]}
-            self.assertLessEqual({p["targetPort"] for p in service["spec"]["ports"]}, names)
+            # Names of a sidecar's ports are no targets.
+            ports = {p["name"] for c in pod_of(target)["containers"] for p in c["ports"]}
+            ports |= {p["containerPort"] for c in containers_of(target) for p in c["ports"]}
+            self.assertLessEqual({p["targetPort"] for p in service["spec"]["ports"]}, ports)
         for budget in of_kind(resources, "PodDisruptionBudget"):
             self.assertTrue(any(selects(budget["spec"]["selector"]["matchLabels"], d) for d in deployments))
         for policy in of_kind(resources, "NetworkPolicy"):
@@ -175,14 +181,49 @@ class Agreement(unittest.TestCase):
             self.assertTrue(any(selects(labels, decoder) for labels in allowed))
 
     @for_each_overlay
-    def test_the_service_monitor_scrapes_every_program(self, resources, deployments):
-        for monitor in of_kind(resources, "ServiceMonitor"):
-            wanted = monitor["spec"]["selector"]["matchLabels"].items()
-            services = [s for s in of_kind(resources, "Service") if wanted <= s["metadata"]["labels"].items()]
-            for deployment in deployments:
-                (service,) = [s for s in services if selects(s["spec"]["selector"], deployment)]
-                ports = {p["name"] for p in service["spec"]["ports"]}
-                self.assertLessEqual({e["port"] for e in monitor["spec"]["endpoints"]}, ports)
+    def test_every_program_has_a_policy_that_shows_its_metrics_to_the_monitoring_alone(self, resources, deployments):
+        for deployment in (d for d in deployments if any(program_of(c) for c in containers_of(d))):
+            policies = [p for p in of_kind(resources, "NetworkPolicy")
+                        if selects(p["spec"]["podSelector"]["matchLabels"], deployment)]  # fmt: skip
+            rules = [r for p in policies for r in p["spec"]["ingress"] if "metrics" in [o["port"] for o in r["ports"]]]
+            (rule,) = rules
+            self.assertEqual(rule["ports"], [{"port": "metrics", "protocol": "TCP"}])
+            named_space = {"kubernetes.io/metadata.name": "monitoring"}
+            self.assertEqual(rule["from"], [{"namespaceSelector": {"matchLabels": named_space}}])
+
+    @for_each_overlay
+    def test_policies_let_requests_and_pushes_through_at_both_ends(self, resources, deployments):
+        ends = {}
+        for deployment in (d for d in deployments if any(program_of(c) for c in containers_of(d))):
+            for policy in of_kind(resources, "NetworkPolicy"):
+                if selects(policy["spec"]["podSelector"]["matchLabels"], deployment):
+                    ends.setdefault(deployment["metadata"]["name"], (deployment, policy))
+        if len(ends) < 2:
+            return
+        for caller, called in (("prefilld", "prefilld-decode-worker"), ("prefilld-decode-worker", "prefilld")):
+            (source, leaves), (target, takes) = ends[caller], ends[called]
+            ports = {p["name"]: p["containerPort"] for c in containers_of(target) for p in c["ports"]}
+            self.assertTrue([1 for rule in leaves["spec"]["egress"] if rule["ports"][0]["port"] == ports["grpc"]
+                             and any(selects(to["podSelector"]["matchLabels"], target) for to in rule["to"])])  # fmt: skip
+            self.assertTrue([1 for rule in takes["spec"]["ingress"] if rule["ports"][0]["port"] == "grpc"
+                             and any(selects(f["podSelector"]["matchLabels"], source) for f in rule["from"])])  # fmt: skip
+
+    @for_each_overlay
+    def test_every_program_is_scraped_once_as_the_job_that_alerts_and_keda_ask_for(self, resources, deployments):
+        monitors = of_kind(resources, "PodMonitor")
+        if not monitors:
+            return
+        asked = set(re.findall(r'job=~?"([^"]*)"', RULES.read_text() + str(of_kind(resources, "ScaledObject"))))
+        jobs = {job for alternatives in asked for job in alternatives.split("|")}
+        for deployment in deployments:
+            labels = deployment["spec"]["template"]["metadata"]["labels"]
+            places = {p["name"] for c in containers_of(deployment) for p in c["ports"]}
+            (scraped,) = [(m, e) for m in monitors for e in m["spec"]["podMetricsEndpoints"]
+                          if selects(m["spec"]["selector"]["matchLabels"], deployment) and e["port"] in places]  # fmt: skip
+            job = labels[scraped[0]["spec"]["jobLabel"]]
+            self.assertEqual(job, deployment["metadata"]["name"])
+            if any(program_of(c) for c in containers_of(deployment)):
+                self.assertIn(job, jobs)
 
     @for_each_overlay
     def test_every_port_is_one_that_the_program_listens_on(self, _, deployments):
@@ -234,8 +275,8 @@ class Agreement(unittest.TestCase):
             for container in ours:
                 pre_stop = container["lifecycle"]["preStop"]["sleep"]["seconds"]
                 drain = int(flag_value(container, "drain_timeout_s"))
-                # Requests that are cut off after the drain get 5 s to end.
-                self.assertGreaterEqual(pod_of(deployment)["terminationGracePeriodSeconds"], pre_stop + drain + 5)
+                needed = pre_stop + drain + LAST_S[program_of(container)]
+                self.assertGreaterEqual(pod_of(deployment)["terminationGracePeriodSeconds"], needed)
 
     @for_each_overlay
     def test_the_decode_worker_finds_the_prefill_service(self, resources, deployments):
@@ -285,8 +326,11 @@ class Agreement(unittest.TestCase):
             # Callers use the Service's name, and probes this one.
             service = named(of_kind(resources, "Service"), name)
             self.assertIn(service["metadata"]["name"], certificate["spec"]["dnsNames"])
-            probe = pod_of(deployment)["containers"][0]["livenessProbe"]["exec"]["command"]
-            self.assertIn(f"--tls_name={name}", probe)
+            container = pod_of(deployment)["containers"][0]
+            self.assertIn(f"--tls_name={name}", container["readinessProbe"]["exec"]["command"])
+            # An expired certificate must not end the pods.
+            self.assertEqual(container["livenessProbe"]["httpGet"], {"path": "/live", "port": "metrics"})
+            self.assertNotIn("exec", container["livenessProbe"])
             left = certificate["spec"]["renewBefore"]
             self.assertGreater(int(left[:-1]) * SECONDS[left[-1]], 14 * 86400)  # the programs warn from then on
 
