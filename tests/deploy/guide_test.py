@@ -26,9 +26,17 @@ if live_processes.reason_to_skip():
     sys.exit(77)
 
 GUIDE = ROOT / "deploy" / "guide" / "README.md"
-PAGES = [ROOT / "deploy" / "README.md", GUIDE, ROOT / "deploy" / "kubernetes" / "README.md"]
-# A block of commands may need these, and is not run then: a cluster, a GPU, Docker and a registry, a build tree.
-NOT_RUN = {"cluster", "gpu", "docker", "build"}
+PAGES = [ROOT / "deploy" / "README.md", GUIDE, ROOT / "deploy" / "security.md",
+         *(ROOT / "deploy" / folder / "README.md" for folder in ("kubernetes", "alerts", "dashboards"))]  # fmt: skip
+# A block of commands may need these, and is not run then.
+NOT_RUN = {"cluster", "gpu"}
+# These need Docker and a registry, a build tree, or a Prometheus. Another script of this folder does the same as such
+# a block, and has the parts of it that the pattern finds.
+RUN_ELSEWHERE = {
+    "docker": ("image_test.sh", r"--target (\S+)"),
+    "build": ("tarball_test.sh", r"\b(\w+\.sh)\b"),
+    "prometheus": ("dashboards_picture.py", r"\b(\w+)\.py\b"),
+}
 CPU = {"e": 4, "tile": 2048}
 
 
@@ -141,7 +149,7 @@ class Running(unittest.TestCase):
         ran = 0
         for page in PAGES:
             for info, commands in blocks(page.read_text(encoding="utf-8")):
-                commanding = re.search(r"^(docker|kubectl|build/\S+|deploy/\S+|prefill\S*|curl|kill) ", commands, re.M)
+                commanding = re.search(r"^(docker|kubectl|build/\S+|deploy/\S+|prefill\S*|python3|curl|kill) ", commands, re.M)
                 self.assertEqual(bool(commanding), info[:1] == ["sh"], commands)
                 if info == ["sh"]:
                     with self.subTest(commands):
@@ -149,6 +157,12 @@ class Running(unittest.TestCase):
                                               capture_output=True, text=True, timeout=120)  # fmt: skip
                         self.assertEqual(done.returncode, 0, done.stderr)
                         ran += 1
+                elif info[:1] == ["sh"] and info[1] in RUN_ELSEWHERE:
+                    test, pattern = RUN_ELSEWHERE[info[1]]
+                    parts = re.findall(pattern, commands)
+                    self.assertTrue(parts, commands)
+                    for part in parts:
+                        self.assertRegex((Path(__file__).parent / test).read_text(), rf"\b{re.escape(part)}\b")
                 elif info[:1] == ["sh"]:
                     self.assertIn(info[1], NOT_RUN)
         self.assertGreaterEqual(ran, 4)

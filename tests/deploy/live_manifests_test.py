@@ -67,7 +67,7 @@ class Live(unittest.TestCase):
 
     def test_a_probe_can_fail(self):
         self.assertEqual(self.pods.ask(self.prefill, {"grpc": {"port": 50051, "service": "livness"}}), "NOT_FOUND")
-        probe = self.secure_prefill.container["livenessProbe"]["exec"]["command"]
+        probe = self.secure_prefill.container["readinessProbe"]["exec"]["command"]
         for wrong in (
             [*probe, "--service=livness"],
             [a for a in probe if not a.startswith(("--tls_cert", "--tls_key"))],

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 import unittest
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -189,6 +190,25 @@ class Tracing(unittest.TestCase):
             self.assertNotIn(", ".join(map(str, PROMPT[5:10])), log)
             self.assertNotIn(",".join(map(str, PROMPT[5:10])), log)
             self.assertNotIn("fisher", log)
+
+    def test_no_page_of_metrics_holds_a_prompt(self):
+        pages = []
+        with self.prefill.prefill(PROMPT, request_id="unseen", layout=Layout(block_tokens=64)) as stream:
+            for _ in stream:  # it is under way
+                pages.append(self.page_of(self.server))
+        list(self.decode.generate(PROMPT, max_new_tokens=2))
+        deadline = time.monotonic() + PATIENCE
+        while "prefilld_prompt_tokens_count 0" in (last := self.page_of(self.server)):
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.1)
+        for page in (*pages, last, self.page_of(self.worker)):
+            self.assertIn("process_resident_memory_bytes", page)
+            for told in ("fisher", "unseen", *(separator.join(map(str, PROMPT[5:10])) for separator in (",", ", ", " "))):
+                self.assertNotIn(told, page)
+
+    def page_of(self, address: str) -> str:
+        with urllib.request.urlopen(f"http://{self.programs.metrics_address(address)}/metrics", timeout=30) as page:
+            return page.read().decode()
 
 
 if __name__ == "__main__":
