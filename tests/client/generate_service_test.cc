@@ -129,7 +129,7 @@ TEST(MaxMessageBytes, HasRoomForAFrameOfTheModelsLargestBlock) {
 }
 
 TEST_F(WorkerServices, AFirstTokenOutsideTheVocabularyIsDataLoss) {
-  prefill_script_ = [](grpc::ServerContext&, const PrefillRequest&, PrefillWriter& writer) {
+  SetPrefillScript([](grpc::ServerContext&, const PrefillRequest&, PrefillWriter& writer) {
     writer.Write(AcceptedEvent(SmallLayout(), 1));
     for (uint32_t layer = 0; layer < 3; ++layer) {
       writer.Write(FrameEvent(SmallLayout(), 0, layer, layer, 0, 3));
@@ -138,7 +138,7 @@ TEST_F(WorkerServices, AFirstTokenOutsideTheVocabularyIsDataLoss) {
     result.mutable_result()->mutable_first_token()->set_token_id(100);
     writer.Write(result);
     return grpc::Status::OK;
-  };
+  });
   const Reply reply = Generate(Request());
   EXPECT_EQ(reply.status.error_code(), grpc::StatusCode::DATA_LOSS);
   EXPECT_TRUE(reply.tokens.empty());
@@ -164,9 +164,9 @@ TEST_F(WorkerServices, WhatFitsIntoThePoolLaterIsResourceExhausted) {
 }
 
 TEST_F(WorkerServices, PassesThePrefillServersStatusOn) {
-  prefill_script_ = [](grpc::ServerContext&, const PrefillRequest&, PrefillWriter&) {
+  SetPrefillScript([](grpc::ServerContext&, const PrefillRequest&, PrefillWriter&) {
     return grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "queue full", "binary details");
-  };
+  });
   const grpc::Status status = Generate(Request()).status;
   EXPECT_EQ(status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
   EXPECT_EQ(status.error_message(), "queue full");
@@ -175,13 +175,13 @@ TEST_F(WorkerServices, PassesThePrefillServersStatusOn) {
 }
 
 TEST_F(WorkerServices, ADamagedFrameIsDataLossAndFreesTheBlocks) {
-  prefill_script_ = [](grpc::ServerContext&, const PrefillRequest&, PrefillWriter& writer) {
+  SetPrefillScript([](grpc::ServerContext&, const PrefillRequest&, PrefillWriter& writer) {
     writer.Write(AcceptedEvent(SmallLayout(), 1));
     PrefillEvent event = FrameEvent(SmallLayout(), 0, 0, 0, 0, 3);
     (*event.mutable_kv_frame()->mutable_payload())[0] ^= 1;
     writer.Write(event);
     return grpc::Status::OK;
-  };
+  });
   EXPECT_EQ(Generate(Request()).status.error_code(), grpc::StatusCode::DATA_LOSS);
   EXPECT_TRUE(decoder_.stored().empty());
   ExpectPoolFree();
@@ -189,14 +189,13 @@ TEST_F(WorkerServices, ADamagedFrameIsDataLossAndFreesTheBlocks) {
 
 TEST_F(WorkerServices, CancellingTheCallCancelsThePrefillAndFreesTheBlocks) {
   absl::Notification called, cancelled;
-  prefill_script_ = [&](grpc::ServerContext& context, const PrefillRequest&,
-                        PrefillWriter& writer) {
+  SetPrefillScript([&](grpc::ServerContext& context, const PrefillRequest&, PrefillWriter& writer) {
     writer.Write(AcceptedEvent(SmallLayout(), 1));
     called.Notify();
     while (!context.IsCancelled()) absl::SleepFor(absl::Milliseconds(1));
     cancelled.Notify();
     return grpc::Status::CANCELLED;
-  };
+  });
   grpc::ClientContext context;
   const auto stream = stub_->Generate(&context, Request());
   GenerateEvent event;
@@ -211,7 +210,7 @@ TEST_F(WorkerServices, CancellingTheCallCancelsThePrefillAndFreesTheBlocks) {
 
 TEST_F(WorkerServices, ACallerThatReadsNothingIsCutOffAndFreesTheBlocks) {
   options_.stall_timeout = absl::Milliseconds(200);
-  prefill_script_ = [](grpc::ServerContext&, const PrefillRequest&, PrefillWriter& writer) {
+  SetPrefillScript([](grpc::ServerContext&, const PrefillRequest&, PrefillWriter& writer) {
     writer.Write(AcceptedEvent(SmallLayout(), 1));
     for (uint32_t layer = 0; layer < 3; ++layer) {
       writer.Write(FrameEvent(SmallLayout(), 0, layer, layer, 0, 3));
@@ -223,7 +222,7 @@ TEST_F(WorkerServices, ACallerThatReadsNothingIsCutOffAndFreesTheBlocks) {
     }
     writer.Write(result);
     return grpc::Status::OK;
-  };
+  });
   grpc::ClientContext context;
   const auto stream = stub_->Generate(&context, Request());
   GenerateEvent event;
@@ -254,7 +253,7 @@ TEST_F(WorkerServices, CancellingDuringDecodeFreesTheBlocks) {
 }
 
 TEST_F(WorkerServices, APulledCacheOfAnotherShapeIsRefused) {
-  prefill_script_ = [](grpc::ServerContext&, const PrefillRequest&, PrefillWriter& writer) {
+  SetPrefillScript([](grpc::ServerContext&, const PrefillRequest&, PrefillWriter& writer) {
     KvLayout layout = SmallLayout();
     layout.set_num_layers(2);
     writer.Write(AcceptedEvent(layout, 1));
@@ -263,7 +262,7 @@ TEST_F(WorkerServices, APulledCacheOfAnotherShapeIsRefused) {
     }
     writer.Write(ResultEvent({2}));
     return grpc::Status::OK;
-  };
+  });
   const grpc::Status status = Generate(Request()).status;
   EXPECT_EQ(status.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
   EXPECT_THAT(status.error_message(), HasSubstr("num_layers is 2"));
@@ -272,12 +271,12 @@ TEST_F(WorkerServices, APulledCacheOfAnotherShapeIsRefused) {
 
 TEST_F(WorkerServices, ADrainingWorkerTakesNothingNewAndFinishesWhatRuns) {
   absl::Notification started, release;
-  prefill_script_ = [&](grpc::ServerContext& context, const PrefillRequest& request,
-                        PrefillWriter& writer) {
-    started.Notify();
-    release.WaitForNotification();
-    return SendAll(context, request, writer);
-  };
+  SetPrefillScript(
+      [&](grpc::ServerContext& context, const PrefillRequest& request, PrefillWriter& writer) {
+        started.Notify();
+        release.WaitForNotification();
+        return SendAll(context, request, writer);
+      });
   Reply running;
   std::thread caller([&] { running = Generate(Request()); });
   started.WaitForNotification();

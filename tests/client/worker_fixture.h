@@ -43,11 +43,13 @@ class WorkerServices : public ::testing::Test {
   WorkerServices()
       : prefill_server_([this](grpc::ServerContext& context, const PrefillRequest& request,
                                PrefillWriter& writer) {
+          ScriptedServer::PrefillScript script;
           {
             absl::MutexLock lock(&mu_);
             last_request_ = request;
+            script = prefill_script_;
           }
-          return prefill_script_(context, request, writer);
+          return script(context, request, writer);
         }) {
     options_.listen = "127.0.0.1:0";
     options_.decoder.block_tokens = 16;
@@ -169,6 +171,12 @@ class WorkerServices : public ::testing::Test {
     }
     writer.Write(ResultEvent({3}));
     return grpc::Status::OK;
+  }
+
+  // From now on the prefill server answers so.
+  void SetPrefillScript(ScriptedServer::PrefillScript script) {
+    absl::MutexLock lock(&mu_);
+    prefill_script_ = std::move(script);
   }
 
   static constexpr absl::Duration kOpenTimeout = absl::Seconds(1);

@@ -52,6 +52,18 @@ bool Mutex::TryLock() {
   return locked;
 }
 
+void Mutex::ReaderLock() {
+  static const auto library = Library<void, Mutex*>("_ZN4absl7debian35Mutex10ReaderLockEv");
+  library(this);
+  __tsan_acquire(this);
+}
+
+void Mutex::ReaderUnlock() {
+  static const auto library = Library<void, Mutex*>("_ZN4absl7debian35Mutex12ReaderUnlockEv");
+  __tsan_release(this);
+  library(this);
+}
+
 void Mutex::Await(const Condition& condition) {
   static const auto library =
       Library<void, Mutex*, const Condition&>("_ZN4absl7debian35Mutex5AwaitERKNS0_9ConditionE");
@@ -67,6 +79,16 @@ bool Mutex::AwaitWithTimeout(const Condition& condition, Duration timeout) {
   const OrderedCondition ordered{condition, this};
   __tsan_release(this);
   const bool met = library(this, Condition(&ordered, &OrderedCondition::Eval), timeout);
+  __tsan_acquire(this);
+  return met;
+}
+
+bool Mutex::AwaitWithDeadline(const Condition& condition, Time deadline) {
+  static const auto library = Library<bool, Mutex*, const Condition&, Time>(
+      "_ZN4absl7debian35Mutex17AwaitWithDeadlineERKNS0_9ConditionENS0_4TimeE");
+  const OrderedCondition ordered{condition, this};
+  __tsan_release(this);
+  const bool met = library(this, Condition(&ordered, &OrderedCondition::Eval), deadline);
   __tsan_acquire(this);
   return met;
 }
