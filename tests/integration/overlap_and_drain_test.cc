@@ -5,6 +5,7 @@
 #include <thread>
 #include <vector>
 
+#include "absl/base/config.h"
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/synchronization/notification.h"
@@ -169,7 +170,11 @@ TEST_F(OverlapAndDrain, ASecondSignalEndsTheDecodeWorkerAtOnce) {
         worker.Signal(SIGTERM);
         told = true;
       });
+  // The thread sanitizer calls a handler only once the thread has come back from Abseil's wait for
+  // the end of the drain.
+#if !defined(ABSL_HAVE_THREAD_SANITIZER)
   EXPECT_FALSE(running.status.ok());
+#endif
   EXPECT_EQ(worker.Wait(absl::Seconds(20)), 1) << worker.stderr_text();
 }
 
