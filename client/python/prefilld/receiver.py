@@ -147,9 +147,7 @@ class ExpectedCache:
             for data in messages:
                 event = read_event(data, wire.ReceiveRequest)
                 if isinstance(event, Frame):
-                    blocks, damaged = lanes.take(event, lane, context)
-                    if blocks is not None and not self._mailbox.put(blocks):
-                        raise Cancelled("the receiver no longer wants the cache")
+                    damaged = lanes.take(event, lane, context, self._mailbox.put)
                     yield lanes.receipt(lane, damaged)
                 elif event.HasField("result"):
                     self._finish(event.result)
@@ -211,15 +209,22 @@ class _Lanes:
         if before is not None:
             before.cancel()
 
-    def take(self, frame: Frame, lane: int, context) -> tuple[KvBlocks | None, tuple[int, ...]]:
-        """Returns what a frame brings, and its number if it is damaged."""
+    def take(self, frame: Frame, lane: int, context, put) -> tuple[int, ...]:
+        """Hands what a frame brings to put(), which may wait; returns its number if it is damaged.
+
+        The lane stays locked until the blocks are handed on. A stream in this one's place would otherwise count the
+        frame as received, and its result could overtake the blocks.
+        """
         with self._locks[lane]:
             if self._streams[lane] is not context:
                 raise PrefilldError(_Code.ABORTED, "another stream has taken this one's place")
             try:
-                return self.check.take(frame, lane), ()
+                blocks = self.check.take(frame, lane)
             except Damaged:
-                return None, (frame.sequence,)
+                return (frame.sequence,)
+            if blocks is not None and not put(blocks):
+                raise Cancelled("the receiver no longer wants the cache")
+            return ()
 
     def receipt(self, lane: int, damaged: tuple[int, ...] = (), complete: bool = False):
         with self._locks[lane]:

@@ -1,0 +1,214 @@
+"""Tests the lanes of the Python KvReceiver, whose sender is the test.
+
+Exits with 77 (skipped, for CTest) without the client's packages.
+"""
+
+import queue
+import sys
+import threading
+import unittest
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "client" / "python"))
+try:
+    import grpc
+    from played_server import BLOCKS, LAYERS, PATIENCE, TOKENS, frame, layout
+    from prefilld import KvReceiver, PrefilldError, wire
+except ImportError as missing:
+    print(f"skipped: {missing}")
+    sys.exit(77)
+
+KEY = "0123456789abcdef0123456789abcdef"
+
+
+class PlayedLane:
+    """One stream of a lane, whose sender is the test."""
+
+    def __init__(self, channel, lane=0, num_lanes=1, key=KEY, transfer_id="t"):
+        self._out = queue.SimpleQueue()
+        opening = wire.ReceiveOpen(
+            transfer_id=transfer_id, layout=layout(), lane=lane, num_lanes=num_lanes, transfer_key=key
+        )
+        self._out.put(wire.ReceiveRequest(open=opening))
+        self._call = wire.Stub(channel, "KvReceiver").ReceiveLane(iter(self._out.get, None), timeout=PATIENCE)
+
+    def send(self, sequence, layer, lane=0, damaged=False):
+        message = frame(layer, lane, sequence).kv_frame
+        message.checksum ^= damaged
+        self._out.put(wire.ReceiveRequest(kv_frame=message))
+
+    def send_result(self, *frames):
+        self._out.put(wire.ReceiveRequest(result=wire.PrefillResult(frames_per_lane=frames, num_tokens=len(TOKENS))))
+
+    def receipt(self):
+        return next(self._call)
+
+    def until(self, received):
+        while self.receipt().received < received:
+            pass
+
+    def leave(self):
+        self._call.cancel()
+        self._out.put(None)
+
+    def end(self):
+        """Returns the status with which the receiver ends the stream."""
+        try:
+            for _ in self._call:
+                pass
+        except grpc.RpcError:
+            pass
+        self._out.put(None)
+        return self._call.code(), self._call.details()
+
+
+class Lanes(unittest.TestCase):
+    def setUp(self):
+        self.receiver = self.enterContext(KvReceiver(resume_window=PATIENCE))
+        self.channel = self.enterContext(grpc.insecure_channel(self.receiver.address))
+        self.cache = self.enterContext(self.receiver.expect("t", TOKENS, timeout=PATIENCE))
+        self.blocks = []
+        self.reader = threading.Thread(target=self.read)
+        self.reader.start()
+
+    def read(self):
+        try:
+            self.blocks.extend(self.cache)
+        except PrefilldError as error:
+            self.blocks.append(error)
+
+    def expect_whole(self):
+        self.reader.join(PATIENCE)
+        self.assertEqual(sorted(b.layer for b in self.blocks), list(range(LAYERS)))
+
+    def test_each_frame_is_acknowledged_and_the_result_completes_all(self):
+        lanes = [PlayedLane(self.channel, lane, 2) for lane in (0, 1)]
+        for layer in range(LAYERS):
+            lanes[layer % 2].send(layer // 2, layer, lane=layer % 2)
+        counts = [-(-LAYERS // 2), LAYERS // 2]
+        for lane in (0, 1):
+            lanes[lane].until(counts[lane])
+        lanes[0].send_result(*counts)
+        self.assertTrue(lanes[0].receipt().complete)
+        self.assertEqual(lanes[0].end()[0], grpc.StatusCode.OK)
+        lanes[1].leave()
+        self.expect_whole()
+
+    def test_a_stream_goes_on_where_the_one_before_broke(self):
+        first = PlayedLane(self.channel)
+        first.send(0, 0)
+        first.send(1, 1)
+        first.until(2)
+        first.leave()
+        second = PlayedLane(self.channel)
+        self.assertEqual(second.receipt().received, 2)
+        for layer in range(1, LAYERS):  # the first of these comes again
+            second.send(layer, layer)
+        second.until(LAYERS)
+        second.send_result(LAYERS)
+        self.assertTrue(second.receipt().complete)
+        self.expect_whole()
+        # The connection may break under that receipt, even when the id is expected again.
+        for expected in (False, True):
+            with self.subTest(expected=expected):
+                if expected:
+                    self.enterContext(self.receiver.expect("t", TOKENS))
+                again = PlayedLane(self.channel).receipt()
+                self.assertEqual((again.received, again.complete), (LAYERS, True))
+
+    def test_the_result_does_not_overtake_blocks_that_wait_for_the_consumer(self):
+        put = self.cache._mailbox.put
+
+        def put_late(entry):
+            if getattr(entry, "layer", None) == LAYERS - 1:
+                waiting.set()
+                self.reader.join(0.5)  # time for the iteration to end without this layer, which it must not
+            return put(entry)
+
+        waiting = threading.Event()
+        self.cache._mailbox.put = put_late
+        first = PlayedLane(self.channel)
+        for layer in range(LAYERS):
+            first.send(layer, layer)
+        self.assertTrue(waiting.wait(PATIENCE))
+        first.leave()
+        second = PlayedLane(self.channel)
+        self.assertEqual(second.receipt().received, LAYERS)
+        second.send_result(LAYERS)
+        self.expect_whole()
+
+    def test_a_stream_takes_the_place_of_one_that_seems_alive_and_a_stranger_does_not(self):
+        first = PlayedLane(self.channel)
+        first.send(0, 0)
+        first.until(1)
+        self.assertEqual(PlayedLane(self.channel, key=KEY[::-1]).end()[0], grpc.StatusCode.PERMISSION_DENIED)
+        self.assertEqual(PlayedLane(self.channel, key="short").end()[0], grpc.StatusCode.INVALID_ARGUMENT)
+        self.assertEqual(PlayedLane(self.channel, key="k" * 129).end()[0], grpc.StatusCode.INVALID_ARGUMENT)
+        self.assertEqual(PlayedLane(self.channel, num_lanes=3).end()[0], grpc.StatusCode.INVALID_ARGUMENT)
+        second = PlayedLane(self.channel)
+        self.assertEqual(second.receipt().received, 1)
+        self.assertIn(first.end()[0], (grpc.StatusCode.ABORTED, grpc.StatusCode.CANCELLED))
+        for layer in range(1, LAYERS):
+            second.send(layer, layer)
+        second.until(LAYERS)
+        second.send_result(LAYERS)
+        self.assertTrue(second.receipt().complete)
+        self.expect_whole()
+
+    def test_a_damaged_frame_is_named_and_comes_again(self):
+        lane = PlayedLane(self.channel)
+        lane.receipt()
+        lane.send(0, 0, damaged=True)
+        named = lane.receipt()
+        self.assertEqual((named.received, list(named.damaged)), (0, [0]))
+        for layer in (*range(1, LAYERS), 0):
+            lane.send(layer, layer)
+        lane.until(LAYERS)
+        lane.send_result(LAYERS)
+        self.assertTrue(lane.receipt().complete)
+        self.expect_whole()
+
+    def test_no_more_damaged_frames_are_awaited_than_blocks_are_missing(self):
+        lane = PlayedLane(self.channel)
+        for sequence in range(LAYERS * BLOCKS + 1):
+            lane.send(sequence, 0, damaged=True)
+        code, details = lane.end()
+        self.assertEqual(code, grpc.StatusCode.DATA_LOSS)
+        self.assertIn(f"frame {LAYERS * BLOCKS} of", details)
+        self.cache.close()
+        self.reader.join(PATIENCE)
+
+    def test_an_opening_that_makes_no_sense_keeps_nobody_out(self):
+        for lane, num_lanes in ((0, 0), (0, 17), (2, 2)):
+            code, details = PlayedLane(self.channel, lane, num_lanes).end()
+            self.assertEqual(code, grpc.StatusCode.INVALID_ARGUMENT)
+            self.assertIn(f"num_lanes {'is ' * (lane > 0)}{num_lanes}", details)
+        self.assertEqual(PlayedLane(self.channel).receipt().received, 0)
+        self.cache.close()
+        self.reader.join(PATIENCE)
+
+    def test_a_sender_that_stays_away_is_told_to_the_one_who_waits(self):
+        with KvReceiver(resume_window=0.2) as receiver, grpc.insecure_channel(receiver.address) as channel:
+            with receiver.expect("t", TOKENS, timeout=PATIENCE) as cache:
+                lane = PlayedLane(channel)
+                lane.send(0, 0)
+                next(iter(cache))
+                lane.leave()
+                with self.assertRaisesRegex(PrefilldError, "did not come back") as caught:
+                    list(cache)
+        self.assertEqual(caught.exception.code, grpc.StatusCode.UNAVAILABLE)
+        self.cache.close()
+        self.reader.join(PATIENCE)
+
+    def test_a_receiver_that_leaves_ends_every_lane(self):
+        lanes = [PlayedLane(self.channel, lane, 2) for lane in (0, 1)]
+        for lane in lanes:
+            lane.receipt()
+        self.cache.close()
+        for lane in lanes:
+            self.assertEqual(lane.end()[0], grpc.StatusCode.CANCELLED)
+        self.reader.join(PATIENCE)
+
+
+if __name__ == "__main__":
+    unittest.main()
