@@ -8,12 +8,15 @@ import sys
 import threading
 import unittest
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "client" / "python"))
 try:
     import grpc
     from played_server import BLOCKS, LAYERS, PATIENCE, TOKENS, frame, layout
     from prefilld import KvReceiver, PrefilldError, wire
+    from prefilld import receiver as receiving
+    from unreliable_proxy import UnreliableProxy
 except ImportError as missing:
     print(f"skipped: {missing}")
     sys.exit(77)
@@ -81,6 +84,10 @@ class Lanes(unittest.TestCase):
         self.reader.join(PATIENCE)
         self.assertEqual(sorted(b.layer for b in self.blocks), list(range(LAYERS)))
 
+    def leave_unread(self):
+        self.cache.close()
+        self.reader.join(PATIENCE)
+
     def test_each_frame_is_acknowledged_and_the_result_completes_all(self):
         lanes = [PlayedLane(self.channel, lane, 2) for lane in (0, 1)]
         for layer in range(LAYERS):
@@ -115,6 +122,18 @@ class Lanes(unittest.TestCase):
                     self.enterContext(self.receiver.expect("t", TOKENS))
                 again = PlayedLane(self.channel).receipt()
                 self.assertEqual((again.received, again.complete), (LAYERS, True))
+
+    def test_lane_0_alone_says_that_a_transfer_is_complete(self):
+        lanes = [PlayedLane(self.channel, lane, 2) for lane in (0, 1)]
+        for layer in range(LAYERS):
+            lanes[0].send(layer, layer)
+        lanes[0].until(LAYERS)
+        lanes[1].receipt()
+        lanes[0].send_result(LAYERS, 0)
+        self.assertTrue(lanes[0].receipt().complete)
+        self.expect_whole()
+        for lane in (0, 1):
+            self.assertEqual(PlayedLane(self.channel, lane, 2).receipt().complete, lane == 0)
 
     def test_the_result_does_not_overtake_blocks_that_wait_for_the_consumer(self):
         put = self.cache._mailbox.put
@@ -175,8 +194,7 @@ class Lanes(unittest.TestCase):
         code, details = lane.end()
         self.assertEqual(code, grpc.StatusCode.DATA_LOSS)
         self.assertIn(f"frame {LAYERS * BLOCKS} of", details)
-        self.cache.close()
-        self.reader.join(PATIENCE)
+        self.leave_unread()
 
     def test_an_opening_that_makes_no_sense_keeps_nobody_out(self):
         for lane, num_lanes in ((0, 0), (0, 17), (2, 2)):
@@ -184,8 +202,7 @@ class Lanes(unittest.TestCase):
             self.assertEqual(code, grpc.StatusCode.INVALID_ARGUMENT)
             self.assertIn(f"num_lanes {'is ' * (lane > 0)}{num_lanes}", details)
         self.assertEqual(PlayedLane(self.channel).receipt().received, 0)
-        self.cache.close()
-        self.reader.join(PATIENCE)
+        self.leave_unread()
 
     def test_a_sender_that_stays_away_is_told_to_the_one_who_waits(self):
         with KvReceiver(resume_window=0.2) as receiver, grpc.insecure_channel(receiver.address) as channel:
@@ -197,8 +214,23 @@ class Lanes(unittest.TestCase):
                 with self.assertRaisesRegex(PrefilldError, "did not come back") as caught:
                     list(cache)
         self.assertEqual(caught.exception.code, grpc.StatusCode.UNAVAILABLE)
-        self.cache.close()
-        self.reader.join(PATIENCE)
+        self.leave_unread()
+
+    def test_a_sender_whose_machine_vanished_is_gone_too(self):
+        hasty = (("grpc.keepalive_time_ms", 200), ("grpc.keepalive_timeout_ms", 500))
+        with mock.patch.object(receiving, "_KEEP_ALIVE", hasty):
+            receiver = self.enterContext(KvReceiver(resume_window=0.2))
+        proxy = self.enterContext(UnreliableProxy(receiver.address))
+        channel = self.enterContext(grpc.insecure_channel(proxy.address))
+        with receiver.expect("t", TOKENS, timeout=PATIENCE) as cache:
+            lane = PlayedLane(channel)
+            lane.send(0, 0)
+            next(iter(cache))
+            proxy.fall_silent()
+            with self.assertRaisesRegex(PrefilldError, "did not come back"):
+                list(cache)
+        lane.leave()
+        self.leave_unread()
 
     def test_a_receiver_that_leaves_ends_every_lane(self):
         lanes = [PlayedLane(self.channel, lane, 2) for lane in (0, 1)]

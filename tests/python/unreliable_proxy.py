@@ -58,6 +58,7 @@ class UnreliableProxy:
         self._flip_every = 0
         self._large_frames = 0
         self._open: list[socket.socket] = []
+        self._is_silent = False
         self.cuts = self.flips = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
@@ -80,6 +81,10 @@ class UnreliableProxy:
         """Flips a bit in the middle of one in so many DATA frames that are 4 KiB or more. 0: none."""
         with self._lock:
             self._flip_every = large_frames
+
+    def fall_silent(self) -> None:
+        """Loses everything from now on, while the connections stay open: a machine that vanished."""
+        self._is_silent = True
 
     def cut_all(self) -> None:
         with self._lock:
@@ -111,7 +116,8 @@ class UnreliableProxy:
     def _pass(self, source: socket.socket, sink: socket.socket) -> None:
         try:
             while piece := source.recv(1 << 16):
-                sink.sendall(piece)
+                if not self._is_silent:
+                    sink.sendall(piece)
             sink.shutdown(socket.SHUT_WR)
         except OSError:
             _reset(sink)
@@ -121,6 +127,8 @@ class UnreliableProxy:
         frames = DataFrames(least=4096, skip=24 if self._upwards else 0)
         try:
             while piece := source.recv(1 << 16):
+                if self._is_silent:
+                    continue
                 if self._flip_every:
                     piece = self._flip(piece, frames)
                 if budget is not None and len(piece) >= budget:

@@ -30,6 +30,14 @@ _SERVICE = "prefill.v1.KvReceiver"
 _ROOM = 4  # frames of a cache that wait to be taken; the sender waits for more
 _MAX_COMPLETE = 64  # complete caches that are remembered for senders whose connection broke at the end
 _KEY_LENGTHS = range(32, 129)  # characters
+# A sender whose machine vanished is noticed within half a minute, and those that ping every 20 s are not sent away:
+# the settings of proto/wire/keep_alive.h.
+_KEEP_ALIVE = (
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+)
 _Code = grpc.StatusCode
 
 
@@ -143,7 +151,7 @@ class ExpectedCache:
                 raise PrefilldError(_Code.INVALID_ARGUMENT, "layout: not the one of the transfer's first stream")
             lanes.open(opened, context)
         try:
-            yield lanes.receipt(lane, complete=self.result is not None)
+            yield lanes.receipt(lane, complete=lane == 0 and self.result is not None)
             for data in messages:
                 event = read_event(data, wire.ReceiveRequest)
                 if isinstance(event, Frame):
@@ -280,7 +288,8 @@ class KvReceiver:
         self._complete: dict[tuple[str, str], ExpectedCache] = {}  # by transfer id and key; the oldest first
         self._open_timeout = open_timeout
         self._resume_window = resume_window
-        options = (("grpc.max_receive_message_length", 64 << 20), ("grpc.http2.lookahead_bytes", 8 << 20))
+        sizes = (("grpc.max_receive_message_length", 64 << 20), ("grpc.http2.lookahead_bytes", 8 << 20))
+        options = (*sizes, *_KEEP_ALIVE)
         self._server = grpc.server(ThreadPoolExecutor(max_transfers * MAX_LANES, "prefilld-receive"), options=options)
         handlers = {
             "Receive": grpc.stream_unary_rpc_method_handler(
