@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -58,9 +59,21 @@ class _AsyncClient:
         self._servers = Servers(
             address, self._service, grpc.aio, credentials, use_proxy, options, token_file, token_without_tls
         )
+        # Nobody else keeps a stream alive that its caller has dropped.
+        self._streams: weakref.WeakSet[_AsyncStream] = weakref.WeakSet()
+
+    def _begun(self, stream: Any) -> Any:
+        """Has close() end this stream; returns it."""
+        self._streams.add(stream)
+        return stream
 
     async def close(self) -> None:
-        """Ends every call still running."""
+        """Ends every call still running; whoever iterates gets Cancelled."""
+        streams = list(self._streams)
+        for stream in streams:
+            stream.cancel()
+        for stream in streams:
+            await stream._await_end()
         for channel in self._servers.channels():
             await channel.close()
 
@@ -103,6 +116,10 @@ class _AsyncStream:
     async def __aexit__(self, *_: object) -> None:
         self.cancel()
         await self._items.aclose()
+        await self._await_end()
+
+    async def _await_end(self) -> None:
+        """Waits until the server has heard of the end, where it has to be told."""
 
     def _end_calls(self) -> None:
         for call in self._calls:
@@ -206,8 +223,7 @@ class AsyncPrefillStream(AcceptedFields, _AsyncStream):
         super().cancel()
         self._end(self._whole)
 
-    async def __aexit__(self, *_: object) -> None:
-        await super().__aexit__()
+    async def _await_end(self) -> None:
         if self._reception.receipts is not None:
             await self._resumer.await_end()
 
@@ -340,7 +356,7 @@ class AsyncPrefillClient(_AsyncClient):
         server = self._servers.only()
         request = wire.WatchPrefixCacheRequest(token_ids=token_ids)
         call = server.stub().WatchPrefixCache(request, metadata=self._servers.metadata(metadata))
-        return AsyncCacheUpdates(server, call)
+        return self._begun(AsyncCacheUpdates(server, call))
 
     async def prefill(self, tokens: Sequence[int], **arguments: Unpack[PrefillArguments]) -> AsyncPrefillStream:
         """Runs one prompt; returns once the server has accepted it. All else is as in PrefillClient.prefill."""
@@ -357,7 +373,7 @@ class AsyncPrefillClient(_AsyncClient):
 
         AsyncPrefillStream.wait_accepted(), or iterating, waits for that.
         """
-        return AsyncPrefillStream(self._servers, prefill_call(tokens, **arguments))
+        return self._begun(AsyncPrefillStream(self._servers, prefill_call(tokens, **arguments)))
 
     def attach_receiver(
         self, request_id: str, receiver_key: str, receiver: int, num_tokens: int, **arguments: Unpack[ReceiverArguments]
@@ -365,7 +381,7 @@ class AsyncPrefillClient(_AsyncClient):
         """Receives a share of what prefill() of another client computes, as PrefillClient.attach_receiver does."""
         self._servers.check_single()
         call = receiver_call(request_id, receiver_key, receiver, num_tokens, **arguments)
-        return AsyncPrefillStream(self._servers, call)
+        return self._begun(AsyncPrefillStream(self._servers, call))
 
 
 class AsyncGenerateStream(_AsyncStream):
@@ -430,4 +446,4 @@ class AsyncDecodeClient(_AsyncClient):
         (server, *_) = self._servers.in_turn()
         metadata = self._servers.metadata(call.metadata)
         started = server.stub().Generate(call.request, timeout=call.timeout, metadata=metadata)
-        return AsyncGenerateStream(server, started, call.on_progress)
+        return self._begun(AsyncGenerateStream(server, started, call.on_progress))
