@@ -116,6 +116,12 @@ class Streams:
         with PlayedServer(lambda server, _: iter([server.accepted(block_tokens=32)])) as server:
             error = self.fails("FAILED_PRECONDITION", "block_tokens", server.address)
             self.assertIsInstance(error, TransferError)
+        for name, value in (
+            ("num_layers", 0), ("num_layers", 1025), ("head_dim", 0), ("head_dim", 1025), ("num_kv_heads", 1025),
+            ("num_heads", 3),
+        ):  # fmt: skip
+            with PlayedServer(lambda server, _, wrong={name: value}: iter([server.accepted(**wrong)])) as server:
+                self.fails("FAILED_PRECONDITION", f"{name} is {value}", server.address)
 
     def test_a_full_server_says_when_to_come_back(self):
         retry = wire.RetryInfo()

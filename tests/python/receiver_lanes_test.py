@@ -27,10 +27,10 @@ KEY = "0123456789abcdef0123456789abcdef"
 class PlayedLane:
     """One stream of a lane, whose sender is the test."""
 
-    def __init__(self, channel, lane=0, num_lanes=1, key=KEY, transfer_id="t"):
+    def __init__(self, channel, lane=0, num_lanes=1, key=KEY, transfer_id="t", **fields):
         self._out = queue.SimpleQueue()
         opening = wire.ReceiveOpen(
-            transfer_id=transfer_id, layout=layout(), lane=lane, num_lanes=num_lanes, transfer_key=key
+            transfer_id=transfer_id, layout=layout(**fields), lane=lane, num_lanes=num_lanes, transfer_key=key
         )
         self._out.put(wire.ReceiveRequest(open=opening))
         self._call = wire.Stub(channel, "KvReceiver").ReceiveLane(iter(self._out.get, None), timeout=PATIENCE)
@@ -203,6 +203,22 @@ class Lanes(unittest.TestCase):
             self.assertIn(f"num_lanes {'is ' * (lane > 0)}{num_lanes}", details)
         self.assertEqual(PlayedLane(self.channel).receipt().received, 0)
         self.leave_unread()
+
+    def expect_failed(self, text):
+        self.reader.join(PATIENCE)
+        self.assertEqual([text in str(error) for error in self.blocks], [True], self.blocks)
+
+    def test_a_layout_beyond_all_models_ends_the_transfer(self):
+        code, details = PlayedLane(self.channel, num_layers=2**32 - 1).end()
+        self.assertEqual(code, grpc.StatusCode.FAILED_PRECONDITION)
+        self.assertIn("num_layers is 4294967295, allowed: 1 to 1024", details)
+        self.expect_failed(details)
+
+    def test_a_first_stream_that_cannot_be_taken_in_ends_the_transfer(self):
+        with mock.patch.object(receiving, "TransferCheck", side_effect=MemoryError("no room")):
+            self.assertIn("no room", PlayedLane(self.channel).end()[1])
+        self.expect_failed("no room")
+        self.assertTrue(self.cache._taken.acquire(blocking=False))
 
     def test_a_sender_that_stays_away_is_told_to_the_one_who_waits(self):
         with KvReceiver(resume_window=0.2) as receiver, grpc.insecure_channel(receiver.address) as channel:

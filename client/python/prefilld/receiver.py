@@ -136,20 +136,7 @@ class ExpectedCache:
         """Yields the receipts of one stream of a lane, in the stream's thread. Its end is not the transfer's."""
         lane, lanes = opened.lane, self._lanes
         _check_lanes(opened)
-        with lanes.lock:
-            if lanes.check is None:
-                if not self._taken.acquire(blocking=False):
-                    raise PrefilldError(_Code.NOT_FOUND, "the cache comes on another stream")
-                try:
-                    request = self._request
-                    check_layout(opened.layout, request.layout, len(request.token_ids), request.model_fingerprint)
-                except PrefilldError as error:
-                    self._fail(error)
-                    raise
-                self.layout = opened.layout
-            if opened.layout != self.layout:
-                raise PrefilldError(_Code.INVALID_ARGUMENT, "layout: not the one of the transfer's first stream")
-            lanes.open(opened, context)
+        self._open_lane(opened, context)
         try:
             yield lanes.receipt(lane, complete=lane == 0 and self.result is not None)
             for data in messages:
@@ -163,6 +150,28 @@ class ExpectedCache:
                     return
         finally:
             lanes.leave(lane, context)
+
+    def _open_lane(self, opened, context) -> None:
+        """Takes a stream in. Whatever is wrong with the first of a cache ends the cache."""
+        lanes, request = self._lanes, self._request
+        with lanes.lock:
+            if lanes.check is not None:
+                if opened.layout != self.layout:
+                    raise PrefilldError(_Code.INVALID_ARGUMENT, "layout: not the one of the transfer's first stream")
+                return lanes.open(opened, context)
+            if not self._taken.acquire(blocking=False):
+                raise PrefilldError(_Code.NOT_FOUND, "the cache comes on another stream")
+            try:
+                check_layout(opened.layout, request.layout, len(request.token_ids), request.model_fingerprint)
+                self.layout = opened.layout
+                return lanes.open(opened, context)
+            except PrefilldError as error:
+                failure = error
+            except Exception as error:  # there is no memory for it
+                failure = PrefilldError(_Code.INTERNAL, f"the transfer cannot begin: {error!r}")
+            self._taken.release()
+        self._fail(failure)
+        raise failure
 
     def _finish(self, result) -> None:
         """Returns once the iteration has ended well."""

@@ -96,6 +96,12 @@ class KvBlocks:
         return to_float32(self.keys, self.key_scales), to_float32(self.values, self.value_scales)
 
 
+# No model comes near these limits, which are those of client/transfer_check.cc. They keep the memory that a transfer
+# takes in proportion to its prompt, whatever the sender claims.
+_MAX_LAYERS = 1024
+_MAX_HEADS = 1024  # and elements of a head
+
+
 def check_layout(layout, wished, num_tokens: int, fingerprint: str) -> None:
     """Raises TransferError FAILED_PRECONDITION when `layout` contradicts itself or the request `wished`."""
 
@@ -105,8 +111,17 @@ def check_layout(layout, wished, num_tokens: int, fingerprint: str) -> None:
                 grpc.StatusCode.FAILED_PRECONDITION, f"KV layout: {field} is {value}, expected {expected}"
             )
 
+    def within(field: str, value: int, least: int, most: int) -> None:
+        if not least <= value <= most:
+            raise TransferError(
+                grpc.StatusCode.FAILED_PRECONDITION, f"KV layout: {field} is {value}, allowed: {least} to {most}"
+            )
+
     expect("num_tokens", layout.num_tokens, num_tokens)
     expect("block_tokens", layout.block_tokens, wished.block_tokens)
+    within("num_layers", layout.num_layers, 1, _MAX_LAYERS)
+    within("head_dim", layout.head_dim, 1, _MAX_HEADS)
+    within("num_kv_heads", layout.num_kv_heads, 1, _MAX_HEADS)
     expect("num_blocks", layout.num_blocks, -(-num_tokens // layout.block_tokens))
     expect("order", layout.order, wished.order)
     expect("known order", wire.enum_name("KvOrder", layout.order) in wire.enum_names("KvOrder"), True)
@@ -119,7 +134,9 @@ def check_layout(layout, wished, num_tokens: int, fingerprint: str) -> None:
     expect("scales", layout.scales, scales)
     expect("first_head", layout.first_head, wished.first_head)
     expect("num_heads", layout.num_heads, wished.num_heads or layout.num_kv_heads - layout.first_head)
+    within("num_heads", layout.num_heads, 1, layout.num_kv_heads - layout.first_head)
     expect("first_block", layout.first_block, wished.first_block)
+    within("first_block", layout.first_block, 0, layout.num_blocks)
     expect("keys_rotated", layout.keys_rotated, True)
     if fingerprint:
         expect("model_fingerprint", layout.model_fingerprint, fingerprint)
