@@ -273,29 +273,6 @@ class Asyncio(Streams, unittest.TestCase):
         with PlayedServer(silent) as server:
             self.assertTrue(asyncio.run(read(server)))
 
-    def test_closing_the_client_ends_its_streams(self):
-        def script(server, context):
-            yield server.accepted()
-            yield from silent(server, context)
-
-        async def read(server, lanes):
-            client = AsyncPrefillClient(server.address)
-            stream = await client.prefill(TOKENS, lanes=lanes)
-            reader = asyncio.ensure_future(stream.read_all())
-            while len(server.attached) < lanes - 1:
-                await asyncio.sleep(0.01)
-            await client.close()
-            with self.assertRaises(Cancelled):
-                await asyncio.wait_for(reader, PATIENCE)
-
-        for lanes in (1, 2):
-            with self.subTest(lanes=lanes), PlayedServer(script, lanes=lanes) as server:
-                over = threading.Event()
-                server.frames = lambda _, over=over: iter(lambda: over.wait(PATIENCE), True)
-                self.addCleanup(over.set)
-                asyncio.run(read(server, lanes))
-                over.set()
-
     def test_several_calls_run_at_once(self):
         together = threading.Barrier(3)
 

@@ -41,6 +41,7 @@ class PlayedServer:
     def __init__(self, script, lanes=1):
         self.script, self.lanes = script, lanes
         self.requests, self.peers, self.attached = [], set(), []
+        self.resumed = 0  # streams
         self.cancelled: queue.Queue = queue.Queue()  # ids of requests
         self.ended = threading.Semaphore(0)  # a call that the client ended
         self._server = grpc.server(futures.ThreadPoolExecutor(8))
@@ -57,9 +58,18 @@ class PlayedServer:
         cancel = grpc.unary_unary_rpc_method_handler(
             self._cancel, wire.CancelRequest.FromString, lambda response: response.SerializeToString()
         )
+        acknowledge = grpc.unary_unary_rpc_method_handler(
+            lambda request, context: wire.AcknowledgeResponse(),
+            wire.AcknowledgeRequest.FromString,
+            lambda response: response.SerializeToString(),
+        )
+        resume = grpc.unary_stream_rpc_method_handler(
+            self._resume, wire.ResumeRequest.FromString, lambda event: event.SerializeToString()
+        )
+        resumption = {"Cancel": cancel, "Acknowledge": acknowledge, "Resume": resume}
         self._server.add_generic_rpc_handlers((
             grpc.method_handlers_generic_handler("prefill.v1.PrefillService", handlers),
-            grpc.method_handlers_generic_handler("prefill.v1.ResumptionService", {"Cancel": cancel}),
+            grpc.method_handlers_generic_handler("prefill.v1.ResumptionService", resumption),
         ))
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
 
@@ -98,10 +108,22 @@ class PlayedServer:
         self.cancelled.put(request.request_id)
         return wire.CancelResponse()
 
+    def _resume(self, request, context):
+        self.resumed += 1
+        yield from self.frames(request.lane)
+
     def _attach(self, request, context):
         self.peers.add(context.peer())
         self.attached.append((request.lane, request.lane_key, request.receiver))
         yield from self.frames(request.lane)
+
+
+def accepting(server, context):
+    """Accepts a request that can be resumed, and sends nothing."""
+    accepted = server.accepted()
+    accepted.accepted.resume_window_ms = 10_000
+    yield accepted
+    yield from silent(server, context)
 
 
 def whole(server, context):

@@ -17,7 +17,7 @@ import numpy as np
 from prefilld import wire
 from prefilld.accepted import AcceptedFields
 from prefilld.channels import Server, Servers
-from prefilld.errors import Cancelled, PrefilldError, data_loss, from_rpc
+from prefilld.errors import Cancelled, PrefilldError, closed_is_cancelled, data_loss, from_rpc
 from prefilld.lanes import LaneChoice
 from prefilld.options import (
     Call,
@@ -202,15 +202,16 @@ class AsyncPrefillStream(AcceptedFields, _AsyncStream):
     async def _again(self, lane: int, call, error: PrefilldError):
         """As PrefillStream._again."""
         call.cancel()
-        if self._cancelled or self._reception.receipts is None:
+        if self._cancelled or not self._reception.may_resume:
             raise error
         if self._reception.result is not None:
             return None
         what, pause = self._resumer.what_next(lane, error)
         await asyncio.sleep(pause)
-        if what is Patience.START_ANEW:
-            return self._send()
-        again = self._resumer.resume(lane, self._left())
+        with closed_is_cancelled():
+            if what is Patience.START_ANEW:
+                return self._send()
+            again = self._resumer.resume(lane, self._left())
         self._calls.append(again)
         return again
 

@@ -14,7 +14,7 @@ import numpy as np
 from prefilld import wire
 from prefilld.accepted import AcceptedFields
 from prefilld.channels import Server, Servers
-from prefilld.errors import PrefilldError, data_loss, one_family
+from prefilld.errors import PrefilldError, closed_is_cancelled, data_loss, one_family
 from prefilld.mailbox import Mailbox
 from prefilld.lanes import LaneChoice
 from prefilld.options import (
@@ -180,15 +180,16 @@ class PrefillStream(AcceptedFields, _Stream):
     def _again(self, lane: int, call, error: PrefilldError):
         """Attaches a broken lane again, or returns None if nothing of it is missing. Raises the error if it cannot."""
         call.cancel()
-        if self._cancelled or self._reception.receipts is None:
+        if self._cancelled or not self._reception.may_resume:
             raise error
         if self._reception.result is not None:  # it comes when every lane has everything
             return None
         what, pause = self._resumer.what_next(lane, error)
         time.sleep(pause)
-        if what is Patience.START_ANEW:
-            return self._send()
-        again = self._resumer.resume(lane, self._left())
+        with closed_is_cancelled():
+            if what is Patience.START_ANEW:
+                return self._send()
+            again = self._resumer.resume(lane, self._left())
         self._begin(again)
         return again
 

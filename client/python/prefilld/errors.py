@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import grpc
+import grpc.aio
 
 from prefilld import wire
 
@@ -98,6 +99,15 @@ def one_family(cancelled=lambda: False) -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         raise from_rpc(error, cancelled()) from error
+
+
+@contextlib.contextmanager
+def closed_is_cancelled() -> Iterator[None]:
+    """Raises what gRPC raises inside when the client has been closed as Cancelled. For calls that were made before."""
+    try:
+        yield
+    except (ValueError, grpc.aio.UsageError):
+        raise Cancelled("the client was closed") from None
 
 
 def _retry_after(error: grpc.RpcError) -> float | None:

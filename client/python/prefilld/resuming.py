@@ -7,6 +7,7 @@ import contextlib
 import threading
 
 import grpc
+import grpc.aio
 
 from prefilld.channels import Server
 from prefilld.errors import PrefilldError
@@ -124,6 +125,8 @@ class AsyncResumer(_Resumer):
                         return
                     self._reception.receipts.put_back(receipts)
                     await asyncio.sleep(MOMENT)
+        except grpc.aio.UsageError:  # the client was closed
+            self._over = True
         finally:
             self._under_way = False
 
@@ -140,7 +143,7 @@ class AsyncResumer(_Resumer):
 
     @staticmethod
     async def _say(method, request) -> None:
-        with contextlib.suppress(grpc.RpcError):
+        with contextlib.suppress(grpc.RpcError, grpc.aio.UsageError):
             await method(request, timeout=PATIENCE)
 
     async def await_end(self) -> None:

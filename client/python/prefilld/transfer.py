@@ -158,6 +158,7 @@ class TransferCheck:
     def __init__(self, layout, prompt_logprobs: bool = False, num_lanes: int = 1, resumable: bool = False):
         """prompt_logprobs: whether the result must have log-probabilities of the prompt."""
         self._resumable = resumable
+        self.is_beyond_repair = False  # a frame arrived damaged too often, and would again on another stream
         self._damaged: list[dict[int, int]] = [{} for _ in range(num_lanes)]  # copies of frames, by lane
         self._layout = layout
         self._num_logprobs = layout.num_tokens - 1 if prompt_logprobs else 0
@@ -211,6 +212,7 @@ class TransferCheck:
                 damaged[frame.sequence] = damaged.get(frame.sequence, 0) + 1
                 self._frames[lane] += is_next
                 raise Damaged
+            self.is_beyond_repair = frame.sequence in damaged
             raise data_loss(f"{where}: checksum of the payload is {checksum:016x}, sent was {frame.checksum:016x}")
         with self._lock:
             arrived = self._arrived[frame.layer, frame.first_block : end]
@@ -343,6 +345,11 @@ class Reception:
     def received(self, lane: int) -> int:
         """Returns from which frame on a stream of this lane has to bring them."""
         return 0 if self._check is None else self._check.received(lane)
+
+    @property
+    def may_resume(self) -> bool:
+        """Tells whether a stream that has broken may be attached again."""
+        return self.receipts is not None and not (self._check and self._check.is_beyond_repair)
 
     @property
     def window(self) -> float | None:
