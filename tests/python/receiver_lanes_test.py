@@ -6,6 +6,7 @@ Exits with 77 (skipped, for CTest) without the client's packages.
 import queue
 import sys
 import threading
+import time
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -122,6 +123,36 @@ class Lanes(unittest.TestCase):
                     self.enterContext(self.receiver.expect("t", TOKENS))
                 again = PlayedLane(self.channel).receipt()
                 self.assertEqual((again.received, again.complete), (LAYERS, True))
+
+    def test_complete_caches_are_forgotten_once_no_sender_comes_back(self):
+        receiver = self.enterContext(KvReceiver(resume_window=0.2))
+        channel = self.enterContext(grpc.insecure_channel(receiver.address))
+
+        def bring(transfer_id):
+            with receiver.expect(transfer_id, TOKENS, timeout=PATIENCE) as cache:
+                lane = PlayedLane(channel, transfer_id=transfer_id)
+                for layer in range(LAYERS):
+                    lane.send(layer, layer)
+                for _ in range(LAYERS):
+                    next(cache._items)
+                lane.until(LAYERS)
+                lane.send_result(LAYERS)
+                self.assertEqual(list(cache), [])
+                self.assertTrue(lane.receipt().complete)
+
+        def late(transfer_id):
+            stale = receiver._complete[transfer_id, KEY][1]
+            while time.monotonic() < stale + 0.2:
+                time.sleep(0.01)
+
+        bring("a")
+        late("a")
+        bring("b")
+        self.assertEqual([transfer_id for transfer_id, _ in receiver._complete], ["b"])
+        late("b")
+        self.assertEqual(PlayedLane(channel, transfer_id="b").end()[0], grpc.StatusCode.NOT_FOUND)
+        self.assertEqual(receiver._complete, {})
+        self.leave_unread()
 
     def test_lane_0_alone_says_that_a_transfer_is_complete(self):
         lanes = [PlayedLane(self.channel, lane, 2) for lane in (0, 1)]

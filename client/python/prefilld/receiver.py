@@ -294,7 +294,8 @@ class KvReceiver:
         """
         self._expected: dict[str, ExpectedCache] = {}
         self._lock = threading.Lock()
-        self._complete: dict[tuple[str, str], ExpectedCache] = {}  # by transfer id and key; the oldest first
+        # The caches that ended well within the window, and when: by transfer id and key, the oldest first.
+        self._complete: dict[tuple[str, str], tuple[ExpectedCache, float]] = {}
         self._open_timeout = open_timeout
         self._resume_window = resume_window
         sizes = (("grpc.max_receive_message_length", 64 << 20), ("grpc.http2.lookahead_bytes", 8 << 20))
@@ -354,9 +355,8 @@ class KvReceiver:
                 if self._expected.get(transfer_id) is cache:
                     del self._expected[transfer_id]
                     if cache.result is not None and cache._lanes.key is not None:
-                        self._complete[transfer_id, cache._lanes.key] = cache
-                        while len(self._complete) > _MAX_COMPLETE:
-                            del self._complete[next(iter(self._complete))]
+                        self._complete[transfer_id, cache._lanes.key] = cache, time.monotonic()
+                    self._forget_old()
 
         cache = ExpectedCache(forget, request, timeout, self._resume_window)
         with self._lock:
@@ -364,6 +364,14 @@ class KvReceiver:
                 raise ValueError(f"transfer_id {transfer_id!r} is already expected")
             self._expected[transfer_id] = cache
         return cache
+
+    def _forget_old(self) -> None:
+        """Drops complete caches for which no sender comes back any more, or that are too many. Called with the lock."""
+        until = time.monotonic() - self._resume_window
+        for name, (_, completed) in list(self._complete.items()):
+            if completed > until and len(self._complete) <= _MAX_COMPLETE:
+                return
+            del self._complete[name]
 
     def _read_open(self, messages: Iterator[bytes], context: grpc.ServicerContext):
         """Returns the ReceiveOpen with which a stream begins."""
@@ -382,7 +390,8 @@ class KvReceiver:
         """Returns the cache that a stream brings. A lane shows the key of the first stream."""
         with self._lock:
             # The id of a cache that is complete may be expected again.
-            complete = self._complete.get((opened.transfer_id, key))
+            self._forget_old()
+            complete, _ = self._complete.get((opened.transfer_id, key), (None, 0))
             cache = complete or self._expected.get(opened.transfer_id)
             if cache is None:
                 raise PrefilldError(_Code.NOT_FOUND, f"nobody waits for transfer_id {opened.transfer_id!r}")
