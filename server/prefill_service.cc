@@ -360,6 +360,7 @@ Stream* PrefillService::AttachReceiver(grpc::CallbackServerContext* context,
     return RefuseStream(work.status());
   }
   work->caller = arrived.caller;
+  work->tenant = static_cast<int>(arrived.position);
   work->deadline = DeadlineOf(*context, clock_);
   auto receiver = std::make_shared<PrefillJob>(*std::move(work), clock_);
   auto* stream =

@@ -4,6 +4,8 @@
 
 #include <filesystem>
 #include <fstream>
+#include <memory>
+#include <vector>
 
 #include <gmock/gmock.h>
 
@@ -142,6 +144,43 @@ TEST_F(TenantAccess, AFurtherReceiverKeepsTheLimitOfItsOwnTenant) {
   const grpc::Status status = call->Finish();
   EXPECT_EQ(status.error_message(), "num_lanes 2; tenant narrow may use at most 1 (max_lanes)");
   EXPECT_EQ(Refusals("tenant_lanes"), 1);
+}
+
+// So many of one tenant would be too many.
+TEST_F(TenantAccess, FurtherReceiversThatAreAwayCountForTheirOwnTenants) {
+  Start(R"({"tenants": [{"name": "a"}, {"name": "b"}, {"name": "c"}]})");
+  engine_->HoldAfter(0);
+  constexpr int kRequests = 3, kReceivers = 15;
+  const std::string key(32, 'k');
+  std::vector<std::unique_ptr<ReadCall>> calls;
+  for (int i = 0; i < kRequests; ++i) {
+    v1::PrefillRequest request = PromptOf(10, absl::StrCat("r", i));
+    request.set_num_receivers(1 + kReceivers);
+    request.set_receiver_key(key);
+    calls.push_back(std::make_unique<ReadCall>(NewStub(), request));
+  }
+  for (int i = 0; i < kRequests * kReceivers; ++i) {
+    v1::AttachReceiverRequest request;
+    request.set_request_id(absl::StrCat("r", i / kReceivers));
+    request.set_receiver_key(key);
+    request.set_receiver(static_cast<uint32_t>(1 + i % kReceivers));
+    request.set_num_tokens(10);
+    request.set_resume_key(key);
+    grpc::ClientContext context;
+    context.AddMetadata("x-tenant", i % 2 == 0 ? "b" : "c");
+    const auto call = stub_->AttachReceiver(&context, request);
+    v1::PrefillEvent event;
+    ASSERT_TRUE(call->Read(&event));
+    EXPECT_TRUE(event.has_accepted());
+    context.TryCancel();
+  }
+  EXPECT_TRUE(Eventually([&] {
+    return Metric("prefilld_waiting_for_consumer") + Metric("prefilld_resume_refused_total") ==
+           kRequests * kReceivers;
+  }));
+  EXPECT_EQ(Metric("prefilld_resume_refused_total"), 0);
+  for (const auto& call : calls) call->Cancel();
+  engine_->HoldAfter(-1);
 }
 
 TEST_F(TenantAccess, LimitsOfTheTenantAreCountedByCause) {
