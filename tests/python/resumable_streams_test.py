@@ -94,10 +94,10 @@ class Closing(unittest.TestCase):
             with self.assertRaises(Cancelled):
                 await stream._again(0, stream._lane0, PrefilldError(grpc.StatusCode.UNAVAILABLE, "broken"))
             stream._reception.receipts.note(0, 1)
-            stream._resumer.acknowledge()
+            stream._resumers[-1].acknowledge()
             await asyncio.sleep(0)  # the task must have looked whether the request is over
             stream.cancel()
-            tasks = list(stream._resumer._tasks)
+            tasks = list(stream._resumers[-1]._tasks)
             await stream._await_end()
             self.assertEqual([task.exception() for task in tasks], [None, None])
 

@@ -59,8 +59,7 @@ class _AsyncClient:
         self._servers = Servers(
             address, self._service, grpc.aio, credentials, use_proxy, options, token_file, token_without_tls
         )
-        # Nobody else keeps a stream alive that its caller has dropped.
-        self._streams: weakref.WeakSet[_AsyncStream] = weakref.WeakSet()
+        self._streams: weakref.WeakSet[_AsyncStream] = weakref.WeakSet()  # that a caller still has
 
     def _begun(self, stream: Any) -> Any:
         """Has close() end this stream; returns it."""
@@ -154,6 +153,7 @@ class AsyncPrefillStream(AcceptedFields, _AsyncStream):
         for server in self._waiting:
             server.check_lanes(call.request.num_lanes)
         self._lanes = LaneChoice(call)
+        self._resumers: list[AsyncResumer] = []  # of the servers that were asked, if the request is resumable
         self._start()
         self._items = self._receive()
 
@@ -162,8 +162,8 @@ class AsyncPrefillStream(AcceptedFields, _AsyncStream):
         self._server = self._waiting.pop(0)
         self._lanes.choose(self._server)
         self._reception = Reception(self._call)
-        resumable = bool(self._call.request.resume_key)
-        self._resumer = AsyncResumer(self._server, self._call, self._reception) if resumable else None
+        if self._call.request.resume_key:
+            self._resumers.append(AsyncResumer(self._server, self._call, self._reception))
         self._lane0 = self._send()
 
     def _send(self):
@@ -206,27 +206,27 @@ class AsyncPrefillStream(AcceptedFields, _AsyncStream):
             raise error
         if self._reception.result is not None:
             return None
-        what, pause = self._resumer.what_next(lane, error)
+        what, pause = self._resumers[-1].what_next(lane, error)
         await asyncio.sleep(pause)
         with closed_is_cancelled():
             if what is Patience.START_ANEW:
                 return self._send()
-            again = self._resumer.resume(lane, self._left())
+            again = self._resumers[-1].resume(lane, self._left())
         self._calls.append(again)
         return again
 
     def _end(self, whole: bool) -> None:
         self._end_calls()
         if self._reception.receipts is not None:
-            self._resumer.end(whole)
+            self._resumers[-1].end(whole)
 
     def cancel(self) -> None:
         super().cancel()
         self._end(self._whole)
 
     async def _await_end(self) -> None:
-        if self._reception.receipts is not None:
-            await self._resumer.await_end()
+        for resumer in self._resumers:
+            await resumer.await_end()
 
     def __aiter__(self) -> AsyncIterator[KvBlocks]:
         return self._items
@@ -268,7 +268,7 @@ class AsyncPrefillStream(AcceptedFields, _AsyncStream):
                 while (data := await self._read(call)) is not None:
                     taken = self._reception.take(lane, data)
                     if self._reception.receipts is not None:
-                        self._resumer.acknowledge()
+                        self._resumers[-1].acknowledge()
                     if taken is not None:
                         yield taken
                 if lane == 0 and self._reception.result is None:

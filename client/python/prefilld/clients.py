@@ -101,13 +101,14 @@ class _Stream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _begin(self, call) -> None:
-        """Adds a call to those that cancel() ends."""
+    def _begin(self, call):
+        """Adds a call to those that cancel() ends; returns it."""
         with self._lock:
             self._calls.append(call)
-            if not self._cancelled:
-                return
-        call.cancel()
+            is_cancelled = self._cancelled
+        if is_cancelled:
+            call.cancel()
+        return call
 
     def _end_calls(self) -> None:
         with self._lock:
@@ -134,6 +135,7 @@ class PrefillStream(AcceptedFields, _Stream):
         for server in self._waiting:
             server.check_lanes(call.request.num_lanes)
         self._lanes = LaneChoice(call)
+        self._resumers: list[Resumer] = []  # of the servers that were asked, if the request is resumable
         self._start()
         self._items = self._receive()
 
@@ -142,7 +144,8 @@ class PrefillStream(AcceptedFields, _Stream):
         self._server = self._waiting.pop(0)
         self._lanes.choose(self._server)
         self._reception = Reception(self._call)
-        self._resumer = Resumer(self._server, self._call, self._reception) if self._call.request.resume_key else None
+        if self._call.request.resume_key:
+            self._resumers.append(Resumer(self._server, self._call, self._reception))
         self._lane0 = self._send()
 
     def _send(self):
@@ -182,21 +185,19 @@ class PrefillStream(AcceptedFields, _Stream):
         call.cancel()
         if self._cancelled or not self._reception.may_resume:
             raise error
-        if self._reception.result is not None:  # it comes when every lane has everything
-            return None
-        what, pause = self._resumer.what_next(lane, error)
+        if self._reception.result is not None:
+            return None  # it comes when every lane has everything
+        what, pause = self._resumers[-1].what_next(lane, error)
         time.sleep(pause)
         with closed_is_cancelled():
             if what is Patience.START_ANEW:
                 return self._send()
-            again = self._resumer.resume(lane, self._left())
-        self._begin(again)
-        return again
+            return self._begin(self._resumers[-1].resume(lane, self._left()))
 
     def _end(self, whole: bool) -> None:
         self._end_calls()
         if self._reception.receipts is not None:
-            self._resumer.end(whole)
+            self._resumers[-1].end(whole)
 
     def cancel(self) -> None:
         super().cancel()
@@ -204,8 +205,8 @@ class PrefillStream(AcceptedFields, _Stream):
 
     def close(self) -> None:
         super().close()
-        if self._reception.receipts is not None:
-            self._resumer.await_end()
+        for resumer in self._resumers:
+            resumer.await_end()
 
     def __iter__(self) -> Iterator[KvBlocks]:
         return self._items
@@ -245,7 +246,7 @@ class PrefillStream(AcceptedFields, _Stream):
                     for data in call:
                         taken = self._reception.take(lane, data)
                         if self._reception.receipts is not None:
-                            self._resumer.acknowledge()
+                            self._resumers[-1].acknowledge()
                         if taken is not None:
                             yield taken
                 if lane == 0 and self._reception.result is None:
