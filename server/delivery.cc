@@ -10,15 +10,14 @@ namespace prefilld::server {
 
 namespace v1 = ::prefill::v1;
 
-Delivery::Delivery(int num_lanes, bool pushes, const Clock& clock, Resumability resumable)
+Delivery::Delivery(int num_lanes, bool pushes, const Clock& clock, bool resumable)
     : pushes_(pushes),
-      resumable_(resumable.control),
-      control_(std::make_unique<LaneQueue>(clock, /*lane=*/0, progress_, resumable.control)) {
+      resumable_(resumable),
+      control_(std::make_unique<LaneQueue>(clock, /*lane=*/0, progress_, resumable)) {
   if (!pushes) kv_lanes_.push_back(control_.get());
   while (kv_lanes_.size() < static_cast<size_t>(num_lanes)) {
     const auto lane = static_cast<uint32_t>(kv_lanes_.size());
-    side_lanes_.push_back(std::make_unique<LaneQueue>(clock, lane, progress_,
-                                                      pushes ? resumable.push : resumable.control));
+    side_lanes_.push_back(std::make_unique<LaneQueue>(clock, lane, progress_, pushes || resumable));
     kv_lanes_.push_back(side_lanes_.back().get());
     if (!pushes || lane == 0) open_side_lanes_.push_back(lane);
   }
@@ -49,7 +48,7 @@ int Delivery::SendFrame(KvFrame frame) {
     lane = NextLane();
     ++sent_.frames_per_lane[lane];
     sent_.bytes += static_cast<int64_t>(frame.payload_bytes);
-    if (frame.payload != nullptr && frame.payload->region() != nullptr) {
+    if (!IsStaged(frame)) {
       sent_.shared_bytes += static_cast<int64_t>(frame.payload_bytes);
     }
   }
@@ -183,7 +182,7 @@ void Delivery::MaybeSendResult() {
 bool Delivery::HasDelivered(int64_t bytes) const {
   return sent().bytes == bytes &&
          std::all_of(kv_lanes_.begin(), kv_lanes_.end(),
-                     [](const LaneQueue* lane) { return lane->held_frames() == 0; });
+                     [](const LaneQueue* lane) { return lane->held_frames().all == 0; });
 }
 
 void Delivery::Abort(const absl::Status& status) {
@@ -203,7 +202,9 @@ Delivery::ConsumerState Delivery::consumer(absl::Time now) {
   for (const auto& lane : side_lanes_) {
     state.stalled = std::max(state.stalled, lane->StalledFor(now));
     lanes_away = std::max(lanes_away, lane->AwayFor(now));
-    state.held_frames += lane->held_frames();
+    const LaneQueue::HeldFrames held = lane->held_frames();
+    state.held_frames.all += held.all;
+    state.held_frames.staged += held.staged;
   }
   for (const LaneQueue* lane : kv_lanes_) {
     const LaneQueue::Taken taken = lane->taken(now);

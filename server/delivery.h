@@ -23,21 +23,15 @@
 
 namespace prefilld::server {
 
-// The streams of a delivery that outlive their connections.
-struct Resumability {
-  bool control = false;  // and, of a pull, the other lanes
-  bool push = false;     // its lanes
-};
-
 // The *control* stream is the Prefill call. *KV lanes* carry frames: lane 0 is the control stream
 // and the others are attached later (pull), or all are calls to the receiver (push). KV lanes other
 // than the control stream are *side lanes*. The result goes out on the control stream when every
 // frame has been handed over and every side lane has ended well.
 //
 // A delivery may be resumable. Then its queues are (LaneQueue), and the result waits until every
-// frame is acknowledged. Of a push the control stream and the lanes are so each for themselves. The
-// lanes keep their frames until they are acknowledged in any case, lane 0 carries the result once
-// all are, and with that the push has ended.
+// frame is acknowledged. The lanes of a push are so in any case, whatever the control stream is.
+// Lane 0 of a push carries the result once all frames are acknowledged, and with that the push has
+// ended.
 //
 // Thread-safe.
 class Delivery {
@@ -60,10 +54,10 @@ class Delivery {
     absl::Duration away;
     absl::Duration receiver_away;
     // Frames that wait to be sent, or are not acknowledged by a consumer that can.
-    int64_t held_frames = 0;
+    LaneQueue::HeldFrames held_frames;
   };
 
-  Delivery(int num_lanes, bool pushes, const Clock& clock, Resumability resumable = {});
+  Delivery(int num_lanes, bool pushes, const Clock& clock, bool resumable = false);
 
   // The queues that streams are attached to. side_lane fails with INVALID_ARGUMENT when the request
   // has no such lane, and so does any_lane, which has those of the caller: the control stream and

@@ -61,12 +61,10 @@ absl::StatusOr<int64_t> LaneQueue::Resume(Transport* transport, std::optional<ui
     if (end_.has_value() && !end_->ok()) return *end_;
     if (received.has_value()) {
       PREFILLD_RETURN_IF_ERROR(retained_.CheckResumable(*received));
-      released = retained_.Release(*received);
-      CountAcknowledged(released);
+      released = GoOn(*received);
     }
     again = retained_.size();
-    overtaken =
-        std::exchange(successor_, Successor{transport, std::move(greeting), received.has_value()});
+    overtaken = std::exchange(successor_, Successor{transport, std::move(greeting)});
     was_attached_ = true;
     if (transport_ == nullptr) {
       SeatSuccessor();
@@ -85,9 +83,7 @@ absl::StatusOr<int64_t> LaneQueue::GoOnFrom(uint64_t received) {
   absl::MutexLock lock(&mu_);
   if (end_.has_value() && !end_->ok()) return *end_;
   PREFILLD_RETURN_IF_ERROR(retained_.CheckResumable(received));
-  OnConsumerBack();
-  released = retained_.Release(received);
-  CountAcknowledged(released);
+  released = GoOn(received);
   return retained_.size();
 }
 
@@ -102,20 +98,21 @@ void LaneQueue::ForgoResumption() {
 void LaneQueue::SeatSuccessor() {
   transport_ = successor_->transport;
   greeting_ = std::move(successor_->greeting);
-  const bool is_back = successor_->is_back;
   successor_.reset();
   if (!queue_.empty() && HasAccepted(queue_.front())) queue_.pop_front();
   if (result_.has_value()) queue_.push_back(*std::exchange(result_, std::nullopt));
   retained_.SendAllAgain();
-  if (is_back) OnConsumerBack();
 }
 
-// The time away is no stall, but for a consumer who comes and goes and takes nothing.
-void LaneQueue::OnConsumerBack() {
-  if (away_since_.has_value() && !std::exchange(was_excused_, true)) {
-    acknowledged_at_ += clock_.Now() - *away_since_;
-  }
+// The consumer has a new stream, and these frames. The time away is neither a stall, but for a
+// consumer who comes and goes and takes nothing, nor time in which it was busy with a frame.
+std::deque<KvFrame> LaneQueue::GoOn(uint64_t received) {
+  const bool was_excused = std::exchange(was_excused_, true);
+  if (away_since_.has_value() && !was_excused) acknowledged_at_ += clock_.Now() - *away_since_;
   away_since_.reset();
+  std::deque<KvFrame> released = retained_.Release(received);
+  CountAcknowledged(released);
+  return released;
 }
 
 bool LaneQueue::OnPeerGone(const Transport* transport) {
@@ -272,7 +269,10 @@ std::optional<Message> LaneQueue::TakeMessage() {
   if (auto* frame = std::get_if<KvFrame>(&message)) {
     Stamp(*frame);
     if (keeps_frames_) {
-      if (retained_.empty()) acknowledged_at_ = clock_.Now();
+      if (retained_.empty()) {
+        acknowledged_at_ = clock_.Now();
+        was_excused_ = false;
+      }
       retained_.Add(*frame);
     }
   } else if (resumable_ && std::get<PrefillEvent>(message).has_result()) {
@@ -315,11 +315,16 @@ bool LaneQueue::idle() const {
   return queue_.empty() && !retained_.has_again() && !writing_;
 }
 
-int64_t LaneQueue::held_frames() const {
+LaneQueue::HeldFrames LaneQueue::held_frames() const {
   absl::MutexLock lock(&mu_);
-  return retained_.size() + std::count_if(queue_.begin(), queue_.end(), [](const Message& message) {
-           return std::holds_alternative<KvFrame>(message);
-         });
+  HeldFrames held = {.all = retained_.size(), .staged = retained_.staged()};
+  for (const Message& message : queue_) {
+    const auto* frame = std::get_if<KvFrame>(&message);
+    if (frame == nullptr) continue;
+    ++held.all;
+    if (IsStaged(*frame)) ++held.staged;
+  }
+  return held;
 }
 
 bool LaneQueue::all_acknowledged() const {
@@ -341,7 +346,8 @@ absl::Duration LaneQueue::StalledFor(absl::Time now) {
   absl::MutexLock lock(&mu_);
   if (writing_) {
     NoteProgress(now);
-    return now - last_progress_;
+    const bool has_to_acknowledge = was_excused_ && !retained_.empty();
+    return now - (has_to_acknowledge ? std::min(last_progress_, acknowledged_at_) : last_progress_);
   }
   if (transport_ == nullptr || retained_.empty()) return absl::ZeroDuration();
   NoteProgress(now);  // of what a slow connection has still to bring

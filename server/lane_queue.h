@@ -88,14 +88,19 @@ class LaneQueue {
   size_t pending_bytes() const;
   bool idle() const;  // nothing queued or being written
   // State of a resumable queue.
-  int64_t held_frames() const;    // that are queued or not acknowledged
+  struct HeldFrames {  // that are queued or not acknowledged
+    int64_t all = 0;
+    int64_t staged = 0;  // in staging memory, and not in memory that the consumer reads
+  };
+  HeldFrames held_frames() const;
   bool all_acknowledged() const;  // every frame pushed so far
   bool has_transport() const;     // whose End is still to come
   absl::Duration AwayFor(
       absl::Time now) const;  // how long the consumer has been away; 0: it is not
 
   // Tells for how long the peer has taken nothing of the message that the transport was given, or
-  // acknowledged nothing of what it has taken; 0 when it has nothing to do.
+  // acknowledged nothing of what it has taken; 0 when it has nothing to do. A peer that came back
+  // has to acknowledge something, however much its new stream takes: it could come back for ever.
   //
   // A large message may leave slowly without a stall, so every kProgressBytes that the connection
   // passes on count as progress. They may belong to other streams of the connection, though. So
@@ -124,7 +129,7 @@ class LaneQueue {
   std::optional<Message> TakeMessage() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   Transport* Detach() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void SeatSuccessor() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void OnConsumerBack() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  std::deque<KvFrame> GoOn(uint64_t received) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void CountAcknowledged(const std::deque<KvFrame>& released) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void StartClock() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void NoteProgress(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -160,10 +165,10 @@ class LaneQueue {
   struct Successor {
     Transport* transport;
     std::optional<Message> greeting;
-    bool is_back;  // the consumer, which has said what it has received
   };
-  bool was_excused_ ABSL_GUARDED_BY(mu_) = false;  // for being away, since the latest
-  bool lost_ ABSL_GUARDED_BY(mu_) = false;         // transport_ ends as soon as it writes no more
+  // The consumer has come back, or has had its stream replaced, since it acknowledged a frame.
+  bool was_excused_ ABSL_GUARDED_BY(mu_) = false;
+  bool lost_ ABSL_GUARDED_BY(mu_) = false;  // transport_ ends as soon as it writes no more
   std::optional<Successor> successor_ ABSL_GUARDED_BY(mu_);  // takes its place then
   std::optional<Message> greeting_ ABSL_GUARDED_BY(mu_);     // goes before everything else
   std::optional<::prefill::v1::PrefillEvent> result_ ABSL_GUARDED_BY(mu_);  // once it was sent

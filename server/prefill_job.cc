@@ -29,9 +29,7 @@ PrefillJob::PrefillJob(PrefillWork work, const Clock& clock, Dial dial)
       dial_(std::move(dial)),
       accepted_at_(clock.Now()),
       record_(accepted_at_),
-      // A broken lane of a push is the dialer's, which calls again or ends the request.
-      delivery_(work_.num_lanes, work_.pushes(), clock,
-                {.control = work_.resumable(), .push = true}),
+      delivery_(work_.num_lanes, work_.pushes(), clock, work_.resumable()),
       others_(work_.num_receivers - 1),
       last_event_at_(accepted_at_) {}
 

@@ -17,7 +17,7 @@ struct Waiting {
   std::shared_ptr<PrefillJob> job;
   bool is_done = false;  // its consumer may only have forgotten to say so
   absl::Duration away;
-  int64_t held_bytes = 0;  // whole buffers
+  int64_t held_bytes = 0;  // of staging memory: whole buffers
 };
 
 bool IsOver(const PrefillJob& job, const LaneQueue& control) {
@@ -65,11 +65,11 @@ void ResumableJobs::BoundWaiting(const std::vector<std::shared_ptr<PrefillJob>>&
   for (const auto& job : jobs) {
     if (job->ended()) continue;  // its streams are still to end
     const Delivery::ConsumerState consumer = job->delivery().consumer(clock_.Now());
-    retained_frames += consumer.held_frames;
+    retained_frames += consumer.held_frames.all;
     const absl::Duration away = std::max(consumer.away, consumer.receiver_away);
     if (away <= absl::ZeroDuration()) continue;
     waiting.push_back({job, job->delivery().result_is_out(), away,
-                       consumer.held_frames * static_cast<int64_t>(ring_.buffer_bytes())});
+                       consumer.held_frames.staged * static_cast<int64_t>(ring_.buffer_bytes())});
   }
   std::stable_sort(waiting.begin(), waiting.end(), [](const Waiting& a, const Waiting& b) {
     return std::pair(a.is_done, b.away) < std::pair(b.is_done, a.away);

@@ -9,6 +9,7 @@ namespace prefilld::server {
 
 void RetainedFrames::Add(KvFrame frame) {
   bytes_ += static_cast<int64_t>(frame.payload_bytes);
+  if (IsStaged(frame)) ++staged_;
   frames_.push_back(std::move(frame));
 }
 
@@ -28,6 +29,7 @@ std::deque<KvFrame> RetainedFrames::Release(uint64_t received) {
   std::deque<KvFrame> released;
   while (first_ < received && !frames_.empty()) {
     bytes_ -= static_cast<int64_t>(frames_.front().payload_bytes);
+    if (IsStaged(frames_.front())) --staged_;
     released.push_back(std::move(frames_.front()));
     frames_.pop_front();
     ++first_;
@@ -67,7 +69,7 @@ std::deque<KvFrame> RetainedFrames::TakeAll() {
   again_.clear();
   damaged_copies_.clear();
   first_ = end();
-  bytes_ = 0;
+  bytes_ = staged_ = 0;
   return std::exchange(frames_, {});
 }
 

@@ -25,7 +25,8 @@ class RetainedFrames {
   bool empty() const { return frames_.empty(); }
   int64_t size() const { return static_cast<int64_t>(frames_.size()); }
 
-  int64_t bytes() const { return bytes_; }  // of payloads
+  int64_t bytes() const { return bytes_; }    // of payloads
+  int64_t staged() const { return staged_; }  // frames in staging memory
 
   // Sets the number of the first frame to be kept, before any is.
   void StartAt(uint64_t sequence) { first_ = sequence; }
@@ -62,6 +63,7 @@ class RetainedFrames {
   std::deque<KvFrame> frames_;  // with the numbers from first_ on
   uint64_t first_ = 0;
   int64_t bytes_ = 0;
+  int64_t staged_ = 0;
   std::deque<uint64_t> again_;                         // numbers of frames_
   absl::flat_hash_map<uint64_t, int> damaged_copies_;  // of frames_, those that arrived damaged
 };

@@ -23,6 +23,11 @@ struct KvFrame {
   size_t payload_bytes = 0;
 };
 
+// Tells whether a frame's payload is in staging memory, and not in memory that its consumer reads.
+inline bool IsStaged(const KvFrame& frame) {
+  return frame.payload == nullptr || frame.payload->region() == nullptr;
+}
+
 // A stream carries these messages. The event never holds a frame.
 using Message = std::variant<::prefill::v1::PrefillEvent, KvFrame>;
 

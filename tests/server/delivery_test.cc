@@ -119,7 +119,7 @@ TEST_F(DeliveryTest, TheResultOfAPushWaitsForEveryAcknowledgementAndThenForTheRe
 }
 
 TEST_F(DeliveryTest, NobodyButTheServerResumesTheLanesOfAPush) {
-  Delivery push(/*num_lanes=*/2, /*pushes=*/true, Clock::Real(), {.control = true, .push = true});
+  Delivery push(/*num_lanes=*/2, /*pushes=*/true, Clock::Real(), /*resumable=*/true);
   EXPECT_TRUE(push.any_lane(0).ok());
   EXPECT_FALSE(push.any_lane(1).ok());
 }

@@ -216,7 +216,7 @@ TEST_F(LaneQueueTest, FramesThatAreKeptHoldUpTheEndAndStallUntilTheyAreAcknowled
   queue_.OnWriteDone(true);
   EXPECT_EQ(transport_.sent, Strings({"a", "b", "last"}));
   EXPECT_TRUE(transport_.ends.empty()) << "its consumer may still be reading";
-  EXPECT_EQ(queue_.held_frames(), 1) << "the first was sent before";
+  EXPECT_EQ(queue_.held_frames().all, 1) << "the first was sent before";
   EXPECT_EQ(queue_.taken(clock_.now).payload_bytes, 10);
   clock_.now += absl::Seconds(31);
   EXPECT_EQ(queue_.StalledFor(clock_.now), absl::Seconds(31));

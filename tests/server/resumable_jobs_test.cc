@@ -6,9 +6,13 @@
 #include <vector>
 
 #include <gtest/gtest.h>
+#include <prometheus/registry.h>
 
 #include "absl/strings/str_cat.h"
+#include "proto/wire/sealed_memory.h"
 #include "server/resumption_metrics.h"
+#include "server/shared_memory_use.h"
+#include "server/shared_region.h"
 #include "tests/server/job_harness.h"
 
 namespace prefilld::server {
@@ -124,6 +128,41 @@ TEST_F(ResumableJobsTest, OfOneTenantFewerMayWait) {
   EXPECT_FALSE(of_another->ended());
   for (const auto& job : jobs) job->Abort(Outcome::kCancelled, absl::CancelledError("enough"));
   of_another->Abort(Outcome::kCancelled, absl::CancelledError("enough"));
+  jobs_.LookAround();
+}
+
+TEST_F(ResumableJobsTest, FramesInTheirConsumersMemoryAreNoStagingMemory) {
+  constexpr size_t kBuffer = 16'384, kBytes = 4 * kBuffer;
+  const auto use = std::make_shared<SharedMemoryUse>(SharedMemoryUse::Limits{kBytes, 1});
+  auto memory = SharedRegion::Map(bench_.engine, *SharedMemoryUse::Take(use, /*tenant=*/0, kBytes),
+                                  *wire::MakeSealedMemory(kBytes), kBytes, kBuffer);
+  ASSERT_TRUE(memory.ok()) << memory.status();
+  const auto own = std::make_shared<StagingRing::Credit>();
+  const auto lent = std::make_shared<StagingRing::Credit>();
+  bench_.ring->Lend(*lent, *memory);
+  const auto job = AddJob("a");
+  for (const auto& credit : {own, lent, lent, own, lent}) {
+    KvFrame frame;
+    frame.payload =
+        std::make_shared<StagingRing::Lease>(bench_.ring->Acquire({credit}, [] { return true; }));
+    job->delivery().SendFrame(std::move(frame));
+  }
+  job->delivery().control().OnWriteDone(true);  // of the first, and the second is under way
+  job->delivery().control().OnWriteDone(true);
+  Leave(*job);
+  job->delivery().control().OnWriteDone(false);
+  bench_.clock.Advance(absl::Milliseconds(1));
+  jobs_.LookAround();
+  const auto value = [this](const std::string& name) -> double {
+    for (const auto& family : bench_.metrics.registry()->Collect()) {
+      if (family.name == name) return family.metric.at(0).gauge.value;
+    }
+    return -1;
+  };
+  EXPECT_EQ(value("prefilld_waiting_for_consumer"), 1);
+  EXPECT_EQ(value("prefilld_kv_frames_retained"), 5);
+  EXPECT_EQ(value("prefilld_waiting_for_consumer_bytes"), 2 * bench_.ring->buffer_bytes());
+  job->Abort(Outcome::kCancelled, absl::CancelledError("enough"));
   jobs_.LookAround();
 }
 

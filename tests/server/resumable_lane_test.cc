@@ -91,7 +91,7 @@ TEST_F(ResumableLane, AFrameHoldsItsBufferUntilItIsBothWrittenAndAcknowledged) {
   EXPECT_EQ(buffers_on_loan(), 1);
   first_.Take(queue_);
   EXPECT_EQ(buffers_on_loan(), 0);
-  EXPECT_EQ(queue_.held_frames(), 0);
+  EXPECT_EQ(queue_.held_frames().all, 0);
 }
 
 TEST_F(ResumableLane, AStreamInPlaceOfABrokenOneBringsWhatIsNotAcknowledgedAndThenTheRest) {
@@ -106,7 +106,7 @@ TEST_F(ResumableLane, AStreamInPlaceOfABrokenOneBringsWhatIsNotAcknowledgedAndTh
   ASSERT_TRUE(first_.end.has_value());
   clock_.Advance(absl::Seconds(3));
   EXPECT_EQ(queue_.AwayFor(clock_.Now()), absl::Seconds(3));
-  EXPECT_EQ(queue_.held_frames(), 4);
+  EXPECT_EQ(queue_.held_frames().all, 4);
 
   // Frame 2 had arrived, and its acknowledgement is lost.
   EXPECT_EQ(*queue_.Resume(&second_, 3, Accepted()), 1);
@@ -302,6 +302,39 @@ TEST_F(ResumableLane, AConsumerWhoComesAndGoesAndTakesNothingIsExcusedOnce) {
   ASSERT_TRUE(queue_.Resume(&third_, 0, Accepted()).ok());
   third_.Take(queue_, 2);
   EXPECT_EQ(queue_.StalledFor(clock_.Now()), absl::Seconds(12));
+}
+
+// Each of its streams takes a greeting and the beginning of a frame.
+TEST_F(ResumableLane, AConsumerThatResumesAgainAndAgainIsStalledWhileItIsWrittenTo) {
+  std::vector<HeldTransport> streams(8);
+  queue_.Attach(&streams[0]);
+  PushFrames(2);
+  for (size_t i = 1; i < streams.size(); ++i) {
+    clock_.Advance(absl::Seconds(5));
+    ASSERT_TRUE(queue_.Resume(&streams[i], 0, Accepted()).ok());
+    streams[i - 1].Take(queue_);
+    streams[i].Take(queue_);
+    EXPECT_EQ(streams[i].sent, Strings({"accepted", "0"}));
+    EXPECT_EQ(queue_.StalledFor(clock_.Now()), i * absl::Seconds(5));
+  }
+  ASSERT_TRUE(queue_.Acknowledge(1, {}).ok());
+  streams.back().Take(queue_);
+  clock_.Advance(absl::Seconds(1));
+  EXPECT_EQ(queue_.StalledFor(clock_.Now()), absl::Seconds(1));
+}
+
+TEST_F(ResumableLane, TheTimeAwayIsNotTimeInWhichTheConsumerWasSlow) {
+  queue_.Attach(&first_);
+  PushFrames(2);
+  first_.Take(queue_, 2);
+  clock_.Advance(absl::Seconds(3));
+  queue_.OnPeerGone(&first_);
+  clock_.Advance(absl::Seconds(9));
+  ASSERT_TRUE(queue_.Resume(&second_, 1, Accepted()).ok());
+  second_.Take(queue_, 2);
+  EXPECT_EQ(queue_.taken(clock_.Now()).payload_bytes, 100);
+  EXPECT_EQ(queue_.taken(clock_.Now()).busy, absl::Seconds(3));
+  EXPECT_EQ(queue_.StalledFor(clock_.Now()), absl::ZeroDuration());
 }
 
 TEST_F(ResumableLane, WhatIsAcknowledgedCountsAsTaken) {
