@@ -116,6 +116,8 @@ class Streams:
         with PlayedServer(lambda server, _: iter([server.accepted(block_tokens=32)])) as server:
             error = self.fails("FAILED_PRECONDITION", "block_tokens", server.address)
             self.assertIsInstance(error, TransferError)
+        with PlayedServer(lambda server, _: iter([server.accepted(order=wire.enum_value("KvOrder", "hnd"))])) as server:
+            self.fails("FAILED_PRECONDITION", "order is hnd, expected nhd", server.address)
         for name, value in (
             ("num_layers", 0), ("num_layers", 1025), ("head_dim", 0), ("head_dim", 1025), ("num_kv_heads", 1025),
             ("num_heads", 3),

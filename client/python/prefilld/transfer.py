@@ -123,7 +123,7 @@ def check_layout(layout, wished, num_tokens: int, fingerprint: str) -> None:
     within("head_dim", layout.head_dim, 1, _MAX_HEADS)
     within("num_kv_heads", layout.num_kv_heads, 1, _MAX_HEADS)
     expect("num_blocks", layout.num_blocks, -(-num_tokens // layout.block_tokens))
-    expect("order", layout.order, wished.order)
+    expect("order", wire.enum_name("KvOrder", layout.order), wire.enum_name("KvOrder", wished.order))
     expect("known order", wire.enum_name("KvOrder", layout.order) in wire.enum_names("KvOrder"), True)
     dtype = wire.enum_name("DType", layout.dtype)
     expect("dtype", dtype, wire.enum_name("DType", wished.dtype) if wished.dtype else dtype)
@@ -131,7 +131,7 @@ def check_layout(layout, wished, num_tokens: int, fingerprint: str) -> None:
     scales = 0
     if has_scales(layout):
         scales = wished.scales or wire.enum_value("KvScales", "per_token")
-    expect("scales", layout.scales, scales)
+    expect("scales", wire.enum_name("KvScales", layout.scales), wire.enum_name("KvScales", scales))
     expect("first_head", layout.first_head, wished.first_head)
     expect("num_heads", layout.num_heads, wished.num_heads or layout.num_kv_heads - layout.first_head)
     within("num_heads", layout.num_heads, 1, layout.num_kv_heads - layout.first_head)
