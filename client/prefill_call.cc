@@ -88,7 +88,8 @@ bool PrefillCall::IsResumable() const {
 }
 
 bool PrefillCall::MayResume() const {
-  return IsResumable() && !reception_->refused_by_sink() && !reception_->has_result();
+  return IsResumable() && !reception_->refused_by_sink() && !reception_->is_beyond_repair() &&
+         !reception_->has_result();
 }
 
 // Attaches a lane again that has broken, and reads on. Returns false when there is no more to do:

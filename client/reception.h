@@ -54,9 +54,11 @@ class Reception {
 
   bool has_result() const { return has_result_.load(std::memory_order_acquire); }
 
-  // These are for resumable requests: whether an error was the sink's own, the number of the first
-  // frame of a lane that is not here, and a number that grows with everything new that arrives.
+  // These are for resumable requests: whether an error was the sink's own, or is for good, the
+  // number of the first frame of a lane that is not here, and a number that grows with everything
+  // new that arrives.
   bool refused_by_sink() const { return refused_by_sink_.load(std::memory_order_acquire); }
+  bool is_beyond_repair() const { return check_ != nullptr && check_->is_beyond_repair(); }
   uint64_t received(uint32_t lane) const { return check_ == nullptr ? 0 : check_->received(lane); }
   uint64_t progress() const { return progress_.load(std::memory_order_relaxed); }
 

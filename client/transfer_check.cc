@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <numeric>
+#include <string>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "google/protobuf/descriptor.h"
+#include "google/protobuf/generated_enum_reflection.h"
 #include "proto/status_macros.h"
 #include "proto/wire/kv_layout.h"
 
@@ -32,26 +35,34 @@ absl::Status Expect(const char* field, const T& value, const E& expected) {
       absl::StrCat("KV layout: ", field, " is ", value, ", expected ", expected));
 }
 
+// Returns a value's name, or its number if this version does not know it.
+template <typename Enum>
+std::string Name(Enum value) {
+  const auto* known = google::protobuf::GetEnumDescriptor<Enum>()->FindValueByNumber(value);
+  return known == nullptr ? absl::StrCat(static_cast<int>(value)) : std::string(known->name());
+}
+
 uint32_t Or(uint32_t wish, uint32_t otherwise) { return wish == 0 ? otherwise : wish; }
 
 absl::Status CheckConsistent(const KvLayout& layout) {
-  const auto refuse = [](const char* field, uint64_t value, absl::string_view allowed) {
+  const auto refuse = [](const char* field, const absl::AlphaNum& value,
+                         absl::string_view allowed) {
     return absl::FailedPreconditionError(
         absl::StrCat("KV layout: ", field, " is ", value, ", allowed: ", allowed));
   };
   if (wire::BytesPerElement(layout.dtype()) == 0) {
-    return refuse("dtype", layout.dtype(), wire::kKvDTypesList);
+    return refuse("dtype", Name(layout.dtype()), wire::kKvDTypesList);
   }
   if (wire::HasScales(layout.dtype())) {
     if (!wire::IsKvScales(layout.scales())) {
-      return refuse("scales", layout.scales(), wire::kKvScalesList);
+      return refuse("scales", Name(layout.scales()), wire::kKvScalesList);
     }
   } else if (layout.scales() != KvScales::KV_SCALES_UNSPECIFIED) {
-    return refuse("scales", layout.scales(),
+    return refuse("scales", Name(layout.scales()),
                   absl::StrCat("none in dtype ", DType_Name(layout.dtype())));
   }
   if (!wire::IsKvOrder(layout.order())) {
-    return refuse("order", layout.order(), wire::kKvOrdersList);
+    return refuse("order", Name(layout.order()), wire::kKvOrdersList);
   }
   const uint32_t block = layout.block_tokens();
   if (!wire::IsBlockTokens(block)) {
@@ -148,9 +159,12 @@ absl::StatusOr<TransferCheck::Arrival> TransferCheck::Check(uint32_t lane,
     for (const auto& of_lane : damaged_) num_damaged += of_lane.size();
     const bool may_be_repaired = resumable_ && (awaited_again != damaged.end() ||
                                                 (is_next && num_damaged < blocks_missing_));
-    if (may_be_repaired && ++damaged[frame.sequence] <= kMaxDamagedCopies) {
-      if (is_next) ++frames_per_lane_[lane];
-      return Arrival::kDamaged;
+    if (may_be_repaired) {
+      if (++damaged[frame.sequence] <= kMaxDamagedCopies) {
+        if (is_next) ++frames_per_lane_[lane];
+        return Arrival::kDamaged;
+      }
+      is_beyond_repair_ = true;
     }
     return absl::DataLossError(absl::StrFormat(
         "lane %u, frame %u (layer %u, blocks from %u): checksum of the payload is %016x, sent "
@@ -159,6 +173,11 @@ absl::StatusOr<TransferCheck::Arrival> TransferCheck::Check(uint32_t lane,
   }
   PREFILLD_RETURN_IF_ERROR(MarkArrived(lane, frame));
   return Arrival::kNew;
+}
+
+bool TransferCheck::is_beyond_repair() const {
+  absl::MutexLock lock(&mu_);
+  return is_beyond_repair_;
 }
 
 uint64_t TransferCheck::received(uint32_t lane) const {

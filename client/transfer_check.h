@@ -45,6 +45,9 @@ class TransferCheck {
   // Takes a frame that arrived on `lane`. Its payload must be used only if it is kNew. DATA_LOSS
   // says what is wrong with it. If the transfer is not resumable, a frame is kNew or an error.
   absl::StatusOr<Arrival> Check(uint32_t lane, const wire::ReceivedFrame& frame);
+  // Tells whether a frame arrived damaged so often that it is not asked for once more. Another
+  // stream would bring it as damaged.
+  bool is_beyond_repair() const;
   // Returns the number of the lane's first frame that has not arrived undamaged.
   uint64_t received(uint32_t lane) const;
   // Must be called after the last frame of every lane. DATA_LOSS when something is missing.
@@ -72,6 +75,7 @@ class TransferCheck {
   std::vector<bool> arrived_ ABSL_GUARDED_BY(mu_);  // [num_layers, num_blocks]
   uint64_t blocks_missing_ ABSL_GUARDED_BY(mu_);    // over all layers
   uint64_t bytes_ ABSL_GUARDED_BY(mu_) = 0;
+  bool is_beyond_repair_ ABSL_GUARDED_BY(mu_) = false;
 };
 
 }  // namespace prefilld::client

@@ -207,12 +207,16 @@ void PrefillJob::AbortOthers(Outcome outcome, const absl::Status& status) {
 }
 
 void PrefillJob::OnCallCancelled() {
-  // gRPC cancels at the deadline too, but by its own clock.
-  if (clock_.Now() + kClockSlack >= work_.deadline) {
+  if (deadline_has_passed()) {
     Abort(Outcome::kDeadline, DeadlinePassed());
   } else {
     Abort(Outcome::kCancelled, absl::CancelledError(absl::StrCat("cancelled ", Whereabouts())));
   }
+}
+
+// gRPC ends calls at the deadline by its own clock.
+bool PrefillJob::deadline_has_passed() const {
+  return clock_.Now() + kClockSlack >= work_.deadline;
 }
 
 bool PrefillJob::id_is_free() const {

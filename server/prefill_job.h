@@ -68,10 +68,12 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
   int64_t expected_cached_tokens() const { return expected_cached_tokens_; }
   // Counts the staging buffers that its frames hold.
   const std::shared_ptr<StagingRing::Credit>& credit() const { return credit_; }
-  // Tells whether its consumer has attached shared memory. ClaimSharedMemory notes that, and
-  // returns false if it was noted before.
-  bool has_shared_memory() const { return has_shared_memory_.load(); }
+  // ClaimSharedMemory notes that a consumer attaches shared memory, and returns false if it was
+  // noted before. Unclaim takes that back, if the memory is refused.
   bool ClaimSharedMemory() { return !has_shared_memory_.exchange(true); }
+  void UnclaimSharedMemory() { has_shared_memory_.store(false); }
+  // Returns false if a refusal was noted before.
+  bool NoteSharedMemoryRefused() { return !was_refused_memory_.exchange(true); }
   RequestRecord& record() { return record_; }
   const RequestRecord& record() const { return record_; }
 
@@ -102,6 +104,7 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
   // Ends the request, unless it has ended, because its caller cancelled, its connection died or its
   // deadline passed.
   void OnCallCancelled();
+  bool deadline_has_passed() const;
   // Ends the request well: its result and an OK status went out.
   void OnResultSent();
   // Ends a resumable request well, because its consumer has the result. FAILED_PRECONDITION: the
@@ -145,6 +148,7 @@ class PrefillJob : public std::enable_shared_from_this<PrefillJob> {
 
   // Co-owned by the buffers on loan.
   const std::shared_ptr<StagingRing::Credit> credit_ = std::make_shared<StagingRing::Credit>();
+  std::atomic<bool> was_refused_memory_ = false;
   std::atomic<bool> has_shared_memory_ = false;
   RequestRecord record_;
   Delivery delivery_;

@@ -98,6 +98,7 @@ absl::Status PushTransfer::OnReceipt(uint32_t lane, const v1::ReceiveReceipt& re
 }
 
 void PushTransfer::OnFirstReceipt(uint32_t lane, int64_t frames_again) {
+  lanes_[lane].patience.OnHeard(dialer_.clock_.Now());
   if (std::exchange(lanes_[lane].was_heard, true)) {
     dialer_.metrics_.CountResumed(frames_again);
     process::LogEvent(process::LogLevel::kInfo, "stream_resumed",
@@ -159,9 +160,15 @@ void PushTransfer::OnPlainCallDone(const absl::Status& status,
 
 // Returns false, and the reason, when the lane is not called again.
 bool PushTransfer::CallAgain(uint32_t lane, const absl::Status& broken, absl::Status& reason) {
-  // The receiver has ended, or is not the one that it was.
-  if (absl::IsNotFound(broken) || absl::IsCancelled(broken)) return false;
   Lane& state = lanes_[lane];
+  // The receiver has ended, or is not the one that it was. If it had just said why it ended, that
+  // is the reason, and not that it knows nothing more of the transfer.
+  if (absl::IsNotFound(broken) || absl::IsCancelled(broken)) {
+    const absl::Status& before = state.patience.reason();
+    const bool has_said_why = absl::IsDataLoss(before) || absl::IsInternal(before);
+    if (absl::IsNotFound(broken) && !state.patience.is_heard() && has_said_why) reason = before;
+    return false;
+  }
   const auto next = state.patience.OnBroken(broken,
                                             {.accepted = is_accepted_.load(),
                                              .window = job_->work().resume_window,
@@ -193,6 +200,9 @@ void PushTransfer::Fail(const absl::Status& status) {
   const absl::Status failure = wire::WithPrefix(
       absl::StrCat("deliver_to ", job_->work().deliver_to.address(), ": "), status);
   Conclude(status);
+  if (absl::IsDeadlineExceeded(status) && job_->deadline_has_passed()) {
+    return job_->OnCallCancelled();  // it is the request's own, and no fault of the receiver
+  }
   job_->Abort(Outcome::kReceiverFailed, failure);
 }
 

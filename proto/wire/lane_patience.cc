@@ -31,6 +31,8 @@ bool MayBeTheConnections(const absl::Status& status, bool accepted) {
 
 LanePatience::Next LanePatience::OnBroken(const absl::Status& ended, const State& state,
                                           absl::Time now) {
+  if (heard_at_.has_value()) broken_at_ += now - *heard_at_;
+  heard_at_.reset();
   if (progress_ != state.progress) {
     progress_ = state.progress;
     broken_at_ = now;

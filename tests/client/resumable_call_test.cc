@@ -314,6 +314,28 @@ TEST(ResumableCall, AFrameThatIsDamagedAgainAndAgainIsDataLoss) {
   EXPECT_EQ(server.cancelled, 1);
 }
 
+// Each stream shows progress, so that the window never passes.
+TEST(ResumableCall, AFrameThatIsBeyondRepairIsNotAskedForOnAnotherStream) {
+  std::atomic<ResumableServer*> self = nullptr;
+  const auto damaged_for_ever = [&](PrefillWriter& writer) {
+    writer.Write(self.load()->Accepted());
+    PrefillEvent progress;
+    progress.mutable_progress()->set_layers_computed(1);
+    writer.Write(progress);
+    for (int copy = 0; copy < 4; ++copy) writer.Write(ResumableServer::Damaged(0));
+    return kBroken;
+  };
+  ResumableServer server(damaged_for_ever, [&](const ResumeRequest&, PrefillWriter& writer) {
+    return self.load()->resumed_from().size() < 10
+               ? damaged_for_ever(writer)
+               : grpc::Status(grpc::StatusCode::ABORTED, "for ever");
+  });
+  self = &server;
+  CountingSink sink;
+  EXPECT_EQ(Receive(server, sink).code(), absl::StatusCode::kDataLoss);
+  EXPECT_TRUE(server.resumed_from().empty());
+}
+
 TEST(ResumableCall, ARequestThatTheServerNeverHeardIsSentOnceMore) {
   std::atomic<ResumableServer*> self = nullptr;
   ResumableServer server(
@@ -401,6 +423,26 @@ TEST(LanePatience, StartsAgainWithEverythingNew) {
   EXPECT_EQ(patience.OnBroken(broken, state, now), LanePatience::Next::kResume);
   now += absl::Seconds(10);
   EXPECT_EQ(patience.OnBroken(broken, state, now), LanePatience::Next::kGiveUp);
+}
+
+// Nothing new may be due for a while: a long layer is being computed.
+TEST(LanePatience, DoesNotLoseTheTimeInWhichAStreamWasThere) {
+  LanePatience patience;
+  const LanePatience::State state{.accepted = true, .window = absl::Seconds(10), .progress = 1};
+  const absl::Status broken = absl::UnavailableError("broken");
+  absl::Time now = absl::UnixEpoch();
+  for (int round = 0; round < 3; ++round) {
+    EXPECT_EQ(patience.OnBroken(broken, state, now), LanePatience::Next::kResume);
+    now += absl::Seconds(3);
+    patience.OnHeard(now);
+    EXPECT_TRUE(patience.is_heard());
+    now += absl::Minutes(1);
+  }
+  EXPECT_EQ(patience.OnBroken(broken, state, now), LanePatience::Next::kResume);
+  EXPECT_FALSE(patience.is_heard());
+  now += absl::Seconds(1);
+  EXPECT_EQ(patience.OnBroken(broken, state, now), LanePatience::Next::kGiveUp)
+      << "streams that break again and again are none for ever";
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ TEST(CheckLayout, ScalesAreThoseOfTheTypeAndOfTheRequest) {
   };
   EXPECT_TRUE(CheckLayout(layout, expected).ok());
   layout.set_scales(KvScales::KV_SCALES_PER_TOKEN);
-  expect_refused("scales is 1, allowed: none in dtype DTYPE_FP32");
+  expect_refused("scales is KV_SCALES_PER_TOKEN, allowed: none in dtype DTYPE_FP32");
 
   layout.set_dtype(DType::DTYPE_FP8_E4M3);
   expected.layout.set_dtype(DType::DTYPE_FP8_E4M3);
@@ -33,7 +33,7 @@ TEST(CheckLayout, ScalesAreThoseOfTheTypeAndOfTheRequest) {
   expected.layout.set_scales(KvScales::KV_SCALES_PER_BLOCK);
   expect_refused("scales is KV_SCALES_PER_TOKEN, expected KV_SCALES_PER_BLOCK");
   layout.clear_scales();
-  expect_refused("scales is 0, allowed: PER_TOKEN, PER_BLOCK");
+  expect_refused("scales is KV_SCALES_UNSPECIFIED, allowed: PER_TOKEN, PER_BLOCK");
   layout.set_scales(static_cast<KvScales>(3));
   expect_refused("scales is 3, allowed: PER_TOKEN, PER_BLOCK");
   layout.set_scales(KvScales::KV_SCALES_PER_BLOCK);

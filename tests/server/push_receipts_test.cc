@@ -151,6 +151,50 @@ TEST_F(PushReceipts, ALaneThatHasHadNoneIsCalledForTheWindow) {
   EXPECT_GT(refusals, 6);
 }
 
+// The receiver has ended the transfer for a reason, and forgotten it.
+TEST_F(PushReceipts, WhyTheReceiverEndedIsNotLostWhenItIsCalledAgain) {
+  StartServer();
+  LaneReceiver receiver(Take, [](const v1::ReceiveOpen&, int opened_before) {
+    return opened_before == 0 ? grpc::Status(grpc::StatusCode::DATA_LOSS, "a block came twice")
+                              : grpc::Status(grpc::StatusCode::NOT_FOUND, "nobody waits for it");
+  });
+  ExpectEnd(PushTo(receiver), grpc::StatusCode::DATA_LOSS, "a block came twice");
+}
+
+// The stream was repaired, and there for longer than the window: nothing new had to come meanwhile.
+TEST_F(PushReceipts, ALaneThatBreaksAgainAfterAQuietTimeIsCalledAgain) {
+  StartServer();
+  std::atomic<int> arrivals = 0;
+  LaneReceiver receiver([&](const v1::KvFrame& frame) {
+    if (frame.sequence() != 3 || ++arrivals > 2) return Answer::kTake;
+    if (arrivals == 2) clock_.Advance(options_.resume_window + absl::Seconds(1));
+    return Answer::kBreak;
+  });
+  ExpectWhole(receiver, PushTo(receiver));
+  EXPECT_EQ(arrivals, 3);
+}
+
+TEST_F(PushReceipts, APushThatIsUnderWayAtItsDeadlineIsNoFailureOfTheReceiver) {
+  FakeEngine engine{FakeEngineOptions()};
+  Metrics metrics(engine.info(), {Tenant()});
+  PushDialer dialer(grpc::InsecureChannelCredentials(), /*use_proxy=*/false, clock_,
+                    absl::Seconds(30), metrics.resumption());
+  LaneReceiver receiver;
+  receiver.answers_opening = false;
+  PrefillWork work = WorkOf(engine, 100, "pushed");
+  work.deliver_to.set_address(receiver.address());
+  work.deliver_to.set_transfer_id("transfer-7");
+  work.transfer_key = std::string(32, 'k');
+  work.resume_window = absl::Seconds(10);
+  work.deadline = clock_.Now() + absl::Milliseconds(500);
+  const auto job = std::make_shared<PrefillJob>(std::move(work), clock_);
+  dialer.Start(job);
+  EXPECT_TRUE(Eventually([&] { return job->ended(); }));
+  EXPECT_EQ(job->ending().outcome, Outcome::kDeadline);
+  EXPECT_TRUE(absl::IsDeadlineExceeded(job->ending().status)) << job->ending().status;
+  dialer.AwaitIdle();
+}
+
 // A call that has ended keeps nothing of its push alive, however often it was made again.
 TEST_F(PushReceipts, APushThatIsOverIsFreed) {
   FakeEngine engine{FakeEngineOptions()};
