@@ -24,6 +24,8 @@ SharedMemoryPool::~SharedMemoryPool() {
 
 // A memory that the server no longer has, or is not done with, is replaced by a new one.
 absl::StatusOr<std::unique_ptr<SharedMemory>> SharedMemoryPool::Attach(const Accepted& accepted) {
+  // A call without an offer takes no memory that a later one may use.
+  if (accepted.shared_memory().bytes() == 0) return SharedMemory::Attach(accepted);
   if (auto memory = Take(accepted.shared_memory()); memory != nullptr) {
     const absl::Status again = memory->AttachAgain(accepted);
     if (again.ok()) return memory;

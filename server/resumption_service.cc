@@ -137,9 +137,13 @@ Stream* ResumptionService::Resume(grpc::CallbackServerContext* context,
   if (request.lane() == 0) greeting = AcceptedEvent((*job)->work(), /*queue_position=*/0);
   // Whoever resumes may be another process than the one that has attached the memory. If it is the
   // same, it says so once more over its socket.
+  const bool was_read_in_place = (*job)->credit()->is_read_in_place();
   (*job)->credit()->set_is_read_in_place(false);
   const auto again = (*queue)->Resume(stream.get(), request.received(), std::move(greeting));
-  if (!again.ok()) return refuse(again.status());
+  if (!again.ok()) {
+    (*job)->credit()->set_is_read_in_place(was_read_in_place);  // the stream before goes on
+    return refuse(again.status());
+  }
   metrics_.resumption().CountResumed(*again);
   process::LogEvent(process::LogLevel::kInfo, "stream_resumed",
                     {{"id", (*job)->work().id},

@@ -43,6 +43,11 @@ absl::Status SharedMemoryUse::CheckTenant(int tenant, int64_t bytes,
                                                    " in ", limits_.attachments, " is for others"));
 }
 
+bool SharedMemoryUse::is_half_taken() const {
+  absl::MutexLock lock(&mu_);
+  return 2 * total_.attachments > limits_.attachments;
+}
+
 void SharedMemoryUse::Add(int tenant, int64_t bytes, int64_t attachments) {
   Amount& held = of_tenants_[tenant];
   held.bytes += bytes;

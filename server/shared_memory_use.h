@@ -63,6 +63,8 @@ class SharedMemoryUse {
   static absl::StatusOr<Share> Take(const std::shared_ptr<SharedMemoryUse>& use, int tenant,
                                     int64_t bytes);
   Amount total() const;
+  // Tells whether more than half of the memories are attached that may be.
+  bool is_half_taken() const;
 
  private:
   absl::Status CheckTenant(int tenant, int64_t bytes, const Amount& total_then) const

@@ -49,7 +49,8 @@ std::optional<SharedMemoryVisit::Attach> SharedMemoryVisit::NextAttach() {
   if (next_.has_value()) return std::exchange(next_, std::nullopt);
   v1::SharedMemoryRequest request;
   const bool is_first = region_ == nullptr;
-  const absl::Time give_up = absl::Now() + (is_first ? kHandshake : kIdle);
+  const bool is_kept = !is_first && !surroundings_.use->is_half_taken();
+  const absl::Time give_up = absl::Now() + (is_kept ? kIdle : kHandshake);
   absl::Status received;
   do {
     const absl::Duration left = std::max(give_up - absl::Now(), absl::ZeroDuration());
@@ -66,7 +67,9 @@ bool SharedMemoryVisit::ServeRequest(const Attach& attach) {
   const bool is_first = region_ == nullptr;
   const absl::StatusOr<std::shared_ptr<PrefillJob>> admitted = Admit(attach);
   brought_.clear();
-  if (!Answer(attach, admitted.status())) return false;
+  const bool goes_on = Answer(attach, admitted.status());
+  refused_.reset();
+  if (!goes_on) return false;
   PrefillJob& job = **admitted;
   v1::SharedMemoryRequest request;
   if (!socket_.Receive(request, kHandshake).ok() || !request.has_mapped()) {
@@ -99,14 +102,16 @@ absl::StatusOr<std::shared_ptr<PrefillJob>> SharedMemoryVisit::Admit(const Attac
     return absl::PermissionDeniedError("key: not the one of this request's Accepted");
   }
   is_known_ = true;
-  const auto attached_before = [] {
+  refused_ = job;  // unless it is admitted
+  // At once, so that no second consumer has memory mapped for the same request meanwhile.
+  if (!job->ClaimSharedMemory()) {
     return absl::AlreadyExistsError("the request's shared memory was attached before");
-  };
-  if (job->has_shared_memory()) return attached_before();
-  PREFILLD_RETURN_IF_ERROR(region_ == nullptr ? BringMemory(attach, job->work().tenant)
-                                              : ReuseMemory(job->work().tenant));
-  if (!job->ClaimSharedMemory()) return attached_before();
-  return job;
+  }
+  const int tenant = job->work().tenant;
+  absl::Status ready = region_ == nullptr ? BringMemory(attach, tenant) : ReuseMemory(tenant);
+  if (ready.ok()) return job;
+  job->UnclaimSharedMemory();
+  return ready;
 }
 
 absl::Status SharedMemoryVisit::BringMemory(const Attach& attach, int tenant) {
@@ -141,11 +146,12 @@ absl::Status SharedMemoryVisit::ReuseMemory(int tenant) {
 }
 
 // Tells the consumer how its `attach` went, and returns whether it may go on. Attempts without a
-// key are only counted, because anybody could fill the log with them.
+// key are only counted, and so are those of a request after its first, because they could fill the
+// log.
 bool SharedMemoryVisit::Answer(const Attach& attach, const absl::Status& status) {
   if (!status.ok()) {
     surroundings_.metrics.Count(RefusalOf(status));
-    if (is_known_) {
+    if (refused_ != nullptr && refused_->NoteSharedMemoryRefused()) {
       process::LogEvent(process::LogLevel::kWarning, "shared_memory_refused",
                         {{"id", attach.request_id()},
                          {"receiver", int64_t{attach.receiver()}},

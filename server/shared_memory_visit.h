@@ -87,6 +87,7 @@ class SharedMemoryVisit {
   std::shared_ptr<SharedRegion> region_;   // null: no memory was brought yet
   std::vector<wire::Descriptor> brought_;  // with the latest `attach`
   std::optional<Attach> next_;             // came while the request before was served
+  std::shared_ptr<PrefillJob> refused_;    // of the latest `attach`, if it showed its key
 };
 
 }  // namespace prefilld::server

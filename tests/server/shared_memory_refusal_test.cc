@@ -16,6 +16,7 @@
 
 #include <gmock/gmock.h>
 
+#include "proto/process/log.h"
 #include "tests/server/shared_memory_fixture.h"
 
 namespace prefilld::server {
@@ -68,6 +69,35 @@ TEST_F(SharedMemoryRefusal, OfMemoryThatIsNotAsItHasToBe) {
   ASSERT_EQ(pipe2(ends.data(), O_CLOEXEC), 0);
   const wire::Descriptor other_end(ends[0]);
   ExpectUnfit("no memfd", wire::Descriptor(ends[1]));
+}
+
+TEST_F(SharedMemoryRefusal, LeavesTheRequestToABetterMemoryAndIsLoggedOnce) {
+  static const bool logging = (process::InitLogging(process::LogFormat::kText), true);
+  ASSERT_TRUE(logging);
+  StartServer();
+  v1::Accepted accepted;
+  const auto stream = Open(accepted);
+  const std::string key = accepted.shared_memory().key();
+  testing::internal::CaptureStderr();
+  for (int attempt = 0; attempt < 3; ++attempt) {
+    Visitor unfit(accepted);
+    EXPECT_EQ(unfit.Send(accepted, key, kBytes, -1).code(),
+              static_cast<int>(absl::StatusCode::kInvalidArgument));
+    EXPECT_TRUE(unfit.IsClosed());
+  }
+  Visitor fit(accepted);
+  EXPECT_EQ(fit.Attach(accepted).code(), 0);
+  Visitor late(accepted);
+  EXPECT_EQ(late.Attach(accepted).code(), static_cast<int>(absl::StatusCode::kAlreadyExists));
+  fit.Map();
+  EXPECT_TRUE(Eventually([this] { return Visitors("attached") == 1; }));
+  engine_->HoldAfter(-1);
+  ExpectWholeCache(ReadAll(*stream, fit), accepted.layout());
+  EXPECT_TRUE(stream->Finish().ok());
+  const std::string log = testing::internal::GetCapturedStderr();
+  const size_t first = log.find("shared_memory_refused");
+  EXPECT_NE(first, std::string::npos) << log;
+  EXPECT_EQ(log.find("shared_memory_refused", first + 1), std::string::npos) << log;
 }
 
 TEST_F(SharedMemoryRefusal, OfASizeThatNoRequestCanUse) {

@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "client/shared_memory.h"
 #include "client/shared_memory_pool.h"
+#include "server/shared_memory_host.h"
 #include "tests/server/resumption_fixture.h"
 #include "tests/server/shared_memory_fixture.h"
 
@@ -78,6 +79,40 @@ TEST_F(SharedMemoryReuse, AMemoryThatIsTooSmallForTheNextCallIsReplaced) {
   EXPECT_EQ(Visitors("attached"), 2);
   EXPECT_EQ(Visitors("attached_again"), 1) << "the larger one serves the smaller call";
   EXPECT_TRUE(Eventually([this] { return Metric("prefilld_shared_memory_attachments") == 1; }));
+}
+
+TEST_F(SharedMemoryReuse, ACallWithoutAnOfferLeavesTheMemoryToTheNext) {
+  StartServer();
+  MakeClient();
+  for (const int num_tokens : {kTokens, 10, kTokens}) {
+    v1::PrefillRequest request = PromptOf(num_tokens);
+    request.set_num_lanes(1);
+    KeepingSink sink;
+    ASSERT_TRUE(PrefillOnceAttached(request, sink).ok());
+    EXPECT_EQ(sink.attached.ok(), num_tokens == kTokens) << sink.attached;
+    ExpectWholeCache(sink.frames, sink.layout);
+  }
+  EXPECT_EQ(Visitors("attached"), 1);
+  EXPECT_EQ(Visitors("attached_again"), 1);
+}
+
+// Each has a thread, so those that nobody uses go soon when there are many.
+TEST_F(SharedMemoryReuse, AMemoryIsNotKeptForLongWhereManyAre) {
+  StartServer();
+  std::vector<std::unique_ptr<Visitor>> visitors;
+  for (int64_t i = 0; i <= SharedMemoryHost::kMaxAttachments / 2; ++i) {
+    v1::Accepted accepted;
+    const auto stream = Open(accepted, PromptOf(kTokens, absl::StrCat("shared-", i)));
+    accepted.mutable_shared_memory()->set_bytes(4 << 20);
+    visitors.push_back(std::make_unique<Visitor>(accepted));
+    ASSERT_EQ(visitors.back()->Attach(accepted).code(), 0);
+    visitors.back()->Map();
+    EXPECT_TRUE(Eventually([&] { return Visitors("attached") == i + 1; }));
+    engine_->HoldAfter(-1);
+    ReadAll(*stream, *visitors.back());
+    EXPECT_TRUE(stream->Finish().ok());
+  }
+  EXPECT_TRUE(visitors.back()->IsClosed());
 }
 
 TEST_F(SharedMemoryReuse, AMemoryThatNobodyUsesIsDropped) {
@@ -281,6 +316,31 @@ TEST_F(SharedMemoryResumption, ElsewhereBringsPayloadsWhileTheOldSocketIsOpen) {
   ExpectWholeCache(frames, accepted.layout());
   EXPECT_TRUE(Acknowledge(0, frames.size(), {}, /*complete=*/true).ok());
   EXPECT_TRUE(Eventually([this] { return Ended("ok") == 1; }));
+}
+
+TEST_F(SharedMemoryResumption, ThatIsRefusedChangesNothingForTheStreamThatIsThere) {
+  engine_options_.num_layers = 16;
+  StartServer();
+  v1::Accepted accepted;
+  auto stream = Open(accepted, Resumable(kTokens));
+  Visitor visitor(accepted);
+  ASSERT_EQ(visitor.Attach(accepted).code(), 0);
+  visitor.Map();
+  EXPECT_TRUE(Eventually([this] { return Visitors("attached") == 1; }));
+  const auto stub = NewResumptionStub();
+  Resumed refused(*stub, From(1'000'000));
+  EXPECT_EQ(refused.Rest().status.error_code(), grpc::StatusCode::OUT_OF_RANGE);
+  engine_->HoldAfter(-1);
+  std::vector<v1::KvFrame> frames;
+  v1::PrefillEvent event;
+  while (stream->Read(&event)) {
+    if (!event.has_kv_frame()) continue;
+    EXPECT_GT(event.kv_frame().shared_bytes(), 0);
+    frames.push_back(visitor.Whole(event.kv_frame()));
+    visitor.Acknowledge(0, event.kv_frame().sequence() + 1);
+  }
+  EXPECT_TRUE(stream->Finish().ok());
+  ExpectWholeCache(frames, accepted.layout());
 }
 
 TEST_F(SharedMemoryResumption, OfTheSameConsumerGoesOnInItsMemoryWhenItSaysSo) {
