@@ -12,8 +12,12 @@
 #include <utility>
 
 #include "absl/status/status.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/strip.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "proto/process/log.h"
 #include "proto/status_macros.h"
 #include "proto/wire/host_port.h"
@@ -22,6 +26,8 @@
 
 namespace prefilld::server {
 namespace {
+
+constexpr char kUnnamed[] = ".new";  // the end of a socket's name until everybody may connect
 
 absl::Status SystemFailure(const char* call) {
   return absl::UnavailableError(absl::StrCat(call, ": ", std::strerror(errno)));
@@ -65,16 +71,25 @@ absl::Status OpenToAll(const wire::Descriptor& folder, const std::string& name) 
   return absl::OkStatus();
 }
 
-// Removes the sockets of servers that are gone. One that is served has its name only since
-// somebody listens on it.
+// Tells whether the server that makes a socket may not have come to listen on it.
+bool IsYoung(const wire::Descriptor& folder, const std::string& name) {
+  struct stat facts = {};
+  if (fstatat(folder.get(), name.c_str(), &facts, AT_SYMLINK_NOFOLLOW) != 0) return true;
+  return absl::TimeFromTimespec(facts.st_mtim) > absl::Now() - absl::Minutes(1);
+}
+
+// Removes the sockets of servers that are gone, be it before they had given them their names. One
+// that is served has its name only since somebody listens on it.
 void RemoveDeadSockets(const std::string& path, const wire::Descriptor& folder) {
   std::error_code error;
   const std::filesystem::directory_iterator end;
   for (std::filesystem::directory_iterator entry(PathIn(folder, "."), error);
        !error && entry != end; entry.increment(error)) {
     const std::string name = entry->path().filename();
+    const bool is_unnamed = absl::EndsWith(name, kUnnamed);
     std::error_code ignored;
-    if (!wire::IsMemorySocketFile(name) ||
+    if (!wire::IsMemorySocketFile(absl::StripSuffix(name, kUnnamed)) ||
+        (is_unnamed && IsYoung(folder, name)) ||
         entry->symlink_status(ignored).type() != std::filesystem::file_type::socket) {
       continue;
     }
@@ -104,7 +119,7 @@ absl::StatusOr<std::unique_ptr<SocketFile>> SocketFile::Create(const std::string
     return absl::UnavailableError(absl::StrCat(
         path, " is no path of a socket: absolute, of plain characters, and short enough"));
   }
-  const std::string unnamed = absl::StrCat(name, ".new");
+  const std::string unnamed = absl::StrCat(name, kUnnamed);
   PREFILLD_ASSIGN_OR_RETURN(wire::Descriptor listener,
                             wire::ListenForPackets(absl::StrCat("unix:", PathIn(folder, unnamed))));
   absl::Status status = OpenToAll(folder, unnamed);

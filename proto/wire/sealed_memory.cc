@@ -10,11 +10,23 @@
 #include "absl/strings/str_cat.h"
 
 namespace prefilld::wire {
+namespace {
+
+// Makes memory that can never be executed, for systems that ask this of every program. Linux knows
+// it since 6.3, and headers later.
+constexpr unsigned kNoExecSeal = 0x0008;  // MFD_NOEXEC_SEAL
+
+int CreateMemory(unsigned more_flags) {
+  return memfd_create("prefilld-kv", MFD_CLOEXEC | MFD_ALLOW_SEALING | more_flags);
+}
+
+}  // namespace
 
 // The pages are taken by fallocate, where a system that has none left says so. A container at its
 // limit does not: there a process is ended, be the page taken here or by a write.
 absl::StatusOr<Descriptor> MakeSealedMemory(size_t bytes) {
-  Descriptor memory(memfd_create("prefilld-kv", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  Descriptor memory(CreateMemory(kNoExecSeal));
+  if (!memory.valid() && errno == EINVAL) memory = Descriptor(CreateMemory(0));
   if (!memory.valid()) {
     return absl::FailedPreconditionError(absl::StrCat("memfd_create: ", std::strerror(errno)));
   }

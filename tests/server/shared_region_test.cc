@@ -110,6 +110,17 @@ TEST_F(SharedRegionTest, MemoryThatCouldHarmTheServerIsRefused) {
                 kBuffer - 4096);
 }
 
+TEST_F(SharedRegionTest, MemoryThatCanNeverBeExecutedIsTaken) {
+  constexpr unsigned kNoExecSeal = 0x0008;  // MFD_NOEXEC_SEAL
+  if (!Memfd(MFD_CLOEXEC | kNoExecSeal).valid()) GTEST_SKIP() << "the kernel is older than 6.3";
+  wire::Descriptor memory = *wire::MakeSealedMemory(kBytes);
+  struct stat facts = {};
+  ASSERT_EQ(fstat(memory.get(), &facts), 0);
+  EXPECT_EQ(facts.st_mode & 0111, 0u);
+  EXPECT_NE(fchmod(memory.get(), 0777), 0);
+  EXPECT_TRUE(Map(std::move(memory)).ok());
+}
+
 TEST_F(SharedRegionTest, WhatIsNoMemfdIsRefused) {
   int ends[2];
   ASSERT_EQ(pipe(ends), 0);

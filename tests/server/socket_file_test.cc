@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -77,6 +78,23 @@ TEST_F(SocketFileTest, ALinkAmongTheDeadSocketsIsLeftAloneAndItsTargetToo) {
   EXPECT_TRUE(std::filesystem::is_symlink(link));
   EXPECT_TRUE(std::filesystem::exists(text));
   EXPECT_TRUE(std::filesystem::exists(live));
+}
+
+// Their servers ended before they had given them their names.
+TEST_F(SocketFileTest, SocketsThatWereNeverNamedAreRemovedUnlessTheyAreNew) {
+  const std::string old = folder_ + "/prefilld-00000000dead0002.sock.new";
+  const std::string young = folder_ + "/prefilld-00000000dead0003.sock.new";
+  const std::string other = folder_ + "/another.sock.new";
+  for (const std::string& path : {old, young, other}) {
+    ASSERT_TRUE(wire::ListenForPackets("unix:" + path).ok());
+    if (path == young) continue;
+    const auto two_minutes_ago = std::filesystem::last_write_time(path) - std::chrono::minutes(2);
+    std::filesystem::last_write_time(path, two_minutes_ago);
+  }
+  ASSERT_TRUE(SocketFile::Create(folder_).ok());
+  EXPECT_FALSE(std::filesystem::exists(old));
+  EXPECT_TRUE(std::filesystem::exists(young));
+  EXPECT_TRUE(std::filesystem::exists(other));
 }
 
 TEST_F(SocketFileTest, AFolderThatIsNotThereOrTooLongIsNamed) {
