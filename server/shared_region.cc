@@ -98,7 +98,10 @@ absl::StatusOr<std::shared_ptr<SharedRegion>> SharedRegion::Map(model::PrefillEn
   PREFILLD_RETURN_IF_ERROR(SealPages(memory, bytes));
 #ifdef MADV_POPULATE_WRITE
   // All pages are there, so that this makes none. Where it is unknown, writes find them one by one.
-  madvise(mapping.data(), bytes, MADV_POPULATE_WRITE);
+  if (madvise(mapping.data(), bytes, MADV_POPULATE_WRITE) != 0 && errno != EINVAL) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("its pages cannot be used: ", std::strerror(errno)));
+  }
 #endif
   std::shared_ptr<SharedRegion> region(
       new SharedRegion(std::move(share), std::move(mapping), buffer_bytes));
