@@ -50,6 +50,19 @@ class Prefilld(live_processes.Programs):
         self._started[-1].kill()
         self._started[-1].wait()
 
+    def kill_when_it_computes(self) -> threading.Thread:
+        """Kills the server once it has computed a layer of the next prompt."""
+        steps = self.count("prefilld_steps_total")
+
+        def await_layer() -> None:
+            while self.count("prefilld_steps_total") == steps:
+                time.sleep(0.005)
+            self.kill()
+
+        thread = threading.Thread(target=await_layer, daemon=True)
+        thread.start()
+        return thread
+
     def count(self, pattern: str) -> float:
         """Sums the metrics whose lines match."""
         text = urllib.request.urlopen(f"http://127.0.0.1:{self._page}/metrics").read().decode()
@@ -190,8 +203,9 @@ def faults(bin_dir: Path, model: Path, dtype: str, ids: dict[str, list[int]], po
                 for mistake in ({"remote_port": "nowhere"}, {"attention": {"policy": "sparse"}}, {"attention": {"gama": 1}}):
                     key = f"{kind} mistake {json.dumps(mistake)}"
                     result[key] = engine.one(after, {**at(server.port, load_async=mode), **mistake}) | {"prompt": "text/257"}
-                threading.Timer(1, server.kill).start()  # while it computes
+                killing = server.kill_when_it_computes()
                 result[f"{kind} killed pass_key/3000"] = engine.one(ids["pass_key/3000"], at(server.port, load_async=mode))
+                killing.join()
                 result[f"{kind} away text/257"] = engine.one(after, at(server.port, load_async=mode))
                 server.run()
                 time.sleep(5)  # gRPC connects again within about 2 s
