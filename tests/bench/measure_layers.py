@@ -4,7 +4,8 @@
     PYTHONPATH=client/python tests/bench/measure_layers.py localhost:50051 >profile.json
 
 Random prompts of doubling lengths are computed one by one while nobody else asks the server. Of each length the
-median of --repeats counts. Places for prompts, batches and the parts of layers are those of a server that was
+median of --repeats counts. Prompts a little shorter, of lengths that the server has hardly seen before, tell what the
+first layer takes then. Places for prompts, batches and the parts of layers are those of a server that was
 started without flags about them, by its device; edit the file if yours had some.
 """
 
@@ -19,6 +20,7 @@ from prefilld import Attention, Layout, PrefillClient, wire
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 CACHE_BLOCK_TOKENS = 128
+LONG = 65536  # from here on lengths that are new are measured once
 
 
 def lengths(shortest: int, longest: int) -> Iterator[int]:
@@ -42,10 +44,21 @@ def measure(client: PrefillClient, tokens: list[int], policy: str) -> dict[str, 
     layers = [layer.compute_us for layer in result.layers]
     return {
         "layer_us": statistics.mean(layers[:-1]) if layers[:-1] else layers[-1],
+        "first_use_us": max(0.0, layers[0] - statistics.mean(layers[1:-1])) if layers[1:-1] else 0.0,
         "last_layer_us": layers[-1],
         "first_token_us": max(0, result.compute_us - sum(layers)),
         "request_us": max(0.0, took_us - result.compute_us),
     }
+
+
+def first_use_us(client: PrefillClient, length: int, policy: str, repeats: int, vocab_size: int) -> float:
+    """Returns what the first layer takes beside its work when no prompt before had the length."""
+    rng = random.Random()  # with a seed of its own a second measurement would find the lengths known
+    runs = []
+    for _ in range(repeats if length < LONG else 1):
+        unseen = max(1, length - rng.randrange(1, max(2, length // 8)))
+        runs.append(measure(client, rng.choices(range(vocab_size), k=unseen), policy)["first_use_us"])
+    return statistics.median(runs)
 
 
 def places(device: str, max_tokens: int) -> list[int]:
@@ -58,6 +71,7 @@ def profile(client: PrefillClient, policies: list[str], shortest: int, longest: 
     info = client.server_info()
     longest = min(longest or info.max_prompt_tokens, info.max_prompt_tokens)
     rng = random.Random(1)
+    vocab_size = min(256, info.vocab_size)
     prompts, request_us = [], []
     for policy in policies:
         for length in lengths(shortest, longest):
@@ -65,9 +79,12 @@ def profile(client: PrefillClient, policies: list[str], shortest: int, longest: 
                 continue  # a prompt of two blocks of patterns is dense under every policy
             runs = []
             for _ in range(repeats + 1):  # the first one warms up
-                runs.append(measure(client, rng.choices(range(min(256, info.vocab_size)), k=length), policy))
+                runs.append(measure(client, rng.choices(range(vocab_size), k=length), policy))
             times = {name: round(statistics.median(run[name] for run in runs[1:]), 1) for name in runs[0]}
             request_us.append(times.pop("request_us"))
+            # What the first layer of a known length takes beside its work is in the mean of the layers.
+            unseen = first_use_us(client, length, policy, repeats, vocab_size) - times.pop("first_use_us")
+            times["first_layer_us"] = round(times["layer_us"] + max(0.0, unseen), 1)
             prompts.append({"policy": policy, "num_tokens": length, **times})
     dtype = wire.enum_name("DType", info.native_dtype)
     on_cpu = info.device == "cpu"

@@ -34,6 +34,10 @@ class Fields {
     Complain(absl::StrCat(name, " is no whole number of at least ", least));
     return least;
   }
+  // Returns `absent` where there is no such field.
+  double OptionalNumber(const char* name, double least, double absent) {
+    return object_.contains(name) ? Number(name, least) : absent;
+  }
   bool Truth(const char* name) {
     const auto at = object_.find(name);
     if (at != object_.end() && at->is_boolean()) return at->get<bool>();
@@ -66,6 +70,7 @@ absl::StatusOr<MeasuredPrompt> ToPrompt(const json& object, size_t position) {
   prompt.layer_us = fields.Number("layer_us", 0);
   prompt.last_layer_us = fields.Number("last_layer_us", 0);
   prompt.first_token_us = fields.Number("first_token_us", 0);
+  prompt.first_layer_us = fields.OptionalNumber("first_layer_us", 0, /*absent=*/prompt.layer_us);
   PREFILLD_RETURN_IF_ERROR(fields.status());
   return prompt;
 }

@@ -18,6 +18,9 @@ struct MeasuredPrompt {
   double layer_us = 0;        // of all layers but the last
   double last_layer_us = 0;   // of which only the last query's attention is computed
   double first_token_us = 0;  // behind the last layer
+  // The first layer of a prompt as long as none before it, for which the device's libraries find
+  // their algorithms.
+  double first_layer_us = 0;
 };
 
 struct ServerProfile {

@@ -49,6 +49,31 @@ TEST(Simulation, APromptAloneTakesItsLayersAndItsFirstToken) {
   EXPECT_NEAR(FirstTokenMs(*ends, 2000), 3 * 20 + 10 + 1 + 2, 0.01);
 }
 
+TEST(Simulation, TheFirstLayerOfALengthThatIsNewTakesLonger) {
+  ServerProfile profile = Profile();
+  for (MeasuredPrompt& prompt : profile.prompts) prompt.first_layer_us = prompt.layer_us + 7000;
+  const auto ends = Simulate(profile,
+                             {{.num_tokens = 2000},
+                              {.arrival = absl::Seconds(1), .num_tokens = 3000},
+                              {.arrival = absl::Seconds(2), .num_tokens = 2000}},
+                             {});
+  ASSERT_TRUE(ends.ok()) << ends.status();
+  const double alone = 3.5 * 20 + 1 + 2;
+  EXPECT_NEAR(absl::ToDoubleMilliseconds(*(*ends)[0].first_token), alone + 7, 0.01);
+  EXPECT_NEAR(absl::ToDoubleMilliseconds(*(*ends)[1].first_token), 3.5 * 30 + 1 + 2 + 7, 0.01);
+  EXPECT_NEAR(absl::ToDoubleMilliseconds(*(*ends)[2].first_token), alone, 0.01);
+}
+
+TEST(Simulation, TheFirstTokenTakesWhatItTakesForItsLength) {
+  ServerProfile profile = Profile();
+  profile.prompts.back().first_token_us = 10'000;  // of 100,000 tokens
+  const auto ends = Simulate(
+      profile, {{.num_tokens = 2000}, {.arrival = absl::Seconds(9), .num_tokens = 55'000}}, {});
+  ASSERT_TRUE(ends.ok()) << ends.status();
+  EXPECT_NEAR(FirstTokenMs(*ends, 2000), 3.5 * 20 + 1 + 2, 0.01);
+  EXPECT_NEAR(FirstTokenMs(*ends, 55'000), 3.5 * 550 + 5.5 + 2, 0.01);
+}
+
 // A layer of the long prompt takes 500 ms, in parts of 2 and 8 ms.
 TEST(Simulation, AShortPromptGoesFirstInsideALayerUnlessFirstComeIsFirstServed) {
   const std::vector<LoadRequest> requests = {
@@ -146,6 +171,7 @@ TEST(ServerProfile, NamesTheFieldThatIsWrong) {
   ASSERT_TRUE(profile.ok()) << profile.status();
   EXPECT_EQ(profile->request_us, 100.5);
   EXPECT_EQ(profile->prompts[0].last_layer_us, 5);
+  EXPECT_EQ(profile->prompts[0].first_layer_us, 10) << "that of all layers, where there is none";
   const auto problem = [&](const std::string& from, const std::string& to) {
     std::string other = text;
     other.replace(other.find(from), from.size(), to);

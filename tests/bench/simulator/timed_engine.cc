@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <utility>
 
 #include "model/prefill/packed_prompts.h"
@@ -13,6 +14,18 @@ constexpr int kBlockTokens = 128;  // of attention patterns
 // The share of the token-wise work that comes before attention: its projections, beside those
 // behind it and the MLP.
 constexpr double kBeforeAttention = 0.2;
+
+// Returns the time of a length by a straight line between the measured ones, and beyond them that
+// of the nearest.
+absl::Duration TimeOf(const std::map<int64_t, absl::Duration>& times, int64_t num_tokens) {
+  const auto above = times.lower_bound(num_tokens);
+  if (above == times.end()) return times.empty() ? absl::ZeroDuration() : times.rbegin()->second;
+  if (above == times.begin()) return above->second;
+  const auto below = std::prev(above);
+  const double way = static_cast<double>(num_tokens - below->first) /
+                     static_cast<double>(above->first - below->first);
+  return below->second + way * (above->second - below->second);
+}
 
 }  // namespace
 
@@ -34,12 +47,16 @@ class TimedSequence final : public model::PrefillSequence {
   absl::StatusOr<model::LayerReport> RunLayer(absl::FunctionRef<bool()> at_point) override {
     const int64_t num_computed = num_tokens_ - num_cached_;
     const bool is_last = layer_ + 1 == engine_.profile_.num_layers && num_prompts_ == 1;
-    const absl::Duration time = engine_.LayerTime(policy_, num_computed, num_cached_, is_last);
+    const absl::Duration work = engine_.LayerTime(policy_, num_computed, num_cached_, is_last);
+    const absl::Duration first_use =
+        layer_ == 0 ? engine_.FirstUse(policy_, num_computed) : absl::ZeroDuration();
+    const absl::Duration time = first_use + work;
     engine_.FinishPart();
+    Pass(first_use);
     if (may_interject()) {
-      Pass(time);
+      Pass(work);
     } else {
-      for (const absl::Duration part : engine_.PartsOf(time, num_computed)) {
+      for (const absl::Duration part : engine_.PartsOf(work, num_computed)) {
         engine_.queued_ = [this, part] { Pass(part); };
         if (!engine_.profile_.queues_ahead) engine_.FinishPart();
         const bool goes_on = at_point();
@@ -66,7 +83,7 @@ class TimedSequence final : public model::PrefillSequence {
 
   absl::StatusOr<std::vector<std::vector<float>>> FinalLogits() override {
     engine_.FinishPart();
-    Pass(engine_.FirstTokenTime());
+    Pass(engine_.FirstTokenTime(policy_, num_tokens_));
     lease_.Publish();
     lease_.Reset();
     const auto vocab_size = static_cast<size_t>(engine_.info_.config.vocab_size);
@@ -118,7 +135,9 @@ TimedEngine::TimedEngine(const ServerProfile& profile, int64_t prefix_cache_byte
     const absl::Duration layer = absl::Microseconds(prompt.layer_us);
     layers_.Record(prompt.policy, prompt.num_tokens, layer);
     last_layers_.Record(prompt.policy, prompt.num_tokens, absl::Microseconds(prompt.last_layer_us));
-    first_token_ += absl::Microseconds(prompt.first_token_us) / profile.prompts.size();
+    first_tokens_[prompt.policy][prompt.num_tokens] = absl::Microseconds(prompt.first_token_us);
+    first_uses_[prompt.policy][prompt.num_tokens] =
+        absl::Microseconds(std::max(0.0, prompt.first_layer_us - prompt.layer_us));
     info_.layer_times.push_back({prompt.policy, prompt.num_tokens, prompt.layer_us});
   }
   per_token_ = absl::InfiniteDuration();
@@ -141,6 +160,25 @@ absl::Duration TimedEngine::LayerTime(model::AttentionPolicy policy, int64_t num
   // would have taken.
   return std::max(own,
                   costs.Layer(policy, num_computed + num_cached) - costs.Layer(policy, num_cached));
+}
+
+absl::Duration TimedEngine::FirstUse(model::AttentionPolicy policy, int64_t num_tokens) {
+  // Short prompts are padded, so they have few lengths.
+  const int64_t padded = model::PackedPrompts::PaddedTokens(num_tokens);
+  const bool is_padded =
+      policy == model::AttentionPolicy::kDense && padded <= profile_.max_batch_tokens;
+  if (!used_lengths_.insert(is_padded ? padded : num_tokens).second) return absl::ZeroDuration();
+  const auto of_policy = first_uses_.find(policy);
+  return of_policy == first_uses_.end() ? absl::ZeroDuration()
+                                        : TimeOf(of_policy->second, num_tokens);
+}
+
+absl::Duration TimedEngine::FirstTokenTime(model::AttentionPolicy policy,
+                                           int64_t num_tokens) const {
+  const auto of_policy = first_tokens_.find(policy);
+  return TimeOf(
+      of_policy == first_tokens_.end() ? first_tokens_.begin()->second : of_policy->second,
+      num_tokens);
 }
 
 std::vector<absl::Duration> TimedEngine::PartsOf(absl::Duration layer, int64_t num_computed) const {

@@ -6,7 +6,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
+#include <set>
+#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -48,7 +51,11 @@ class TimedEngine final : public model::PrefillEngine {
   // Returns the time of a layer that computes `num_computed` tokens behind `num_cached` others.
   absl::Duration LayerTime(model::AttentionPolicy policy, int64_t num_computed, int64_t num_cached,
                            bool is_last) const;
-  absl::Duration FirstTokenTime() const { return first_token_; }
+  // Returns what the first layer of a prompt of so many tokens takes beside its work: something if
+  // no prompt before it was as long. From then on one was.
+  absl::Duration FirstUse(model::AttentionPolicy policy, int64_t num_tokens);
+  // Interpolates between the measured lengths.
+  absl::Duration FirstTokenTime(model::AttentionPolicy policy, int64_t num_tokens) const;
   // Returns the times of a layer's parts, behind each of which there is a point.
   std::vector<absl::Duration> PartsOf(absl::Duration layer, int64_t num_computed) const;
   // Lets the time pass of the part that is queued, if there is one.
@@ -58,8 +65,11 @@ class TimedEngine final : public model::PrefillEngine {
   const std::function<void(absl::Duration)> pass_;
   model::EngineInfo info_;
   server::StepCost layers_, last_layers_;
-  absl::Duration first_token_;  // the mean
-  absl::Duration per_token_;    // of a layer, without attention
+  // The measured times that depend on the length, of each policy by the number of tokens.
+  using Times = std::map<model::AttentionPolicy, std::map<int64_t, absl::Duration>>;
+  Times first_tokens_, first_uses_;
+  std::set<int64_t> used_lengths_;  // those of prompts so far
+  absl::Duration per_token_;        // of a layer, without attention
   // The part of an interrupted layer that the device computes while the host is at a point.
   std::function<void()> queued_;
   std::unique_ptr<model::Device> memory_;
