@@ -17,6 +17,9 @@ constexpr double kUnmeasuredTokensPerSecond = 1000.0;
 // A deadline is out of reach when it leaves less than this share of the time that is needed.
 constexpr double kHopeless = 0.5;
 
+// Prompts of lower classes may make a pass longer than its head alone by this factor.
+constexpr double kMostByLowerClasses = 1.5;
+
 // One resource of the queue: its places, or the tokens that may wait.
 struct Resource {
   std::vector<int64_t> used;  // [tenants]
@@ -145,7 +148,8 @@ absl::Duration QueueAtBest(const WaitingLine& line, const WaitingPrompt& newcome
 }
 
 std::vector<size_t> ChoosePass(absl::Span<const WaitingPrompt> line, size_t head,
-                               int64_t max_batch_tokens, const PromptSpeed& speed, absl::Time now) {
+                               int64_t max_batch_tokens, const PromptSpeed& speed,
+                               const StepCost& costs, absl::Time now) {
   std::vector<size_t> chosen = {head};
   if (line[head].batch_tokens == 0) return chosen;
   std::vector<size_t> order(line.size());
@@ -157,6 +161,8 @@ std::vector<size_t> ChoosePass(absl::Span<const WaitingPrompt> line, size_t head
   int64_t room = max_batch_tokens - line[head].batch_tokens;
   int64_t num_tokens = line[head].num_tokens;
   absl::Duration time_left = line[head].time_left;  // the least of all that are chosen
+  const auto layer_of = [&](int64_t tokens) { return costs.Layer(line[head].policy, tokens); };
+  const absl::Duration longest_layer = kMostByLowerClasses * layer_of(num_tokens);
   for (const size_t i : order) {
     if (room <= 0) break;
     const WaitingPrompt& next = line[i];
@@ -164,6 +170,8 @@ std::vector<size_t> ChoosePass(absl::Span<const WaitingPrompt> line, size_t head
     const int64_t tokens_with_it = num_tokens + next.num_tokens;
     const absl::Duration time_left_with_it = std::min(time_left, next.time_left);
     if (speed.BatchedAtBest(now, tokens_with_it) > time_left_with_it) continue;
+    const bool is_lower = next.priority < line[head].priority;
+    if (is_lower && layer_of(tokens_with_it) > longest_layer) continue;
     chosen.push_back(i);
     room -= next.batch_tokens;
     num_tokens = tokens_with_it;

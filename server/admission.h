@@ -78,9 +78,12 @@ absl::Duration QueueAtBest(const WaitingLine& line, const WaitingPrompt& newcome
 // Chooses the prompts that share a pass with the one at `head`, as ascending positions in the line;
 // `head` is among them. If it can be batched, others that can be batched are taken, those of higher
 // classes first, then those of tenants with less virtual time, then in their order, as long as the
-// batch has room for them and the deadlines of all in it allow, at the best recent speed.
+// batch has room for them and the deadlines of all in it allow, at the best recent speed. Those of
+// lower classes than the head's are taken only while a layer of the batch takes no longer than one
+// and a half times a layer of the head, so that no flood of a low class delays a high one.
 std::vector<size_t> ChoosePass(absl::Span<const WaitingPrompt> line, size_t head,
-                               int64_t max_batch_tokens, const PromptSpeed& speed, absl::Time now);
+                               int64_t max_batch_tokens, const PromptSpeed& speed,
+                               const StepCost& costs, absl::Time now);
 
 }  // namespace prefilld::server
 

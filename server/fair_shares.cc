@@ -35,7 +35,10 @@ void FairShares::Admit(Class& of, absl::Time now) const {
     if (of.claims[t] && of.claimed_before[t]) least = std::min(least, of.virtual_times[t]);
     had_claimants = had_claimants || of.claimed_before[t];
   }
-  if (!had_claimants) of.waits_since = now;
+  if (!had_claimants) {
+    of.waits_since = now;
+    of.latest_step = absl::ZeroDuration();
+  }
   for (size_t t = 0; t < weights_.size(); ++t) {
     if (least == absl::InfiniteDuration()) {
       of.virtual_times[t] = absl::ZeroDuration();
@@ -50,7 +53,10 @@ void FairShares::Charge(const Claimant& claimant, absl::Duration device_time) {
   Of(claimant.priority).virtual_times[tenant] += device_time / weights_[tenant];
 }
 
-void FairShares::EndStep(int priority, absl::Time now) { Of(priority).waits_since = now; }
+void FairShares::EndStep(int priority, absl::Time now, absl::Duration took) {
+  Of(priority).waits_since = now;
+  Of(priority).latest_step = took;
+}
 
 absl::Duration FairShares::virtual_time(const Claimant& claimant) const {
   return Of(claimant.priority).virtual_times[static_cast<size_t>(claimant.tenant)];

@@ -44,12 +44,15 @@ class FairShares {
 
   // Records that the tenant was given so much time of the device, in that class.
   void Charge(const Claimant& claimant, absl::Duration device_time);
-  // Records that the class had a step, which ended now.
-  void EndStep(int priority, absl::Time now);
+  // Records that the class had a step, which took so much time of the device and ended now.
+  void EndStep(int priority, absl::Time now, absl::Duration took);
 
   absl::Duration virtual_time(const Claimant& claimant) const;
   // Returns the time since the class had a step or, if that is later, since it had no claimant.
   absl::Duration class_waited(int priority, absl::Time now) const;
+  // Returns the device time of the latest step of the class. Zero: it had none since it had no
+  // claimant.
+  absl::Duration class_step(int priority) const { return Of(priority).latest_step; }
 
  private:
   struct Class {
@@ -57,6 +60,7 @@ class FairShares {
     std::vector<bool> claims;                   // [tenants]
     std::vector<bool> claimed_before;           // [tenants], at the turn before
     absl::Time waits_since = absl::InfiniteFuture();
+    absl::Duration latest_step;
   };
 
   void Admit(Class& of, absl::Time now) const;

@@ -46,6 +46,7 @@ Contender JobShares::StandingOf(Jobs jobs, absl::Time now) const {
     best.tenant_time = time;
   }
   best.class_waited = shares_.class_waited(best.priority, now);
+  best.class_step = shares_.class_step(best.priority);
   return best;
 }
 
@@ -64,8 +65,8 @@ void JobShares::Charge(Jobs jobs, absl::Duration device_time) {
   }
 }
 
-void JobShares::EndStep(Jobs jobs, absl::Time now) {
-  for (const auto& job : jobs) shares_.EndStep(job->work().priority, now);
+void JobShares::EndStep(Jobs jobs, absl::Time now, absl::Duration took) {
+  for (const auto& job : jobs) shares_.EndStep(job->work().priority, now, took);
 }
 
 }  // namespace prefilld::server

@@ -31,15 +31,15 @@ class JobShares {
   void SetClaimants(absl::Span<const PrefillJob* const> jobs, absl::Time now);
 
   // Describes jobs that compute together by the one of them that goes first by class and tenant.
-  // Returns its class, its class's wait and its tenant's virtual time. The prompts' own times,
-  // `remaining` and `waited`, are left at zero.
+  // Returns its class, its class's wait and latest step, and its tenant's virtual time. The
+  // prompts' own times, `remaining` and `waited`, are left at zero.
   Contender StandingOf(Jobs jobs, absl::Time now) const;
   absl::Duration virtual_time(const PrefillJob& job) const;
 
   // Charges a time of the device to the tenants of the jobs that used it, by their tokens.
   void Charge(Jobs jobs, absl::Duration device_time);
-  // Records that these jobs had a step, which ended now.
-  void EndStep(Jobs jobs, absl::Time now);
+  // Records that these jobs had a step, which took so much time of the device and ended now.
+  void EndStep(Jobs jobs, absl::Time now, absl::Duration took);
 
  private:
   TenantMetrics& metrics_;

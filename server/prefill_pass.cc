@@ -9,6 +9,10 @@
 
 namespace prefilld::server {
 
+int WholeLayers(int num_layers, const PrefillWork& work) {
+  return work.prompt_logprobs ? num_layers : std::max(1, num_layers - 1);
+}
+
 PrefillPass::PrefillPass(const PassResources& resources,
                          std::vector<std::shared_ptr<PrefillJob>> jobs,
                          std::unique_ptr<model::PrefillSequence> sequence, int num_layers)
@@ -52,15 +56,18 @@ absl::StatusOr<PrefillPass::StepReport> PrefillPass::NextStep(absl::FunctionRef<
       report.next = Next::kConsumers;
       return report;
     }
-    const absl::Status computed = ComputeLayer(at_point);
-    if (absl::IsCancelled(computed) && AllEnded()) {
+    const auto computed = ComputeLayer(at_point);
+    if (absl::IsCancelled(computed.status()) && AllEnded()) {
       report.next = Next::kOver;
       return report;
     }
-    PREFILLD_RETURN_IF_ERROR(computed);
+    PREFILLD_RETURN_IF_ERROR(computed.status());
+    report.layer = *computed;
   } else if (!has_first_tokens_) {
     PREFILLD_RETURN_IF_ERROR(ComputeFirstTokens());
     report.first_tokens_after = computing();
+    // The next step may be far off, inside a layer of another pass or behind it.
+    FinishWhatHasLeft();
   } else if (const std::optional<size_t> job = NextLogprobs()) {
     FinishWhatHasLeft();
     PREFILLD_RETURN_IF_ERROR(ComputeLogprobs(*job));
@@ -70,7 +77,9 @@ absl::StatusOr<PrefillPass::StepReport> PrefillPass::NextStep(absl::FunctionRef<
   return report;
 }
 
-absl::Status PrefillPass::ComputeLayer(absl::FunctionRef<void()> at_point) {
+absl::StatusOr<std::optional<absl::Duration>> PrefillPass::ComputeLayer(
+    absl::FunctionRef<void()> at_point) {
+  const absl::Duration computing_before = computing();
   const auto go_on = [&] {
     resources_.progress.Record();
     CheckTimers();
@@ -78,14 +87,16 @@ absl::Status PrefillPass::ComputeLayer(absl::FunctionRef<void()> at_point) {
     return !AllEnded();
   };
   PREFILLD_ASSIGN_OR_RETURN(const model::LayerReport report, sequence_->RunLayer(go_on));
-  layers_took_ = computing();
+  const absl::Duration took = computing() - computing_before;
+  if (layers_computed_ > 0) layers_took_ += took;
   resources_.progress.Record();
   resources_.metrics.CountLayer(report, static_cast<int>(jobs_.size()), num_computed_tokens());
   for (const auto& job : jobs_) {
     if (job->wanted()) job->RecordLayer(report);
   }
   source_->LayerDone(layers_computed_++);
-  return absl::OkStatus();
+  const bool is_whole = report.num_queries > 1 || num_computed_tokens() == 1;
+  return is_whole ? std::optional(took) : std::nullopt;
 }
 
 absl::Status PrefillPass::ComputeFirstTokens() {
@@ -140,15 +151,21 @@ int64_t PrefillPass::LogprobsLeft(size_t i) const {
   return static_cast<int64_t>(job.work().tokens.size()) - 1 - num_logprobs_[i];
 }
 
-absl::Duration PrefillPass::Remaining(absl::Duration first_layer) const {
-  const absl::Duration layer = layers_computed_ > 0 ? layers_took_ / layers_computed_ : first_layer;
+absl::Duration PrefillPass::Remaining(absl::Duration predicted_layer) const {
+  // A layer that was slow for once must not make a short prompt rank as a long one: it would be
+  // overtaken, so no other layer would be computed that shows what is true.
+  constexpr int kPredictionCounts = 4;  // layers
+  const absl::Duration layer = (kPredictionCounts * predicted_layer + layers_took_) /
+                               (kPredictionCounts + std::max(0, layers_computed_ - 1));
   int64_t computed = 0, left = 0;  // log-probabilities
   for (size_t i = 0; i < jobs_.size(); ++i) {
     computed += num_logprobs_[i];
     left += LogprobsLeft(i);
   }
   const absl::Duration logprob = computed > 0 ? logprobs_took_ / computed : layer / num_tokens_;
-  return (num_layers_ - layers_computed_) * layer + left * logprob;
+  const int whole_layers =
+      jobs_.size() == 1 ? WholeLayers(num_layers_, jobs_.front()->work()) : num_layers_;
+  return std::max(0, whole_layers - layers_computed_) * layer + left * logprob;
 }
 
 // Ends the time of a layer that waited for a slot, whether or not there is one now.

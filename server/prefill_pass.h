@@ -31,6 +31,10 @@ struct PassResources {
   JobTimeouts timeouts;
 };
 
+// Returns how many layers of a prompt that is computed alone take as long as the others. Only the
+// last query of the last layer is computed, unless log-probabilities are.
+int WholeLayers(int num_layers, const PrefillWork& work);
+
 // A pass is computed step by step: its layers, then the first tokens, then, part by part, the
 // log-probabilities of each prompt that asked for them. Several passes may be under way, and their
 // steps may come in any order.
@@ -51,6 +55,9 @@ class PrefillPass {
   };
   struct StepReport {
     Next next = Next::kAnotherStep;
+    // The time of the device for a layer. It is set by the step that computed a whole one: the
+    // last layer is none where only the last query counts.
+    std::optional<absl::Duration> layer;
     // The value of computing() at the first tokens. It is set by the step that computed them.
     std::optional<absl::Duration> first_tokens_after;
   };
@@ -71,19 +78,29 @@ class PrefillPass {
   int64_t num_tokens() const { return num_tokens_; }  // over all prompts
   int64_t num_computed_tokens() const { return num_tokens_ - sequence_->cached_tokens(); }
   bool AllEnded() const;
+  // Tells whether the next step computes something. If not, it only sends results that have become
+  // due, or ends the pass.
+  bool uses_device() const {
+    return !AllEnded() &&
+           (layers_computed_ < num_layers_ || !has_first_tokens_ || NextLogprobs().has_value());
+  }
   bool may_interject() const { return sequence_->may_interject(); }
   int layers_computed() const { return layers_computed_; }
   // Returns the time that the device has computed for this pass: without waits, and without the
   // steps of other passes.
   absl::Duration computing() const { return absl::Microseconds(sequence_->device_us()); }
   // Predicts the time that it still computes, by the layers and the log-probabilities that have
-  // been computed. `first_layer` predicts a layer until there is one. Log-probabilities are taken
-  // to last as long as a layer until there are some.
-  absl::Duration Remaining(absl::Duration first_layer) const;
+  // been computed. `predicted_layer` is what a layer is expected to take; it counts as much as four
+  // layers that were computed. The first layer does not count: it finds the algorithms for a length
+  // that is new, and the heads that become pivots. A last layer of which only the last query counts
+  // takes next to nothing. Log-probabilities are taken to last as long as a layer until there are
+  // some.
+  absl::Duration Remaining(absl::Duration predicted_layer) const;
 
  private:
   absl::StatusOr<StepReport> NextStep(absl::FunctionRef<void()> at_point);
-  absl::Status ComputeLayer(absl::FunctionRef<void()> at_point);
+  // Returns the time of the layer if it is a whole one.
+  absl::StatusOr<std::optional<absl::Duration>> ComputeLayer(absl::FunctionRef<void()> at_point);
   absl::Status ComputeFirstTokens();
   absl::Status ComputeLogprobs(size_t job);
   std::optional<size_t> NextLogprobs() const;  // the job whose turn it is
@@ -102,7 +119,7 @@ class PrefillPass {
   bool has_first_tokens_ = false;
   std::vector<bool> complete_;               // [jobs], all is computed that was asked for
   std::vector<int64_t> num_logprobs_;        // [jobs], computed so far
-  absl::Duration layers_took_;               // on the device
+  absl::Duration layers_took_;               // on the device, all but the first
   absl::Duration logprobs_took_;             // on the device
   std::optional<absl::Time> stalled_since_;  // the next layer waits for a slot
 

@@ -115,6 +115,13 @@ absl::Duration StepCost::Layer(model::AttentionPolicy policy, int64_t num_tokens
   return per_token * length;
 }
 
+absl::Duration StepCost::LayerBehind(model::AttentionPolicy policy, int64_t num_cached,
+                                     int64_t num_tokens) const {
+  const absl::Duration own = Layer(policy, num_tokens);
+  if (num_cached == 0) return own;
+  return std::max(own, Layer(policy, num_cached + num_tokens) - Layer(policy, num_cached));
+}
+
 void RecordMeasuredAtStart(const model::EngineInfo& engine, absl::Time now, StepCost& costs,
                            PromptSpeed& speed) {
   for (const model::LayerTime& measured : engine.layer_times) {

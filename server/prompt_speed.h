@@ -72,11 +72,19 @@ class StepCost {
   // Records a layer of `num_tokens` tokens. `policy` is the one that was asked for.
   void Record(model::AttentionPolicy policy, int64_t num_tokens, absl::Duration layer);
 
+  // Tells whether a layer of the policy was recorded.
+  bool Knows(model::AttentionPolicy policy) const { return measured_.contains(policy); }
+
   // Predicts a layer. The time per token is interpolated between the nearest measured lengths.
   // Above all of them it goes on to grow as it does from half of the greatest one, or less, to
   // that; below all of them it is that of the least. Before anything of the policy was measured,
   // the prediction is kUnmeasuredPerToken a token, which at least orders prompts by length.
   absl::Duration Layer(model::AttentionPolicy policy, int64_t num_tokens) const;
+
+  // Predicts a layer of `num_tokens` tokens behind `num_cached` others, whose keys they see, too:
+  // it takes what a layer of all takes, without what one of the cached tokens would have taken.
+  absl::Duration LayerBehind(model::AttentionPolicy policy, int64_t num_cached,
+                             int64_t num_tokens) const;
 
   static constexpr absl::Duration kUnmeasuredPerToken = absl::Microseconds(1);
 

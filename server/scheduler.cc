@@ -17,6 +17,11 @@ constexpr absl::Duration kLeastAllowance = absl::Milliseconds(500);
 
 int64_t NumTokens(const PrefillJob& job) { return static_cast<int64_t>(job.work().tokens.size()); }
 
+// Tells whether others may still come for what the job computes, and it waits for them.
+bool AwaitsReceivers(const PrefillJob& job) {
+  return job.work().num_receivers > 1 && job.others().awaited;
+}
+
 }  // namespace
 
 Scheduler::Scheduler(model::PrefillEngine& engine, const PassResources& resources, EventCount& wake,
@@ -204,35 +209,24 @@ QueueState Scheduler::state() const {
 
 model::PrefixCacheUse Scheduler::prefix_cache() const { return engine_.prefix_cache(); }
 
-void Scheduler::Close(const std::string& reason) {
-  absl::MutexLock lock(&mu_);
-  if (closed_.empty()) closed_ = reason;
-}
-
-void Scheduler::AbortAll(Outcome outcome, const absl::Status& status) {
-  for (const LiveJob& live : LiveJobs()) live.job->Abort(outcome, status);
-}
-
-bool Scheduler::AwaitIdle(absl::Duration timeout) {
-  absl::MutexLock lock(&mu_);
-  const auto idle = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
-    return live_.empty() && running_.empty();
-  };
-  return mu_.AwaitWithTimeout(absl::Condition(&idle), timeout);
-}
-
 bool Scheduler::StepOnce() { return TakeTurn(/*interrupted=*/nullptr); }
 
-// Takes a turn at a point inside a layer of the pass `interrupted`, among those that may. Returns
+// Takes a turn at a point inside a layer of the pass `interrupted`, among those that may and those
+// that need no device. Returns
 // false when it is that pass's turn again. Null: between layers, where all may.
 bool Scheduler::TakeTurn(const Running* interrupted) {
   NoteClaimants();
   std::vector<Contender> contenders;
   std::vector<std::list<Running>::iterator> passes;  // of the contenders
   for (auto at = passes_.begin(); at != passes_.end(); ++at) {
-    if (interrupted != nullptr && &*at != interrupted && !at->pass->may_interject()) continue;
+    const PrefillPass& pass = *at->pass;
+    const bool may_step = interrupted == nullptr || pass.may_interject() || !pass.uses_device();
+    if (!may_step && &*at != interrupted) continue;
     passes.push_back(at);
-    contenders.push_back(standings_.OfPass(*at->pass, at->last_step_at, resources_.clock.Now()));
+    contenders.push_back(standings_.OfPass(pass, at->last_step_at, resources_.clock.Now()));
+    // The layer that is interrupted is a step already. If it counted only at its end, a pass that
+    // came first because it had waited would stay first at each of its points.
+    if (&*at == interrupted) contenders.back().waited = absl::ZeroDuration();
   }
   Contender waiting;
   const std::shared_ptr<PrefillJob> head =
@@ -261,12 +255,14 @@ void Scheduler::NoteClaimants() {
     if (job->wanted()) claimants.push_back(job.get());
   };
   for (const Running& running : passes_) {
-    if (running.waits_for_consumers) continue;
+    if (running.waits_for_consumers || !running.pass->uses_device()) continue;
     for (const auto& job : running.pass->jobs()) note(job);
   }
   absl::MutexLock lock(&mu_);
   TakeOverWeights();
-  for (const auto& job : queue_) note(job);
+  for (const auto& job : queue_) {
+    if (!AwaitsReceivers(*job)) note(job);
+  }
   standings_.shares().SetClaimants(claimants, resources_.clock.Now());
 }
 
@@ -282,6 +278,10 @@ std::shared_ptr<PrefillJob> Scheduler::BestWaiting(bool must_interject, Contende
   for (const auto& entry : queue_) {
     const PrefillJob& job = *entry;
     if (job.ended()) continue;
+    if (AwaitsReceivers(job)) {
+      receivers_are_awaited_ = true;
+      continue;
+    }
     if (must_interject && !engine_.MayInterject(NumTokens(job), job.work().attention)) continue;
     const Contender contender = standings_.OfWaiting(entry, now);
     if (found != nullptr && !standings_.GoesBefore(contender, *best)) continue;
@@ -312,8 +312,9 @@ Scheduler::Jobs Scheduler::TakeJobs(const PrefillJob& head) {
   for (size_t i = 0; i < queue_.size(); ++i) {
     line.prompts[i].tenant_time = standings_.shares().virtual_time(*queue_[i]);
   }
-  for (const size_t i : ChoosePass(line.prompts, static_cast<size_t>(found - queue_.begin()),
-                                   engine_.max_batch_tokens(), speed_, resources_.clock.Now())) {
+  for (const size_t i :
+       ChoosePass(line.prompts, static_cast<size_t>(found - queue_.begin()),
+                  engine_.max_batch_tokens(), speed_, standings_.costs(), resources_.clock.Now())) {
     queued_tokens_ -= NumTokens(*queue_[i]);
     running_.push_back({queue_[i], passes_started_});
     jobs.push_back(std::move(queue_[i]));
@@ -363,7 +364,6 @@ void Scheduler::PutBack(Jobs jobs) {
 
 PrefillPass::Next Scheduler::StepPass(Running& running) {
   PrefillPass& pass = *running.pass;
-  const int layers_before = pass.layers_computed();
   const absl::Duration computing_before = pass.computing();
   // The device's clock counts, because the host may wait in one pass for what it has queued for
   // another.
@@ -372,13 +372,15 @@ PrefillPass::Next Scheduler::StepPass(Running& running) {
     standings_.shares().Charge(pass.jobs(), pass.computing() - charged);
     charged = pass.computing();
   };
-  SetComputing(true);
+  const bool uses_device = pass.uses_device();
+  SetComputing(uses_device);
   absl::Duration interjected;
   const auto report = pass.Step([&] {
     const absl::Time left = resources_.clock.Now();
     const auto so_far = [&] { return interjected + (resources_.clock.Now() - left); };
     charge();
-    standings_.shares().EndStep(pass.jobs(), resources_.clock.Now());
+    standings_.shares().EndStep(pass.jobs(), resources_.clock.Now(),
+                                pass.computing() - computing_before);
     const absl::Duration allowance = std::max(kLeastAllowance, pass.computing() - computing_before);
     while (so_far() < allowance && TakeTurn(&running)) {
     }
@@ -393,19 +395,13 @@ PrefillPass::Next Scheduler::StepPass(Running& running) {
     return PrefillPass::Next::kOver;
   }
   running.waits_for_consumers = report->next == PrefillPass::Next::kConsumers;
-  if (!running.waits_for_consumers) standings_.shares().EndStep(pass.jobs(), running.last_step_at);
-  // Layers behind a cached prefix take longer per token than their number says.
-  if (pass.layers_computed() > layers_before && pass.num_computed_tokens() == pass.num_tokens()) {
-    standings_.costs().Record(pass.jobs().front()->work().attention.policy, pass.num_tokens(),
-                              pass.computing() - computing_before);
+  if (uses_device && !running.waits_for_consumers) {
+    standings_.shares().EndStep(pass.jobs(), running.last_step_at,
+                                pass.computing() - computing_before);
   }
+  if (report->layer.has_value()) standings_.RecordLayer(pass, *report->layer);
   if (report->first_tokens_after.has_value()) RecordSpeed(pass, *report->first_tokens_after);
   return report->next;
-}
-
-void Scheduler::SetComputing(bool computing) {
-  absl::MutexLock lock(&mu_);
-  computing_ = computing;
 }
 
 void Scheduler::RecordSpeed(const PrefillPass& pass, absl::Duration compute) {

@@ -58,8 +58,9 @@ struct LiveJob {
 // the tenants of its prompts by their tokens. Short dense prompts also take turns at the points
 // inside a layer of a long one, for half a second, or for half of the time if the layer takes
 // longer. So a short dense prompt waits for a part of a layer, any other prompt for one layer and
-// that time, and a pass whose consumers are slow holds up nobody. The rules in admission.h decide
-// who may wait and which prompts share a pass.
+// that time, and a pass whose consumers are slow holds up nobody. A prompt whose receivers have not
+// all come waits in the queue, for as long as they are awaited, and takes no place in the engine.
+// The rules in admission.h decide who may wait and which prompts share a pass.
 //
 // The scheduler has no thread of its own: the compute thread calls StepOnce, and any thread may
 // call everything else.
@@ -101,7 +102,11 @@ class Scheduler {
   }
   // Lets the passes see which receivers have come, and whom nobody awaits any longer. Must be
   // called every few milliseconds.
-  void AdmitReceivers() { resources_.packer.AdmitReceivers(); }
+  void AdmitReceivers() {
+    resources_.packer.AdmitReceivers();
+    absl::MutexLock lock(&mu_);
+    if (std::exchange(receivers_are_awaited_, false)) wake_.Notify();
+  }
   // Makes the compute thread look for something to do, when a receiver has ended.
   void Wake() { wake_.Notify(); }
   // Ends the life of a job whose call is over. The job leaves the queue if it is still there.
@@ -119,15 +124,26 @@ class Scheduler {
   model::PrefixCacheUse prefix_cache() const;
 
   // Closes the scheduler: from now on Submit answers UNAVAILABLE with this reason.
-  void Close(const std::string& reason);
+  void Close(const std::string& reason) {
+    absl::MutexLock lock(&mu_);
+    if (closed_.empty()) closed_ = reason;
+  }
   // Returns the reason; empty: the scheduler is open.
   std::string closed() const {
     absl::MutexLock lock(&mu_);
     return closed_;
   }
-  void AbortAll(Outcome outcome, const absl::Status& status);
+  void AbortAll(Outcome outcome, const absl::Status& status) {
+    for (const LiveJob& live : LiveJobs()) live.job->Abort(outcome, status);
+  }
   // Waits until no job is live. Returns false when the time ran out.
-  bool AwaitIdle(absl::Duration timeout);
+  bool AwaitIdle(absl::Duration timeout) {
+    absl::MutexLock lock(&mu_);
+    const auto idle = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+      return live_.empty() && running_.empty();
+    };
+    return mu_.AwaitWithTimeout(absl::Condition(&idle), timeout);
+  }
 
   // Returns an error once the device has failed. Every request has been ended with UNAVAILABLE
   // then.
@@ -168,7 +184,10 @@ class Scheduler {
   void StartPass(Jobs jobs);
   void PutBack(Jobs jobs);
   PrefillPass::Next StepPass(Running& running);
-  void SetComputing(bool computing);
+  void SetComputing(bool computing) {
+    absl::MutexLock lock(&mu_);
+    computing_ = computing;
+  }
   void RecordSpeed(const PrefillPass& pass, absl::Duration compute);
   void EndPass(std::list<Running>::iterator running);
   void Forget(const Jobs& jobs);
@@ -185,6 +204,7 @@ class Scheduler {
   absl::Status failure_ ABSL_GUARDED_BY(mu_);
   Queue queue_ ABSL_GUARDED_BY(mu_);
   int64_t queued_tokens_ ABSL_GUARDED_BY(mu_) = 0;
+  bool receivers_are_awaited_ ABSL_GUARDED_BY(mu_) = false;  // by a job that cannot start before
   bool place_is_wanted_ ABSL_GUARDED_BY(mu_) = false;  // a queued prompt found none in the engine
   std::vector<RunningJob> running_ ABSL_GUARDED_BY(mu_);  // of all passes
   absl::flat_hash_map<const PrefillJob*, std::shared_ptr<PrefillJob>> live_ ABSL_GUARDED_BY(mu_);

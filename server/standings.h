@@ -32,6 +32,9 @@ class Standings {
   JobShares& shares() { return shares_; }
   StepCost& costs() { return costs_; }
 
+  // Learns from a whole layer that was computed.
+  void RecordLayer(const PrefillPass& pass, absl::Duration layer);
+
   Contender OfPass(const PrefillPass& pass, absl::Time last_step_at, absl::Time now) const;
   Contender OfWaiting(const std::shared_ptr<PrefillJob>& job, absl::Time now) const;
   bool GoesBefore(const Contender& a, const Contender& b) const {

@@ -6,16 +6,19 @@
 namespace prefilld::server {
 namespace {
 
-bool IsOverdue(const Contender& contender) { return contender.class_waited > kClassPatience; }
+bool IsOverdue(const Contender& contender) {
+  return contender.class_waited >
+         std::max(kClassPatience, kClassPatienceSteps * contender.class_step);
+}
 
 absl::Duration Rank(const Contender& contender) {
   return contender.remaining - kAgeing * contender.waited;
 }
 
 bool GoesFirst(const Contender& a, const Contender& b) {
-  if (IsOverdue(a) || IsOverdue(b)) {
-    if (a.class_waited != b.class_waited) return a.class_waited > b.class_waited;
-  }
+  const bool is_overdue = IsOverdue(a);
+  if (is_overdue != IsOverdue(b)) return is_overdue;
+  if (is_overdue && a.class_waited != b.class_waited) return a.class_waited > b.class_waited;
   if (a.priority != b.priority) return a.priority > b.priority;
   if (a.tenant_time != b.tenant_time) return a.tenant_time < b.tenant_time;
   return Rank(a) < Rank(b);

@@ -16,6 +16,8 @@ struct Contender {
   int priority = 0;  // its class; higher classes go first
   // The time since anyone of its class had a step, or since somebody of the class came.
   absl::Duration class_waited = absl::ZeroDuration();
+  // The device time of the latest step of its class.
+  absl::Duration class_step = absl::ZeroDuration();
   // The virtual time of its tenant in its class (fair_shares.h).
   absl::Duration tenant_time = absl::ZeroDuration();
   // The predicted time that it still computes.
@@ -37,15 +39,19 @@ const char* Name(Scheduling scheduling);
 // The share of its length for which waiting counts (OrderOfTurns).
 inline constexpr double kAgeing = 0.2;
 
-// A class that has waited for longer than this goes first for one step.
+// A class that has waited for longer than this, and for longer than kClassPatienceSteps of its
+// latest step, goes first for one step.
 inline constexpr absl::Duration kClassPatience = absl::Seconds(5);
+inline constexpr int kClassPatienceSteps = 10;
 
 // Returns the positions of the contenders in the order in which they should compute, the next one
 // first. Classes decide first, then the tenants' virtual times, then the prompts themselves.
 //
 // The highest class goes first. So that a flood of high classes starves nobody, a class whose
 // contenders have seen no step for kClassPatience goes before all others, for one step; of several
-// such classes, the one that has waited longest. Ageing belongs to the class and not to its
+// such classes, the one that has waited longest. If its steps are long it waits for
+// kClassPatienceSteps of them, so that no more than a tenth of the time goes to a class in this
+// way, however long its prompts are. Ageing belongs to the class and not to its
 // prompts, because under load all prompts of a long queue are old, and priority would end with
 // that.
 //

@@ -82,7 +82,7 @@ def profile(client: PrefillClient, policies: list[str], shortest: int, longest: 
                 runs.append(measure(client, rng.choices(range(vocab_size), k=length), policy))
             times = {name: round(statistics.median(run[name] for run in runs[1:]), 1) for name in runs[0]}
             request_us.append(times.pop("request_us"))
-            # What the first layer of a known length takes beside its work is in the mean of the layers.
+            # The mean of the layers holds what the first layer of a known length takes beside its work.
             unseen = first_use_us(client, length, policy, repeats, vocab_size) - times.pop("first_use_us")
             times["first_layer_us"] = round(times["layer_us"] + max(0.0, unseen), 1)
             prompts.append({"policy": policy, "num_tokens": length, **times})

@@ -197,57 +197,78 @@ TEST(ChoosePass, FillsABatchByClassesAndThenByTheTenantsTimes) {
   line[3].tenant_time = absl::Seconds(3);
   line[4].tenant_time = absl::Seconds(3);
   line[4].priority = 1;
-  EXPECT_THAT(ChoosePass(line, /*head=*/0, 300, PromptSpeed(), kNow), ElementsAre(0, 2, 4));
+  EXPECT_THAT(ChoosePass(line, /*head=*/0, 300, PromptSpeed(), StepCost(), kNow),
+              ElementsAre(0, 2, 4));
 }
 
 TEST(ChoosePass, ShortPromptIsBatchedWithTheHead) {
-  EXPECT_THAT(ChoosePass({Short(100), Short(200)}, /*head=*/0, 1000, PromptSpeed(), kNow),
-              ElementsAre(0, 1));
+  EXPECT_THAT(
+      ChoosePass({Short(100), Short(200)}, /*head=*/0, 1000, PromptSpeed(), StepCost(), kNow),
+      ElementsAre(0, 1));
 }
 
 TEST(ChoosePass, ALongHeadComputesAlone) {
-  EXPECT_THAT(ChoosePass({Long(5000), Short(200)}, /*head=*/0, 1000, PromptSpeed(), kNow),
-              ElementsAre(0));
+  EXPECT_THAT(
+      ChoosePass({Long(5000), Short(200)}, /*head=*/0, 1000, PromptSpeed(), StepCost(), kNow),
+      ElementsAre(0));
 }
 
 TEST(ChoosePass, TakesWhatFitsInTheOrderOfTheLineAndOvertakesTheRest) {
   const std::vector<WaitingPrompt> line = {Short(600), Long(5000), Short(500),
                                            Short(300), Short(100), Short(1)};
-  EXPECT_THAT(ChoosePass(line, /*head=*/0, 1000, PromptSpeed(), kNow), ElementsAre(0, 3, 4));
+  EXPECT_THAT(ChoosePass(line, /*head=*/0, 1000, PromptSpeed(), StepCost(), kNow),
+              ElementsAre(0, 3, 4));
 }
 
 TEST(ChoosePass, CountsPaddingNotTokens) {
   WaitingPrompt padded = Short(1);
   padded.batch_tokens = 600;
-  EXPECT_THAT(ChoosePass({padded, padded, Short(400)}, /*head=*/0, 1000, PromptSpeed(), kNow),
-              ElementsAre(0, 2));
+  EXPECT_THAT(
+      ChoosePass({padded, padded, Short(400)}, /*head=*/0, 1000, PromptSpeed(), StepCost(), kNow),
+      ElementsAre(0, 2));
 }
 
 TEST(ChoosePass, StartsFromAnyHead) {
   EXPECT_THAT(ChoosePass({Short(600), Long(5000), Short(500), Short(300)}, /*head=*/2, 1000,
-                         PromptSpeed(), kNow),
+                         PromptSpeed(), StepCost(), kNow),
               ElementsAre(2, 3));
-  EXPECT_THAT(
-      ChoosePass({Short(100), Long(5000), Short(500)}, /*head=*/2, 1000, PromptSpeed(), kNow),
-      ElementsAre(0, 2));
+  EXPECT_THAT(ChoosePass({Short(100), Long(5000), Short(500)}, /*head=*/2, 1000, PromptSpeed(),
+                         StepCost(), kNow),
+              ElementsAre(0, 2));
 }
 
 TEST(ChoosePass, LeavesOutWhatHasEnded) {
   WaitingPrompt ended = Short(10);
   ended.ended = true;
-  EXPECT_THAT(ChoosePass({Short(10), ended, Short(10)}, /*head=*/0, 1000, PromptSpeed(), kNow),
-              ElementsAre(0, 2));
+  EXPECT_THAT(
+      ChoosePass({Short(10), ended, Short(10)}, /*head=*/0, 1000, PromptSpeed(), StepCost(), kNow),
+      ElementsAre(0, 2));
 }
 
 // Batches take half a second per thousand tokens.
 TEST(ChoosePass, IsNoLargerThanTheDeadlinesInItAllow) {
   const PromptSpeed speed = Measured();
   const WaitingPrompt hasty = Short(1000, absl::Seconds(2));
-  EXPECT_THAT(ChoosePass({hasty, Short(3500), Short(100)}, /*head=*/0, 10'000, speed, kNow),
-              ElementsAre(0, 2));
-  EXPECT_THAT(ChoosePass({Short(3500), hasty, Short(100)}, /*head=*/0, 10'000, speed, kNow),
-              ElementsAre(0, 2))
+  EXPECT_THAT(
+      ChoosePass({hasty, Short(3500), Short(100)}, /*head=*/0, 10'000, speed, StepCost(), kNow),
+      ElementsAre(0, 2));
+  EXPECT_THAT(
+      ChoosePass({Short(3500), hasty, Short(100)}, /*head=*/0, 10'000, speed, StepCost(), kNow),
+      ElementsAre(0, 2))
       << "one that would come too late with the others waits for the next pass";
+}
+
+// Layers that were not measured take as long as they have tokens.
+TEST(ChoosePass, LowerClassesMakeAPassNoLongerThanOneAndAHalfTimesItsHead) {
+  std::vector<WaitingPrompt> line(6, Short(20));
+  line[0] = Short(100);
+  const auto chosen = [&] { return ChoosePass(line, 0, 1000, PromptSpeed(), StepCost(), kNow); };
+  EXPECT_THAT(chosen(), ElementsAre(0, 1, 2, 3, 4, 5)) << "all are of one class";
+  for (WaitingPrompt& prompt : line) prompt.priority = -7;
+  line[0].priority = 7;
+  EXPECT_THAT(chosen(), ElementsAre(0, 1, 2));
+  line[4].priority = 7;
+  EXPECT_THAT(chosen(), ElementsAre(0, 1, 4)) << "the class of the head is taken first";
 }
 
 }  // namespace

@@ -79,7 +79,9 @@ TEST(FairShares, ClassesKeepTheirTimesApart) {
   shares.SetClaimants({urgent, leisurely}, kNow);
   shares.Charge(urgent, absl::Seconds(1));
   EXPECT_EQ(shares.virtual_time(leisurely), absl::ZeroDuration());
-  shares.EndStep(kMaxPriority, kNow + absl::Seconds(3));
+  shares.EndStep(kMaxPriority, kNow + absl::Seconds(3), absl::Seconds(2));
+  EXPECT_EQ(shares.class_step(kMaxPriority), absl::Seconds(2));
+  EXPECT_EQ(shares.class_step(-kMaxPriority), absl::ZeroDuration());
   EXPECT_EQ(shares.class_waited(kMaxPriority, kNow + absl::Seconds(4)), absl::Seconds(1));
   EXPECT_EQ(shares.class_waited(-kMaxPriority, kNow + absl::Seconds(4)), absl::Seconds(4));
 }
@@ -117,6 +119,7 @@ class Trace {
     for (const Prompt& prompt : prompts_) {
       contenders.push_back({.priority = prompt.claimant.priority,
                             .class_waited = shares_.class_waited(prompt.claimant.priority, now_),
+                            .class_step = shares_.class_step(prompt.claimant.priority),
                             .tenant_time = shares_.virtual_time(prompt.claimant),
                             .remaining = prompt.steps_left * prompt.step,
                             .waited = now_ - prompt.last_step_at});
@@ -126,7 +129,7 @@ class Trace {
     now_ += prompt.step;
     used_[static_cast<size_t>(prompt.claimant.tenant)] += prompt.step;
     shares_.Charge(prompt.claimant, prompt.step);
-    shares_.EndStep(prompt.claimant.priority, now_);
+    shares_.EndStep(prompt.claimant.priority, now_, prompt.step);
     prompt.last_step_at = now_;
     --prompt.steps_left;
     return next;
@@ -146,9 +149,9 @@ class Trace {
 // One prompt stands among eight others, and whenever one of those is done another one comes, of a
 // random tenant and class. Checks that it is done within a bound that is far off, and that no flood
 // can move. Prompts of its class take the class's steps, which come at least once in
-// kClassPatience and one step of each class. Tenants take turns in them by weights of 1 to 4 and
-// steps of 0.5 to 1 s, so at most 3 * (2 * 4 + 2) steps go by for one of its tenant, and then those
-// of its tenant take turns, nine at most.
+// kClassPatience, or ten steps of a second, and one step of each class. Tenants take turns in them
+// by weights of 1 to 4 and steps of 0.5 to 1 s, so at most 3 * (2 * 4 + 2) steps go by for one of
+// its tenant, and then those of its tenant take turns, nine at most.
 void RunTrace(unsigned seed) {
   constexpr int kClasses = 3;
   std::mt19937 random(seed);
@@ -165,7 +168,9 @@ void RunTrace(unsigned seed) {
   const int steps = trace.Draw(1, 4);
   trace.Add({.priority = trace.Draw(0, kClasses - 1), .tenant = trace.Draw(0, 2)}, steps);
   for (int i = 0; i < 8; ++i) flood();
-  const absl::Duration class_step = kClassPatience + kClasses * absl::Seconds(1);
+  const absl::Duration class_step =
+      std::max(kClassPatience, kClassPatienceSteps * absl::Seconds(1)) +
+      kClasses * absl::Seconds(1);
   const absl::Time bound = trace.now() + steps * (3 * (2 * 4 + 2)) * 9 * class_step;
   while (trace.prompts().front().steps_left > 0) {
     const size_t next = trace.Step();
@@ -203,11 +208,15 @@ TEST(FairTurns, AClassThatNeverEndsLeavesTheOthersAStepInEveryPatience) {
   Trace trace(1, {1, 1});
   trace.Add({.priority = 1, .tenant = 0}, 1'000'000);
   trace.Add(kB, 1'000'000);
+  const absl::Duration step = trace.prompts()[1].step;
   const absl::Time start = trace.now();
   while (trace.now() < start + absl::Seconds(600)) trace.Step();
   const int steps = 1'000'000 - trace.prompts()[1].steps_left;
-  EXPECT_GE(steps, 600 / 7) << "patience, the step that it waits for, and its own";
-  EXPECT_LE(steps, 600 / 5);
+  // Steps take half a second to one second.
+  const absl::Duration patience = std::max(kClassPatience, kClassPatienceSteps * step);
+  EXPECT_GE(steps, 600 / (absl::ToDoubleSeconds(patience) + 2))
+      << "patience, the step that it waits for, and its own";
+  EXPECT_LE(steps, 600 / absl::ToDoubleSeconds(patience));
 }
 
 }  // namespace

@@ -88,6 +88,7 @@ class FakeSequence final : public model::PrefillSequence {
     const model::AttentionOptions& options = prompts.front().attention;
     policy_ = Resolve(options, prompts_.front().num_tokens);
     audited_ = options.recall_audit_rows > 0;
+    logprobs_ = prompts.front().logprobs;
     if (prompts.size() == 1) cached_tokens_ = engine_->CachedTokens(prompts.front());
     ++engine_->alive_;
     ++engine_->started_;
@@ -155,7 +156,9 @@ class FakeSequence final : public model::PrefillSequence {
     report.dense_heads = policy_ == model::AttentionPolicy::kDense ? 4 : 0;
     report.pivot_heads = 4 - report.dense_heads > 0 ? 1 : 0;
     report.shared_heads = 4 - report.dense_heads > 0 ? 3 : 0;
-    report.num_queries = prompts_.front().num_tokens;
+    const bool alone = engine_->options_.last_query_alone && !logprobs_ && prompts_.size() == 1;
+    const bool is_last = layer_ == engine_->options_.num_layers;
+    report.num_queries = alone && is_last ? 1 : prompts_.front().num_tokens;
     report.density = policy_ == model::AttentionPolicy::kDense ? 1.0 : 0.25;
     report.compute_us = absl::ToInt64Microseconds(time) + 1;
     // Heads 1 to 3 of layer l have recalls 0.9, 0.91 and 0.92, less l / 10.
@@ -255,7 +258,7 @@ class FakeSequence final : public model::PrefillSequence {
   int64_t num_tokens_ = 0;  // of all prompts
   model::AttentionPolicy policy_;
   int64_t cached_tokens_ = 0;
-  bool audited_;
+  bool audited_, logprobs_;
   int layer_ = 0;
   absl::Time started_at_;
   absl::Duration device_time_;

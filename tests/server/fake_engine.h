@@ -36,6 +36,8 @@ struct FakeEngineOptions {
   int64_t prefix_slots = 0;
   size_t prefix_events = 64;                       // that it keeps
   std::vector<model::LayerTime> layer_times = {};  // as if measured at start
+  // Only the last query of the last layer is computed if log-probabilities are not wanted.
+  bool last_query_alone = false;
 };
 
 // The first token of a prompt is its last token plus one. K and V are a pure function of (layer, K

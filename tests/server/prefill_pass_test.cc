@@ -245,22 +245,64 @@ TEST(PrefillPass, AResultDoesNotWaitForAnotherPromptsLogprobs) {
   EXPECT_NE(to_graded.result(), nullptr);
 }
 
+// The first layer does not count, and the prediction counts as much as four of the others.
 TEST(PrefillPass, PredictsLogprobsByTheLayersAndThenByThoseThatItHas) {
   Bench bench;
   const auto job = NewGradedJob(bench, 41);
-  absl::Duration step = absl::Seconds(2);
+  absl::Duration step = absl::Seconds(100);
   bench.engine.set_on_layer([&](int64_t) { bench.clock.Advance(step); });
   const auto pass = bench.NewPass({job});
-  EXPECT_EQ(pass->Remaining(/*first_layer=*/absl::Seconds(41)), absl::Seconds(4 * 41 + 40));
+  const auto expect_remaining = [&](double seconds) {
+    EXPECT_NEAR(absl::ToDoubleSeconds(pass->Remaining(absl::Seconds(41))), seconds, 1e-6);
+  };
+  expect_remaining(4 * 41 + 40);
   Step(*pass);
-  EXPECT_NEAR(absl::ToDoubleSeconds(pass->Remaining(absl::Seconds(41))), 3 * 2 + 2 * 40. / 41,
-              1e-6);
+  expect_remaining(3 * 41 + 40);
+  step = absl::Seconds(1);
+  Step(*pass);
+  expect_remaining((4 * 41 + 1) / 5. * (2 + 40 / 41.));
   StepToFirstTokens(bench, *pass);
   step = absl::Seconds(5);
   Step(*pass);
-  EXPECT_EQ(pass->Remaining(absl::Seconds(41)), absl::Seconds(3 * 5));
+  expect_remaining(3 * 5);
   Finish(bench, *pass);
-  EXPECT_EQ(pass->Remaining(absl::Seconds(41)), absl::ZeroDuration());
+  expect_remaining(0);
+}
+
+TEST(PrefillPass, ALastLayerOfOneQueryIsNoneToPredictOrToLearnFrom) {
+  Bench bench({.last_query_alone = true});
+  bench.engine.set_on_layer([&](int64_t) { bench.clock.Advance(absl::Seconds(2)); });
+  for (const bool graded : {false, true}) {
+    const auto job = graded ? NewGradedJob(bench, 41) : bench.NewJob(41);
+    Consumer consumer(job);
+    const auto pass = bench.NewPass({job});
+    for (int layer = 0; layer < 4; ++layer) {
+      const int left = (graded ? 4 : 3) - layer;
+      const absl::Duration logprobs = graded ? absl::Seconds(2) * 40 / 41 : absl::ZeroDuration();
+      EXPECT_NEAR(absl::ToDoubleSeconds(pass->Remaining(absl::Seconds(2))),
+                  absl::ToDoubleSeconds(left * absl::Seconds(2) + logprobs), 1e-6);
+      const auto report = pass->Step();
+      ASSERT_TRUE(report.ok()) << report.status();
+      EXPECT_EQ(report->layer.has_value(), graded || layer < 3) << layer;
+      bench.PackAll();
+    }
+    Finish(bench, *pass);
+  }
+}
+
+TEST(PrefillPass, SendsAResultWithTheStepOfTheFirstToken) {
+  Bench bench;
+  const auto job = bench.NewJob(100);
+  Consumer consumer(job);
+  const auto pass = bench.NewPass({job});
+  for (int layer = 0; layer < 4; ++layer) {
+    EXPECT_EQ(Step(*pass), Next::kAnotherStep);
+    bench.PackAll();
+  }
+  EXPECT_TRUE(pass->uses_device());
+  EXPECT_EQ(Step(*pass), Next::kAnotherStep);
+  EXPECT_NE(consumer.result(), nullptr);
+  EXPECT_FALSE(pass->uses_device());
 }
 
 TEST(PrefillPass, TellsAFailureOfTheDevice) {

@@ -98,6 +98,18 @@ TEST(StepCost, GoesByAStraightLinePerTokenBetweenLengthsAndBeyondThem) {
   near(100, absl::Microseconds(1100));  // as fast per token as the least length
 }
 
+TEST(StepCost, CountsTheKeysOfACachedPrefix) {
+  StepCost costs;
+  costs.Record(kDense, 1000, absl::Milliseconds(11));
+  costs.Record(kDense, 10'000, absl::Milliseconds(200));
+  const auto cached = costs.LayerBehind(kDense, /*num_cached=*/9000, /*num_tokens=*/1000);
+  EXPECT_NEAR(absl::ToDoubleMilliseconds(cached), 10 + 100 - 81, 0.01);
+  EXPECT_EQ(costs.LayerBehind(kDense, 0, 1000), absl::Milliseconds(11));
+  costs.Record(kShare, 1000, absl::Milliseconds(10));
+  costs.Record(kShare, 10'000, absl::Milliseconds(20));
+  EXPECT_EQ(costs.LayerBehind(kShare, 9000, 1000), absl::Milliseconds(10)) << "at least its own";
+}
+
 TEST(StepCost, DoesNotTakeLongerPromptsForEverFasterOnes) {
   StepCost costs;
   costs.Record(kShare, 1000, absl::Milliseconds(20));

@@ -42,6 +42,33 @@ TEST_F(SchedulerThatMeasured, OrdersTheFirstPromptsByTheirTime) {
   EXPECT_THAT(bench_.engine.lengths(), ElementsAre(ElementsAre(3000), ElementsAre(2000)));
 }
 
+// Layers take as long as was measured, but one of the shorter prompt is slow: the first one, which
+// finds algorithms, or another.
+void ExpectAShortPromptStaysFirst(int slow_layer) {
+  Bench bench({.num_layers = 8, .layer_times = {{model::AttentionPolicy::kDense, 2000, 250'000}}});
+  Scheduler scheduler(bench.engine, bench.resources, bench.wake,
+                      QueueLimits{.capacity = 8, .max_queued_tokens = 100'000});
+  const auto short_one = bench.NewJob(3000), long_one = bench.NewJob(10'000);
+  Consumer short_consumer(short_one), long_consumer(long_one);
+  int layers = 0;
+  bench.engine.set_on_layer([&](int64_t num_tokens) {
+    const bool is_slow = num_tokens == 3000 && layers++ == slow_layer;
+    bench.clock.Advance(num_tokens * kLayerTime / 2000 * (is_slow ? 12 : 1));
+  });
+  ASSERT_TRUE(scheduler.Submit(short_one).status.ok());
+  for (int i = 0; i < 2 + slow_layer; ++i) EXPECT_TRUE(scheduler.StepOnce());
+  ASSERT_TRUE(scheduler.Submit(long_one).status.ok());
+  do {
+    bench.PackAll();
+  } while (scheduler.StepOnce());
+  EXPECT_LE(*short_one->record().stats().first_token_at, *long_one->record().stats().started_at);
+  for (const auto& job : {short_one, long_one}) scheduler.Retire(*job);
+}
+
+TEST(Scheduler, ASlowFirstLayerMakesNoLongPromptOfAShortOne) { ExpectAShortPromptStaysFirst(0); }
+
+TEST(Scheduler, OneSlowLayerMakesNoLongPromptOfAShortOne) { ExpectAShortPromptStaysFirst(1); }
+
 TEST_F(SchedulerThatMeasured, RefusesAFirstPromptWhoseDeadlineIsOutOfReach) {
   EXPECT_EQ(Submit(2000, absl::Seconds(7)).status().code(), absl::StatusCode::kDeadlineExceeded);
   EXPECT_TRUE(Submit(2000, absl::Seconds(9)).ok()) << "half of the time may be an error";
@@ -78,33 +105,39 @@ TEST_F(SchedulerTest, AShortPromptIsComputedBetweenTwoLayersOfALongOne) {
   EXPECT_NE(long_one->consumer->result(), nullptr);
 }
 
-TEST(Scheduler, AShortPromptIsComputedAtThePointsInsideALayer) {
-  Bench bench({.points_per_layer = 8, .interject_tokens = 1000});
+// A layer of the long prompt takes four seconds.
+TEST(Scheduler, ALowClassOfLongLayersHasATenthOfTheTime) {
+  Bench bench;
   Scheduler scheduler(bench.engine, bench.resources, bench.wake,
-                      QueueLimits{.capacity = 8, .max_queued_tokens = 100'000});
-  const auto long_one = bench.NewJob(50'000), short_one = bench.NewJob(100);
-  const auto another_long_one = bench.NewJob(1001);
-  Consumer long_consumer(long_one), short_consumer(short_one), other_consumer(another_long_one);
-  ASSERT_TRUE(scheduler.Submit(long_one).status.ok());
+                      QueueLimits{.capacity = 8, .max_queued_tokens = 10'000'000});
   bench.engine.set_on_layer([&](int64_t num_tokens) {
-    bench.clock.Advance(num_tokens * StepCost::kUnmeasuredPerToken);
-    bench.PackAll();
-    if (num_tokens == 50'000 && scheduler.Find(short_one->work().id) == nullptr) {
-      EXPECT_TRUE(scheduler.Submit(short_one).status.ok());
-      EXPECT_TRUE(scheduler.Submit(another_long_one).status.ok());
-    }
+    bench.clock.Advance(num_tokens == 1'000'000 ? absl::Seconds(4) : absl::Milliseconds(250));
   });
-  for (int i = 0; i < 2; ++i) EXPECT_TRUE(scheduler.StepOnce());  // starts, and computes a layer
-  EXPECT_EQ(long_one->record().stats().layers_computed, 1);
-  EXPECT_TRUE(short_one->record().stats().first_token_at.has_value());
-  EXPECT_FALSE(another_long_one->record().stats().started_at.has_value());
-  do {
+  PrefillWork low = WorkOf(bench.engine, 1'000'000);
+  low.priority = -1;
+  std::vector<std::shared_ptr<PrefillJob>> jobs = {
+      std::make_shared<PrefillJob>(std::move(low), bench.clock)};
+  std::vector<std::unique_ptr<Consumer>> consumers;
+  consumers.push_back(std::make_unique<Consumer>(jobs[0]));
+  ASSERT_TRUE(scheduler.Submit(jobs[0]).status.ok());
+  EXPECT_TRUE(scheduler.StepOnce());
+  const absl::Time began = bench.clock.Now();
+  while (bench.clock.Now() - began < absl::Seconds(60)) {
+    if (scheduler.state().queued_requests == 0) {
+      PrefillWork urgent = WorkOf(bench.engine, 2000);
+      urgent.priority = 7;
+      jobs.push_back(std::make_shared<PrefillJob>(std::move(urgent), bench.clock));
+      consumers.push_back(std::make_unique<Consumer>(jobs.back()));
+      ASSERT_TRUE(scheduler.Submit(jobs.back()).status.ok());
+    }
     bench.PackAll();
-  } while (scheduler.StepOnce());
-  for (const Consumer* consumer : {&long_consumer, &short_consumer, &other_consumer}) {
-    EXPECT_NE(consumer->result(), nullptr);
+    ASSERT_TRUE(scheduler.StepOnce());
   }
-  for (const auto& job : {long_one, short_one, another_long_one}) scheduler.Retire(*job);
+  EXPECT_EQ(jobs[0]->record().stats().layers_computed, 2) << "after 5 s, and 40 s later";
+  scheduler.AbortAll(Outcome::kShutDown, absl::UnavailableError("the test is over"));
+  while (scheduler.StepOnce()) {
+  }
+  for (const auto& job : jobs) scheduler.Retire(*job);
 }
 
 // Under turns the short one would go first, inside a layer of the long one already.
@@ -130,66 +163,6 @@ TEST(Scheduler, FifoComputesWhoeverCameFirstToTheEnd) {
   EXPECT_THAT(computed, ElementsAre(50'000, 50'000, 50'000, 50'000, 100, 100, 100, 100));
   EXPECT_NE(short_consumer.result(), nullptr);
   for (const auto& job : {long_one, short_one}) scheduler.Retire(*job);
-}
-
-// One that may not interject waits for the end of the layer, so the flood must not delay that.
-void ExpectAFloodHoldsALayerUp(absl::Duration layer, absl::Duration least, absl::Duration most) {
-  Bench bench({.points_per_layer = 8, .interject_tokens = 1000});
-  Scheduler scheduler(bench.engine, bench.resources, bench.wake,
-                      QueueLimits{.capacity = 8, .max_queued_tokens = 100'000'000});
-  const auto long_one = bench.NewJob(1'000'000), other = bench.NewJob(1001);
-  Consumer long_consumer(long_one), other_consumer(other);
-  std::vector<std::shared_ptr<PrefillJob>> shorts;
-  std::vector<std::unique_ptr<Consumer>> consumers;
-  ASSERT_TRUE(scheduler.Submit(long_one).status.ok());
-  bench.engine.set_on_layer([&](int64_t num_tokens) {
-    bench.clock.Advance(num_tokens == 1'000'000 ? layer : absl::Milliseconds(5));
-    bench.PackAll();
-    if (num_tokens == 1'000'000) {
-      EXPECT_TRUE(scheduler.Submit(other).status.ok());
-    }
-    if (scheduler.state().queued_requests > 1) return;  // there is always a short one
-    shorts.push_back(bench.NewJob(100));
-    consumers.push_back(std::make_unique<Consumer>(shorts.back()));
-    EXPECT_TRUE(scheduler.Submit(shorts.back()).status.ok());
-  });
-  EXPECT_TRUE(scheduler.StepOnce());  // starts the long one
-  const absl::Time start = bench.clock.Now();
-  EXPECT_TRUE(scheduler.StepOnce());  // a layer of it
-  EXPECT_GE(bench.clock.Now() - start, layer + least);
-  EXPECT_LE(bench.clock.Now() - start, layer + most + absl::Milliseconds(10));
-  bench.engine.set_on_layer(nullptr);
-  scheduler.AbortAll(Outcome::kShutDown, absl::UnavailableError("the test is over"));
-  while (scheduler.StepOnce()) {
-  }
-  shorts.push_back(long_one);
-  shorts.push_back(other);
-  for (const auto& job : shorts) scheduler.Retire(*job);
-}
-
-TEST(Scheduler, AFloodInsideALayerHoldsItUpForHalfASecond) {
-  ExpectAFloodHoldsALayerUp(absl::Milliseconds(300), absl::Milliseconds(500),
-                            absl::Milliseconds(500));
-}
-
-TEST(Scheduler, AFloodInsideALongLayerHasHalfOfTheTime) {
-  ExpectAFloodHoldsALayerUp(absl::Seconds(4), absl::Milliseconds(3500), absl::Seconds(4));
-}
-
-TEST(Scheduler, ACancelledRequestStopsInsideItsLayer) {
-  Bench bench({.points_per_layer = 8});
-  Scheduler scheduler(bench.engine, bench.resources, bench.wake,
-                      QueueLimits{.capacity = 8, .max_queued_tokens = 100'000});
-  const auto job = bench.NewJob(50'000);
-  Consumer consumer(job);
-  ASSERT_TRUE(scheduler.Submit(job).status.ok());
-  bench.engine.set_on_layer([&](int64_t) { job->OnCallCancelled(); });
-  while (scheduler.StepOnce()) {
-  }
-  EXPECT_EQ(bench.engine.layers_run(), 0) << "none was finished";
-  EXPECT_EQ(bench.engine.alive(), 0);
-  EXPECT_TRUE(scheduler.failure().ok());
-  scheduler.Retire(*job);
 }
 
 class SchedulerWithLogprobs : public SchedulerTest {
@@ -332,6 +305,44 @@ TEST(Scheduler, TellsWhoWaitsForWhom) {
   while (scheduler.StepOnce()) {
   }
   for (const auto& job : {running, queued}) scheduler.Retire(*job);
+}
+
+TEST(Scheduler, APromptWhoseReceiversAreAwaitedTakesNoPlace) {
+  Bench bench({.max_sequences = 1});
+  Scheduler scheduler(bench.engine, bench.resources, bench.wake,
+                      QueueLimits{.capacity = 8, .max_queued_tokens = 100'000});
+  const Bench::Shared shared = bench.NewShared(100), alone = bench.NewShared(100);
+  const auto other = bench.NewJob(2000);
+  Consumer first_consumer(shared.first), alone_consumer(alone.first), other_consumer(other);
+  for (const auto& job : {shared.first, alone.first, other}) {
+    ASSERT_TRUE(scheduler.Submit(job).status.ok());
+  }
+  const auto run = [&] {
+    do {
+      bench.PackAll();
+    } while (scheduler.StepOnce());
+  };
+  run();
+  EXPECT_NE(other_consumer.result(), nullptr);
+  EXPECT_EQ(bench.engine.started(), 1);
+  ASSERT_TRUE(shared.first->Join(shared.other).ok());
+  int64_t events = bench.wake.count();
+  scheduler.Adopt(shared.other);
+  EXPECT_GT(bench.wake.count(), events);
+  Consumer second_consumer(shared.other);
+  run();
+  EXPECT_NE(first_consumer.result(), nullptr);
+  EXPECT_NE(second_consumer.result(), nullptr);
+  EXPECT_EQ(bench.engine.started(), 2);
+  // Nobody comes for the other one.
+  bench.clock.Advance(bench.resources.timeouts.receiver_attach + absl::Seconds(1));
+  alone.first->CheckTimers(bench.resources.timeouts, 0, /*others_wait=*/false);
+  events = bench.wake.count();
+  scheduler.AdmitReceivers();
+  EXPECT_GT(bench.wake.count(), events);
+  run();
+  EXPECT_NE(alone_consumer.result(), nullptr);
+  for (const auto& job : {shared.first, shared.other, alone.first, other}) scheduler.Retire(*job);
 }
 
 TEST_F(SchedulerTest, NobodyWaitsForAPassWhileThereIsRoomForAnother) {

@@ -53,6 +53,19 @@ TEST(OrderOfTurns, PutsAClassThatLostItsPatienceFirst) {
       ElementsAre(2, 3, 1, 0));
 }
 
+TEST(OrderOfTurns, LetsAClassOfLongStepsWaitForTenOfThem) {
+  const Contender high = {.priority = 1, .class_waited = absl::Seconds(1)};
+  const absl::Duration step = absl::Seconds(4);
+  Contender low = {.class_waited = 10 * step, .class_step = step};
+  EXPECT_THAT(OrderOfTurns({low, high}), ElementsAre(1, 0));
+  low.class_waited += absl::Milliseconds(1);
+  EXPECT_THAT(OrderOfTurns({high, low}), ElementsAre(1, 0));
+  // One that is overdue goes before one that has waited longer and is not.
+  const Contender patient = {.class_waited = absl::Seconds(30), .class_step = step};
+  const Contender overdue = {.priority = -1, .class_waited = absl::Seconds(6)};
+  EXPECT_THAT(OrderOfTurns({patient, overdue, high}), ElementsAre(1, 2, 0));
+}
+
 TEST(OrderOf, FifoPutsTheOldestFirstWhateverElseItIs) {
   const std::vector<Contender> contenders = {
       {.priority = 1, .age = absl::Seconds(1)},
@@ -69,6 +82,7 @@ TEST(GoesBefore, FindsTheFirstOfTheOrderWithoutSorting) {
     for (Contender& contender : contenders) {
       contender = {.priority = static_cast<int>(random() % 2),
                    .class_waited = absl::Seconds(random() % 3 * 4),
+                   .class_step = absl::Seconds(random() % 2),
                    .tenant_time = absl::Seconds(random() % 2),
                    .remaining = absl::Seconds(random() % 5),
                    .waited = absl::Seconds(random() % 5),

@@ -154,12 +154,7 @@ TimedEngine::TimedEngine(const ServerProfile& profile, int64_t prefix_cache_byte
 absl::Duration TimedEngine::LayerTime(model::AttentionPolicy policy, int64_t num_computed,
                                       int64_t num_cached, bool is_last) const {
   const server::StepCost& costs = is_last ? last_layers_ : layers_;
-  const absl::Duration own = costs.Layer(policy, num_computed);
-  if (num_cached == 0) return own;
-  // The queries see the keys before them, too: what all tokens take, without what the cached ones
-  // would have taken.
-  return std::max(own,
-                  costs.Layer(policy, num_computed + num_cached) - costs.Layer(policy, num_cached));
+  return costs.LayerBehind(policy, num_cached, num_computed);
 }
 
 absl::Duration TimedEngine::FirstUse(model::AttentionPolicy policy, int64_t num_tokens) {
