@@ -37,7 +37,7 @@ enum class Scheduling : uint8_t {
 const char* Name(Scheduling scheduling);
 
 // The share of its length for which waiting counts (OrderOfTurns).
-inline constexpr double kAgeing = 0.2;
+inline constexpr double kAgeing = 0.05;
 
 // A class that has waited for longer than this, and for longer than kClassPatienceSteps of its
 // latest step, goes first for one step.

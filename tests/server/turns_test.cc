@@ -22,8 +22,8 @@ TEST(OrderOfTurns, KeepsTheOrderOfEquals) {
               ElementsAre(0, 1));
 }
 
-TEST(OrderOfTurns, CountsAFifthOfTheWait) {
-  const Contender waited = {.remaining = absl::Seconds(4), .waited = absl::Seconds(17.5)};
+TEST(OrderOfTurns, CountsATwentiethOfTheWait) {
+  const Contender waited = {.remaining = absl::Seconds(4), .waited = absl::Seconds(70)};
   EXPECT_THAT(OrderOfTurns({waited, {.remaining = absl::Milliseconds(400)}}), ElementsAre(1, 0));
   EXPECT_THAT(OrderOfTurns({waited, {.remaining = absl::Milliseconds(600)}}), ElementsAre(0, 1));
 }
