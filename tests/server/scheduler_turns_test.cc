@@ -45,7 +45,9 @@ TEST_F(SchedulerThatMeasured, OrdersTheFirstPromptsByTheirTime) {
 // Layers take as long as was measured, but one of the shorter prompt is slow: the first one, which
 // finds algorithms, or another.
 void ExpectAShortPromptStaysFirst(int slow_layer) {
-  Bench bench({.num_layers = 8, .layer_times = {{model::AttentionPolicy::kDense, 2000, 250'000}}});
+  constexpr auto kDense = model::AttentionPolicy::kDense;
+  Bench bench(
+      {.num_layers = 8, .layer_times = {{kDense, 3000, 375'000}, {kDense, 10'000, 1'250'000}}});
   Scheduler scheduler(bench.engine, bench.resources, bench.wake,
                       QueueLimits{.capacity = 8, .max_queued_tokens = 100'000});
   const auto short_one = bench.NewJob(3000), long_one = bench.NewJob(10'000);
@@ -53,7 +55,7 @@ void ExpectAShortPromptStaysFirst(int slow_layer) {
   int layers = 0;
   bench.engine.set_on_layer([&](int64_t num_tokens) {
     const bool is_slow = num_tokens == 3000 && layers++ == slow_layer;
-    bench.clock.Advance(num_tokens * kLayerTime / 2000 * (is_slow ? 12 : 1));
+    bench.clock.Advance(num_tokens * kLayerTime / 2000 * (is_slow ? 8 : 1));
   });
   ASSERT_TRUE(scheduler.Submit(short_one).status.ok());
   for (int i = 0; i < 2 + slow_layer; ++i) EXPECT_TRUE(scheduler.StepOnce());
