@@ -146,11 +146,6 @@ bool Scheduler::Retire(PrefillJob& job) {
   return last_reference != nullptr;
 }
 
-Scheduler::Queue::const_iterator Scheduler::FindQueued(const PrefillJob& job) const {
-  return std::find_if(queue_.begin(), queue_.end(),
-                      [&job](const auto& entry) { return entry.get() == &job; });
-}
-
 std::shared_ptr<PrefillJob> Scheduler::Find(const std::string& id, uint32_t receiver) const {
   absl::MutexLock lock(&mu_);
   const auto named = by_id_.find(PrefillWork::NameOf(id, receiver));
@@ -209,8 +204,6 @@ QueueState Scheduler::state() const {
 
 model::PrefixCacheUse Scheduler::prefix_cache() const { return engine_.prefix_cache(); }
 
-bool Scheduler::StepOnce() { return TakeTurn(/*interrupted=*/nullptr); }
-
 // Takes a turn at a point inside a layer of the pass `interrupted`, among those that may and those
 // that need no device. Returns
 // false when it is that pass's turn again. Null: between layers, where all may.
@@ -247,6 +240,12 @@ bool Scheduler::TakeTurn(const Running* interrupted) {
   return false;
 }
 
+bool Scheduler::PassAwaitsReceivers() const {
+  return std::any_of(passes_.begin(), passes_.end(), [](const Running& running) {
+    return AwaitsReceivers(*running.pass->jobs().front());
+  });
+}
+
 // Tells the shares who has something to compute. A pass whose consumers are slow has not, and so
 // its tenant saves up no time meanwhile.
 void Scheduler::NoteClaimants() {
@@ -258,10 +257,11 @@ void Scheduler::NoteClaimants() {
     if (running.waits_for_consumers || !running.pass->uses_device()) continue;
     for (const auto& job : running.pass->jobs()) note(job);
   }
+  const bool others_awaited = PassAwaitsReceivers();
   absl::MutexLock lock(&mu_);
   TakeOverWeights();
   for (const auto& job : queue_) {
-    if (!AwaitsReceivers(*job)) note(job);
+    if (!others_awaited || !AwaitsReceivers(*job)) note(job);
   }
   standings_.shares().SetClaimants(claimants, resources_.clock.Now());
 }
@@ -272,13 +272,14 @@ std::shared_ptr<PrefillJob> Scheduler::BestWaiting(bool must_interject, Contende
   std::shared_ptr<PrefillJob> found;
   std::optional<Contender> first;  // of those that may or may not find a place
   bool place_is_wanted = false;
+  const bool others_awaited = PassAwaitsReceivers();
   const absl::Time now = resources_.clock.Now();
   absl::MutexLock lock(&mu_);
   TakeOverWeights();
   for (const auto& entry : queue_) {
     const PrefillJob& job = *entry;
     if (job.ended()) continue;
-    if (AwaitsReceivers(job)) {
+    if (others_awaited && AwaitsReceivers(job)) {
       receivers_are_awaited_ = true;
       continue;
     }

@@ -2,6 +2,7 @@
 #ifndef PREFILLD_SERVER_SCHEDULER_H_
 #define PREFILLD_SERVER_SCHEDULER_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <list>
@@ -58,8 +59,9 @@ struct LiveJob {
 // the tenants of its prompts by their tokens. Short dense prompts also take turns at the points
 // inside a layer of a long one, for half a second, or for half of the time if the layer takes
 // longer. So a short dense prompt waits for a part of a layer, any other prompt for one layer and
-// that time, and a pass whose consumers are slow holds up nobody. A prompt whose receivers have not
-// all come waits in the queue, for as long as they are awaited, and takes no place in the engine.
+// that time, and a pass whose consumers are slow holds up nobody. One prompt at a time may take a
+// place in the engine while its receivers are awaited; others whose receivers have not come wait in
+// the queue meanwhile.
 // The rules in admission.h decide who may wait and which prompts share a pass.
 //
 // The scheduler has no thread of its own: the compute thread calls StepOnce, and any thread may
@@ -115,7 +117,7 @@ class Scheduler {
 
   // Computes one step of one pass, or starts a pass. Returns false when nothing can be computed
   // before `wake` is notified. Only the compute thread may call it.
-  bool StepOnce();
+  bool StepOnce() { return TakeTurn(/*interrupted=*/nullptr); }
 
   // Returns a request, or a further receiver of one; null: there is none that is live.
   std::shared_ptr<PrefillJob> Find(const std::string& id, uint32_t receiver = 0) const;
@@ -175,11 +177,15 @@ class Scheduler {
   bool TakeTurn(const Running* interrupted);
   std::shared_ptr<PrefillJob> BestWaiting(bool must_interject, Contender* best);
   void NoteClaimants();
+  bool PassAwaitsReceivers() const;  // one of those under way does
   // Jobs that the compute thread sees under the lock are of tenants whose weights it has then.
   void TakeOverWeights() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     if (std::exchange(weights_changed_, false)) standings_.shares().SetTenants(limits_.tenants);
   }
-  Queue::const_iterator FindQueued(const PrefillJob& job) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
+  Queue::const_iterator FindQueued(const PrefillJob& job) const ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+    return std::find_if(queue_.begin(), queue_.end(),
+                        [&job](const auto& entry) { return entry.get() == &job; });
+  }
   Jobs TakeJobs(const PrefillJob& head);
   void StartPass(Jobs jobs);
   void PutBack(Jobs jobs);
@@ -204,7 +210,7 @@ class Scheduler {
   absl::Status failure_ ABSL_GUARDED_BY(mu_);
   Queue queue_ ABSL_GUARDED_BY(mu_);
   int64_t queued_tokens_ ABSL_GUARDED_BY(mu_) = 0;
-  bool receivers_are_awaited_ ABSL_GUARDED_BY(mu_) = false;  // by a job that cannot start before
+  bool receivers_are_awaited_ ABSL_GUARDED_BY(mu_) = false;  // by a job that waits for that
   bool place_is_wanted_ ABSL_GUARDED_BY(mu_) = false;  // a queued prompt found none in the engine
   std::vector<RunningJob> running_ ABSL_GUARDED_BY(mu_);  // of all passes
   absl::flat_hash_map<const PrefillJob*, std::shared_ptr<PrefillJob>> live_ ABSL_GUARDED_BY(mu_);
