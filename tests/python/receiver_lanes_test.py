@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "client" / "python"
 try:
     import grpc
     from played_server import BLOCKS, LAYERS, PATIENCE, TOKENS, frame, layout
-    from prefilld import KvReceiver, PrefilldError, wire
+    from prefilld import KvReceiver, PrefilldError, pushed_lanes, wire
     from prefilld import receiver as receiving
     from unreliable_proxy import UnreliableProxy
 except ImportError as missing:
@@ -187,6 +188,55 @@ class Lanes(unittest.TestCase):
         second.send_result(LAYERS)
         self.expect_whole()
 
+    def test_lanes_are_taken_in_while_the_consumer_takes_nothing(self):
+        cache = self.enterContext(self.receiver.expect("slow", TOKENS, timeout=PATIENCE))
+        mailbox, put, waiting = cache._mailbox, cache._mailbox.put, threading.Event()
+
+        def put_or_tell(entry):
+            with mailbox._changed:
+                if len(mailbox._entries) == mailbox._room:
+                    waiting.set()
+            return put(entry)
+
+        mailbox.put = put_or_tell
+        first = PlayedLane(self.channel, 0, 2, transfer_id="slow")
+        for layer in range(LAYERS - 1):
+            first.send(layer, layer)
+        first.until(LAYERS - 2)
+        self.assertTrue(waiting.wait(PATIENCE))
+        # A sender that tries again and again gets its receipts, and what it sends waits in one thread alone.
+        for _ in range(3):
+            first.leave()
+            first = PlayedLane(self.channel, 0, 2, transfer_id="slow")
+            self.assertEqual(first.receipt().received, LAYERS - 1)
+            first.send(LAYERS - 1, LAYERS - 1)
+        second = PlayedLane(self.channel, 1, 2, transfer_id="slow")
+        self.assertEqual(second.receipt().received, 0)
+        self.assertEqual([len(mailbox._entries), cache._lanes._busy], [mailbox._room, {0}])
+        blocks = [next(cache._items) for _ in range(LAYERS)]
+        self.assertEqual(sorted(b.layer for b in blocks), list(range(LAYERS)))
+        first.until(LAYERS)
+        first.send_result(LAYERS, 0)
+        self.assertEqual(list(cache), [])
+        self.assertTrue(first.receipt().complete)
+        second.leave()
+        self.leave_unread()
+
+    def test_the_threads_of_streams_that_lost_their_places_are_free(self):
+        lanes, first, second = self.cache._lanes, mock.Mock(), mock.Mock()
+        lanes.check, lanes._streams, lanes._timers, lanes._busy = mock.Mock(), [first], [None], {0}
+        waits = (lanes.may_hand_on_result, lanes.await_end, lambda *place: lanes.take(mock.Mock(), *place, None))
+        with ThreadPoolExecutor() as executor:
+            ends = [executor.submit(wait, 0, first) for wait in waits]
+            while len(lanes._changed._waiters) < len(waits):
+                time.sleep(0.01)
+            with lanes.lock:
+                lanes.open(mock.Mock(lane=0, num_lanes=1), second)
+            errors = [end.exception(PATIENCE) for end in ends]
+        self.assertEqual([error.code for error in errors], [grpc.StatusCode.ABORTED] * len(waits))
+        first.cancel.assert_called_once()
+        self.leave_unread()
+
     def test_a_stream_takes_the_place_of_one_that_seems_alive_and_a_stranger_does_not(self):
         first = PlayedLane(self.channel)
         first.send(0, 0)
@@ -246,7 +296,7 @@ class Lanes(unittest.TestCase):
         self.expect_failed(details)
 
     def test_a_first_stream_that_cannot_be_taken_in_ends_the_transfer(self):
-        with mock.patch.object(receiving, "TransferCheck", side_effect=MemoryError("no room")):
+        with mock.patch.object(pushed_lanes, "TransferCheck", side_effect=MemoryError("no room")):
             self.assertIn("no room", PlayedLane(self.channel).end()[1])
         self.expect_failed("no room")
         self.assertTrue(self.cache._taken.acquire(blocking=False))

@@ -24,7 +24,8 @@ from prefilld.errors import Cancelled, PrefilldError, data_loss
 from prefilld.frames import Frame, read_event
 from prefilld.mailbox import Mailbox
 from prefilld.options import MAX_LANES, Layout
-from prefilld.transfer import Damaged, KvBlocks, TransferCheck, check_layout
+from prefilld.pushed_lanes import PushedLanes
+from prefilld.transfer import KvBlocks, TransferCheck, check_layout
 
 _SERVICE = "prefill.v1.KvReceiver"
 _ROOM = 4  # frames of a cache that wait to be taken; the sender waits for more
@@ -51,7 +52,7 @@ class ExpectedCache:
     def __init__(self, forget, request, timeout: float | None, resume_window: float):
         self._forget = forget
         self._request = request  # a PrefillRequest with tokens, layout and fingerprint
-        self._lanes = _Lanes(resume_window, self._fail)
+        self._lanes = PushedLanes(resume_window, self._fail)
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._mailbox = Mailbox(_ROOM)
         self._taken = threading.Lock()  # by the one stream that brings the cache, or by the first of its lanes
@@ -145,7 +146,7 @@ class ExpectedCache:
                     damaged = lanes.take(event, lane, context, self._mailbox.put)
                     yield lanes.receipt(lane, damaged)
                 elif event.HasField("result"):
-                    self._finish(event.result)
+                    self._finish(event.result, lane, context)
                     yield lanes.receipt(lane, complete=True)
                     return
         finally:
@@ -173,15 +174,16 @@ class ExpectedCache:
         self._fail(failure)
         raise failure
 
-    def _finish(self, result) -> None:
+    def _finish(self, result, lane: int, context) -> None:
         """Returns once the iteration has ended well."""
         try:
             self._lanes.check.finish(result)
         except PrefilldError as error:
             self._fail(error)
             raise
-        if self.result is None and self._mailbox.put(result):
-            self._ended.wait()
+        if self._lanes.may_hand_on_result(lane, context):
+            self._mailbox.put(result)
+        self._lanes.await_end(lane, context)
         if self.result is None:
             raise Cancelled("the receiver no longer wants the cache")
 
@@ -191,87 +193,6 @@ def _check_lanes(opened) -> None:
         raise PrefilldError(_Code.INVALID_ARGUMENT, f"num_lanes {opened.num_lanes}; from 1 to {MAX_LANES}")
     if opened.lane >= opened.num_lanes:
         raise PrefilldError(_Code.INVALID_ARGUMENT, f"lane {opened.lane}; num_lanes is {opened.num_lanes}")
-
-
-class _Lanes:
-    """The lanes of one pushed cache. A lane whose stream has broken waits `window` seconds for the next."""
-
-    def __init__(self, window: float, fail):
-        self._window = window
-        self._fail = fail  # called with the error when nobody comes back
-        self.lock = threading.Lock()  # of what follows
-        self.key: str | None = None  # of the first stream
-        self.check: TransferCheck | None = None
-        self._streams: list[Any] = []  # the context of each lane's stream, if it has one
-        self._timers: list[threading.Timer | None] = []
-        self._locks: list[threading.Lock] = []  # of frames, one a lane
-        self._is_over = False
-
-    def open(self, opened, context) -> None:
-        """Takes a stream in, in place of the one before. Called with the lock."""
-        if self.check is None:
-            self.check = TransferCheck(opened.layout, num_lanes=opened.num_lanes, resumable=True)
-            self._streams = [None] * opened.num_lanes
-            self._timers = [None] * opened.num_lanes
-            self._locks = [threading.Lock() for _ in self._streams]
-        if opened.num_lanes != len(self._streams):
-            raise PrefilldError(
-                _Code.INVALID_ARGUMENT, f"num_lanes {opened.num_lanes}; the transfer has {len(self._streams)}"
-            )
-        with self._locks[opened.lane]:
-            before, self._streams[opened.lane] = self._streams[opened.lane], context
-        timer, self._timers[opened.lane] = self._timers[opened.lane], None
-        if timer is not None:
-            timer.cancel()
-        if before is not None:
-            before.cancel()
-
-    def take(self, frame: Frame, lane: int, context, put) -> tuple[int, ...]:
-        """Hands what a frame brings to put(), which may wait; returns its number if it is damaged.
-
-        The lane stays locked until the blocks are handed on. A stream in this one's place would otherwise count the
-        frame as received, and its result could overtake the blocks.
-        """
-        with self._locks[lane]:
-            if self._streams[lane] is not context:
-                raise PrefilldError(_Code.ABORTED, "another stream has taken this one's place")
-            try:
-                blocks = self.check.take(frame, lane)
-            except Damaged:
-                return (frame.sequence,)
-            if blocks is not None and not put(blocks):
-                raise Cancelled("the receiver no longer wants the cache")
-            return ()
-
-    def receipt(self, lane: int, damaged: tuple[int, ...] = (), complete: bool = False):
-        with self._locks[lane]:
-            received = self.check.received(lane)
-        return wire.ReceiveReceipt(received=received, damaged=damaged, complete=complete)
-
-    def leave(self, lane: int, context) -> None:
-        """Takes the end of a stream."""
-        gone = PrefilldError(
-            _Code.UNAVAILABLE, f"the sender ended the transfer and did not come back in {self._window} s"
-        )
-        with self.lock:
-            if self._streams[lane] is not context or self._is_over:
-                return
-            self._streams[lane] = None
-            timer = self._timers[lane] = threading.Timer(self._window, self._fail, (gone,))
-            timer.daemon = True
-            timer.start()
-
-    def close(self, cancel: bool) -> None:
-        """Ends the waits for senders, and the streams too if they are of no use."""
-        with self.lock:
-            self._is_over = True
-            timers, streams = list(self._timers), list(self._streams)
-        for timer in timers:
-            if timer is not None:
-                timer.cancel()
-        for stream in streams:
-            if cancel and stream is not None:
-                stream.cancel()
 
 
 class KvReceiver:

@@ -169,11 +169,12 @@ class TransferCheck:
         self._arrived = np.zeros((layout.num_layers, layout.num_blocks), bool)
         self._arrived[:, : layout.first_block] = True
         self._frames = [0] * num_lanes
-        self._lock = threading.Lock()  # of what arrived
+        self._lock = threading.Lock()  # of what arrived; the counts of a lane are also read beside its thread
 
     def received(self, lane: int) -> int:
         """Returns the number of the lane's first frame that has not arrived undamaged."""
-        return min(self._damaged[lane], default=self._frames[lane])
+        with self._lock:
+            return min(self._damaged[lane], default=self._frames[lane])
 
     def _has_arrived(self, frame: Frame) -> bool:
         """Tells whether all blocks of a frame are here.
@@ -209,8 +210,9 @@ class TransferCheck:
         checksum = xxhash.xxh3_64_intdigest(frame.payload)
         if checksum != frame.checksum:
             if self._resumable and self._may_be_repaired(frame.sequence, damaged):
-                damaged[frame.sequence] = damaged.get(frame.sequence, 0) + 1
-                self._frames[lane] += is_next
+                with self._lock:
+                    damaged[frame.sequence] = damaged.get(frame.sequence, 0) + 1
+                    self._frames[lane] += is_next
                 raise Damaged
             self.is_beyond_repair = frame.sequence in damaged
             raise data_loss(f"{where}: checksum of the payload is {checksum:016x}, sent was {frame.checksum:016x}")
@@ -219,8 +221,8 @@ class TransferCheck:
             if arrived.any():
                 raise data_loss(f"{where} brings a block that arrived before or was not wanted")
             arrived[:] = True
-        self._frames[lane] += is_next
-        damaged.pop(frame.sequence, None)
+            self._frames[lane] += is_next
+            damaged.pop(frame.sequence, None)
         array = _view(frame.payload, self._dtype, 0, num_elements).reshape(shape)
         keys, values = self._keys_and_values(array)
         scales: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
