@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "proto/status_macros.h"
+#include "proto/wire/keep_alive.h"
 #include "proto/wire/lane_count.h"
 #include "proto/wire/request_id.h"
 #include "proto/wire/same_key.h"
@@ -17,6 +18,9 @@ using ::prefill::v1::ReceiveOpen;
 namespace {
 
 constexpr absl::Duration kReportInterval = absl::Seconds(1);
+// A sender knows after this time that its connection is dead.
+constexpr absl::Duration kNoticedAfter =
+    absl::Milliseconds(wire::kKeepAliveTimeMs + wire::kKeepAliveTimeoutMs);
 
 }  // namespace
 
@@ -196,8 +200,9 @@ void PendingTransfers::Unregister(const std::string& id, absl::Duration resume_w
     complete_.pop_front();
   }
   Entry& entry = found->second;
-  if (entry.key.has_value() && !entry.key->empty() && entry.transfer->is_complete()) {
-    complete_.push_back({id, std::move(entry), now + resume_window});
+  const bool has_lanes = entry.key.has_value() && !entry.key->empty();
+  if (has_lanes && entry.transfer->is_complete() && resume_window > absl::ZeroDuration()) {
+    complete_.push_back({id, std::move(entry), now + kNoticedAfter + resume_window});
   }
   entries_.erase(found);
 }

@@ -111,8 +111,10 @@ class PendingTransfers {
  public:
   // Expects a transfer until Unregister. ALREADY_EXISTS: the id is in use.
   absl::Status Register(const std::string& id, std::shared_ptr<PendingTransfer> transfer);
-  // A transfer that is complete is remembered for `resume_window`, for a sender whose connection
-  // broke under the receipt that says so. At most kMaxRemembered are.
+  // A transfer that is complete is remembered for a sender whose connection broke under the receipt
+  // that says so: for `resume_window` after the moment at which the sender knows that its
+  // connection is dead, at the latest (keep_alive.h). With a window of zero nobody comes back, and
+  // nothing is remembered. At most kMaxRemembered are.
   void Unregister(const std::string& id, absl::Duration resume_window = absl::ZeroDuration());
   static constexpr size_t kMaxRemembered = 64;
 

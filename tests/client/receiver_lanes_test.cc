@@ -85,6 +85,13 @@ class ReceiverLanes : public WorkerServices {
   std::unique_ptr<Lane> Open(uint32_t lane = 0, uint32_t num_lanes = 1, const char* key = kKey) {
     return std::make_unique<Lane>(*receiver_stub_, lane, num_lanes, key);
   }
+  void SendAll(const char* key) {
+    const auto lane = Open(0, 1, key);
+    for (uint32_t i = 0; i < 3; ++i) lane->Send(FrameOf(0, i, i));
+    EXPECT_TRUE(lane->AwaitReceived(3));
+    lane->SendResult({3});
+    EXPECT_TRUE(lane->AwaitComplete());
+  }
   static KvFrame FrameOf(uint32_t lane, uint64_t sequence, uint32_t layer) {
     return FrameEvent(SmallLayout(), lane, sequence, layer, 0, 3).kv_frame();
   }
@@ -250,13 +257,7 @@ TEST_F(ReceiverLanes, ASenderWhoStaysAwayEndsTheWaitAfterTheWindow) {
 
 // The connection broke under the receipt.
 TEST_F(ReceiverLanes, ASenderWhoComesBackToACompleteTransferIsTold) {
-  ExpectOk(GenerateWithPush([&] {
-    const auto lane = Open();
-    for (uint32_t i = 0; i < 3; ++i) lane->Send(FrameOf(0, i, i));
-    EXPECT_TRUE(lane->AwaitReceived(3));
-    lane->SendResult({3});
-    EXPECT_TRUE(lane->AwaitComplete());
-  }));
+  ExpectOk(GenerateWithPush([&] { SendAll(kKey); }));
   ExpectPoolFree();
   const auto again = Open();
   EXPECT_TRUE(again->AwaitComplete());
@@ -265,19 +266,27 @@ TEST_F(ReceiverLanes, ASenderWhoComesBackToACompleteTransferIsTold) {
   EXPECT_EQ(Open(0, 1, kOtherKey)->End().error_code(), grpc::StatusCode::PERMISSION_DENIED);
 }
 
+// A sender whose connection broke without a word learns it after kKeepAliveTimeMs and
+// kKeepAliveTimeoutMs alone, and has the window from then on.
+TEST_F(ReceiverLanes, ACompleteTransferIsRememberedForLongerThanTheWindow) {
+  options_.push_resume_window = absl::Milliseconds(100);
+  ExpectOk(GenerateWithPush([&] { SendAll(kKey); }));
+  absl::SleepFor(2 * options_.push_resume_window);
+  EXPECT_TRUE(Open()->AwaitComplete());
+}
+
+TEST_F(ReceiverLanes, WithoutAWindowNoCompleteTransferIsRemembered) {
+  options_.push_resume_window = absl::ZeroDuration();
+  ExpectOk(GenerateWithPush([&] { SendAll(kKey); }));
+  EXPECT_EQ(Open()->End().error_code(), grpc::StatusCode::NOT_FOUND);
+}
+
 // A router may use an id again at once.
 TEST_F(ReceiverLanes, ASenderWhoComesBackTakesNoOtherTransferWithItsId) {
-  const auto send_all = [&](const char* key) {
-    const auto lane = Open(0, 1, key);
-    for (uint32_t i = 0; i < 3; ++i) lane->Send(FrameOf(0, i, i));
-    EXPECT_TRUE(lane->AwaitReceived(3));
-    lane->SendResult({3});
-    EXPECT_TRUE(lane->AwaitComplete());
-  };
-  ExpectOk(GenerateWithPush([&] { send_all(kKey); }));
+  ExpectOk(GenerateWithPush([&] { SendAll(kKey); }));
   ExpectOk(GenerateWithPush([&] {
     EXPECT_TRUE(Open()->AwaitComplete());
-    send_all(kOtherKey);
+    SendAll(kOtherKey);
   }));
 }
 

@@ -125,32 +125,41 @@ class Lanes(unittest.TestCase):
                 again = PlayedLane(self.channel).receipt()
                 self.assertEqual((again.received, again.complete), (LAYERS, True))
 
+    def bring(self, receiver, channel, transfer_id):
+        with receiver.expect(transfer_id, TOKENS, timeout=PATIENCE) as cache:
+            lane = PlayedLane(channel, transfer_id=transfer_id)
+            for layer in range(LAYERS):
+                lane.send(layer, layer)
+            for _ in range(LAYERS):
+                next(cache._items)
+            lane.until(LAYERS)
+            lane.send_result(LAYERS)
+            self.assertEqual(list(cache), [])
+            self.assertTrue(lane.receipt().complete)
+
+    def wait_for_window(self, receiver, transfer_id):
+        completed = receiver._complete[transfer_id, KEY][1]
+        while time.monotonic() < completed + receiver._resume_window:
+            time.sleep(0.01)
+
+    def test_complete_caches_are_remembered_until_a_sender_knows_that_its_connection_is_dead(self):
+        with KvReceiver(resume_window=0.2) as receiver, grpc.insecure_channel(receiver.address) as channel:
+            self.bring(receiver, channel, "a")
+            self.wait_for_window(receiver, "a")
+            lane = PlayedLane(channel, transfer_id="a")
+            self.assertTrue(lane.receipt().complete)
+            lane.leave()
+        self.leave_unread()
+
     def test_complete_caches_are_forgotten_once_no_sender_comes_back(self):
-        receiver = self.enterContext(KvReceiver(resume_window=0.2))
+        with mock.patch.object(receiving, "_NOTICED_AFTER", 0.0):
+            receiver = self.enterContext(KvReceiver(resume_window=0.2))
         channel = self.enterContext(grpc.insecure_channel(receiver.address))
-
-        def bring(transfer_id):
-            with receiver.expect(transfer_id, TOKENS, timeout=PATIENCE) as cache:
-                lane = PlayedLane(channel, transfer_id=transfer_id)
-                for layer in range(LAYERS):
-                    lane.send(layer, layer)
-                for _ in range(LAYERS):
-                    next(cache._items)
-                lane.until(LAYERS)
-                lane.send_result(LAYERS)
-                self.assertEqual(list(cache), [])
-                self.assertTrue(lane.receipt().complete)
-
-        def late(transfer_id):
-            stale = receiver._complete[transfer_id, KEY][1]
-            while time.monotonic() < stale + 0.2:
-                time.sleep(0.01)
-
-        bring("a")
-        late("a")
-        bring("b")
+        self.bring(receiver, channel, "a")
+        self.wait_for_window(receiver, "a")
+        self.bring(receiver, channel, "b")
         self.assertEqual([transfer_id for transfer_id, _ in receiver._complete], ["b"])
-        late("b")
+        self.wait_for_window(receiver, "b")
         self.assertEqual(PlayedLane(channel, transfer_id="b").end()[0], grpc.StatusCode.NOT_FOUND)
         self.assertEqual(receiver._complete, {})
         self.leave_unread()
@@ -314,18 +323,18 @@ class Lanes(unittest.TestCase):
         self.leave_unread()
 
     def test_a_sender_whose_machine_vanished_is_gone_too(self):
-        hasty = (("grpc.keepalive_time_ms", 200), ("grpc.keepalive_timeout_ms", 500))
+        hasty = (("grpc.keepalive_time_ms", 200), ("grpc.keepalive_timeout_ms", 3000))
         with mock.patch.object(receiving, "_KEEP_ALIVE", hasty):
-            receiver = self.enterContext(KvReceiver(resume_window=0.2))
+            receiver = self.enterContext(KvReceiver(resume_window=2))
         proxy = self.enterContext(UnreliableProxy(receiver.address))
         channel = self.enterContext(grpc.insecure_channel(proxy.address))
-        with receiver.expect("t", TOKENS, timeout=PATIENCE) as cache:
-            lane = PlayedLane(channel)
-            lane.send(0, 0)
+        cache = self.enterContext(receiver.expect("vanished", TOKENS, timeout=PATIENCE))
+        lane = PlayedLane(channel, transfer_id="vanished")
+        lane.send(0, 0)
+        with self.assertRaisesRegex(PrefilldError, "did not come back"):
             next(iter(cache))
             proxy.fall_silent()
-            with self.assertRaisesRegex(PrefilldError, "did not come back"):
-                list(cache)
+            list(cache)
         lane.leave()
         self.leave_unread()
 

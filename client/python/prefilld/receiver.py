@@ -39,6 +39,7 @@ _KEEP_ALIVE = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 )
+_NOTICED_AFTER = 30.0  # seconds until a sender, whose settings are the same, knows that its connection is dead
 _Code = grpc.StatusCode
 
 
@@ -215,10 +216,11 @@ class KvReceiver:
         """
         self._expected: dict[str, ExpectedCache] = {}
         self._lock = threading.Lock()
-        # The caches that ended well within the window, and when: by transfer id and key, the oldest first.
+        # The caches that ended well and whose sender may not know it, and when: by id and key, the oldest first.
         self._complete: dict[tuple[str, str], tuple[ExpectedCache, float]] = {}
         self._open_timeout = open_timeout
         self._resume_window = resume_window
+        self._remembered_for = _NOTICED_AFTER + resume_window
         sizes = (("grpc.max_receive_message_length", 64 << 20), ("grpc.http2.lookahead_bytes", 8 << 20))
         options = (*sizes, *_KEEP_ALIVE)
         self._server = grpc.server(ThreadPoolExecutor(max_transfers * MAX_LANES, "prefilld-receive"), options=options)
@@ -288,7 +290,7 @@ class KvReceiver:
 
     def _forget_old(self) -> None:
         """Drops complete caches for which no sender comes back any more, or that are too many. Called with the lock."""
-        until = time.monotonic() - self._resume_window
+        until = time.monotonic() - self._remembered_for
         for name, (_, completed) in list(self._complete.items()):
             if completed > until and len(self._complete) <= _MAX_COMPLETE:
                 return
