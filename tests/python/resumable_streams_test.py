@@ -8,6 +8,7 @@ import sys
 import threading
 import unittest
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "client" / "python"))
 try:
@@ -84,6 +85,31 @@ class Closing(unittest.TestCase):
                 self.addCleanup(over.set)
                 asyncio.run(read(server, lanes))
                 over.set()
+
+    def test_closing_that_is_cancelled_closes_the_connections(self):
+        async def run(server):
+            client = AsyncPrefillClient(server.address)
+            streams = [await client.prefill(TOKENS, resumable=True) for _ in range(2)]
+            closing = asyncio.ensure_future(client.close())
+            for _ in streams:
+                await asyncio.to_thread(server.cancelled.get, timeout=PATIENCE)
+            self.assertFalse(closing.done())
+            closing.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await closing
+            with self.assertRaisesRegex(grpc.aio.UsageError, "closed"):
+                await client.is_serving()
+
+        def cancel_late(server, request, context):
+            server.cancelled.put(request.request_id)
+            over.wait(PATIENCE)
+            return wire.CancelResponse()
+
+        over = threading.Event()
+        self.addCleanup(over.set)
+        with mock.patch.object(PlayedServer, "_cancel", cancel_late), PlayedServer(accepting) as server:
+            asyncio.run(run(server))
+            over.set()
 
     def test_a_closed_connection_is_one_of_the_family(self):
         async def run(server):
