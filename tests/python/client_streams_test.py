@@ -29,7 +29,7 @@ try:
         wire,
     )
     from prefilld.frames import Frame, read_event
-    from prefilld.transfer import TransferCheck, WholeCache
+    from prefilld.transfer import Damaged, TransferCheck, WholeCache
 except ImportError as missing:
     print(f"skipped: {missing}")
     sys.exit(77)
@@ -306,6 +306,17 @@ class Messages(unittest.TestCase):
             with self.assertRaisesRegex(TransferError, "where frame 2 was due"):
                 check.take(frame(**place, sequence=0).kv_frame)
         self.assertIsNotNone(check.take(frame(2, sequence=2).kv_frame))
+
+    def test_what_is_beyond_repair_stays_so(self):
+        check = TransferCheck(layout(), resumable=True)
+        for sequence in (0, 0, 0, *range(1, LAYERS * BLOCKS)):
+            with self.assertRaises(Damaged):
+                check.take(frame(0, sequence=sequence, checksum=7).kv_frame)
+        self.assertFalse(check.is_beyond_repair)
+        for sequence in (0, LAYERS * BLOCKS):  # once too often, and one more than blocks are missing
+            with self.assertRaisesRegex(TransferError, "checksum"):
+                check.take(frame(0, sequence=sequence, checksum=7).kv_frame)
+            self.assertTrue(check.is_beyond_repair)
 
     def test_frames_are_read_as_protobuf_reads_them(self):
         random = np.random.default_rng(1)

@@ -214,7 +214,8 @@ class TransferCheck:
                     damaged[frame.sequence] = damaged.get(frame.sequence, 0) + 1
                     self._frames[lane] += is_next
                 raise Damaged
-            self.is_beyond_repair = frame.sequence in damaged
+            if frame.sequence in damaged:
+                self.is_beyond_repair = True
             raise data_loss(f"{where}: checksum of the payload is {checksum:016x}, sent was {frame.checksum:016x}")
         with self._lock:
             arrived = self._arrived[frame.layer, frame.first_block : end]
