@@ -128,24 +128,38 @@ TEST_F(Tls, RenewedCertificatesAreServedWithoutARestart) {
 }
 
 // Otherwise an orchestrator would end all servers at one moment, with the requests that go on.
+// PortWatch's own test has the connections that a process makes to such a port of its own.
 TEST(TlsExpiry, EndsReadinessAndNotLiveness) {
-  const TestCertificate brief(-absl::Hours(1), absl::Seconds(15));
+  const TestCertificate own;
   const model::RandomCheckpoint checkpoint;
   const std::vector<std::string> flags = {
-      "--model=" + checkpoint.dir(), "--device=cpu", "--tls_cert=" + brief.cert_file(),
-      "--tls_key=" + brief.key_file(), "--tls_client_ca=" + brief.cert_file()};
-  const ServerProcess prefilld("prefilld", flags), worker("prefilld-decode-worker", flags);
+      "--model=" + checkpoint.dir(), "--device=cpu", "--tls_cert=" + own.cert_file(),
+      "--tls_key=" + own.key_file(), "--tls_client_ca=" + own.cert_file()};
+  ServerProcess prefilld("prefilld", flags), worker("prefilld-decode-worker", flags);
+  const auto health = [&own](const ServerProcess& server) {
+    ChildProcess cli("prefill-cli",
+                     {"health", "--server=" + server.address(), "--service=liveness", "--tls",
+                      "--tls_ca=" + own.cert_file(), "--tls_cert=" + own.cert_file(),
+                      "--tls_key=" + own.key_file()});
+    return cli.Wait(absl::Seconds(30)).value_or(-1);
+  };
+  EXPECT_EQ(health(prefilld), 0);
+  EXPECT_EQ(health(worker), 0);
+  const TestCertificate brief(-absl::Hours(1), absl::Seconds(12));
+  own.ReplaceWith(brief);
+  for (ServerProcess* server : {&prefilld, &worker}) {
+    server->Signal(SIGHUP);
+    // From here on the probe shows and trusts what the server does, so expiry alone makes it fail.
+    ASSERT_TRUE(server->AwaitStderr("certificates_reloaded", absl::Seconds(20)))
+        << server->stderr_text();
+  }
   for (const ServerProcess* server : {&prefilld, &worker}) {
-    const auto health = [&] {
-      ChildProcess cli("prefill-cli",
-                       {"health", "--server=" + server->address(), "--service=liveness", "--tls",
-                        "--tls_ca=" + brief.cert_file(), "--tls_cert=" + brief.cert_file(),
-                        "--tls_key=" + brief.key_file()});
-      return cli.Wait(absl::Seconds(30)).value_or(-1);
-    };
     const absl::Time deadline = absl::Now() + absl::Seconds(60);
-    while (health() == 0 && absl::Now() < deadline) absl::SleepFor(absl::Milliseconds(200));
-    EXPECT_NE(health(), 0) << "it has expired";
+    while (health(*server) == 0 && absl::Now() < deadline) absl::SleepFor(absl::Milliseconds(200));
+    EXPECT_NE(health(*server), 0) << "it has expired";
+    const MetricsPage metrics(server->metrics_address());
+    EXPECT_LE(metrics.Value("prefilld_certificate_expiry_timestamp_seconds"),
+              absl::ToDoubleSeconds(absl::Now() - absl::UnixEpoch()));
     EXPECT_THAT(MetricsPage(server->metrics_address(), "/live").text(),
                 StartsWith("HTTP/1.1 200 OK"));
   }

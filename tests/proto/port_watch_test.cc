@@ -13,6 +13,8 @@
 #include "absl/time/clock.h"
 #include "proto/process/health.h"
 #include "proto/wire/listener.h"
+#include "proto/wire/server_certificates.h"
+#include "tests/proto/test_certificate.h"
 
 namespace prefilld::process {
 namespace {
@@ -92,6 +94,30 @@ TEST(PortWatch, StaysLiveWhileProgressAndPortAreGood) {
   health.SetProgressing(false);
   EXPECT_FALSE(health.live());
   health.SetProgressing(true);
+  EXPECT_TRUE(health.live());
+}
+
+// An expired certificate ends the handshakes of callers, and a restart would not renew it.
+TEST(PortWatch, AProcessWhoseCertificateHasExpiredStaysLive) {
+  const TestCertificate own;
+  auto serving = wire::Listener::Create(
+      {.address = "127.0.0.1:0",
+       .tls = {.cert_file = own.cert_file(), .key_file = own.key_file(), .client_ca_file = ""},
+       .max_request_bytes = 1 << 20,
+       .max_streams = 4},
+      {});
+  ASSERT_TRUE(serving.ok()) << serving.status();
+  // One that has expired already would not be taken.
+  wire::ServerCertificates& certificates = *(*serving)->certificates();
+  ASSERT_TRUE(Eventually([&] {
+    own.ReplaceWith(TestCertificate(-absl::Hours(1), absl::Seconds(3)));
+    return certificates.Reload().value_or(false);
+  }));
+  ASSERT_TRUE(Eventually([&] { return absl::Now() > certificates.expiry(); }));
+  Health health((*serving)->server().GetHealthCheckService(), {});
+  const PortWatch watch((*serving)->connections(), nullptr, health,
+                        std::make_shared<prometheus::Registry>(), kPatient);
+  ASSERT_TRUE(Eventually([&] { return (*serving)->connections().counts().accepted > 5; }));
   EXPECT_TRUE(health.live());
 }
 
