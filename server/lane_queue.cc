@@ -78,6 +78,12 @@ absl::StatusOr<int64_t> LaneQueue::Resume(Transport* transport, std::optional<ui
   return again;
 }
 
+absl::Status LaneQueue::CheckResumable(uint64_t received) const {
+  absl::MutexLock lock(&mu_);
+  if (end_.has_value() && !end_->ok()) return *end_;
+  return retained_.CheckResumable(received);
+}
+
 absl::StatusOr<int64_t> LaneQueue::GoOnFrom(uint64_t received) {
   std::deque<KvFrame> released;  // destroyed after the lock
   absl::MutexLock lock(&mu_);
@@ -374,7 +380,9 @@ LaneQueue::Taken LaneQueue::taken(absl::Time now) const {
   absl::MutexLock lock(&mu_);
   if (keeps_frames_) {
     Taken taken = acknowledged_;
-    if (transport_ != nullptr && !retained_.empty()) taken.busy += now - acknowledged_at_;
+    // Until the peer has said where to go on, a new stream ends no time away.
+    const bool is_here = transport_ != nullptr && !away_since_.has_value();
+    if (is_here && !retained_.empty()) taken.busy += now - acknowledged_at_;
     return taken;
   }
   Taken taken = taken_;

@@ -64,6 +64,8 @@ class LaneQueue {
   absl::StatusOr<int64_t> Resume(Transport* transport, std::optional<uint64_t> received,
                                  std::optional<Message> greeting);
   absl::StatusOr<int64_t> GoOnFrom(uint64_t received);
+  // Tells whether Resume would fail now, and changes nothing.
+  absl::Status CheckResumable(uint64_t received) const;
   // Makes the queue one that is not resumable and keeps no frames. It must have sent no frame.
   void ForgoResumption();
   // Releases the frames before `received`, and sends those of `damaged` that are left once more.

@@ -116,6 +116,9 @@ Stream* ResumptionService::Resume(grpc::CallbackServerContext* context,
   }
   const auto queue = (*job)->delivery().any_lane(request.lane());
   if (!queue.ok()) return refuse(queue.status());
+  // A call that is refused changes nothing for the stream before it, so this comes first.
+  const absl::Status resumable = (*queue)->CheckResumable(request.received());
+  if (!resumable.ok()) return refuse(resumable);
 
   const wire::Connections* connections = connections_;
   auto stream = std::make_unique<ServerStream>(
@@ -136,14 +139,12 @@ Stream* ResumptionService::Resume(grpc::CallbackServerContext* context,
   std::optional<Message> greeting;
   if (request.lane() == 0) greeting = AcceptedEvent((*job)->work(), /*queue_position=*/0);
   // Whoever resumes may be another process than the one that has attached the memory. If it is the
-  // same, it says so once more over its socket.
-  const bool was_read_in_place = (*job)->credit()->is_read_in_place();
+  // same, it says so once more over its socket. Others may have set or cleared this meanwhile, so
+  // it stays cleared should the queue have become another since it was asked: whoever reads in
+  // place can read payloads too.
   (*job)->credit()->set_is_read_in_place(false);
   const auto again = (*queue)->Resume(stream.get(), request.received(), std::move(greeting));
-  if (!again.ok()) {
-    (*job)->credit()->set_is_read_in_place(was_read_in_place);  // the stream before goes on
-    return refuse(again.status());
-  }
+  if (!again.ok()) return refuse(again.status());
   metrics_.resumption().CountResumed(*again);
   process::LogEvent(process::LogLevel::kInfo, "stream_resumed",
                     {{"id", (*job)->work().id},

@@ -155,6 +155,7 @@ absl::Status PrefillServer::CreateSharedMemory(const ServerOptions& options) {
   if (options.shared_memory_bytes == 0) return absl::OkStatus();
   auto host = SharedMemoryHost::Create(
       {.max_bytes = options.shared_memory_bytes,
+       .max_attachments = options.max_shared_memories,
        .folder = options.shared_memory_dir,
        .max_lanes = options.max_lanes,
        .is_shared_by_tenants = options.tenant_evidence.source != TenantSource::kNone},

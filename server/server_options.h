@@ -58,9 +58,10 @@ struct ServerOptions {
   int64_t frame_bytes = int64_t{2} << 20;
   // Memory of consumers of this host that is mapped in all; 0: KV goes over gRPC alone.
   int64_t shared_memory_bytes = int64_t{4} << 30;
-  std::string shared_memory_dir;  // has a socket for those of other pods; empty: none
-  int pack_threads = 0;           // that pack and send KV; 0: as PackThreads says
-  std::string kv_bench_listen;    // host:port; set: made-up KV is served, without a model
+  int64_t max_shared_memories = 256;  // memories, each of which has a thread; no flag sets it
+  std::string shared_memory_dir;      // has a socket for those of other pods; empty: none
+  int pack_threads = 0;               // that pack and send KV; 0: as PackThreads says
+  std::string kv_bench_listen;        // host:port; set: made-up KV is served, without a model
   CacheWatchRules cache_watch;
   TenantEvidence tenant_evidence;             // how those who share the server are told apart
   Tenants tenants;                            // those of the start

@@ -44,19 +44,20 @@ bool IsOfOneConnection(int error) {
 }  // namespace
 
 SharedMemoryHost::SharedMemoryHost(const Settings& settings, const Surroundings& surroundings)
-    : surroundings_{
-          .engine = surroundings.engine,
-          .ring = surroundings.ring,
-          .scheduler = surroundings.scheduler,
-          .metrics = surroundings.metrics,
-          .use = std::make_shared<SharedMemoryUse>(
-              SharedMemoryUse::Limits{.bytes = settings.max_bytes,
-                                      .attachments = kMaxAttachments,
-                                      .is_shared_by_tenants = settings.is_shared_by_tenants}),
-          .buffer_bytes = SharedRegion::RoundToPages(surroundings.ring.buffer_bytes()),
-          .most_bytes = UsefulSharedBytes(
-              static_cast<int64_t>(SharedRegion::RoundToPages(surroundings.ring.buffer_bytes())),
-              settings.max_lanes)} {}
+    : surroundings_{.engine = surroundings.engine,
+                    .ring = surroundings.ring,
+                    .scheduler = surroundings.scheduler,
+                    .metrics = surroundings.metrics,
+                    .use = std::make_shared<SharedMemoryUse>(SharedMemoryUse::Limits{
+                        .bytes = settings.max_bytes,
+                        .attachments = settings.max_attachments,
+                        .is_shared_by_tenants = settings.is_shared_by_tenants}),
+                    .buffer_bytes = SharedRegion::RoundToPages(surroundings.ring.buffer_bytes()),
+                    .most_bytes = UsefulSharedBytes(static_cast<int64_t>(SharedRegion::RoundToPages(
+                                                        surroundings.ring.buffer_bytes())),
+                                                    settings.max_lanes)},
+      // One more than may be attached is told so.
+      most_visits_(kMaxUnknown + static_cast<size_t>(settings.max_attachments) + 1) {}
 
 absl::StatusOr<std::unique_ptr<SharedMemoryHost>> SharedMemoryHost::Create(
     const Settings& settings, const Surroundings& surroundings) {
@@ -155,9 +156,7 @@ void SharedMemoryHost::Admit(wire::Descriptor connection) {
   const auto unknown = std::count_if(visits_.begin(), visits_.end(), [](const Visit& visit) {
     return !visit.consumer.is_known() && !visit.is_over;
   });
-  // One more than may be attached is told so.
-  const size_t most = kMaxUnknown + kMaxAttachments + 1;
-  if (static_cast<size_t>(unknown) >= kMaxUnknown || visits_.size() >= most) {
+  if (static_cast<size_t>(unknown) >= kMaxUnknown || visits_.size() >= most_visits_) {
     surroundings_.metrics.Count(Visitor::kTooMany);
     return;
   }

@@ -33,6 +33,7 @@ class SharedMemoryHost {
  public:
   struct Settings {
     int64_t max_bytes = 0;              // of all memories; at least 1
+    int64_t max_attachments = 0;        // memories, each of which has a thread; at least 1
     std::string folder;                 // for consumers outside this network namespace; empty: none
     int max_lanes = 1;                  // of a request
     bool is_shared_by_tenants = false;  // so that none takes all
@@ -54,8 +55,7 @@ class SharedMemoryHost {
   // Returns what requests may be offered.
   const SharedMemoryTerms& terms() const { return terms_; }
 
-  static constexpr size_t kMaxUnknown = 64;        // connections that have shown no key
-  static constexpr int64_t kMaxAttachments = 256;  // each has a thread
+  static constexpr size_t kMaxUnknown = 64;  // connections that have shown no key
   static constexpr absl::Duration kLastMemory = absl::Seconds(5);
 
  private:
@@ -80,6 +80,7 @@ class SharedMemoryHost {
   bool ForgetPast();
 
   const SharedMemorySurroundings surroundings_;
+  const size_t most_visits_;
   SharedMemoryTerms terms_;
   std::unique_ptr<SocketFile> file_;
   wire::Descriptor abstract_;

@@ -337,6 +337,19 @@ TEST_F(ResumableLane, TheTimeAwayIsNotTimeInWhichTheConsumerWasSlow) {
   EXPECT_EQ(queue_.StalledFor(clock_.Now()), absl::ZeroDuration());
 }
 
+TEST_F(ResumableLane, ItIsNotEitherWhileTheNewStreamHasNotSaidWhereToGoOn) {
+  queue_.Attach(&first_);
+  PushFrames(2);
+  first_.Take(queue_, 2);
+  clock_.Advance(absl::Seconds(3));
+  queue_.OnPeerGone(&first_);
+  clock_.Advance(absl::Seconds(9));
+  ASSERT_TRUE(queue_.Resume(&second_, std::nullopt, Accepted()).ok());
+  EXPECT_EQ(queue_.taken(clock_.Now()).busy, absl::ZeroDuration());
+  ASSERT_TRUE(queue_.GoOnFrom(0).ok());
+  EXPECT_EQ(queue_.taken(clock_.Now()).busy, absl::Seconds(3));
+}
+
 TEST_F(ResumableLane, WhatIsAcknowledgedCountsAsTaken) {
   queue_.Attach(&first_);
   PushFrames(2);

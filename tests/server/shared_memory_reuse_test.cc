@@ -11,7 +11,6 @@
 #include "absl/strings/str_cat.h"
 #include "client/shared_memory.h"
 #include "client/shared_memory_pool.h"
-#include "server/shared_memory_host.h"
 #include "tests/server/resumption_fixture.h"
 #include "tests/server/shared_memory_fixture.h"
 
@@ -98,9 +97,10 @@ TEST_F(SharedMemoryReuse, ACallWithoutAnOfferLeavesTheMemoryToTheNext) {
 
 // Each has a thread, so those that nobody uses go soon when there are many.
 TEST_F(SharedMemoryReuse, AMemoryIsNotKeptForLongWhereManyAre) {
+  options_.max_shared_memories = 4;
   StartServer();
   std::vector<std::unique_ptr<Visitor>> visitors;
-  for (int64_t i = 0; i <= SharedMemoryHost::kMaxAttachments / 2; ++i) {
+  for (int64_t i = 0; i <= options_.max_shared_memories / 2; ++i) {
     v1::Accepted accepted;
     const auto stream = Open(accepted, PromptOf(kTokens, absl::StrCat("shared-", i)));
     accepted.mutable_shared_memory()->set_bytes(4 << 20);
@@ -327,9 +327,17 @@ TEST_F(SharedMemoryResumption, ThatIsRefusedChangesNothingForTheStreamThatIsTher
   ASSERT_EQ(visitor.Attach(accepted).code(), 0);
   visitor.Map();
   EXPECT_TRUE(Eventually([this] { return Visitors("attached") == 1; }));
-  const auto stub = NewResumptionStub();
-  Resumed refused(*stub, From(1'000'000));
-  EXPECT_EQ(refused.Rest().status.error_code(), grpc::StatusCode::OUT_OF_RANGE);
+  std::vector<std::thread> callers;  // at once, so that none takes another's change for the state
+  for (int caller = 0; caller < 8; ++caller) {
+    callers.emplace_back([this] {
+      const auto stub = NewResumptionStub();
+      for (int call = 0; call < 100; ++call) {
+        Resumed refused(*stub, From(1'000'000));
+        EXPECT_EQ(refused.Rest().status.error_code(), grpc::StatusCode::OUT_OF_RANGE);
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
   engine_->HoldAfter(-1);
   std::vector<v1::KvFrame> frames;
   v1::PrefillEvent event;
