@@ -5,6 +5,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "server/refusal_cause.h"
 
 namespace prefilld::server {
 namespace {
@@ -50,6 +51,13 @@ bool HasRoom(const Resource& resource, absl::Span<const Tenant> tenants, size_t 
   return used_of_that <= std::max<int64_t>(0, for_all);
 }
 
+// Says whose limit a newcomer has met for whom there is no room: the queue's, or that of a tenant
+// who may not have what is left, because it is kept for others.
+RefusalCause CauseOfNoRoom(const Resource& resource, int64_t wanted) {
+  const int64_t used = std::accumulate(resource.used.begin(), resource.used.end(), int64_t{0});
+  return used + wanted <= resource.limit ? RefusalCause::kTenantShare : RefusalCause::kQueueFull;
+}
+
 // Tells whether a prompt goes before the newcomer as far as classes and tenants decide it.
 bool MayPrecede(const WaitingPrompt& prompt, const WaitingPrompt& newcomer) {
   return prompt.priority > newcomer.priority ||
@@ -86,15 +94,17 @@ absl::Status CheckRoom(const QueueLimits& limits, const WaitingLine& line,
                          " requests and ", tokens.used[own], " tokens in it");
   }
   if (!HasRoom(places, limits.tenants, own, 1)) {
-    return absl::ResourceExhaustedError(absl::StrCat("the queue is full", whose, ": ", queued,
-                                                     " requests wait; at most ", limits.capacity));
+    return Because(CauseOfNoRoom(places, 1), absl::ResourceExhaustedError(absl::StrCat(
+                                                 "the queue is full", whose, ": ", queued,
+                                                 " requests wait; at most ", limits.capacity)));
   }
   if (places.used[own] > 0 && !HasRoom(tokens, limits.tenants, own, newcomer.num_tokens)) {
     int64_t queued_tokens = 0;
     for (const int64_t used : tokens.used) queued_tokens += used;
-    return absl::ResourceExhaustedError(
-        absl::StrCat("the queue is full", whose, ": ", queued_tokens, " tokens wait and ",
-                     newcomer.num_tokens, " came; at most ", limits.max_queued_tokens));
+    return Because(CauseOfNoRoom(tokens, newcomer.num_tokens),
+                   absl::ResourceExhaustedError(absl::StrCat(
+                       "the queue is full", whose, ": ", queued_tokens, " tokens wait and ",
+                       newcomer.num_tokens, " came; at most ", limits.max_queued_tokens)));
   }
   return absl::OkStatus();
 }

@@ -224,8 +224,10 @@ absl::Status CacheWatch::CheckRoom() const {
                    absl::FailedPreconditionError("this server has no prefix cache"));
   }
   if (streams_.size() >= kMaxWatchers) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat(streams_.size(), " callers follow the prefix cache; at most ", kMaxWatchers));
+    return Because(
+        RefusalCause::kWatchers,
+        absl::ResourceExhaustedError(absl::StrCat(
+            streams_.size(), " callers follow the prefix cache; at most ", kMaxWatchers)));
   }
   return absl::OkStatus();
 }

@@ -37,6 +37,12 @@ const char* Name(RefusalCause cause) {
       return "forbidden";
     case RefusalCause::kQueueFull:
       return "queue_full";
+    case RefusalCause::kTenantShare:
+      return "tenant_share";
+    case RefusalCause::kReceivers:
+      return "receivers";
+    case RefusalCause::kWatchers:
+      return "watchers";
     case RefusalCause::kDeadline:
       return "deadline";
     case RefusalCause::kDuplicate:

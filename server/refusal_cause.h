@@ -24,7 +24,10 @@ enum class RefusalCause : uint8_t {
   kTenantPushTarget,    // deliver_to
   kPushTarget,          // not on the server's own list, or no push is
   kForbidden,           // a key of lanes or receivers, or the prefix cache
-  kQueueFull,
+  kQueueFull,           // no tenant could have more of it
+  kTenantShare,         // the queue has room, which is kept for other tenants
+  kReceivers,           // too many wait for their requests
+  kWatchers,            // too many follow the prefix cache
   kDeadline,
   kDuplicate,
   kUnknown,      // no request is there to attach to
@@ -33,17 +36,29 @@ enum class RefusalCause : uint8_t {
   kUnavailable,  // draining, or the device has failed
 };
 
-inline constexpr std::array<RefusalCause, 20> kRefusalCauses = {
-    RefusalCause::kInvalid,          RefusalCause::kModel,
-    RefusalCause::kUnauthenticated,  RefusalCause::kCertificate,
-    RefusalCause::kTenantRequests,   RefusalCause::kTenantQueuedTokens,
-    RefusalCause::kTenantRate,       RefusalCause::kTenantPolicy,
-    RefusalCause::kTenantLanes,      RefusalCause::kTenantPushes,
-    RefusalCause::kTenantPushTarget, RefusalCause::kPushTarget,
-    RefusalCause::kForbidden,        RefusalCause::kQueueFull,
-    RefusalCause::kDeadline,         RefusalCause::kDuplicate,
-    RefusalCause::kUnknown,          RefusalCause::kOver,
-    RefusalCause::kCancelled,        RefusalCause::kUnavailable};
+inline constexpr std::array<RefusalCause, 23> kRefusalCauses = {RefusalCause::kInvalid,
+                                                                RefusalCause::kModel,
+                                                                RefusalCause::kUnauthenticated,
+                                                                RefusalCause::kCertificate,
+                                                                RefusalCause::kTenantRequests,
+                                                                RefusalCause::kTenantQueuedTokens,
+                                                                RefusalCause::kTenantRate,
+                                                                RefusalCause::kTenantPolicy,
+                                                                RefusalCause::kTenantLanes,
+                                                                RefusalCause::kTenantPushes,
+                                                                RefusalCause::kTenantPushTarget,
+                                                                RefusalCause::kPushTarget,
+                                                                RefusalCause::kForbidden,
+                                                                RefusalCause::kQueueFull,
+                                                                RefusalCause::kTenantShare,
+                                                                RefusalCause::kReceivers,
+                                                                RefusalCause::kWatchers,
+                                                                RefusalCause::kDeadline,
+                                                                RefusalCause::kDuplicate,
+                                                                RefusalCause::kUnknown,
+                                                                RefusalCause::kOver,
+                                                                RefusalCause::kCancelled,
+                                                                RefusalCause::kUnavailable};
 
 const char* Name(RefusalCause cause);
 

@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "server/prefill_job.h"
+#include "server/refusal_cause.h"
 #include "server/resumable_jobs.h"
 #include "server/scheduler.h"
 #include "server/server_stream.h"
@@ -32,9 +33,10 @@ void WaitingReceivers::Bring(std::shared_ptr<PrefillJob> receiver, ServerStream*
     }
   }
   End(*waiting.receiver, stream, Outcome::kQueueFull,
-      absl::ResourceExhaustedError(absl::StrCat("receivers wait for their requests, ", kMaxWaiting,
-                                                " or, of one tenant, ", kMaxWaitingOfTenant,
-                                                "; at most that many may")));
+      Because(RefusalCause::kReceivers,
+              absl::ResourceExhaustedError(absl::StrCat(
+                  "receivers wait for their requests, ", kMaxWaiting, " or, of one tenant, ",
+                  kMaxWaitingOfTenant, "; at most that many may"))));
 }
 
 bool WaitingReceivers::HasRoomFor(const PrefillJob& receiver) const {

@@ -4,6 +4,8 @@
 
 #include <gmock/gmock.h>
 
+#include "server/refusal_cause.h"
+
 namespace prefilld::server {
 namespace {
 
@@ -88,10 +90,14 @@ TEST(CheckRoom, KeepsHalfOfThePlacesForTheTenantsByTheirWeights) {
   EXPECT_EQ(taken, 1 + 4) << "its own and those for all";
   EXPECT_THAT(CheckRoom(TwoTenants(), line, LongOf(0, 1)).message(),
               HasSubstr("for tenant one, who has 5 requests and 5 tokens in it: 5 requests wait"));
+  EXPECT_EQ(CauseOf(CheckRoom(TwoTenants(), line, LongOf(0, 1))), RefusalCause::kTenantShare);
   for (taken = 0; CheckRoom(TwoTenants(), line, LongOf(1, 1)).ok(); ++taken) {
     line.prompts.push_back(LongOf(1, 1));
   }
   EXPECT_EQ(taken, 3);
+  for (const int tenant : {0, 1}) {
+    EXPECT_EQ(CauseOf(CheckRoom(TwoTenants(), line, LongOf(tenant, 1))), RefusalCause::kQueueFull);
+  }
 }
 
 TEST(CheckRoom, KeepsNothingForATenantThatIsGone) {
@@ -105,9 +111,9 @@ TEST(CheckRoom, KeepsNothingForATenantThatIsGone) {
 
 TEST(CheckRoom, KeepsHalfOfTheTokensToo) {
   const WaitingLine line = {.prompts = {LongOf(0, 5000), LongOf(1, 1000)}, .computing = true};
-  EXPECT_FALSE(CheckRoom(TwoTenants(), line, LongOf(0, 1)).ok());
+  EXPECT_EQ(CauseOf(CheckRoom(TwoTenants(), line, LongOf(0, 1))), RefusalCause::kTenantShare);
   EXPECT_TRUE(CheckRoom(TwoTenants(), line, LongOf(1, 2000)).ok());
-  EXPECT_FALSE(CheckRoom(TwoTenants(), line, LongOf(1, 2001)).ok());
+  EXPECT_EQ(CauseOf(CheckRoom(TwoTenants(), line, LongOf(1, 2001))), RefusalCause::kQueueFull);
 }
 
 TEST(CheckRoom, LetsOneRequestOfEachTenantWait) {

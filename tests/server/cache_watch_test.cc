@@ -153,6 +153,7 @@ TEST_F(CacheWatchTest, SixteenMayFollowAndOneThatLeavesMakesRoom) {
   const grpc::Status status = Watcher(*stub_).End();
   EXPECT_EQ(status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
   EXPECT_EQ(status.error_message(), "16 callers follow the prefix cache; at most 16");
+  EXPECT_EQ(Metric("prefilld_refusals_total{cause=\"watchers\"}"), 1);
   watchers.pop_back();
   EXPECT_TRUE(Eventually([this] { return Metric("prefilld_prefix_cache_watchers") == 15; }));
   Watcher(*stub_).Next();

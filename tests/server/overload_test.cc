@@ -1,9 +1,11 @@
 // Tests more work than the server takes: queue bounds, order, deadlines.
 #include <gmock/gmock.h>
 
+#include "absl/strings/str_cat.h"
 #include "google/rpc/retry_info.pb.h"
 #include "google/rpc/status.pb.h"
 #include "server/prompt_speed.h"
+#include "server/waiting_receivers.h"
 #include "tests/server/server_fixture.h"
 
 namespace prefilld::server {
@@ -145,6 +147,26 @@ TEST_F(Overload, ARequestThatIsCancelledWhileItWaitsForItsIdIsCountedAsThat) {
   EXPECT_EQ(refusals("invalid"), 0);
   engine_->HoldAfter(-1);
   EXPECT_TRUE(running->Rest().status.ok());
+}
+
+TEST_F(Overload, AReceiverThatIsOneTooManyToWaitForItsRequestIsRefusedAndCountedAsThat) {
+  StartServer();
+  constexpr size_t kStreams = 16;  // of a connection, which may have a few more
+  std::unique_ptr<v1::PrefillService::Stub> stub;
+  std::vector<std::unique_ptr<OpenStream>> waiting;
+  const auto attach = [&](size_t number) {
+    v1::AttachReceiverRequest request;
+    request.set_request_id(absl::StrCat("awaited-", number));
+    request.set_receiver_key("0123456789abcdef0123456789abcdef");
+    request.set_receiver(1);
+    request.set_num_tokens(10);
+    if (number % kStreams == 0) stub = NewStub();
+    return std::make_unique<OpenStream>(*stub, request);
+  };
+  const auto refused = [this] { return Metric("prefilld_refusals_total{cause=\"receivers\"}"); };
+  for (size_t i = 0; i <= WaitingReceivers::kMaxWaiting; ++i) waiting.push_back(attach(i));
+  EXPECT_TRUE(Eventually([&] { return refused() == 1; }));
+  EXPECT_EQ(Metric("prefilld_refusals_total{cause=\"queue_full\"}"), 0);
 }
 
 // A cancel and the next request of the same caller are heard of in any order.

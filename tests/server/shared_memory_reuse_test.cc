@@ -331,7 +331,7 @@ TEST_F(SharedMemoryResumption, ThatIsRefusedChangesNothingForTheStreamThatIsTher
   for (int caller = 0; caller < 8; ++caller) {
     callers.emplace_back([this] {
       const auto stub = NewResumptionStub();
-      for (int call = 0; call < 100; ++call) {
+      for (int call = 0; call < 400; ++call) {
         Resumed refused(*stub, From(1'000'000));
         EXPECT_EQ(refused.Rest().status.error_code(), grpc::StatusCode::OUT_OF_RANGE);
       }
