@@ -16,7 +16,7 @@ import custom_resources
 import jsonschema
 import kubernetes_validate
 import yaml
-from rendering import (KUBERNETES, KUSTOMIZATIONS, OLDEST_KUSTOMIZE, containers_of, flag_value, kustomize_version,
+from rendering import (KUBERNETES, KUSTOMIZATIONS, OLDEST_KUSTOMIZE, ROOT, containers_of, flag_value, kustomize_version,
                        of_kind, of_the_environment, on_the_path, pod_of, program_of, render, render_text)  # fmt: skip
 
 KUBERNETES_VERSIONS = ["1.30.0", "1.33.0", "1.37.0"]  # the oldest we say we need, to the newest with a schema
@@ -207,6 +207,24 @@ class Agreement(unittest.TestCase):
                              and any(selects(to["podSelector"]["matchLabels"], target) for to in rule["to"])])  # fmt: skip
             self.assertTrue([1 for rule in takes["spec"]["ingress"] if rule["ports"][0]["port"] == "grpc"
                              and any(selects(f["podSelector"]["matchLabels"], source) for f in rule["from"])])  # fmt: skip
+
+    @for_each_overlay
+    def test_names_are_looked_up_at_pods_and_at_the_cache_of_the_node(self, resources, _):
+        for policy in (p for p in of_kind(resources, "NetworkPolicy") if "Egress" in p["spec"]["policyTypes"]):
+            (rule,) = [r for r in policy["spec"]["egress"] if 53 in [p["port"] for p in r["ports"]]]
+            self.assertEqual({p["protocol"] for p in rule["ports"]}, {"TCP", "UDP"})
+            self.assertIn({"ipBlock": {"cidr": "169.254.20.10/32"}}, rule["to"])
+            self.assertIn("k8s-app", [k for to in rule["to"] for k in to.get("podSelector", {}).get("matchLabels", {})])
+
+    @for_each_overlay
+    def test_the_guide_names_the_labels_that_let_pods_in(self, resources, deployments):
+        guide = (ROOT / "deploy" / "kubernetes" / "README.md").read_text()
+        for policy in of_kind(resources, "NetworkPolicy"):
+            for source in (f for rule in policy["spec"]["ingress"] for f in rule["from"] if f.get("podSelector")):
+                labels = source["podSelector"]["matchLabels"]
+                if not any(selects(labels, deployment) for deployment in deployments):
+                    for name, value in labels.items():
+                        self.assertIn(f'`{name}: "{value}"`', guide)
 
     @for_each_overlay
     def test_every_program_is_scraped_once_as_the_job_that_alerts_and_keda_ask_for(self, resources, deployments):
