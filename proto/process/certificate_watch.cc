@@ -51,10 +51,7 @@ class CertificateWatch::Metrics final : public prometheus::Collectable {
     }
     if (families.empty()) return families;
     families.push_back(Reloads());
-    families.push_back(Gauge("prefilld_certificates_refused",
-                             "1 while the TLS files of this server, or those of calls that go "
-                             "out, are not valid.",
-                             server_refused_ || client_refused_ ? 1 : 0));
+    families.push_back(Refused());
     return families;
   }
 
@@ -68,6 +65,22 @@ class CertificateWatch::Metrics final : public prometheus::Collectable {
     gauge.type = prometheus::MetricType::Gauge;
     gauge.metric.emplace_back().gauge.value = static_cast<double>(value);
     return gauge;
+  }
+
+  prometheus::MetricFamily Refused() const {
+    prometheus::MetricFamily refused;
+    refused.name = "prefilld_certificates_refused";
+    refused.help =
+        "1 while the TLS files of this server, or those of calls that go out, are not valid.";
+    refused.type = prometheus::MetricType::Gauge;
+    const auto add = [&refused](const char* side, bool is_refused) {
+      prometheus::ClientMetric& metric = refused.metric.emplace_back();
+      metric.label.push_back({"certificate", side});
+      metric.gauge.value = is_refused ? 1 : 0;
+    };
+    if (expiry_s_ != kNone) add("server", server_refused_);
+    if (client_expiry_s_ != kNone) add("client", client_refused_);
+    return refused;
   }
 
   prometheus::MetricFamily Reloads() const {

@@ -24,7 +24,9 @@ namespace prefilld::process {
 // Reads the files again when a FileWatch says so. Logs
 //
 //   certificates_reloaded        new connections show the new ones
-//   certificates_refused         the new ones are not valid; those to this server show the old ones
+//   certificates_refused         the new ones are not valid; those to this server show the old
+//   ones,
+//                                and calls that go out may get no connection
 //   certificate_expires_soon     less than 14 days are left; once a day
 //   certificate_expired          callers refuse it; once a day
 class CertificateWatch {
@@ -41,8 +43,8 @@ class CertificateWatch {
 
   // Returns prefilld_certificate_expiry_timestamp_seconds,
   // prefilld_client_certificate_expiry_timestamp_seconds,
-  // prefilld_certificate_reloads_total{result} and prefilld_certificates_refused, which may outlive
-  // this; none without TLS.
+  // prefilld_certificate_reloads_total{result} and prefilld_certificates_refused{certificate},
+  // which may outlive this; none without TLS.
   std::shared_ptr<prometheus::Collectable> metrics() const;
 
  private:

@@ -142,14 +142,14 @@ TEST_F(Renewal, FilesThatAreNotValidChangeNothing) {
            std::string::npos;
   }));
   EXPECT_TRUE(Connects(before_, absl::Seconds(10)));
-  EXPECT_THAT(Page(watch), HasSubstr("prefilld_certificates_refused 1\n"));
+  EXPECT_THAT(Page(watch), HasSubstr("prefilld_certificates_refused{certificate=\"server\"} 1\n"));
   std::ofstream(own_.cert_file()) << "half a certif";
   watch.ReloadNow();
   EXPECT_TRUE(Connects(before_, absl::Seconds(10)));
-  EXPECT_THAT(Page(watch), HasSubstr("prefilld_certificates_refused 1\n"));
+  EXPECT_THAT(Page(watch), HasSubstr("prefilld_certificates_refused{certificate=\"server\"} 1\n"));
   own_.ReplaceWith(before_);
   watch.ReloadNow();
-  EXPECT_THAT(Page(watch), HasSubstr("prefilld_certificates_refused 0\n"));
+  EXPECT_THAT(Page(watch), HasSubstr("prefilld_certificates_refused{certificate=\"server\"} 0\n"));
 }
 
 TEST_F(Renewal, FilesOfCallsThatGoOutAreCountedAndThoseThatAreNotValidAreTold) {
@@ -161,14 +161,14 @@ TEST_F(Renewal, FilesOfCallsThatGoOutAreCountedAndThoseThatAreNotValidAreTold) {
   caller.ReplaceWith(after_);
   watch.ReloadNow();
   EXPECT_THAT(Page(watch), HasSubstr("prefilld_certificate_reloads_total{result=\"ok\"} 1\n"));
-  EXPECT_THAT(Page(watch), HasSubstr("prefilld_certificates_refused 0\n"));
+  EXPECT_THAT(Page(watch), HasSubstr("prefilld_certificates_refused{certificate=\"client\"} 0\n"));
   std::ofstream(caller.cert_file()) << "half a certif";
   watch.ReloadNow();
-  EXPECT_THAT(Page(watch), HasSubstr("prefilld_certificates_refused 1\n"));
+  EXPECT_THAT(Page(watch), HasSubstr("prefilld_certificates_refused{certificate=\"client\"} 1\n"));
   caller.ReplaceWith(before_);
   watch.ReloadNow();
   EXPECT_THAT(Page(watch), HasSubstr("prefilld_certificate_reloads_total{result=\"ok\"} 2\n"));
-  EXPECT_THAT(Page(watch), HasSubstr("prefilld_certificates_refused 0\n"));
+  EXPECT_THAT(Page(watch), HasSubstr("prefilld_certificates_refused{certificate=\"client\"} 0\n"));
 }
 
 TEST_F(Renewal, AChannelShowsAndTrustsNewFiles) {
