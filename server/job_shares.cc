@@ -1,5 +1,6 @@
 #include "server/job_shares.h"
 
+#include <algorithm>
 #include <cstdint>
 
 #include "server/prefill_job.h"
@@ -65,8 +66,13 @@ void JobShares::Charge(Jobs jobs, absl::Duration device_time) {
   }
 }
 
+// A batch is a step of the class that it was chosen for. If it counted for the classes of the
+// others too, a trickle of short prompts would keep a long one of such a class from ever having a
+// step.
 void JobShares::EndStep(Jobs jobs, absl::Time now, absl::Duration took) {
-  for (const auto& job : jobs) shares_.EndStep(job->work().priority, now, took);
+  int highest = -kMaxPriority;
+  for (const auto& job : jobs) highest = std::max(highest, job->work().priority);
+  shares_.EndStep(highest, now, took);
 }
 
 }  // namespace prefilld::server

@@ -38,7 +38,8 @@ class JobShares {
 
   // Charges a time of the device to the tenants of the jobs that used it, by their tokens.
   void Charge(Jobs jobs, absl::Duration device_time);
-  // Records that these jobs had a step, which took so much time of the device and ended now.
+  // Records that the highest class among these jobs had a step, which took so much time of the
+  // device and ended now.
   void EndStep(Jobs jobs, absl::Time now, absl::Duration took);
 
  private:

@@ -34,20 +34,27 @@ PrefillPass::PrefillPass(const PassResources& resources,
   resources_.metrics.CountPass(static_cast<int>(jobs_.size()));
 }
 
-absl::StatusOr<PrefillPass::StepReport> PrefillPass::Step(absl::FunctionRef<void()> at_point) {
-  PREFILLD_ASSIGN_OR_RETURN(const StepReport report, NextStep(at_point));
+absl::StatusOr<PrefillPass::StepReport> PrefillPass::Step(absl::FunctionRef<void()> at_point,
+                                                          bool may_compute) {
+  PREFILLD_ASSIGN_OR_RETURN(const StepReport report, NextStep(at_point, may_compute));
   // A frame of a request that has ended may still be packed, and may be the one that fails.
   if (report.next == Next::kOver) PREFILLD_RETURN_IF_ERROR(source_->Close());
   return report;
 }
 
-absl::StatusOr<PrefillPass::StepReport> PrefillPass::NextStep(absl::FunctionRef<void()> at_point) {
+absl::StatusOr<PrefillPass::StepReport> PrefillPass::NextStep(absl::FunctionRef<void()> at_point,
+                                                              bool may_compute) {
   EndStall();
   PREFILLD_ASSIGN_OR_RETURN(const bool has_room, source_->HasRoom());
   StepReport report;
   CheckTimers();
   if (AllEnded()) {
     report.next = Next::kOver;
+    return report;
+  }
+  // All jobs may have ended when the caller asked, and a receiver may have joined since.
+  if (!may_compute && HasWork()) {
+    report.next = Next::kConsumers;
     return report;
   }
   if (layers_computed_ < num_layers_) {

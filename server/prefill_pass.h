@@ -72,7 +72,10 @@ class PrefillPass {
   //
   // It calls `at_point` at the points inside a long layer, where passes that may_interject() may
   // step. It stops there when all jobs have ended.
-  absl::StatusOr<StepReport> Step(absl::FunctionRef<void()> at_point = [] {});
+  //
+  // If it may not compute, a step with something to compute does nothing and returns kConsumers.
+  absl::StatusOr<StepReport> Step(
+      absl::FunctionRef<void()> at_point = [] {}, bool may_compute = true);
 
   absl::Span<const std::shared_ptr<PrefillJob>> jobs() const { return jobs_; }
   int64_t num_tokens() const { return num_tokens_; }  // over all prompts
@@ -80,9 +83,10 @@ class PrefillPass {
   bool AllEnded() const;
   // Tells whether the next step computes something. If not, it only sends results that have become
   // due, or ends the pass.
-  bool uses_device() const {
-    return !AllEnded() &&
-           (layers_computed_ < num_layers_ || !has_first_tokens_ || NextLogprobs().has_value());
+  bool uses_device() const { return !AllEnded() && HasWork(); }
+  // Tells whether the next layer waits for slots that consumers hold.
+  bool waits_for_room() const {
+    return stalled_since_.has_value() && !source_->HasRoom().value_or(true);
   }
   bool may_interject() const { return sequence_->may_interject(); }
   int layers_computed() const { return layers_computed_; }
@@ -98,7 +102,10 @@ class PrefillPass {
   absl::Duration Remaining(absl::Duration predicted_layer) const;
 
  private:
-  absl::StatusOr<StepReport> NextStep(absl::FunctionRef<void()> at_point);
+  absl::StatusOr<StepReport> NextStep(absl::FunctionRef<void()> at_point, bool may_compute);
+  bool HasWork() const {  // for the device
+    return layers_computed_ < num_layers_ || !has_first_tokens_ || NextLogprobs().has_value();
+  }
   // Returns the time of the layer if it is a whole one.
   absl::StatusOr<std::optional<absl::Duration>> ComputeLayer(absl::FunctionRef<void()> at_point);
   absl::Status ComputeFirstTokens();

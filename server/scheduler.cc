@@ -204,9 +204,9 @@ QueueState Scheduler::state() const {
 
 model::PrefixCacheUse Scheduler::prefix_cache() const { return engine_.prefix_cache(); }
 
-// Takes a turn at a point inside a layer of the pass `interrupted`, among those that may and those
-// that need no device. Returns
-// false when it is that pass's turn again. Null: between layers, where all may.
+// Takes a turn at a point inside a layer of the pass `interrupted`, among those that may interject
+// and those that only send. Returns false when it is that pass's turn again. Null: between layers,
+// where all may.
 bool Scheduler::TakeTurn(const Running* interrupted) {
   NoteClaimants();
   std::vector<Contender> contenders;
@@ -214,7 +214,7 @@ bool Scheduler::TakeTurn(const Running* interrupted) {
   for (auto at = passes_.begin(); at != passes_.end(); ++at) {
     const PrefillPass& pass = *at->pass;
     const bool may_step = interrupted == nullptr || pass.may_interject() || !pass.uses_device();
-    if (!may_step && &*at != interrupted) continue;
+    if ((at->is_stepping || !may_step) && &*at != interrupted) continue;
     passes.push_back(at);
     contenders.push_back(standings_.OfPass(pass, at->last_step_at, resources_.clock.Now()));
     // The layer that is interrupted is a step already. If it counted only at its end, a pass that
@@ -232,7 +232,8 @@ bool Scheduler::TakeTurn(const Running* interrupted) {
       return true;
     }
     if (&*passes[i] == interrupted) return false;
-    const PrefillPass::Next next = StepPass(*passes[i]);
+    const PrefillPass::Next next =
+        StepPass(*passes[i], interrupted == nullptr || passes[i]->pass->may_interject());
     if (next == PrefillPass::Next::kConsumers) continue;
     if (next == PrefillPass::Next::kOver) EndPass(passes[i]);
     return true;
@@ -254,7 +255,7 @@ void Scheduler::NoteClaimants() {
     if (job->wanted()) claimants.push_back(job.get());
   };
   for (const Running& running : passes_) {
-    if (running.waits_for_consumers || !running.pass->uses_device()) continue;
+    if (running.pass->waits_for_room() || !running.pass->uses_device()) continue;
     for (const auto& job : running.pass->jobs()) note(job);
   }
   const bool others_awaited = PassAwaitsReceivers();
@@ -363,7 +364,7 @@ void Scheduler::PutBack(Jobs jobs) {
   queue_.insert(queue_.begin(), jobs.begin(), jobs.end());
 }
 
-PrefillPass::Next Scheduler::StepPass(Running& running) {
+PrefillPass::Next Scheduler::StepPass(Running& running, bool may_compute) {
   PrefillPass& pass = *running.pass;
   const absl::Duration computing_before = pass.computing();
   // The device's clock counts, because the host may wait in one pass for what it has queued for
@@ -376,7 +377,7 @@ PrefillPass::Next Scheduler::StepPass(Running& running) {
   const bool uses_device = pass.uses_device();
   SetComputing(uses_device);
   absl::Duration interjected;
-  const auto report = pass.Step([&] {
+  const auto at_point = [&] {
     const absl::Time left = resources_.clock.Now();
     const auto so_far = [&] { return interjected + (resources_.clock.Now() - left); };
     charge();
@@ -387,7 +388,10 @@ PrefillPass::Next Scheduler::StepPass(Running& running) {
     }
     interjected = so_far();
     SetComputing(true);
-  });
+  };
+  running.is_stepping = true;
+  const auto report = pass.Step(at_point, may_compute);
+  running.is_stepping = false;
   SetComputing(false);
   charge();
   running.last_step_at = resources_.clock.Now();
@@ -395,8 +399,7 @@ PrefillPass::Next Scheduler::StepPass(Running& running) {
     Fail(report.status());
     return PrefillPass::Next::kOver;
   }
-  running.waits_for_consumers = report->next == PrefillPass::Next::kConsumers;
-  if (uses_device && !running.waits_for_consumers) {
+  if (uses_device && report->next != PrefillPass::Next::kConsumers) {
     standings_.shares().EndStep(pass.jobs(), running.last_step_at,
                                 pass.computing() - computing_before);
   }

@@ -61,8 +61,7 @@ struct LiveJob {
 // longer. So a short dense prompt waits for a part of a layer, any other prompt for one layer and
 // that time, and a pass whose consumers are slow holds up nobody. One prompt at a time may take a
 // place in the engine while its receivers are awaited; others whose receivers have not come wait in
-// the queue meanwhile.
-// The rules in admission.h decide who may wait and which prompts share a pass.
+// the queue meanwhile. The rules in admission.h decide who may wait and which prompts share a pass.
 //
 // The scheduler has no thread of its own: the compute thread calls StepOnce, and any thread may
 // call everything else.
@@ -160,7 +159,7 @@ class Scheduler {
   struct Running {
     std::unique_ptr<PrefillPass> pass;
     absl::Time last_step_at;
-    bool waits_for_consumers = false;  // its latest step could do nothing
+    bool is_stepping = false;  // it is the one that is interrupted, or one around that
   };
   struct RunningJob {
     std::shared_ptr<PrefillJob> job;
@@ -189,7 +188,7 @@ class Scheduler {
   Jobs TakeJobs(const PrefillJob& head);
   void StartPass(Jobs jobs);
   void PutBack(Jobs jobs);
-  PrefillPass::Next StepPass(Running& running);
+  PrefillPass::Next StepPass(Running& running, bool may_compute);
   void SetComputing(bool computing) {
     absl::MutexLock lock(&mu_);
     computing_ = computing;

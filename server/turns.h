@@ -50,10 +50,9 @@ inline constexpr int kClassPatienceSteps = 10;
 // The highest class goes first. So that a flood of high classes starves nobody, a class whose
 // contenders have seen no step for kClassPatience goes before all others, for one step; of several
 // such classes, the one that has waited longest. If its steps are long it waits for
-// kClassPatienceSteps of them, so that no more than a tenth of the time goes to a class in this
-// way, however long its prompts are. Ageing belongs to the class and not to its
-// prompts, because under load all prompts of a long queue are old, and priority would end with
-// that.
+// kClassPatienceSteps of them, so that no more than a tenth of the time goes to one class in this
+// way, however long its prompts are. Ageing belongs to the class and not to its prompts, because
+// under load all prompts of a long queue are old, and priority would end with that.
 //
 // Within a class the tenant with the least virtual time goes first.
 //
@@ -61,10 +60,11 @@ inline constexpr int kClassPatienceSteps = 10;
 // short prompt waits for one step of a long one and not for all of it. Waiting counts for
 // kAgeing of its length against the remaining time, so nobody starves: a contender that has waited
 // for 1 / kAgeing times its remaining time is the next of its tenant in this class, after one turn
-// of each of the tenant's contenders that have waited as long. That it counts for less than its
-// length keeps two long prompts of one length from alternating, which would delay the first and
-// help neither. That it counts for far less keeps the steps of the longest prompts from delaying
-// those that would be done soon; tests/bench/throughput_at_p99.py tells how much that is.
+// of each of the tenant's contenders that have waited as long. Each of its steps waits anew, so
+// under a load that never ends a long prompt waits so long for every layer. That it counts for less
+// than its length keeps two long prompts of one length from alternating, which would delay the
+// first and help neither. That it counts for far less keeps the steps of the longest prompts from
+// delaying those that would be done soon; tests/bench/throughput_at_p99.py tells how much that is.
 std::vector<size_t> OrderOfTurns(absl::Span<const Contender> contenders);
 
 // Tells whether `a` comes before `b` in the order that the rule wants.

@@ -24,9 +24,8 @@ namespace prefilld::process {
 // Reads the files again when a FileWatch says so. Logs
 //
 //   certificates_reloaded        new connections show the new ones
-//   certificates_refused         the new ones are not valid; those to this server show the old
-//   ones,
-//                                and calls that go out may get no connection
+//   certificates_refused         the new ones are not valid; calls to this server show the old
+//                                ones, and calls that go out may get no connection
 //   certificate_expires_soon     less than 14 days are left; once a day
 //   certificate_expired          callers refuse it; once a day
 class CertificateWatch {

@@ -142,6 +142,42 @@ TEST(Scheduler, ALowClassOfLongLayersHasATenthOfTheTime) {
   for (const auto& job : jobs) scheduler.Retire(*job);
 }
 
+TEST(Scheduler, APassOfALowClassWaitsForItsTurnFromWhenItsConsumerHasTakenSomething) {
+  Bench bench;
+  Scheduler scheduler(bench.engine, bench.resources, bench.wake,
+                      QueueLimits{.capacity = 8, .max_queued_tokens = 100'000});
+  bench.engine.set_on_layer(
+      [&](int64_t num_tokens) { bench.clock.Advance(num_tokens * kLayerTime / 2000); });
+  PrefillWork low = WorkOf(bench.engine, 2000);
+  low.priority = -1;
+  std::vector<std::shared_ptr<PrefillJob>> jobs = {
+      std::make_shared<PrefillJob>(std::move(low), bench.clock)};
+  std::vector<std::unique_ptr<Consumer>> consumers;
+  consumers.push_back(std::make_unique<Consumer>(jobs[0]));
+  ASSERT_TRUE(scheduler.Submit(jobs[0]).status.ok());
+  while (scheduler.StepOnce()) {
+  }
+  const int stalled_after = jobs[0]->record().stats().layers_computed;
+  ASSERT_LT(stalled_after, FakeEngineOptions().num_layers) << "its consumer has taken nothing";
+  const absl::Time began = bench.clock.Now();
+  while (bench.clock.Now() - began < 2 * kClassPatience) {
+    if (scheduler.state().queued_requests == 0) {
+      PrefillWork urgent = WorkOf(bench.engine, 2000);
+      urgent.priority = 7;
+      jobs.push_back(std::make_shared<PrefillJob>(std::move(urgent), bench.clock));
+      consumers.push_back(std::make_unique<Consumer>(jobs.back()));
+      ASSERT_TRUE(scheduler.Submit(jobs.back()).status.ok());
+    }
+    bench.PackAll();
+    ASSERT_TRUE(scheduler.StepOnce());
+  }
+  EXPECT_GT(jobs[0]->record().stats().layers_computed, stalled_after);
+  scheduler.AbortAll(Outcome::kShutDown, absl::UnavailableError("the test is over"));
+  while (scheduler.StepOnce()) {
+  }
+  for (const auto& job : jobs) scheduler.Retire(*job);
+}
+
 // Under turns the short one would go first, inside a layer of the long one already.
 TEST(Scheduler, FifoComputesWhoeverCameFirstToTheEnd) {
   Bench bench({.points_per_layer = 8, .interject_tokens = 1000});

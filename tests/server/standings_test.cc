@@ -45,5 +45,19 @@ TEST_F(StandingsTest, PutAPassThatOnlyDeliversBeforeAllOthers) {
                                     standings_.OfPass(*computes, now, bench_.clock.Now())));
 }
 
+TEST_F(StandingsTest, CountABatchAsAStepOfItsHighestClass) {
+  PrefillWork urgent = WorkOf(bench_.engine, 100);
+  urgent.priority = 7;
+  const std::vector<std::shared_ptr<PrefillJob>> high = {
+      std::make_shared<PrefillJob>(std::move(urgent), bench_.clock)};
+  const std::vector<std::shared_ptr<PrefillJob>> low = {bench_.NewJob(100)};
+  JobShares& shares = standings_.shares();
+  shares.SetClaimants({high[0].get(), low[0].get()}, bench_.clock.Now());
+  bench_.clock.Advance(absl::Seconds(3));
+  shares.EndStep({low[0], high[0]}, bench_.clock.Now(), absl::Seconds(1));
+  EXPECT_EQ(shares.StandingOf(high, bench_.clock.Now()).class_waited, absl::ZeroDuration());
+  EXPECT_EQ(shares.StandingOf(low, bench_.clock.Now()).class_waited, absl::Seconds(3));
+}
+
 }  // namespace
 }  // namespace prefilld::server

@@ -28,9 +28,9 @@ class PushedLanes:
     def __init__(self, window: float, fail):
         self._window = window
         self._fail = fail  # called with the error when nobody comes back
+        self.key: str | None = None  # of the first stream; KvReceiver's lock is its own
         self.lock = threading.Lock()  # of what follows
         self._changed = threading.Condition(self.lock)
-        self.key: str | None = None  # of the first stream
         self.check: TransferCheck | None = None
         self._streams: list[Any] = []  # the context of each lane's stream, if it has one
         self._timers: list[threading.Timer | None] = []

@@ -277,7 +277,9 @@ class KvReceiver:
             with self._lock:
                 if self._expected.get(transfer_id) is cache:
                     del self._expected[transfer_id]
-                    if cache.result is not None and cache._lanes.key is not None:
+                    # Without a window no sender comes back.
+                    may_be_asked = self._resume_window > 0 and cache._lanes.key is not None
+                    if cache.result is not None and may_be_asked:
                         self._complete[transfer_id, cache._lanes.key] = cache, time.monotonic()
                     self._forget_old()
 
