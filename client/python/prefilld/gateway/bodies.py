@@ -93,7 +93,8 @@ class ParsingProcess:
         try:
             return pickle.loads(await self._turns.run(self._open, _parse_large, body, is_chat))
         except BrokenProcessPool:
-            self._pool = None  # before the next has its turn
+            broken, self._pool = self._pool, None  # before the next has its turn
+            _let_go(broken)
             raise BadRequest(_UNREADABLE, status=503, code="unavailable") from None
 
     def _open(self) -> ProcessPoolExecutor:
@@ -106,6 +107,15 @@ class ParsingProcess:
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _let_go(broken: ProcessPoolExecutor | None) -> None:
+    """Ends the thread that still writes a body for the dead process: the gateway's own end would wait for it.
+
+    Python 3.11.5 and newer do that themselves (python/cpython#94777).
+    """
+    with contextlib.suppress(AttributeError):
+        broken._call_queue._reader.close()
 
 
 def _live_as_long_as_the_gateway() -> None:
