@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 import traceback
 from collections.abc import Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 
 import prompts
@@ -15,6 +16,7 @@ from prefilld import PrefilldError
 
 PromptKey = tuple[str, int, int]  # task, length, index
 Job = tuple[PromptKey, list[settings.Setting]]  # all that one prompt is still to be asked under
+_FOR_THE_MAIN_PROCESS = (signal.SIGINT, signal.SIGTERM)  # they reach the whole group, and it decides
 
 
 class Refused(Exception):
@@ -31,10 +33,16 @@ class Crew:
     def __init__(self, size: int, source: prompts.Prompts, codec, asking: Asking):
         context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
         self._processes, self._connections = [], []
+        resource_tracker.ensure_running()  # its start would let the signals through again
         for _ in range(size):
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(there, source, codec, asking), daemon=True)
-            process.start()
+            # The process begins with these signals blocked, and can tell in peace that it ignores them.
+            blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_MAIN_PROCESS)
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
             there.close()  # so that its end is seen here
             self._processes.append(process)
             self._connections.append(here)
@@ -84,8 +92,9 @@ class Crew:
 
 
 def _work(connection: Connection, source: prompts.Prompts, codec, asking: Asking) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # they reach the whole group; the main process decides
+    for number in _FOR_THE_MAIN_PROCESS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_MAIN_PROCESS)
     made = None
     with Asker(asking, codec) as asker:
         while True:
