@@ -154,21 +154,18 @@ absl::StatusOr<DeviceBuffer> CudaDevice::AllocateStaging(size_t bytes) {
   return DeviceBuffer(this, MemoryKind::kStaging, data, bytes);
 }
 
-// A system may refuse to pin memory, for whatever reason, which is no fault of the device.
+// A system may refuse to pin memory, which is no fault of the device.
 absl::StatusOr<DeviceBuffer> CudaDevice::AdoptStaging(void* data, size_t bytes) {
   PREFILLD_RETURN_IF_ERROR(fault_.status());
   const cudaError_t error =
       cudaHostRegister(data, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
-  if (error != cudaSuccess) {
+  if (error == cudaErrorMemoryAllocation || error == cudaErrorNotSupported ||
+      error == cudaErrorNotPermitted || error == cudaErrorInvalidValue) {
     cudaGetLastError();
-    const cudaError_t device =
-        cudaStreamQuery(nullptr);  // which a faulty one answers with its fault
-    if (device != cudaErrorNotReady) {
-      PREFILLD_RETURN_IF_ERROR(fault_.Check(device, "cudaHostRegister"));
-    }
     return absl::ResourceExhaustedError(
         absl::StrCat("no ", bytes, " bytes of memory were pinned: ", cudaGetErrorString(error)));
   }
+  PREFILLD_RETURN_IF_ERROR(fault_.Check(error, "cudaHostRegister"));
   return DeviceBuffer(this, MemoryKind::kAdopted, data, bytes);
 }
 
